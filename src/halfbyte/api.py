@@ -1,0 +1,64 @@
+"""The public functions: what the command line calls, and nothing more."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from halfbyte import demo, pipeline
+from halfbyte.errors import BadRequest
+from halfbyte.evaluate.conventions import convention_named
+from halfbyte.evaluate.divergence import compare
+from halfbyte.models import calibrate
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.nn import load
+from halfbyte.pipeline import Progress, convert, silent
+from halfbyte.recipe import Recipe
+from halfbyte.report import build
+from halfbyte.report.inspect import inspect
+
+
+def quantize(model: str | Path | Recipe, out: str | Path, *, overwrite: bool = False, progress: Progress = silent, **recipe: Any) -> dict[str, Any]:
+    """Quantize `model` (a folder, a hub id, or a whole Recipe) into the folder `out`; returns the report.
+
+    `recipe` takes the entries of Recipe: method, grid, to, engine, calibration, skip, override, head, shard_gb.
+    Raises HalfbyteError.
+    """
+    if isinstance(model, Recipe):
+        whole = model.model_copy(update=recipe)
+    else:
+        whole = Recipe.of(model=str(model), **recipe)
+    if whole.method == "convert":
+        return convert(whole.model, out, whole.to or "", overwrite=overwrite, progress=progress)
+    return pipeline.quantize(whole, out, overwrite=overwrite, progress=progress)
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    against: str | Path,
+    text: str = "heldout",
+    length: int = 512,
+    windows: int | None = None,
+    convention: str = "papers",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Perplexity of `against` and `models`, and what each of `models` diverges from it, on the same tokens.
+
+    `text`: a file, a dataset, or "heldout", the embedded text. The result is also written into each model's report.json.
+    """
+    rule = convention_named(convention)
+    reference = Checkpoint.open(against)
+    checkpoints = [reference, *(Checkpoint.open(m) for m in models)]
+    for checkpoint in checkpoints[1:]:
+        if checkpoint.text_config.get("vocab_size") != reference.text_config.get("vocab_size"):
+            raise BadRequest(f"{checkpoint.path} and {against} have different vocabularies; their predictions cannot be compared")
+    taken = calibrate.evaluation(reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows)
+    tokens = rule.prepare(taken.tokens, calibrate.bos(reference) if rule.bos else None)
+    rows = compare(checkpoints, tokens, rule, progress=progress)
+    common = {"text": text, "length": length, "windows": len(tokens), "tokens_sha256": taken.digest, "convention": rule.name, "reference_path": str(reference.path)}
+    result = {**common, "reference": rows[0], "models": [{"path": str(c.path), **row} for c, row in zip(checkpoints[1:], rows[1:], strict=True)]}
+    for checkpoint, row in zip(checkpoints[1:], rows[1:], strict=True):
+        build.add_evaluation(checkpoint.path, {**common, "reference": rows[0], "model": row})
+    return result
+
+
+__all__ = ["convert", "evaluate", "inspect", "load", "quantize"]

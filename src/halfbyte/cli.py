@@ -1,0 +1,227 @@
+"""The command line: each command parses, calls one function, and prints."""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from halfbyte.errors import BadRequest, HalfbyteError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Make large language models small enough to run.")
+out = Console(width=None if sys.stdout.isatty() else 180)
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
+
+
+@app.command()
+def quantize(
+    model: Annotated[str | None, typer.Argument(help="A folder, or a hub id such as org/name.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
+    method: Annotated[str | None, typer.Option(help="minmax, nearest, imatrix, gptq, awq, or awq+gptq.  [default: gptq]")] = None,
+    grid: Annotated[str | None, typer.Option(help="Such as int4-g128, int4-g64-asym, int8-channel.  [default: int4-g128]")] = None,
+    to: Annotated[str | None, typer.Option(help="Container: compressed-tensors, gptq or awq.  [default: the engine's]")] = None,
+    engine: Annotated[str | None, typer.Option(help="Where it will run: vllm, sglang, transformers, tgi or tensorrt-llm; its rules are checked first.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="A text file, a .jsonl of texts or chats, or a dataset org/name:split.  [default: the embedded text]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.  [default: 128]")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in a window.  [default: 512]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which windows are drawn.  [default: 0]")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Keep weights that match this pattern in 16 bits; repeatable.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help="PATTERN=GRID, such as 'layers.0.*=int8-channel'; repeatable.")] = None,
+    head: Annotated[bool | None, typer.Option("--head", help="Quantize lm_head too.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these; options win over it.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint into a folder that an engine loads."""
+    from halfbyte.api import quantize as run
+    from halfbyte.recipe import Recipe
+
+    words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None}
+    words = {name: value for name, value in words.items() if value is not None}
+    if override:
+        words["override"] = dict(_pair(pair) for pair in override)
+    base = Recipe.load(recipe, **words).model_dump(exclude_unset=True) if recipe else words
+    sampling = {"source": calibration, "samples": samples, "length": length, "seed": seed}
+    base["calibration"] = {**base.get("calibration", {}), **{name: value for name, value in sampling.items() if value is not None}}
+    if "model" not in base or output is None:
+        raise BadRequest("quantize needs a model and an output folder: halfbyte quantize MODEL -o OUT")
+    with _progress(as_json) as progress:
+        report = run(Recipe.of(**base), output, overwrite=overwrite, progress=progress)
+    _show_report(report, output, as_json)
+
+
+@app.command()
+def convert(
+    path: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="Container: compressed-tensors, gptq or awq.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Move a quantized checkpoint into another container, exactly where the grids coincide."""
+    from halfbyte.api import convert as run
+
+    with _progress(as_json) as progress:
+        report = run(path, output, to, overwrite=overwrite, progress=progress)
+    _show_report(report, output, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints to measure; the second and later are also compared with the first, token by token.")],
+    against: Annotated[str, typer.Option(help="The original.")],
+    text: Annotated[str, typer.Option(help="A text file, a .jsonl, a dataset, or 'heldout' for the embedded text.")] = "heldout",
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
+    convention: Annotated[str, typer.Option(help="papers or llama.cpp.")] = "papers",
+    as_json: Json = False,
+) -> None:
+    """Perplexity, and divergence from the original on the same tokens."""
+    from halfbyte.api import evaluate as run
+
+    with _progress(as_json) as progress:
+        result = run(models, against, text, length, windows, convention, progress)
+    if as_json:
+        _print_json(result)
+        return
+    out.print(f"{result['windows']} windows of {length} tokens of {text}, convention {result['convention']}")
+    table = Table("model", "perplexity", "KL to the original", "KL median", "KL p99", "KL max", "same top-1", "Δp rms")
+    table.add_row(against, f"{result['reference']['perplexity']:.3f}")
+    for row in result["models"]:
+        table.add_row(
+            row["path"], f"{row['perplexity']:.3f} ± {row['perplexity_error']:.3f}", f"{row['kl']:.5f} ± {row['kl_error']:.5f}",
+            f"{row['kl_median']:.5f}", f"{row['kl_p99']:.4f}", f"{row['kl_max']:.3f}", f"{100 * row['same_top']:.2f}%", f"{row['probability_change_rms']:.4f}",
+        )  # fmt: skip
+    out.print(table)
+    for row in result["models"][1:]:
+        difference, error = row["kl_minus_first"]
+        out.print(f"KL of {row['path']} minus that of {result['models'][0]['path']}: {difference:+.5f} ± {error:.5f}")
+
+
+@app.command()
+def inspect(path: Annotated[str, typer.Argument(help="Any checkpoint.")], worst: Annotated[int, typer.Option(help="How many layers to list.")] = 10, as_json: Json = False) -> None:
+    """Tensors, grids, bits per weight, sizes, and which layers lost most."""
+    from halfbyte.api import inspect as run
+
+    found = run(path)
+    if as_json:
+        _print_json(found)
+        return
+    out.print(f"{found['path']}: {found['model_type']}, {found['container'] or 'not quantized'}, {found['size_bytes'] / 1e6:.2f} MB, "
+              f"{found['parameters'] / 1e6:.2f} M parameters, {found['bits_per_parameter']:.3f} bits per parameter")  # fmt: skip
+    table = Table("stored as", "matrices or tensors", "weights", "MB", "bits per weight")
+    for kind, row in found["grids"].items():
+        table.add_row(kind, str(row["tensors"]), f"{row['weights']:,}", f"{row['size_bytes'] / 1e6:.2f}", f"{row['bits_per_weight']:.3f}")
+    out.print(table)
+    _show_worst(found["weights"][:worst], found["error_of"])
+    for warning in found["warnings"]:
+        out.print(f"- {warning}")
+    if found["evaluation"]:
+        model = found["evaluation"]["model"]
+        out.print(f"KL to the original {model['kl']:.5f} ± {model['kl_error']:.5f}, perplexity {model['perplexity']:.3f} (was {found['evaluation']['reference']['perplexity']:.3f})")
+
+
+@app.command()
+def demo(
+    samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 64,
+    windows: Annotated[int, typer.Option(help="Held-out windows of 512 tokens.")] = 32,
+    keep: Annotated[Path | None, typer.Option(help="Keep the quantized folders here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize the embedded model with several methods and print what each one lost. Works offline."""
+    from halfbyte.demo.run import rows
+
+    with tempfile.TemporaryDirectory() as scratch, _progress(as_json) as progress:
+        table_rows = rows(keep or Path(scratch), samples, windows, progress)
+    if as_json:
+        _print_json(table_rows)
+        return
+    table = Table("method", "grid", "format", "bits/weight", "MB", "KL to the original", "perplexity", "same top-1", "seconds")
+    for r in table_rows:
+        table.add_row(r["method"], r["grid"], r["container"], f"{r['bits_per_weight']:.3f}", f"{r['size_bytes'] / 1e6:.2f}",
+                      f"{r['kl']:.5f}", f"{r['perplexity']:.3f}", f"{100 * r['same_top']:.2f}%", f"{r['seconds']:.1f}")  # fmt: skip
+    out.print(table)
+
+
+@app.command()
+def support() -> None:
+    """Which grids each container holds, found by trying."""
+    from halfbyte.plan.support import markdown
+
+    print(markdown())
+
+
+def _pair(text: str) -> tuple[str, str]:
+    pattern, sign, grid = text.rpartition("=")
+    if not sign or not pattern or not grid:
+        raise BadRequest(f"--override takes PATTERN=GRID, such as 'layers.0.*=int8-channel', not '{text}'")
+    return pattern, grid
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """A bar with the time left, on standard error; nothing where nobody looks."""
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json(report)
+        return
+    o, r = report["output"], report["recipe"]
+    out.print(f"{output}: {r['method']} {r['grid']} as {o['container']}, {o['size_bytes'] / 1e6:.2f} MB (was {report['source']['size_bytes'] / 1e6:.2f}), "
+              f"{o['bits_per_weight']:.3f} bits per quantized weight, {o['bits_per_parameter']:.3f} per parameter, {report['seconds']:.1f} s; read back and verified")  # fmt: skip
+    _show_worst(sorted(report["weights"], key=lambda row: -row["error"])[:5], report["error_of"])
+    for warning in report["warnings"]:
+        out.print(f"note: {warning}")
+    for engine in report["engines"]:
+        if engine["loads"] and (engine["engine"] == r.get("engine") or "engine" not in r):
+            out.print(f"{engine['engine']}: {(engine['command'] or '').replace('{path}', str(output))}", soft_wrap=True)
+    if r["method"] != "convert":
+        out.print(f"what was lost: halfbyte eval {output} --against {r['model']}", soft_wrap=True)
+
+
+def _show_worst(rows: list[dict[str, Any]], error_of: str | None) -> None:
+    if rows:
+        table = Table("weight", "grid", "bits/weight", f"relative error of the {error_of}", "note")
+        for row in rows:
+            table.add_row(row["name"], row["grid"], f"{row['bits_per_weight']:.3f}", f"{row['error']:.4f}", row["note"])
+        out.print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """Entry point. A request that cannot be met is one line and exit code 2; an interrupted run says how to go on."""
+    started = time.monotonic()
+    try:
+        app(standalone_mode=False)
+    except HalfbyteError as error:
+        err.print(f"halfbyte: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print(f"\nhalfbyte: interrupted after {time.monotonic() - started:.0f} s; the same command goes on where it stopped")
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:  # noqa: BLE001
+        if type(error).__name__ in ("UsageError", "BadParameter", "NoSuchOption", "MissingParameter", "NoArgsIsHelpError", "BadArgumentUsage"):
+            error.show()  # click's own words for a wrong option
+            sys.exit(2)
+        raise

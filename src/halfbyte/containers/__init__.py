@@ -1,0 +1,19 @@
+"""How bits lie in a file. To add a container: one file, and one line here."""
+
+from halfbyte.containers.awq import AWQ
+from halfbyte.containers.compressed import CompressedTensors
+from halfbyte.containers.container import Container
+from halfbyte.containers.gptq import GPTQ
+from halfbyte.errors import UnknownName
+
+CONTAINERS: dict[str, type[Container]] = {
+    "compressed-tensors": CompressedTensors,
+    "gptq": GPTQ,
+    "awq": AWQ,
+}
+
+
+def container_named(name: str) -> Container:
+    if name not in CONTAINERS:
+        raise UnknownName("container", name, CONTAINERS)
+    return CONTAINERS[name]()

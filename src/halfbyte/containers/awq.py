@@ -1,0 +1,106 @@
+"""AWQ, version GEMM (casper-hansen/AutoAWQ, modules/linear/gemm.py and utils/packing_utils.py).
+
+    qweight  int32 [in, out / 8], packed along out, eight columns to a word in the order 0 2 4 6 1 3 5 7
+    qzeros   int32 [groups, out / 8], likewise; the zero point itself
+    scales   fp16  [groups, out]
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers import bits
+from halfbyte.containers.container import Config, Container, commonest, integer
+from halfbyte.containers.gptq import exact_half, fits_half, scale_held, stored_scale
+from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.errors import Unsupported
+from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
+
+ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+class AWQ(Container):
+    """4 bits per group or channel. A symmetric grid is held with every zero point 8."""
+
+    name = "awq"
+    mixes = False
+
+    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
+        return integer(grid, self.name).with_scale(stored_scale(dtype))
+
+    def check(self, grid: Grid, shape: Shape) -> None:
+        grid, (out, _) = integer(grid, self.name), shape
+        if grid.bits_per_code != 4 or grid.span == "tensor":
+            raise Unsupported(f"awq holds int4 per group or channel, not {grid}")
+        if out % 8:
+            raise Unsupported(f"awq packs eight out-features to a word, which {out} do not fill")
+
+    def holds(self, q: Quantized) -> bool:
+        return fits_half(q.params["scale"])
+
+    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        grid, (out, width) = integer(grid, self.name), shape
+        groups = grid.groups(width)
+        return {
+            "qweight": Spec((width, out // 8), torch.int32),
+            "qzeros": Spec((groups, out // 8), torch.int32),
+            "scales": Spec((groups, out), torch.float16),
+        }
+
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        zero = q.params.get("zero", torch.full_like(q.params["scale"], 8, dtype=torch.uint8))
+        return {
+            "qweight": _pack(q.codes),
+            "qzeros": _pack(zero),
+            "scales": exact_half(q.params["scale"]).T.contiguous(),
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        grid, (out, _) = integer(grid, self.name), shape
+        params = {"scale": tensors["scales"].T.contiguous().to(SCALE_DTYPES[grid.scale])}
+        if not grid.symmetric:
+            params["zero"] = _unpack(tensors["qzeros"], out)
+        return Quantized(grid, _unpack(tensors["qweight"], out), params)
+
+    def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
+        grid = integer(commonest(grids), self.name)
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": grid.block or -1,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": sorted(kept) or None,
+        }
+
+    def extra_files(self, config: Config) -> dict[str, Config]:
+        return {"quant_config.json": {"zero_point": True, "q_group_size": config["group_size"], "w_bit": 4, "version": "GEMM"}}
+
+    def reads(self, config: Config) -> bool:
+        return config.get("quant_method") == "awq"
+
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
+        if str(config.get("version", "gemm")).lower() != "gemm":
+            raise Unsupported(f"awq version '{config['version']}' is not read; gemm is")
+        found: dict[str, tuple[Grid, Shape]] = {}
+        for name, qweight in entries.items():
+            if name.endswith(".qweight"):
+                module = name.removesuffix(".qweight")
+                width, out, groups = qweight.shape[0], qweight.shape[1] * 8, entries[f"{module}.scales"].shape[0]
+                symmetric = bool((entries[f"{module}.qzeros"].read() == -0x77777778).all())  # 0x88888888: every zero point 8
+                grid = IntGrid(4, "channel" if groups == 1 else width // groups, symmetric, scale_held(entries[f"{module}.scales"]))
+                found[module] = (grid, (out, width))
+        return found
+
+
+def _pack(codes: Tensor) -> Tensor:
+    columns = codes.T.reshape(codes.shape[1], -1, 8)[..., ORDER]
+    return bits.pack(columns.reshape(codes.shape[1], -1), 4)
+
+
+def _unpack(words: Tensor, out: int) -> Tensor:
+    columns = bits.unpack(words, 4, out).view(words.shape[0], -1, 8)[..., INVERSE]
+    return columns.reshape(words.shape[0], out).T.contiguous()

@@ -1,0 +1,132 @@
+"""compressed-tensors, format pack-quantized (vllm-project/compressed-tensors, compressors/pack_quantized/base.py).
+
+    weight_packed      int32 [out, ceil(in * bits / 32)], packed along in, stored unsigned
+    weight_scale       [out, groups], in the dtype of the model
+    weight_zero_point  int32 [ceil(out * bits / 32), groups], packed along out; absent when symmetric
+    weight_shape       int64 [2]
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers import bits
+from halfbyte.containers.container import Config, Container, integer, patterns
+from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.errors import Unsupported
+from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
+
+SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+
+
+class CompressedTensors(Container):
+    """pack-quantized: integers of 2 to 8 bits with 16-bit inputs (W2A16 to W8A16)."""
+
+    name = "compressed-tensors"
+
+    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
+        return integer(grid, self.name).with_scale(SCALE_NAMES[dtype])
+
+    def check(self, grid: Grid, shape: Shape) -> None:
+        if integer(grid, self.name).span == "tensor" and not grid.symmetric:
+            raise Unsupported(f"compressed-tensors packs zero points per channel or group only, not {grid}")
+
+    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        grid, (out, width) = integer(grid, self.name), shape
+        groups = grid.groups(width)
+        specs = {
+            "weight_packed": Spec((out, -(-width * grid.bits_per_code // 32)), torch.int32),
+            "weight_scale": Spec((1,) if grid.span == "tensor" else (out, groups), SCALE_DTYPES[grid.scale]),
+            "weight_shape": Spec((2,), torch.int64),
+        }
+        if not grid.symmetric:
+            specs["weight_zero_point"] = Spec((-(-out * grid.bits_per_code // 32), groups), torch.int32)
+        return specs
+
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        grid = integer(q.grid, self.name)
+        tensors = {
+            "weight_packed": bits.pack(q.codes, grid.bits_per_code),
+            "weight_scale": q.params["scale"].reshape(-1) if grid.span == "tensor" else q.params["scale"],
+            "weight_shape": torch.tensor(q.shape),
+        }
+        if not grid.symmetric:
+            tensors["weight_zero_point"] = bits.pack(q.params["zero"].T, grid.bits_per_code).T.contiguous()
+        return tensors
+
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        grid, (out, width) = integer(grid, self.name), shape
+        scale = tensors["weight_scale"]
+        params = {"scale": scale.reshape(1, 1) if grid.span == "tensor" else scale}
+        if not grid.symmetric:
+            params["zero"] = bits.unpack(tensors["weight_zero_point"].T, grid.bits_per_code, out).T.contiguous()
+        return Quantized(grid, bits.unpack(tensors["weight_packed"], grid.bits_per_code, width), params)
+
+    def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
+        groups: dict[str, Config] = {}
+        for grid in sorted(set(grids.values()), key=str):
+            own = [name for name, g in grids.items() if g == grid]
+            others = [name for name in grids if name not in set(own)]
+            targets = ["Linear"] if not others else [f"re:^{p}$" for p in patterns(own, others)]
+            groups[f"group_{len(groups)}"] = {
+                "targets": targets,
+                "weights": _arguments(integer(grid, self.name)),
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+        return {
+            "quant_method": self.name,
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "config_groups": groups,
+            "ignore": sorted(kept),
+        }
+
+    def reads(self, config: Config) -> bool:
+        return config.get("quant_method") == self.name
+
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
+        if config.get("format") not in ("pack-quantized", None):
+            raise Unsupported(f"compressed-tensors format '{config['format']}' is not read yet; pack-quantized is")
+        found: dict[str, tuple[Grid, Shape]] = {}
+        for name, packed in entries.items():
+            if name.endswith(".weight_packed"):
+                module = name.removesuffix(".weight_packed")
+                if f"{module}.weight_g_idx" in entries:
+                    raise Unsupported(f"{module} is quantized in activation order (weight_g_idx), which is not read yet")
+                out, width = entries[f"{module}.weight_shape"].read().tolist()
+                found[module] = (_grid(entries, module, packed, out, width), (out, width))
+        return found
+
+
+def _grid(entries: Mapping[str, Entry], module: str, packed: Entry, out: int, width: int) -> Grid:
+    """The grid as the tensors show it: their shapes leave no room for a label that lies."""
+    scale = entries[f"{module}.weight_scale"]
+    groups = scale.shape[-1] if len(scale.shape) == 2 else 1
+    width_bits = next((b for b in range(2, 9) if -(-width * b // 32) == packed.shape[1]), None)
+    if width_bits is None or width % groups:
+        raise Unsupported(f"{module}: {tuple(packed.shape)} words and {tuple(scale.shape)} scales are no packing of {out} x {width}")
+    span = "tensor" if scale.shape == (1,) and out > 1 else "channel" if groups == 1 else width // groups
+    return IntGrid(width_bits, span, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype])
+
+
+def _arguments(grid: IntGrid) -> Config:
+    return {
+        "num_bits": grid.bits_per_code,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": "group" if grid.block else grid.span,
+        "group_size": grid.block,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+
+

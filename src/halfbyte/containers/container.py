@@ -1,0 +1,94 @@
+"""Container: how the bits of a Quantized lie in a checkpoint, and how its config.json says so.
+
+A container moves bits and never does arithmetic on weights: `unpack(pack(q), q.grid, q.shape) == q`.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.errors import Unsupported
+from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.scalar import IntGrid
+
+Config = dict[str, Any]
+
+
+class Container(ABC):
+    """One quantization layout of a Hugging Face checkpoint.
+
+    Modules are named without their `.weight`; tensors of a module by the suffix that follows `module.`.
+    """
+
+    name: str
+    mixes = True
+    """Whether one checkpoint may hold several grids."""
+
+    @abstractmethod
+    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
+        """`grid` with scales in the precision that engines compute with when the model is of `dtype`."""
+
+    @abstractmethod
+    def check(self, grid: Grid, shape: Shape) -> None:
+        """Raise Unsupported, saying what the container can hold, unless it holds such a matrix."""
+
+    def holds(self, q: Quantized) -> bool:
+        """Whether the parameters of a matrix from elsewhere can be stored without rounding."""
+        return True
+
+    @abstractmethod
+    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        """Suffix, shape and dtype of every tensor that `pack` will return."""
+
+    @abstractmethod
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """The tensors to write, by suffix."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        """The inverse of `pack`."""
+
+    @abstractmethod
+    def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
+        """`quantization_config` for these modules; `kept` are linear modules left as they were."""
+
+    @abstractmethod
+    def reads(self, config: Config) -> bool:
+        """Whether a `quantization_config` is of this container."""
+
+    @abstractmethod
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
+        """Grid and shape of every quantized module of a checkpoint."""
+
+    def extra_files(self, config: Config) -> dict[str, Config]:
+        """Further JSON files that readers of this container look for."""
+        return {}
+
+
+def integer(grid: Grid, container: str) -> IntGrid:
+    if not isinstance(grid, IntGrid):
+        raise Unsupported(f"{container} holds integer grids only, not {grid}")
+    return grid
+
+
+def commonest(grids: Mapping[str, Grid]) -> Grid:
+    return Counter(grids.values()).most_common(1)[0][0]
+
+
+def patterns(chosen: list[str], others: list[str]) -> list[str]:
+    """Regular expressions that match every name in `chosen` and none in `others`, few where layers repeat."""
+    foreign = {_collapse(name) for name in others}
+    found: dict[str, None] = {}
+    for name in chosen:
+        found[re.escape(name) if _collapse(name) in foreign else _collapse(name)] = None
+    return list(found)
+
+
+def _collapse(name: str) -> str:
+    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))

@@ -1,0 +1,170 @@
+"""GPTQ (ModelCloud/GPTQModel, nn_modules/qlinear/__init__.py).
+
+    qweight  int32 [in * bits / 32, out], packed along in
+    qzeros   int32 [groups, out * bits / 32], packed along out
+    scales   fp16  [groups, out]
+    g_idx    int32 [in], the group of each in-feature
+
+Version 1 (`checkpoint_format: gptq`) stores zero - 1 and its readers add 1, so it cannot hold a zero point of 0;
+version 2 (`gptq_v2`) stores the zero point itself. A fresh quantization never needs version 2: see IntGrid.fit.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers import bits
+from halfbyte.containers.container import Config, Container, commonest, integer, patterns
+from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.errors import Unsupported
+from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
+
+# vLLM matches rules against the fused module that it builds of several of the checkpoint's.
+FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+
+
+class GPTQ(Container):
+    """GPTQ safetensors of 2, 3, 4 or 8 bits, per group or per channel."""
+
+    name = "gptq"
+
+    def __init__(self, version: int = 1):
+        self.version = version
+
+    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
+        return integer(grid, self.name).with_scale(stored_scale(dtype))
+
+    def check(self, grid: Grid, shape: Shape) -> None:
+        grid, (out, width) = integer(grid, self.name), shape
+        if grid.bits_per_code not in (2, 3, 4, 8) or grid.span == "tensor":
+            raise Unsupported(f"gptq holds int2, int3, int4 and int8 per channel or group, not {grid}")
+        for what, size in (("in", width), ("out", out)):
+            if size * grid.bits_per_code % 32:
+                raise Unsupported(f"gptq packs whole 32-bit words: {what}-features {size} x {grid.bits_per_code} bits do not fill them")
+
+    def holds(self, q: Quantized) -> bool:
+        return fits_half(q.params["scale"])
+
+    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        grid, (out, width) = integer(grid, self.name), shape
+        groups = grid.groups(width)
+        return {
+            "qweight": Spec((width * grid.bits_per_code // 32, out), torch.int32),
+            "qzeros": Spec((groups, out * grid.bits_per_code // 32), torch.int32),
+            "scales": Spec((groups, out), torch.float16),
+            "g_idx": Spec((width,), torch.int32),
+        }
+
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        grid, width = integer(q.grid, self.name), q.shape[1]
+        zero = q.params.get("zero", torch.full_like(q.params["scale"], grid.midpoint, dtype=torch.uint8))
+        if self.version == 1:
+            if not zero.all():
+                raise Unsupported("gptq version 1 cannot hold a zero point of 0; write version 2")
+            zero = zero - 1
+        return {
+            "qweight": bits.pack(q.codes, grid.bits_per_code).T.contiguous(),
+            "qzeros": bits.pack(zero.T, grid.bits_per_code),
+            "scales": exact_half(q.params["scale"]).T.contiguous(),
+            "g_idx": _order(width, grid),
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        grid, (out, width) = integer(grid, self.name), shape
+        if "g_idx" in tensors and not torch.equal(tensors["g_idx"], _order(width, grid)):
+            raise Unsupported("this gptq file groups its in-features in activation order (g_idx), which is not read yet")
+        zero = bits.unpack(tensors["qzeros"], grid.bits_per_code, out).T.contiguous()
+        if self.version == 1:
+            zero = (zero + 1) & 0xFF
+        params = {"scale": tensors["scales"].T.contiguous().to(SCALE_DTYPES[grid.scale])}
+        if not grid.symmetric:
+            params["zero"] = zero
+        elif not (zero == grid.midpoint).all():
+            raise Unsupported(f"zero points differ from {grid.midpoint} in a file that is called symmetric")
+        return Quantized(grid, bits.unpack(tensors["qweight"].T, grid.bits_per_code, width), params)
+
+    def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
+        main = integer(commonest(grids), self.name)
+        dynamic: Config = {}
+        for grid in sorted({g for g in grids.values() if g != main}, key=str):
+            own = [name for name, g in grids.items() if g == grid]
+            for pattern in patterns(own, [name for name in grids if name not in set(own)]):
+                dynamic[f"+:^{_either_spelling(pattern)}$"] = _settings(integer(grid, self.name))
+        for pattern in patterns([name for name in kept if name != "lm_head"], list(grids)):
+            dynamic[f"-:^{_either_spelling(pattern)}$"] = {}
+        return {
+            "quant_method": "gptq",
+            **_settings(main),
+            "desc_act": False,
+            "lm_head": "lm_head" in grids,
+            "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
+            "pack_dtype": "int32",
+            "true_sequential": True,
+            "damp_percent": 0.01,
+            **({"dynamic": dynamic} if dynamic else {}),
+            "meta": {"quantizer": ["halfbyte"]},
+        }
+
+    def extra_files(self, config: Config) -> dict[str, Config]:
+        return {"quantize_config.json": config}
+
+    def reads(self, config: Config) -> bool:
+        return config.get("quant_method") == "gptq"
+
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
+        found: dict[str, tuple[Grid, Shape]] = {}
+        versions = set()
+        for name, qweight in entries.items():
+            if name.endswith(".qweight"):
+                module = name.removesuffix(".qweight")
+                out, words = qweight.shape[1], entries[f"{module}.qzeros"].shape[1]
+                grid_bits = words * 32 // out
+                width, groups = qweight.shape[0] * 32 // grid_bits, entries[f"{module}.scales"].shape[0]
+                stored = bits.unpack(entries[f"{module}.qzeros"].read(), grid_bits, out)
+                middle = 1 << (grid_bits - 1)
+                symmetric = bool((stored == stored[0, 0]).all()) and int(stored[0, 0]) in (middle - 1, middle)
+                if symmetric:  # the value is the witness: vLLM had to unlearn trusting the label (its pull request 38966)
+                    versions.add(1 if int(stored[0, 0]) == middle - 1 else 2)
+                scale = scale_held(entries[f"{module}.scales"])
+                found[module] = (IntGrid(grid_bits, "channel" if groups == 1 else width // groups, symmetric, scale), (out, width))
+        self.version = versions.pop() if len(versions) == 1 else 2 if config.get("checkpoint_format") == "gptq_v2" else 1
+        return found
+
+
+def stored_scale(dtype: torch.dtype) -> str:
+    """fp16 files of a bf16 model get scales that both formats hold: engines cast them to the model's dtype when they load."""
+    return "bf16" if dtype == torch.bfloat16 else "fp16"
+
+
+def scale_held(scales: Entry) -> str:
+    """The narrowest format that holds every scale of a file: bf16 for the files that `stored_scale` makes."""
+    values = scales.read()
+    return "bf16" if torch.equal(values.to(torch.bfloat16).to(values.dtype), values) else SCALE_NAME[values.dtype]
+
+
+SCALE_NAME = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+
+
+def fits_half(scale: Tensor) -> bool:
+    return torch.equal(scale.to(torch.float16).to(scale.dtype), scale)
+
+
+def exact_half(scale: Tensor) -> Tensor:
+    if not fits_half(scale):
+        raise Unsupported("a scale does not fit fp16, the only precision of this container; scale the model or use compressed-tensors")
+    return scale.to(torch.float16)
+
+
+def _order(width: int, grid: IntGrid) -> Tensor:
+    return torch.arange(width, dtype=torch.int32) // (grid.block or width)
+
+
+def _settings(grid: IntGrid) -> Config:
+    return {"bits": grid.bits_per_code, "group_size": grid.block or -1, "sym": grid.symmetric}
+
+
+def _either_spelling(pattern: str) -> str:
+    head, _, last = pattern.rpartition(r"\.")
+    return f"{head}\\.({last}|{FUSED[last]})" if last in FUSED else pattern

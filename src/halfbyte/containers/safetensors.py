@@ -1,0 +1,132 @@
+"""Reading and writing safetensors as a stream (format: the README of huggingface/safetensors).
+
+The safetensors package maps whole files and writes whole dictionaries. Here tensors are read and written one at a time at
+their offsets, so that memory stays at one tensor whatever the file's size: pages of a mapped file count as resident.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import BadCheckpoint
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100_000_000  # bytes, as in the reference implementation
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a file says of a tensor before its bytes are read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Entry(Spec):
+    """A tensor in a file on disk."""
+
+    path: Path
+    offset: int
+
+    def read(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows `first : last` of the leading dimension (all by default), in memory of their own."""
+        if not self.shape:
+            shape, start = self.shape, self.offset
+        else:
+            last = self.shape[0] if last is None else last
+            shape = (last - first, *self.shape[1:])
+            start = self.offset + first * prod(self.shape[1:]) * self.dtype.itemsize
+        raw = torch.empty(prod(shape) * self.dtype.itemsize, dtype=torch.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(start)
+            view, done = memoryview(raw.numpy()), 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise BadCheckpoint(f"{self.path} ends {len(view) - done} bytes before one of its tensors does")
+                done += count
+        return raw.view(self.dtype).view(shape) if raw.numel() else torch.empty(shape, dtype=self.dtype)
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Every tensor of the file. Raises BadCheckpoint for a file that is cut short or malformed."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise BadCheckpoint(f"{path} is no safetensors file, or is cut short: it has {size} bytes and no whole header")
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: _entry(path, 8 + length, v) for name, v in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadCheckpoint(f"{path} has a malformed safetensors header: {error!r}") from None
+    for name, entry in entries.items():
+        if entry.offset + entry.size_bytes > size:
+            missing = entry.offset + entry.size_bytes - size
+            raise BadCheckpoint(f"{path} is cut short: tensor '{name}' needs {missing} bytes more; download the file again")
+    return entries
+
+
+def _entry(path: Path, data: int, value: Mapping) -> Entry:
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {value['dtype']} is not known")
+    begin, end = value["data_offsets"]
+    entry = Entry(tuple(int(n) for n in value["shape"]), DTYPES[value["dtype"]], path, data + begin)
+    if begin < 0 or end - begin != entry.size_bytes or min(entry.shape, default=0) < 0:
+        raise ValueError(f"offsets {begin}..{end} do not fit shape {entry.shape}")
+    return entry
+
+
+class Writer:
+    """Lays out every tensor of a file from its shape, then takes their bytes in any order."""
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], resume: bool = False):
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name, spec in specs.items():
+            header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.size_bytes]}
+            offset += spec.size_bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.path, self.entries = path, {}
+        for name, spec in specs.items():
+            self.entries[name] = Entry(spec.shape, spec.dtype, path, 8 + len(text) + header[name]["data_offsets"][0])
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC), 0o644)
+        self._write(struct.pack("<Q", len(text)) + text, 0)
+        # Reserve the whole file at once: a disk that is too small says so now, not hours later.
+        if offset:
+            os.posix_fallocate(self.file, 0, 8 + len(text) + offset)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        entry = self.entries[name]
+        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+            raise ValueError(f"{name}: planned {entry.shape} {entry.dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
+        if tensor.numel():
+            self._write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, entry.offset)
+
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        view, done = memoryview(data), 0
+        while done < len(view):
+            done += os.pwrite(self.file, view[done:], offset + done)
+
+    def close(self) -> None:
+        os.fsync(self.file)
+        os.close(self.file)

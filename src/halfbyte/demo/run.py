@@ -1,0 +1,37 @@
+"""The demonstration: one small model, several methods, one table."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from halfbyte import api, demo
+
+RUNS = [
+    ("minmax", "int4-g128", "compressed-tensors"),
+    ("nearest", "int4-g128", "compressed-tensors"),
+    ("gptq", "int4-g128", "compressed-tensors"),
+    ("gptq", "int4-g128-asym", "gptq"),
+    ("awq", "int4-g128-asym", "awq"),
+    ("awq+gptq", "int4-g128", "compressed-tensors"),
+    ("nearest", "int3-g128", "compressed-tensors"),
+    ("gptq", "int3-g128", "compressed-tensors"),
+    ("gptq", "int8-channel", "gptq"),
+]
+
+
+def rows(folder: Path, samples: int, windows: int, progress: Callable[[str, float, float], None]) -> list[dict[str, Any]]:
+    """Quantize with every method, then measure them all in one pass over the held-out text."""
+    reports = []
+    for number, (method, grid, container) in enumerate(RUNS):
+        progress(f"{method} {grid}", number, len(RUNS) + 1)
+        out = folder / f"{method}-{grid}-{container}"
+        reports.append((out, api.quantize(demo.MODEL, out, method=method, grid=grid, to=container, calibration={"samples": samples}, overwrite=True)))
+    progress("measuring", len(RUNS), len(RUNS) + 1)
+    measured = api.evaluate([out for out, _ in reports], demo.MODEL, windows=windows)
+    table = [
+        {"method": "original", "grid": "", "container": "", "bits_per_weight": 16.0, "size_bytes": reports[0][1]["source"]["size_bytes"], "kl": 0.0, "same_top": 1.0, "perplexity": measured["reference"]["perplexity"], "seconds": 0.0}
+    ]
+    for (_, report), row in zip(reports, measured["models"], strict=True):
+        output = report["output"]
+        table.append({"method": report["recipe"]["method"], "grid": report["recipe"]["grid"], **{k: output[k] for k in ("container", "bits_per_weight", "size_bytes")}, **{k: row[k] for k in ("kl", "same_top", "perplexity")}, "seconds": report["seconds"]})  # fmt: skip
+    return table

@@ -1,0 +1,238 @@
+"""The checkpoint is the truth: its tensors, its config, and everything else in its folder."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers import CONTAINERS, Container
+from halfbyte.containers.safetensors import Entry, read_header
+from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
+from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.models import roles
+
+INDEX = "model.safetensors.index.json"
+WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|onnx|gguf)$|.*\.index\.json$")
+DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One matrix that a method may quantize: a 2-D tensor, or one expert of a 3-D tensor."""
+
+    name: str
+    """The module in the output: the tensor's name without `.weight`, with the expert's number where experts are fused."""
+    tensor: str
+    block: str | None
+    shape: Shape
+    """[out, in], whichever way it lies in the file."""
+    transposed: bool = False
+    expert: int | None = None
+
+
+class Checkpoint:
+    """A folder of safetensors with a config.json."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = _read_json(path / "config.json", f"{path} is no checkpoint: it has no config.json")
+        self.entries = _entries(path)
+
+    @classmethod
+    def open(cls, source: str | Path) -> "Checkpoint":
+        """A folder, or the id of a repository on the Hugging Face hub (org/name or org/name@revision)."""
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return cls(path)
+        if path.exists():
+            raise BadCheckpoint(f"{source} is a file; name the folder that holds config.json and the safetensors")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", str(source)):
+            return cls(_download(str(source)))
+        raise BadCheckpoint(f"there is no folder {source}, and it is no hub id (org/name)")
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        return self.config.get("text_config") or self.config
+
+    @property
+    def model_type(self) -> str:
+        return self.text_config.get("model_type", "")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that engines compute in."""
+        for config in (self.config, self.text_config):
+            name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+            if name in DTYPE_NAMES:
+                return DTYPE_NAMES[name]
+        floats = [e.dtype for e in self.entries.values() if e.dtype in DTYPE_NAMES.values()]
+        return max(set(floats), key=floats.count) if floats else torch.float32
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings", False)))
+
+    @property
+    def other_files(self) -> list[Path]:
+        """Every file that is not a weight, config.json excepted."""
+        return [
+            p
+            for p in sorted(self.path.rglob("*"))
+            if p.is_file() and not WEIGHT_FILE.fullmatch(p.name) and p != self.path / "config.json" and not _hidden(p.relative_to(self.path))
+        ]
+
+    @cached_property
+    def container(self) -> Container | None:
+        """The container of a checkpoint that is quantized already."""
+        config = self.config.get("quantization_config") or self.text_config.get("quantization_config")
+        if not config:
+            return None
+        for kind in CONTAINERS.values():
+            container = kind()
+            if container.reads(config):
+                return container
+        raise Unsupported(f"{self.path} is quantized with '{config.get('quant_method')}', which is not read yet; known: {', '.join(CONTAINERS)}")
+
+    @cached_property
+    def quantized(self) -> dict[str, tuple[Grid, Shape]]:
+        """Grid and shape of every module that is quantized already."""
+        if self.container is None:
+            return {}
+        return self.container.find(self.config.get("quantization_config") or self.text_config["quantization_config"], self.entries)
+
+    @cached_property
+    def parts(self) -> dict[str, str]:
+        """Tensor name to module, for every tensor that is a part of a quantized module."""
+        if self.container is None:
+            return {}
+        suffixes = {suffix for grid, shape in set(self.quantized.values()) for suffix in self.container.plan(grid, shape)}
+        return {f"{m}.{s}": m for m in self.quantized for s in suffixes if f"{m}.{s}" in self.entries}
+
+    def read_quantized(self, module: str) -> Quantized:
+        grid, shape = self.quantized[module]
+        """The matrix of a module that is quantized already, as it lies in the file."""
+        tensors = {n.removeprefix(f"{module}."): self.entries[n].read() for n in self.parts_of[module]}
+        assert self.container is not None
+        return self.container.unpack(tensors, grid, shape)
+
+    @cached_property
+    def parts_of(self) -> dict[str, list[str]]:
+        """The tensors of every quantized module."""
+        owned: dict[str, list[str]] = {}
+        for tensor, module in self.parts.items():
+            owned.setdefault(module, []).append(tensor)
+        return owned
+
+    def read(self, tensor: str) -> Tensor:
+        """A tensor by its name in the unquantized checkpoint; decoded if it is stored quantized."""
+        if tensor in self.entries:
+            return self.entries[tensor].read()
+        module = tensor.removesuffix(".weight")
+        if module in self.quantized:
+            w = self.read_quantized(module).decode()
+            return w.T.contiguous() if roles.is_transposed(tensor, self.model_type) else w
+        raise BadCheckpoint(f"{self.path} has no tensor '{tensor}'")
+
+    def tensors(self) -> dict[str, Shape]:
+        """Names and shapes as in the unquantized checkpoint; fused experts that were quantized stay apart."""
+        shapes = {name: e.shape for name, e in self.entries.items() if name not in self.parts}
+        for module, (_, (out, width)) in self.quantized.items():
+            name = f"{module}.weight"
+            shapes[name] = (width, out) if roles.is_transposed(name, self.model_type) else (out, width)
+        return shapes
+
+    def weights(self) -> Iterator[Weight]:
+        """The matrices inside the blocks of the decoder that a method may quantize, and the head."""
+        layers = self.text_config.get("num_hidden_layers", self.text_config.get("n_layer"))
+        for name, shape in self.tensors().items():
+            block = roles.block_of(name)
+            if block is None and roles.HEAD.match(name) and len(shape) == 2:
+                yield Weight(name.removesuffix(".weight"), name, None, shape)
+            if block is None or roles.KEPT.search(name) or name.endswith("bias"):
+                continue
+            if layers is not None and int(block.rpartition(".")[2]) >= layers:
+                continue  # layers beyond the model's, for multi-token prediction
+            transposed = roles.is_transposed(name, self.model_type)
+            out, width = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1]) if len(shape) > 1 else (0, 0)
+            if len(shape) == 2 and min(shape) >= roles.SMALLEST:
+                yield Weight(name.removesuffix(".weight"), name, block, (out, width), transposed)
+            elif len(shape) == 3 and min(shape[1:]) >= roles.SMALLEST:
+                head, _, last = name.removesuffix(".weight").rpartition(".")
+                for expert in range(shape[0]):
+                    yield Weight(f"{head}.{expert}.{last}", name, block, (out, width), transposed, expert)
+
+    def read_weight(self, weight: Weight) -> Tensor:
+        """[out, in], in the stored precision. Raises BadCheckpoint for NaN or Inf."""
+        if weight.expert is not None and weight.tensor in self.entries:
+            w = self.entries[weight.tensor].read(weight.expert, weight.expert + 1)[0]
+        else:
+            w = self.read(weight.tensor)
+            w = w if weight.expert is None else w[weight.expert]
+        require_finite(weight.tensor, w)
+        return w.T.contiguous() if weight.transposed else w
+
+
+def require_finite(name: str, w: Tensor) -> None:
+    """Raise BadCheckpoint for NaN or Inf: one reduction finds them all, since both survive a sum."""
+    if w.is_floating_point() and not torch.isfinite(w.sum(dtype=torch.float32)):
+        bad = int((~torch.isfinite(w.float())).sum())
+        if bad:
+            raise BadCheckpoint(f"tensor '{name}' holds {bad} NaN or Inf values; no method can round it (mend it, or --skip it with a method that needs no calibration)")
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    if (path / INDEX).exists():
+        index = _read_json(path / INDEX, "")
+        shards = sorted(set(index.get("weight_map", {}).values()))
+        missing = [s for s in shards if not (path / s).exists()]
+        if missing:
+            raise BadCheckpoint(f"{path} lacks {len(missing)} of {len(shards)} shards that {INDEX} names, the first {missing[0]}; download it again")
+    else:
+        index, shards = None, [p.name for p in sorted(path.glob("*.safetensors"))]
+    if not shards:
+        found = sorted({p.suffix for p in path.iterdir() if WEIGHT_FILE.fullmatch(p.name)})
+        hint = f"; it has {', '.join(found)} files: save it again as safetensors" if found else ""
+        raise BadCheckpoint(f"{path} is no checkpoint: it has no safetensors{hint}")
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        entries.update(read_header(path / shard))
+    if index:
+        lost = [name for name in index["weight_map"] if name not in entries]
+        if lost:
+            raise BadCheckpoint(f"{path}: {INDEX} names {len(lost)} tensors that no shard holds, the first '{lost[0]}'")
+    return entries
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadCheckpoint(missing) from None
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadCheckpoint(f"{path} holds no JSON object")
+    return value
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    name, _, revision = source.partition("@")
+    try:
+        folder = snapshot_download(name, revision=revision or None, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "original/*"])
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadRequest(f"{name} is neither a folder nor a model that the hub gives us: {reason}") from None
+    return Path(folder)

@@ -1,0 +1,140 @@
+"""A Transformers model without weights, and where each tensor of the checkpoint lies in it.
+
+Transformers renames tensors and fuses experts while it loads; its own rules (conversion_mapping.py) say how. A Place
+inverts them: it is a view of a parameter in which a tensor of the checkpoint lies as it does in the file.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import core_model_loading as loading
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.models.checkpoint import Checkpoint, require_finite
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the checkpoint lies in a parameter."""
+
+    parameter: str
+    expert: int | None = None
+    first: int = 0
+    """First row of the tensor along `dim`, which counts after the expert's dimension is gone."""
+    dim: int = 0
+    transposed: bool = False
+
+    def view(self, parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The tensor of the checkpoint, of `shape`, sharing memory with the parameter."""
+        view = parameter if self.expert is None else parameter[self.expert]
+        if self.transposed:
+            view = view.transpose(-1, -2)
+        return view.narrow(self.dim, self.first, shape[self.dim]) if shape else view
+
+
+def build(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The model on the meta device, its buffers real. Raises BadCheckpoint for an architecture that nobody knows."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        for part in (config, config.get_text_config(decoder=True)):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager", trust_remote_code=False
+            )
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadCheckpoint(
+            f"Transformers {transformers.__version__} cannot build '{checkpoint.model_type}': {reason} "
+            "(methods without calibration need no model: --method nearest)"
+        ) from None
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        lost = [name for name, b in module.named_buffers(recurse=False) if b.is_meta]
+        for name in lost:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if lost:
+            model._init_weights(module)  # Transformers computes every buffer here, as from_pretrained does
+    return model
+
+
+def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dict[str, Place]:
+    """Where each tensor of the checkpoint lies; tensors that the model does not use are absent."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
+    owner = {pattern: c for c in converters for pattern in c.source_patterns}
+    known = dict(model.state_dict(keep_vars=True))
+    found: dict[str, Place] = {}
+    fused: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(tensors, key=loading.dot_natural_key):
+        target, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target not in known and name in known:
+            target, pattern = name, None
+        if pattern is not None and target in known:
+            fused.setdefault(target, {}).setdefault(pattern, []).append(name)
+        elif target in known:
+            found[name] = Place(target)
+        elif split := re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", target):
+            stack = f"{split[1]}.{split[3]}"  # one expert of a fused tensor, which we quantized by itself
+            if stack in known:
+                found[name] = Place(stack, expert=int(split[2]))
+    for target, sources in fused.items():
+        converter = next(owner[pattern] for pattern in sources)
+        found.update(_fused(target, converter, sources, tensors))
+    return found
+
+
+def _fused(target: str, converter: loading.WeightConverter, sources: dict[str, list[str]], tensors: dict[str, tuple[int, ...]]) -> dict[str, Place]:
+    """Follow the conversion's operations for the names instead of the numbers."""
+    merged, dim, transposed = False, None, False
+    for operation in converter.operations:
+        if isinstance(operation, loading.MergeModulelist) and operation.dim == 0:
+            merged = True
+        elif isinstance(operation, loading.Concatenate):
+            dim = operation.dim - (1 if merged else 0)
+        elif isinstance(operation, loading.Transpose) and {operation.dim0 - merged, operation.dim1 - merged} == {0, 1}:
+            transposed = True
+        else:
+            raise Unsupported(f"Transformers makes '{target}' of the checkpoint by {operation!r}, which calibration cannot follow; --method nearest needs no model")
+    found, first = {}, 0
+    for pattern in converter.source_patterns:
+        names = sources.get(pattern, [])
+        for number, name in enumerate(names):
+            expert = number if merged else None
+            found[name] = Place(target, expert, first if dim is not None else 0, dim or 0, transposed)
+            if dim is not None and not merged:
+                first += tensors[name][dim]
+        if dim is not None and merged and names:
+            first += tensors[names[0]][dim]
+    return found
+
+
+def materialize(module: nn.Module, device: torch.device | str) -> None:
+    """Give every parameter of the module memory, without values."""
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            if p.is_meta:
+                part._parameters[name] = nn.Parameter(torch.empty_like(p, device=device), requires_grad=False)
+
+
+def release(module: nn.Module) -> None:
+    """Take the memory of every parameter back."""
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            part._parameters[name] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint, found: dict[str, Place], names: Iterable[str], device: torch.device | str) -> None:
+    """Read tensors of the checkpoint into the parameters in which they lie."""
+    state = dict(model.state_dict(keep_vars=True))
+    for name in names:
+        value = checkpoint.read(name)
+        require_finite(name, value)
+        found[name].view(state[found[name].parameter].data, tuple(value.shape)).copy_(value.to(device))

@@ -1,0 +1,306 @@
+"""Walk a model block by block: load one, show what its linears read, let it be changed, run it, free it.
+
+The model's own forward runs with each block replaced by a stand-in that notes what the block is called with and hands
+its input on. So masks, positions and whatever else a family passes to its blocks come from its own code, and one walk
+serves calibration and evaluation alike. Memory is one block and the hidden states between two blocks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from halfbyte.errors import BadCheckpoint
+from halfbyte.models import roles, skeleton
+from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.solvers.statistics import Statistics
+
+BATCH_TOKENS = 2048
+PROBE, PROBE_TOKENS = 0, 64
+DROPPED = {"past_key_values", "past_key_value", "use_cache", "cache_position"}
+Report = Callable[[list["Matrix"], Tensor], None]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of a block that something is multiplied by: one to quantize, or another, such as a router."""
+
+    tensor: str
+    expert: int | None
+    weight: Weight | None
+    """None: not to be quantized."""
+
+
+class Block:
+    """One decoder layer. Its parameters hold values between `load` and `free`."""
+
+    def __init__(self, walk: "Walk", module: nn.Module, prefix: str):
+        self.walk, self.module = walk, module
+        self.tensors = [t for t, place in walk.places.items() if place.parameter.startswith(f"{prefix}.")]
+        if not self.tensors:
+            raise BadCheckpoint(f"the checkpoint has no tensor of {prefix}")
+        self.name = roles.block_of(self.tensors[0]) or prefix
+        own = set(self.tensors)
+        self.weights = [w for w in walk.weights if w.tensor in own]
+        self.rows: dict[Weight, Tensor] = {}
+        self.columns: dict[Weight, Tensor] = {}
+        """Scales of rows and columns that folds have moved, not yet in memory: there they would be rounded to 16 bits."""
+
+    def load(self, source: Checkpoint) -> None:
+        skeleton.materialize(self.module, self.walk.device)
+        skeleton.fill(self.walk.model, source, self.walk.places, self.tensors, self.walk.device)
+
+    def free(self) -> None:
+        skeleton.release(self.module)
+
+    def view(self, tensor: str) -> Tensor:
+        """A tensor of the checkpoint, as a view of the parameter in which it lies."""
+        place = self.walk.places[tensor]
+        return place.view(self.walk.model.get_parameter(place.parameter).data, self.walk.shapes[tensor])
+
+    def weight(self, weight: Weight) -> Float[Tensor, "out in"]:
+        """A view of the parameter."""
+        return self.matrix(Matrix(weight.tensor, weight.expert, weight))
+
+    def target(self, weight: Weight) -> Float[Tensor, "out in"]:
+        """What a solver is to round: the weight with the scales of all folds."""
+        w = self.weight(weight)
+        if weight in self.rows or weight in self.columns:
+            w = w.float()
+            w = w * self.rows[weight][:, None] if weight in self.rows else w
+            w = w * self.columns[weight] if weight in self.columns else w
+        return w.contiguous()
+
+    def put(self, weight: Weight, value: Float[Tensor, "out in"]) -> None:
+        """From now on the block computes with `value`, which has the scales of all folds in it."""
+        self.weight(weight).copy_(value)
+        self.rows.pop(weight, None)
+        self.columns.pop(weight, None)
+
+    def matrix(self, matrix: Matrix) -> Float[Tensor, "out in"]:
+        """A view of the parameter, whether it is to be quantized or not."""
+        view = self.view(matrix.tensor)
+        view = view if matrix.expert is None else view[matrix.expert]
+        return view.T if matrix.weight and matrix.weight.transposed else view
+
+    def matrices(self) -> Iterator[tuple[Matrix, Tensor]]:
+        """Every matrix of the block, with its view."""
+        by_tensor: dict[str, list[Weight]] = {}
+        for weight in self.weights:
+            by_tensor.setdefault(weight.tensor, []).append(weight)
+        for tensor in self.tensors:
+            view = self.view(tensor)
+            if view.dim() == 2:
+                yield Matrix(tensor, None, by_tensor.get(tensor, [None])[0]), view
+            elif view.dim() == 3:
+                owned = {w.expert: w for w in by_tensor.get(tensor, [])}
+                for expert in range(view.shape[0]):
+                    yield Matrix(tensor, expert, owned.get(expert)), view[expert]
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, batch: int) -> Tensor:
+        args, kwargs = self.walk.calls[self.module][batch]
+        out = self.module(hidden.to(self.walk.device), *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def observe(self, report: Report, batches: Iterable[int]) -> list[Tensor]:
+        """Run the batches and report every product with a matrix of the block."""
+        with Uses(self, report):
+            return [self.run(self.walk.hidden[batch], batch) for batch in batches]
+
+    def groups(self) -> list[list[Matrix]]:
+        """Matrices that read the same tensor, found by its identity while the probe runs."""
+        groups: list[tuple[Tensor, list[Matrix]]] = []
+
+        def note(matrices: list[Matrix], x: Tensor) -> None:
+            for other, group in groups:  # `groups` keeps every input alive, so no address is used twice
+                if other.data_ptr() == x.data_ptr() and other.numel() == x.numel() and other.shape[-1] == x.shape[-1]:
+                    group.extend(m for m in matrices if m not in group)
+                    return
+            groups.append((x, list(matrices)))
+
+        self.observe(note, [PROBE])
+        return [group for _, group in groups]
+
+    def collect(self, wanted: set[Weight]) -> dict[Weight, Statistics]:
+        """One statistic for each group with a wanted weight. Weights that no token reaches, such as idle experts, get none."""
+        found: dict[Weight, Statistics] = {}
+        leaders: dict[Weight, Weight] = {}
+
+        def join(matrices: list[Matrix]) -> None:
+            weights = [m.weight for m in matrices if m.weight in wanted]
+            for weight in weights:
+                leaders[weight] = weights[0]
+                found[weight] = found.setdefault(weights[0], Statistics(weight.shape[1], self.walk.device))
+
+        def add(matrices: list[Matrix], x: Tensor) -> None:
+            first = next((m.weight for m in matrices if m.weight in wanted), None)
+            if first is not None:
+                if first not in leaders:  # an expert that the probe did not reach
+                    join(matrices)
+                if leaders[first] == first:
+                    found[first].add(x)
+
+        for group in self.groups():
+            join(group)
+        for batch in range(1, len(self.walk.batches)):
+            self.observe(add, [batch])
+        return {weight: s for weight, s in found.items() if s.tokens}
+
+
+class Uses(TorchFunctionMode):
+    """Reports each product of a tensor with a matrix of the block, with a part of one, or with several at once."""
+
+    def __init__(self, block: Block, report: Report):
+        super().__init__()
+        self.report = report
+        self.owners: dict[int, list[tuple[int, int, Matrix, bool]]] = {}
+        for matrix, view in block.matrices():
+            start = view.storage_offset()
+            end = start + 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
+            row_major = (view.stride(-1) == 1) != (matrix.weight is not None and matrix.weight.transposed)
+            self.owners.setdefault(view.untyped_storage().data_ptr(), []).append((start, end, matrix, row_major))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is functional.linear:
+            self._see(args[0], args[1], is_linear=True)
+        elif func in (torch.addmm, torch.Tensor.addmm):
+            self._see(args[1], args[2], is_linear=False)
+        elif func in PRODUCTS:
+            self._see(args[0], args[1], is_linear=False)
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, x: Tensor, operand: Tensor, is_linear: bool) -> None:
+        owners = self.owners.get(operand.untyped_storage().data_ptr())
+        if owners is None:
+            return
+        if operand.dim() == 3:  # a product over all experts at once
+            for number in range(operand.shape[0]):
+                self._see(x[number], operand[number], is_linear)
+            return
+        start = operand.storage_offset()
+        end = start + 1 + sum((n - 1) * s for n, s in zip(operand.shape, operand.stride(), strict=True))
+        read = [(m, row_major) for first, last, m, row_major in owners if first < end and start < last]
+        for matrix, row_major in read:
+            if matrix.weight and row_major != (is_linear == (operand.stride(-1) == 1)):
+                raise BadCheckpoint(f"'{matrix.tensor}' lies transposed to what halfbyte thinks; its family needs a row in models/roles.py (TRANSPOSED)")
+        if read:
+            self.report([m for m, _ in read], x)
+
+
+PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__}
+
+
+class Walk:
+    """A pass of many windows of tokens through a checkpoint, one block at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, windows: Int64[Tensor, "windows length"], dtype: torch.dtype, device: str = "cpu"):
+        self.checkpoint, self.device = checkpoint, torch.device(device)
+        self.model = skeleton.build(checkpoint, dtype)
+        self.shapes = checkpoint.tensors()
+        self.places = skeleton.places(self.model, self.shapes)
+        self.weights = list(checkpoint.weights())
+        per_batch = max(1, BATCH_TOKENS // windows.shape[1])
+        self.batches = [windows[:1, :PROBE_TOKENS], *windows.split(per_batch)]
+        """The first is a probe, small enough to be run again and again."""
+        stack, modules = self._stack()
+        self.blocks = [Block(self, module, f"{stack}.{i}") for i, module in enumerate(modules)]
+        inside = {t for block in self.blocks for t in block.tensors}
+        self.outside = [t for t in self.places if t not in inside]
+        self.calls: dict[nn.Module, list[tuple[tuple, dict[str, Any]]]] = {module: [] for module in modules}
+        self.hidden: list[Tensor] = []
+        """What the next block reads, by batch."""
+        self._returns_tuple = False
+
+    def _stack(self) -> tuple[str, nn.ModuleList]:
+        count = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count and not roles.FOREIGN.search(f"{name}."):
+                return name, module
+        raise BadCheckpoint(f"'{self.checkpoint.model_type}' has no list of {count} decoder layers")
+
+    def missing(self) -> list[str]:
+        """Parameters that no tensor of the checkpoint fills."""
+        filled = {place.parameter for place in self.places.values()}
+        tied = set(self.model.all_tied_weights_keys) if self.checkpoint.tied else set()
+        return [n for n, _ in self.model.named_parameters() if n not in filled and n not in tied]
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Run all that comes before the first block."""
+        if missing := self.missing():
+            raise BadCheckpoint(f"{self.checkpoint.path} lacks {len(missing)} tensors of '{self.checkpoint.model_type}', the first '{missing[0]}'")
+        self._load_outside(head=False)
+        first = self.blocks[0]
+        first.load(self.checkpoint)
+        forward = first.module.forward
+        for number, tokens in enumerate(self.batches):
+            for block in self.blocks:
+                block.module.forward = self._note(block.module, None if number else forward)
+            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        self._restore()
+        first.free()
+        self._free_outside()
+
+    def _note(self, module: nn.Module, forward: Callable | None) -> Callable:
+        def stand_in(hidden: Tensor, *args, **kwargs):
+            kwargs = {name: value for name, value in kwargs.items() if name not in DROPPED}
+            if module is self.blocks[0].module:
+                self.hidden.append(hidden)
+                if forward is not None:
+                    self._returns_tuple = isinstance(forward(hidden, *args, **kwargs), tuple)
+            self.calls[module].append((args, kwargs))
+            return (hidden,) if self._returns_tuple else hidden
+
+        return stand_in
+
+    def _restore(self) -> None:
+        for block in self.blocks:
+            block.module.__dict__.pop("forward", None)
+
+    def advance(self, block: Block) -> None:
+        """Run the block as it now is: its outputs are what the next one reads."""
+        for batch in range(len(self.batches)):
+            self.hidden[batch] = block.run(self.hidden[batch], batch)
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[tuple[Int64[Tensor, "batch length"], Float[Tensor, "batch length vocabulary"]]]:
+        """After the last block: tokens and logits of every batch but the probe."""
+        self._load_outside(head=True)
+        for number, tokens in enumerate(self.batches):
+            if number == 0:
+                continue
+            for block in self.blocks:
+                block.module.forward = self._pass(self.hidden[number])
+            yield tokens, self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        self._restore()
+        self._free_outside()
+
+    def _pass(self, final: Tensor) -> Callable:
+        return lambda hidden, *args, **kwargs: (final,) if self._returns_tuple else final
+
+    def _load_outside(self, head: bool) -> None:
+        names = [t for t in self.outside if head or not roles.HEAD.match(t)]
+        for name, module in self.model.named_modules():
+            if not self._inside(name):
+                for parameter, p in module.named_parameters(recurse=False):
+                    full = f"{name}.{parameter}" if name else parameter
+                    if p.is_meta and any(self.places[t].parameter == full for t in names):
+                        module._parameters[parameter] = nn.Parameter(torch.empty_like(p, device=self.device), requires_grad=False)
+        skeleton.fill(self.model, self.checkpoint, self.places, names, self.device)
+        self.model.tie_weights()
+
+    def _free_outside(self) -> None:
+        for name, module in self.model.named_modules():
+            if not self._inside(name):
+                for parameter, p in module.named_parameters(recurse=False):
+                    module._parameters[parameter] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+
+    def _inside(self, name: str) -> bool:
+        stack, _ = self._stack()
+        return name.startswith(f"{stack}.")

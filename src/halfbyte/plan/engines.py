@@ -1,0 +1,336 @@
+"""Which inference engines will load a checkpoint: checked before a run, from names, grids and shapes alone.
+
+The rules are data, one row per engine and container, each with the file it was read in (public snapshots, 2025-10 to
+2026-09; nothing was executed but Transformers with compressed-tensors). A rule that could not be verified refuses.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from halfbyte.errors import UnknownName
+from halfbyte.grids.grid import Grid
+from halfbyte.grids.scalar import IntGrid
+from halfbyte.models.checkpoint import Weight
+
+Placed = Mapping[Weight, Grid | None]
+Code = tuple[int, bool]  # bits, and whether symmetric
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One family of kernels of an engine, and the grids and shapes that it multiplies by."""
+
+    codes: frozenset[Code]
+    spans: frozenset[int | str]
+    tiles: tuple[tuple[int, int], ...] = ()  # (in, out): a partition must be a multiple of one of these, if there are any
+    note: str = ""
+    flag: str = ""  # what the command needs for this kernel
+
+
+@dataclass(frozen=True)
+class Reads:
+    """How an engine reads one container."""
+
+    kernels: tuple[Kernel, ...]  # fastest first; a grid runs on the first that takes it
+    experts: frozenset[Code] = frozenset()  # what numbered experts (experts.7.up_proj) may be
+    pads: bool = False  # shapes that miss the tiles are padded, not refused
+    fuses: bool = True  # q, k, v and gate, up become one matrix each, so each set has one grid
+    mixes: bool = True  # several grids in one checkpoint
+    one_kernel: bool = False  # ... but only such as run on the same kernel
+    base_experts: bool = False  # rules per module do not reach experts: all of them get the commonest grid
+    keeps: str = "any"  # which matrices of a block may stay in 16 bits: "any", "unfused" (not q, k, v, gate, up) or "none"
+    head: bool = False  # a quantized lm_head
+    transposed: bool = False  # GPT-2's Conv1D
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Engine:
+    command: str
+    default: str
+    reads: Mapping[str, Reads]
+    otherwise: str  # what would work, said of a container that is not in `reads`
+    parallel: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    engine: str
+    loads: bool
+    reasons: tuple[str, ...]  # why not, and what would work; empty when it loads
+    notes: tuple[str, ...]  # true either way
+    tensor_parallel: tuple[int, ...]  # of 1, 2, 4, 8: what groups, packing and tiles permit; the number of heads may permit fewer
+    command: str | None  # serves the folder {path}
+
+
+class Layout(NamedTuple):
+    """What tensor parallelism asks of a matrix."""
+
+    grid: Grid
+    row: bool
+    out: int
+    width: int
+    together: int  # out-features of the matrix that it is fused into
+
+
+DEGREES = (1, 2, 4, 8)
+SYMMETRIC = frozenset({(4, True), (8, True)})
+INT4 = frozenset({(4, True), (4, False)})
+PACKED = frozenset((bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False))
+ANY = frozenset((bits, symmetric) for bits in range(2, 9) for symmetric in (True, False))
+ODD = frozenset((bits, True) for bits in (2, 3, 5, 6, 7))
+# Marlin's groups: vllm-project/vllm model_executor/layers/quantization/utils/marlin_utils.py; SGLang and TGI have the same.
+GROUPS: frozenset[int | str] = frozenset({32, 64, 128})
+SPANS = GROUPS | {"channel"}
+# Marlin's tiles: either (vllm marlin_utils.py marlin_padded_nk; TGI layers/marlin/gptq.py _check_valid_shape), or the first alone
+# (sglang awq/schemes/awq_marlin.py verify_marlin_supports_shape).
+TILES = ((128, 64), (64, 128))
+TURING = "4 and 8 bits run on Marlin or Machete kernels: an NVIDIA GPU of compute capability 7.5 or later"
+AMPERE = "runs on Marlin kernels: an NVIDIA GPU of compute capability 8.0 or later"
+HUMMING = "2, 3, 5, 6 and 7 bits need vLLM of mid-2026 or later and its Humming kernels (NVIDIA only): read in its source, not run"
+EXLLAMA = "runs on the slower exllama kernel, in float16 only"
+MAINTAINED = ("TGI is in maintenance mode", "computes in float16")
+
+# What engines fuse: packed_modules_mapping of vllm model_executor/models/{llama,mixtral,qwen3_5}.py.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"))
+# Split along `in` in tensor parallelism: RowParallelLinear in vllm model_executor/models/*.py. All others are split along `out`.
+ROW = re.compile(r"(^|\.)(o_proj|down_proj|out_proj|c_proj|wo|w2|fc2|fc_out|dense_4h_to_h|attention\.dense|self_attn\.dense)$")
+EXPERT = re.compile(r"\.experts\.\d+\.")
+
+# Paths: vllm/ of vllm-project/vllm; python/sglang/srt/ of sgl-project/sglang; server/text_generation_server/ of
+# huggingface/text-generation-inference. (quantization) is model_executor/layers/quantization in vLLM, layers/quantization in SGLang.
+VLLM = {
+    # (quantization)/compressed_tensors/schemes/compressed_tensors_wNa16.py: symmetric 2 to 8 bits, zero points at 4 and 8; of those
+    # only Hopper's Machete and the package conch have 8 (model_executor/kernels/linear/mixed_precision/*.py can_implement);
+    # requirements/cuda.txt: humming-kernels; models/gpt2.py transposes tensors named .weight only. lm_head: get_quant_method in
+    # compressed_tensors.py asks for a target that names it, and "Linear" does not.
+    "compressed-tensors": Reads(
+        (Kernel(SYMMETRIC | INT4, SPANS, TILES), Kernel(ODD, SPANS, note=HUMMING)),
+        experts=SYMMETRIC,
+        pads=True,
+        transposed=True,
+        notes=(TURING,),
+    ),
+    # (quantization)/auto_gptq.py TYPE_MAP; utils/gptq_utils.py get_dynamic_override (experts have one name, mlp.experts). Pull request
+    # 38288 (mid-2026) took away gptq.py, whose exllama kernel ran zero points, 2 and 3 bits.
+    "gptq": Reads((Kernel(SYMMETRIC, SPANS, TILES),), experts=SYMMETRIC, pads=True, base_experts=True, head=True, transposed=True, notes=(TURING,)),
+    # (quantization)/auto_awq.py. lm_head: only if the config says "lm_head", which ours does not.
+    "awq": Reads((Kernel(INT4, SPANS, TILES),), experts=INT4, pads=True, mixes=False, base_experts=True, transposed=True, notes=(TURING,)),
+}
+SGLANG = {
+    # (quantization)/compressed_tensors/schemes/compressed_tensors_wNa16.py; a quantized lm_head gave noise in silence (issue 35358).
+    "compressed-tensors": Reads((Kernel(SYMMETRIC | INT4, SPANS, TILES[:1], AMPERE),), experts=SYMMETRIC),
+    # (quantization)/gptq/gptq.py: GPTQMarlinConfig, or else GPTQConfig (float16, no experts); gptq/schemes/gptq_linear.py.
+    "gptq": Reads(
+        (Kernel(SYMMETRIC, SPANS, TILES[:1], AMPERE), Kernel(PACKED, SPANS, note=EXLLAMA, flag=" --dtype float16")),
+        experts=SYMMETRIC,
+        one_kernel=True,
+        base_experts=True,
+        head=True,
+    ),
+    # (quantization)/awq/awq.py: is_layer_skipped_awq looks for the kept names in fused names.
+    "awq": Reads((Kernel(INT4, SPANS, TILES[:1], AMPERE),), experts=INT4, mixes=False, base_experts=True, keeps="unfused"),
+}
+TRANSFORMERS = {
+    # transformers/quantizers/quantizer_compressed_tensors.py; compressed_tensors/quantization/lifecycle/apply.py: nn.Linear only.
+    # Experts are 3-D parameters (models/qwen3_moe/modeling_qwen3_moe.py).
+    "compressed-tensors": Reads(
+        (Kernel(ANY, SPANS | {"any group", "tensor"}),),
+        fuses=False,
+        head=True,
+        notes=("needs the package compressed-tensors, which decompresses the weights: it saves no memory or time at run time",),
+    ),
+    # transformers/quantizers/quantizer_gptq.py, huggingface/optimum optimum/gptq/quantizer.py convert_model: all layers of the blocks
+    # get one setting (`dynamic` is not read), lm_head none; Conv1D is replaced too.
+    "gptq": Reads((Kernel(PACKED, SPANS),), fuses=False, mixes=False, keeps="none", transposed=True, notes=("needs gptqmodel and optimum",)),
+    # transformers/quantizers/quantizer_awq.py, integrations/awq.py: nn.Linear only, and not the head.
+    "awq": Reads((Kernel(INT4, SPANS),), fuses=False, mixes=False, notes=("needs the packages gptqmodel and accelerate; float16 on GPUs",)),
+}
+TGI = {
+    # layers/compressed_tensors/{loader,wna16_int}.py (zero points are looked for as .qzeros); the head: layers/tensor_parallel.py.
+    "compressed-tensors": Reads((Kernel(SYMMETRIC, SPANS, TILES, AMPERE),), notes=MAINTAINED[:1]),
+    # utils/quantization.py (no `dynamic`), layers/marlin/gptq.py, layers/gptq/triton.py (2, 4, 8 bits).
+    "gptq": Reads(
+        (Kernel(SYMMETRIC, SPANS, TILES, AMPERE), Kernel(PACKED - {(3, True), (3, False)}, SPANS, note="runs on slower exllama or Triton kernels")),
+        mixes=False,
+        keeps="none",
+        notes=MAINTAINED,
+    ),
+    # layers/marlin/gptq.py: GPTQMarlinWeightsLoader knows no kept modules, and divides by the group size, -1 for channels.
+    "awq": Reads((Kernel(INT4, GROUPS, TILES, AMPERE),), mixes=False, keeps="none", notes=MAINTAINED),
+}
+ENGINES: dict[str, Engine] = {
+    "vllm": Engine("vllm serve {path}", "compressed-tensors", VLLM, "write compressed-tensors, gptq or awq"),
+    "sglang": Engine("python -m sglang.launch_server --model-path {path}", "gptq", SGLANG, "write gptq, compressed-tensors or awq"),
+    "transformers": Engine(
+        'AutoModelForCausalLM.from_pretrained("{path}", device_map="auto")',
+        "compressed-tensors",
+        TRANSFORMERS,
+        "write compressed-tensors, gptq or awq",
+        parallel=False,
+    ),
+    "tgi": Engine("text-generation-launcher --model-id {path}", "gptq", TGI, "write gptq, compressed-tensors or awq"),
+    # NVIDIA/TensorRT-LLM tensorrt_llm/_torch/model_config.py load_hf_quant_config, models/quant_config_utils.py (of compressed-tensors,
+    # neither integers nor weights alone). The scripts that converted AutoGPTQ and AutoAWQ files went with its TensorRT backend.
+    "tensorrt-llm": Engine(
+        "trtllm-serve {path}",
+        "compressed-tensors",
+        {},
+        "it loads FP8, NVFP4, MXFP4 and ModelOpt checkpoints; serve integer weights with vllm or sglang",
+    ),
+}
+
+
+def default_container(engine: str) -> str:
+    """The container that the engine loads best. Raises UnknownName."""
+    return _engine(engine).default
+
+
+def verdicts(container: str, placed: Placed, model_type: str) -> list[Verdict]:
+    return [check(engine, container, placed, model_type) for engine in ENGINES]
+
+
+def check(engine: str, container: str, placed: Placed, model_type: str) -> Verdict:
+    """Whether `engine` loads these weights on these grids (None: kept in 16 bits). Raises UnknownName."""
+    spec = _engine(engine)
+    reads = spec.reads.get(container)
+    if reads is None:
+        return Verdict(engine, False, (f"{engine} does not read integer weights from {container}: {spec.otherwise}",), (), (), None)
+    quantized = {w: g for w, g in placed.items() if g is not None}
+    reasons = [*_grids(engine, container, reads, quantized), *_places(engine, container, reads, placed, model_type)]
+    reasons += _experts(engine, container, reads, placed)
+    kernels = [k for k in reads.kernels if any(_kernel(reads, g) is k for g in set(quantized.values()))]
+    notes = [*reads.notes, *(k.note for k in kernels if k.note)]
+    if any(w.expert is not None and g is None for w, g in placed.items()):
+        notes.append(f"experts that are one 3-D tensor stay in 16 bits; that {engine} finds them so was not verified")
+    degrees: list[int] = []
+    if not reasons:
+        layouts = _layouts(reads, quantized)
+        whole = {d: _misfit(reads, layouts, d, tiles=False) for d in DEGREES}
+        tiled = {d: _misfit(reads, layouts, d, tiles=True) for d in DEGREES}
+        if whole[1] or (tiled[1] and not reads.pads):
+            reasons.append(f"{whole[1] or tiled[1]}, which {engine} cannot hold: choose another group size, or keep it in 16 bits")
+        elif tiled[1]:
+            notes.append(f"{tiled[1]}: vLLM pads such shapes since pull request 45295 (June 2026), older releases refuse them")
+        degrees = [d for d, misfit in (whole if tiled[1] else tiled).items() if misfit is None]
+    if reasons:
+        return Verdict(engine, False, tuple(reasons), tuple(notes), (), None)
+    return Verdict(engine, True, (), tuple(notes), tuple(degrees) if spec.parallel else (), spec.command + "".join(k.flag for k in kernels))
+
+
+def _engine(name: str) -> Engine:
+    if name not in ENGINES:
+        raise UnknownName("engine", name, ENGINES)
+    return ENGINES[name]
+
+
+def _kernel(reads: Reads, grid: Grid) -> Kernel | None:
+    if not isinstance(grid, IntGrid):
+        return None
+    spans = {grid.span, "any group"} if grid.block else {grid.span}
+    return next((k for k in reads.kernels if (grid.bits_per_code, grid.symmetric) in k.codes and spans & k.spans), None)
+
+
+def _grids(engine: str, container: str, reads: Reads, quantized: Mapping[Weight, Grid]) -> Iterator[str]:
+    """What is wrong with the grids, wherever they are."""
+    grids = sorted(set(quantized.values()), key=str)
+    for grid in grids:
+        if _kernel(reads, grid) is None:
+            yield f"{engine} has no kernel for {grid} in {container}; it takes {_offer(reads)}"
+    if len(grids) > 1 and not reads.mixes:
+        yield f"{engine} reads one grid from {container}, not {', '.join(map(str, grids))}: use one, or write compressed-tensors"
+    kernels = {_kernel(reads, grid) for grid in grids} - {None}
+    if reads.one_kernel and len(kernels) > 1:
+        yield f"{engine} runs all of a {container} checkpoint on one kernel, which does not exist for {', '.join(map(str, grids))}: use symmetric int4 and int8"
+
+
+def _offer(reads: Reads) -> str:
+    offers = []
+    for kernel in reads.kernels:
+        codes = [f"int{b}" + ("" if (b, False) in kernel.codes else " (symmetric)") for b in sorted({b for b, _ in kernel.codes})]
+        spans = sorted(s for s in kernel.spans if isinstance(s, int)) + sorted(s for s in kernel.spans if isinstance(s, str))
+        offers.append(f"{', '.join(codes)} per {', '.join(f'g{s}' if isinstance(s, int) else s for s in spans)}")
+    return "; or ".join(offers)
+
+
+def _places(engine: str, container: str, reads: Reads, placed: Placed, model_type: str) -> Iterator[str]:
+    """What is wrong with where the grids are."""
+    quantized = [w for w, g in placed.items() if g is not None]
+    if fused := [w.name for w in quantized if w.expert is not None]:
+        yield f"{engine} holds fused experts as one 3-D tensor and knows no '{fused[0]}' ({len(fused)} such): keep the experts in 16 bits"
+    if heads := [w.name for w in quantized if w.block is None and not reads.head]:
+        yield f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
+    if turned := [w.name for w in quantized if w.transposed and w.expert is None and not reads.transposed]:
+        yield f"{turned[0]} of {model_type} is a Conv1D, which {engine} is not known to load from {container}: keep it in 16 bits, or use vllm"
+    for names, grids in _siblings(placed).values():
+        if reads.fuses and len(set(grids)) > 1:
+            found = ", ".join(f"{n}: {g or '16 bits'}" for n, g in zip(names, grids, strict=True))
+            yield f"{engine} fuses these into one matrix, so they need one grid, or all 16 bits ({found})"
+            break
+    kept = [w for w, g in placed.items() if g is None and w.block is not None]
+    if reads.keeps == "unfused":
+        kept = [w for w in kept if any(w.name.rpartition(".")[2] in names for names in FUSED)]
+    if quantized and kept and reads.keeps != "any":
+        yield f"{engine} does not see in {container} that {kept[0].name} is kept ({len(kept)} such): quantize it, or write compressed-tensors"
+
+
+def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Iterator[str]:
+    experts = {w: g for w, g in placed.items() if EXPERT.search(w.name)}
+    grids = Counter(g for g in placed.values() if g is not None)
+    if not experts or not grids:
+        return
+    main = grids.most_common(1)[0][0]
+    known = ["int{}{}".format(bits, "" if symmetric else "-asym") for bits, symmetric in sorted(reads.experts)]
+    for w, g in experts.items():
+        if w.expert is None and isinstance(g, IntGrid) and (g.bits_per_code, g.symmetric) not in reads.experts:
+            instead = f"use {' or '.join(known)}" if known else "keep the experts in 16 bits"
+            yield f"{engine} is not known to load {w.name} on {g} from {container}: {instead}"
+            break
+    if reads.base_experts and (odd := [w for w, g in experts.items() if g != main]):
+        yield f"{engine} takes all experts in {container} to be {main}, unlike {odd[0].name}: make them so, or write compressed-tensors"
+    blocks: defaultdict[str | None, set[Grid | None]] = defaultdict(set)
+    for w, g in experts.items():
+        blocks[w.block].add(g)
+    if uneven := [block for block, found in blocks.items() if len(found) > 1]:
+        yield f"{engine} loads the experts of {uneven[0]} as one tensor, so they need one grid, or all 16 bits"
+
+
+def _siblings(placed: Placed) -> dict[tuple[str, int], tuple[list[str], list[Grid | None]]]:
+    """Names and grids of each set of matrices that engines fuse."""
+    sets: dict[tuple[str, int], tuple[list[str], list[Grid | None]]] = {}
+    for weight, grid in placed.items():
+        prefix, _, last = weight.name.rpartition(".")
+        for index, names in enumerate(FUSED):
+            if last in names:
+                found, grids = sets.setdefault((prefix, index), ([], []))
+                found.append(weight.name)
+                grids.append(grid)
+    return sets
+
+
+def _layouts(reads: Reads, quantized: Mapping[Weight, Grid]) -> dict[Layout, str]:
+    """Every kind of matrix there is, and the first that is so."""
+    sizes = {w.name: w.shape[0] for w in quantized}
+    together = {name: sum(sizes[n] for n in names) for names, _ in _siblings(quantized).values() for name in names} if reads.fuses else {}
+    found: dict[Layout, str] = {}
+    for w, grid in quantized.items():
+        found.setdefault(Layout(grid, bool(ROW.search(w.name)), *w.shape, together.get(w.name, w.shape[0])), w.name)
+    return found
+
+
+def _misfit(reads: Reads, layouts: Mapping[Layout, str], degree: int, tiles: bool) -> str | None:
+    """The first matrix that cannot be split over `degree` devices, and why: groups and packing, and tiles if asked."""
+    for (grid, row, out, width, together), name in layouts.items():
+        split = width if row else out
+        if split % degree or (degree > 1 and split // degree * grid.bits_per_code % 32):
+            return f"{name} ({out} x {width}) does not split into {degree} parts of whole 32-bit words"
+        width, together = (width // degree, together) if row else (width, together // degree)
+        if grid.block and width % grid.block:
+            return f"{name} has {width} in-features, no multiple of the group {grid.block}"
+        shapes = _kernel(reads, grid).tiles if tiles else ()
+        if shapes and all(width % a or together % b for a, b in shapes):
+            return f"{name} ({together} x {width} as fused) is no multiple of {' or '.join(f'{b} x {a}' for a, b in shapes)} (out x in)"
+    return None

@@ -1,0 +1,50 @@
+"""What is in a checkpoint: tensors, grids, bits per weight, sizes, and, where a report lies beside it, the worst layers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from halfbyte.models.checkpoint import Checkpoint
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Read headers only, and the zero points where only they tell a grid."""
+    checkpoint = Checkpoint.open(path)
+    kinds: dict[str, dict[str, Any]] = {}
+    for module, (grid, shape) in checkpoint.quantized.items():
+        _count(kinds, str(grid), shape[0] * shape[1], sum(checkpoint.entries[t].size_bytes for t in checkpoint.parts_of[module]))
+    for name, entry in checkpoint.entries.items():
+        if name not in checkpoint.parts:
+            _count(kinds, str(entry.dtype).removeprefix("torch."), entry.size_bytes // entry.dtype.itemsize, entry.size_bytes)
+    for row in kinds.values():
+        row["bits_per_weight"] = 8 * row["size_bytes"] / max(row["weights"], 1)
+    total = sum(row["size_bytes"] for row in kinds.values())
+    report = _report(checkpoint.path)
+    return {
+        "path": str(checkpoint.path),
+        "model_type": checkpoint.model_type,
+        "container": checkpoint.container.name if checkpoint.container else None,
+        "size_bytes": total,
+        "parameters": sum(row["weights"] for row in kinds.values()),
+        "bits_per_parameter": 8 * total / max(sum(row["weights"] for row in kinds.values()), 1),
+        "grids": kinds,
+        "error_of": report.get("error_of"),
+        "weights": sorted(report.get("weights", []), key=lambda row: -row["error"]),
+        "warnings": report.get("warnings", []),
+        "evaluation": report.get("evaluation"),
+    }
+
+
+def _count(kinds: dict[str, dict[str, Any]], kind: str, weights: int, size_bytes: int) -> None:
+    row = kinds.setdefault(kind, {"tensors": 0, "weights": 0, "size_bytes": 0})
+    row["tensors"] += 1
+    row["weights"] += weights
+    row["size_bytes"] += size_bytes
+
+
+def _report(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # another tool's checkpoint has no report of ours
+    return value if isinstance(value, dict) and "weights" in value else {}

@@ -1,0 +1,13 @@
+"""Round every weight to the nearest level of a grid fitted to it."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from halfbyte.grids.grid import Grid, Quantized
+from halfbyte.solvers.statistics import Statistics
+
+
+def nearest(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics | None = None, search: bool = True) -> Quantized:
+    """With `search`, scales minimise the squared error, weighted by the importance of in-features if statistics are given."""
+    params = grid.fit(w, statistics.importance if statistics else None, search)
+    return Quantized(grid, grid.encode(w, params), params)

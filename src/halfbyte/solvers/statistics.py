@@ -1,0 +1,104 @@
+"""What is remembered of the inputs of a linear: one statistic for every solver and transform.
+
+The Hessian of the squared output error with respect to a row of the weight is X^T X (Frantar et al., 2210.17323); its
+diagonal is the importance that AWQ, imatrix-weighted rounding and clipping searches use.
+"""
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+DAMPING = 0.01
+STRIPES = 8
+ERROR_PRODUCTS = 1 << 31
+"""Multiplications that an error estimate may cost: 512 rows of a 2048-wide matrix, or 32 rows of an 8192-wide one."""
+
+
+class Statistics:
+    """Sum of x x^T over the tokens that a linear has read."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu"):
+        self.tokens = 0
+        self._sum = torch.zeros(width, width, device=device)
+        self._whole = True
+        self._factor: tuple[Tensor, Tensor] | None = None
+
+    def add(self, x: Float[Tensor, "... width"]) -> None:
+        """Accumulate in float32: inputs of 16 bits have exact products, and sums of thousands need the rest.
+
+        Only the lower triangle is kept up, in stripes: about half of the arithmetic of a full product.
+        """
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += x.shape[0]
+        self._whole = False
+        for first, last in self._stripes():
+            self._sum[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
+
+    def _stripes(self) -> list[tuple[int, int]]:
+        size = max(256, -(-self.width // STRIPES))
+        return [(first, min(first + size, self.width)) for first in range(0, self.width, size)]
+
+    @property
+    def width(self) -> int:
+        return self._sum.shape[0]
+
+    @property
+    def hessian(self) -> Float32[Tensor, "width width"]:
+        """Sum of x x^T, both triangles."""
+        if not self._whole:
+            for first, last in self._stripes():
+                self._sum[:first, first:last] = self._sum[first:last, :first].T
+            self._whole = True
+        return self._sum
+
+    @property
+    def importance(self) -> Float32[Tensor, " width"]:
+        """Mean of x^2 per in-feature."""
+        return self._sum.diagonal() / max(self.tokens, 1)
+
+    def divide(self, scale: Float32[Tensor, " width"]) -> None:
+        """From now on, the statistic of x / scale."""
+        self._sum.div_(scale).div_(scale[:, None])
+        self._factor = None
+
+    def factor(self, step: int = 1) -> tuple[Tensor, Tensor]:
+        """(order, L): `order` lists in-features from the least to the most important, and the Hessian, damped and put
+        in that order, is L' L'^T with L = L' / diag(L') unit lower triangular. Rounding goes from the last row to the first.
+
+        Damping is a hundredth of the mean of the diagonal, times ten as often as the factorisation fails.
+        Raises NotPositive when even a damping of ten times the mean does not help.
+        """
+        if self._factor is None:
+            hessian = self.hessian
+            order = hessian.diagonal().view(-1, step).sum(1).argsort(stable=True)
+            order = (order[:, None] * step + torch.arange(step, device=order.device)).reshape(-1)
+            damping = DAMPING * hessian.diagonal().mean().item()
+            for _ in range(4):
+                lower = hessian[order[:, None], order[None, :]]
+                lower.diagonal().add_(damping)
+                failed = torch.empty((), dtype=torch.int32, device=lower.device)
+                torch.linalg.cholesky_ex(lower, out=(lower, failed))  # in place: the matrix may be a quarter of a gigabyte
+                if not failed and torch.isfinite(lower.diagonal()).all():
+                    self._factor = (order, lower.div_(lower.diagonal().clone()))
+                    return self._factor
+                damping *= 10
+            raise NotPositive
+        return self._factor
+
+    def error(self, w: Float[Tensor, "out width"], rounded: Float32[Tensor, "out width"]) -> float:
+        """Relative error of the output, ||X (W - R)^T|| / ||X W^T||, over evenly spaced rows where there are many."""
+        rows = sample_rows(w.shape[0], ERROR_PRODUCTS // w.shape[1] ** 2)
+        w = w[rows].float()
+        delta = w - rounded[rows].float()
+        hessian = self.hessian
+        lost, all_of_it = ((m @ hessian) * m for m in (delta, w))
+        return (lost.sum() / all_of_it.sum().clamp(min=1e-30)).clamp(min=0).sqrt().item()
+
+
+def sample_rows(count: int, budget: int) -> slice:
+    """Evenly spaced rows, at most about `budget` and at least 32."""
+    return slice(0, count, max(1, count // max(budget, 32)))
+
+
+class NotPositive(ArithmeticError):
+    """A Hessian that no damping makes positive definite: inputs that overflow or are not finite."""

@@ -1,0 +1,162 @@
+"""The rules were read in the engines' own loaders: see the comments in plan/engines.py. What is pinned here is what users rely on."""
+
+import pytest
+
+from halfbyte.containers import CONTAINERS
+from halfbyte.errors import UnknownName
+from halfbyte.grids.scalar import IntGrid
+from halfbyte.models.checkpoint import Weight
+from halfbyte.plan.engines import ENGINES, check, default_container, verdicts
+
+SHAPES = {  # Llama-3 8B
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+MOE = {f"mlp.experts.{e}.{n}": s for e in range(2) for n, s in {"gate_proj": (768, 2048), "up_proj": (768, 2048), "down_proj": (2048, 768)}.items()}
+
+
+def place(grid, shapes=SHAPES, head=None, **others):
+    """One block on `grid`, but for matrices whose last name is in `others`; lm_head on `head`."""
+    placed, block = {Weight("lm_head", "lm_head.weight", None, (128256, 4096)): head}, "model.layers.0"
+    for name, shape in shapes.items():
+        placed[Weight(f"{block}.{name}", f"{block}.{name}.weight", block, shape)] = others.get(name.rpartition(".")[2], grid)
+    return {weight: IntGrid.parse(g) if g else None for weight, g in placed.items()}
+
+
+def judge(engine, container, placed, model_type="llama"):
+    verdict = check(engine, container, placed, model_type)
+    assert verdict.loads == (not verdict.reasons) == (verdict.command is not None)
+    assert verdict.loads or verdict.tensor_parallel == ()
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("engine", "container", "grid", "loads"),
+    [
+        ("vllm", "compressed-tensors", "int4-g128", True),
+        ("vllm", "compressed-tensors", "int4-g128-asym", True),
+        ("vllm", "compressed-tensors", "int8-channel", True),
+        ("vllm", "compressed-tensors", "int8-channel-asym", False),
+        ("vllm", "compressed-tensors", "int3-g128", True),
+        ("vllm", "compressed-tensors", "int3-g128-asym", False),
+        ("vllm", "compressed-tensors", "int4-tensor", False),
+        ("vllm", "compressed-tensors", "int4-g256", False),
+        ("vllm", "gptq", "int4-g128", True),
+        ("vllm", "gptq", "int4-g128-asym", False),
+        ("vllm", "gptq", "int3-g128", False),
+        ("vllm", "awq", "int4-g128-asym", True),
+        ("sglang", "compressed-tensors", "int4-g128", True),
+        ("sglang", "compressed-tensors", "int3-g128", False),
+        ("sglang", "gptq", "int3-g128-asym", True),
+        ("transformers", "compressed-tensors", "int5-g16-asym", True),
+        ("transformers", "compressed-tensors", "int4-tensor", True),
+        ("transformers", "gptq", "int2-g128-asym", True),
+        ("tgi", "compressed-tensors", "int4-g128", True),
+        ("tgi", "compressed-tensors", "int4-g128-asym", False),
+        ("tgi", "gptq", "int2-g128", True),
+        ("tgi", "gptq", "int3-g128", False),
+        ("tgi", "awq", "int4-channel-asym", False),
+        ("tensorrt-llm", "gptq", "int4-g128", False),
+        ("tensorrt-llm", "compressed-tensors", "int4-g128", False),
+    ],
+)
+def test_grids(engine, container, grid, loads):
+    assert judge(engine, container, place(grid)).loads == loads
+
+
+def test_serving_says_how():
+    verdict = judge("vllm", "compressed-tensors", place("int4-g128"))
+    assert verdict.command.format(path="out") == "vllm serve out"
+    assert verdict.tensor_parallel == (1, 2, 4, 8)
+    slow = judge("sglang", "gptq", place("int4-g128-asym"))
+    assert slow.command.endswith("--dtype float16")
+    assert any("exllama" in note for note in slow.notes)
+    assert judge("transformers", "gptq", place("int4-g128")).tensor_parallel == ()
+
+
+@pytest.mark.parametrize(("width", "group", "degrees"), [(11008, 128, (1, 2)), (14336, 32, (1, 2, 4, 8)), (1536, 128, (1, 2, 4)), (1536, 32, (1, 2, 4))])
+def test_tensor_parallel_keeps_groups_and_tiles_whole(width, group, degrees):
+    shapes = {"mlp.gate_proj": (width, 4096), "mlp.up_proj": (width, 4096), "mlp.down_proj": (4096, width)}
+    assert judge("sglang", "compressed-tensors", place(f"int4-g{group}", shapes)).tensor_parallel == degrees
+
+
+def test_small_shapes_are_padded_by_vllm_alone():
+    shapes = {"mlp.down_proj": (96, 160)}
+    verdict = judge("vllm", "compressed-tensors", place("int4-g32", shapes))
+    assert verdict.tensor_parallel == (1,)
+    assert any("45295" in note for note in verdict.notes)
+    assert not judge("sglang", "compressed-tensors", place("int4-g32", shapes)).loads
+
+
+@pytest.mark.parametrize(
+    ("engine", "container", "placed", "word"),
+    [
+        ("vllm", "compressed-tensors", place("int4-g128", v_proj="int8-g128"), "fuses"),
+        ("vllm", "compressed-tensors", place("int4-g128", up_proj=None), "fuses"),
+        ("sglang", "gptq", place("int4-g128", k_proj="int8-g128"), "fuses"),
+        ("vllm", "awq", place("int4-g128", down_proj="int4-g64"), "one grid"),
+        ("transformers", "gptq", place("int4-g128", down_proj="int8-g128"), "one grid"),
+        ("transformers", "gptq", place("int4-g128", down_proj=None), "kept"),
+        ("tgi", "awq", place("int4-g128", o_proj=None), "kept"),
+        ("sglang", "awq", place("int4-g128", gate_proj=None, up_proj=None), "kept"),
+        ("sglang", "gptq", place("int4-g128", down_proj="int3-g128"), "one kernel"),
+        ("vllm", "compressed-tensors", place("int4-g128", head="int8-channel"), "lm_head"),
+        ("tgi", "gptq", place("int4-g128", head="int4-g128"), "lm_head"),
+        ("vllm", "compressed-tensors", place("int4-g128-asym", MOE), "experts"),
+        ("vllm", "compressed-tensors", place("int4-g128", MOE, down_proj="int8-g128"), "as one tensor"),
+        ("vllm", "gptq", place(None, MOE) | place("int4-g128"), "experts"),
+        ("transformers", "compressed-tensors", place("int4-g128", MOE), "experts"),
+    ],
+)
+def test_refused(engine, container, placed, word):
+    assert word in " ".join(judge(engine, container, placed).reasons)
+
+
+@pytest.mark.parametrize(
+    ("engine", "container", "placed"),
+    [
+        ("vllm", "compressed-tensors", place("int4-g128", down_proj="int8-g128", o_proj=None)),
+        ("vllm", "gptq", place("int4-g128", down_proj="int8-g128", o_proj=None)),
+        ("vllm", "gptq", place("int4-g128", head="int4-g128")),
+        ("transformers", "compressed-tensors", place("int4-g128", v_proj="int8-g128", head="int8-channel")),
+        ("sglang", "awq", place("int4-g128-asym", down_proj=None)),
+        ("vllm", "compressed-tensors", place("int4-g128", MOE)),
+        ("vllm", "compressed-tensors", place(None)),
+    ],
+)
+def test_accepted(engine, container, placed):
+    assert judge(engine, container, placed).loads
+
+
+def test_conv1d():
+    placed = {Weight("h.0.mlp.c_fc", "h.0.mlp.c_fc.weight", "h.0", (3072, 768), transposed=True): IntGrid.parse("int4-g128")}
+    refused = judge("transformers", "compressed-tensors", placed, "gpt2")
+    assert "of gpt2 is a Conv1D" in refused.reasons[0]
+    assert judge("transformers", "gptq", placed, "gpt2").loads
+    assert judge("vllm", "compressed-tensors", placed, "gpt2").loads
+
+
+def test_experts_of_a_3d_tensor():
+    block = "model.layers.0"
+    experts = [Weight(f"{block}.mlp.experts.{e}.down_proj", f"{block}.mlp.experts.down_proj", block, (2880, 2880), False, e) for e in range(2)]
+    for engine in ENGINES:
+        assert not judge(engine, "compressed-tensors", dict.fromkeys(experts, IntGrid.parse("int4-g32")), "gpt_oss").loads
+    kept = judge("vllm", "compressed-tensors", place("int4-g128") | dict.fromkeys(experts), "gpt_oss")
+    assert kept.loads
+    assert any("not verified" in note for note in kept.notes)
+
+
+def test_every_engine_answers():
+    assert [v.engine for v in verdicts("gptq", place("int4-g128"), "llama")] == list(ENGINES)
+    assert all(default_container(engine) in CONTAINERS for engine in ENGINES)
+    assert all(set(engine.reads) <= set(CONTAINERS) for engine in ENGINES.values())
+
+
+def test_unknown_engine_suggests():
+    with pytest.raises(UnknownName, match="did you mean vllm"):
+        check("vlm", "gptq", {}, "llama")
