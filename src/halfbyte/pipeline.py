@@ -17,9 +17,9 @@ from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import BrokenOutput
 from halfbyte.grids.grid import Grid, Quantized
 from halfbyte.models import calibrate
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint, Weight, require_finite
 from halfbyte.models.walk import Block, Walk
-from halfbyte.recipe import Job, Recipe, resolve, transcoding
+from halfbyte.recipe import SKIPPED, Job, Recipe, resolve, transcoding
 from halfbyte.report import build
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import NotPositive, Statistics, sample_rows
@@ -70,6 +70,8 @@ class Run:
             self.folder.write(f"{weight.name}.{suffix}", tensor)
 
     def keep(self, tensor: str, value: Tensor) -> None:
+        if self.job.kept[tensor] != SKIPPED:
+            require_finite(tensor, value)
         self.digests[tensor] = digest(value)
         self.folder.write(tensor, value)
 
@@ -87,7 +89,7 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
     if job.method.calibrated:
         c = job.recipe.calibration
         windows = calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
-    folder = Folder(out, layout(job), identity(job, windows), overwrite, job.recipe.shard_gb * 1e9)
+    folder = Folder(out, layout(job), identity(job, windows), job.recipe.shard_gb * 1e9)
     with kept_on_interrupt(folder):
         run = Run(job, folder, progress, windows=windows)
         if windows is None:
@@ -109,7 +111,7 @@ def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = Fals
     job = transcoding(str(source), to)
     out = Path(out).expanduser()
     claim(out, job.checkpoint.path, overwrite)
-    folder = Folder(out, layout(job), identity(job, None), overwrite, job.recipe.shard_gb * 1e9)
+    folder = Folder(out, layout(job), identity(job, None), job.recipe.shard_gb * 1e9)
 
     def transcode(q: Quantized, grid: Grid) -> Quantized:
         return q if q.grid == grid else SOLVERS["nearest"](q.decode(), grid, None)
@@ -200,8 +202,8 @@ def _walk(run: Run, windows: calibrate.Windows) -> None:
     """With calibration: block after block, each fed by the blocks before it as they were quantized."""
     job = run.job
     source = job.checkpoint
-    walk = Walk(source, windows.tokens, source.dtype)
-    finder = Finder(_head_dim(source))
+    walk = Walk(source, windows.tokens, source.dtype, twin=job.method.twin)
+    finder = Finder()
     run.progress("embedding", 0, len(walk.blocks))
     walk.start()
     records = {record["block"]: record for record in run.folder.journal if "block" in record}
@@ -210,6 +212,8 @@ def _walk(run: Run, windows: calibrate.Windows) -> None:
         run.progress(block.name, number, len(walk.blocks))
         block.load(source)
         if block.name in records:
+            if walk.original:
+                walk.original = [block.run(hidden, batch) for batch, hidden in enumerate(walk.original)]
             _recall(run, records[block.name])
             _restore(run, block)
         else:
@@ -239,7 +243,7 @@ def _solve(run: Run, block: Block, finder: Finder) -> None:
         folds += TRANSFORMS[name](block, finder, grids, statistics)
     rows, digests = [], {}
     for weight, grid in grids.items():
-        w, known = block.target(weight), statistics.get(weight)
+        w, known = block.target(weight), statistics.pop(weight, None)  # the last weight of a group frees its Hessian
         q, note = solve(w, grid, known, job.method.solver)
         decoded = q.decode()
         error = known.error(w, decoded) if known else _weight_error(w, q)
@@ -289,6 +293,8 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
     """Small files, the check of what was written, and the report."""
     job, source = run.job, run.job.checkpoint
     kept = [c.weight.name for c in job.choices if not c.grid] + _routers(job)
+    if all(w.block for w in job.grids) and "lm_head" not in kept:
+        kept.append("lm_head")  # a head that is tied, or has another name in the file, is a linear to engines all the same
     config = job.container.config({w.name: g for w, g in job.grids.items()}, kept, source.dtype)
     report = build.report(run.job, run.rows, run.folds, run.windows, time.perf_counter() - started)
     files = {"config.json": build.as_json({**source.config, "quantization_config": config}), "recipe.yaml": job.recipe.dump()}
@@ -348,9 +354,3 @@ def _recall(run: Run, record: dict) -> None:
     run.rows |= {row["name"]: Row(**row) for row in record.get("rows", [])}
     run.digests |= record.get("digests", {})
     run.folds += record.get("folds", [])
-
-
-def _head_dim(checkpoint: Checkpoint) -> int:
-    config = checkpoint.text_config
-    heads = config.get("num_attention_heads") or config.get("n_head") or 1
-    return config.get("head_dim") or (config.get("hidden_size") or config.get("n_embd") or heads) // heads

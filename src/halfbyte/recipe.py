@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from halfbyte import grids
 from halfbyte.containers import CONTAINERS, GPTQ, Container, container_named
@@ -19,6 +19,7 @@ from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.plan import engines
 
 SMALLER_GROUPS = (256, 128, 64, 32)
+SKIPPED = "skipped as asked"
 
 
 class Calibration(BaseModel):
@@ -28,7 +29,7 @@ class Calibration(BaseModel):
     source: str = "default"
     samples: int = Field(128, ge=1)
     length: int = Field(512, ge=8)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
 
 
 class Recipe(BaseModel):
@@ -46,14 +47,24 @@ class Recipe(BaseModel):
     head: bool = False
     shard_gb: float = Field(5.0, gt=0)
 
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _source(cls, words: object) -> object:
+        return {"source": words} if isinstance(words, str) else words
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _patterns(cls, words: object) -> object:
+        return (words,) if isinstance(words, str) else words
+
     @classmethod
     def load(cls, path: Path, **changes) -> "Recipe":
         """A recipe from a YAML file; `changes` win."""
         try:
             words = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BadRequest(f"recipe {path} cannot be read: {str(error).splitlines()[0]}") from None
-        if not isinstance(words, dict):
+            raise BadRequest(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+        if not isinstance(words, dict) or not all(isinstance(name, str) for name in words):
             raise BadRequest(f"recipe {path} is no mapping of names to values")
         return cls.of(**{**words, **changes})
 
@@ -65,7 +76,10 @@ class Recipe(BaseModel):
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             if first["type"] == "extra_forbidden":
-                raise UnknownName("recipe entry", name, cls.model_fields) from None
+                known = [*cls.model_fields, *(f"calibration.{field}" for field in Calibration.model_fields)]
+                raise UnknownName("recipe entry", name, known) from None
+            if first["type"] == "missing":
+                raise BadRequest(f"the recipe has no {name}") from None
             raise BadRequest(f"recipe entry {name}: {first['msg'].lower()}, not {first.get('input')!r}") from None
 
     def dump(self) -> str:
@@ -83,6 +97,8 @@ class Method:
     transforms: tuple[str, ...]
     solver: str
     calibrated: bool
+    twin: bool = False
+    """Whether the unquantized model runs beside the one that is being quantized."""
 
 
 PARTS: dict[str, Method] = {
@@ -90,6 +106,7 @@ PARTS: dict[str, Method] = {
     "nearest": Method((), "nearest", calibrated=False),
     "imatrix": Method((), "nearest", calibrated=True),
     "gptq": Method((), "gptq", calibrated=True),
+    "gptaq": Method((), "gptaq", calibrated=True, twin=True),
     "awq": Method(("awq",), "nearest", calibrated=True),
 }
 METHODS = (*PARTS, "awq+gptq")
@@ -100,11 +117,13 @@ def method_named(name: str) -> Method:
     parts = name.split("+")
     for part in parts:
         if part not in PARTS:
-            raise UnknownName("method", part, PARTS)
+            raise UnknownName("method", part, METHODS)
+    if len(set(parts)) < len(parts):
+        raise BadRequest(f"method '{name}' names a part twice")
     chosen = [PARTS[part] for part in parts]
     if len(chosen) > 1 and any(m.transforms == () for m in chosen[:-1]):
         raise BadRequest(f"method '{name}' has two solvers; put transforms first and one solver last, such as awq+gptq")
-    return Method(sum((m.transforms for m in chosen), ()), chosen[-1].solver, any(m.calibrated for m in chosen))
+    return Method(sum((m.transforms for m in chosen), ()), chosen[-1].solver, any(m.calibrated for m in chosen), any(m.twin for m in chosen))
 
 
 @dataclass(frozen=True)
@@ -146,9 +165,10 @@ def resolve(recipe: Recipe) -> Job:
         raise UnknownName("engine", recipe.engine, engines.ENGINES)
     checkpoint = Checkpoint.open(recipe.model)
     if checkpoint.container:
+        other = next(name for name in (container.name, *CONTAINERS) if name != checkpoint.container.name)
         raise Unsupported(
             f"{recipe.model} is quantized already ({checkpoint.container.name}, {_most(checkpoint.quantized.values())}); "
-            f"quantize the original, or change its container with: halfbyte convert {recipe.model} -o OUT --to {container.name}"
+            f"quantize the original, or change its container with: halfbyte convert {recipe.model} -o OUT --to {other}"
         )
     choices = choose(checkpoint, container, grid, overrides, recipe.skip, recipe.head)
     job = Job(recipe, checkpoint, container, method, choices, keep(checkpoint, choices), [])
@@ -174,6 +194,7 @@ def transcoding(source: str, to: str) -> Job:
         elif "zero" in q.params and not q.params["zero"].all():
             versions.add(2)
         choices.append(fit(weight, grid, container, note))
+    _check_mixed(choices, container)
     if isinstance(container, GPTQ):
         container = GPTQ(max(versions))
     recipe = Recipe(model=source, method="convert", grid=_most(checkpoint.quantized.values()), to=container.name)
@@ -190,14 +211,14 @@ def choose(checkpoint: Checkpoint, container: Container, grid: Grid, overrides: 
         raise Unsupported(f"{checkpoint.path} has no matrix in numbered blocks to quantize")
     for pattern in (*overrides, *skip):
         if not any(matches(w, pattern) for w in weights):
-            raise BadRequest(f"pattern '{pattern}' matches no weight; they are called like {weights[0].name}")
+            raise BadRequest(f"pattern '{pattern}' matches no weight; they are called like {next(w.name for w in weights if w.block)}")
     if head and not any(w.block is None for w in weights):
         raise Unsupported("the head shares its tensor with the embedding, which is looked up and not multiplied; it stays in 16 bits")
     choices = []
     for weight in weights:
         wanted = next((g for p, g in overrides.items() if matches(weight, p)), grid)
         if any(matches(weight, p) for p in skip):
-            choices.append(Choice(weight, None, "skipped as asked"))
+            choices.append(Choice(weight, None, SKIPPED))
         elif weight.block is None and not head and wanted is grid:
             choices.append(Choice(weight, None, "the head, kept unless --head"))
         elif wanted is None:
@@ -205,9 +226,9 @@ def choose(checkpoint: Checkpoint, container: Container, grid: Grid, overrides: 
         else:
             choices.append(fit(weight, container.native(wanted, checkpoint.dtype), container))
     _check_fused(choices)
-    used = {c.grid for c in choices if c.grid}
-    if len(used) > 1 and not container.mixes:
-        raise Unsupported(f"{container.name} holds one grid for all weights, not {', '.join(sorted(map(str, used)))}; compressed-tensors and gptq mix them")
+    _check_mixed(choices, container)
+    if not any(c.grid for c in choices):
+        raise BadRequest("every weight is skipped or kept, so there is nothing to quantize")
     return choices
 
 
@@ -218,8 +239,9 @@ def fit(weight: Weight, grid: Grid, container: Container, note: str = "") -> Cho
         smaller = next((g for g in SMALLER_GROUPS if g < grid.block and width % g == 0), None)
         if smaller is None or not container.mixes:
             fits = [g for g in SMALLER_GROUPS if width % g == 0]
-            hint = f"groups of {' or '.join(map(str, fits))} would fit" if fits else "int4-channel would fit"
-            raise Unsupported(f"{grid} does not divide the {width} in-features of {weight.name}, and {container.name} holds one grid for all; {hint}, or --skip it")
+            hint = f"groups of {' or '.join(map(str, fits))} would fit" if fits else f"{grid.with_span('channel')} would fit"
+            alone = "" if container.mixes else f", and {container.name} holds one grid for all"
+            raise Unsupported(f"{grid} does not divide the {width} in-features of {weight.name}{alone}; {hint}, or --skip it")
         note = f"{grid} does not divide {width} in-features"
         grid = grid.with_span(smaller)
     try:
@@ -248,6 +270,12 @@ def _check_fused(choices: list[Choice]) -> None:
     mixed = next((t for t, kinds in by_tensor.items() if len(kinds) > 1), None)
     if mixed:
         raise Unsupported(f"'{mixed}' holds all experts in one tensor: quantize all of them or none")
+
+
+def _check_mixed(choices: list[Choice], container: Container) -> None:
+    used = {c.grid for c in choices if c.grid}
+    if len(used) > 1 and not container.mixes:
+        raise Unsupported(f"{container.name} holds one grid for all weights, not {', '.join(sorted(map(str, used)))}; compressed-tensors and gptq mix them")
 
 
 def _most(found: Iterable[tuple[Grid, tuple[int, ...]]]) -> str:

@@ -38,6 +38,29 @@ class Grid(ABC):
     def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
         """The codes nearest to columns `at : at + step`, and the values that they decode to."""
 
+    def round_block(
+        self,
+        wanted: Float32[Tensor, "out width"],
+        target: Float32[Tensor, "out width"],
+        error: Float32[Tensor, "out width"],
+        coupling: Float32[Tensor, "width width"],
+        params: Params,
+        columns: list[int],
+    ) -> UInt8[Tensor, "out width"]:
+        """Round columns from the last to the first; what one misses, the ones after it make up for.
+
+        `error` is what each column misses `target` by. As it changes by d in column k, wanted[:, :k] moves by
+        d * coupling[k, :k]. Both change in place. `columns` are the in-features' numbers, in runs of `step`.
+        """
+        codes = torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device)
+        for last in range(len(columns), 0, -self.step):
+            now = slice(last - self.step, last)
+            codes[:, now], value = self.round(wanted[:, now], params, columns[last - self.step])
+            missed = target[:, now] - value
+            wanted[:, : last - self.step] += (missed - error[:, now]) @ coupling[now, : last - self.step]
+            error[:, now] = missed
+        return codes
+
     @abstractmethod
     def encode(self, w: Float[Tensor, "out in"], params: Params) -> Codes:
         """`round` for every column at once."""

@@ -10,27 +10,29 @@ import math
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
-from halfbyte.grids.rounding import CANDIDATES, NORMAL_STEP
+from halfbyte.grids.rounding import CANDIDATES, NORMAL_STEP, limits, store
 
 jit = numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
 inline = numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True, inline="always")
 PIECE = 4096  # in-features handled at once by one thread when a row holds several groups
 F = np.float32
+DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of the 23 that float32 has
 
 
 def fit(
-    w: Float[Tensor, "rows width"], importance: Float32[Tensor, " width"] | None, group: int, bits: int, symmetric: bool, search: bool
-) -> tuple[Float32[Tensor, "rows groups"], UInt8[Tensor, "rows groups"] | None]:
+    w: Float[Tensor, "rows width"], importance: Float32[Tensor, " width"] | None, group: int, bits: int, symmetric: bool, search: bool, dtype: torch.dtype
+) -> tuple[Float[Tensor, "rows groups"], UInt8[Tensor, "rows groups"] | None]:
     rows, width = w.shape
     h = np.ones(width, np.float32) if importance is None else importance.contiguous().numpy()
     scale = np.empty((rows, width // group), np.float32)
     zero = np.zeros((rows, 0 if symmetric else width // group), np.uint8)
     candidates = CANDIDATES if search else 0
-    _fit(_raw(w), h, group, bits, symmetric, candidates, F(NORMAL_STEP[bits]), scale, zero)
-    return torch.from_numpy(scale), None if symmetric else torch.from_numpy(zero)
+    held = F(2 ** DROPPED_BITS[dtype] + 1), *(F(limit) for limit in limits(dtype))
+    _fit(_raw(w), h, group, bits, symmetric, candidates, F(NORMAL_STEP[bits]), held, scale, zero)
+    return store(torch.from_numpy(scale), dtype), None if symmetric else torch.from_numpy(zero)
 
 
 def encode(
@@ -43,6 +45,24 @@ def encode(
     codes = np.empty(w.shape, np.uint8)
     offset = np.zeros((scale.shape[0], 0), np.uint8) if zero is None else zero.numpy()
     _encode(_raw(w), scale.contiguous().numpy(), offset, group, bits, codes)
+    return torch.from_numpy(codes)
+
+
+def round_block(
+    wanted: Float32[Tensor, "out width"],
+    target: Float32[Tensor, "out width"],
+    error: Float32[Tensor, "out width"],
+    coupling: Float32[Tensor, "width width"],
+    scale: Float32[Tensor, "rows groups"],
+    zero: UInt8[Tensor, "rows groups"] | None,
+    group: Int64[Tensor, " width"],
+    bits: int,
+) -> UInt8[Tensor, "out width"]:
+    """Grid.round_block, given the group of each column. Rows are independent: each stays in the cache."""
+    codes = np.empty(wanted.shape, np.uint8)
+    offset = np.full(scale.shape, 1 << (bits - 1), np.uint8) if zero is None else zero.numpy()
+    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scale.contiguous().numpy(), offset, group.numpy()
+    _round_block(*arrays, F((1 << bits) - 1), codes)
     return torch.from_numpy(codes)
 
 
@@ -64,7 +84,7 @@ def _widen(row, start, x):
 
 
 @jit
-def _fit(w, h, group, bits, symmetric, candidates, normal_step, scale, zero):
+def _fit(w, h, group, bits, symmetric, candidates, normal_step, held, scale, zero):
     rows, groups = scale.shape
     per_task = max(1, PIECE // group)
     tasks_per_row = (groups + per_task - 1) // per_task
@@ -75,20 +95,41 @@ def _fit(w, h, group, bits, symmetric, candidates, normal_step, scale, zero):
             _widen(w[row], g * group, x)
             weight = h[g * group : (g + 1) * group]
             if symmetric:
-                scale[row, g] = _symmetric(x, weight, bits, candidates, normal_step)
+                scale[row, g] = _symmetric(x, weight, bits, candidates, normal_step, held)
             else:
-                scale[row, g], zero[row, g] = _asymmetric(x, weight, bits, candidates, normal_step)
+                scale[row, g], zero[row, g] = _asymmetric(x, weight, bits, candidates, normal_step, held)
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def _store(scale, held):
+    """rounding.store for a positive scale, as float32 (but for fp16's subnormals: they are rounded by it afterwards)."""
+    splitter, smallest, largest = held
+    scale = min(max(scale, smallest), largest)
+    high = scale * splitter  # Veltkamp's splitting: it needs the order of operations, so no fastmath here
+    return high - (high - scale)
 
 
 @inline
-def _range(half, largest, spread, normal_step):
-    first = F(0.9) * half / largest
-    last = min(max(F(1.2) * half / largest, F(1.3) / (normal_step * spread)), F(8) * first)
-    return first, last
+def _inverse(k, candidates, minmax, first, spread, normal_step):
+    """The reciprocal of the scale to try: min-max, then a geometric row around and beyond it."""
+    if k == 0:
+        return F(1) / minmax
+    last = min(max(F(1.2) * first, F(1.3) / (normal_step * spread)), F(7.2) * first)
+    return F(0.9) * first * (last / (F(0.9) * first)) ** F((k - 1) / (candidates - 2))
+
+
+@inline
+def _better(wq, qq, held, best, scale, sign):
+    if wq > 0:
+        stored = _store(wq / qq, held)
+        gain = stored * (F(2) * wq - stored * qq)
+        if gain > best:
+            return gain, sign * stored, True
+    return best, scale, False
 
 
 @numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
-def _symmetric(x, h, bits, candidates, normal_step):
+def _symmetric(x, h, bits, candidates, normal_step, held):
     half = F(1 << (bits - 1))
     top = half - F(1)
     largest, squares = F(0), F(0)
@@ -97,12 +138,10 @@ def _symmetric(x, h, bits, candidates, normal_step):
         squares += x[i] * x[i]
     if largest == 0:
         return F(1)
-    if candidates == 0:
-        return F(2) * largest / (F(2) * half - F(1))
-    first, last = _range(half, largest, F(math.sqrt(squares / F(x.size))), normal_step)
-    best, scale = F(-1), F(1)
+    scale = _store(F(2) * largest / (F(2) * half - F(1)), held)
+    minmax, best, spread = scale, F(-1), F(math.sqrt(squares / F(x.size)))
     for k in range(candidates):
-        inverse = first * (last / first) ** F(k / (candidates - 1))
+        inverse = _inverse(k, candidates, minmax, half / largest, spread, normal_step)
         wq, qq, wq_minus, qq_minus = F(0), F(0), F(0), F(0)
         for i in range(x.size):
             r = np.rint(x[i] * inverse)
@@ -114,15 +153,13 @@ def _symmetric(x, h, bits, candidates, normal_step):
             t = h[i] * q
             wq_minus += t * x[i]
             qq_minus += t * q
-        if wq > 0 and wq * wq / qq > best:
-            best, scale = wq * wq / qq, wq / qq
-        if wq_minus > 0 and wq_minus * wq_minus / qq_minus > best:
-            best, scale = wq_minus * wq_minus / qq_minus, -wq_minus / qq_minus
+        best, scale, _ = _better(wq, qq, held, best, scale, F(1))
+        best, scale, _ = _better(wq_minus, qq_minus, held, best, scale, F(-1))
     return scale
 
 
 @numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
-def _asymmetric(x, h, bits, candidates, normal_step):
+def _asymmetric(x, h, bits, candidates, normal_step, held):
     top = F((1 << bits) - 1)
     low, high, total, squares = F(0), F(0), F(0), F(0)
     for i in range(x.size):
@@ -134,14 +171,13 @@ def _asymmetric(x, h, bits, candidates, normal_step):
         return F(1), np.uint8(0)
     widest = (high - low) / top
     middle = min(max(np.rint(-low / widest), F(0)), top)
-    if candidates == 0:
-        return widest, np.uint8(middle)
     mean = total / F(x.size)
-    first, last = _range(F(1), widest, F(math.sqrt(max(squares / F(x.size) - mean * mean, F(0)))), normal_step)
-    best, scale, zero = F(-1), F(1), middle
+    spread = F(math.sqrt(max(squares / F(x.size) - mean * mean, F(0))))
+    scale = _store(widest, held)
+    minmax, best, zero = scale, F(-1), middle
     below, above = max(middle - F(1), F(0)), min(middle + F(1), top)
     for k in range(candidates):
-        inverse = first * (last / first) ** F(k / (candidates - 1))
+        inverse = _inverse(k, candidates, minmax, F(1) / widest, spread, normal_step)
         wq0, qq0, wq1, qq1, wq2, qq2 = F(0), F(0), F(0), F(0), F(0), F(0)
         for i in range(x.size):
             r = np.rint(x[i] * inverse)
@@ -157,12 +193,12 @@ def _asymmetric(x, h, bits, candidates, normal_step):
             t = h[i] * q
             wq2 += t * x[i]
             qq2 += t * q
-        if wq0 > 0 and wq0 * wq0 / qq0 > best:
-            best, scale, zero = wq0 * wq0 / qq0, wq0 / qq0, below
-        if wq1 > 0 and wq1 * wq1 / qq1 > best:
-            best, scale, zero = wq1 * wq1 / qq1, wq1 / qq1, middle
-        if wq2 > 0 and wq2 * wq2 / qq2 > best:
-            best, scale, zero = wq2 * wq2 / qq2, wq2 / qq2, above
+        best, scale, better = _better(wq0, qq0, held, best, scale, F(1))
+        zero = below if better else zero
+        best, scale, better = _better(wq1, qq1, held, best, scale, F(1))
+        zero = middle if better else zero
+        best, scale, better = _better(wq2, qq2, held, best, scale, F(1))
+        zero = above if better else zero
     return scale, np.uint8(zero)
 
 
@@ -182,3 +218,41 @@ def _encode(w, scale, zero, group, bits, codes):
             out = codes[row, g * group : (g + 1) * group]
             for i in range(group):
                 out[i] = np.uint8(min(max(np.rint(x[i] * inverse) + offset, F(0)), top))
+
+
+@inline
+def _step(wanted, target, error, scale, offset, group, top, codes, row, k):
+    """Round one weight; returns by how much its error changed."""
+    by = scale[row, group[k]]
+    zero = F(offset[row, group[k]])
+    q = min(max(np.rint(wanted[row, k] * (F(1) / by)) + zero, F(0)), top)
+    codes[row, k] = np.uint8(q)
+    missed = target[row, k] - (q - zero) * by
+    change = missed - error[row, k]
+    error[row, k] = missed
+    return change
+
+
+@jit
+def _round_block(wanted, target, error, coupling, scale, offset, group, top, codes):
+    # Four rows at a time: each is a chain of round, subtract, pass on, and while one waits the others go on.
+    rows, width = wanted.shape
+    for four in numba.prange(rows // 4):
+        a, b, c, d = 4 * four, 4 * four + 1, 4 * four + 2, 4 * four + 3
+        for k in range(width - 1, -1, -1):
+            change_a = _step(wanted, target, error, scale, offset, group, top, codes, a, k)
+            change_b = _step(wanted, target, error, scale, offset, group, top, codes, b, k)
+            change_c = _step(wanted, target, error, scale, offset, group, top, codes, c, k)
+            change_d = _step(wanted, target, error, scale, offset, group, top, codes, d, k)
+            # Up to whole vectors: what is beyond k is rounded already and not read again.
+            for j in range(min((k + 15) & ~15, width)):
+                by = coupling[k, j]
+                wanted[a, j] += change_a * by
+                wanted[b, j] += change_b * by
+                wanted[c, j] += change_c * by
+                wanted[d, j] += change_d * by
+    for row in range(rows - rows % 4, rows):
+        for k in range(width - 1, -1, -1):
+            change = _step(wanted, target, error, scale, offset, group, top, codes, row, k)
+            for j in range(k):
+                wanted[row, j] += change * coupling[k, j]

@@ -86,17 +86,11 @@ class IntGrid(Grid):
             w, group = w.reshape(1, -1), w.numel()
             importance = importance.repeat(out) if importance is not None else None
         self.groups(width)
-        scale, zero = rounding.fit(w, importance, group, self.bits_per_code, self.symmetric, search)
-        stored = scale.to(SCALE_DTYPES[self.scale])
-        # A scale below the smallest number of its format would decode to zero, one above the largest to infinity.
-        info = torch.finfo(stored.dtype)
-        tiny = stored.abs() < info.tiny
-        stored = torch.where(tiny, torch.copysign(torch.tensor(info.tiny, dtype=stored.dtype, device=stored.device), stored), stored)
-        stored = stored.clamp(info.min, info.max)
-        if self.symmetric:
-            return {"scale": stored}
+        scale, zero = rounding.fit(w, importance, group, self.bits_per_code, self.symmetric, search, SCALE_DTYPES[self.scale])
+        if zero is None:
+            return {"scale": scale}
         # A zero point of 0 is the zero point 2^bits - 1 of the negated scale: the same values, and every container holds it.
-        return {"scale": torch.where(zero == 0, -stored, stored), "zero": torch.where(zero == 0, (1 << self.bits_per_code) - 1, zero)}
+        return {"scale": torch.where(zero == 0, -scale, scale), "zero": torch.where(zero == 0, (1 << self.bits_per_code) - 1, zero)}
 
     def columns(self, params: Params, at: int) -> tuple[Tensor, Tensor | int]:
         """Scale [rows, 1] in float32 and zero code of the group that column `at` belongs to."""
@@ -108,6 +102,23 @@ class IntGrid(Grid):
         scale, zero = self.columns(params, at)
         q = (torch.round(w * scale.reciprocal()) + zero).clamp_(0, (1 << self.bits_per_code) - 1)
         return q.to(torch.uint8), (q - zero) * scale
+
+    def round_block(
+        self,
+        wanted: Float32[Tensor, "out width"],
+        target: Float32[Tensor, "out width"],
+        error: Float32[Tensor, "out width"],
+        coupling: Float32[Tensor, "width width"],
+        params: Params,
+        columns: list[int],
+    ) -> UInt8[Tensor, "out width"]:
+        if wanted.device.type != "cpu":
+            return super().round_block(wanted, target, error, coupling, params, columns)
+        from halfbyte.grids import rounding_numba
+
+        group = torch.tensor(columns) // self.block if self.block else torch.zeros(len(columns), dtype=torch.long)
+        scale, zero = (p if p is None else p.expand(wanted.shape[0], -1) for p in (params["scale"].float(), params.get("zero")))
+        return rounding_numba.round_block(wanted, target, error, coupling, scale, zero, group, self.bits_per_code)
 
     def encode(self, w: Float[Tensor, "out in"], params: Params) -> Codes:
         zero = None if self.symmetric else params["zero"]

@@ -51,6 +51,12 @@ class Block:
         self.columns: dict[Weight, Tensor] = {}
         """Scales of rows and columns that folds have moved, not yet in memory: there they would be rounded to 16 bits."""
 
+    @property
+    def head_dims(self) -> list[int]:
+        """Widths of one head of values, as the family's own modules state them; several where attention is of several kinds."""
+        stated = {getattr(m, name) for m in self.module.modules() for name in ("v_head_dim", "head_dim", "head_size") if hasattr(m, name)}
+        return sorted(stated) or [1]
+
     def load(self, source: Checkpoint) -> None:
         skeleton.materialize(self.module, self.walk.device)
         skeleton.fill(self.walk.model, source, self.walk.places, self.tensors, self.walk.device)
@@ -61,7 +67,7 @@ class Block:
     def view(self, tensor: str) -> Tensor:
         """A tensor of the checkpoint, as a view of the parameter in which it lies."""
         place = self.walk.places[tensor]
-        return place.view(self.walk.model.get_parameter(place.parameter).data, self.walk.shapes[tensor])
+        return place.view(skeleton.tensor(self.walk.model, place.parameter), self.walk.shapes[tensor])
 
     def weight(self, weight: Weight) -> Float[Tensor, "out in"]:
         """A view of the parameter."""
@@ -108,10 +114,10 @@ class Block:
         out = self.module(hidden.to(self.walk.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def observe(self, report: Report, batches: Iterable[int]) -> list[Tensor]:
-        """Run the batches and report every product with a matrix of the block."""
+    def observe(self, report: Report, batches: Iterable[int], hidden: list[Tensor] | None = None) -> list[Tensor]:
+        """Run the batches and report every product with a matrix of the block; returns the block's outputs."""
         with Uses(self, report):
-            return [self.run(self.walk.hidden[batch], batch) for batch in batches]
+            return [self.run((hidden or self.walk.hidden)[batch], batch) for batch in batches]
 
     def groups(self) -> list[list[Matrix]]:
         """Matrices that read the same tensor, found by its identity while the probe runs."""
@@ -138,17 +144,25 @@ class Block:
                 leaders[weight] = weights[0]
                 found[weight] = found.setdefault(weights[0], Statistics(weight.shape[1], self.walk.device))
 
+        def first_of(matrices: list[Matrix]) -> Weight | None:
+            return next((m.weight for m in matrices if m.weight in wanted), None)
+
         def add(matrices: list[Matrix], x: Tensor) -> None:
-            first = next((m.weight for m in matrices if m.weight in wanted), None)
-            if first is not None:
-                if first not in leaders:  # an expert that the probe did not reach
+            weight = first_of(matrices)
+            if weight is not None:
+                if weight not in leaders:  # an expert that the probe did not reach
                     join(matrices)
-                if leaders[first] == first:
-                    found[first].add(x)
+                if leaders[weight] == weight:
+                    original = originals.pop(weight, None)
+                    found[weight].add(x, original if original is not None and original.shape == x.shape else None)
 
         for group in self.groups():
             join(group)
+        twin = self.walk.original
         for batch in range(1, len(self.walk.batches)):
+            originals: dict[Weight, Tensor] = {}
+            if twin is not None:
+                twin[batch] = self.observe(lambda matrices, x: originals.setdefault(first_of(matrices), x), [batch], twin)[0]  # noqa: B023
             self.observe(add, [batch])
         return {weight: s for weight, s in found.items() if s.tokens}
 
@@ -160,6 +174,8 @@ class Uses(TorchFunctionMode):
         super().__init__()
         self.report = report
         self.owners: dict[int, list[tuple[int, int, Matrix, bool]]] = {}
+        self.alive: list[Tensor] = []
+        """Casts of matrices, kept so that no address is used twice."""
         for matrix, view in block.matrices():
             start = view.storage_offset()
             end = start + 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
@@ -173,7 +189,19 @@ class Uses(TorchFunctionMode):
             self._see(args[1], args[2], is_linear=False)
         elif func in PRODUCTS:
             self._see(args[0], args[1], is_linear=False)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in CASTS:
+            self._follow(args[0], result)
+        return result
+
+    def _follow(self, tensor: Tensor, cast: Tensor) -> None:
+        """A copy in another dtype stands for the same matrices: many routers multiply by theirs in 32 bits."""
+        owners = self.owners.get(tensor.untyped_storage().data_ptr())
+        if owners and cast.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() and cast.stride() == tensor.stride():
+            shift = cast.storage_offset() - tensor.storage_offset()
+            moved = [(first + shift, last + shift, m, row_major) for first, last, m, row_major in owners]
+            self.owners[cast.untyped_storage().data_ptr()] = moved
+            self.alive.append(cast)
 
     def _see(self, x: Tensor, operand: Tensor, is_linear: bool) -> None:
         owners = self.owners.get(operand.untyped_storage().data_ptr())
@@ -194,12 +222,13 @@ class Uses(TorchFunctionMode):
 
 
 PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__}
+CASTS = {torch.Tensor.float, torch.Tensor.to, torch.Tensor.type}
 
 
 class Walk:
     """A pass of many windows of tokens through a checkpoint, one block at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, windows: Int64[Tensor, "windows length"], dtype: torch.dtype, device: str = "cpu"):
+    def __init__(self, checkpoint: Checkpoint, windows: Int64[Tensor, "windows length"], dtype: torch.dtype, device: str = "cpu", twin: bool = False):
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.model = skeleton.build(checkpoint, dtype)
         self.shapes = checkpoint.tensors()
@@ -215,6 +244,8 @@ class Walk:
         self.calls: dict[nn.Module, list[tuple[tuple, dict[str, Any]]]] = {module: [] for module in modules}
         self.hidden: list[Tensor] = []
         """What the next block reads, by batch."""
+        self.original: list[Tensor] | None = [] if twin else None
+        """What it would read if nothing had been quantized. `Block.collect` moves it on."""
         self._returns_tuple = False
 
     def _stack(self) -> tuple[str, nn.ModuleList]:
@@ -224,17 +255,10 @@ class Walk:
                 return name, module
         raise BadCheckpoint(f"'{self.checkpoint.model_type}' has no list of {count} decoder layers")
 
-    def missing(self) -> list[str]:
-        """Parameters that no tensor of the checkpoint fills."""
-        filled = {place.parameter for place in self.places.values()}
-        tied = set(self.model.all_tied_weights_keys) if self.checkpoint.tied else set()
-        return [n for n, _ in self.model.named_parameters() if n not in filled and n not in tied]
-
     @torch.no_grad()
     def start(self) -> None:
         """Run all that comes before the first block."""
-        if missing := self.missing():
-            raise BadCheckpoint(f"{self.checkpoint.path} lacks {len(missing)} tensors of '{self.checkpoint.model_type}', the first '{missing[0]}'")
+        skeleton.require_whole(self.model, self.checkpoint, self.places)
         self._load_outside(head=False)
         first = self.blocks[0]
         first.load(self.checkpoint)
@@ -246,6 +270,8 @@ class Walk:
         self._restore()
         first.free()
         self._free_outside()
+        if self.original is not None:
+            self.original = list(self.hidden)
 
     def _note(self, module: nn.Module, forward: Callable | None) -> Callable:
         def stand_in(hidden: Tensor, *args, **kwargs):

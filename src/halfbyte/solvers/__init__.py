@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from halfbyte.grids.grid import Quantized
-from halfbyte.solvers.gptq import gptq
+from halfbyte.solvers.gptq import gptaq, gptq
 from halfbyte.solvers.nearest import nearest
 
 Solver = Callable[..., Quantized]
@@ -14,4 +14,5 @@ SOLVERS: dict[str, Solver] = {
     "nearest": nearest,
     "minmax": partial(nearest, search=False),
     "gptq": gptq,
+    "gptaq": gptaq,
 }

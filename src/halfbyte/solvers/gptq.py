@@ -1,36 +1,54 @@
 """GPTQ (Frantar et al., 2210.17323): round in-features one after another, each making up for the errors before it.
 
-With the Hessian factored as H = U D U^T, U unit upper triangular, the squared output error is that of
+With the Hessian factored as L' L'^T, L = L' / diag(L') unit lower triangular, the squared output error is the sum over k of
 
-    e_k + sum_{j<k} e_j U[j, k],   weighted by D[k],   where e = w - rounded,
+    (e_k + sum_{j>k} e_j L[j, k])^2 * L'[k, k]^2,   where e = w - rounded,
 
-so column k is best rounded from w_k + sum_{j<k} e_j U[j, k]. This is the paper's update (Chee et al., 2307.13304,
-theorem 6) with one Cholesky factorisation where the usual form takes two and an inverse.
+so, from the last column to the first, column k is best rounded from w_k + sum_{j>k} e_j L[j, k]. This is the paper's update
+(Chee et al., 2307.13304, theorem 6) with one Cholesky factorisation where the usual form takes two and an inverse.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from halfbyte.grids.grid import Grid, Quantized
+from halfbyte.grids.grid import Grid, Params, Quantized
 from halfbyte.solvers.statistics import Statistics
 
-LAZY = 128  # in-features per block: feedback from outside a block is one matrix product
+SHARE = 0.5
+LAZY = 128
+"""In-features per block: what a block makes up for outside of itself is one matrix product."""
 
 
 def gptq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Quantized:
     """Parameters are fitted once to the whole matrix; then columns of high importance go first. Needs no g_idx."""
     params = grid.fit(w, statistics.importance)
-    order, factor = statistics.factor(grid.step)
-    target = w.float().T[order]
-    error = torch.zeros_like(target)
-    codes = torch.empty(w.shape[::-1], dtype=torch.uint8, device=w.device)
+    return Quantized(grid, solve(w, grid, params, statistics), params)
+
+
+def gptaq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Quantized:
+    """GPTQ with a target that makes up for what the blocks before have changed (Li et al., 2504.02692).
+
+    Half of the correction: on bookworm-6m the whole of it fits the calibration text too well (int3-g128-asym, KL .0323
+    without, .0291 at a half, .0305 at the whole).
+    """
+    return gptq(statistics.corrected(w, SHARE), grid, statistics)
+
+
+def solve(w: Float[Tensor, "out in"], grid: Grid, params: Params, statistics: Statistics) -> UInt8[Tensor, "out in"]:
+    """The codes that GPTQ chooses once the parameters are fixed."""
+    order, factor, _ = statistics.factor(grid.step)
+    ordered = w.index_select(1, order)
+    # Errors are kept in bf16 for the products between blocks: what they make up for is of the size of a rounding step, so a
+    # 256th of it is nothing (KL on bookworm-6m, int4-g128: .00741 either way), and the products are most of the arithmetic.
+    errors = torch.zeros(w.shape, dtype=torch.bfloat16, device=w.device)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     for last in range(len(order), 0, -LAZY):
-        first = max(last - LAZY, 0)
-        wanted = target[first:last] + factor[last:, first:last].T @ error[last:]
-        for k in range(last - 1, first - 1, -1):
-            column = wanted[k - first] + factor[k + 1 : last, k] @ error[k + 1 : last]
-            code, value = grid.round(column[:, None], params, int(order[k]))
-            codes[order[k]] = code[:, 0]
-            error[k] = target[k] - value[:, 0]
-    return Quantized(grid, codes.T.contiguous(), params)
+        block = slice(max(last - LAZY, 0), last)
+        target = ordered[:, block].float().contiguous()
+        wanted = target + errors[:, last:] @ factor[last:, block].bfloat16()
+        error = torch.zeros_like(target)
+        columns = order[block]
+        codes[:, columns] = grid.round_block(wanted, target, error, factor[block, block], params, columns.tolist())
+        errors[:, block] = error
+    return codes

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 DAMPING = 0.01
-STRIPES = 8
+STRIPES, STRIPE = 8, 512
 ERROR_PRODUCTS = 1 << 31
 """Multiplications that an error estimate may cost: 512 rows of a 2048-wide matrix, or 32 rows of an 8192-wide one."""
 
@@ -21,14 +21,19 @@ class Statistics:
         self.tokens = 0
         self._sum = torch.zeros(width, width, device=device)
         self._whole = True
-        self._factor: tuple[Tensor, Tensor] | None = None
+        self.drift: Tensor | None = None
+        """Sum of (x' - x) x^T, where x' is what the linear reads in the unquantized model; None if that was not run."""
+        self._factor: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def add(self, x: Float[Tensor, "... width"]) -> None:
+    def add(self, x: Float[Tensor, "... width"], original: Float[Tensor, "... width"] | None = None) -> None:
         """Accumulate in float32: inputs of 16 bits have exact products, and sums of thousands need the rest.
 
         Only the lower triangle is kept up, in stripes: about half of the arithmetic of a full product.
         """
         x = x.reshape(-1, x.shape[-1]).float()
+        if original is not None:
+            self.drift = torch.zeros_like(self._sum) if self.drift is None else self.drift
+            self.drift.addmm_((original.reshape(x.shape).float() - x).T, x)
         self.tokens += x.shape[0]
         self._whole = False
         for first, last in self._stripes():
@@ -58,12 +63,14 @@ class Statistics:
 
     def divide(self, scale: Float32[Tensor, " width"]) -> None:
         """From now on, the statistic of x / scale."""
-        self._sum.div_(scale).div_(scale[:, None])
+        for matrix in (self._sum, self.drift):
+            if matrix is not None:
+                matrix.div_(scale).div_(scale[:, None])
         self._factor = None
 
-    def factor(self, step: int = 1) -> tuple[Tensor, Tensor]:
-        """(order, L): `order` lists in-features from the least to the most important, and the Hessian, damped and put
-        in that order, is L' L'^T with L = L' / diag(L') unit lower triangular. Rounding goes from the last row to the first.
+    def factor(self, step: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """(order, L, d): `order` lists in-features from the least to the most important, and the Hessian, damped and put
+        in that order, is L diag(d)^2 L^T with L unit lower triangular. Rounding goes from the last row to the first.
 
         Damping is a hundredth of the mean of the diagonal, times ten as often as the factorisation fails.
         Raises NotPositive when even a damping of ten times the mean does not help.
@@ -74,16 +81,29 @@ class Statistics:
             order = (order[:, None] * step + torch.arange(step, device=order.device)).reshape(-1)
             damping = DAMPING * hessian.diagonal().mean().item()
             for _ in range(4):
-                lower = hessian[order[:, None], order[None, :]]
+                # Column-major, as LAPACK has it, so that it is factored in place: the matrix may be a quarter of a gigabyte.
+                lower = _permuted(hessian, order).mT
                 lower.diagonal().add_(damping)
                 failed = torch.empty((), dtype=torch.int32, device=lower.device)
-                torch.linalg.cholesky_ex(lower, out=(lower, failed))  # in place: the matrix may be a quarter of a gigabyte
+                torch.linalg.cholesky_ex(lower, out=(lower, failed))
                 if not failed and torch.isfinite(lower.diagonal()).all():
-                    self._factor = (order, lower.div_(lower.diagonal().clone()))
+                    diagonal = lower.diagonal().clone()
+                    self._factor = (order, lower.div_(diagonal), diagonal)
                     return self._factor
                 damping *= 10
             raise NotPositive
         return self._factor
+
+    def corrected(self, w: Float[Tensor, "out width"], share: float) -> Float32[Tensor, "out width"]:
+        """w + share * w D H^-1, D the drift: the weight whose outputs on the inputs as they are come nearer to the outputs of
+        `w` on the inputs as they were before anything was quantized (least squares, at a share of 1)."""
+        if self.drift is None:
+            return w.float()
+        order, factor, diagonal = self.factor()
+        y = (w.float() @ self.drift)[:, order].T
+        y = torch.linalg.solve_triangular(factor, y, upper=False, unitriangular=True) / diagonal.square()[:, None]
+        y = torch.linalg.solve_triangular(factor.T, y, upper=True, unitriangular=True)
+        return w.float().index_add(1, order, y.T, alpha=share)
 
     def error(self, w: Float[Tensor, "out width"], rounded: Float32[Tensor, "out width"]) -> float:
         """Relative error of the output, ||X (W - R)^T|| / ||X W^T||, over evenly spaced rows where there are many."""
@@ -93,6 +113,14 @@ class Statistics:
         hessian = self.hessian
         lost, all_of_it = ((m @ hessian) * m for m in (delta, w))
         return (lost.sum() / all_of_it.sum().clamp(min=1e-30)).clamp(min=0).sqrt().item()
+
+
+def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
+    """matrix[order][:, order], without a second matrix in between."""
+    permuted = torch.empty_like(matrix)
+    for rows, chosen in zip(permuted.split(STRIPE), order.split(STRIPE), strict=True):
+        torch.index_select(matrix.index_select(0, chosen), 1, order, out=rows)
+    return permuted
 
 
 def sample_rows(count: int, budget: int) -> slice:
