@@ -2,19 +2,23 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfbyte import demo, pipeline
+from halfbyte.containers import CONTAINERS
 from halfbyte.errors import BadRequest
 from halfbyte.evaluate.conventions import convention_named
-from halfbyte.evaluate.divergence import compare
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.nn import load
-from halfbyte.pipeline import Progress, convert, silent
+from halfbyte.pipeline import convert
 from halfbyte.recipe import Recipe
 from halfbyte.report import build
 from halfbyte.report.inspect import inspect
+from halfbyte.run import Progress, silent
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 
 def quantize(model: str | Path | Recipe, out: str | Path, *, overwrite: bool = False, progress: Progress = silent, **recipe: Any) -> dict[str, Any]:
@@ -24,11 +28,13 @@ def quantize(model: str | Path | Recipe, out: str | Path, *, overwrite: bool = F
     Raises HalfbyteError.
     """
     if isinstance(model, Recipe):
-        whole = model.model_copy(update=recipe)
+        whole = Recipe.of(**{**model.model_dump(exclude_unset=True), **recipe})
     else:
         whole = Recipe.of(model=str(model), **recipe)
     if whole.method == "convert":
-        return convert(whole.model, out, whole.to or "", overwrite=overwrite, progress=progress)
+        if whole.to is None:
+            raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}")
+        return convert(whole.model, out, whole.to, overwrite=overwrite, progress=progress)
     return pipeline.quantize(whole, out, overwrite=overwrite, progress=progress)
 
 
@@ -45,6 +51,8 @@ def evaluate(
 
     `text`: a file, a dataset, or "heldout", the embedded text. The result is also written into each model's report.json.
     """
+    from halfbyte.evaluate.divergence import compare
+
     rule = convention_named(convention)
     reference = Checkpoint.open(against)
     checkpoints = [reference, *(Checkpoint.open(m) for m in models)]
@@ -59,6 +67,13 @@ def evaluate(
     for checkpoint, row in zip(checkpoints[1:], rows[1:], strict=True):
         build.add_evaluation(checkpoint.path, {**common, "reference": rows[0], "model": row})
     return result
+
+
+def load(path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cpu") -> "PreTrainedModel":
+    """Any checkpoint that halfbyte reads, as a Transformers model that runs; quantized linears stay packed in memory."""
+    from halfbyte import nn
+
+    return nn.load(path, dtype, device)
 
 
 __all__ = ["convert", "evaluate", "inspect", "load", "quantize"]

@@ -1,13 +1,16 @@
 """The command line: each command parses, calls one function, and prints."""
 
 import json
+import os
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,7 +19,8 @@ from rich.table import Table
 
 from halfbyte.errors import BadRequest, HalfbyteError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Make large language models small enough to run.")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+UsageError = typer.BadParameter.__mro__[1]  # of click, which some versions of typer bear within themselves
 out = Console(width=None if sys.stdout.isatty() else 180)
 err = Console(stderr=True)
 
@@ -24,26 +28,34 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
 
 
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=lambda asked: _print_version(asked))] = False) -> None:
+    """Make large language models small enough to run."""
+
+
 @app.command()
 def quantize(
     model: Annotated[str | None, typer.Argument(help="A folder, or a hub id such as org/name.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
-    method: Annotated[str | None, typer.Option(help="minmax, nearest, imatrix, gptq, awq, or awq+gptq.  [default: gptq]")] = None,
-    grid: Annotated[str | None, typer.Option(help="Such as int4-g128, int4-g64-asym, int8-channel.  [default: int4-g128]")] = None,
-    to: Annotated[str | None, typer.Option(help="Container: compressed-tensors, gptq or awq.  [default: the engine's]")] = None,
+    method: Annotated[str | None, typer.Option(help="minmax, nearest, imatrix, gptq, awq, or awq+gptq.", show_default="gptq")] = None,
+    grid: Annotated[str | None, typer.Option(help="Such as int4-g128, int4-g64-asym, int8-channel.", show_default="int4-g128")] = None,
+    to: Annotated[str | None, typer.Option(help="Container: compressed-tensors, gptq or awq.", show_default="the engine's, else compressed-tensors")] = None,
     engine: Annotated[str | None, typer.Option(help="Where it will run: vllm, sglang, transformers, tgi or tensorrt-llm; its rules are checked first.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="A text file, a .jsonl of texts or chats, or a dataset org/name:split.  [default: the embedded text]")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows.  [default: 128]")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens in a window.  [default: 512]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Which windows are drawn.  [default: 0]")] = None,
+    calibration: Annotated[str | None, typer.Option(help="A text file, a .jsonl of texts or chats, or a dataset org/name:split.", show_default="the embedded text")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.", show_default="128")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in a window.", show_default="512")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which windows are drawn.", show_default="0")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Keep weights that match this pattern in 16 bits; repeatable.")] = None,
-    override: Annotated[list[str] | None, typer.Option(help="PATTERN=GRID, such as 'layers.0.*=int8-channel'; repeatable.")] = None,
-    head: Annotated[bool | None, typer.Option("--head", help="Quantize lm_head too.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help="PATTERN=GRID, such as 'layers.0.*=int8-channel', or PATTERN=keep; repeatable.")] = None,
+    head: Annotated[bool | None, typer.Option("--head/--no-head", help="Quantize lm_head too.", show_default="no")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these; options win over it.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a checkpoint into a folder that an engine loads."""
+    """Quantize a checkpoint into a folder that an engine loads.
+
+    halfbyte quantize org/model -o model-int4 --method awq+gptq --grid int4-g128 --engine vllm
+    """
     from halfbyte.api import quantize as run
     from halfbyte.recipe import Recipe
 
@@ -51,11 +63,11 @@ def quantize(
     words = {name: value for name, value in words.items() if value is not None}
     if override:
         words["override"] = dict(_pair(pair) for pair in override)
+    if output is None or (model is None and recipe is None):
+        raise BadRequest("quantize needs a model and an output folder: halfbyte quantize MODEL -o OUT")
     base = Recipe.load(recipe, **words).model_dump(exclude_unset=True) if recipe else words
     sampling = {"source": calibration, "samples": samples, "length": length, "seed": seed}
     base["calibration"] = {**base.get("calibration", {}), **{name: value for name, value in sampling.items() if value is not None}}
-    if "model" not in base or output is None:
-        raise BadRequest("quantize needs a model and an output folder: halfbyte quantize MODEL -o OUT")
     with _progress(as_json) as progress:
         report = run(Recipe.of(**base), output, overwrite=overwrite, progress=progress)
     _show_report(report, output, as_json)
@@ -110,8 +122,8 @@ def evaluate(
 
 
 @app.command()
-def inspect(path: Annotated[str, typer.Argument(help="Any checkpoint.")], worst: Annotated[int, typer.Option(help="How many layers to list.")] = 10, as_json: Json = False) -> None:
-    """Tensors, grids, bits per weight, sizes, and which layers lost most."""
+def inspect(path: Annotated[str, typer.Argument(help="Any checkpoint.")], worst: Annotated[int, typer.Option(min=0, help="How many weights to list.")] = 10, as_json: Json = False) -> None:
+    """Tensors, grids, bits per weight, sizes, and which weights lost most."""
     from halfbyte.api import inspect as run
 
     found = run(path)
@@ -134,8 +146,8 @@ def inspect(path: Annotated[str, typer.Argument(help="Any checkpoint.")], worst:
 
 @app.command()
 def demo(
-    samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 64,
-    windows: Annotated[int, typer.Option(help="Held-out windows of 512 tokens.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens.")] = 64,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 32,
     keep: Annotated[Path | None, typer.Option(help="Keep the quantized folders here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -162,6 +174,12 @@ def support() -> None:
     print(markdown())
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"halfbyte {metadata.version('halfbyte')}")
+        raise typer.Exit
+
+
 def _pair(text: str) -> tuple[str, str]:
     pattern, sign, grid = text.rpartition("=")
     if not sign or not pattern or not grid:
@@ -182,24 +200,29 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
     if as_json:
         _print_json(report)
         return
+    from halfbyte.report.build import command, size
+
     o, r = report["output"], report["recipe"]
-    out.print(f"{output}: {r['method']} {r['grid']} as {o['container']}, {o['size_bytes'] / 1e6:.2f} MB (was {report['source']['size_bytes'] / 1e6:.2f}), "
+    out.print(f"{output}: {r['method']} {r['grid']} as {o['container']}, {size(o['size_bytes'])} (was {size(report['source']['size_bytes'])}), "
               f"{o['bits_per_weight']:.3f} bits per quantized weight, {o['bits_per_parameter']:.3f} per parameter, {report['seconds']:.1f} s; read back and verified")  # fmt: skip
     _show_worst(sorted(report["weights"], key=lambda row: -row["error"])[:5], report["error_of"])
     for warning in report["warnings"]:
         out.print(f"note: {warning}")
     for engine in report["engines"]:
         if engine["loads"] and (engine["engine"] == r.get("engine") or "engine" not in r):
-            out.print(f"{engine['engine']}: {(engine['command'] or '').replace('{path}', str(output))}", soft_wrap=True)
+            out.print(f"{engine['engine']}: {command(engine, output)}", soft_wrap=True, markup=False)
     if r["method"] != "convert":
-        out.print(f"what was lost: halfbyte eval {output} --against {r['model']}", soft_wrap=True)
+        out.print(f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}", soft_wrap=True, markup=False)
 
 
 def _show_worst(rows: list[dict[str, Any]], error_of: str | None) -> None:
-    if rows:
-        table = Table("weight", "grid", "bits/weight", f"relative error of the {error_of}", "note")
+    if rows and rows[0]["error"] == 0:
+        out.print("every weight is bit for bit that of the source")
+    elif rows:
+        notes = any(row["note"] for row in rows)
+        table = Table("weight", "grid", "bits/weight", f"relative error of the {error_of}", *(["note"] if notes else []))
         for row in rows:
-            table.add_row(row["name"], row["grid"], f"{row['bits_per_weight']:.3f}", f"{row['error']:.4f}", row["note"])
+            table.add_row(row["name"], row["grid"], f"{row['bits_per_weight']:.3f}", f"{row['error']:.4f}", *([row["note"]] if notes else []))
         out.print(table)
 
 
@@ -210,18 +233,28 @@ def _print_json(value: Any) -> None:
 def main() -> None:
     """Entry point. A request that cannot be met is one line and exit code 2; an interrupted run says how to go on."""
     started = time.monotonic()
+    words = sys.argv[1:] or ["--help"]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses of a model that are not ours
     try:
-        app(standalone_mode=False)
+        app(args=words, prog_name="halfbyte", standalone_mode=False)
     except HalfbyteError as error:
-        err.print(f"halfbyte: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        _refuse(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'halfbyte'} --help")
     except KeyboardInterrupt:
-        err.print(f"\nhalfbyte: interrupted after {time.monotonic() - started:.0f} s; the same command goes on where it stopped")
+        goes_on = "; the same command goes on where it stopped" if words[0] in ("quantize", "convert") else ""
+        err.print(f"\nhalfbyte: interrupted after {time.monotonic() - started:.0f} s{goes_on}", soft_wrap=True)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has seen enough
+        sys.exit(1)
+    except OSError as error:
+        _refuse(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except Exception as error:  # noqa: BLE001
-        if type(error).__name__ in ("UsageError", "BadParameter", "NoSuchOption", "MissingParameter", "NoArgsIsHelpError", "BadArgumentUsage"):
-            error.show()  # click's own words for a wrong option
-            sys.exit(2)
-        raise
+
+
+def _refuse(reason: str) -> NoReturn:
+    err.print("halfbyte: " + " ".join(reason.split()), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)

@@ -9,7 +9,11 @@
 """
 
 import difflib
+import os.path
 from collections.abc import Iterable
+
+LISTED = 12
+"""Known names that a message lists where none is near."""
 
 
 class HalfbyteError(Exception):
@@ -28,10 +32,20 @@ class UnknownName(BadRequest):
     """A name that is in no table."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]):
-        known = sorted(known)
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-        super().__init__(f"unknown {kind} '{name}'; {hint}")
+        known = list(known)
+        near = nearest(name, known)
+        some = known[:: -(-len(known) // LISTED)]
+        listed = f"known: {', '.join(known)}" if len(some) == len(known) else f"known are {len(known)}, such as {', '.join(some)}"
+        super().__init__(f"unknown {kind} '{name}'; " + (f"did you mean {' or '.join(near)}?" if near else listed))
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The known names most like `name`; those that begin as it does come first."""
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio() + len(os.path.commonprefix([name.lower(), other.lower()])) / 20
+
+    return [other for other in sorted(known, key=likeness, reverse=True) if name and likeness(other) > 0.5][:count]
 
 
 class Unsupported(HalfbyteError):

@@ -37,6 +37,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     dtype = dtype or checkpoint.dtype
     model = skeleton.build(checkpoint, dtype)
     places = skeleton.places(model, checkpoint.tensors())
+    skeleton.require_whole(model, checkpoint, places)
     packed: dict[str, str] = {}
     for module in checkpoint.quantized:
         place = places.get(f"{module}.weight")

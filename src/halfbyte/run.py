@@ -1,0 +1,105 @@
+"""A job under way: where its results go, and what is known of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+from torch import Tensor
+
+from halfbyte.containers import Container
+from halfbyte.containers.folder import Folder
+from halfbyte.grids.grid import Grid, Quantized
+from halfbyte.models.calibrate import Windows
+from halfbyte.models.checkpoint import Weight, require_finite
+from halfbyte.recipe import SKIPPED, Job
+from halfbyte.solvers.statistics import sample_rows
+
+Progress = Callable[[str, float, float], None]
+"""(what is being done, done so far, of how much)"""
+SAMPLED = 1 << 20
+"""Weights that the error of a matrix without calibration is taken over."""
+
+
+def silent(what: str, done: float, total: float) -> None:
+    """No progress shown."""
+
+
+@dataclass
+class Row:
+    """What became of one weight, for the report."""
+
+    name: str
+    grid: str
+    shape: list[int]
+    bits_per_weight: float
+    error: float
+    """Relative error: of the outputs on the calibration tokens, or of the weights where there are none."""
+    tokens: int | None = None
+    note: str = ""
+
+
+@dataclass
+class Run:
+    """A job under way: where its results go and what is known of them."""
+
+    job: Job
+    folder: Folder
+    progress: Progress
+    rows: dict[str, Row] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of every module and kept tensor, as the solver returned it or the source held it."""
+    folds: list[dict] = field(default_factory=list)
+    windows: Windows | None = None
+
+    def put(self, weight: Weight, q: Quantized) -> None:
+        for suffix, tensor in self.job.container.pack(q).items():
+            self.folder.write(f"{weight.name}.{suffix}", tensor)
+
+    def keep(self, tensor: str, value: Tensor) -> None:
+        if self.job.kept[tensor] != SKIPPED:
+            require_finite(tensor, value)
+        self.digests[tensor] = digest(value)
+        self.folder.write(tensor, value)
+
+
+def digest(value: Quantized | Tensor) -> str:
+    """Of every bit of a tensor, or of a matrix on a grid whatever its container."""
+    hasher = xxhash.xxh3_128()
+    tensors = [value] if isinstance(value, Tensor) else [value.codes, *(value.params[name] for name in sorted(value.params))]
+    for tensor in tensors:
+        hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if tensor.numel():
+            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()
+
+
+def read_back(container: Container, entries: Mapping, weight: Weight, grid: Grid) -> Quantized:
+    tensors = {suffix: entries[f"{weight.name}.{suffix}"].read() for suffix in container.plan(grid, weight.shape)}
+    return container.unpack(tensors, grid, weight.shape)
+
+
+def weight_error(w: Tensor | Quantized, q: Quantized) -> float:
+    """Relative error of the weights, over evenly spaced rows where there are many."""
+    if w is q:
+        return 0.0
+    rows = sample_rows(q.shape[0], SAMPLED // q.shape[1])
+    exact = (w.decode() if isinstance(w, Quantized) else w)[rows].float()
+    part = Quantized(q.grid, q.codes[rows], {n: p[rows] if p.shape[0] == q.shape[0] else p for n, p in q.params.items()})
+    return ((part.decode() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+def row_of(weight: Weight, grid: Grid, error: float, tokens: int | None, note: str) -> Row:
+    return Row(weight.name, str(grid), list(weight.shape), grid.bits(weight.shape), error, tokens, note)
+
+
+def note(run: Run, rows: list[Row], digests: dict[str, str], **step) -> None:
+    run.rows |= {row.name: row for row in rows}
+    run.digests |= digests
+    run.folder.record({**step, "rows": [vars(row) for row in rows], "digests": digests})
+
+
+def recall(run: Run, record: dict) -> None:
+    run.rows |= {row["name"]: Row(**row) for row in record.get("rows", [])}
+    run.digests |= record.get("digests", {})
+    run.folds += record.get("folds", [])
