@@ -27,10 +27,8 @@ def quantize(model: str | Path | Recipe, out: str | Path, *, overwrite: bool = F
     `recipe` takes the entries of Recipe: method, grid, to, engine, calibration, skip, override, head, shard_gb.
     Raises HalfbyteError.
     """
-    if isinstance(model, Recipe):
-        whole = Recipe.of(**{**model.model_dump(exclude_unset=True), **recipe})
-    else:
-        whole = Recipe.of(model=str(model), **recipe)
+    words = model.model_dump(exclude_unset=True) if isinstance(model, Recipe) else {"model": str(model)}
+    whole = Recipe.of(**{**words, **recipe})
     if whole.method == "convert":
         if whole.to is None:
             raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}")
@@ -62,7 +60,14 @@ def evaluate(
     taken = calibrate.evaluation(reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows)
     tokens = rule.prepare(taken.tokens, calibrate.bos(reference) if rule.bos else None)
     rows = compare(checkpoints, tokens, rule, progress=progress)
-    common = {"text": text, "length": length, "windows": len(tokens), "tokens_sha256": taken.digest, "convention": rule.name, "reference_path": str(reference.path)}
+    common = {
+        "text": text,
+        "length": length,
+        "windows": len(tokens),
+        "tokens_sha256": taken.digest,
+        "convention": rule.name,
+        "reference_path": str(reference.path),
+    }
     result = {**common, "reference": rows[0], "models": [{"path": str(c.path), **row} for c, row in zip(checkpoints[1:], rows[1:], strict=True)]}
     for checkpoint, row in zip(checkpoints[1:], rows[1:], strict=True):
         build.add_evaluation(checkpoint.path, {**common, "reference": rows[0], "model": row})

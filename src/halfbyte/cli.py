@@ -20,7 +20,7 @@ from rich.table import Table
 from halfbyte.errors import BadRequest, HalfbyteError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
-UsageError = typer.BadParameter.__mro__[1]  # of click, which some versions of typer bear within themselves
+UsageError: Any = typer.BadParameter.__mro__[1]  # of click, which some versions of typer bear within themselves
 out = Console(width=None if sys.stdout.isatty() else 180)
 err = Console(stderr=True)
 
@@ -29,7 +29,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output 
 
 
 @app.callback()
-def options(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=lambda asked: _print_version(asked))] = False) -> None:
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=lambda asked: _print_version(asked), is_eager=True, help="Print the version.")] = False,
+) -> None:
     """Make large language models small enough to run."""
 
 
@@ -41,7 +43,9 @@ def quantize(
     grid: Annotated[str | None, typer.Option(help="Such as int4-g128, int4-g64-asym, int8-channel.", show_default="int4-g128")] = None,
     to: Annotated[str | None, typer.Option(help="Container: compressed-tensors, gptq or awq.", show_default="the engine's, else compressed-tensors")] = None,
     engine: Annotated[str | None, typer.Option(help="Where it will run: vllm, sglang, transformers, tgi or tensorrt-llm; its rules are checked first.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="A text file, a .jsonl of texts or chats, or a dataset org/name:split.", show_default="the embedded text")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="A text file, a .jsonl of texts or chats, or a dataset org/name:split.", show_default="the embedded text")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.", show_default="128")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a window.", show_default="512")] = None,
     seed: Annotated[int | None, typer.Option(help="Which windows are drawn.", show_default="0")] = None,
@@ -122,7 +126,11 @@ def evaluate(
 
 
 @app.command()
-def inspect(path: Annotated[str, typer.Argument(help="Any checkpoint.")], worst: Annotated[int, typer.Option(min=0, help="How many weights to list.")] = 10, as_json: Json = False) -> None:
+def inspect(
+    path: Annotated[str, typer.Argument(help="Any checkpoint.")],
+    worst: Annotated[int, typer.Option(min=0, help="How many weights to list.")] = 10,
+    as_json: Json = False,
+) -> None:
     """Tensors, grids, bits per weight, sizes, and which weights lost most."""
     from halfbyte.api import inspect as run
 
@@ -140,8 +148,8 @@ def inspect(path: Annotated[str, typer.Argument(help="Any checkpoint.")], worst:
     for warning in found["warnings"]:
         out.print(f"- {warning}")
     if found["evaluation"]:
-        model = found["evaluation"]["model"]
-        out.print(f"KL to the original {model['kl']:.5f} ± {model['kl_error']:.5f}, perplexity {model['perplexity']:.3f} (was {found['evaluation']['reference']['perplexity']:.3f})")
+        model, was = found["evaluation"]["model"], found["evaluation"]["reference"]["perplexity"]
+        out.print(f"KL to the original {model['kl']:.5f} ± {model['kl_error']:.5f}, perplexity {model['perplexity']:.3f} (was {was:.3f})")
 
 
 @app.command()
@@ -203,8 +211,10 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
     from halfbyte.report.build import command, size
 
     o, r = report["output"], report["recipe"]
-    out.print(f"{output}: {r['method']} {r['grid']} as {o['container']}, {size(o['size_bytes'])} (was {size(report['source']['size_bytes'])}), "
-              f"{o['bits_per_weight']:.3f} bits per quantized weight, {o['bits_per_parameter']:.3f} per parameter, {report['seconds']:.1f} s; read back and verified")  # fmt: skip
+    out.print(f"{output}: {r['method']} {r['grid']} as {o['container']}, "
+              f"{size(o['size_bytes'])} (was {size(report['source']['size_bytes'])}), "
+              f"{o['bits_per_weight']:.3f} bits per quantized weight, {o['bits_per_parameter']:.3f} per parameter, {report['seconds']:.1f} s; "
+              "read back and verified")  # fmt: skip
     _show_worst(sorted(report["weights"], key=lambda row: -row["error"])[:5], report["error_of"])
     for warning in report["warnings"]:
         out.print(f"note: {warning}")

@@ -1,15 +1,14 @@
 """The one tree of errors.
 
-    HalfbyteError          a user's request that cannot be met; its text is one line; the command line exits with 2
-    ├── BadCheckpoint      the source is no checkpoint, or is broken: missing shard, truncated file, NaN
-    ├── BadRequest         a name, option or file of the request is wrong
-    │   └── UnknownName    not in a table; the nearest names are offered
-    ├── Unsupported        a grid, layout or engine that cannot hold what was asked
-    └── BrokenOutput       what was written does not read back as what was solved
+HalfbyteError          a user's request that cannot be met; its text is one line; the command line exits with 2
+├── BadCheckpoint      the source is no checkpoint, or is broken: missing shard, truncated file, NaN
+├── BadRequest         a name, option or file of the request is wrong
+│   └── UnknownName    not in a table; the nearest names are offered
+├── Unsupported        a grid, layout or engine that cannot hold what was asked
+└── BrokenOutput       what was written does not read back as what was solved
 """
 
 import difflib
-import os.path
 from collections.abc import Iterable
 
 LISTED = 12
@@ -43,7 +42,9 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known names most like `name`; those that begin as it does come first."""
 
     def likeness(other: str) -> float:
-        return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio() + len(os.path.commonprefix([name.lower(), other.lower()])) / 20
+        a, b = name.lower(), other.lower()
+        same_start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        return difflib.SequenceMatcher(None, a, b).ratio() + same_start / 20
 
     return [other for other in sorted(known, key=likeness, reverse=True) if name and likeness(other) > 0.5][:count]
 

@@ -27,9 +27,9 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     source: str = "default"
-    samples: int = Field(128, ge=1)
-    length: int = Field(512, ge=8)
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    samples: int = Field(default=128, ge=1)
+    length: int = Field(default=512, ge=8)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
 
 
 class Recipe(BaseModel):
@@ -45,7 +45,7 @@ class Recipe(BaseModel):
     skip: tuple[str, ...] = ()
     override: dict[str, str] = {}
     head: bool = False
-    shard_gb: float = Field(5.0, gt=0)
+    shard_gb: float = Field(default=5.0, gt=0)
 
     @field_validator("calibration", mode="before")
     @classmethod
@@ -158,9 +158,8 @@ def resolve(recipe: Recipe) -> Job:
     method = method_named(recipe.method)
     grid = grids.parse(recipe.grid)
     overrides = {p: None if g == "keep" else grids.parse(g) for p, g in recipe.override.items()}
-    if recipe.to is None:
-        recipe = recipe.model_copy(update={"to": engines.default_container(recipe.engine) if recipe.engine else next(iter(CONTAINERS))})
-    container = container_named(recipe.to)
+    to = recipe.to or (engines.default_container(recipe.engine) if recipe.engine else next(iter(CONTAINERS)))
+    recipe, container = recipe.model_copy(update={"to": to}), container_named(to)
     if recipe.engine and recipe.engine not in engines.ENGINES:
         raise UnknownName("engine", recipe.engine, engines.ENGINES)
     checkpoint = Checkpoint.open(recipe.model)
@@ -281,5 +280,3 @@ def _check_mixed(choices: list[Choice], container: Container) -> None:
 def _most(found: Iterable[tuple[Grid, tuple[int, ...]]]) -> str:
     names = [str(grid) for grid, _ in found]
     return max(set(names), key=names.count) if names else "no weights"
-
-

@@ -5,131 +5,173 @@ place. A journal there lists what is done, so that a run that was killed goes on
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from halfbyte.containers.safetensors import Entry, Spec, Writer
-from halfbyte.errors import BadRequest
+from halfbyte.errors import BadRequest, HalfbyteError
 
 JOURNAL = "halfbyte-journal.jsonl"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST}
 
 
 class Folder:
     """Writes the tensors and files of one checkpoint."""
 
-    def __init__(self, target: Path, specs: Mapping[str, Spec], identity: str, overwrite: bool = False, shard_bytes: float = 5e9):
+    def __init__(self, target: Path, specs: Mapping[str, Spec], identity: str, shard_bytes: float = 5e9):
         self.target = target
-        self.partial = target.with_name(target.name + ".partial")
-        self.overwrite = overwrite
+        self.partial, self._old = _beside(target)
         self.journal: list[dict[str, Any]] = []
         """Records of an earlier run that was cut off, in order."""
         self.shards = _shards(specs, shard_bytes)
-        resumes = self._resume(identity)
+        self.writers: list[Writer] = []
         try:
-            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            resumes = self._resume(identity)
             self.writers = [Writer(self.partial / name, part, resume=resumes) for name, part in self.shards.items()]
+            if not resumes:
+                self.record({"identity": identity})
         except OSError as error:
-            raise self._no_room(error) from None
+            raise self.refusal(error) from error
         self.entries: dict[str, Entry] = {name: e for writer in self.writers for name, e in writer.entries.items()}
         self._owner = {name: writer for writer in self.writers for name in writer.entries}
-        if not resumes:
-            self.record({"identity": identity})
+
+    def _lock(self) -> None:
+        """Two runs that write the same folder would each spoil what the other has done."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.partial / JOURNAL, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise BadRequest(f"another run is writing {self.target}; wait for it, or name another folder") from None
+        except OSError:
+            pass  # a file system without locks
 
     def _resume(self, identity: str) -> bool:
-        path = self.partial / JOURNAL
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            records = [json.loads(line) for line in lines]
-            if records and records[0].get("identity") == identity:
-                self.journal = records[1:]
-                path.write_text("".join(lines))  # a record that was cut off while it was written is gone
-                return True
-        shutil.rmtree(self.partial, ignore_errors=True)
-        return False
+        self._file.seek(0)
+        lines = [line for line in self._file.readlines() if line.endswith("\n")]  # not a record that was cut off while it was written
+        try:
+            first, *records = [json.loads(line) for line in lines]
+        except ValueError:
+            first, records = {}, []
+        resumes = bool(first) and first.get("identity") == identity
+        if resumes:
+            self.journal = records
+            self._file.truncate(len("".join(lines).encode()))
+        else:
+            self._file.truncate(0)
+            for path in self.partial.iterdir():
+                if path.name != JOURNAL:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return resumes
 
     def write(self, name: str, tensor: Tensor) -> None:
-        try:
-            self._owner[name].write(name, tensor)
-        except OSError as error:
-            raise self._no_room(error) from None
+        self._owner[name].write(name, tensor)
 
     def record(self, record: dict[str, Any]) -> None:
         """Note a step as done. What it wrote has left this process; a later check of every byte covers the rest."""
-        with open(self.partial / JOURNAL, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
 
     def seal(self, files: Mapping[str, str], copies: Mapping[str, Path]) -> None:
         """Close the shards and add the small files, so that the partial folder reads as a checkpoint."""
-        try:
-            for writer in self.writers:
-                writer.close()
-            if len(self.shards) > 1:
-                sizes = {name: spec.size_bytes for part in self.shards.values() for name, spec in part.items()}
-                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {n: shard for shard, part in self.shards.items() for n in part}}
-                (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            for name, source in copies.items():
-                (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, self.partial / name)
-            for name, text in files.items():
-                (self.partial / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise self._no_room(error) from None
+        for writer in self.writers:
+            writer.close()
+        if len(self.shards) > 1:
+            sizes = {name: spec.size_bytes for part in self.shards.values() for name, spec in part.items()}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {n: shard for shard, part in self.shards.items() for n in part}}
+            (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for name, source in copies.items():
+            (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, self.partial / name)
+        for name, text in files.items():
+            (self.partial / name).write_text(text, encoding="utf-8")
 
     def publish(self) -> None:
-        """Rename into place. With `overwrite`, what was there is removed only after that."""
-        (self.partial / JOURNAL).unlink()
-        old = None
-        if self.target.exists():
-            old = self.target.with_name(self.target.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.target, old)
-        os.rename(self.partial, self.target)
-        if old:
-            shutil.rmtree(old)
+        """Rename into place. What was there is removed only after that; `claim` mends a run that was killed in between."""
+        place = self.target.resolve()
+        if place.exists():
+            os.rename(place, self._old)
+        os.rename(self.partial, place)
+        (place / JOURNAL).unlink()
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the files; what is done stays."""
+        for writer in self.writers:
+            writer.abandon()
+        self._file.close()
 
     def discard(self) -> None:
         """Leave nothing behind."""
         shutil.rmtree(self.partial, ignore_errors=True)
+        with suppress(OSError):  # a full disk may fail the last words to the journal
+            self.close()
 
-    def _no_room(self, error: OSError) -> BadRequest | OSError:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    def refusal(self, error: OSError) -> HalfbyteError | OSError:
+        """What to raise when writing failed: of a disk that is full or not ours, the partial folder is removed."""
+        if error.errno in FULL:
+            needed = sum(spec.size_bytes for part in self.shards.values() for spec in part.values())
+            reason = f"{os.strerror(error.errno)}: it needs {needed / 1e9:.2f} GB"
+        elif error.errno in REFUSED and Path(error.filename or self.partial).is_relative_to(self.partial):
+            reason = os.strerror(error.errno)
+        else:
             return error
-        needed = sum(spec.size_bytes for part in self.shards.values() for spec in part.values())
-        self.discard()
-        return BadRequest(f"{self.target} cannot be written ({os.strerror(error.errno)}): it needs {needed / 1e9:.2f} GB; nothing was left behind")
+        if hasattr(self, "_file"):
+            self.discard()
+        return BadRequest(f"{self.target} cannot be written ({reason}); nothing was left behind")
 
 
 def claim(target: Path, source: Path, overwrite: bool) -> None:
-    """Refuse a target that holds something, unless it may be replaced; never the source or a folder around it."""
-    resolved = target.resolve()
-    if resolved == source.resolve() or resolved in source.resolve().parents:
+    """Refuse a target that holds something, unless it may be replaced; never the source or a folder around it or in it."""
+    place, source_place = target.resolve(), source.resolve()
+    if place == source_place or place in source_place.parents:
         raise BadRequest(f"the output {target} is or holds the source {source}; name another folder")
-    if target.is_file():
+    if source_place in place.parents:
+        raise BadRequest(f"the output {target} lies in the source {source}, whose files are copied; name another folder")
+    partial, old = _beside(target)
+    if old.exists() and not place.exists():
+        os.rename(old, place)  # killed between two renames: the new folder is in `partial`, and is finished below
+    if place.exists() and not place.is_dir():
         raise BadRequest(f"the output {target} is a file; name a folder")
-    if target.exists() and any(target.iterdir()):
+    if place.exists() and any(place.iterdir()):
         if not overwrite:
             raise BadRequest(f"the output {target} exists and is kept; name another folder or give --overwrite")
-        if not (target / "config.json").exists():
+        if not (place / "config.json").exists():
             raise BadRequest(f"the output {target} is no checkpoint (it has no config.json), so --overwrite does not replace it")
+    if partial.exists() and not (partial / JOURNAL).exists() and not (partial.is_dir() and not any(partial.iterdir())):
+        raise BadRequest(f"{partial} is in the way and not of halfbyte's making; move it, or name another folder")
 
 
 @contextmanager
 def kept_on_interrupt(folder: Folder) -> Iterator[None]:
-    """A request that cannot be met leaves nothing behind; an interrupted run leaves its journal."""
+    """A request that cannot be met leaves nothing behind; whatever else ends a run leaves its journal, and the same call goes on."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:
+    except HalfbyteError:
         folder.discard()
         raise
+    except OSError as error:
+        raise folder.refusal(error) from error
+    finally:
+        with suppress(OSError):
+            folder.close()
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Where the new folder grows, and where the old one waits until it is replaced. Links are followed: rename would replace them."""
+    place = target.resolve()
+    return place.with_name(f"{place.name}.partial"), place.with_name(f"{place.name}.halfbyte-old")
 
 
 def _shards(specs: Mapping[str, Spec], limit: float) -> dict[str, dict[str, Spec]]:

@@ -4,6 +4,7 @@ The safetensors package maps whole files and writes whole dictionaries. Here ten
 their offsets, so that memory stays at one tensor whatever the file's size: pages of a mapped file count as resident.
 """
 
+import errno
 import json
 import os
 import struct
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the reference implementation
+LARGEST = 1 << 48  # elements; more would overflow strides, even of an empty tensor
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Entry(Spec):
         raw = torch.empty(prod(shape) * self.dtype.itemsize, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(start)
-            view, done = memoryview(raw.numpy()), 0
+            view, done = raw.numpy().data, 0
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
@@ -68,31 +71,42 @@ class Entry(Spec):
 
 def read_header(path: Path) -> dict[str, Entry]:
     """Every tensor of the file. Raises BadCheckpoint for a file that is cut short or malformed."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise BadCheckpoint(f"{path} is no safetensors file, or is cut short: it has {size} bytes and no whole header")
-        try:
-            header = json.loads(file.read(length))
-            entries = {name: _entry(path, 8 + length, v) for name, v in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadCheckpoint(f"{path} has a malformed safetensors header: {error!r}") from None
-    for name, entry in entries.items():
-        if entry.offset + entry.size_bytes > size:
-            missing = entry.offset + entry.size_bytes - size
-            raise BadCheckpoint(f"{path} is cut short: tensor '{name}' needs {missing} bytes more; download the file again")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            text = file.read(length) if 2 <= length <= min(HEADER_LIMIT, size - 8) else None
+    except OSError as error:
+        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+    if start == b"version ":
+        raise BadCheckpoint(f"{path} is a pointer of Git LFS, not the file itself; fetch it with: git lfs pull")
+    if text is None:
+        raise BadCheckpoint(f"{path} is no safetensors file, or is cut short: it has {size} bytes and no whole header")
+    try:
+        header = json.loads(text)
+        entries = {name: _entry(path, 8 + length, v) for name, v in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadCheckpoint(f"{path} has a malformed safetensors header: {error!r}") from None
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
+        if entry.offset < end:
+            raise BadCheckpoint(f"{path} has a malformed safetensors header: tensor '{name}' overlaps another")
+        end = entry.offset + entry.size_bytes
+        if end > size:
+            raise BadCheckpoint(f"{path} is cut short: tensor '{name}' needs {end - size} bytes more; download the file again")
     return entries
 
 
 def _entry(path: Path, data: int, value: Mapping) -> Entry:
     if value["dtype"] not in DTYPES:
         raise ValueError(f"dtype {value['dtype']} is not known")
-    begin, end = value["data_offsets"]
-    entry = Entry(tuple(int(n) for n in value["shape"]), DTYPES[value["dtype"]], path, data + begin)
-    if begin < 0 or end - begin != entry.size_bytes or min(entry.shape, default=0) < 0:
-        raise ValueError(f"offsets {begin}..{end} do not fit shape {entry.shape}")
+    (begin, end), shape = value["data_offsets"], value["shape"]
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or prod(max(n, 1) for n in shape) > LARGEST:
+        raise ValueError(f"shape {shape} and offsets {begin}..{end} are not all sizes")
+    entry = Entry(tuple(shape), DTYPES[value["dtype"]], path, data + begin)
+    if end - begin != entry.size_bytes:
+        raise ValueError(f"offsets {begin}..{end} do not fit shape {shape}")
     return entry
 
 
@@ -100,20 +114,22 @@ class Writer:
     """Lays out every tensor of a file from its shape, then takes their bytes in any order."""
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], resume: bool = False):
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for name, spec in specs.items():
             header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.size_bytes]}
             offset += spec.size_bytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self.path, self.entries = path, {}
+        self.path = path
+        self.entries: dict[str, Entry] = {}
         for name, spec in specs.items():
             self.entries[name] = Entry(spec.shape, spec.dtype, path, 8 + len(text) + header[name]["data_offsets"][0])
         self.file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC), 0o644)
         self._write(struct.pack("<Q", len(text)) + text, 0)
         # Reserve the whole file at once: a disk that is too small says so now, not hours later.
         if offset:
-            os.posix_fallocate(self.file, 0, 8 + len(text) + offset)
+            _reserve(self.file, 8 + len(text) + offset)
 
     def write(self, name: str, tensor: Tensor) -> None:
         entry = self.entries[name]
@@ -129,4 +145,20 @@ class Writer:
 
     def close(self) -> None:
         os.fsync(self.file)
-        os.close(self.file)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the file as it is."""
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+
+def _reserve(file: int, size_bytes: int) -> None:
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        os.posix_fallocate(file, 0, size_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # some file systems cannot reserve
+            raise

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from halfbyte import demo
 from halfbyte.errors import BadCheckpoint, BadRequest
-from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import Checkpoint
 
 DEFAULT = "default"
@@ -49,7 +48,8 @@ def calibration(checkpoint: Checkpoint, source: str, samples: int, length: int, 
     generator = torch.Generator().manual_seed(seed)
     whole, distinct = len(stream) // length, len(stream) - length + 1
     if samples > distinct:
-        raise BadRequest(f"{source} has {len(stream)} tokens, which {samples} windows of {length} cannot be drawn from; give more text, or smaller --samples or --length")
+        what = f"{source} has {len(stream)} tokens, from which {samples} windows of {length} cannot be drawn"
+        raise BadRequest(f"{what}; give more text, or smaller --samples or --length")
     warning = None
     if source == DEFAULT:
         warning = "the default calibration text is small and English; --calibration FILE takes text of the kind that the model will see"
@@ -104,9 +104,11 @@ def bos(checkpoint: Checkpoint) -> int | None:
 
 
 def _tokenizer(checkpoint: Checkpoint):
-    try:
-        import transformers  # seconds, which methods without calibration need not wait for
+    import transformers  # seconds, which methods without calibration need not wait for
 
+    from halfbyte.models import skeleton
+
+    try:
         return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
     except skeleton.REFUSALS as error:
         raise BadRequest(f"Transformers cannot load the tokenizer of {checkpoint.path}: {' '.join(str(error).split())}") from None

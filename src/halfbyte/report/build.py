@@ -3,12 +3,15 @@
 import json
 import platform
 import resource
+import shlex
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from halfbyte.models.calibrate import Windows
@@ -16,6 +19,7 @@ from halfbyte.plan.engines import Verdict
 from halfbyte.recipe import Job
 
 WORST = 5
+TITLES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "Transformers", "tgi": "Text Generation Inference", "tensorrt-llm": "TensorRT-LLM"}
 
 
 def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Windows | None, seconds: float) -> dict[str, Any]:
@@ -32,8 +36,22 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
     return {
         "halfbyte": version("halfbyte"),
         "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
-        "source": {"path": str(source.path), "model_type": source.model_type, "dtype": str(source.dtype).removeprefix("torch."), "size_bytes": sum(e.size_bytes for e in source.entries.values()), "parameters": parameters},
-        "output": {"container": job.container.name, "size_bytes": stored + kept, "bits_per_weight": 8 * stored / counted, "bits_per_parameter": 8 * (stored + kept) / parameters, "quantized": len(grids), "kept": len(job.kept)},
+        "source": {
+            "path": str(source.path),
+            "hub": None if Path(job.recipe.model).expanduser().is_dir() else job.recipe.model,
+            "model_type": source.model_type,
+            "dtype": str(source.dtype).removeprefix("torch."),
+            "size_bytes": sum(e.size_bytes for e in source.entries.values()),
+            "parameters": parameters,
+        },
+        "output": {
+            "container": job.container.name,
+            "size_bytes": stored + kept,
+            "bits_per_weight": 8 * stored / counted,
+            "bits_per_parameter": 8 * (stored + kept) / parameters,
+            "quantized": len(grids),
+            "kept": len(job.kept),
+        },
         "calibration": windows and {"source": windows.source, "windows": list(windows.tokens.shape), "tokens_sha256": windows.digest},
         "warnings": warnings,
         "engines": [_engine(v) for v in job.verdicts],
@@ -44,11 +62,18 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
         "environment": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "numpy", "numba")}},
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": round(seconds, 2),
-    }  # fmt: skip
+    }
 
 
 def _engine(verdict: Verdict) -> dict[str, Any]:
-    return {"engine": verdict.engine, "loads": verdict.loads, "reasons": list(verdict.reasons), "notes": list(verdict.notes), "tensor_parallel": list(verdict.tensor_parallel), "command": verdict.command}
+    return {
+        "engine": verdict.engine,
+        "loads": verdict.loads,
+        "reasons": list(verdict.reasons),
+        "notes": list(verdict.notes),
+        "tensor_parallel": list(verdict.tensor_parallel),
+        "command": verdict.command,
+    }
 
 
 def worst(report: Mapping[str, Any], count: int = WORST) -> list[dict[str, Any]]:
@@ -58,8 +83,25 @@ def worst(report: Mapping[str, Any], count: int = WORST) -> list[dict[str, Any]]
 
 def card(report: Mapping[str, Any], path: Path) -> str:
     """The model card: README.md of the output."""
-    environment = Environment(loader=PackageLoader("halfbyte.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return environment.get_template("card.md.jinja").render(r=report, name=path.name, path=str(path), worst=worst(report), evaluation=report.get("evaluation"))
+    environment = Environment(
+        loader=PackageLoader("halfbyte.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"size": size, "quote": shlex.quote, "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}
+    recipe = {name: value for name, value in report["recipe"].items() if value not in ([], {}, False) and (name != "calibration" or report["calibration"])}
+    served = [{**e, "title": TITLES[e["engine"]], "command": command(e, path)} for e in report["engines"]]
+    return environment.get_template("card.md.jinja").render(
+        r=report, name=path.resolve().name, path=str(path), recipe=recipe, engines=served, worst=worst(report), evaluation=report.get("evaluation")
+    )
+
+
+def command(engine: Mapping[str, Any], path: Path) -> str:
+    """What serves the folder: a line for the shell, or of Python where the path stands in quotes."""
+    line = engine["command"] or ""
+    return line.replace('"{path}"', json.dumps(str(path))).replace("{path}", shlex.quote(str(path)))
+
+
+def size(size_bytes: float) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.2f} MB"
 
 
 def as_json(value: Any) -> str:
@@ -72,7 +114,8 @@ def add_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
         written = json.loads((path / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
-    if "halfbyte" in written:
+    if isinstance(written, dict) and written.get("halfbyte") == version("halfbyte"):  # the card of another version has other entries
         written["evaluation"] = evaluation
-        (path / "report.json").write_text(as_json(written), encoding="utf-8")
-        (path / "README.md").write_text(card(written, path), encoding="utf-8")
+        with suppress(OSError):  # a folder that we may only read: the caller has the measurement
+            (path / "report.json").write_text(as_json(written), encoding="utf-8")
+            (path / "README.md").write_text(card(written, path), encoding="utf-8")

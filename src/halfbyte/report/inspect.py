@@ -47,4 +47,4 @@ def _report(path: Path) -> dict[str, Any]:
         value = json.loads((path / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}  # another tool's checkpoint has no report of ours
-    return value if isinstance(value, dict) and "weights" in value else {}
+    return value if isinstance(value, dict) and isinstance(value.get("weights"), list) else {}

@@ -1,0 +1,62 @@
+"""A checkpoint that is made in a second: two Llama layers of random weights and a tokenizer of single bytes."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+BOS, EOS = "<bos>", "<eos>"
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "boil", "quaint", "black", "jugs", "of", "wax"]
+
+
+def config(**changes) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 264, "max_position_embeddings": 512, "tie_word_embeddings": False,
+        "bos_token_id": 256, "eos_token_id": 257, "rms_norm_eps": 1e-5, "dtype": "bfloat16", **changes,
+    }  # fmt: skip
+
+
+def make(folder: Path, seed: int = 0, chat: bool = False, adds_bos: bool = False, **changes) -> Path:
+    """Write a checkpoint into `folder`."""
+    folder.mkdir(parents=True)
+    settings = config(**changes)
+    (folder / "config.json").write_text(json.dumps(settings))
+    tokenizer(adds_bos).save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, **({"chat_template": CHAT} if chat else {})}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    for p in model.parameters():  # louder than the usual 0.02, so that rounding is seen in the logits
+        if p.dim() == 2:
+            p.data.mul_(4)
+    tied = {"lm_head.weight"} if settings["tie_word_embeddings"] else set()
+    save_file({n: t.contiguous() for n, t in model.state_dict().items() if n not in tied}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def tokenizer(adds_bos: bool) -> Tokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)} | {BOS: 256, EOS: 257}
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.add_special_tokens([BOS, EOS])
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    if adds_bos:
+        made.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 256)])
+    return made
+
+
+def text(path: Path, words: int = 1500, seed: int = 0) -> Path:
+    """Some text of `words` words."""
+    picks = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed))
+    path.write_text(" ".join(WORDS[i] for i in picks))
+    return path
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """The bytes of every safetensors file."""
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
