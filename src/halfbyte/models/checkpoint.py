@@ -42,6 +42,9 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path = path
         self.config = _read_json(path / "config.json", f"{path} is no checkpoint: it has no config.json")
+        for part in ("text_config", "quantization_config"):
+            if not isinstance(self.config.get(part) or {}, dict):
+                raise BadCheckpoint(f"{path}/config.json: {part} is no object")
         self.entries = _entries(path)
 
     @classmethod
@@ -52,7 +55,7 @@ class Checkpoint:
             return cls(path)
         if path.exists():
             raise BadCheckpoint(f"{source} is a file; name the folder that holds config.json and the safetensors")
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", str(source)):
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(source)):
             return cls(_download(str(source)))
         raise BadCheckpoint(f"there is no folder {source}, and it is no hub id (org/name)")
 
@@ -76,7 +79,9 @@ class Checkpoint:
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings", False)))
+        """Whether the head shares the embedding's tensor. Old configs do not say, but then no head is stored."""
+        said = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
+        return not any(roles.HEAD.match(name) for name in self.entries) if said is None else bool(said)
 
     @property
     def other_files(self) -> list[Path]:
@@ -104,7 +109,10 @@ class Checkpoint:
         """Grid and shape of every module that is quantized already."""
         if self.container is None:
             return {}
-        return self.container.find(self.config.get("quantization_config") or self.text_config["quantization_config"], self.entries)
+        try:
+            return self.container.find(self.config.get("quantization_config") or self.text_config["quantization_config"], self.entries)
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
+            raise BadCheckpoint(f"{self.path} says that it is {self.container.name}, but its tensors are not so: {error!r}") from None
 
     @cached_property
     def parts(self) -> dict[str, str]:
@@ -152,11 +160,11 @@ class Checkpoint:
         layers = self.text_config.get("num_hidden_layers", self.text_config.get("n_layer"))
         for name, shape in self.tensors().items():
             block = roles.block_of(name)
-            if block is None and roles.HEAD.match(name) and len(shape) == 2:
+            if block is None and roles.HEAD.match(name) and len(shape) == 2 and not self.tied:
                 yield Weight(name.removesuffix(".weight"), name, None, shape)
             if block is None or roles.KEPT.search(name) or name.endswith("bias"):
                 continue
-            if layers is not None and int(block.rpartition(".")[2]) >= layers:
+            if isinstance(layers, int) and int(block.rpartition(".")[2]) >= layers:
                 continue  # layers beyond the model's, for multi-token prediction
             transposed = roles.is_transposed(name, self.model_type)
             out, width = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1]) if len(shape) > 1 else (0, 0)
@@ -189,14 +197,17 @@ def require_finite(name: str, w: Tensor) -> None:
 def _entries(path: Path) -> dict[str, Entry]:
     if (path / INDEX).exists():
         index = _read_json(path / INDEX, "")
-        shards = sorted(set(index.get("weight_map", {}).values()))
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(s, str) and ".." not in s and not s.startswith("/") for s in weight_map.values()):
+            raise BadCheckpoint(f"{path / INDEX} maps no tensors to files of the folder")
+        shards = sorted(set(weight_map.values()))
         missing = [s for s in shards if not (path / s).exists()]
         if missing:
             raise BadCheckpoint(f"{path} lacks {len(missing)} of {len(shards)} shards that {INDEX} names, the first {missing[0]}; download it again")
     else:
         index, shards = None, [p.name for p in sorted(path.glob("*.safetensors"))]
     if not shards:
-        found = sorted({p.suffix for p in path.iterdir() if WEIGHT_FILE.fullmatch(p.name)})
+        found = sorted({p.suffix for p in path.iterdir() if WEIGHT_FILE.fullmatch(p.name)} - {".json", ".safetensors"})
         hint = f"; it has {', '.join(found)} files: save it again as safetensors" if found else ""
         raise BadCheckpoint(f"{path} is no checkpoint: it has no safetensors{hint}")
     entries: dict[str, Entry] = {}
@@ -232,7 +243,7 @@ def _download(source: str) -> Path:
     name, _, revision = source.partition("@")
     try:
         folder = snapshot_download(name, revision=revision or None, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "original/*"])
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadRequest(f"{name} is neither a folder nor a model that the hub gives us: {reason}") from None
     return Path(folder)

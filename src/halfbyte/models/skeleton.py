@@ -10,12 +10,16 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.models.checkpoint import Checkpoint, require_finite
+
+REFUSALS = (ValueError, KeyError, ImportError, OSError, AttributeError, TypeError, ArithmeticError, StrictDataclassError)
+"""What Transformers raises at a config that it cannot read, as seen with broken ones."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,18 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrained
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager", trust_remote_code=False
-            )
-    except (ValueError, KeyError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+            # Attention is what Transformers takes by default: not every family has SDPA, and some have it in another formula.
+            causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+            kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
+            model = kind.from_config(config, dtype=dtype, experts_implementation="eager", trust_remote_code=False)
+    except REFUSALS as error:
+        reason = " ".join(str(error).split())
         raise BadCheckpoint(
             f"Transformers {transformers.__version__} cannot build '{checkpoint.model_type}': {reason} "
             "(methods without calibration need no model: --method nearest)"
         ) from None
     model.eval().requires_grad_(False)
+    _keep_precision(model, dtype)
     for module in model.modules():
         lost = [name for name, b in module.named_buffers(recurse=False) if b.is_meta]
         for name in lost:
@@ -62,6 +68,18 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrained
         if lost:
             model._init_weights(module)  # Transformers computes every buffer here, as from_pretrained does
     return model
+
+
+def _keep_precision(model: transformers.PreTrainedModel, dtype: torch.dtype) -> None:
+    """Tensors that a family wants in 32 bits whatever the model's dtype, as from_pretrained gives them."""
+    wanted = set(model._keep_in_fp32_modules_strict or ()) if dtype.itemsize == 2 else set()
+    if dtype == torch.float16:
+        wanted |= set(model._keep_in_fp32_modules or ())
+    if wanted:
+        alternatives = loading.build_glob_alternation(sorted(wanted))[0]
+        for name, value in model.state_dict(keep_vars=True).items():
+            if alternatives.search(name) and value.is_floating_point():
+                value.data = value.data.float()
 
 
 def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dict[str, Place]:
@@ -73,18 +91,22 @@ def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ..
     known = dict(model.state_dict(keep_vars=True))
     found: dict[str, Place] = {}
     fused: dict[str, dict[str, list[str]]] = {}
-    for name in sorted(tensors, key=loading.dot_natural_key):
+
+    def rename(name: str) -> tuple[str, str | None]:
         target, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if target not in known and name in known:
-            target, pattern = name, None
+        return (name, None) if target not in known and name in known else (target, pattern)
+
+    for name in sorted(tensors, key=loading.dot_natural_key):
+        target, pattern = rename(name)
         if pattern is not None and target in known:
             fused.setdefault(target, {}).setdefault(pattern, []).append(name)
         elif target in known:
             found[name] = Place(target)
-        elif split := re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", target):
-            stack = f"{split[1]}.{split[3]}"  # one expert of a fused tensor, which we quantized by itself
-            if stack in known:
-                found[name] = Place(stack, expert=int(split[2]))
+        elif split := re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", name):
+            for stack in (f"{split[1]}.{split[3]}", f"{split[1]}.{split[3]}.weight"):  # one expert of a fused tensor, which we quantized by itself
+                target, pattern = rename(stack)
+                if target in known and pattern is None:
+                    found[name] = Place(target, expert=int(split[2]))
     for target, sources in fused.items():
         converter = next(owner[pattern] for pattern in sources)
         found.update(_fused(target, converter, sources, tensors))
@@ -102,7 +124,9 @@ def _fused(target: str, converter: loading.WeightConverter, sources: dict[str, l
         elif isinstance(operation, loading.Transpose) and {operation.dim0 - merged, operation.dim1 - merged} == {0, 1}:
             transposed = True
         else:
-            raise Unsupported(f"Transformers makes '{target}' of the checkpoint by {operation!r}, which calibration cannot follow; --method nearest needs no model")
+            raise Unsupported(
+                f"Transformers makes '{target}' of the checkpoint by {operation!r}, which calibration cannot follow; --method nearest needs no model"
+            )
     found, first = {}, 0
     for pattern in converter.source_patterns:
         names = sources.get(pattern, [])
@@ -114,6 +138,19 @@ def _fused(target: str, converter: loading.WeightConverter, sources: dict[str, l
         if dim is not None and merged and names:
             first += tensors[names[0]][dim]
     return found
+
+
+def tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or a buffer by its full name; DeepSeek's routers keep a bias in a buffer that checkpoints hold."""
+    home, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(home), last).data
+
+
+def require_whole(model: transformers.PreTrainedModel, checkpoint: Checkpoint, found: dict[str, Place]) -> None:
+    """Raise BadCheckpoint for parameters that no tensor of the checkpoint fills."""
+    filled = {place.parameter for place in found.values()} | set(model.all_tied_weights_keys)
+    if missing := [n for n, _ in model.named_parameters() if n not in filled]:
+        raise BadCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors of '{checkpoint.model_type}', the first '{missing[0]}'")
 
 
 def materialize(module: nn.Module, device: torch.device | str) -> None:
@@ -137,4 +174,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, found: dict[str, Place], name
     for name in names:
         value = checkpoint.read(name)
         require_finite(name, value)
-        found[name].view(state[found[name].parameter].data, tuple(value.shape)).copy_(value.to(device))
+        try:
+            found[name].view(state[found[name].parameter].data, tuple(value.shape)).copy_(value.to(device))
+        except RuntimeError:
+            raise BadCheckpoint(f"tensor '{name}' is {list(value.shape)}, which config.json has no place for") from None

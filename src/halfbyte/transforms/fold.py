@@ -17,8 +17,9 @@ from torch import Tensor
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.walk import PROBE, Block, Matrix
 
-TOLERANCE = 0.02
-"""Of the block's own contribution to the hidden states: room for a bf16 norm that multiplies by 1 + weight."""
+EXACT, ROUNDED = 1e-3, 0.02
+"""Of what a matrix reads, or of the block's own contribution to the hidden states. A norm that multiplies by 1 + weight is
+rounded anew in 16 bits whatever the scale; everything else takes powers of two without rounding, but for what denormals lose."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class Fold:
 class Finder:
     """Finds the folds of one block after another; what held in one is tried first, and proved again, in the next."""
 
-    def __init__(self, head_dim: int):
-        self.head_dim = head_dim
+    def __init__(self) -> None:
         self.known: dict[frozenset[str], list[tuple[str, tuple[int, ...] | None, bool]]] = {}
 
     def find(self, block: Block) -> list[Fold]:
@@ -80,27 +80,32 @@ class Finder:
         for name in dict.fromkeys(pattern_of(m, proof.block) for m in proof.matrices):
             out = next(view.shape[0] for m, view in proof.matrices.items() if pattern_of(m, proof.block) == name)
             for width in widths:
-                for rows in row_maps(out, width, self.head_dim):
-                    yield name, tuple(rows), False
+                for rows in dict.fromkeys(r for head in proof.block.head_dims for r in row_maps(out, width, head)):
+                    yield name, rows, False
 
 
-def row_maps(out: int, width: int, head: int) -> list[list[int]]:
+def row_maps(out: int, width: int, head: int) -> Iterator[tuple[int, ...]]:
     """Ways in which `out` rows can make `width` channels, by how families lay out values, gates and heads."""
-    maps: list[list[int]] = []
-    channels = range(width)
     if out == width:
-        maps.append(list(channels))
-    elif out < width and width % out == 0 and out % head == 0:  # values shared by groups of query heads
-        maps.append([(j // head) // (width // out) * head + j % head for j in channels])
+        yield tuple(range(width))
+    elif out < width and width % out == 0:  # values shared by groups of query heads
+        yield from _heads(out, width, head, chunk=head)
     elif out > width:
-        values = (out - width) // 2  # rows of v after q and k, all in one matrix
-        if (out - width) % 2 == 0 and width % values == 0 and values % head == 0:
-            maps.append([out - values + (j // head) // (width // values) * head + j % head for j in channels])
-        if out == 3 * width and width % head == 0:  # q, k, v head by head (GPT-NeoX)
-            maps.append([j // head * 3 * head + 2 * head + j % head for j in channels])
-        if out == 2 * width:  # gate and up in one matrix
-            maps += [list(range(width, out)), list(channels)]
-    return maps
+        values = (out - width) // 2
+        if (out - width) % 2 == 0 and width % values == 0:  # q, k and v in one matrix
+            yield from _heads(values, width, head, chunk=head, first=out - values)
+            yield from _heads(values, width, head, chunk=(width // values + 2) * head)  # group by group: GPT-NeoX, Falcon
+        if width % head == 0 and out % (width // head) == 0:  # k and v head by head, of different widths: DeepSeek
+            yield from _heads(width, width, head, chunk=out // (width // head))
+        if out == 2 * width:  # gate and up in one matrix: one after the other, or by turns
+            yield from (tuple(range(width, out)), tuple(range(width)), tuple(range(1, out, 2)))
+
+
+def _heads(values: int, width: int, head: int, chunk: int, first: int = 0) -> Iterator[tuple[int, ...]]:
+    """`values` rows of v lie at the end of chunks, one chunk for each head of v; `width` channels read them, query head by query head."""
+    if values % head == 0:
+        queries = width // values
+        yield tuple(first + j // head // queries * chunk + chunk - head + j % head for j in range(width))
 
 
 class Proof:
@@ -146,10 +151,11 @@ class Proof:
                     before.setdefault(t, self.block.view(t).clone())
             divide(self.block, producer, scales[producer])
         readers: set[str] = set()
+        tolerance = ROUNDED if producers[0].offset and first.element_size() < 4 else EXACT
         try:
             for _ in range(4):  # a router that reads the scaled norm must be mended before its experts show what they read
                 inputs, output = self._run()
-                more = {pattern_of(m, self.block) for m in self._divided(inputs, folds, scales, width)} - readers
+                more = {pattern_of(m, self.block) for m in self._divided(inputs, folds, scales, width, tolerance)} - readers
                 if not more:
                     break
                 readers |= more
@@ -161,25 +167,30 @@ class Proof:
                         before.setdefault(m.tensor, self.block.view(m.tensor).clone())
                         view.mul_(fold.channels(scales[fold.producer]).to(view))
                         folds[fold.producer] = Fold(fold.producer, (*fold.readers, m))
-            unchanged = (output - self.output).norm() <= TOLERANCE * self.contribution
+            unchanged = (output - self.output).norm() <= tolerance * self.contribution
             return [f for f in folds.values() if f.readers] if readers and unchanged else []
         finally:
             for t, value in before.items():
                 self.block.view(t).copy_(value)
 
-    def _divided(self, inputs: dict[Matrix, Tensor], folds: dict[Producer, Fold], scales: dict[Producer, Tensor], width: int) -> Iterator[Matrix]:
+    def _divided(
+        self, inputs: dict[Matrix, Tensor], folds: dict[Producer, Fold], scales: dict[Producer, Tensor], width: int, tolerance: float
+    ) -> Iterator[Matrix]:
         for m, x in inputs.items():
             was = self.inputs.get(m)
             if x.shape[-1] == width and was is not None and x.shape == was.shape:
                 producer = self._partner(m, list(folds))
                 scale = folds[producer].channels(scales[producer]).to(x)
-                if was.any() and (x * scale - was).norm() <= TOLERANCE * was.norm() and not torch.equal(x, was):
+                if was.any() and (x * scale - was).norm() <= tolerance * was.norm() and not torch.equal(x, was):
                     yield m
 
     def _partner(self, m: Matrix, producers: list[Producer]) -> Producer:
-        number = (m.expert, *re.findall(r"\d+", m.tensor.removeprefix(self.block.name)))
-        same = [p for p in producers if (p.expert, *re.findall(r"\d+", p.tensor.removeprefix(self.block.name))) == number]
+        same = [p for p in producers if self._number(p) == self._number(m)]
         return same[0] if same else producers[0]
+
+    def _number(self, of: Producer | Matrix) -> tuple[int | str | None, ...]:
+        """Which expert: whole parts of the name only, since Mixtral's w2 reads what its w3 makes."""
+        return (of.expert, *re.findall(r"\.(\d+)(?=\.)", of.tensor.removeprefix(self.block.name)))
 
 
 def producer_view(block: Block, producer: Producer) -> Tensor:
@@ -198,9 +209,7 @@ def divide(block: Block, producer: Producer, scale: Float32[Tensor, " rows"]) ->
     view = producer_view(block, producer)
     scale = scale.to(view.device)
     if producer.rows is not None:
-        used = torch.zeros_like(scale, dtype=torch.bool)
-        used[list(producer.rows)] = True
-        scale = torch.where(used, scale, 1.0)
+        scale = only_used(producer, scale)
         view.div_(scale[:, None].to(view.dtype) if _powers_of_two(scale) else scale[:, None])
     else:
         one = float(producer.offset)
@@ -212,6 +221,15 @@ def divide(block: Block, producer: Producer, scale: Float32[Tensor, " rows"]) ->
         bias = block.view(producer.bias)
         bias.copy_(bias.float() / scale)
     return scale
+
+
+def only_used(producer: Producer, scale: Float32[Tensor, " rows"]) -> Float32[Tensor, " rows"]:
+    """The scale with 1 for rows that make no channel, such as those of q and k beside v."""
+    if producer.rows is None:
+        return scale
+    used = torch.zeros_like(scale, dtype=torch.bool)
+    used[list(producer.rows)] = True
+    return torch.where(used, scale, 1.0)
 
 
 def _powers_of_two(scale: Tensor) -> bool:

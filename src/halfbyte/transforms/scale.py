@@ -15,7 +15,7 @@ from halfbyte.grids.grid import Grid
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.walk import Block
 from halfbyte.solvers.statistics import ERROR_PRODUCTS, Statistics, sample_rows
-from halfbyte.transforms.fold import Finder, Fold, divide, producer_view, weight_of
+from halfbyte.transforms.fold import Finder, Fold, divide, only_used, producer_view, weight_of
 
 EXPONENTS = [k / 10 for k in range(11)]
 WORTH = 0.99
@@ -79,6 +79,7 @@ def apply(block: Block, fold: Fold, scale: Tensor, grids: Mapping[Weight, Grid],
     producer = fold.producer
     made = weight_of(block, producer)
     if made in grids:
+        scale = only_used(producer, scale)
         block.rows[made] = block.rows.get(made, 1.0) / scale
         if producer.bias in block.tensors:
             bias = block.view(producer.bias)
