@@ -6,7 +6,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -160,7 +160,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Quantize the embedded model with several methods and print what each one lost. Works offline."""
-    from halfbyte.demo.run import rows
+    from halfbyte.demonstration import rows
 
     with tempfile.TemporaryDirectory() as scratch, _progress(as_json) as progress:
         table_rows = rows(keep or Path(scratch), samples, windows, progress)
@@ -240,10 +240,10 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Entry point. A request that cannot be met is one line and exit code 2; an interrupted run says how to go on."""
     started = time.monotonic()
-    words = sys.argv[1:] or ["--help"]
+    words = list(sys.argv[1:] if words is None else words) or ["--help"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses of a model that are not ours
     try:
         app(args=words, prog_name="halfbyte", standalone_mode=False)

@@ -1,0 +1,39 @@
+"""Imports point one way: a module may import from layers below its own, and from its own package."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import halfbyte
+
+ROOT = Path(halfbyte.__file__).parent
+LAYERS = [
+    ["errors"], ["grids"], ["solvers", "containers"], ["demo"], ["models"], ["transforms", "nn", "evaluate", "plan"],
+    ["recipe"], ["report"], ["run"], ["blockwise"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
+]  # fmt: skip
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+SEEN_TABLES = {("plan", "recipe"): "support.py prints the table of methods"}
+
+
+def imported(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if parts[0] == "halfbyte":
+                found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("halfbyte.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path):
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    upward = {name for name in imported(path) - {own} if RANK[name] >= RANK[own] and (own, name) not in SEEN_TABLES}
+    assert not upward, f"{path.relative_to(ROOT)} imports {sorted(upward)} from above"
+
+
+def test_every_module_has_its_layer():
+    assert {p.name.removesuffix(".py") for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()} == set(RANK)
