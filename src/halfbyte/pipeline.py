@@ -139,6 +139,10 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
     kept = [c.weight.name for c in job.choices if not c.grid] + _routers(job)
     if all(w.block for w in job.grids) and "lm_head" not in kept:
         kept.append("lm_head")  # a head that is tied, or has another name in the file, is a linear to engines all the same
+    if "text_config" in source.config:  # beside encoders of images or sound, names in the file and in the model differ
+        from halfbyte.models import skeleton
+
+        kept += skeleton.aliases(source, kept)
     config = job.container.config({w.name: g for w, g in job.grids.items()}, kept, source.dtype)
     report = build.report(run.job, run.rows, run.folds, run.windows, time.perf_counter() - started)
     files = {"config.json": build.as_json({**source.config, "quantization_config": config}), "recipe.yaml": job.recipe.dump()}

@@ -5,7 +5,6 @@ import re
 from functools import cache
 from pathlib import Path
 
-import numba
 import pytest
 import torch
 import transformers
@@ -24,16 +23,8 @@ TOKENS = torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(
 ALIKE = {torch.float32: 1e-5, torch.bfloat16: 0.01}
 """Relative difference of logits that another order of summation may make."""
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Such small products are slower on several."""
-    before = torch.get_num_threads(), numba.get_num_threads()
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    numba.set_num_threads(before[1])
+READ_WEIGHTS = {"bigcode", "falcon", "falcon-new", "mamba"}
+"""Their code in Transformers looks at `weight` of linears, which those of compressed-tensors do not have until they are decompressed."""
 
 
 @pytest.fixture(scope="module")
@@ -173,4 +164,5 @@ def test_what_was_exported_computes_what_we_computed(folders, text, tmp_path, fa
 
     verdict = next(e for e in report["engines"] if e["engine"] == "transformers")
     if verdict["loads"]:
-        assert difference(by_transformers(tmp_path / "out"), logits) <= ALIKE[source.dtype]
+        options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if family in READ_WEIGHTS else {}
+        assert difference(by_transformers(tmp_path / "out", **options), logits) <= ALIKE[source.dtype]

@@ -191,7 +191,9 @@ def require_finite(name: str, w: Tensor) -> None:
     if w.is_floating_point() and not torch.isfinite(w.sum(dtype=torch.float32)):
         bad = int((~torch.isfinite(w.float())).sum())
         if bad:
-            raise BadCheckpoint(f"tensor '{name}' holds {bad} NaN or Inf values; no method can round it (mend it, or --skip it with a method that needs no calibration)")
+            raise BadCheckpoint(
+                f"tensor '{name}' holds {bad} NaN or Inf values; no method can round it (mend it, or --skip it with a method that needs no calibration)"
+            )
 
 
 def _entries(path: Path) -> dict[str, Entry]:

@@ -76,7 +76,7 @@ def _keep_precision(model: transformers.PreTrainedModel, dtype: torch.dtype) -> 
     if dtype == torch.float16:
         wanted |= set(model._keep_in_fp32_modules or ())
     if wanted:
-        alternatives = loading.build_glob_alternation(sorted(wanted))[0]
+        alternatives = re.compile("|".join(name.replace("*", ".*") for name in sorted(wanted)))
         for name, value in model.state_dict(keep_vars=True).items():
             if alternatives.search(name) and value.is_floating_point():
                 value.data = value.data.float()
@@ -111,6 +111,20 @@ def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ..
         converter = next(owner[pattern] for pattern in sources)
         found.update(_fused(target, converter, sources, tensors))
     return found
+
+
+def aliases(checkpoint: Checkpoint, modules: list[str]) -> list[str]:
+    """What Transformers calls those of the modules that it renames: compressed-tensors looks for kept modules under these names."""
+    architecture = getattr(transformers, (checkpoint.config.get("architectures") or [""])[0], None)
+    if architecture is None:
+        return []
+    try:
+        with torch.device("meta"):
+            model = architecture(transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False))
+        found = places(model, checkpoint.tensors())
+    except (*REFUSALS, Unsupported):
+        return []
+    return sorted({found[f"{m}.weight"].parameter.removesuffix(".weight") for m in modules if f"{m}.weight" in found} - set(modules))
 
 
 def _fused(target: str, converter: loading.WeightConverter, sources: dict[str, list[str]], tensors: dict[str, tuple[int, ...]]) -> dict[str, Place]:

@@ -198,7 +198,7 @@ class Uses(TorchFunctionMode):
         """A copy in another dtype stands for the same matrices: many routers multiply by theirs in 32 bits."""
         owners = self.owners.get(tensor.untyped_storage().data_ptr())
         if owners and cast.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() and cast.stride() == tensor.stride():
-            shift = cast.storage_offset() - tensor.storage_offset()
+            shift = int(cast.storage_offset()) - int(tensor.storage_offset())
             moved = [(first + shift, last + shift, m, row_major) for first, last, m, row_major in owners]
             self.owners[cast.untyped_storage().data_ptr()] = moved
             self.alive.append(cast)
