@@ -15,6 +15,8 @@ from halfbyte.models.checkpoint import Checkpoint
 class QuantLinear(nn.Module):
     """A linear whose weight stays on its grid; the reference: decode, then multiply."""
 
+    codes: Tensor
+
     def __init__(self, q: Quantized, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.grid, self.dtype, self.names = q.grid, dtype, list(q.params)
@@ -46,10 +48,10 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
             if isinstance(model.get_submodule(home), nn.Linear) and model.get_parameter(place.parameter).shape == checkpoint.quantized[module][1]:
                 packed[f"{module}.weight"] = home
     for tensor, home in packed.items():
-        q, old = checkpoint.read_quantized(tensor.removesuffix(".weight")), model.get_submodule(home)
-        bias = torch.empty_like(old.bias, device=device) if old.bias is not None else None
+        q, bias = checkpoint.read_quantized(tensor.removesuffix(".weight")), model.get_submodule(home).bias
+        bias = torch.empty_like(bias, device=device) if isinstance(bias, Tensor) else None
         model.set_submodule(home, QuantLinear(q, bias, dtype))
     skeleton.materialize(model, device)
     skeleton.fill(model, checkpoint, places, [t for t in places if t not in packed], device)
     model.tie_weights()
-    return model.to(device)
+    return model

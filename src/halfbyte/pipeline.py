@@ -174,7 +174,7 @@ def verify(run: Run) -> None:
 
     def read_again(name: str) -> str:
         known = weights.get(name)
-        return digest(read_back(written.container, written.entries, known, expected[name]) if known else written.read(name))
+        return digest(read_back(run.job.container, written.entries, known, expected[name]) if known else written.read(name))
 
     with ThreadPoolExecutor(2) as pool:
         for number, (name, again) in enumerate(zip(run.digests, pool.map(read_again, run.digests), strict=True)):

@@ -70,7 +70,7 @@ def digest(value: Quantized | Tensor) -> str:
     for tensor in tensors:
         hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.numel():
-            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 

@@ -117,7 +117,8 @@ class IntGrid(Grid):
         from halfbyte.grids import rounding_numba
 
         group = torch.tensor(columns) // self.block if self.block else torch.zeros(len(columns), dtype=torch.long)
-        scale, zero = (p if p is None else p.expand(wanted.shape[0], -1) for p in (params["scale"].float(), params.get("zero")))
+        scale = params["scale"].float().expand(wanted.shape[0], -1)
+        zero = None if self.symmetric else params["zero"].expand(wanted.shape[0], -1)
         return rounding_numba.round_block(wanted, target, error, coupling, scale, zero, group, self.bits_per_code)
 
     def encode(self, w: Float[Tensor, "out in"], params: Params) -> Codes:

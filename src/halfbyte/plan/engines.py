@@ -69,7 +69,7 @@ class Verdict:
 class Layout(NamedTuple):
     """What tensor parallelism asks of a matrix."""
 
-    grid: Grid
+    grid: IntGrid
     row: bool
     out: int
     width: int
@@ -317,7 +317,9 @@ def _layouts(reads: Reads, quantized: Mapping[Weight, Grid]) -> dict[Layout, str
     together = {name: sum(sizes[n] for n in names) for names, _ in _siblings(quantized).values() for name in names} if reads.fuses else {}
     found: dict[Layout, str] = {}
     for w, grid in quantized.items():
-        found.setdefault(Layout(grid, bool(ROW.search(w.name)), *w.shape, together.get(w.name, w.shape[0])), w.name)
+        if isinstance(grid, IntGrid):
+            out, width = w.shape
+            found.setdefault(Layout(grid, bool(ROW.search(w.name)), out, width, together.get(w.name, out)), w.name)
     return found
 
 
@@ -330,7 +332,8 @@ def _misfit(reads: Reads, layouts: Mapping[Layout, str], degree: int, tiles: boo
         width, together = (width // degree, together) if row else (width, together // degree)
         if grid.block and width % grid.block:
             return f"{name} has {width} in-features, no multiple of the group {grid.block}"
-        shapes = _kernel(reads, grid).tiles if tiles else ()
+        kernel = _kernel(reads, grid) if tiles else None
+        shapes = kernel.tiles if kernel else ()
         if shapes and all(width % a or together % b for a, b in shapes):
             return f"{name} ({together} x {width} as fused) is no multiple of {' or '.join(f'{b} x {a}' for a, b in shapes)} (out x in)"
     return None

@@ -151,6 +151,7 @@ class Proof:
                     before.setdefault(t, self.block.view(t).clone())
             divide(self.block, producer, scales[producer])
         readers: set[str] = set()
+        output = self.output
         tolerance = ROUNDED if producers[0].offset and first.element_size() < 4 else EXACT
         try:
             for _ in range(4):  # a router that reads the scaled norm must be mended before its experts show what they read

@@ -26,7 +26,7 @@ def awq(block: Block, finder: Finder, grids: Mapping[Weight, Grid], statistics: 
     """Fold a searched scale wherever the block has room for one."""
     done = []
     for fold in finder.find(block):
-        readers = [m.weight for m in fold.readers if m.weight in grids and m.weight in statistics]
+        readers = [m.weight for m in fold.readers if m.weight and m.weight in grids and m.weight in statistics]
         if readers:
             scale, gain = search(block, fold, readers, grids, statistics)
             if gain < WORTH:
@@ -39,7 +39,7 @@ def search(
     block: Block, fold: Fold, readers: list[Weight], grids: Mapping[Weight, Grid], statistics: Mapping[Weight, Statistics]
 ) -> tuple[Float32[Tensor, " rows"], float]:
     """The best scale per row of the producer, and the error that is left as a share of the error without it."""
-    importance = sum(statistics[w].importance * statistics[w].tokens for w in readers).sqrt()
+    importance = torch.stack([statistics[w].importance * statistics[w].tokens for w in readers]).sum(0).sqrt()
     size = torch.stack([block.weight(w).float().abs().mean(0) for w in readers]).amax(0)
     producer_rows = producer_view(block, fold.producer).shape[0]
     x, s = (_per_row(fold, v / v.mean().clamp(min=1e-30), producer_rows).clamp(1e-4, 1e4) for v in (importance, size))
@@ -78,7 +78,7 @@ def apply(block: Block, fold: Fold, scale: Tensor, grids: Mapping[Weight, Grid],
     """Norms and what stays in 16 bits change in memory; what a solver will round takes the scale at full precision."""
     producer = fold.producer
     made = weight_of(block, producer)
-    if made in grids:
+    if made and made in grids:
         scale = only_used(producer, scale)
         block.rows[made] = block.rows.get(made, 1.0) / scale
         if producer.bias in block.tensors:
@@ -89,11 +89,11 @@ def apply(block: Block, fold: Fold, scale: Tensor, grids: Mapping[Weight, Grid],
     seen: set[int] = set()
     for m in fold.readers:
         channels = fold.channels(scale)
-        if m.weight in grids:
+        if m.weight and m.weight in grids:
             block.columns[m.weight] = block.columns.get(m.weight, 1.0) * channels
         else:
             matrix = block.matrix(m)
             matrix.copy_(matrix.float() * channels)
-        if m.weight in statistics and id(statistics[m.weight]) not in seen:
+        if m.weight and m.weight in statistics and id(statistics[m.weight]) not in seen:
             seen.add(id(statistics[m.weight]))
             statistics[m.weight].divide(channels)
