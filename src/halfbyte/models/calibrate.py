@@ -161,7 +161,7 @@ def _record(record, tokenizer, place: str) -> Text:
 def _dataset(source: str, tokenizer) -> list[Text]:
     """`org/name` or `org/name:split` on the hub; its records have 'text' or 'messages'."""
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports] (an extra)
     except ImportError:
         raise BadRequest(f"there is no text file '{source}'; to look for it on the hub as a dataset: pip install 'halfbyte[datasets]'") from None
     name, _, split = source.partition(":")

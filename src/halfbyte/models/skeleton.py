@@ -47,7 +47,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrained
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         for part in (config, config.get_text_config(decoder=True)):
             if hasattr(part, "quantization_config"):
-                del part.quantization_config
+                delattr(part, "quantization_config")
         with torch.device("meta"):
             # Attention is what Transformers takes by default: not every family has SDPA, and some have it in another formula.
             causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING

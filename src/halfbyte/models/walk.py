@@ -139,30 +139,37 @@ class Block:
         leaders: dict[Weight, Weight] = {}
 
         def join(matrices: list[Matrix]) -> None:
-            weights = [m.weight for m in matrices if m.weight in wanted]
-            for weight in weights:
-                leaders[weight] = weights[0]
-                found[weight] = found.setdefault(weights[0], Statistics(weight.shape[1], self.walk.device))
+            weights = [m.weight for m in matrices if m.weight and m.weight in wanted]
+            if weights:
+                shared = found.get(weights[0]) or Statistics(weights[0].shape[1], self.walk.device)
+                found.update(dict.fromkeys(weights, shared))
+                leaders.update(dict.fromkeys(weights, weights[0]))
 
         def first_of(matrices: list[Matrix]) -> Weight | None:
-            return next((m.weight for m in matrices if m.weight in wanted), None)
+            return next((m.weight for m in matrices if m.weight and m.weight in wanted), None)
+
+        originals: dict[Weight, Tensor] = {}
+
+        def note(matrices: list[Matrix], x: Tensor) -> None:
+            if (weight := first_of(matrices)) and leaders.get(weight, weight) == weight:
+                originals[weight] = x
 
         def add(matrices: list[Matrix], x: Tensor) -> None:
-            weight = first_of(matrices)
-            if weight is not None:
+            if weight := first_of(matrices):
                 if weight not in leaders:  # an expert that the probe did not reach
                     join(matrices)
                 if leaders[weight] == weight:
                     original = originals.pop(weight, None)
+                    # Where quantization sends a token to another expert, the two streams cannot be compared.
                     found[weight].add(x, original if original is not None and original.shape == x.shape else None)
 
         for group in self.groups():
             join(group)
         twin = self.walk.original
         for batch in range(1, len(self.walk.batches)):
-            originals: dict[Weight, Tensor] = {}
             if twin is not None:
-                twin[batch] = self.observe(lambda matrices, x: originals.setdefault(first_of(matrices), x), [batch], twin)[0]  # noqa: B023
+                originals.clear()
+                twin[batch] = self.observe(note, [batch], twin)[0]
             self.observe(add, [batch])
         return {weight: s for weight, s in found.items() if s.tokens}
 
@@ -177,8 +184,7 @@ class Uses(TorchFunctionMode):
         self.alive: list[Tensor] = []
         """Casts of matrices, kept so that no address is used twice."""
         for matrix, view in block.matrices():
-            start = view.storage_offset()
-            end = start + 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
+            start, end = extent(view)
             row_major = (view.stride(-1) == 1) != (matrix.weight is not None and matrix.weight.transposed)
             self.owners.setdefault(view.untyped_storage().data_ptr(), []).append((start, end, matrix, row_major))
 
@@ -211,14 +217,19 @@ class Uses(TorchFunctionMode):
             for number in range(operand.shape[0]):
                 self._see(x[number], operand[number], is_linear)
             return
-        start = operand.storage_offset()
-        end = start + 1 + sum((n - 1) * s for n, s in zip(operand.shape, operand.stride(), strict=True))
+        start, end = extent(operand)
         read = [(m, row_major) for first, last, m, row_major in owners if first < end and start < last]
         for matrix, row_major in read:
             if matrix.weight and row_major != (is_linear == (operand.stride(-1) == 1)):
                 raise BadCheckpoint(f"'{matrix.tensor}' lies transposed to what halfbyte thinks; its family needs a row in models/roles.py (TRANSPOSED)")
         if read:
             self.report([m for m, _ in read], x)
+
+
+def extent(view: Tensor) -> tuple[int, int]:
+    """First and last element of its storage that a view may touch, the last exclusive."""
+    start = int(view.storage_offset())
+    return start, start + 1 + sum((int(n) - 1) * int(s) for n, s in zip(view.shape, view.stride(), strict=True))
 
 
 PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__}
