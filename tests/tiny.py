@@ -1,12 +1,25 @@
-"""A checkpoint that is made in a second: two Llama layers of random weights and a tokenizer of single bytes."""
+"""A checkpoint that is made in a second (two Llama layers of random weights, a tokenizer of single bytes), and the command line on it."""
 
+import contextlib
+import io
 import json
+import os
 from pathlib import Path
+from typing import NamedTuple
 
+import numba
 import torch
 import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from halfbyte import cli
+
+# Tests run side by side: on matrices this small, threads that wait for each other cost ten times what they save.
+torch.set_num_threads(1)
+numba.set_num_threads(1)
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+"""The environment of a process of its own."""
 
 BOS, EOS = "<bos>", "<eos>"
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -60,3 +73,30 @@ def text(path: Path, words: int = 1500, seed: int = 0) -> Path:
 def weights(folder: Path) -> dict[str, bytes]:
     """The bytes of every safetensors file."""
     return {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def halfbyte(*words: object) -> Result:
+    """The command line, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main([str(word) for word in words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def refused(result: Result, *wanted: str) -> None:
+    """One clear line that says all of `wanted`, exit code 2, and nothing on standard output."""
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("halfbyte: ")
+    assert result.err.count("\n") == 1, result.err
+    for words in wanted:
+        assert words in result.err

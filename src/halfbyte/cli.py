@@ -20,6 +20,7 @@ from rich.table import Table
 from halfbyte.errors import BadRequest, HalfbyteError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+INTERRUPTED = 130
 UsageError: Any = typer.BadParameter.__mro__[1]  # of click, which some versions of typer bear within themselves
 out = Console(width=None if sys.stdout.isatty() else 180)
 err = Console(stderr=True)
@@ -246,23 +247,22 @@ def main(words: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if words is None else words) or ["--help"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses of a model that are not ours
     try:
-        app(args=words, prog_name="halfbyte", standalone_mode=False)
+        if app(args=words, prog_name="halfbyte", standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt  # typer swallows it and returns this number
     except HalfbyteError as error:
         _refuse(str(error))
     except UsageError as error:
         context = getattr(error, "ctx", None)
         _refuse(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'halfbyte'} --help")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         goes_on = "; the same command goes on where it stopped" if words[0] in ("quantize", "convert") else ""
         err.print(f"\nhalfbyte: interrupted after {time.monotonic() - started:.0f} s{goes_on}", soft_wrap=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has seen enough
         sys.exit(1)
     except OSError as error:
         _refuse(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
 
 
 def _refuse(reason: str) -> NoReturn:

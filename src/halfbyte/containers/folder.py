@@ -59,12 +59,12 @@ class Folder:
 
     def _resume(self, identity: str) -> bool:
         self._file.seek(0)
-        lines = [line for line in self._file.readlines() if line.endswith("\n")]  # not a record that was cut off while it was written
         try:
+            lines = [line for line in self._file.readlines() if line.endswith("\n")]  # not a record that was cut off while it was written
             first, *records = [json.loads(line) for line in lines]
         except ValueError:
-            first, records = {}, []
-        resumes = bool(first) and first.get("identity") == identity
+            lines, first, records = [], {}, []
+        resumes = first.get("identity") == identity and all(self._is_laid_out(name) for name in self.shards)
         if resumes:
             self.journal = records
             self._file.truncate(len("".join(lines).encode()))
@@ -74,6 +74,10 @@ class Folder:
                 if path.name != JOURNAL:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         return resumes
+
+    def _is_laid_out(self, shard: str) -> bool:
+        path = self.partial / shard
+        return path.exists() and path.stat().st_size > sum(spec.size_bytes for spec in self.shards[shard].values())
 
     def write(self, name: str, tensor: Tensor) -> None:
         self._owner[name].write(name, tensor)

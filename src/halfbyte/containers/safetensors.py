@@ -155,10 +155,9 @@ class Writer:
 
 
 def _reserve(file: int, size_bytes: int) -> None:
-    if not hasattr(os, "posix_fallocate"):  # macOS
-        return
     try:
         os.posix_fallocate(file, 0, size_bytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # some file systems cannot reserve
+    except (OSError, AttributeError) as error:  # macOS has no such call, some file systems neither
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
+        os.ftruncate(file, size_bytes)

@@ -1,0 +1,283 @@
+"""A run that is cut off, at any moment and by any means: the same command goes on, and the result is the same bytes."""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from halfbyte.containers.folder import JOURNAL, Folder
+from halfbyte.containers.safetensors import read_header
+
+SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128}
+METHODS = ["nearest", "gptq", "awq+gptq"]
+# The command line in a process of its own, which sends itself a signal when a number of records is in the journal.
+CUT = """
+import os, sys
+from halfbyte import cli
+from halfbyte.containers.folder import Folder
+number, after = int(sys.argv[1]), int(sys.argv[2])
+record, seen = Folder.record, 0
+
+def cut(self, value):
+    global seen
+    record(self, value)
+    seen += 1
+    if seen > after:
+        os.kill(os.getpid(), number)
+
+Folder.record = cut
+cli.main(sys.argv[3:])
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("resume")
+    tiny.make(home / "model", **SMALL)
+    tiny.text(home / "text.txt")
+    return home
+
+
+@pytest.fixture(scope="module")
+def whole(home) -> dict[str, dict[str, bytes]]:
+    """The bytes of every method's run without interruption."""
+    found = {}
+    for method in METHODS:
+        assert tiny.halfbyte(*words(home, method), "-o", home / method).code == 0
+        found[method] = tiny.weights(home / method)
+    return found
+
+
+def words(home: Path, method: str) -> list[object]:
+    shards = home / "shards.yaml"  # shards so small that there are several
+    shards.write_text("shard_gb: 0.0001\ngrid: int4-g32\n")
+    return ["quantize", home / "model", "--recipe", shards, "--method", method, "--calibration", home / "text.txt", "--samples", "3", "--length", "64"]
+
+
+def cut_off(command: list[object], number: int, after: int) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", CUT, str(number), str(after), *map(str, command)], capture_output=True, text=True, env=tiny.ALONE)
+
+
+def check(out: Path, expected: dict[str, bytes]) -> None:
+    assert tiny.weights(out) == expected
+    assert len(expected) > 1
+    assert not (out / JOURNAL).exists()
+    assert [p.name for p in out.parent.iterdir() if p.name.startswith(out.name)] == [out.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("method", METHODS)
+def test_signals(number, method, home, whole, tmp_path):
+    command = [*words(home, method), "-o", tmp_path / "out"]
+    done = cut_off(command, number, after=2)
+    if number == signal.SIGINT:
+        assert done.returncode == 130
+        assert done.stderr.strip().endswith("the same command goes on where it stopped")
+        assert "Traceback" not in done.stderr
+    else:
+        assert done.returncode == -number
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial" / JOURNAL).read_text().count("\n") >= 3
+    assert tiny.halfbyte(*command).code == 0
+    check(tmp_path / "out", whole[method])
+
+
+@pytest.mark.slow
+def test_ctrl_c_from_outside(home, whole, tmp_path):
+    command = [*words(home, "gptq"), "-o", tmp_path / "out"]
+    process = subprocess.Popen([sys.executable, "-m", "halfbyte", *map(str, command)], stderr=subprocess.PIPE, text=True, env=tiny.ALONE)
+    journal = tmp_path / "out.partial" / JOURNAL
+    while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 1):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    if process.returncode:  # else it was faster than we
+        assert process.returncode == 130
+        assert "Traceback" not in said
+        assert not (tmp_path / "out").exists()
+        assert tiny.halfbyte(*command).code == 0
+    check(tmp_path / "out", whole["gptq"])
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq", pytest.param("awq+gptq", marks=pytest.mark.slow)])
+def test_every_step(method, home, whole, tmp_path, monkeypatch):
+    """One run, cut off again and again, before and after each record."""
+    record, seen = Folder.record, 0
+
+    def cut(self, value):
+        nonlocal seen
+        seen += 1
+        if "rows" in value and seen % 2:
+            raise KeyboardInterrupt
+        record(self, value)
+        if "rows" in value:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Folder, "record", cut)
+    command, cuts = [*words(home, method), "-o", tmp_path / "out"], 0
+    while (result := tiny.halfbyte(*command)).code == 130:
+        cuts += 1
+        assert cuts < 60
+    assert result.code == 0, result.err
+    assert cuts >= 3
+    check(tmp_path / "out", whole[method])
+
+
+def interrupt(home: Path, out: Path, monkeypatch, method: str = "gptq", *more: object) -> list[object]:
+    """Leave the partial folder of a run with one record."""
+    record = Folder.record
+
+    def cut(self, value):
+        record(self, value)
+        if "rows" in value:
+            raise KeyboardInterrupt
+
+    command = [*words(home, method), "-o", out, *more]
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "record", cut)
+        assert tiny.halfbyte(*command).code == 130
+    return command
+
+
+def test_a_resumed_run_does_not_solve_twice(home, whole, tmp_path, monkeypatch):
+    command = interrupt(home, tmp_path / "out", monkeypatch)
+    done, record = [], Folder.record
+    monkeypatch.setattr(Folder, "record", lambda self, value: (done.append(value), record(self, value))[1])
+    assert tiny.halfbyte(*command).code == 0
+    assert [value["block"] for value in done] == ["model.layers.1", "model.layers.2"]
+    check(tmp_path / "out", whole["gptq"])
+
+
+@pytest.mark.parametrize("damage", ["half a record", "no record", "garbage"])
+def test_a_torn_journal(damage, home, whole, tmp_path, monkeypatch):
+    command = interrupt(home, tmp_path / "out", monkeypatch)
+    journal = tmp_path / "out.partial" / JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes({"half a record": b"".join(lines)[:-40], "no record": b"", "garbage": lines[0] + b"\xff{\n" + lines[1]}[damage])
+    assert tiny.halfbyte(*command).code == 0
+    check(tmp_path / "out", whole["gptq"])
+
+
+@pytest.mark.parametrize("lose", [lambda shard: shard.write_bytes(b""), lambda shard: shard.unlink()])
+def test_lost_files_are_made_again(lose, home, whole, tmp_path, monkeypatch):
+    command = interrupt(home, tmp_path / "out", monkeypatch)
+    lose(min((tmp_path / "out.partial").glob("*.safetensors")))
+    assert tiny.halfbyte(*command).code == 0
+    check(tmp_path / "out", whole["gptq"])
+
+
+def test_lost_bytes_are_noticed(home, whole, tmp_path, monkeypatch):
+    command = interrupt(home, tmp_path / "out", monkeypatch)
+    shard = min((tmp_path / "out.partial").glob("*.safetensors"))
+    entry = read_header(shard)["model.layers.0.mlp.down_proj.weight_packed"]
+    with open(shard, "r+b") as file:
+        file.seek(entry.offset)
+        file.write(bytes(entry.size_bytes))
+    tiny.refused(tiny.halfbyte(*command), "reads back as something else than was written")
+    assert list(tmp_path.iterdir()) == []
+    assert tiny.halfbyte(*command).code == 0
+    check(tmp_path / "out", whole["gptq"])
+
+
+def test_another_request_starts_anew(home, whole, tmp_path, monkeypatch):
+    interrupt(home, tmp_path / "out", monkeypatch, "awq+gptq")
+    assert tiny.halfbyte(*words(home, "gptq"), "-o", tmp_path / "out").code == 0
+    check(tmp_path / "out", whole["gptq"])
+
+
+def test_another_source_starts_anew(home, whole, tmp_path, monkeypatch):
+    model = Path(shutil.copytree(home / "model", tmp_path / "model"))
+    command = [*words(home, "gptq"), "-o", tmp_path / "out"]
+    command[1] = model
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "record", stop_after(1))
+        assert tiny.halfbyte(*command).code == 130
+    shutil.rmtree(model)
+    tiny.make(model, seed=1, **SMALL)
+    assert tiny.halfbyte(*command).code == 0
+    resumed = tiny.weights(tmp_path / "out")
+    assert tiny.halfbyte(*command[:-1], tmp_path / "fresh").code == 0
+    assert tiny.weights(tmp_path / "fresh") == resumed != whole["gptq"]
+
+
+def stop_after(count: int):
+    record, seen = Folder.record, 0
+
+    def stop(self, value):
+        nonlocal seen
+        record(self, value)
+        seen += "rows" in value
+        if seen >= count:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_two_runs_at_once(home, tmp_path, monkeypatch):
+    command = interrupt(home, tmp_path / "out", monkeypatch)
+    with open(tmp_path / "out.partial" / JOURNAL) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        before = tiny.weights(tmp_path / "out.partial")
+        tiny.refused(tiny.halfbyte(*command), "another run is writing")
+        assert tiny.weights(tmp_path / "out.partial") == before
+    assert tiny.halfbyte(*command).code == 0
+
+
+def test_overwrite_keeps_the_old_until_the_new_is_whole(home, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert tiny.halfbyte(*words(home, "nearest"), "-o", out).code == 0
+    command = interrupt(home, out, monkeypatch, "gptq", "--overwrite")
+    assert tiny.weights(out) == whole["nearest"]
+    assert tiny.halfbyte(*command).code == 0
+    check(out, whole["gptq"])
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_killed_between_renames(step, home, whole, tmp_path, monkeypatch):
+    """At no moment are both the old and the new lost."""
+    out, rename, seen = tmp_path / "out", os.rename, 0
+    assert tiny.halfbyte(*words(home, "nearest"), "-o", out).code == 0
+
+    def killed(*args):
+        nonlocal seen
+        seen += 1
+        if seen == step:
+            raise KeyboardInterrupt
+        rename(*args)
+
+    command = [*words(home, "gptq"), "-o", out, "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        assert tiny.halfbyte(*command).code == 130
+    old = out if step == 1 else tmp_path / "out.halfbyte-old"
+    assert tiny.weights(old) == whole["nearest"]
+    assert tiny.weights(tmp_path / "out.partial") == whole["gptq"]
+    assert tiny.halfbyte(*command).code == 0
+    check(out, whole["gptq"])
+
+
+def test_a_crash_keeps_what_is_done(home, whole, tmp_path, monkeypatch):
+    """What is no fault of the request, such as too little memory, may be mended: the journal stays."""
+    record = Folder.record
+
+    def crash(self, value):
+        record(self, value)
+        if "rows" in value:
+            raise MemoryError
+
+    command = [*words(home, "gptq"), "-o", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "record", crash)
+        with pytest.raises(MemoryError):
+            tiny.halfbyte(*command)
+    assert (tmp_path / "out.partial" / JOURNAL).exists()
+    assert tiny.halfbyte(*command).code == 0
+    check(tmp_path / "out", whole["gptq"])
