@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte import demo, pipeline
 from halfbyte.containers import CONTAINERS
 from halfbyte.errors import BadRequest
-from halfbyte.evaluate.conventions import convention_named
+from halfbyte.evaluation.conventions import convention_named
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.pipeline import convert
@@ -49,7 +49,7 @@ def evaluate(
 
     `text`: a file, a dataset, or "heldout", the embedded text. The result is also written into each model's report.json.
     """
-    from halfbyte.evaluate.divergence import compare
+    from halfbyte.evaluation.divergence import compare
 
     rule = convention_named(convention)
     reference = Checkpoint.open(against)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from halfbyte.evaluate.conventions import Convention
+from halfbyte.evaluation.conventions import Convention
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
 
