@@ -1,8 +1,8 @@
 """AWQ, version GEMM (casper-hansen/AutoAWQ, modules/linear/gemm.py and utils/packing_utils.py).
 
-    qweight  int32 [in, out / 8], packed along out, eight columns to a word in the order 0 2 4 6 1 3 5 7
-    qzeros   int32 [groups, out / 8], likewise; the zero point itself
-    scales   fp16  [groups, out]
+qweight  int32 [in, out / 8], packed along out, eight columns to a word in the order 0 2 4 6 1 3 5 7
+qzeros   int32 [groups, out / 8], likewise; the zero point itself
+scales   fp16  [groups, out]
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.container import Config, Container, commonest, integer
+from halfbyte.containers.container import Config, Container, commonest, integer, span_of
 from halfbyte.containers.gptq import exact_half, fits_half, scale_held, stored_scale
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
@@ -73,6 +73,8 @@ class AWQ(Container):
             "group_size": grid.block or -1,
             "zero_point": True,
             "version": "gemm",
+            # vLLM and SGLang take the head for 16 bits unless told so (vllm auto_awq.py, sglang awq/awq.py from_config).
+            **({"lm_head": True} if "lm_head" in grids else {}),
             "modules_to_not_convert": sorted(kept) or None,
         }
 
@@ -91,7 +93,8 @@ class AWQ(Container):
                 module = name.removesuffix(".qweight")
                 width, out, groups = qweight.shape[0], qweight.shape[1] * 8, entries[f"{module}.scales"].shape[0]
                 symmetric = bool((entries[f"{module}.qzeros"].read() == -0x77777778).all())  # 0x88888888: every zero point 8
-                grid = IntGrid(4, "channel" if groups == 1 else width // groups, symmetric, scale_held(entries[f"{module}.scales"]))
+                span = span_of(width, groups, {config.get("group_size")})
+                grid = IntGrid(4, span, symmetric, scale_held(entries[f"{module}.scales"]))
                 found[module] = (grid, (out, width))
         return found
 

@@ -1,11 +1,12 @@
 """compressed-tensors, format pack-quantized (vllm-project/compressed-tensors, compressors/pack_quantized/base.py).
 
-    weight_packed      int32 [out, ceil(in * bits / 32)], packed along in, stored unsigned
-    weight_scale       [out, groups], in the dtype of the model
-    weight_zero_point  int32 [ceil(out * bits / 32), groups], packed along out; absent when symmetric
-    weight_shape       int64 [2]
+weight_packed      int32 [out, ceil(in * bits / 32)], packed along in, stored unsigned
+weight_scale       [out, groups], in the dtype of the model
+weight_zero_point  int32 [ceil(out * bits / 32), groups], packed along out; absent when symmetric
+weight_shape       int64 [2]
 """
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -69,7 +70,9 @@ class CompressedTensors(Container):
         for grid in sorted(set(grids.values()), key=str):
             own = [name for name, g in grids.items() if g == grid]
             others = [name for name in grids if name not in set(own)]
-            targets = ["Linear"] if not others else [f"re:^{p}$" for p in patterns(own, others)]
+            targets = [f"re:^{p}$" for p in patterns(own, others)] if others else ["Linear"]
+            # The head is no Linear to vLLM and SGLang; they quantize it if a target names it (their pull requests 37291 and 35228).
+            targets += [f"re:.*{re.escape(name)}$" for name in own if not any(part.isdigit() for part in name.split("."))]
             groups[f"group_{len(groups)}"] = {
                 "targets": targets,
                 "weights": _arguments(integer(grid, self.name)),
@@ -128,5 +131,3 @@ def _arguments(grid: IntGrid) -> Config:
         "observer": "minmax",
         "observer_kwargs": {},
     }
-
-

@@ -6,7 +6,7 @@ A container moves bits and never does arithmetic on weights: `unpack(pack(q), q.
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -75,6 +75,11 @@ def integer(grid: Grid, container: str) -> IntGrid:
     if not isinstance(grid, IntGrid):
         raise Unsupported(f"{container} holds integer grids only, not {grid}")
     return grid
+
+
+def span_of(width: int, groups: int, sizes: Collection[int | None]) -> int | str:
+    """What shares a scale, from shapes; a row of one group is a channel unless the config speaks of groups that wide."""
+    return width // groups if groups > 1 or width in sizes else "channel"
 
 
 def commonest(grids: Mapping[str, Grid]) -> Grid:

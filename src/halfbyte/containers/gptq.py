@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.container import Config, Container, commonest, integer, patterns
+from halfbyte.containers.container import Config, Container, commonest, integer, patterns, span_of
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Quantized, Shape
@@ -23,6 +23,7 @@ from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 # vLLM matches rules against the fused module that it builds of several of the checkpoint's.
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+EVERY_EXPERT = r"\.experts\.\d+"
 
 
 class GPTQ(Container):
@@ -116,6 +117,7 @@ class GPTQ(Container):
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
         found: dict[str, tuple[Grid, Shape]] = {}
         versions = set()
+        sizes = {config.get("group_size"), *(rule.get("group_size") for rule in (config.get("dynamic") or {}).values())}
         for name, qweight in entries.items():
             if name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")
@@ -127,8 +129,8 @@ class GPTQ(Container):
                 symmetric = bool((stored == stored[0, 0]).all()) and int(stored[0, 0]) in (middle - 1, middle)
                 if symmetric:  # the value is the witness: vLLM had to unlearn trusting the label (its pull request 38966)
                     versions.add(1 if int(stored[0, 0]) == middle - 1 else 2)
-                scale = scale_held(entries[f"{module}.scales"])
-                found[module] = (IntGrid(grid_bits, "channel" if groups == 1 else width // groups, symmetric, scale), (out, width))
+                grid = IntGrid(grid_bits, span_of(width, groups, sizes), symmetric, scale_held(entries[f"{module}.scales"]))
+                found[module] = (grid, (out, width))
         self.version = versions.pop() if len(versions) == 1 else 2 if config.get("checkpoint_format") == "gptq_v2" else 1
         return found
 
@@ -166,5 +168,10 @@ def _settings(grid: IntGrid) -> Config:
 
 
 def _either_spelling(pattern: str) -> str:
-    head, _, last = pattern.rpartition(r"\.")
-    return f"{head}\\.({last}|{FUSED[last]})" if last in FUSED else pattern
+    """The pattern, that also matches what vLLM makes of such a module: a fused matrix, or all experts as one."""
+    head, dot, last = pattern.rpartition(r"\.")
+    if last in FUSED:
+        last = f"({last}|{FUSED[last]})"
+    if head.endswith(EVERY_EXPERT):
+        return f"{head.removesuffix(EVERY_EXPERT)}\\.experts(\\.\\d+\\.{last})?"
+    return head + dot + last

@@ -100,12 +100,14 @@ def _fit(w, h, group, bits, symmetric, candidates, normal_step, held, scale, zer
                 scale[row, g], zero[row, g] = _asymmetric(x, weight, bits, candidates, normal_step, held)
 
 
-@numba.njit(cache=True, error_model="numpy", nogil=True)
+@numba.njit(cache=True, fastmath=False, error_model="numpy", nogil=True)
 def _store(scale, held):
-    """rounding.store for a positive scale, as float32 (but for fp16's subnormals: they are rounded by it afterwards)."""
+    """rounding.store for a positive scale, as float32."""
     splitter, smallest, largest = held
     scale = min(max(scale, smallest), largest)
-    high = scale * splitter  # Veltkamp's splitting: it needs the order of operations, so no fastmath here
+    if splitter == F(2**13 + 1) and scale < F(2**-14):  # fp16 has steps of 2^-24 there
+        return np.rint(scale * F(2**24)) * F(2**-24)
+    high = scale * splitter  # Veltkamp's splitting needs the order of operations: without fastmath=False it takes the caller's
     return high - (high - scale)
 
 
