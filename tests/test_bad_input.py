@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny
 from halfbyte.containers import folder, safetensors
 from halfbyte.containers.safetensors import read_header
 from halfbyte.errors import BadCheckpoint, UnknownName
@@ -112,7 +112,7 @@ BROKEN = {
     "truncated": (truncated, ("cut short", "bytes more", "download the file again")),
     "LFS pointer": (written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"), "git lfs pull"),
     "dangling link": (linked_to_nothing, "No such file"),
-    "missing shard": (indexed({"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}), ("lacks 1 of 2 shards", "model-00001-of-00002.safetensors")),
+    "missing shard": (indexed({"a": "model-1-of-2.safetensors", "b": "model.safetensors"}), ("lacks 1 of 2 shards", "model-1-of-2.safetensors")),
     "index of another": (indexed({"gone.weight": "model.safetensors"}), ("names 1 tensors that no shard holds", "gone.weight")),
     "index is a list": (indexed(["a"]), "maps no tensors to files"),
     "index of numbers": (indexed({"a": 3}), "maps no tensors to files"),
@@ -177,7 +177,14 @@ def test_no_checkpoint(home, tmp_path):
 
 
 def test_quantized_already(home, tmp_path):
-    refused(tmp_path, "quantize", home / "quantized", "-o", tmp_path / "out", says=("quantized already (compressed-tensors, int4-g64", "halfbyte convert", "--to gptq"))
+    refused(
+        tmp_path,
+        "quantize",
+        home / "quantized",
+        "-o",
+        tmp_path / "out",
+        says=("quantized already (compressed-tensors, int4-g64", "halfbyte convert", "--to gptq"),
+    )
     refused(tmp_path, "convert", home / "model", "-o", tmp_path / "out", "--to", "gptq", says=("is not quantized", "halfbyte quantize"))
 
 
@@ -274,8 +281,7 @@ def test_fuzzed_headers(tmp_path):
             for tensor in read_header(path).values():
                 assert tensor.offset + tensor.size_bytes <= len(data)
                 assert tensor.read().shape == tensor.shape
-        except BadCheckpoint as error:
-            assert "\n" not in str(error)
+        except BadCheckpoint:
             refusals += 1
     assert 500 < refusals < 2000
 

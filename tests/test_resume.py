@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from halfbyte.containers.folder import JOURNAL, Folder
 from halfbyte.containers.safetensors import read_header
 

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers
 
 import halfbyte
+import tiny
 from halfbyte.evaluation import divergence
 from halfbyte.evaluation.conventions import CONVENTIONS
 from halfbyte.evaluation.divergence import mean_and_error
@@ -135,7 +135,9 @@ def test_errors_count_windows():
 
 def test_other_vocabulary(home, tmp_path):
     tiny.make(tmp_path / "other", vocab_size=300)
-    tiny.refused(tiny.halfbyte("eval", tmp_path / "other", "--against", home / "model", "--text", home / "text.txt", "--length", "48"), "different vocabularies")
+    tiny.refused(
+        tiny.halfbyte("eval", tmp_path / "other", "--against", home / "model", "--text", home / "text.txt", "--length", "48"), "different vocabularies"
+    )
 
 
 def test_the_measurement_is_written_into_the_folder(home):

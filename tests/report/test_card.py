@@ -1,0 +1,127 @@
+"""The model card, as a person reads it: whole tables, commands that can be copied, nothing blank."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import halfbyte
+import tiny
+from halfbyte.plan import engines
+from halfbyte.report import build
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("card")
+    tiny.make(home / "model")
+    tiny.text(home / "text.txt")
+    calibration = {"source": str(home / "text.txt"), "samples": 4, "length": 64}
+    halfbyte.quantize(home / "model", home / "gptq it's", method="awq+gptq", grid="int4-g64", calibration=calibration, skip="layers.0.mlp.down_proj")
+    halfbyte.quantize(home / "model", home / "nearest", method="nearest", grid="int8-channel", to="gptq")
+    halfbyte.quantize(home / "model", home / "int5", method="nearest", grid="int5-g64")
+    halfbyte.convert(home / "nearest", home / "converted", "compressed-tensors")
+    halfbyte.evaluate([home / "gptq it's"], home / "model", str(home / "text.txt"), 64, 3)
+    return home
+
+
+CARDS = ["gptq it's", "nearest", "int5", "converted"]
+
+
+def parts(card: str) -> tuple[dict, str]:
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_markdown(name, home):
+    front, body = parts((home / name / "README.md").read_text())
+    assert front["library_name"] == "transformers"
+    assert "halfbyte" in front["tags"]
+    assert "base_model" not in front  # a folder of this machine means nothing to a reader
+    assert f"\n# {name}\n" in body
+    assert "None" not in body
+    assert "{" not in re.sub(r"```.*?```", "", body, flags=re.S)
+    assert "\n\n\n" not in body
+    assert body.count("```") % 2 == 0
+    headings = re.findall(r"^(#+) .*\n\n(#*)", body, flags=re.M)
+    assert all(not following or len(following) > len(level) for level, following in headings), "an empty section"
+    outside = re.sub(r"```.*?```", "", body, flags=re.S)
+    for table in re.findall(r"(?:^\|.*\n)+", outside, flags=re.M):
+        lines = table.splitlines()
+        assert len({line.count("|") for line in lines}) == 1
+        assert re.fullmatch(r"[|:-]+", lines[1])
+        assert len(lines) > 2
+    for line in outside.splitlines():
+        assert line == line.rstrip()
+        assert not line.startswith("- ") or len(line) > 4
+    for heading in re.findall(r"^#.*$", outside, flags=re.M):
+        assert f"\n\n{heading}\n\n" in f"\n{outside}"
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_commands(name, home):
+    """A shell reads the folder's name as it is, and Python too."""
+    card, path = (home / name / "README.md").read_text(), home / name
+    report = json.loads((path / "report.json").read_text())
+    for engine in report["engines"]:
+        assert (f"### {build.TITLES[engine['engine']]}\n" in card) == engine["loads"]
+        assert (f"- {build.TITLES[engine['engine']]}: " in card) != engine["loads"]
+    for block in re.findall(r"```bash\n(.*?)```", card, flags=re.S):
+        words = shlex.split(block)
+        assert str(path) in words or words[:2] == ["halfbyte", "quantize"]
+    for block in re.findall(r"```python\n(.*?)```", card, flags=re.S):
+        compile(block, "card", "exec")
+        assert repr(str(path)) in block or json.dumps(str(path)) in block
+
+
+def test_recipe_of_the_card(home):
+    card = (home / "gptq it's" / "README.md").read_text()
+    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, flags=re.S)[0])
+    written = yaml.safe_load((home / "gptq it's" / "recipe.yaml").read_text())
+    assert shown.items() <= written.items()
+    assert halfbyte.Recipe.of(**shown) == halfbyte.Recipe.of(**written)
+    assert "calibration" not in parts((home / "converted" / "README.md").read_text())[1]
+
+
+def test_what_was_lost(home):
+    measured, unmeasured = ((home / name / "README.md").read_text() for name in ("gptq it's", "nearest"))
+    evaluation = json.loads((home / "gptq it's" / "report.json").read_text())["evaluation"]
+    assert f"| perplexity | {evaluation['reference']['perplexity']:.3f} | {evaluation['model']['perplexity']:.3f} |" in measured
+    assert "3 windows of 64, convention *papers*" in measured
+    assert "halfbyte eval" not in measured
+    assert f"halfbyte eval {home / 'nearest'} --against {home / 'model'}" in unmeasured
+    assert "--against ORIGINAL" in (home / "converted" / "README.md").read_text()
+    assert "bit for bit that of the source" in (home / "converted" / "README.md").read_text()
+
+
+def test_base_model_of_the_hub(home):
+    report = json.loads((home / "nearest" / "report.json").read_text())
+    report["source"]["hub"] = report["recipe"]["model"] = "org/name@v1"
+    front, _ = parts(build.card(report, Path("out")))
+    assert front["base_model"] == "org/name"
+    assert front["base_model_relation"] == "quantized"
+
+
+def test_every_engine_has_a_title():
+    assert build.TITLES.keys() == engines.ENGINES.keys()
+
+
+def test_size():
+    assert [build.size(n) for n in (291_000, 15_020_000_000)] == ["0.29 MB", "15.02 GB"]
+
+
+def test_report_counts_every_byte(home):
+    """The report's sizes are those of the file, and every tensor of the source is accounted for."""
+    for name in CARDS:
+        report = json.loads((home / name / "report.json").read_text())
+        data = (home / name / "model.safetensors").read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header.pop("__metadata__")
+        assert report["output"]["size_bytes"] == sum(e["data_offsets"][1] - e["data_offsets"][0] for e in header.values())
+        assert len(report["weights"]) == report["output"]["quantized"]
+        assert len(report["kept"]) == report["output"]["kept"]
+        assert len(report["weights"]) + len(report["kept"]) == 21
