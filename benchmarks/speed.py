@@ -23,7 +23,11 @@ import sys, torch
 from pathlib import Path
 from halfbyte.containers.safetensors import Spec, Writer, read_header
 entries = read_header(Path(sys.argv[1]) / "model.safetensors")
-specs = {n: Spec((e.shape[0], e.shape[1] // 32 * 8 + 8) if "layers" in n and len(e.shape) == 2 else e.shape, torch.uint8 if "layers" in n and len(e.shape) == 2 else e.dtype) for n, e in entries.items()}
+def spec(name, e):
+    if "layers" in name and len(e.shape) == 2:  # 4 bits and a bf16 scale for 128
+        return Spec((e.shape[0], e.shape[1] * 33 // 64), torch.uint8)
+    return Spec(e.shape, e.dtype)
+specs = {name: spec(name, e) for name, e in entries.items()}
 writer = Writer(Path(sys.argv[2]), specs)
 for name, entry in entries.items():
     tensor, spec = entry.read(), specs[name]
@@ -53,11 +57,33 @@ def main() -> None:
         measure("bytes read and written, nothing else", [sys.executable, "-c", COPY, str(model), str(Path(scratch) / "copy")])
         measure("python that imports torch, numba, transformers", [sys.executable, "-c", START])
         for method in a.methods:
-            command = [sys.executable, "-m", "halfbyte", "quantize", str(model), "-o", str(Path(scratch) / method), "--method", method, "--samples", "16", "--json"]
+            command = [
+                sys.executable,
+                "-m",
+                "halfbyte",
+                "quantize",
+                str(model),
+                "-o",
+                str(Path(scratch) / method),
+                "--method",
+                method,
+                "--samples",
+                "16",
+                "--json",
+            ]
             measure(f"halfbyte {method} int4-g128", command)
         if a.llmcompressor:
             for method in ("rtn", "gptq"):
-                command = [a.llmcompressor, str(PEERS / "llmcompressor_run.py"), str(model), str(Path(scratch) / f"lc-{method}"), method, "4", "sym", str(tokens)]
+                command = [
+                    a.llmcompressor,
+                    str(PEERS / "llmcompressor_run.py"),
+                    str(model),
+                    str(Path(scratch) / f"lc-{method}"),
+                    method,
+                    "4",
+                    "sym",
+                    str(tokens),
+                ]
                 measure(f"llm-compressor 0.14 {method} int4-g128", command)
     lines = [
         f"# Time and memory, {a.layers} layers of a 1-billion-parameter Llama",

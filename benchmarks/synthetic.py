@@ -1,6 +1,6 @@
 """A Llama of 1.04 billion random weights (or a cut of fewer layers), written as a checkpoint: the size to time things with.
 
-    python benchmarks/synthetic.py /tmp/llama-1b --layers 16
+python benchmarks/synthetic.py /tmp/llama-1b --layers 16
 """
 
 import argparse

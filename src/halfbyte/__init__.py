@@ -1,7 +1,7 @@
 """halfbyte makes large language models small enough to run.
 
-    import halfbyte
-    report = halfbyte.quantize("path/to/model", "out", method="gptq", grid="int4-g128", to="compressed-tensors")
+import halfbyte
+report = halfbyte.quantize("path/to/model", "out", method="gptq", grid="int4-g128", to="compressed-tensors")
 """
 
 from importlib import import_module

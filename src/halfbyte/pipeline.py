@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def layout(job: Job) -> dict[str, Spec]:
 def identity(job: Job, windows: calibrate.Windows | None) -> str:
     """Two runs with the same identity write the same bytes."""
     source = [(n, e.shape, str(e.dtype), e.path.stat().st_size, e.path.stat().st_mtime_ns) for n, e in job.checkpoint.entries.items()]
-    return xxhash.xxh3_128_hexdigest(repr((job.recipe.digest, source, windows and windows.digest)).encode())
+    return xxhash.xxh3_128_hexdigest(repr((version("halfbyte"), job.recipe.digest, source, windows and windows.digest)).encode())
 
 
 def _stream(run: Run, read: Callable[[Weight], Any], solve: Callable[[Any, Grid], Quantized]) -> None:
@@ -158,7 +159,11 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
 
 def _routers(job: Job) -> list[str]:
     weights = {c.weight.tensor for c in job.choices}
-    return [t.removesuffix(".weight") for t in job.kept if t.endswith(".weight") and t not in weights and len(job.checkpoint.entries[t].shape) == 2 and "embed" not in t]
+    return [
+        t.removesuffix(".weight")
+        for t in job.kept
+        if t.endswith(".weight") and t not in weights and len(job.checkpoint.entries[t].shape) == 2 and "embed" not in t
+    ]
 
 
 def verify(run: Run) -> None:

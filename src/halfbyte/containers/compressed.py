@@ -31,7 +31,8 @@ class CompressedTensors(Container):
         return integer(grid, self.name).with_scale(SCALE_NAMES[dtype])
 
     def check(self, grid: Grid, shape: Shape) -> None:
-        if integer(grid, self.name).span == "tensor" and not grid.symmetric:
+        grid = integer(grid, self.name)
+        if grid.span == "tensor" and not grid.symmetric:
             raise Unsupported(f"compressed-tensors packs zero points per channel or group only, not {grid}")
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:

@@ -1,0 +1,91 @@
+"""`halfbyte convert`: exact where the grids coincide, otherwise rounded again with the error stated."""
+
+import json
+
+import pytest
+import torch
+
+import halfbyte
+from halfbyte import demo
+from halfbyte.containers import AWQ, CONTAINERS
+from halfbyte.errors import BadRequest, Unsupported
+from halfbyte.grids import parse
+from halfbyte.models.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("convert")
+
+
+@pytest.fixture(scope="module", params=["int4-g128", "int4-g64-asym"])
+def start(request, home):
+    halfbyte.quantize(demo.MODEL, home / request.param, method="nearest", grid=request.param)
+    return home / request.param
+
+
+def decoded(folder) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    return {m: checkpoint.read_quantized(m).decode() for m in checkpoint.quantized}
+
+
+def test_round_through_all_three_is_exact(start):
+    original, at = decoded(start), start
+    for to in ("gptq", "awq", "compressed-tensors"):
+        out = start.with_name(f"{start.name}-{to}")
+        report = halfbyte.convert(at, out, to)
+        assert max(row["error"] for row in report["weights"]) == 0
+        assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == to
+        now = decoded(out)
+        assert now.keys() == original.keys()
+        assert all(torch.equal(now[m], original[m]) for m in now)
+        at = out
+
+
+def test_a_zero_point_of_zero_makes_version_2(home):
+    source, out = home / "zero", home / "zero-gptq"
+    halfbyte.quantize(demo.MODEL, source, method="minmax", grid="int4-g128-asym", to="awq")
+    checkpoint = Checkpoint.open(source)
+    module = next(iter(checkpoint.quantized))
+    entry, words = checkpoint.entries[f"{module}.qzeros"], checkpoint.entries[f"{module}.qzeros"].read()
+    words[0] &= ~0xF  # another tool's file may hold a zero point of 0
+    with open(entry.path, "r+b") as file:
+        file.seek(entry.offset)
+        file.write(words.numpy().tobytes())
+    report = halfbyte.convert(source, out, "gptq")
+    assert max(row["error"] for row in report["weights"]) == 0
+    assert json.loads((out / "quantize_config.json").read_text())["checkpoint_format"] == "gptq_v2"
+    assert all(torch.equal(w, decoded(out)[m]) for m, w in decoded(source).items())
+
+
+def test_what_the_target_cannot_hold_is_refused_with_the_reason(home):
+    halfbyte.quantize(demo.MODEL, home / "int8", method="minmax", grid="int8-channel")
+    with pytest.raises(Unsupported, match="awq holds int4"):
+        halfbyte.convert(home / "int8", home / "int8-awq", "awq")
+    assert not (home / "int8-awq").exists()
+
+
+def test_an_unquantized_checkpoint_is_sent_to_quantize(home):
+    with pytest.raises(BadRequest, match="halfbyte quantize"):
+        halfbyte.convert(demo.MODEL, home / "nothing", "gptq")
+
+
+@pytest.mark.parametrize("to", CONTAINERS)
+def test_scales_that_fp16_cannot_hold(to):
+    grid, w = parse("int4-g32-fp32"), torch.randn(64, 64)
+    params = {"scale": grid.fit(w, None)["scale"] * 1.0001}
+    held = CONTAINERS[to]().holds(halfbyte_quantized(grid, w, params))
+    assert held == (to == "compressed-tensors")
+
+
+def halfbyte_quantized(grid, w, params):
+    from halfbyte.grids.grid import Quantized
+
+    return Quantized(grid, grid.encode(w, params), params)
+
+
+def test_awq_interleaves_columns_as_its_kernels_expect():
+    grid = parse("int4-channel")
+    codes = torch.arange(16, dtype=torch.uint8)[:, None].repeat(1, 8)
+    packed = AWQ().pack(halfbyte_quantized(grid, torch.zeros(16, 8), {"scale": torch.ones(16, 1, dtype=torch.float16)})._replace(codes=codes))
+    assert packed["qweight"][0].tolist() == [0x75316420, 0xFDB9ECA8 - (1 << 32)]  # AutoAWQ's order 0 2 4 6 1 3 5 7, lowest bits first

@@ -1,0 +1,26 @@
+"""Every method x grid x container comes back bit for bit or is refused with a reason; the README's table is that loop's."""
+
+from pathlib import Path
+
+import pytest
+
+from halfbyte.containers import CONTAINERS
+from halfbyte.grids import GRIDS
+from halfbyte.plan import support
+from halfbyte.recipe import METHODS
+
+
+@pytest.mark.slow
+def test_every_triple_round_trips_or_says_why_not():
+    found = list(support.triples())
+    assert len(found) == len(METHODS) * len(GRIDS) * len(CONTAINERS)
+    held = [t for t in found if not t[3]]
+    assert {c for _, _, c, _ in held} == set(CONTAINERS)
+    assert all(container in reason for _, _, container, reason in found if reason)
+
+
+@pytest.mark.slow
+def test_the_readme_shows_the_table():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("<!-- support -->")[2].partition("<!-- /support -->")[0].strip()
+    assert shown == support.markdown(), "README.md is behind: put the output of `halfbyte support` between its markers"
