@@ -20,7 +20,7 @@ from halfbyte import demo
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 
-CELLS = [(4, ""), (4, "-asym"), (3, "-asym"), (2, "-asym")]
+CELLS = ["int4-g128", "int4-g128-asym", "int3-g128-asym", "int2-g128-asym"]
 METHODS = ("minmax", "nearest", "imatrix", "awq", "gptq", "awq+gptq", "gptaq")
 PEERS = Path(__file__).parent / "peers"
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llmcompressor", help="a python that has it")
     parser.add_argument("--gptqmodel", help="a python that has it")
+    parser.add_argument("--grids", nargs="*", default=CELLS)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality.md")
@@ -55,7 +56,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tokens = Path(scratch) / "tokens.npy"
         np.save(tokens, calibrate.calibration(Checkpoint.open(demo.MODEL), "default", a.samples, 512, 0).tokens.numpy())
-        for bits, asym in CELLS:
+        for grid in a.grids:
+            bits, asym = int(grid[3]), grid.partition("-g128")[2]
             folders: dict[str, Path] = {}
             for method in METHODS:
                 folders[f"halfbyte {method}"] = out = Path(scratch) / f"{method}-{bits}{asym}"
@@ -72,7 +74,7 @@ def main() -> None:
                     folders["GPTQModel 7.7 gptq"] = out
             measured = halfbyte.evaluate(list(folders.values()), demo.MODEL, windows=a.windows)
             for (name, folder), row in zip(folders.items(), measured["models"], strict=True):
-                size = next(k["bits_per_weight"] for grid, k in halfbyte.inspect(folder)["grids"].items() if grid.startswith("int"))
+                size = next(k["bits_per_weight"] for stored, k in halfbyte.inspect(folder)["grids"].items() if stored.startswith("int"))
                 loss = f"{row['kl']:.5f} ± {row['kl_error']:.5f} | {row['perplexity']:.3f} | {100 * row['same_top']:.2f}%"
                 line = f"| int{bits}-g128{asym} | {name} | {size:.3f} | {loss} |"
                 print(line, flush=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from measure import Cost, machine, run
-from synthetic import make
 
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
@@ -40,6 +39,7 @@ START = "import torch, numba, transformers"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llmcompressor", help="a python that has it")
+    parser.add_argument("--peer-methods", nargs="*", default=["rtn", "gptq"])
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--methods", nargs="*", default=["minmax", "nearest", "gptq", "awq", "gptaq"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed.md")
@@ -51,7 +51,8 @@ def main() -> None:
         print(f"{name}: {rows[-1][1]}", flush=True)
 
     with tempfile.TemporaryDirectory() as scratch:
-        model = make(Path(scratch) / "model", a.layers)
+        model = Path(scratch) / "model"  # made by a process of its own: a child's peak memory starts at its parent's
+        run([sys.executable, str(PEERS.parent / "synthetic.py"), str(model), "--layers", str(a.layers)])
         tokens = Path(scratch) / "tokens.npy"
         np.save(tokens, calibrate.calibration(Checkpoint.open(model), "default", 16, 512, 0).tokens.numpy())
         measure("bytes read and written, nothing else", [sys.executable, "-c", COPY, str(model), str(Path(scratch) / "copy")])
@@ -73,7 +74,7 @@ def main() -> None:
             ]
             measure(f"halfbyte {method} int4-g128", command)
         if a.llmcompressor:
-            for method in ("rtn", "gptq"):
+            for method in a.peer_methods:
                 command = [
                     a.llmcompressor,
                     str(PEERS / "llmcompressor_run.py"),
