@@ -55,7 +55,8 @@ def test_a_zero_point_of_zero_makes_version_2(home):
     report = halfbyte.convert(source, out, "gptq")
     assert max(row["error"] for row in report["weights"]) == 0
     assert json.loads((out / "quantize_config.json").read_text())["checkpoint_format"] == "gptq_v2"
-    assert all(torch.equal(w, decoded(out)[m]) for m, w in decoded(source).items())
+    now = decoded(out)
+    assert all(torch.equal(w, now[m]) for m, w in decoded(source).items())
 
 
 def test_what_the_target_cannot_hold_is_refused_with_the_reason(home):

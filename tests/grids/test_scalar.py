@@ -1,7 +1,5 @@
 """Integer grids: what `fit` promises, on data that has broken quantizers before."""
 
-from itertools import product
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from halfbyte.grids.scalar import SCALE_DTYPES
 
 GROUP = 32
 NOISE = 1e-6  # of the energy of a group: what float32 sums cannot tell apart
-NAMES = [f"int{bits}-{span}{asym}" for bits in (2, 3, 4, 5, 8) for span in ("g32", "channel", "tensor") for asym in ("", "-asym")]
+NAMES = [f"int{bits}-{span}{asym}" for bits in (2, 4, 8) for span in ("g32", "channel", "tensor") for asym in ("", "-asym")]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -62,10 +60,10 @@ def per_group(square, h, group):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("data", EDGES)
 def test_the_accelerated_rounding_is_the_reference(data, bits, symmetric):
-    for (dtype, stored), group in product(zip(DTYPES, SCALE_DTYPES.values(), strict=True), (GROUP, 96)):
+    for dtype, stored, group in zip(DTYPES, SCALE_DTYPES.values(), (GROUP, 96, GROUP), strict=True):
         w = EDGES[data].to(dtype)
         for h in importances().values():
             lost = []

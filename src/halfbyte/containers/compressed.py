@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.container import Config, Container, integer, patterns
+from halfbyte.containers.container import Config, Container, integer, patterns, span_of
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Quantized, Shape
@@ -98,24 +98,26 @@ class CompressedTensors(Container):
         if config.get("format") not in ("pack-quantized", None):
             raise Unsupported(f"compressed-tensors format '{config['format']}' is not read yet; pack-quantized is")
         found: dict[str, tuple[Grid, Shape]] = {}
-        for name, packed in entries.items():
+        said = [group["weights"] for group in config.get("config_groups", {}).values() if group.get("weights")]
+        for name in entries:
             if name.endswith(".weight_packed"):
                 module = name.removesuffix(".weight_packed")
                 if f"{module}.weight_g_idx" in entries:
                     raise Unsupported(f"{module} is quantized in activation order (weight_g_idx), which is not read yet")
                 out, width = entries[f"{module}.weight_shape"].read().tolist()
-                found[module] = (_grid(entries, module, packed, out, width), (out, width))
+                found[module] = (_grid(entries, module, said, out, width), (out, width))
         return found
 
 
-def _grid(entries: Mapping[str, Entry], module: str, packed: Entry, out: int, width: int) -> Grid:
-    """The grid as the tensors show it: their shapes leave no room for a label that lies."""
-    scale = entries[f"{module}.weight_scale"]
+def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: int, width: int) -> Grid:
+    """The grid as the tensors show it, whatever the label. What was `said` decides where shapes leave a choice."""
+    packed, scale = entries[f"{module}.weight_packed"], entries[f"{module}.weight_scale"]
     groups = scale.shape[-1] if len(scale.shape) == 2 else 1
-    width_bits = next((b for b in range(2, 9) if -(-width * b // 32) == packed.shape[1]), None)
+    named = {weights.get("num_bits") for weights in said}
+    width_bits = min((b for b in range(2, 9) if -(-width * b // 32) == packed.shape[1]), key=lambda b: b not in named, default=None)
     if width_bits is None or width % groups:
         raise Unsupported(f"{module}: {tuple(packed.shape)} words and {tuple(scale.shape)} scales are no packing of {out} x {width}")
-    span = "tensor" if scale.shape == (1,) and out > 1 else "channel" if groups == 1 else width // groups
+    span = "tensor" if scale.shape == (1,) and out > 1 else span_of(width, groups, {weights.get("group_size") for weights in said})
     return IntGrid(width_bits, span, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype])
 
 

@@ -76,15 +76,22 @@ class GPTQ(Container):
         grid, (out, width) = integer(grid, self.name), shape
         if "g_idx" in tensors and not torch.equal(tensors["g_idx"], _order(width, grid)):
             raise Unsupported("this gptq file groups its in-features in activation order (g_idx), which is not read yet")
-        zero = bits.unpack(tensors["qzeros"], grid.bits_per_code, out).T.contiguous()
-        if self.version == 1:
-            zero = (zero + 1) & 0xFF
+        zero = self._zero_points(tensors["qzeros"], grid.bits_per_code, out).T.contiguous()
         params = {"scale": tensors["scales"].T.contiguous().to(SCALE_DTYPES[grid.scale])}
         if not grid.symmetric:
             params["zero"] = zero
         elif not (zero == grid.midpoint).all():
             raise Unsupported(f"zero points differ from {grid.midpoint} in a file that is called symmetric")
         return Quantized(grid, bits.unpack(tensors["qweight"].T, grid.bits_per_code, width), params)
+
+    def _zero_points(self, words: Tensor, width_bits: int, out: int) -> Tensor:
+        """Version 1 wraps a zero point of 0 around. GPTQModel, which writes such files, takes 1 from whole words, with borrow,
+        but of 3 bits from each code (its utils/model.py, convert_gptq_v2_to_v1_format_module)."""
+        if self.version == 2:
+            return bits.unpack(words, width_bits, out)
+        if width_bits == 3:
+            return (bits.unpack(words, 3, out) + 1) & 7
+        return bits.unpack(words + 0xFFFFFFFF // ((1 << width_bits) - 1), width_bits, out)
 
     def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
         main = integer(commonest(grids), self.name)

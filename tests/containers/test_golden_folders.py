@@ -1,0 +1,65 @@
+"""Folders that GPTQModel and compressed-tensors wrote, and what they themselves read from them (tests/goldens/make_folders.py)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import halfbyte
+from halfbyte.errors import Unsupported
+from halfbyte.models.checkpoint import Checkpoint
+
+FOLDERS = Path(__file__).parents[1] / "goldens" / "folders"
+MODULE = "model.layers.0.mlp.down_proj"
+GRIDS = {
+    "gptq-v1": "int4-g32",
+    "gptq-v1-asym": "int4-g32-asym",
+    "gptq-v1-int3-asym": "int3-g32-asym",
+    "gptq-v2-asym": "int4-g32-asym",
+    "awq-gemm": "int4-g32-asym-bf16",
+    "ct-int4-g32": "int4-g32-bf16",
+    "ct-int3-g64-asym": "int3-g64-asym-bf16",
+    "ct-int8-channel": "int8-channel-bf16",
+}
+
+
+def read(path: Path) -> torch.Tensor:
+    return Checkpoint.open(path).read_quantized(MODULE).decode()
+
+
+@pytest.mark.parametrize(("name", "grid"), GRIDS.items())
+def test_the_reader_decodes_what_the_writer_meant(name, grid):
+    checkpoint = Checkpoint.open(FOLDERS / name)
+    assert {module: str(found) for module, (found, _) in checkpoint.quantized.items()} == {MODULE: grid}
+    expected = load_file(FOLDERS / name / "expected")["decoded"]
+    assert torch.equal(read(FOLDERS / name)[::4].to(expected.dtype), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if "asym" in grid])
+def test_zero_points_of_zero_are_among_them(name):
+    """Version 1 wraps them around: read code by code, they would be 16, and neighbours one off."""
+    zero = Checkpoint.open(FOLDERS / name).read_quantized(MODULE).params["zero"]
+    assert (zero[:8] == 0).any()
+    assert int(zero.max()) < 16
+
+
+def test_activation_order_is_refused():
+    with pytest.raises(Unsupported, match="activation order"):
+        Checkpoint.open(FOLDERS / "gptq-desc-act").read_quantized(MODULE)
+
+
+@pytest.mark.parametrize("to", ["gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("name", GRIDS)
+def test_they_convert_without_loss_or_not_at_all(name, to, tmp_path):
+    grid = GRIDS[name]
+    if to == "awq" and not grid.startswith("int4"):
+        with pytest.raises(Unsupported, match="awq holds int4"):
+            halfbyte.convert(FOLDERS / name, tmp_path / "out", to)
+        return
+    report = halfbyte.convert(FOLDERS / name, tmp_path / "out", to)
+    assert [row["error"] for row in report["weights"]] == [0]
+    assert torch.equal(read(tmp_path / "out"), read(FOLDERS / name))
+    version = Checkpoint.open(tmp_path / "out").config["quantization_config"].get("checkpoint_format")
+    if to == "gptq":
+        assert version == ("gptq_v2" if "asym" in grid else "gptq")  # they all hold zero points of 0
