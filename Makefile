@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint bench clean
+.PHONY: demo test quick lint oracles bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/halfbyte demo
@@ -19,8 +19,18 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/pyright
 
+# GPTQModel's own kernels on our gptq and awq folders, in an environment of its own: its metadata asks for a newer torch than it needs.
+oracles:
+	$(PYTHON) -m venv .venv-oracles
+	.venv-oracles/bin/pip install -q -c constraints.txt torch
+	.venv-oracles/bin/pip install -q -c constraints.txt -e '.[test]'
+	.venv-oracles/bin/pip install -q -c constraints.txt -r tests/requirements-oracles.txt
+	.venv-oracles/bin/pip install -q --no-deps --no-build-isolation gptqmodel==7.7.0
+	GPTQMODEL_CPU_WORKERS=2 .venv-oracles/bin/python -m pytest tests/containers/test_gptqmodel_oracle.py
+
 bench: $(VENV)/.ready
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/speed.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,4 +39,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-oracles
