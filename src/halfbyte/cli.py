@@ -40,7 +40,7 @@ def options(
 def quantize(
     model: Annotated[str | None, typer.Argument(help="A folder, or a hub id such as org/name.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
-    method: Annotated[str | None, typer.Option(help="minmax, nearest, imatrix, gptq, awq, or awq+gptq.", show_default="gptq")] = None,
+    method: Annotated[str | None, typer.Option(help="minmax, nearest, imatrix, gptq, gptaq, awq, or awq+gptq.", show_default="gptq")] = None,
     grid: Annotated[str | None, typer.Option(help="Such as int4-g128, int4-g64-asym, int8-channel.", show_default="int4-g128")] = None,
     to: Annotated[str | None, typer.Option(help="Container: compressed-tensors, gptq or awq.", show_default="the engine's, else compressed-tensors")] = None,
     engine: Annotated[str | None, typer.Option(help="Where it will run: vllm, sglang, transformers, tgi or tensorrt-llm; its rules are checked first.")] = None,
