@@ -121,7 +121,9 @@ def _fit_asymmetric(x: Tensor, h: Tensor, bits: int, search: bool, dtype: torch.
 def _inverses(minmax: Tensor, first: Tensor, spread: Tensor, bits: int) -> list[Tensor]:
     """Reciprocals of the scales to try: min-max, and a geometric row around and beyond it."""
     last = torch.maximum(1.2 * first, 1.3 / (NORMAL_STEP[bits] * spread)).minimum(7.2 * first)
-    row = [0.9 * first * (last / (0.9 * first)) ** (k / (CANDIDATES - 2)) for k in range(CANDIDATES - 1)]
+    ratio, row = (last / (0.9 * first)) ** (1 / (CANDIDATES - 2)), [0.9 * first]
+    while len(row) < CANDIDATES - 1:
+        row.append(row[-1] * ratio)
     return [minmax.float().reciprocal(), *row]
 
 

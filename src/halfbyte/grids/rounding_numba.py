@@ -73,14 +73,15 @@ def _raw(w: Tensor) -> np.ndarray:
 
 
 @inline
-def _widen(row, start, x):
-    if row.itemsize == 4:
+def _widen(raw, x):
+    # A slice, not an array and a start: numba tests every index whose sign it does not know, and makes no vectors then.
+    if raw.itemsize == 4:
         for i in range(x.size):
-            x[i] = row[start + i]
+            x[i] = raw[i]
     else:
         bits = x.view(np.uint32)
         for i in range(x.size):
-            bits[i] = np.uint32(row[start + i]) << np.uint32(16)
+            bits[i] = np.uint32(raw[i]) << np.uint32(16)
 
 
 @jit
@@ -90,14 +91,27 @@ def _fit(w, h, group, bits, symmetric, candidates, normal_step, held, scale, zer
     tasks_per_row = (groups + per_task - 1) // per_task
     for task in numba.prange(rows * tasks_per_row):
         row, first = task // tasks_per_row, (task % tasks_per_row) * per_task
-        x = np.empty(group, np.float32)
+        x, ends = np.empty(group, np.float32), np.empty(2, np.float32)
         for g in range(first, min(first + per_task, groups)):
-            _widen(w[row], g * group, x)
+            _widen(w[row, g * group : (g + 1) * group], x)
             weight = h[g * group : (g + 1) * group]
             if symmetric:
-                scale[row, g] = _symmetric(x, weight, bits, candidates, normal_step, held)
+                scale[row, g] = _symmetric(x, ends, weight, bits, candidates, normal_step, held)
             else:
-                scale[row, g], zero[row, g] = _asymmetric(x, weight, bits, candidates, normal_step, held)
+                scale[row, g], zero[row, g] = _asymmetric(x, ends, weight, bits, candidates, normal_step, held)
+
+
+@inline
+def _range(x, ends):
+    """Smallest and largest value, and zero between them. By their bits: LLVM makes no vectors of a maximum of floats that may be NaN."""
+    bits, low, high = x.view(np.int32), np.int32(0), np.int32(0)
+    for i in range(x.size):
+        ordered = np.int32(bits[i] ^ ((bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF)))  # negative floats shrink as their bits grow
+        low = min(low, ordered)
+        high = max(high, ordered)
+    bits = ends.view(np.int32)
+    bits[0], bits[1] = low ^ np.int32(0x7FFFFFFF) if low < 0 else low, high
+    return ends[0], ends[1]
 
 
 @numba.njit(cache=True, fastmath=False, error_model="numpy", nogil=True)
@@ -112,12 +126,10 @@ def _store(scale, held):
 
 
 @inline
-def _inverse(k, candidates, minmax, first, spread, normal_step):
-    """The reciprocal of the scale to try: min-max, then a geometric row around and beyond it."""
-    if k == 0:
-        return F(1) / minmax
+def _ratio(candidates, first, spread, normal_step):
+    """What the reciprocals of the scales to try grow by, from around min-max to beyond it."""
     last = min(max(F(1.2) * first, F(1.3) / (normal_step * spread)), F(7.2) * first)
-    return F(0.9) * first * (last / (F(0.9) * first)) ** F((k - 1) / (candidates - 2))
+    return (last / (F(0.9) * first)) ** F(1 / (candidates - 2))
 
 
 @inline
@@ -131,19 +143,22 @@ def _better(wq, qq, held, best, scale, sign):
 
 
 @numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
-def _symmetric(x, h, bits, candidates, normal_step, held):
+def _symmetric(x, ends, h, bits, candidates, normal_step, held):
     half = F(1 << (bits - 1))
     top = half - F(1)
-    largest, squares = F(0), F(0)
-    for i in range(x.size):
-        largest = max(largest, abs(x[i]))
-        squares += x[i] * x[i]
+    low, high = _range(x, ends)
+    largest = max(-low, high)
     if largest == 0:
         return F(1)
     scale = _store(F(2) * largest / (F(2) * half - F(1)), held)
-    minmax, best, spread = scale, F(-1), F(math.sqrt(squares / F(x.size)))
-    for k in range(candidates):
-        inverse = _inverse(k, candidates, minmax, half / largest, spread, normal_step)
+    if candidates == 0:
+        return scale
+    squares = F(0)
+    for i in range(x.size):
+        squares += x[i] * x[i]
+    best, inverse, following = F(-1), F(1) / scale, F(0.9) * (half / largest)
+    ratio = _ratio(candidates, half / largest, F(math.sqrt(squares / F(x.size))), normal_step)
+    for _ in range(candidates):
         wq, qq, wq_minus, qq_minus = F(0), F(0), F(0), F(0)
         for i in range(x.size):
             r = np.rint(x[i] * inverse)
@@ -157,29 +172,31 @@ def _symmetric(x, h, bits, candidates, normal_step, held):
             qq_minus += t * q
         best, scale, _ = _better(wq, qq, held, best, scale, F(1))
         best, scale, _ = _better(wq_minus, qq_minus, held, best, scale, F(-1))
+        inverse, following = following, following * ratio
     return scale
 
 
 @numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
-def _asymmetric(x, h, bits, candidates, normal_step, held):
+def _asymmetric(x, ends, h, bits, candidates, normal_step, held):
     top = F((1 << bits) - 1)
-    low, high, total, squares = F(0), F(0), F(0), F(0)
-    for i in range(x.size):
-        low = min(low, x[i])
-        high = max(high, x[i])
-        total += x[i]
-        squares += x[i] * x[i]
+    low, high = _range(x, ends)
     if high == low:
         return F(1), np.uint8(0)
     widest = (high - low) / top
     middle = min(max(np.rint(-low / widest), F(0)), top)
+    if candidates == 0:
+        return _store(widest, held), np.uint8(middle)
+    total, squares = F(0), F(0)
+    for i in range(x.size):
+        total += x[i]
+        squares += x[i] * x[i]
     mean = total / F(x.size)
     spread = F(math.sqrt(max(squares / F(x.size) - mean * mean, F(0))))
     scale = _store(widest, held)
-    minmax, best, zero = scale, F(-1), middle
+    best, zero, inverse, following = F(-1), middle, F(1) / scale, F(0.9) / widest
     below, above = max(middle - F(1), F(0)), min(middle + F(1), top)
-    for k in range(candidates):
-        inverse = _inverse(k, candidates, minmax, F(1) / widest, spread, normal_step)
+    ratio = _ratio(candidates, F(1) / widest, spread, normal_step)
+    for _ in range(candidates):
         wq0, qq0, wq1, qq1, wq2, qq2 = F(0), F(0), F(0), F(0), F(0), F(0)
         for i in range(x.size):
             r = np.rint(x[i] * inverse)
@@ -201,6 +218,7 @@ def _asymmetric(x, h, bits, candidates, normal_step, held):
         zero = middle if better else zero
         best, scale, better = _better(wq2, qq2, held, best, scale, F(1))
         zero = above if better else zero
+        inverse, following = following, following * ratio
     return scale, np.uint8(zero)
 
 
@@ -214,12 +232,12 @@ def _encode(w, scale, zero, group, bits, codes):
         row, first = task // tasks_per_row, (task % tasks_per_row) * per_task
         x = np.empty(group, np.float32)
         for g in range(first, min(first + per_task, groups)):
-            _widen(w[row], g * group, x)
+            _widen(w[row, g * group : (g + 1) * group], x)
             inverse = F(1) / scale[row, g]
             offset = half if zero.shape[1] == 0 else F(zero[row, g])
             out = codes[row, g * group : (g + 1) * group]
             for i in range(group):
-                out[i] = np.uint8(min(max(np.rint(x[i] * inverse) + offset, F(0)), top))
+                out[i] = np.uint8(np.int32(min(max(np.rint(x[i] * inverse) + offset, F(0)), top)))
 
 
 @inline

@@ -123,8 +123,8 @@ class Checkpoint:
         return {f"{m}.{s}": m for m in self.quantized for s in suffixes if f"{m}.{s}" in self.entries}
 
     def read_quantized(self, module: str) -> Quantized:
-        grid, shape = self.quantized[module]
         """The matrix of a module that is quantized already, as it lies in the file."""
+        grid, shape = self.quantized[module]
         tensors = {n.removeprefix(f"{module}."): self.entries[n].read() for n in self.parts_of[module]}
         assert self.container is not None
         return self.container.unpack(tensors, grid, shape)
@@ -187,8 +187,8 @@ class Checkpoint:
 
 
 def require_finite(name: str, w: Tensor) -> None:
-    """Raise BadCheckpoint for NaN or Inf: one reduction finds them all, since both survive a sum."""
-    if w.is_floating_point() and not torch.isfinite(w.sum(dtype=torch.float32)):
+    """Raise BadCheckpoint for NaN or Inf: one reduction finds them all, since both survive a sum (and an overflow of the sum is looked into)."""
+    if w.is_floating_point() and not torch.isfinite(w.sum()):
         bad = int((~torch.isfinite(w.float())).sum())
         if bad:
             raise BadCheckpoint(
