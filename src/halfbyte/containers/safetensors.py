@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class Entry(Spec):
             last = self.shape[0] if last is None else last
             shape = (last - first, *self.shape[1:])
             start = self.offset + first * prod(self.shape[1:]) * self.dtype.itemsize
-        raw = torch.empty(prod(shape) * self.dtype.itemsize, dtype=torch.uint8)
+        raw = torch.from_numpy(np.empty(prod(shape) * self.dtype.itemsize, np.uint8))  # NumPy asks for huge pages: fewer faults
         with open(self.path, "rb", buffering=0) as file:
             file.seek(start)
             view, done = raw.numpy().data, 0
@@ -110,33 +111,28 @@ def _entry(path: Path, data: int, value: Mapping) -> Entry:
     return entry
 
 
-class Writer:
-    """Lays out every tensor of a file from its shape, then takes their bytes in any order."""
+class Output:
+    """A file in which every tensor has its place before the first byte is written; tensors then come in any order."""
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec], resume: bool = False):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, spec in specs.items():
-            header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.size_bytes]}
-            offset += spec.size_bytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+    def __init__(self, path: Path, head: bytes, entries: Mapping[str, Entry], size_bytes: int, resume: bool = False):
+        """`head` is what lies before the tensors. With `resume`, the tensors that the file holds already are kept."""
         self.path = path
-        self.entries: dict[str, Entry] = {}
-        for name, spec in specs.items():
-            self.entries[name] = Entry(spec.shape, spec.dtype, path, 8 + len(text) + header[name]["data_offsets"][0])
+        self.entries = dict(entries)
         self.file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC), 0o644)
-        self._write(struct.pack("<Q", len(text)) + text, 0)
+        self._write(head, 0)
         # Reserve the whole file at once: a disk that is too small says so now, not hours later.
-        if offset:
-            _reserve(self.file, 8 + len(text) + offset)
+        if size_bytes > len(head):
+            _reserve(self.file, size_bytes)
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor, at: int | None = None) -> None:
+        """The whole tensor, or its rows (of the leading dimension) from `at` on."""
         entry = self.entries[name]
-        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-            raise ValueError(f"{name}: planned {entry.shape} {entry.dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
+        planned = entry.shape if at is None else (tensor.shape[0], *entry.shape[1:])
+        if tuple(tensor.shape) != planned or tensor.dtype != entry.dtype or (at is not None and at + tensor.shape[0] > entry.shape[0]):
+            raise ValueError(f"{name}: planned {entry.shape} {entry.dtype}, got {tuple(tensor.shape)} {tensor.dtype} at row {at or 0}")
         if tensor.numel():
-            self._write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, entry.offset)
+            start = entry.offset + (at or 0) * prod(entry.shape[1:]) * entry.dtype.itemsize
+            self._write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view, done = memoryview(data), 0
@@ -152,6 +148,22 @@ class Writer:
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
+
+
+class Writer(Output):
+    """A safetensors file, laid out from the shapes of its tensors."""
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], resume: bool = False):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, spec in specs.items():
+            header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.size_bytes]}
+            offset += spec.size_bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        entries = {name: Entry(spec.shape, spec.dtype, path, start + header[name]["data_offsets"][0]) for name, spec in specs.items()}
+        super().__init__(path, struct.pack("<Q", len(text)) + text, entries, start + offset, resume)
 
 
 def _reserve(file: int, size_bytes: int) -> None:
