@@ -89,7 +89,7 @@ def test_experts_of_the_older_format_are_told_apart_by_the_weight(tmp_path):
 
 
 def test_a_matrix_of_another_model_is_refused(tmp_path):
-    with pytest.raises(BadRequest, match="3 values .* needs 4096"):
+    with pytest.raises(BadRequest, match=r"3 values .* needs 4096"):
         imatrix.read(dat(tmp_path / "imatrix.dat")).of("blk.0.attn_q.weight", 1, 4096)
 
 
