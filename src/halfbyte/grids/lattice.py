@@ -1,0 +1,138 @@
+"""ggml's lattices: what is rounded is a vector of weights, to the nearest in a codebook of magnitudes, with signs.
+
+    iq3_s, iq3_xxs             4 magnitudes of 8 from a codebook of 512 or 256
+    iq2_s, iq2_xs, iq2_xxs     8 magnitudes of 3 from a codebook of 1024, 512 or 256
+    iq1_s, iq1_m               8 trits from a codebook of 2048, all moved by an eighth up or down
+
+A scale is a small integer under the fp16 scale of 256 in-features: d * (2 scale + 1) * unit. Types with sign parity store 7
+signs of 8: the number of negative weights among them is even. (An iq1 value is a magnitude of 1/8, 7/8 or 9/8 with a sign:
+which of them go together is what the codebook and the move by an eighth allow, once per 8 weights or once per 32.)
+
+A code is the index of the magnitude, from the smallest, and bit 7 if the weight is negative. Codebooks are those of the
+package gguf; the arithmetic of `decode` is that of ggml-quants.c.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Float32, Int16, UInt8
+from torch import Tensor
+
+from halfbyte.errors import BadRequest, Unsupported
+from halfbyte.grids.grid import Codes, Grid, Params, Shape
+
+SUPER = 256
+"""In-features that share the fp16 scale."""
+NEGATIVE = 0x80
+
+
+@dataclass(frozen=True)
+class LatticeGrid(Grid):
+    """A lattice of ggml; a row of LATTICE_GRIDS says all there is to say about one."""
+
+    name: str
+    magnitudes: tuple[float, ...]
+    dimension: int
+    """Magnitudes in one entry of the codebook."""
+    step: int
+    group: int
+    """In-features that share an integer scale."""
+    top: int
+    """The largest integer scale."""
+    unit: float
+    parity: bool
+    """The number of negative weights in each 8 is even."""
+    stored_bits: int
+    """Bytes of 256 weights, in bits."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def block(self) -> int:
+        return SUPER
+
+    def bits(self, shape: Shape) -> float:
+        return self.stored_bits / SUPER
+
+    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool = True) -> Params:
+        """fp16 `d` [out, in / 256] and the integers `scale` [out, in / group]; a weight is d * (2 scale + 1) * unit * magnitude."""
+        if w.shape[1] % SUPER:
+            raise BadRequest(f"{self} does not divide a row of {w.shape[1]}; it takes multiples of {SUPER}")
+        self._can_encode()
+        raise NotImplementedError
+
+    def _can_encode(self) -> None:
+        if self.name in ("iq1_s", "iq1_m"):
+            raise Unsupported(f"{self} is read, not written; the smallest type that is written is iq2_xxs")
+
+    def scales(self, params: Params) -> Float32[Tensor, "out groups"]:
+        """What each group's magnitudes are multiplied by."""
+        d = params["d"].float()
+        odd = 2 * params["scale"].float() + 1
+        return (d[..., None] * odd.unflatten(1, (d.shape[1], -1)) * self.unit).flatten(1)
+
+    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+        raise NotImplementedError
+
+    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+        raise NotImplementedError
+
+    def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
+        values = self.value(codes).unflatten(1, (-1, self.group))
+        return (self.scales(params)[..., None] * values).flatten(1)
+
+    def value(self, codes: UInt8[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+        """Magnitudes with signs."""
+        return signed_magnitudes(self.magnitudes).to(codes.device)[codes.int()]
+
+
+IQ2, IQ1 = (8, 25, 43), (0.125, 0.875, 1.125)
+LATTICE_GRIDS: dict[str, LatticeGrid] = {
+    "iq3_s": LatticeGrid("iq3_s", (1, 3, 5, 7, 9, 11, 13, 15), 4, 4, 32, 15, 1, False, 880),
+    "iq3_xxs": LatticeGrid("iq3_xxs", (4, 12, 20, 28, 36, 44, 52, 62), 4, 8, 32, 15, 1 / 4, True, 784),
+    "iq2_s": LatticeGrid("iq2_s", IQ2, 8, 8, 16, 15, 1 / 8, False, 656),
+    "iq2_xs": LatticeGrid("iq2_xs", IQ2, 8, 8, 16, 15, 1 / 8, True, 592),
+    "iq2_xxs": LatticeGrid("iq2_xxs", IQ2, 8, 8, 32, 15, 1 / 8, True, 528),
+    "iq1_s": LatticeGrid("iq1_s", IQ1, 8, 32, 32, 7, 1, False, 400),
+    "iq1_m": LatticeGrid("iq1_m", IQ1, 8, 8, 16, 7, 1, False, 448),
+}
+
+
+@lru_cache
+def signed_magnitudes(magnitudes: tuple[float, ...]) -> Float32[Tensor, " codes"]:
+    """The value of every code; codes without a magnitude have none (NaN)."""
+    values = torch.full((256,), torch.nan)
+    values[: len(magnitudes)] = torch.tensor(magnitudes, dtype=torch.float32)
+    values[NEGATIVE:] = -values[:NEGATIVE]
+    return values
+
+
+@lru_cache
+def codebook(name: str) -> UInt8[Tensor, "entries dimension"]:
+    """The codebook of a lattice, as indices into its ascending magnitudes; of iq1, into the trits -1, 0, 1."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import _type_traits
+
+    held = _type_traits[GGMLQuantizationType[name.upper()]]
+    held.init_grid()
+    assert held.grid is not None
+    table = torch.from_numpy(held.grid.reshape(held.grid_shape).copy())
+    return torch.searchsorted(torch.tensor(held.grid_map, dtype=torch.float32), table).to(torch.uint8)
+
+
+def keys(indices: UInt8[Tensor, "*shape dimension"]) -> Int16[Tensor, "*shape"]:
+    """One number for a vector of magnitudes: its indices as digits, four bits of four or two bits of eight (as int16, it may wrap)."""
+    width = 16 // indices.shape[-1]
+    shifts = torch.arange(0, 16, width, device=indices.device)
+    return (indices.int() << shifts).sum(-1).to(torch.int16)
+
+
+@lru_cache
+def entry_of_key(name: str) -> Int16[Tensor, " keys"]:
+    """The entry of the codebook that has a key (taken modulo 65536); -1 where none has."""
+    book = codebook(name)
+    entries = torch.full((1 << 16,), -1, dtype=torch.int16)
+    entries[keys(book).int() & 0xFFFF] = torch.arange(len(book), dtype=torch.int16)
+    return entries

@@ -1,0 +1,223 @@
+"""The accelerated twin of levels.py for CPUs: the same candidates in the same order, one pass over each group."""
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64, UInt8
+from torch import Tensor
+
+from halfbyte.grids import levels as reference
+from halfbyte.grids.rounding_numba import F, _raw, _store, _widen, inline, jit
+
+FP16, BYTE, FREE = 0, 1, 2
+HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see rounding_numba._store; here a scale may be zero
+CELLS, MIDDLE = F(reference.CELLS - 1), F(reference.CELLS // 2)
+
+
+def fit(
+    grid: "reference.LevelGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool
+) -> tuple[Float32[Tensor, "out groups"], UInt8[Tensor, "out subs"] | None]:
+    rows, width = w.shape
+    h = np.ones(width, np.float32) if importance is None else importance.contiguous().numpy()
+    scale = np.empty((rows, width // grid.group), np.float32)
+    values = reference.cells(grid.levels)[1].numpy()
+    kind = {"fp16": FP16, "6-bit": FREE}.get(grid.scale, BYTE)
+    table, borders = np.zeros(1, np.float32), np.zeros(0, np.float32)
+    if kind == BYTE:
+        table, borders = reference.byte_scales(grid.scale).numpy(), reference.borders(grid.scale).numpy()
+    _fit(_raw(w), h, grid.group, values, F(grid.reach), np.array(grid.tries if search else (), np.int64), kind, table, borders, scale)
+    if kind != FREE:
+        return torch.from_numpy(scale), None
+    top, sub = np.empty((rows, width // reference.SUPER), np.float32), np.empty(scale.shape, np.uint8)
+    _two_levels(_raw(w), h, grid.group, values, search, scale, top, sub)
+    return torch.from_numpy(top), torch.from_numpy(sub)
+
+
+def encode(grid: "reference.LevelGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"]) -> UInt8[Tensor, "out in"]:
+    codes = np.empty(w.shape, np.uint8)
+    _encode(_raw(w), reference.inverse(scales).contiguous().numpy(), reference.cells(grid.levels)[0].int().numpy(), grid.group, codes)
+    return torch.from_numpy(codes)
+
+
+def round_block(
+    grid: "reference.LevelGrid",
+    wanted: Float32[Tensor, "out width"],
+    target: Float32[Tensor, "out width"],
+    error: Float32[Tensor, "out width"],
+    coupling: Float32[Tensor, "width width"],
+    scales: Float32[Tensor, "out groups"],
+    group: Int64[Tensor, " width"],
+) -> UInt8[Tensor, "out width"]:
+    """Grid.round_block, given the group of each column. Rows are independent: each stays in the cache."""
+    codes = np.empty(wanted.shape, np.uint8)
+    code, value = (table.numpy() for table in reference.cells(grid.levels))
+    scale, inverse = scales[:, group].contiguous(), reference.inverse(scales)[:, group].contiguous()
+    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scale.numpy(), inverse.numpy()
+    _round_block(*arrays, code, value, codes)
+    return torch.from_numpy(codes)
+
+
+@inline
+def _cell(x):
+    return np.uint32(np.int32(min(max(F(2) * x + MIDDLE, F(0)), CELLS)))
+
+
+@inline
+def _inverse(scale):
+    return F(0) if scale == 0 else min(max(F(1) / scale, F(-3e38)), F(3e38))
+
+
+@inline
+def _moments_of(x, h, scale, values, count):
+    inverse, wq, qq = _inverse(scale), F(0), F(0)
+    for i in range(count):
+        q = values[_cell(x[i] * inverse)]
+        t = h[i] * q
+        wq += t * x[i]
+        qq += t * q
+    return wq, qq
+
+
+@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
+def _moments(x, h, scale, values):
+    """sum(h w q) and sum(h q q); a loop of known length is all vectors."""
+    return _moments_of(x, h, scale, values, 32) if x.size == 32 else _moments_of(x, h, scale, values, x.size)
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def _half(scale):
+    return -_store(-scale, HALF_PRECISION) if scale < 0 else _store(scale, HALF_PRECISION)
+
+
+# Weights are finite. Where LLVM does not know that, it makes no vectors of a maximum.
+@numba.njit(cache=True, fastmath={"reassoc", "nsz", "nnan", "ninf"}, error_model="numpy", nogil=True)
+def _largest(x):
+    """The value of the largest magnitude."""
+    low, high = F(0), F(0)
+    for i in range(x.size):
+        low, high = min(low, x[i]), max(high, x[i])
+    return low if -low > high else high
+
+
+@jit
+def _fit(w, h, group, values, reach, tries, kind, table, borders, scale):
+    rows, groups = scale.shape
+    for row in numba.prange(rows):
+        x = np.empty(group, np.float32)
+        for g in range(groups):
+            _widen(w[row, g * group : (g + 1) * group], x)
+            weight = h[g * group : (g + 1) * group]
+            if kind == BYTE:
+                scale[row, g] = _search_byte(x, weight, values, reach, tries, table, borders)
+            else:
+                found = _search(x, weight, values, reach, tries)
+                scale[row, g] = _half(found) if kind == FP16 else found
+
+
+@inline
+def _search(x, h, values, reach, tries):
+    largest = _largest(x)
+    scale, best = largest / reach, F(0)
+    if largest != 0:
+        for t in range(tries.size):
+            wq, qq = _moments(x, h, largest / F(tries[t]), values)
+            if wq * wq > best * qq:
+                scale = wq / qq
+                best = wq * scale
+    return scale
+
+
+@inline
+def _search_byte(x, h, values, reach, tries, table, borders):
+    middle, best = np.searchsorted(borders, abs(_largest(x)) / reach, side="right"), F(0)
+    scale = table[middle]
+    for t in range(tries.size):
+        tried = table[min(max(middle + tries[t], 0), table.size - 1)]
+        wq, qq = _moments(x, h, tried, values)
+        gain = tried * (F(2) * wq - tried * qq)
+        if gain > best:
+            best, scale = gain, tried
+    return scale
+
+
+@jit
+def _two_levels(w, h, group, values, search, scale, top, sub):
+    rows, supers = top.shape
+    per = scale.shape[1] // supers
+    for row in numba.prange(rows):
+        x = np.empty(group, np.float32)
+        for s in range(supers):
+            own = scale[row, s * per : (s + 1) * per]
+            above = _half(_largest(own) / F(-32))
+            inverse, numerator, denominator = _inverse(above), F(0), F(0)
+            for g in range(per):
+                exact = own[g] * inverse
+                if not search:
+                    sub[row, s * per + g] = np.uint8(min(max(np.rint(exact), F(-32)), F(31)) + F(32))
+                    continue
+                at = (s * per + g) * group
+                _widen(w[row, at : at + group], x)
+                best, integer, wq, qq = F(-np.inf), F(0), F(0), F(0)
+                for up in range(2):
+                    i = min(max(np.floor(exact) + F(up), F(-32)), F(31))
+                    a, b = _moments(x, h[at : at + group], above * i, values)
+                    gain = above * i * (F(2) * a - above * i * b)
+                    if gain > best:
+                        best, integer, wq, qq = gain, i, a, b
+                sub[row, s * per + g] = np.uint8(integer + F(32))
+                numerator += integer * wq
+                denominator += integer * integer * qq
+            refined = _half(numerator / denominator if denominator > 0 else F(0))
+            better = refined * (F(2) * numerator - refined * denominator) > above * (F(2) * numerator - above * denominator)
+            top[row, s] = refined if better and search else above
+
+
+@jit
+def _encode(w, inverse, code, group, codes):
+    rows, groups = inverse.shape
+    for row in numba.prange(rows):
+        x = np.empty(group, np.float32)
+        for g in range(groups):
+            _widen(w[row, g * group : (g + 1) * group], x)
+            _lookup(x, inverse[row, g], code, codes[row, g * group : (g + 1) * group])
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def _lookup(x, inverse, code, out):
+    for i in range(out.size):
+        out[i] = np.uint8(code[_cell(x[i] * inverse)])
+
+
+@inline
+def _step(wanted, target, error, scale, inverse, code, value, codes, row, k):
+    """Round one weight; returns by how much its error changed."""
+    cell = _cell(wanted[row, k] * inverse[row, k])
+    codes[row, k] = code[cell]
+    missed = target[row, k] - value[cell] * scale[row, k]
+    change = missed - error[row, k]
+    error[row, k] = missed
+    return change
+
+
+@jit
+def _round_block(wanted, target, error, coupling, scale, inverse, code, value, codes):
+    # Four rows at a time, as in rounding_numba._round_block.
+    rows, width = wanted.shape
+    for four in numba.prange(rows // 4):
+        a, b, c, d = 4 * four, 4 * four + 1, 4 * four + 2, 4 * four + 3
+        for k in range(width - 1, -1, -1):
+            change_a = _step(wanted, target, error, scale, inverse, code, value, codes, a, k)
+            change_b = _step(wanted, target, error, scale, inverse, code, value, codes, b, k)
+            change_c = _step(wanted, target, error, scale, inverse, code, value, codes, c, k)
+            change_d = _step(wanted, target, error, scale, inverse, code, value, codes, d, k)
+            for j in range(min((k + 15) & ~15, width)):
+                by = coupling[k, j]
+                wanted[a, j] += change_a * by
+                wanted[b, j] += change_b * by
+                wanted[c, j] += change_c * by
+                wanted[d, j] += change_d * by
+    for row in range(rows - rows % 4, rows):
+        for k in range(width - 1, -1, -1):
+            change = _step(wanted, target, error, scale, inverse, code, value, codes, row, k)
+            for j in range(k):
+                wanted[row, j] += change * coupling[k, j]
