@@ -1,7 +1,11 @@
 """Shapes in signatures are checked while tests run."""
 
+from pathlib import Path
+
 from jaxtyping import install_import_hook
 
-# Module by module: the checks wrap functions, and those of grids/rounding_numba.py are compiled.
-GRIDS = ["halfbyte.grids.grid", "halfbyte.grids.rounding", "halfbyte.grids.scalar"]
-install_import_hook([*GRIDS, "halfbyte.solvers", "halfbyte.containers", "halfbyte.evaluation"], "beartype.beartype")
+# Module by module: the checks wrap functions, and those of *_numba.py are compiled.
+SOURCE = Path(__file__).parent.parent / "src"
+FILES = [path for part in ("grids", "solvers", "containers", "evaluation") for path in (SOURCE / "halfbyte" / part).rglob("*.py")]
+CHECKED = [".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in FILES if not path.stem.endswith("_numba")]
+install_import_hook(CHECKED, "beartype.beartype")

@@ -1,0 +1,133 @@
+"""The block formats of llama.cpp that differ in data only: K-quants, and the older types with a scale and a minimum.
+
+    q4_k, q5_k           blocks of 256 in groups of 32: w = (d * scale) q - dmin * min, d and dmin fp16, scale and min 6-bit integers
+    q2_k                 the same in groups of 16, with 4-bit scale and min
+    q3_k, q6_k           groups of 16, w = (d * scale) (q - zero), scale a signed integer of 6 or 8 bits
+    q4_1, q5_1           blocks of 32, w = d q + m, both fp16
+    tq1_0, tq2_0         blocks of 256, w = d (q - 1), q in 0..2
+
+Codes are unsigned in memory. Layouts and arithmetic: ggml-quants.c and gguf-py's quants.py, whose names d and dmin are kept;
+`decode` does the same float32 operations in the same order. q4_0, q5_0 and q8_0 are integer grids: int4-g32, int5-g32, int8-g32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from halfbyte.errors import BadRequest, UnknownName
+from halfbyte.grids import kquant_search
+from halfbyte.grids.grid import Codes, Grid, Params, Shape
+
+
+@dataclass(frozen=True)
+class KQuant(Grid):
+    """Evenly spaced levels per group; the scales of a block's groups are small integers times one fp16 number.
+
+    Params, by name: `d` fp16 [out, blocks]; with two levels `scale` (uint8 or int8) [out, groups]; and with a minimum
+    `dmin` fp16 [out, blocks] and `min` uint8 [out, groups], or with one level `m` fp16 [out, blocks].
+    """
+
+    name: str
+    super_block: int
+    group: int
+    """In-features that share one scale of the lowest level."""
+    top: int
+    """The largest code."""
+    zero: int | None
+    """The code of zero; None: codes count from a minimum."""
+    scales: tuple[int, int] | None
+    """The range of the integer scales (and, from 0, of the integer minima); None: one level."""
+    stored_bits: int
+    """Bytes of a block, in bits: padding and all."""
+
+    step = 1
+
+    @classmethod
+    def parse(cls, name: str) -> "KQuant":
+        if name not in KQUANTS:
+            raise UnknownName("K-quant", name, KQUANTS)
+        return KQUANTS[name]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def block(self) -> int:
+        return self.super_block
+
+    @property
+    def has_minimum(self) -> bool:
+        return self.zero is None
+
+    def blocks(self, width: int) -> int:
+        """Blocks along a row of `width` in-features."""
+        if width % self.block:
+            raise BadRequest(f"{self} packs blocks of {self.block} in-features, which do not divide a row of {width}")
+        return width // self.block
+
+    def bits(self, shape: Shape) -> float:
+        self.blocks(shape[1])
+        return self.stored_bits / self.block
+
+    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool = True) -> Params:
+        self.blocks(w.shape[1])
+        return kquant_search.fit(self, w, importance, search)
+
+    def lines(self, params: Params) -> tuple[Float32[Tensor, "out groups"], Float32[Tensor, "out groups"] | None]:
+        """Scale and offset of every group: a code q stands for scale * (q - zero) + offset, rounded after each operation."""
+        d = params["d"].float()
+        if self.scales is None:
+            return d, params["m"].float() if self.has_minimum else None
+        out, blocks = d.shape
+        scale = (d[..., None] * params["scale"].view(out, blocks, -1)).view(out, -1)
+        if not self.has_minimum:
+            return scale, None
+        return scale, -(params["dmin"].float()[..., None] * params["min"].view(out, blocks, -1)).view(out, -1)
+
+    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+        scale, offset = (None if line is None else line[:, at // self.group, None] for line in self.lines(params))
+        codes = kquant_search.nearest(w, scale, offset, self.zero or 0, self.top)
+        return codes, kquant_search.values(codes, scale, offset, self.zero or 0)
+
+    def round_block(
+        self,
+        wanted: Float32[Tensor, "out width"],
+        target: Float32[Tensor, "out width"],
+        error: Float32[Tensor, "out width"],
+        coupling: Float32[Tensor, "width width"],
+        params: Params,
+        columns: list[int],
+    ) -> UInt8[Tensor, "out width"]:
+        if wanted.device.type != "cpu":
+            return super().round_block(wanted, target, error, coupling, params, columns)
+        from halfbyte.grids import kquant_numba
+
+        scale, offset = self.lines(params)
+        return kquant_numba.round_block(wanted, target, error, coupling, scale, offset, torch.tensor(columns) // self.group, self.zero or 0, self.top)
+
+    def encode(self, w: Float[Tensor, "out in"], params: Params) -> Codes:
+        self.blocks(w.shape[1])
+        scale, offset = self.lines(params)
+        return kquant_search.encode(w, scale, offset, self.zero or 0, self.top)
+
+    def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
+        scale, offset = (None if line is None else line[..., None] for line in self.lines(params))
+        return kquant_search.values(codes.view(*scale.shape[:2], -1), scale, offset, self.zero or 0).view(codes.shape)
+
+
+KQUANTS: dict[str, KQuant] = {
+    grid.name: grid
+    for grid in (
+        KQuant("q2_k", 256, 16, 3, None, (0, 15), 84 * 8),
+        KQuant("q3_k", 256, 16, 7, 4, (-32, 31), 110 * 8),
+        KQuant("q4_k", 256, 32, 15, None, (0, 63), 144 * 8),
+        KQuant("q5_k", 256, 32, 31, None, (0, 63), 176 * 8),
+        KQuant("q6_k", 256, 16, 63, 32, (-128, 127), 210 * 8),
+        KQuant("q4_1", 32, 32, 15, None, None, 20 * 8),
+        KQuant("q5_1", 32, 32, 31, None, None, 24 * 8),
+        KQuant("tq1_0", 256, 256, 2, 1, None, 54 * 8),
+        KQuant("tq2_0", 256, 256, 2, 1, None, 66 * 8),
+    )
+}
