@@ -6,6 +6,15 @@ import sys
 import time
 from dataclasses import dataclass
 
+# A process begins with the peak memory of the one that started it, so a small one stands between: this one has imported torch.
+STARTER = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(f"\\n{usage.ru_utime + usage.ru_stime} {usage.ru_maxrss}")
+sys.exit(status != 0)
+"""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -17,15 +26,14 @@ class Cost:
 def run(command: list[str], **environment: str) -> Cost:
     """Raises CalledProcessError with the command's own words if it fails."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment})
-    assert process.stdout
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.stderr.write(output.decode(errors="replace")[-2000:])
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return Cost(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    starter = [sys.executable, "-S", "-c", STARTER, *command]
+    done = subprocess.run(starter, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment}, check=False)
+    wall = time.perf_counter() - started
+    if done.returncode:
+        sys.stderr.write(done.stdout.decode(errors="replace")[-2000:])
+        raise subprocess.CalledProcessError(done.returncode, command)
+    cpu, peak_kb = map(float, done.stdout.splitlines()[-1].split())
+    return Cost(wall, cpu, peak_kb / 1024)
 
 
 def machine() -> str:
