@@ -38,7 +38,7 @@ def write(folder: Path, path: Path, **options) -> Path:
     return path
 
 
-def load(path: Path, vocabulary_only: bool = False) -> "llama_cpp.Llama":
+def load(path: Path, vocabulary_only: bool = False):
     return llama_cpp.Llama(
         str(path), n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1, vocab_only=vocabulary_only, logits_all=True, verbose=False,
         type_k=0, type_v=0, flash_attn=False,
@@ -55,5 +55,5 @@ def logits(path: Path, tokens: list[int]) -> torch.Tensor:
         model.close()
 
 
-def tokenize(model: "llama_cpp.Llama", text: str, special: bool = True) -> list[int]:
+def tokenize(model, text: str, special: bool = True) -> list[int]:
     return model.tokenize(text.encode(), add_bos=True, special=special)

@@ -50,9 +50,10 @@ MIXTRAL_EXPERTS: Names = {
 }
 GRANITE_EXPERTS: Names = {
     "block_sparse_moe.router.layer": "ffn_gate_inp",
+    "block_sparse_moe.router": "ffn_gate_inp",
     "block_sparse_moe.input_linear": ("ffn_gate_exps", "ffn_up_exps"),
     "block_sparse_moe.output_linear": "ffn_down_exps",
-    **EXPERTS,
+    **{name.replace("mlp", "block_sparse_moe"): ggml for name, ggml in EXPERTS.items()},
 }
 SHARED_EXPERT: Names = {
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
@@ -185,7 +186,10 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, assumed={"hidden_act": "silu"}),
     "olmo3": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, assumed={"hidden_act": "silu"}),
     "olmoe": Family(
-        "olmoe", {**ATTENTION, **HEAD_NORMS, **FFN_NORM, **EXPERTS}, own_head=True, assumed={"norm_topk_prob": False, "clip_qkv": None, "hidden_act": "silu"}
+        "olmoe",
+        {**ATTENTION, **HEAD_NORMS, **FFN_NORM, **EXPERTS},
+        own_head=True,
+        assumed={"norm_topk_prob": False, "clip_qkv": None, "hidden_act": "silu", "num_key_value_heads": lambda s: s.num_attention_heads},
     ),
     "gpt2": Family(
         "gpt2",
@@ -204,7 +208,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         "gptneox",
         NEOX,
-        {"embed_in": "token_embd", "final_layer_norm": "output_norm", "embed_out": "output"},
+        {"embed_in": "token_embd", "final_layer_norm": "output_norm", "embed_out": "output", "lm_head": "output"},
         ("gpt_neox.", "layers"),
         rows={"attn_qkv": _thirds},
         own_head=True,
@@ -218,7 +222,7 @@ FAMILIES: dict[str, Family] = {
         rows={"attn_qkv": _groups},
         assumed={"alibi": False, "parallel_attn": True, "bias": False},
     ),
-    "cohere": Family("command-r", rows=PAIRED, assumed={"use_qk_norm": False, "tie_word_embeddings": True}),
+    "cohere": Family("command-r", assumed={"use_qk_norm": False, "tie_word_embeddings": True}),
 }
 """Transformers' `model_type` to its row."""
 
