@@ -8,10 +8,10 @@ compared with what the file can hold before anything of that size is made.
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -182,23 +182,25 @@ def _read_part(path: Path) -> File:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            data = file.read(1 << 20)
-            while True:
-                try:
-                    metadata, tensors = _parse(data, size, path)
-                    break
-                except _CutShort as cut:
-                    if cut.end > min(size, HEADER_LIMIT) or len(data) >= size:
-                        raise _Malformed(f"its header goes on to byte {cut.end} of {size}") from None
-                    more = file.read(min(HEADER_LIMIT, max(cut.end, 4 * len(data))) - len(data))
-                    if not more:
-                        raise _Malformed("it became shorter while it was read") from None
-                    data += more
+            return File((path,), *_header(file, size, path))
     except OSError as error:
         raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     except _Malformed as wrong:
         raise BadCheckpoint(f"{path} is no GGUF file that can be read, or is cut short: {wrong}") from None
-    return File((path,), metadata, tensors)
+
+
+def _header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Value], dict[str, Stored]]:
+    """Where a header ends is known only once it is parsed, so more of the file is taken until it is whole."""
+    data = file.read(1 << 20)
+    while True:
+        try:
+            return _parse(data, size, path)
+        except _CutShort as cut:
+            wanted = min(HEADER_LIMIT, max(cut.end, 4 * len(data)))
+            more = b"" if cut.end > min(size, HEADER_LIMIT) else file.read(wanted - len(data))
+            if not more:
+                raise _Malformed(f"its header goes on to byte {cut.end} of {size}") from None
+            data += more
 
 
 def _parse(data: bytes, size: int, path: Path) -> tuple[dict[str, Value], dict[str, Stored]]:
@@ -213,7 +215,7 @@ def _parse(data: bytes, size: int, path: Path) -> tuple[dict[str, Value], dict[s
         metadata[key] = cursor.value(key)
     alignment = metadata.get("general.alignment", Value("uint32", ALIGNMENT))
     step = alignment.value
-    if alignment.type != "uint32" or not isinstance(step, int) or step < 1 or step & (step - 1):
+    if alignment.type != "uint32" or step < 1 or step & (step - 1):
         raise _Malformed(f"general.alignment is {step!r} ({alignment.type}), not a power of two")
     tensors: dict[str, Stored] = {}
     for _ in range(tensor_count):
@@ -221,8 +223,22 @@ def _parse(data: bytes, size: int, path: Path) -> tuple[dict[str, Value], dict[s
         if name in tensors:
             raise _Malformed(f"tensor {name!r} comes twice")
         tensors[name] = cursor.tensor(name, path)
-    start = -(-cursor.at // step) * step
-    return metadata, {name: _placed(name, stored, start, step) for name, stored in _apart(tensors, size - start)}
+    start = _padded(cursor.at, step)
+    _require_apart(tensors, size - start, step)
+    return metadata, {name: replace(t, entry=replace(t.entry, offset=start + t.entry.offset)) for name, t in tensors.items()}
+
+
+def _require_apart(tensors: Mapping[str, Stored], size: int, step: int) -> None:
+    """Every tensor lies at a multiple of `step`, overlaps no other, and ends before the file does, `size` bytes on."""
+    end = 0
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].entry.offset, item[1].entry.size_bytes)):
+        if stored.entry.offset % step:
+            raise _Malformed(f"tensor {name!r} is at {stored.entry.offset}, not a multiple of {step}")
+        if stored.entry.offset < end:
+            raise _Malformed(f"tensor {name!r} overlaps another")
+        end = stored.entry.offset + stored.entry.size_bytes
+        if end > size:
+            raise _Malformed(f"tensor {name!r} needs {end - size} bytes more than there are; download the file again")
 
 
 def _preamble(cursor: "_Cursor") -> tuple[int, int]:
@@ -323,25 +339,6 @@ def _entry(type: str, shape: Shape, path: Path, offset: int) -> Entry:
         return Entry(shape, kind.dtype, path, offset)
     width = shape[-1] if shape else 1
     return Entry((*shape[:-1], row_bytes(type, width)), torch.uint8, path, offset)
-
-
-def _apart(tensors: dict[str, Stored], size: int) -> list[tuple[str, Stored]]:
-    """The tensors, once none overlaps another or the end of the file, `size` bytes on."""
-    end = 0
-    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].entry.offset, item[1].entry.size_bytes)):
-        if stored.entry.offset < end:
-            raise _Malformed(f"tensor {name!r} overlaps another")
-        end = stored.entry.offset + stored.entry.size_bytes
-        if end > size:
-            raise _Malformed(f"tensor {name!r} needs {end - size} bytes more than there are; download the file again")
-    return list(tensors.items())
-
-
-def _placed(name: str, stored: Stored, start: int, step: int) -> Stored:
-    entry = stored.entry
-    if entry.offset % step:
-        raise _Malformed(f"tensor {name!r} is at {entry.offset}, not a multiple of {step}")
-    return Stored(stored.type, stored.shape, Entry(entry.shape, entry.dtype, entry.path, start + entry.offset))
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
