@@ -15,6 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.grids.grid import Shape
 
 Names = Mapping[str, str | tuple[str, str]]
 """Hugging Face's name to ggml's; {e} is the number of an expert; two names: the upper and the lower half of the rows."""
@@ -145,6 +146,8 @@ class Family:
     """Norms multiply by 1 + weight; GGUF stores that sum."""
     own_head: bool = False
     """The file holds a head even where the model has none but the embedding."""
+    windowed: bool = False
+    """Layers attend to a window by turns, where another row with the same `arch` has none."""
     ropes: tuple[str, ...] = PLAIN_ROPE
     assumed: Mapping[str, Any] = field(default_factory=dict)
     """What llama.cpp computes whatever the file says, by the config's names: a value, or a function of the config."""
@@ -184,7 +187,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family("phi3", PHI3, ropes=("default", "longrope"), assumed={"hidden_act": "silu"}),
     "olmo2": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, assumed={"hidden_act": "silu"}),
-    "olmo3": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, assumed={"hidden_act": "silu"}),
+    "olmo3": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, windowed=True, assumed={"hidden_act": "silu"}),
     "olmoe": Family(
         "olmoe",
         {**ATTENTION, **HEAD_NORMS, **FFN_NORM, **EXPERTS},
@@ -249,6 +252,18 @@ class Place:
     plain: bool = False
     """Stored in 32 bits, never quantized."""
 
+    def stored(self, value: Tensor) -> Tensor:
+        """The checkpoint's tensor as it lies in the GGUF; in 32 bits where something is added."""
+        value = value.mT if self.transposed else value
+        value = value if self.rows is None else value.index_select(max(value.dim() - 2, 0), self.rows.to(value.device))
+        return value.float() + self.add if self.add else value
+
+    def restored(self, stored: Tensor) -> Tensor:
+        """The inverse of `stored`, of a tensor that is whole."""
+        value = stored - self.add if self.add else stored
+        value = value if self.rows is None else value.index_select(max(value.dim() - 2, 0), torch.argsort(self.rows))
+        return value.mT if self.transposed else value
+
 
 def settings(config: Mapping[str, Any]) -> Any:
     """The decoder's config as Transformers reads it: every default in place, rotary embeddings in `rope_parameters`.
@@ -284,14 +299,20 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return family
 
 
-def family_named(arch: str, experts: int = 0) -> tuple[str, Family]:
-    """`model_type` and row for a GGUF's `general.architecture`, for reading. Raises Unsupported for one that is in no row."""
+def family_named(arch: str, experts: int = 0, windowed: bool = False) -> tuple[str, Family]:
+    """`model_type` and row for a GGUF's `general.architecture`, number of experts and whether it has a sliding window, for reading.
+
+    Raises Unsupported for one that is in no row.
+    """
     found = [(kind, family) for kind, family in FAMILIES.items() if family.arch == arch]
-    sparse = [(kind, family) for kind, family in found if "ffn_down_exps" in family.block.values()]
-    found = sparse if experts and sparse else found
     if not found:
         raise Unsupported(f"a GGUF of '{arch}' is not read yet; known are {', '.join(dict.fromkeys(f.arch for f in FAMILIES.values()))}")
-    return found[0]
+
+    def alike(family: Family) -> tuple[bool, bool]:
+        sparse = any("ffn_down_exps" in (name if isinstance(name, tuple) else (name,)) for name in family.block.values())
+        return sparse == bool(experts), family.windowed == windowed
+
+    return max(found, key=lambda named: alike(named[1]))
 
 
 def rope_of(s: Any) -> dict[str, Any]:
@@ -305,10 +326,14 @@ def head_dim(s: Any) -> int:
 
 
 class Translation:
-    """Tensors of one checkpoint under ggml's names, and back."""
+    """Tensors of one checkpoint under ggml's names.
 
-    def __init__(self, family: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):
-        """`shapes`: of the checkpoint's tensors, by name; empty where there is no checkpoint, only a GGUF to read."""
+    It serves both ways: what `places` says of a tensor that is to be written is also where it is read from. To read a GGUF
+    as a checkpoint, take `checkpoint_shapes` of its tensors.
+    """
+
+    def __init__(self, family: Family, config: Mapping[str, Any], shapes: Mapping[str, Shape]):
+        """`shapes`: of the checkpoint's tensors, by name."""
         self.family, self.shapes, self.settings = family, shapes, settings(config)
         self.has_head = any(re.search(r"(lm_head|embed_out)\.weight$", name) for name in shapes)
         self.tied = bool(self.settings.tie_word_embeddings) or not self.has_head
@@ -354,23 +379,6 @@ class Translation:
             return {f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"], dtype=torch.float32) for kind in ("long", "short")}
         return {}
 
-    def hf_name(self, tensor: str) -> str | None:
-        """The checkpoint's name of a tensor of the GGUF, with {e} for the expert's number in a stack; None for one that the config says.
-
-        Raises Unsupported for a tensor that is in no table.
-        """
-        if tensor.startswith("rope_f"):
-            return None
-        body, _, suffix = tensor.rpartition(".")
-        block = re.match(r"blk\.(\d+)\.(.*)", body)
-        table, base = (self.family.block, block[2]) if block else (self.family.outside, body)
-        name = next((hf for hf, ggml in table.items() if ggml == base), None)
-        if name is None:
-            raise Unsupported(f"tensor '{tensor}' of the GGUF is none that a Hugging Face checkpoint of '{self.family.arch}' has")
-        decoder, blocks = self.family.stem
-        home = f"{decoder}{blocks}.{block[1]}." if block else "" if base == "output" else decoder
-        return f"{home}{name}" if suffix == "weight" and re.search(r"experts\.[a-z_]+$", name) else f"{home}{name}.{suffix}"
-
     def _split(self, tensor: str) -> tuple[str, str, int | None]:
         """Name without wrappers and block, suffix, number of the block."""
         name = WRAPPERS.sub("", tensor)
@@ -388,6 +396,33 @@ class Translation:
         name = f"{base}.{suffix}" if block is None else f"blk.{block}.{base}.{suffix}"
         add = 1.0 if self.family.adds_one and name.endswith("norm.weight") else 0.0
         return Place(name, expert, rows, base in self.family.transposed and suffix == "weight", add, bool(PLAIN.search(name.removeprefix(f"blk.{block}."))))
+
+
+def checkpoint_shapes(family: Family, tensors: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Names and shapes of the checkpoint that a GGUF with `tensors` holds, as Hugging Face publishes such: experts of a stack
+    apart where the family has them apart. Raises Unsupported for a tensor that is in no table.
+    """
+    found: dict[str, Shape] = {}
+    for tensor, shape in tensors.items():
+        if tensor.startswith("rope_f"):
+            continue  # the config says them
+        body, _, suffix = tensor.rpartition(".")
+        block = re.match(r"blk\.(\d+)\.(.*)", body)
+        table, base = (family.block, block[2]) if block else (family.outside, body)
+        name, ggml = next(((hf, ggml) for hf, ggml in table.items() if base in (ggml if isinstance(ggml, tuple) else (ggml,))), ("", ""))
+        if not name:
+            raise Unsupported(f"tensor '{tensor}' of the GGUF is none that a Hugging Face checkpoint of '{family.arch}' has")
+        decoder, blocks = family.stem
+        name = f"{decoder}{blocks}.{block[1]}.{name}.{suffix}" if block else f"{'' if base == 'output' else decoder}{name}.{suffix}"
+        if "{e}" in name:
+            found |= {name.format(e=e): shape[1:] for e in range(shape[0])}
+        elif isinstance(ggml, tuple):
+            found[name] = (*shape[:-2], 2 * shape[-2], shape[-1])
+        elif base == "ffn_gate_inp_shexp":
+            found[name] = (1, shape[-1])  # llama.cpp's own files have it without the 1
+        else:
+            found[name] = shape[::-1] if base in family.transposed and suffix == "weight" else shape
+    return found
 
 
 def llama3_factors(rope: Mapping[str, Any], width: int) -> Tensor:
