@@ -5,12 +5,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import transformers
 from llamacpp import load, tokenize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import halfbyte.demo
 from halfbyte.containers.gguf.file import Value, Writer
 from halfbyte.containers.gguf.tokenizer import CAPITAL, CONTRACTION, DEEPSEEK3, LLAMA3, PATHS, QWEN2, TITLE, recognise, tokenizer_metadata
+from halfbyte.containers.gguf.tokenizer_files import tokenizer_files
 from halfbyte.errors import BadCheckpoint, Unsupported
 
 DEMO = Path(halfbyte.demo.__file__).parent
@@ -217,3 +219,27 @@ def test_an_unknown_pattern_is_refused_unless_named(tmp_path):
     assert tokenizer_metadata(folder, 6000, pre="gpt-2")["tokenizer.ggml.pre"].value == "gpt-2"
     with pytest.raises(Unsupported, match="Whitespace"):
         recognise({"model": {}, "pre_tokenizer": {"type": "Whitespace"}})
+
+
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, "llama-2", "gemma", "demo"])
+def test_a_tokenizer_comes_back_from_its_gguf(name, tmp_path):
+    if name == "demo":
+        made, folder = Tokenizer.from_file(str(DEMO / "model" / "tokenizer.json")), DEMO / "model"
+    else:
+        made = byte_level(*BYTE_LEVEL[name]) if name in BYTE_LEVEL else sentencepiece(prefix=name == "llama-2")
+        folder = save(made, tmp_path / "model", chat_template="{{ messages }}")
+    files = tokenizer_files(tokenizer_metadata(folder, 6000))
+    for file, content in files.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS.values():
+        assert back(text).input_ids == made.encode(text).ids
+        assert back.decode(back(text).input_ids, skip_special_tokens=False) == made.decode(made.encode(text).ids, skip_special_tokens=False)
+    assert (back.bos_token, back.eos_token) == ("<|bos|>", "<|eos|>")
+    assert name == "demo" or back.chat_template == "{{ messages }}"
+
+
+def test_a_pre_tokenizer_that_is_not_known_is_not_read(tmp_path):
+    said = tokenizer_metadata(save(byte_level(split(LLAMA3), True), tmp_path / "model"), 6000, pre="kimi-k2")
+    with pytest.raises(Unsupported, match=r"'kimi-k2' is not known here; put the model's tokenizer\.json beside"):
+        tokenizer_files(said)

@@ -131,9 +131,10 @@ def metadata(config: Mapping[str, Any], family: Family, folder: Path) -> dict[st
     }
     for name, key in KEYS.items():
         value: Any = key.of(s) if key.of else _first(s, key.names)
-        if value is not None:
-            type = f"{key.type}[]" if isinstance(value, list) else key.type
-            said[f"{family.arch}.{name}"] = Value(type, float(value) if type == "float32" else value)
+        if isinstance(value, list):
+            said[f"{family.arch}.{name}"] = Value(f"{key.type}[]", value)
+        elif value is not None:
+            said[f"{family.arch}.{name}"] = Value(key.type, float(value) if key.type == "float32" else value)
     return said
 
 
