@@ -13,6 +13,10 @@ LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + i
 ALL_HEADS = {"num_key_value_heads": 4}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WINDOW = {"sliding_window": 16, "num_hidden_layers": 7}
+BY_LAYERS = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
 
 CASES: dict[str, tuple[str, dict]] = {
@@ -36,6 +40,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "gemma": ("gemma", {"head_dim": 16}),
     "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, **WINDOW}),
     "gemma3": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 16, **WINDOW}),
+    "gemma3-stretched": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 16, **WINDOW, "rope_parameters": BY_LAYERS}),
     "phi3": ("phi3", {}),
     "phi3-long": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 256, "max_position_embeddings": 1024}),
     "olmo2": ("olmo2", {}),

@@ -360,7 +360,7 @@ class Translation:
         expert = int(re.search(r"\bexperts\.(\d+)\.", name)[1]) if pattern != name else None  # pyright: ignore[reportOptionalSubscript]
         names = (self.family.outside if block is None else self.family.block).get(pattern)
         if names is None:
-            raise Unsupported(f"llama.cpp's '{self.family.arch}' has no place for tensor '{tensor}'; it is dropped nowhere, so no GGUF is written")
+            raise Unsupported(f"llama.cpp's '{self.family.arch}' has no place for tensor '{tensor}', so no GGUF can hold this model")
         if isinstance(names, tuple):
             rows = self.shapes[tensor][-2]
             halves = torch.arange(rows).split(rows // 2)
