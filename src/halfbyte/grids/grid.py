@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -62,8 +62,8 @@ class Grid(ABC):
         return codes
 
     @abstractmethod
-    def encode(self, w: Float[Tensor, "out in"], params: Params) -> Codes:
-        """`round` for every column at once."""
+    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+        """The nearest codes, for every column at once. Where several weights are rounded jointly, `importance` says whose error counts more."""
 
     @abstractmethod
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
@@ -99,3 +99,9 @@ class Quantized(NamedTuple):
             and self.params.keys() == other.params.keys()
             and all(torch.equal(p, other.params[name]) for name, p in self.params.items())
         )
+
+
+def same_rows(q: Quantized, rows: Int64[Tensor, " rows"]) -> Quantized:
+    """The matrix that has these rows of another; parameters that all rows share stay as they are."""
+    params = {name: p[rows] if p.shape[0] == q.shape[0] else p for name, p in q.params.items()}
+    return q._replace(codes=q.codes[rows], params=params)

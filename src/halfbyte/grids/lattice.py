@@ -32,7 +32,7 @@ class LatticeGrid(Grid):
     """A lattice of ggml; a row of LATTICE_GRIDS says all there is to say about one."""
 
     name: str
-    magnitudes: tuple[float, ...]
+    magnitudes: tuple[int | float, ...]
     dimension: int
     """Magnitudes in one entry of the codebook."""
     step: int
@@ -40,7 +40,9 @@ class LatticeGrid(Grid):
     """In-features that share an integer scale."""
     top: int
     """The largest integer scale."""
-    unit: float
+    unit: int | float
+    spread: int | float
+    """The scale that suits normally distributed weights of variance 1."""
     parity: bool
     """The number of negative weights in each 8 is even."""
     stored_bits: int
@@ -60,10 +62,13 @@ class LatticeGrid(Grid):
         """fp16 `d` [out, in / 256] and the integers `scale` [out, in / group]; a weight is d * (2 scale + 1) * unit * magnitude."""
         if w.shape[1] % SUPER:
             raise BadRequest(f"{self} does not divide a row of {w.shape[1]}; it takes multiples of {SUPER}")
-        self._can_encode()
-        raise NotImplementedError
+        self._check_writable()
+        from halfbyte.grids import lattice_numba
 
-    def _can_encode(self) -> None:
+        d, scale = lattice_numba.fit(self, w, importance, search)
+        return {"d": d.half(), "scale": scale}
+
+    def _check_writable(self) -> None:
         if self.name in ("iq1_s", "iq1_m"):
             raise Unsupported(f"{self} is read, not written; the smallest type that is written is iq2_xxs")
 
@@ -77,7 +82,9 @@ class LatticeGrid(Grid):
         raise NotImplementedError
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
-        raise NotImplementedError
+        from halfbyte.grids import lattice_numba
+
+        return lattice_numba.encode(self, w, self.scales(params), importance)
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
         values = self.value(codes).unflatten(1, (-1, self.group))
@@ -90,18 +97,18 @@ class LatticeGrid(Grid):
 
 IQ2, IQ1 = (8, 25, 43), (0.125, 0.875, 1.125)
 LATTICE_GRIDS: dict[str, LatticeGrid] = {
-    "iq3_s": LatticeGrid("iq3_s", (1, 3, 5, 7, 9, 11, 13, 15), 4, 4, 32, 15, 1, False, 880),
-    "iq3_xxs": LatticeGrid("iq3_xxs", (4, 12, 20, 28, 36, 44, 52, 62), 4, 8, 32, 15, 1 / 4, True, 784),
-    "iq2_s": LatticeGrid("iq2_s", IQ2, 8, 8, 16, 15, 1 / 8, False, 656),
-    "iq2_xs": LatticeGrid("iq2_xs", IQ2, 8, 8, 16, 15, 1 / 8, True, 592),
-    "iq2_xxs": LatticeGrid("iq2_xxs", IQ2, 8, 8, 32, 15, 1 / 8, True, 528),
-    "iq1_s": LatticeGrid("iq1_s", IQ1, 8, 32, 32, 7, 1, False, 400),
-    "iq1_m": LatticeGrid("iq1_m", IQ1, 8, 8, 16, 7, 1, False, 448),
+    "iq3_s": LatticeGrid("iq3_s", (1, 3, 5, 7, 9, 11, 13, 15), 4, 4, 32, 15, 1, 0.162, False, 880),
+    "iq3_xxs": LatticeGrid("iq3_xxs", (4, 12, 20, 28, 36, 44, 52, 62), 4, 8, 32, 15, 1 / 4, 0.037, True, 784),
+    "iq2_s": LatticeGrid("iq2_s", IQ2, 8, 8, 16, 15, 1 / 8, 0.0445, False, 656),
+    "iq2_xs": LatticeGrid("iq2_xs", IQ2, 8, 8, 16, 15, 1 / 8, 0.0435, True, 592),
+    "iq2_xxs": LatticeGrid("iq2_xxs", IQ2, 8, 8, 32, 15, 1 / 8, 0.044, True, 528),
+    "iq1_s": LatticeGrid("iq1_s", IQ1, 8, 32, 32, 7, 1, 0, False, 400),
+    "iq1_m": LatticeGrid("iq1_m", IQ1, 8, 8, 16, 7, 1, 0, False, 448),
 }
 
 
 @lru_cache
-def signed_magnitudes(magnitudes: tuple[float, ...]) -> Float32[Tensor, " codes"]:
+def signed_magnitudes(magnitudes: tuple[int | float, ...]) -> Float32[Tensor, " codes"]:
     """The value of every code; codes without a magnitude have none (NaN)."""
     values = torch.full((256,), torch.nan)
     values[: len(magnitudes)] = torch.tensor(magnitudes, dtype=torch.float32)

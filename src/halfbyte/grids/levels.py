@@ -44,7 +44,7 @@ class LevelGrid(Grid):
     """In-features that share a scale."""
     scale: str
     """How a scale is stored: a key of SCALE_BITS."""
-    reach: float
+    reach: int | float
     """The level that min-max puts the weight of the largest magnitude on."""
     tries: tuple[int, ...]
     """What a search tries: other such levels, or if scales are bytes, by how much the byte differs."""
@@ -109,7 +109,7 @@ class LevelGrid(Grid):
 
         return levels_numba.round_block(self, wanted, target, error, coupling, self.scales(params), torch.tensor(columns) // self.group)
 
-    def encode(self, w: Float[Tensor, "out in"], params: Params) -> Codes:
+    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         if w.device.type == "cpu":
             from halfbyte.grids import levels_numba
 

@@ -119,9 +119,9 @@ class IntGrid(Grid):
         group = torch.tensor(columns) // self.block if self.block else torch.zeros(len(columns), dtype=torch.long)
         scale = params["scale"].float().expand(wanted.shape[0], -1)
         zero = None if self.symmetric else params["zero"].expand(wanted.shape[0], -1)
-        return rounding_numba.round_block(wanted, target, error, coupling, scale, zero, group, self.bits_per_code)
+        return rounding_numba.round_block(wanted, target, error, coupling, scale, zero, group, (1 << self.bits_per_code) - 1)
 
-    def encode(self, w: Float[Tensor, "out in"], params: Params) -> Codes:
+    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         zero = None if self.symmetric else params["zero"]
         if self.span == "tensor":
             return rounding.encode(w.reshape(1, -1), params["scale"].float(), zero, w.numel(), self.bits_per_code).view(w.shape)

@@ -9,5 +9,6 @@ from halfbyte.solvers.statistics import Statistics
 
 def nearest(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics | None = None, search: bool = True) -> Quantized:
     """With `search`, scales minimise the squared error, weighted by the importance of in-features if statistics are given."""
-    params = grid.fit(w, statistics.importance if statistics else None, search)
-    return Quantized(grid, grid.encode(w, params), params)
+    importance = statistics.importance if statistics else None
+    params = grid.fit(w, importance, search)
+    return Quantized(grid, grid.encode(w, params, importance), params)

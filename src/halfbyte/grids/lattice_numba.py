@@ -1,0 +1,258 @@
+"""The search for lattice vectors on CPUs.
+
+A vector is first rounded one magnitude at a time. If that is an entry of the codebook, none is nearer. If not, the LISTED
+entries nearest to what it was rounded to are compared; they are listed in advance for every combination of magnitudes.
+Where parity asks for another sign, the weight that gives it is the one that loses least by it.
+
+Magnitudes are found by truncating twice the scaled weight: borders between them are multiples of a half.
+"""
+
+from functools import lru_cache
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from halfbyte.grids import lattice as reference
+from halfbyte.grids.rounding_numba import F, _raw, _store, _widen
+
+LISTED = 16
+PATIENCE = 1
+"""From the integer scale that the spread of a group suggests, others are tried up and down until so many in a row are no better; with
+importance, one more: then there is a calibration, which takes longer than any search."""
+CELLS = 128
+HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see rounding_numba._store
+NONE = np.uint16(0xFFFF)
+MATH = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}  # weights are finite, and so is what is made of them
+fast = numba.njit(cache=True, fastmath=MATH, error_model="numpy", nogil=True)
+inline = numba.njit(cache=True, fastmath=MATH, error_model="numpy", nogil=True, inline="always")
+parallel = numba.njit(cache=True, parallel=True, fastmath=MATH, error_model="numpy", nogil=True)
+
+
+@lru_cache
+def tables(grid: "reference.LatticeGrid") -> tuple[np.ndarray, ...]:
+    """`digit` of each cell of a half: the index of its magnitude; the magnitudes; the codebook as magnitudes; and for each
+    combination of magnitudes (its indices as digits of a number) the entries nearest to it, whether the nearest is itself,
+    and the magnitudes of these entries, [combinations, dimension, LISTED]."""
+    magnitudes = torch.tensor(grid.magnitudes, dtype=torch.float32)
+    book = reference.codebook(grid.name)
+    values = magnitudes[book.int()]
+    combinations = magnitudes[torch.cartesian_prod(*[torch.arange(len(magnitudes))] * grid.dimension).flip(1)]
+    distance, near = torch.cdist(combinations, values, compute_mode="donot_use_mm_for_euclid_dist").topk(LISTED, largest=False)
+    centres = (torch.arange(CELLS) + 0.5) / 2
+    digit = (centres[:, None] - magnitudes).abs().argmin(1).int()
+    listed = values[near].transpose(1, 2).to(torch.uint8)
+    arrays = digit, magnitudes, values, near.to(torch.uint16), distance[:, 0] == 0, listed
+    return tuple(a.contiguous().numpy() for a in arrays)
+
+
+def fit(
+    grid: "reference.LatticeGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool
+) -> tuple[Float32[Tensor, "out blocks"], UInt8[Tensor, "out groups"]]:
+    rows, width = w.shape
+    d, scale = np.empty((rows, width // reference.SUPER), np.float32), np.empty((rows, width // grid.group), np.uint8)
+    h, shape = _weights(width, importance), (grid.group, grid.dimension, grid.parity)
+    _fit(_raw(w), h, tables(grid), *shape, F(grid.unit), F(grid.spread), PATIENCE + (importance is not None) if search else 0, d, scale)
+    return torch.from_numpy(d), torch.from_numpy(scale)
+
+
+def encode(
+    grid: "reference.LatticeGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], importance: Float32[Tensor, " in"] | None
+) -> UInt8[Tensor, "out in"]:
+    codes = np.empty(w.shape, np.uint8)
+    shape, book = (grid.group, grid.dimension, grid.parity), reference.codebook(grid.name).numpy()
+    _encode(_raw(w), _weights(w.shape[1], importance), tables(grid), *shape, book, scales.contiguous().numpy(), codes)
+    return torch.from_numpy(codes)
+
+
+def _weights(width: int, importance: Tensor | None) -> np.ndarray:
+    """Importance of in-features, in eights."""
+    h = np.ones(width, np.float32) if importance is None else importance.contiguous().numpy()
+    return h.reshape(-1, 8)
+
+
+@fast
+def _scaled(x, inverse, digits, a, digit):
+    """Scaled magnitudes of eights, and the index of the nearest magnitude of the grid."""
+    for v in range(x.shape[0]):
+        for i in range(8):
+            y = min(abs(x[v, i] * inverse), F(1e18))
+            a[v, i] = y
+            digit[v, i] = digits[np.uint32(np.int32(min(F(2) * y, F(CELLS - 1))))]
+
+
+@fast
+def _make_even(x, h, first, magnitudes, a, digit, flipped):
+    """Turn one weight around where the number of negative ones is odd; `flipped` says which, 8 for none."""
+    for v in range(x.shape[0]):
+        odd = False
+        for i in range(8):
+            odd ^= x[v, i] < 0
+        flipped[v] = 8
+        if odd:
+            least, at = F(np.inf), 0
+            for i in range(8):
+                loss = h[first + v, i] * a[v, i] * magnitudes[np.uint32(digit[v, i])]
+                if loss < least:
+                    least, at = loss, i
+            a[v, at], digit[v, at], flipped[v] = -a[v, at], 0, at
+
+
+@inline
+def _entries_of(a, h, first, digit, values, near, exact, listed, cost, entry, radix, dimension):
+    wq, qq = F(0), F(0)
+    for v in range(a.shape[0]):
+        for part in range(8 // dimension):
+            key = np.uint32(0)
+            for i in range(dimension - 1, -1, -1):
+                key = key * np.uint32(radix) + np.uint32(digit[v, part * dimension + i])
+            best = 0
+            if not exact[key]:
+                for t in range(LISTED):
+                    c = F(0)
+                    for i in range(dimension):
+                        miss = a[v, part * dimension + i] - F(listed[key, i, t])
+                        c += h[first + v, part * dimension + i] * miss * miss
+                    cost[t] = c
+                least = cost[0]
+                for t in range(1, LISTED):
+                    if cost[t] < least:
+                        least, best = cost[t], t
+            found = near[key, best]
+            entry[v, part] = found
+            for i in range(dimension):
+                q = values[found, i]
+                t = h[first + v, part * dimension + i] * q
+                wq += t * a[v, part * dimension + i]
+                qq += t * q
+    return wq, qq
+
+
+@fast
+def _entries_of_8(a, h, first, digit, values, near, exact, listed, cost, entry):
+    return _entries_of(a, h, first, digit, values, near, exact, listed, cost, entry, 3, 8)
+
+
+@fast
+def _entries_of_4(a, h, first, digit, values, near, exact, listed, cost, entry):
+    return _entries_of(a, h, first, digit, values, near, exact, listed, cost, entry, 8, 4)
+
+
+@inline
+def _scratch(group, dimension):
+    """Room for one group in eights: weights, scaled magnitudes, their indices, entries, flipped weights; and costs."""
+    eights = group // 8, 8
+    a, digit, entry = np.empty(eights, np.float32), np.empty(eights, np.int32), np.empty((group // 8, 8 // dimension), np.uint16)
+    return np.empty(eights, np.float32), a, digit, entry, np.empty(group // 8, np.int64), np.empty(LISTED, np.float32)
+
+
+@inline
+def _group(inverse, h, first, parity, dimension, digits, magnitudes, values, near, exact, listed, x, a, digit, entry, flipped, cost):
+    """Find the entries of the group x, whose first eight is number `first` of the row. Returns sum(h w q) and sum(h q q), scaled."""
+    _scaled(x, inverse, digits, a, digit)
+    if parity:
+        _make_even(x, h, first, magnitudes, a, digit, flipped)
+    if dimension == 8:
+        return _entries_of_8(a, h, first, digit, values, near, exact, listed, cost, entry)
+    return _entries_of_4(a, h, first, digit, values, near, exact, listed, cost, entry)
+
+
+@fast
+def _half(scale):
+    return _store(scale, HALF_PRECISION)
+
+
+@inline
+def _inverse(scale):
+    return F(0) if scale == 0 else min(F(1) / scale, F(1e38))
+
+
+@parallel
+def _fit(w, h, table, group, dimension, parity, unit, spread, patience, d, scale):
+    for row in numba.prange(w.shape[0]):
+        _fit_row(w[row], h, table, group, dimension, parity, unit, spread, patience, d[row], scale[row])
+
+
+@fast
+def _fit_row(w, h, table, group, dimension, parity, unit, spread, patience, d, scale):
+    # Tuples are taken apart once, not in each group: numba counts a reference for each array.
+    digits, magnitudes, values, near, exact, listed = table
+    x, a, digit, entry, flipped, cost = _scratch(group, dimension)
+    per, flat = scale.size // d.size, x.reshape(-1)
+    own = np.empty(per, np.float32)
+    for b in range(d.size):
+        for g in range(per):
+            at = (b * per + g) * group
+            _widen(w[at : at + group], flat)
+            own[g] = spread * _deviation(x, h, at // 8)
+        above = _half(_largest(own) / (F(31) * unit))
+        inverse, wqs, qqs = _inverse(above * unit), F(0), F(0)
+        for g in range(per):
+            at = (b * per + g) * group
+            _widen(w[at : at + group], flat)
+            middle = np.int64(min(max(np.floor(F(0.5) * (own[g] * inverse - F(1))), F(0)), F(15)))
+            best, chosen, wq, qq = F(-np.inf), middle, F(0), F(0)
+            for direction in (1, -1):
+                integer = middle if direction > 0 else middle - 1
+                misses = 0
+                while 0 <= integer <= 15 and (misses < patience or integer == middle):
+                    by = above * unit * F(2 * integer + 1)
+                    p, q = _group(
+                        _inverse(by), h, at // 8, parity, dimension, digits, magnitudes, values, near, exact, listed, x, a, digit, entry, flipped, cost
+                    )
+                    gain = by * by * (F(2) * p - q)
+                    if gain > best:
+                        best, chosen, wq, qq, misses = gain, integer, by * p, q, 0
+                    else:
+                        misses += 1
+                    integer += direction
+            scale[b * per + g] = chosen
+            wqs += F(2 * chosen + 1) * wq
+            qqs += F(2 * chosen + 1) * F(2 * chosen + 1) * qq
+        d[b] = _half(wqs / (qqs * unit)) if wqs > 0 else above
+
+
+@fast
+def _deviation(x, h, first):
+    """Root of the mean square, weighted."""
+    squares, weights = F(0), F(0)
+    for v in range(x.shape[0]):
+        for i in range(8):
+            squares += h[first + v, i] * x[v, i] * x[v, i]
+            weights += h[first + v, i]
+    return np.sqrt(squares / weights) if weights > 0 else F(0)
+
+
+@fast
+def _largest(x):
+    top = x[0]
+    for i in range(x.size):
+        top = max(top, x[i])
+    return top
+
+
+@parallel
+def _encode(w, h, table, group, dimension, parity, book, scales, codes):
+    for row in numba.prange(w.shape[0]):
+        _encode_row(w[row], h, table, group, dimension, parity, book, scales[row], codes[row].reshape(-1, 8))
+
+
+@fast
+def _encode_row(w, h, table, group, dimension, parity, book, scales, codes):
+    digits, magnitudes, values, near, exact, listed = table
+    x, a, digit, entry, flipped, cost = _scratch(group, dimension)
+    eights, flat = group // 8, x.reshape(-1)
+    for g in range(scales.size):
+        _widen(w[g * group : (g + 1) * group], flat)
+        inverse, first = _inverse(scales[g]), g * eights
+        _group(inverse, h, first, parity, dimension, digits, magnitudes, values, near, exact, listed, x, a, digit, entry, flipped, cost)
+        for v in range(eights):
+            for part in range(8 // dimension):
+                for i in range(dimension):
+                    codes[first + v, part * dimension + i] = book[entry[v, part], i]
+            for i in range(8):
+                codes[first + v, i] |= np.uint8(128) if x[v, i] < 0 else np.uint8(0)
+            if parity and flipped[v] < 8:
+                codes[first + v, flipped[v]] ^= np.uint8(128)
