@@ -298,7 +298,7 @@ REQUESTS = {
     "methods": (["--method", "awq+gtpq"], "unknown method 'gtpq'"),
     "two solvers": (["--method", "gptq+nearest"], "has two solvers"),
     "twice": (["--method", "awq+awq"], "twice"),
-    "container": (["--to", "gguff"], "unknown container 'gguff'; known: compressed-tensors, gptq, awq"),
+    "container": (["--to", "gguff"], "unknown container 'gguff'; did you mean gguf?"),
     "engine": (["--engine", "vlm"], "unknown engine 'vlm'; did you mean vllm"),
     "engine that does not": (["--engine", "tensorrt-llm"], ("tensorrt-llm will not load this", "it loads in vllm")),
     "grid for awq": (["--to", "awq", "--grid", "int8-g128"], ("awq holds int4", "not int8-g128")),

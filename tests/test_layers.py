@@ -10,7 +10,7 @@ import halfbyte
 ROOT = Path(halfbyte.__file__).parent
 LAYERS = [
     ["errors"], ["grids"], ["solvers", "containers"], ["demo"], ["models"], ["transforms", "nn", "evaluation", "plan"],
-    ["recipe"], ["report"], ["run"], ["blockwise"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
+    ["recipe"], ["report", "editions"], ["run"], ["blockwise"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 SEEN_TABLES = {("plan", "recipe"): "support.py prints the table of methods"}

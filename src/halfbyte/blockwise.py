@@ -6,7 +6,7 @@ from torch import Tensor
 from halfbyte.grids.grid import Grid, Quantized
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.walk import Block, Walk
-from halfbyte.run import Run, digest, note, read_back, recall, row_of, weight_error
+from halfbyte.run import Run, digest, note, recall, row_of, weight_error
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import NotPositive, Statistics
 from halfbyte.transforms import TRANSFORMS
@@ -47,7 +47,7 @@ def quantize(run: Run, windows: Windows) -> None:
         run.digests[weight.name] = digest(q)
         run.rows[weight.name] = row_of(weight, q.grid, weight_error(source.read_weight(weight), q), None, "outside of the blocks: rounded to nearest")
     for tensor in job.kept:
-        if tensor not in inside and tensor in source.entries:
+        if tensor not in inside:
             run.keep(tensor, source.read(tensor))
 
 
@@ -96,7 +96,7 @@ def _restore(run: Run, block: Block) -> None:
     entries = run.folder.entries
     for weight, grid in run.job.grids.items():
         if weight in block.weights:
-            block.put(weight, read_back(run.job.container, entries, weight, grid).decode())
+            block.put(weight, run.edition.unpack(entries, weight, grid).decode())
     for tensor in block.tensors:
         if tensor in run.job.kept:
-            block.view(tensor).copy_(entries[tensor].read())
+            block.view(tensor).copy_(run.edition.restored(entries, tensor))

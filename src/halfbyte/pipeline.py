@@ -10,14 +10,14 @@ from typing import Any
 import xxhash
 
 from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
-from halfbyte.containers.safetensors import Spec
+from halfbyte.editions import edition_of
 from halfbyte.errors import BrokenOutput
 from halfbyte.grids.grid import Grid, Quantized
 from halfbyte.models import calibrate
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Weight
 from halfbyte.recipe import Job, Recipe, resolve, transcoding
 from halfbyte.report import build
-from halfbyte.run import Progress, Row, Run, digest, note, read_back, recall, row_of, silent, weight_error
+from halfbyte.run import Progress, Row, Run, digest, note, recall, row_of, silent, weight_error
 from halfbyte.solvers import SOLVERS
 
 
@@ -34,9 +34,10 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
     if job.method.calibrated:
         c = job.recipe.calibration
         windows = calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
-    folder = Folder(out, layout(job), identity(job, windows), job.recipe.shard_gb * 1e9)
+    edition = edition_of(job)
+    folder = Folder(out, edition.shards(out.resolve().name), identity(job, windows))
     with kept_on_interrupt(folder):
-        run = Run(job, folder, progress, windows=windows)
+        run = Run(job, edition, folder, progress, windows=windows)
         if windows is None:
             solver = SOLVERS[job.method.solver]
             _stream(run, job.checkpoint.read_weight, lambda w, grid: solver(w, grid, None))
@@ -49,40 +50,28 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
     return report
 
 
-def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
+def convert(source: str | Path, out: str | Path, to: str, grid: str | None = None, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
     """Move a quantized checkpoint into another container: bit for bit where it holds the same grid, else by rounding again.
 
     The report's errors are those against the quantized source: 0 where nothing was rounded.
     """
     started = time.perf_counter()
-    job = transcoding(str(source), to)
+    job = transcoding(str(source), to, grid)
     out = Path(out).expanduser()
     claim(out, job.checkpoint.path, overwrite)
-    folder = Folder(out, layout(job), identity(job, None), job.recipe.shard_gb * 1e9)
+    edition = edition_of(job)
+    folder = Folder(out, edition.shards(out.resolve().name), identity(job, None))
 
     def transcode(q: Quantized, grid: Grid) -> Quantized:
-        return q if q.grid == grid else SOLVERS["nearest"](q.decode(), grid, None)
+        same = job.container.same(q)
+        return same if same and same.grid == grid else SOLVERS["nearest"](q.decode(), grid, None)
 
     with kept_on_interrupt(folder):
-        run = Run(job, folder, progress)
+        run = Run(job, edition, folder, progress)
         _stream(run, lambda weight: job.checkpoint.read_quantized(weight.name), transcode)
         report = _finish(run, started)
         folder.publish()
     return report
-
-
-def layout(job: Job) -> dict[str, Spec]:
-    """Every tensor of the output, in the order of the source, from shapes alone."""
-    by_tensor: dict[str, list[tuple[Weight, Grid]]] = {}
-    for weight, grid in job.grids.items():
-        by_tensor.setdefault(weight.tensor, []).append((weight, grid))
-    specs: dict[str, Spec] = {}
-    for tensor in job.checkpoint.tensors():
-        if tensor in job.kept:
-            specs[tensor] = Spec(job.checkpoint.entries[tensor].shape, job.checkpoint.entries[tensor].dtype)
-        for weight, grid in by_tensor.get(tensor, []):
-            specs.update({f"{weight.name}.{suffix}": spec for suffix, spec in job.container.plan(grid, weight.shape).items()})
-    return specs
 
 
 def identity(job: Job, windows: calibrate.Windows | None) -> str:
@@ -118,7 +107,7 @@ def _stream(run: Run, read: Callable[[Weight], Any], solve: Callable[[Any, Grid]
         if pending:
             pending.result()
     for tensor, value in _ahead(job.kept, job.checkpoint.read):
-        run.keep(tensor, value)
+        run.keep(tensor, value.to(job.checkpoint.spec(tensor).dtype))
 
 
 def _ahead(items: Iterable, read: Callable) -> Iterator:
@@ -136,50 +125,31 @@ def _ahead(items: Iterable, read: Callable) -> Iterator:
 
 def _finish(run: Run, started: float) -> dict[str, Any]:
     """Small files, the check of what was written, and the report."""
-    job, source = run.job, run.job.checkpoint
-    kept = [c.weight.name for c in job.choices if not c.grid] + _routers(job)
-    if all(w.block for w in job.grids) and "lm_head" not in kept:
-        kept.append("lm_head")  # a head that is tied, or has another name in the file, is a linear to engines all the same
-    if "text_config" in source.config:  # beside encoders of images or sound, names in the file and in the model differ
-        from halfbyte.models import skeleton
-
-        kept += skeleton.aliases(source, kept)
-    config = job.container.config({w.name: g for w, g in job.grids.items()}, kept, source.dtype)
-    report = build.report(run.job, run.rows, run.folds, run.windows, time.perf_counter() - started)
-    files = {"config.json": build.as_json({**source.config, "quantization_config": config}), "recipe.yaml": job.recipe.dump()}
-    files |= {name: build.as_json(content) for name, content in job.container.extra_files(config).items()}
-    copies = {str(p.relative_to(source.path)): p for p in source.other_files}
-    run.folder.seal(files, {n: p for n, p in copies.items() if n not in (*files, "README.md", "report.json")})
+    folder = run.folder.partial
+    for part in run.edition.extra():
+        run.folder.write(*part)
+    run.folder.seal()
+    size_bytes = sum(shard.size_bytes for shard in run.folder.shards.values())
+    report = build.report(run.job, run.rows, run.folds, run.windows, size_bytes, time.perf_counter() - started)
+    report["output"]["file"] = run.edition.entrance(run.folder.target.resolve().name)
+    run.edition.accompany(folder, report)
+    (folder / "recipe.yaml").write_text(run.job.recipe.dump(), encoding="utf-8")
     verify(run)
     report["seconds"] = round(time.perf_counter() - started, 2)
-    (run.folder.partial / "report.json").write_text(build.as_json(report), encoding="utf-8")
-    (run.folder.partial / "README.md").write_text(build.card(report, run.folder.target), encoding="utf-8")
+    (folder / "report.json").write_text(build.as_json(report), encoding="utf-8")
+    (folder / "README.md").write_text(build.card(report, run.folder.target), encoding="utf-8")
     return report
-
-
-def _routers(job: Job) -> list[str]:
-    weights = {c.weight.tensor for c in job.choices}
-    return [
-        t.removesuffix(".weight")
-        for t in job.kept
-        if t.endswith(".weight") and t not in weights and len(job.checkpoint.entries[t].shape) == 2 and "embed" not in t
-    ]
 
 
 def verify(run: Run) -> None:
     """Open what was written as any reader would, decode it, and compare it with what the solver returned."""
-    written = Checkpoint(run.folder.partial)
-    expected = {w.name: g for w, g in run.job.grids.items()}
-    found = {module: grid for module, (grid, _) in written.quantized.items()}
-    if lost := [n for n in (*run.job.kept, *expected) if n not in run.digests]:
+    entries = run.edition.reopen(run.folder.partial)
+    grids = {w.name: (w, g) for w, g in run.job.grids.items()}
+    if lost := [n for n in (*run.job.kept, *grids) if n not in run.digests]:
         raise BrokenOutput(f"{len(lost)} tensors of the source are in no part of the output, the first '{lost[0]}'")
-    if found.keys() != expected.keys():
-        raise BrokenOutput(f"the written folder holds {len(found)} quantized modules, not {len(expected)}")
-    weights = {w.name: w for w in run.job.grids}
 
     def read_again(name: str) -> str:
-        known = weights.get(name)
-        return digest(read_back(run.job.container, written.entries, known, expected[name]) if known else written.read(name))
+        return digest(run.edition.unpack(entries, *grids[name]) if name in grids else run.edition.kept(entries, name))
 
     with ThreadPoolExecutor(2) as pool:
         for number, (name, again) in enumerate(zip(run.digests, pool.map(read_again, run.digests), strict=True)):

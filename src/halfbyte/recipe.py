@@ -3,19 +3,23 @@
 import fnmatch
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from halfbyte import grids
-from halfbyte.containers import CONTAINERS, GPTQ, Container, container_named
+from halfbyte.containers import CONTAINERS, GGUF, Container, container_named
+from halfbyte.containers.gguf import presets
+from halfbyte.containers.gguf.container import LAYOUTS, type_of
+from halfbyte.containers.gguf.file import TYPES
 from halfbyte.errors import BadRequest, UnknownName, Unsupported
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.ggufs import Names, translation_of
 from halfbyte.plan import engines
 
 SMALLER_GROUPS = (256, 128, 64, 32)
@@ -45,7 +49,10 @@ class Recipe(BaseModel):
     skip: tuple[str, ...] = ()
     override: dict[str, str] = {}
     head: bool = False
-    shard_gb: float = Field(default=5.0, gt=0)
+    pure: bool = False
+    imatrix: str | None = None
+    pre: str | None = None
+    shard_gb: float | None = Field(default=None, gt=0)
 
     @field_validator("calibration", mode="before")
     @classmethod
@@ -146,32 +153,50 @@ class Job:
     choices: list[Choice]
     kept: dict[str, str]
     """Tensor to the reason why it is copied as it is."""
-    verdicts: list[engines.Verdict]
+    verdicts: list[engines.Verdict] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Tensor to the reason why the output has none such."""
+    preset: str | None = None
+    """What a GGUF says that it is."""
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def grids(self) -> dict[Weight, Grid]:
         return {c.weight: c.grid for c in self.choices if c.grid}
 
+    @property
+    def plain(self) -> str | None:
+        """The type of every matrix, where none is quantized."""
+        return self.preset if self.preset in presets.PLAIN else None
+
 
 def resolve(recipe: Recipe) -> Job:
     """Check every word of a recipe against the tables, the checkpoint's shapes and the engine's rules."""
     method = method_named(recipe.method)
-    grid = grids.parse(recipe.grid)
-    overrides = {p: None if g == "keep" else grids.parse(g) for p, g in recipe.override.items()}
-    to = recipe.to or (engines.default_container(recipe.engine) if recipe.engine else next(iter(CONTAINERS)))
-    recipe, container = recipe.model_copy(update={"to": to}), container_named(to)
     if recipe.engine and recipe.engine not in engines.ENGINES:
         raise UnknownName("engine", recipe.engine, engines.ENGINES)
+    recipe = recipe.model_copy(update={"to": recipe.to or _container_for(recipe)})
+    container = container_named(str(recipe.to))
     checkpoint = Checkpoint.open(recipe.model)
-    if checkpoint.container:
+    again = isinstance(container, GGUF) and isinstance(checkpoint.container, GGUF)
+    if checkpoint.container and not again:
         other = next(name for name in (container.name, *CONTAINERS) if name != checkpoint.container.name)
         raise Unsupported(
             f"{recipe.model} is quantized already ({checkpoint.container.name}, {_most(checkpoint.quantized.values())}); "
             f"quantize the original, or change its container with: halfbyte convert {recipe.model} -o OUT --to {other}"
         )
-    choices = choose(checkpoint, container, grid, overrides, recipe.skip, recipe.head)
-    job = Job(recipe, checkpoint, container, method, choices, keep(checkpoint, choices), [])
-    job.verdicts = engines.verdicts(container.name, {c.weight: c.grid for c in choices}, checkpoint.model_type)
+    method = _with_importance(method, recipe)
+    if isinstance(container, GGUF):
+        job = _gguf_job(recipe, checkpoint, container, method)
+    else:
+        grid = _grid_named(recipe.grid)
+        overrides = {p: None if g == "keep" else _grid_named(g) for p, g in recipe.override.items()}
+        choices = choose(checkpoint, container, grid, overrides, recipe.skip, recipe.head)
+        job = Job(recipe, checkpoint, container, method, choices, keep(checkpoint, choices))
+    if again:
+        was = _most(checkpoint.quantized.values())
+        job.warnings.append(f"the source is quantized already ({was}): what it lost comes on top; quantize the original if you can")
+    job.verdicts = engines.verdicts(container.name, {c.weight: c.grid for c in job.choices}, checkpoint.model_type)
     asked = next((v for v in job.verdicts if v.engine == recipe.engine), None)
     if asked and not asked.loads:
         others = [v.engine for v in job.verdicts if v.loads]
@@ -179,26 +204,103 @@ def resolve(recipe: Recipe) -> Job:
     return job
 
 
-def transcoding(source: str, to: str) -> Job:
-    """The job of moving a quantized checkpoint into another container, every grid as it is where the container holds it."""
+def _container_for(recipe: Recipe) -> str:
+    """The engine's own; without one, GGUF for what only a GGUF holds."""
+    if recipe.engine:
+        return engines.default_container(recipe.engine)
+    only_gguf = presets.is_preset(recipe.grid) or (recipe.grid in grids.GRIDS and not isinstance(grids.GRIDS[recipe.grid], IntGrid))
+    return "gguf" if only_gguf else next(iter(CONTAINERS))
+
+
+def _grid_named(name: str) -> Grid:
+    if presets.is_preset(name) and name not in grids.GRIDS and name not in grids.ALIASES:
+        raise Unsupported(f"'{name}' is a preset of GGUF, where tensors have several types; write one with --to gguf, or name one grid, such as int4-g128")
+    return grids.parse(name)
+
+
+def _with_importance(method: Method, recipe: Recipe) -> Method:
+    """An importance matrix takes the place of calibration, for solvers that need no more than that."""
+    if recipe.imatrix is None:
+        return method
+    if method.solver != "nearest" or method.transforms:
+        raise BadRequest(f"method {recipe.method} needs more than an importance matrix holds; it serves --method imatrix")
+    return replace(method, calibrated=False)
+
+
+def _gguf_job(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Method) -> Job:
+    names = translation_of(checkpoint)
+    preset = None if recipe.pure or not presets.is_preset(recipe.grid) else presets.preset_named(recipe.grid)
+    base = presets.PRESETS[preset].type if preset else type_of(grids.parse(recipe.grid.lower()))
+    weights = list(checkpoint.weights(embedding=True))
+    _check_patterns(weights, (*recipe.override, *recipe.skip))
+    wanted = _types(preset, base, weights, names, checkpoint, method.calibrated or recipe.imatrix is not None)
+    choices = []
+    for weight in weights:
+        override = next((g for p, g in recipe.override.items() if matches(weight, p)), None)
+        places = names.places(weight.tensor)
+        type_name = max((wanted.get(p.name, "F16") for p in places), key=lambda t: TYPES[t].size_bytes / TYPES[t].block, default="F16")
+        if any(matches(weight, p) for p in recipe.skip):
+            choices.append(Choice(weight, None, SKIPPED))
+        elif override == "keep" or not places or (type_name in presets.PLAIN and override is None):
+            choices.append(Choice(weight, None, "kept as asked" if override == "keep" else f"stored as {type_name}"))
+        else:
+            choices.append(_fitting(weight, type_name if override is None else type_of(grids.parse(override.lower()))))
+    dropped = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
+    choices = [c for c in choices if c.weight.tensor not in dropped]
+    kept = {t: reason for t, reason in keep(checkpoint, choices).items() if t not in dropped}
+    return Job(recipe, checkpoint, container, method if any(c.grid for c in choices) else PARTS["nearest"], choices, kept, dropped=dropped, preset=preset)
+
+
+def _types(preset: str | None, base: str, weights: list[Weight], names: Names, checkpoint: Checkpoint, imatrix: bool) -> dict[str, str]:
+    """The type of every GGUF tensor that is made of these weights."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight in weights:
+        for place in names.places(weight.tensor):
+            is_stack = weight.expert is not None or place.expert is not None
+            shapes[place.name] = (1, *weight.shape) if is_stack else weight.shape
+    if preset is None:
+        return dict.fromkeys(shapes, base)
+    c = checkpoint.text_config
+    heads = c.get("num_attention_heads") or c.get("n_head") or 1
+    experts = next((c[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if isinstance(c.get(k), int)), 0)
+    layers = c.get("num_hidden_layers") or c.get("n_layer") or 0
+    arch = getattr(getattr(names, "family", None), "arch", checkpoint.model_type)
+    per_kv = heads // (c.get("num_key_value_heads") or c.get("num_kv_heads") or heads)
+    return presets.types(preset, shapes, presets.Model(arch, layers, per_kv, experts, imatrix, tied="output.weight" not in shapes))
+
+
+def _fitting(weight: Weight, type_name: str) -> Choice:
+    """The type, or one in smaller blocks where it does not divide the row, as llama.cpp has it."""
+    fits = presets.fallback(type_name, weight.shape[1], {name: layout.block for name, layout in LAYOUTS.items()})
+    note = "" if fits == type_name else f"{type_name} does not divide {weight.shape[1]} in-features: {fits}"
+    return Choice(weight, None if fits == "F16" else LAYOUTS[fits].grid, note)
+
+
+def transcoding(source: str, to: str, grid: str | None = None) -> Job:
+    """The job of moving a quantized checkpoint into another container, every grid as it is where the container holds its values."""
     checkpoint = Checkpoint.open(source)
     if checkpoint.container is None:
         raise BadRequest(f"{source} is not quantized; to quantize it: halfbyte quantize {source} -o OUT --to {to}")
     container = container_named(to)
-    choices, versions = [], {1}
-    for module, (grid, shape) in checkpoint.quantized.items():
-        weight, q, note = Weight(module, f"{module}.weight", roles.block_of(f"{module}."), shape), checkpoint.read_quantized(module), ""
-        if not container.holds(q):
-            grid, note = container.native(grid, checkpoint.dtype), f"{container.name} does not hold these scales exactly: rounded again"
-        elif "zero" in q.params and not q.params["zero"].all():
-            versions.add(2)
-        choices.append(fit(weight, grid, container, note))
+    names = translation_of(checkpoint) if isinstance(container, GGUF) else None
+    choices: list[Choice] = []
+    for module, (own, shape) in checkpoint.quantized.items():
+        tensor = f"{module}.weight"
+        weight, q = Weight(module, tensor, roles.block_of(f"{module}."), shape), checkpoint.read_quantized(module)
+        if names is None and roles.EMBEDDING.match(tensor):
+            choices.append(Choice(weight, None, "the embedding, which is looked up and not multiplied: in 16 bits"))
+        elif same := container.same(q):
+            container = container.holding(same)
+            choices.append(fit(weight, same.grid, container) if names is None else Choice(weight, same.grid))
+        else:
+            wanted = container.native(_grid_named(grid) if grid else own, checkpoint.dtype)
+            choices.append(fit(weight, wanted, container, f"{container.name} does not hold {own} value for value: rounded again"))
     _check_mixed(choices, container)
-    if isinstance(container, GPTQ):
-        container = GPTQ(max(versions))
-    recipe = Recipe(model=source, method="convert", grid=_most(checkpoint.quantized.values()), to=container.name)
-    kept = {t: "not quantized in the source" for t in checkpoint.tensors() if t.removesuffix(".weight") not in checkpoint.quantized}
-    job = Job(recipe, checkpoint, container, Method((), "nearest", calibrated=False), choices, kept, [])
+    recipe = Recipe(model=source, method="convert", grid=grid or _most(checkpoint.quantized.values()), to=container.name)
+    gone = {t: reason for t in checkpoint.tensors() if names and (reason := names.dropped(t))}
+    quantized = {c.weight.tensor for c in choices if c.grid}
+    kept = {t: "not quantized in the source" for t in checkpoint.tensors() if t not in quantized and t not in gone}
+    job = Job(recipe, checkpoint, container, Method((), "nearest", calibrated=False), choices, kept, dropped=gone)
     job.verdicts = engines.verdicts(container.name, {c.weight: c.grid for c in choices}, checkpoint.model_type)
     return job
 
@@ -208,9 +310,7 @@ def choose(checkpoint: Checkpoint, container: Container, grid: Grid, overrides: 
     weights = list(checkpoint.weights())
     if not [w for w in weights if w.block]:
         raise Unsupported(f"{checkpoint.path} has no matrix in numbered blocks to quantize")
-    for pattern in (*overrides, *skip):
-        if not any(matches(w, pattern) for w in weights):
-            raise BadRequest(f"pattern '{pattern}' matches no weight; they are called like {next(w.name for w in weights if w.block)}")
+    _check_patterns(weights, (*overrides, *skip))
     if head and not any(w.block is None for w in weights):
         raise Unsupported("the head shares its tensor with the embedding, which is looked up and not multiplied; it stays in 16 bits")
     choices = []
@@ -260,6 +360,12 @@ def keep(checkpoint: Checkpoint, choices: list[Choice]) -> dict[str, str]:
 def matches(weight: Weight, pattern: str) -> bool:
     """`layers.0.*` matches model.layers.0.mlp.up_proj: a pattern may start at any dot."""
     return any(fnmatch.fnmatchcase(name, p) for name in (weight.name, weight.tensor) for p in (pattern, f"*.{pattern}"))
+
+
+def _check_patterns(weights: list[Weight], patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        if not any(matches(w, pattern) for w in weights):
+            raise BadRequest(f"pattern '{pattern}' matches no weight; they are called like {next(w.name for w in weights if w.block)}")
 
 
 def _check_fused(choices: list[Choice]) -> None:

@@ -1,14 +1,14 @@
 """A job under way: where its results go, and what is known of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import xxhash
 from torch import Tensor
 
-from halfbyte.containers import Container
 from halfbyte.containers.folder import Folder
+from halfbyte.editions import Edition
 from halfbyte.grids.grid import Grid, Quantized
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, require_finite
@@ -44,6 +44,7 @@ class Run:
     """A job under way: where its results go and what is known of them."""
 
     job: Job
+    edition: Edition
     folder: Folder
     progress: Progress
     rows: dict[str, Row] = field(default_factory=dict)
@@ -53,30 +54,27 @@ class Run:
     windows: Windows | None = None
 
     def put(self, weight: Weight, q: Quantized) -> None:
-        for suffix, tensor in self.job.container.pack(q).items():
-            self.folder.write(f"{weight.name}.{suffix}", tensor)
+        for part in self.edition.pack(weight, q):
+            self.folder.write(*part)
 
     def keep(self, tensor: str, value: Tensor) -> None:
         if self.job.kept[tensor] != SKIPPED:
             require_finite(tensor, value)
-        self.digests[tensor] = digest(value)
-        self.folder.write(tensor, value)
+        parts = list(self.edition.keep(tensor, value))
+        self.digests[tensor] = digest([part.tensor for part in parts])
+        for part in parts:
+            self.folder.write(*part)
 
 
-def digest(value: Quantized | Tensor) -> str:
-    """Of every bit of a tensor, or of a matrix on a grid whatever its container."""
+def digest(value: Quantized | list[Tensor]) -> str:
+    """Of every bit of some tensors, or of a matrix on a grid whatever its container."""
     hasher = xxhash.xxh3_128()
-    tensors = [value] if isinstance(value, Tensor) else [value.codes, *(value.params[name] for name in sorted(value.params))]
+    tensors = value if isinstance(value, list) else [value.codes, *(value.params[name] for name in sorted(value.params))]
     for tensor in tensors:
         hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.numel():
             hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
-
-
-def read_back(container: Container, entries: Mapping, weight: Weight, grid: Grid) -> Quantized:
-    tensors = {suffix: entries[f"{weight.name}.{suffix}"].read() for suffix in container.plan(grid, weight.shape)}
-    return container.unpack(tensors, grid, weight.shape)
 
 
 def weight_error(w: Tensor | Quantized, q: Quantized) -> float:

@@ -30,13 +30,13 @@ def quantized(name, out=64, width=128):
 @pytest.mark.parametrize("name", GRIDS)
 def test_bits_are_the_bytes_of_codes_scales_and_zero_points(name, kind):
     container, shape = kind(), (128, 256)
-    grid = container.native(parse(name), torch.bfloat16)
     try:
+        grid = container.native(parse(name), torch.bfloat16)
         container.check(grid, shape)
     except Unsupported:
         return
     # Not counted: shapes, the order of a file without one, and zero points that a container makes a symmetric grid store.
-    uncounted = {"weight_shape", "g_idx"} | ({"qzeros"} if grid.symmetric else set())
+    uncounted = {"weight_shape", "g_idx"} | ({"qzeros"} if getattr(grid, "symmetric", False) else set())
     stored = sum(spec.size_bytes for suffix, spec in container.plan(grid, shape).items() if suffix not in uncounted)
     assert grid.bits(shape) * shape[0] * shape[1] == stored * 8
 
@@ -51,7 +51,7 @@ def test_narrow_rows_have_the_bits_that_are_said(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["int4-g128", "int4-channel", "int4-g128-asym", "int4-g64"])
-@pytest.mark.parametrize("kind", CONTAINERS.values(), ids=CONTAINERS)
+@pytest.mark.parametrize("kind", [CompressedTensors, GPTQ, AWQ])
 def test_a_row_of_one_group_keeps_its_name(name, kind, tmp_path):
     """int4-g128 on 128 in-features: by shape it might be a channel, and a container of one grid would then hold two."""
     container, q = kind(), quantized(name)

@@ -2,7 +2,8 @@
 
 from halfbyte.containers.awq import AWQ
 from halfbyte.containers.compressed import CompressedTensors
-from halfbyte.containers.container import Container
+from halfbyte.containers.container import ConfigContainer, Container
+from halfbyte.containers.gguf.container import GGUF
 from halfbyte.containers.gptq import GPTQ
 from halfbyte.errors import UnknownName
 
@@ -10,7 +11,10 @@ CONTAINERS: dict[str, type[Container]] = {
     "compressed-tensors": CompressedTensors,
     "gptq": GPTQ,
     "awq": AWQ,
+    "gguf": GGUF,
 }
+
+__all__ = ["AWQ", "CONTAINERS", "GGUF", "GPTQ", "CompressedTensors", "ConfigContainer", "Container", "container_named"]
 
 
 def container_named(name: str) -> Container:

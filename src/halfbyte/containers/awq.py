@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.container import Config, Container, commonest, integer, span_of
-from halfbyte.containers.gptq import exact_half, fits_half, scale_held, stored_scale
+from halfbyte.containers.container import Config, ConfigContainer, commonest, exact_half, fits_half, integer, span_of
+from halfbyte.containers.gptq import scale_held, stored_scale
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Quantized, Shape
@@ -22,7 +22,7 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
-class AWQ(Container):
+class AWQ(ConfigContainer):
     """4 bits per group or channel. A symmetric grid is held with every zero point 8."""
 
     name = "awq"
@@ -38,8 +38,8 @@ class AWQ(Container):
         if out % 8:
             raise Unsupported(f"awq packs eight out-features to a word, which {out} do not fill")
 
-    def holds(self, q: Quantized) -> bool:
-        return fits_half(q.params["scale"])
+    def same(self, q: Quantized) -> Quantized | None:
+        return q if fits_half(q.params["scale"]) else None
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
         grid, (out, width) = integer(grid, self.name), shape

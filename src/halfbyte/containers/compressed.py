@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.container import Config, Container, integer, patterns, span_of
+from halfbyte.containers.container import Config, ConfigContainer, integer, patterns, span_of
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Quantized, Shape
@@ -22,7 +22,7 @@ from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
-class CompressedTensors(Container):
+class CompressedTensors(ConfigContainer):
     """pack-quantized: integers of 2 to 8 bits with 16-bit inputs (W2A16 to W8A16)."""
 
     name = "compressed-tensors"

@@ -1,4 +1,4 @@
-"""Container: how the bits of a Quantized lie in a checkpoint, and how its config.json says so.
+"""Container: how the bits of a Quantized lie in a checkpoint, and how the checkpoint says so.
 
 A container moves bits and never does arithmetic on weights: `unpack(pack(q), q.grid, q.shape) == q`.
 """
@@ -21,10 +21,7 @@ Config = dict[str, Any]
 
 
 class Container(ABC):
-    """One quantization layout of a Hugging Face checkpoint.
-
-    Modules are named without their `.weight`; tensors of a module by the suffix that follows `module.`.
-    """
+    """One layout of quantized matrices in files."""
 
     name: str
     mixes = True
@@ -38,9 +35,13 @@ class Container(ABC):
     def check(self, grid: Grid, shape: Shape) -> None:
         """Raise Unsupported, saying what the container can hold, unless it holds such a matrix."""
 
-    def holds(self, q: Quantized) -> bool:
-        """Whether the parameters of a matrix from elsewhere can be stored without rounding."""
-        return True
+    def same(self, q: Quantized) -> Quantized | None:
+        """A matrix from elsewhere, value for value on a grid that this container holds; None where it must be rounded."""
+        return q
+
+    def holding(self, q: Quantized) -> "Container":
+        """The version of this container that holds such a matrix too."""
+        return self
 
     @abstractmethod
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
@@ -53,6 +54,13 @@ class Container(ABC):
     @abstractmethod
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
         """The inverse of `pack`."""
+
+
+class ConfigContainer(Container):
+    """A layout of safetensors in a Hugging Face folder, whose config.json says which one it is.
+
+    Modules are named without their `.weight`; tensors of a module by the suffix that follows `module.`.
+    """
 
     @abstractmethod
     def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
@@ -97,3 +105,13 @@ def patterns(chosen: list[str], others: list[str]) -> list[str]:
 
 def _collapse(name: str) -> str:
     return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+
+
+def fits_half(scale: Tensor) -> bool:
+    return torch.equal(scale.to(torch.float16).to(scale.dtype), scale)
+
+
+def exact_half(scale: Tensor) -> Tensor:
+    if not fits_half(scale):
+        raise Unsupported("a scale does not fit fp16, the only precision of this container; scale the model or use compressed-tensors")
+    return scale.to(torch.float16)

@@ -9,14 +9,14 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from halfbyte.containers.safetensors import Entry, Spec, Writer
+from halfbyte.containers.safetensors import Entry, Output
 from halfbyte.errors import BadRequest, HalfbyteError
 
 JOURNAL = "halfbyte-journal.jsonl"
@@ -24,20 +24,30 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST}
 
 
+class Shard(NamedTuple):
+    """A file of tensors that is to be."""
+
+    size_bytes: int
+    """Of its tensors; the file is larger by its header."""
+    lay_out: Callable[[Path, bool], Output]
+    """Makes it at a path, or, if the flag is set, goes on with what lies there."""
+
+
 class Folder:
     """Writes the tensors and files of one checkpoint."""
 
-    def __init__(self, target: Path, specs: Mapping[str, Spec], identity: str, shard_bytes: float = 5e9):
+    def __init__(self, target: Path, shards: Mapping[str, Shard], identity: str):
+        """`shards` by their file names."""
         self.target = target
         self.partial, self._old = _beside(target)
         self.journal: list[dict[str, Any]] = []
         """Records of an earlier run that was cut off, in order."""
-        self.shards = _shards(specs, shard_bytes)
-        self.writers: list[Writer] = []
+        self.shards = shards
+        self.writers: list[Output] = []
         try:
             self._lock()
             resumes = self._resume(identity)
-            self.writers = [Writer(self.partial / name, part, resume=resumes) for name, part in self.shards.items()]
+            self.writers = [shard.lay_out(self.partial / name, resumes) for name, shard in shards.items()]
             if not resumes:
                 self.record({"identity": identity})
         except OSError as error:
@@ -75,31 +85,23 @@ class Folder:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         return resumes
 
-    def _is_laid_out(self, shard: str) -> bool:
-        path = self.partial / shard
-        return path.exists() and path.stat().st_size > sum(spec.size_bytes for spec in self.shards[shard].values())
+    def _is_laid_out(self, name: str) -> bool:
+        path = self.partial / name
+        return path.exists() and path.stat().st_size > self.shards[name].size_bytes
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        self._owner[name].write(name, tensor)
+    def write(self, name: str, tensor: Tensor, at: int | None = None) -> None:
+        """The whole tensor, or rows of its leading dimension from `at` on."""
+        self._owner[name].write(name, tensor, at)
 
     def record(self, record: dict[str, Any]) -> None:
         """Note a step as done. What it wrote has left this process; a later check of every byte covers the rest."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def seal(self, files: Mapping[str, str], copies: Mapping[str, Path]) -> None:
-        """Close the shards and add the small files, so that the partial folder reads as a checkpoint."""
+    def seal(self) -> None:
+        """Every byte of the tensors is on the disk."""
         for writer in self.writers:
             writer.close()
-        if len(self.shards) > 1:
-            sizes = {name: spec.size_bytes for part in self.shards.values() for name, spec in part.items()}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {n: shard for shard, part in self.shards.items() for n in part}}
-            (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        for name, source in copies.items():
-            (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, self.partial / name)
-        for name, text in files.items():
-            (self.partial / name).write_text(text, encoding="utf-8")
 
     def publish(self) -> None:
         """Rename into place. What was there is removed only after that; `claim` mends a run that was killed in between."""
@@ -125,8 +127,7 @@ class Folder:
     def refusal(self, error: OSError) -> HalfbyteError | OSError:
         """What to raise when writing failed: of a disk that is full or not ours, the partial folder is removed."""
         if error.errno in FULL:
-            needed = sum(spec.size_bytes for part in self.shards.values() for spec in part.values())
-            reason = f"{os.strerror(error.errno)}: it needs {needed / 1e9:.2f} GB"
+            reason = f"{os.strerror(error.errno)}: it needs {sum(shard.size_bytes for shard in self.shards.values()) / 1e9:.2f} GB"
         elif error.errno in REFUSED and Path(error.filename or self.partial).is_relative_to(self.partial):
             reason = os.strerror(error.errno)
         else:
@@ -176,17 +177,3 @@ def _beside(target: Path) -> tuple[Path, Path]:
     """Where the new folder grows, and where the old one waits until it is replaced. Links are followed: rename would replace them."""
     place = target.resolve()
     return place.with_name(f"{place.name}.partial"), place.with_name(f"{place.name}.halfbyte-old")
-
-
-def _shards(specs: Mapping[str, Spec], limit: float) -> dict[str, dict[str, Spec]]:
-    parts: list[dict[str, Spec]] = [{}]
-    size = 0
-    for name, spec in specs.items():
-        if parts[-1] and size + spec.size_bytes > limit:
-            parts.append({})
-            size = 0
-        parts[-1][name] = spec
-        size += spec.size_bytes
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.container import Config, Container, commonest, integer, patterns, span_of
+from halfbyte.containers.container import Config, ConfigContainer, commonest, exact_half, fits_half, integer, patterns, span_of
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Quantized, Shape
@@ -26,7 +26,7 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate
 EVERY_EXPERT = r"\.experts\.\d+"
 
 
-class GPTQ(Container):
+class GPTQ(ConfigContainer):
     """GPTQ safetensors of 2, 3, 4 or 8 bits, per group or per channel."""
 
     name = "gptq"
@@ -45,8 +45,11 @@ class GPTQ(Container):
             if size * grid.bits_per_code % 32:
                 raise Unsupported(f"gptq packs whole 32-bit words: {what}-features {size} x {grid.bits_per_code} bits do not fill them")
 
-    def holds(self, q: Quantized) -> bool:
-        return fits_half(q.params["scale"])
+    def same(self, q: Quantized) -> Quantized | None:
+        return q if fits_half(q.params["scale"]) else None
+
+    def holding(self, q: Quantized) -> "GPTQ":
+        return GPTQ(2) if "zero" in q.params and not q.params["zero"].all() else self
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
         grid, (out, width) = integer(grid, self.name), shape
@@ -154,16 +157,6 @@ def scale_held(scales: Entry) -> str:
 
 
 SCALE_NAME = {dtype: name for name, dtype in SCALE_DTYPES.items()}
-
-
-def fits_half(scale: Tensor) -> bool:
-    return torch.equal(scale.to(torch.float16).to(scale.dtype), scale)
-
-
-def exact_half(scale: Tensor) -> Tensor:
-    if not fits_half(scale):
-        raise Unsupported("a scale does not fit fp16, the only precision of this container; scale the model or use compressed-tensors")
-    return scale.to(torch.float16)
 
 
 def _order(width: int, grid: IntGrid) -> Tensor:

@@ -2,17 +2,32 @@
 
 from halfbyte.errors import UnknownName
 from halfbyte.grids.grid import Grid
+from halfbyte.grids.kquant import KQUANTS
+from halfbyte.grids.lattice import LATTICE_GRIDS
+from halfbyte.grids.levels import LEVEL_GRIDS
 from halfbyte.grids.scalar import IntGrid
 
-# Names that `parse` reads by pattern; these are the ones that help, completion and the matrix test show.
-GRIDS: dict[str, type[Grid]] = {
-    **{f"int{bits}-{span}{asym}": IntGrid for bits in range(2, 9) for span in ("g32", "g64", "g128", "channel") for asym in ("", "-asym")},
-    **{f"int{bits}-tensor": IntGrid for bits in range(2, 9)},
+# Integer grids are read by pattern; these are the ones that help, completion and the matrix test show.
+GRIDS: dict[str, Grid] = {
+    **{
+        name: IntGrid.parse(name)
+        for bits in range(2, 9)
+        for span in ("g32", "g64", "g128", "channel", "tensor")
+        for name in (f"int{bits}-{span}", *([f"int{bits}-{span}-asym"] if span != "tensor" else []))
+    },
+    **KQUANTS,
+    **LEVEL_GRIDS,
+    **LATTICE_GRIDS,
 }
+# Types of ggml that are integer grids.
+ALIASES = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32"}
 
 
 def parse(name: str) -> Grid:
     """The grid of a name: `str(parse(name)) == name` for every canonical name."""
+    name = ALIASES.get(name, name)
     if IntGrid.pattern.fullmatch(name):
         return IntGrid.parse(name)
-    raise UnknownName("grid", name, GRIDS)
+    if name not in GRIDS:
+        raise UnknownName("grid", name, (*GRIDS, *ALIASES))
+    return GRIDS[name]

@@ -50,7 +50,8 @@ class Grid(ABC):
         """Round columns from the last to the first; what one misses, the ones after it make up for.
 
         `error` is what each column misses `target` by. As it changes by d in column k, wanted[:, :k] moves by
-        d * coupling[k, :k]. Both change in place. `columns` are the in-features' numbers, in runs of `step`.
+        d * coupling[k, :k]. Both change in place. The diagonal of `coupling` is the weight of each column: what columns before
+        it cannot make up for costs its square times the weight's square (grids that round one column at a time need no weights). `columns` are the in-features' numbers, in runs of `step`.
         """
         codes = torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device)
         for last in range(len(columns), 0, -self.step):

@@ -104,12 +104,10 @@ def bos(checkpoint: Checkpoint) -> int | None:
 
 
 def _tokenizer(checkpoint: Checkpoint):
-    import transformers  # seconds, which methods without calibration need not wait for
-
     from halfbyte.models import skeleton
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+        return checkpoint.tokenizer()
     except skeleton.REFUSALS as error:
         raise BadRequest(f"Transformers cannot load the tokenizer of {checkpoint.path}: {' '.join(str(error).split())}") from None
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.containers import CONTAINERS, Container
-from halfbyte.containers.safetensors import Entry, read_header
+from halfbyte.containers import CONTAINERS, ConfigContainer, Container
+from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
 from halfbyte.grids.grid import Grid, Quantized, Shape
 from halfbyte.models import roles
@@ -49,12 +49,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path) -> "Checkpoint":
-        """A folder, or the id of a repository on the Hugging Face hub (org/name or org/name@revision)."""
+        """A folder, a GGUF file, or the id of a repository on the Hugging Face hub (org/name or org/name@revision)."""
+        from halfbyte.models.ggufs import GGUFCheckpoint, is_gguf  # one of its kinds
+
         path = Path(source).expanduser()
+        if path.exists() and is_gguf(path):
+            return GGUFCheckpoint(path)
         if path.is_dir():
             return cls(path)
         if path.exists():
-            raise BadCheckpoint(f"{source} is a file; name the folder that holds config.json and the safetensors")
+            raise BadCheckpoint(f"{source} is a file and no .gguf; name the folder that holds config.json and the safetensors")
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(source)):
             return cls(_download(str(source)))
         raise BadCheckpoint(f"there is no folder {source}, and it is no hub id (org/name)")
@@ -92,27 +96,50 @@ class Checkpoint:
             if p.is_file() and not WEIGHT_FILE.fullmatch(p.name) and p != self.path / "config.json" and not _hidden(p.relative_to(self.path))
         ]
 
+    def settings(self):
+        """The config as Transformers reads it."""
+        import transformers  # seconds, which methods without calibration need not wait for
+
+        return transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+
+    def tokenizer(self):
+        """As Transformers reads it."""
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+
+    def save_companions(self, folder: Path) -> None:
+        """Write files that belong beside a checkpoint's safetensors and that this one holds in another form."""
+
     @cached_property
-    def container(self) -> Container | None:
-        """The container of a checkpoint that is quantized already."""
+    def _config_container(self) -> ConfigContainer | None:
         config = self.config.get("quantization_config") or self.text_config.get("quantization_config")
         if not config:
             return None
         for kind in CONTAINERS.values():
             container = kind()
-            if container.reads(config):
+            if isinstance(container, ConfigContainer) and container.reads(config):
                 return container
         raise Unsupported(f"{self.path} is quantized with '{config.get('quant_method')}', which is not read yet; known: {', '.join(CONTAINERS)}")
 
-    @cached_property
+    @property
+    def container(self) -> Container | None:
+        """The container of a checkpoint that is quantized already."""
+        return self._config_container
+
+    @property
     def quantized(self) -> dict[str, tuple[Grid, Shape]]:
         """Grid and shape of every module that is quantized already."""
-        if self.container is None:
+        return self._found
+
+    @cached_property
+    def _found(self) -> dict[str, tuple[Grid, Shape]]:
+        if self._config_container is None:
             return {}
         try:
-            return self.container.find(self.config.get("quantization_config") or self.text_config["quantization_config"], self.entries)
+            return self._config_container.find(self.config.get("quantization_config") or self.text_config["quantization_config"], self.entries)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
-            raise BadCheckpoint(f"{self.path} says that it is {self.container.name}, but its tensors are not so: {error!r}") from None
+            raise BadCheckpoint(f"{self.path} says that it is {self._config_container.name}, but its tensors are not so: {error!r}") from None
 
     @cached_property
     def parts(self) -> dict[str, str]:
@@ -147,6 +174,11 @@ class Checkpoint:
             return w.T.contiguous() if roles.is_transposed(tensor, self.model_type) else w
         raise BadCheckpoint(f"{self.path} has no tensor '{tensor}'")
 
+    def spec(self, tensor: str) -> Spec:
+        """Shape and dtype of a tensor by its name in the unquantized checkpoint; that of the model where it is stored quantized."""
+        entry = self.entries.get(tensor)
+        return Spec(entry.shape, entry.dtype) if entry else Spec(self.tensors()[tensor], self.dtype)
+
     def tensors(self) -> dict[str, Shape]:
         """Names and shapes as in the unquantized checkpoint; fused experts that were quantized stay apart."""
         shapes = {name: e.shape for name, e in self.entries.items() if name not in self.parts}
@@ -155,12 +187,14 @@ class Checkpoint:
             shapes[name] = (width, out) if roles.is_transposed(name, self.model_type) else (out, width)
         return shapes
 
-    def weights(self) -> Iterator[Weight]:
-        """The matrices inside the blocks of the decoder that a method may quantize, and the head."""
+    def weights(self, embedding: bool = False) -> Iterator[Weight]:
+        """The matrices inside the blocks of the decoder that a method may quantize, the head, and the embedding if asked for."""
         layers = self.text_config.get("num_hidden_layers", self.text_config.get("n_layer"))
         for name, shape in self.tensors().items():
             block = roles.block_of(name)
             if block is None and roles.HEAD.match(name) and len(shape) == 2 and not self.tied:
+                yield Weight(name.removesuffix(".weight"), name, None, shape)
+            if embedding and block is None and roles.EMBEDDING.match(name) and len(shape) == 2:
                 yield Weight(name.removesuffix(".weight"), name, None, shape)
             if block is None or roles.KEPT.search(name) or name.endswith("bias"):
                 continue

@@ -19,7 +19,9 @@ KEPT = re.compile(
     r"|norm[^.]*(\.weight)?$|rotary|relative_attention_bias|embed|lora_"
 )
 
-HEAD = re.compile(r"^(.*\.)?(lm_head|embed_out|output_projection)\.weight$")
+HEAD = re.compile(r"^(.*\.)?(lm_head|embed_out|output_projection|output)\.weight$")
+
+EMBEDDING = re.compile(r"^(?!.*(vision|visual|audio|image|position))(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|token_embd)\.weight$")
 
 # Checkpoints that store [in, out]: GPT-2's Conv1D, and the fused experts of gpt-oss and Llama 4.
 TRANSPOSED = {

@@ -44,7 +44,7 @@ class Place:
 def build(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The model on the meta device, its buffers real. Raises BadCheckpoint for an architecture that nobody knows."""
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        config = checkpoint.settings()
         for part in (config, config.get_text_config(decoder=True)):
             if hasattr(part, "quantization_config"):
                 delattr(part, "quantization_config")
@@ -120,7 +120,7 @@ def aliases(checkpoint: Checkpoint, modules: list[str]) -> list[str]:
         return []
     try:
         with torch.device("meta"):
-            model = architecture(transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False))
+            model = architecture(checkpoint.settings())
         found = places(model, checkpoint.tensors())
     except (*REFUSALS, Unsupported):
         return []

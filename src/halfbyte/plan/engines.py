@@ -44,6 +44,7 @@ class Reads:
     keeps: str = "any"  # which matrices of a block may stay in 16 bits: "any", "unfused" (not q, k, v, gate, up) or "none"
     head: bool = False  # a quantized lm_head
     transposed: bool = False  # GPT-2's Conv1D
+    everything: bool = False  # whatever the container holds, wherever it is
     notes: tuple[str, ...] = ()
 
 
@@ -181,6 +182,11 @@ ENGINES: dict[str, Engine] = {
         {},
         "it loads FP8, NVFP4, MXFP4 and ModelOpt checkpoints; serve integer weights with vllm or sglang",
     ),
+    "llama.cpp": Engine("llama-server -m {path}", "gguf", {"gguf": Reads((), everything=True)}, "write gguf", parallel=False),
+    # A Modelfile of one line; the template and the stop words come from the file's metadata.
+    "ollama": Engine(
+        "echo FROM {path} > Modelfile && ollama create {name} -f Modelfile", "gguf", {"gguf": Reads((), everything=True)}, "write gguf", parallel=False
+    ),
 }
 
 
@@ -198,7 +204,11 @@ def check(engine: str, container: str, placed: Placed, model_type: str) -> Verdi
     spec = _engine(engine)
     reads = spec.reads.get(container)
     if reads is None:
-        return Verdict(engine, False, (f"{engine} does not read integer weights from {container}: {spec.otherwise}",), (), (), None)
+        return Verdict(
+            engine, False, (f"{engine} does not read {'' if container == 'gguf' else 'integer weights from '}{container}: {spec.otherwise}",), (), (), None
+        )
+    if reads.everything:
+        return Verdict(engine, True, (), reads.notes, (), spec.command)
     quantized = {w: g for w, g in placed.items() if g is not None}
     reasons = [*_grids(engine, container, reads, quantized), *_places(engine, container, reads, placed, model_type)]
     reasons += _experts(engine, container, reads, placed)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,25 @@ from halfbyte.plan.engines import Verdict
 from halfbyte.recipe import Job
 
 WORST = 5
-TITLES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "Transformers", "tgi": "Text Generation Inference", "tensorrt-llm": "TensorRT-LLM"}
+TITLES = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "transformers": "Transformers",
+    "tgi": "Text Generation Inference",
+    "tensorrt-llm": "TensorRT-LLM",
+    "llama.cpp": "llama.cpp",
+    "ollama": "Ollama",
+}
 
 
-def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Windows | None, seconds: float) -> dict[str, Any]:
-    """All that is known of a run, ready for JSON."""
+def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Windows | None, size_bytes: int, seconds: float) -> dict[str, Any]:
+    """All that is known of a run, ready for JSON; `size_bytes` of all tensors of the output."""
     source = job.checkpoint
     grids = job.grids
     counted = sum(w.shape[0] * w.shape[1] for w in grids)
     stored = sum(spec.size_bytes for w, g in grids.items() for spec in job.container.plan(g, w.shape).values())
-    kept = sum(source.entries[t].size_bytes for t in job.kept)
-    parameters = counted + sum(source.entries[t].size_bytes // source.entries[t].dtype.itemsize for t in job.kept)
-    warnings = [windows.warning] if windows and windows.warning else []
+    parameters = counted + sum(prod(source.spec(t).shape) for t in job.kept)
+    warnings = [*job.warnings, *([windows.warning] if windows and windows.warning else [])]
     fallbacks = Counter(row.note for row in rows.values() if row.note)
     warnings += [f"{count} weight{'s' if count > 1 else ''}: {note}" for note, count in fallbacks.items()]
     return {
@@ -46,9 +54,9 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
         },
         "output": {
             "container": job.container.name,
-            "size_bytes": stored + kept,
-            "bits_per_weight": 8 * stored / counted,
-            "bits_per_parameter": 8 * (stored + kept) / parameters,
+            "size_bytes": size_bytes,
+            "bits_per_weight": 8 * stored / counted if counted else None,
+            "bits_per_parameter": 8 * size_bytes / parameters,
             "quantized": len(grids),
             "kept": len(job.kept),
         },
@@ -59,6 +67,7 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
         "weights": [vars(rows[w.name]) for w in grids],
         "folds": folds,
         "kept": job.kept,
+        "dropped": job.dropped,
         "environment": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "numpy", "numba")}},
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": round(seconds, 2),
@@ -88,7 +97,8 @@ def card(report: Mapping[str, Any], path: Path) -> str:
     )
     environment.filters |= {"size": size, "quote": shlex.quote, "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}
     recipe = {name: value for name, value in report["recipe"].items() if value not in ([], {}, False) and (name != "calibration" or report["calibration"])}
-    served = [{**e, "title": TITLES[e["engine"]], "command": command(e, path)} for e in report["engines"]]
+    place = path / report["output"]["file"] if report["output"].get("file") else path
+    served = [{**e, "title": TITLES[e["engine"]], "command": command(e, place)} for e in report["engines"]]
     return environment.get_template("card.md.jinja").render(
         r=report, name=path.resolve().name, path=str(path), recipe=recipe, engines=served, worst=worst(report), evaluation=report.get("evaluation")
     )
@@ -97,7 +107,7 @@ def card(report: Mapping[str, Any], path: Path) -> str:
 def command(engine: Mapping[str, Any], path: Path) -> str:
     """What serves the folder: a line for the shell, or of Python where the path stands in quotes."""
     line = engine["command"] or ""
-    return line.replace('"{path}"', json.dumps(str(path))).replace("{path}", shlex.quote(str(path)))
+    return line.replace('"{path}"', json.dumps(str(path))).replace("{path}", shlex.quote(str(path))).replace("{name}", shlex.quote(path.stem.lower()))
 
 
 def size(size_bytes: float) -> str:

@@ -1,0 +1,159 @@
+"""A GGUF: one file (or parts of one) under ggml's names, with hyper-parameters and tokenizer in it."""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers.folder import Shard
+from halfbyte.containers.gguf import file, presets
+from halfbyte.containers.gguf.container import GGUF, type_of
+from halfbyte.containers.gguf.families import Place
+from halfbyte.containers.gguf.file import TYPES, Value, row_bytes
+from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.editions.edition import Edition, Part, rows_of, split
+from halfbyte.errors import BrokenOutput
+from halfbyte.grids.grid import Grid, Quantized, Shape, same_rows
+from halfbyte.models.checkpoint import Weight
+from halfbyte.models.ggufs import GGUFCheckpoint, translation_of
+from halfbyte.recipe import Job
+
+PLAIN_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class GGUFEdition(Edition):
+    """Rows may lie in another order than in the checkpoint, and experts in stacks; kept matrices stay in 16 bits, the rest is in 32."""
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        self.container = GGUF()
+        self.names = translation_of(job.checkpoint)
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[str, Shape]]:
+        """Type and shape of every tensor of the file, in llama.cpp's order."""
+        found: dict[str, tuple[str, Shape]] = {}
+        experts: dict[str, int] = {}
+
+        def add(place: Place, type_name: str, shape: Shape, expert: int | None) -> None:
+            found[place.name] = type_name, shape
+            if expert is not None:
+                experts[place.name] = max(experts.get(place.name, 0), expert + 1)
+
+        for weight, grid in self.job.grids.items():
+            for place in self.names.places(weight.tensor):
+                out = weight.shape[0] if place.rows is None else len(place.rows)
+                add(place, type_of(grid), (out, weight.shape[1]), place.expert if weight.expert is None else weight.expert)
+        for tensor in self.job.kept:
+            shape = self.job.checkpoint.spec(tensor).shape
+            for place in self.names.places(tensor):
+                stored = _stored_shape(place, shape)
+                add(place, self._plain(tensor, place), stored, place.expert)
+        for name, value in self.names.extra().items():
+            found[name] = "F32", tuple(value.shape)
+        stacked = {name: (kind, (experts[name], *shape) if name in experts else shape) for name, (kind, shape) in found.items()}
+        return dict(sorted(stacked.items(), key=lambda item: presets.order(item[0])))
+
+    def _plain(self, tensor: str, place: Place) -> str:
+        """F32 for what llama.cpp wants so; a matrix keeps its 16 bits, or has those that were asked for."""
+        if place.plain or len(self.job.checkpoint.spec(tensor).shape) < 2:
+            return "F32"
+        return self.job.plain or PLAIN_NAMES.get(self.job.checkpoint.spec(tensor).dtype, "F32")
+
+    def shards(self, stem: str) -> dict[str, Shard]:
+        specs = {name: _spec(*tensor) for name, tensor in self.tensors.items()}
+        parts = split(specs, (self.job.recipe.shard_gb or float("inf")) * 1e9)
+        said = [self.metadata] if len(parts) == 1 else [file.split_metadata(self.metadata, i, len(parts), len(specs)) for i in range(len(parts))]
+        names = [f"{stem}.gguf"] if len(parts) == 1 else [file.part_name(stem, i, len(parts)) for i in range(len(parts))]
+        return {
+            name: Shard(sum(s.size_bytes for s in part.values()), partial(_writer, metadata, {t: self.tensors[t] for t in part}))
+            for name, metadata, part in zip(names, said, parts, strict=True)
+        }
+
+    def entrance(self, stem: str) -> str:
+        return next(iter(self.shards(stem)))
+
+    @cached_property
+    def metadata(self) -> dict[str, Value]:
+        said = metadata_of(self.job)
+        commonest = self.job.preset or max(presets.PRESETS, key=lambda name: sum(kind == presets.PRESETS[name].type for kind, _ in self.tensors.values()))
+        return {**said, "general.file_type": Value("uint32", presets.PRESETS[commonest].file_type)}
+
+    def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
+        for place in self.names.places(weight.tensor):
+            raw = self.container.pack(q if place.rows is None else same_rows(q, place.rows))[""]
+            expert = place.expert if weight.expert is None else weight.expert
+            yield Part(place.name, raw) if expert is None else Part(place.name, raw[None], expert)
+
+    def unpack(self, entries: Mapping[str, Entry], weight: Weight, grid: Grid) -> Quantized:
+        parts = []
+        for place in self.names.places(weight.tensor):
+            expert = place.expert if weight.expert is None else weight.expert
+            raw = rows_of(entries[place.name], expert)
+            raw = raw if expert is None else raw[0]
+            part = self.container.unpack({"": raw}, grid, (raw.shape[0], weight.shape[1]))
+            if part.shape == weight.shape:
+                return part if place.rows is None else same_rows(part, torch.argsort(place.rows))
+            parts.append(part)
+        params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
+        return Quantized(grid, torch.cat([part.codes for part in parts]), params)
+
+    def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
+        for place in self.names.places(tensor):
+            stored = place.stored(value).to(TYPES[self._plain(tensor, place)].dtype)
+            yield Part(place.name, stored) if place.expert is None else Part(place.name, stored[None], place.expert)
+
+    def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
+        return [rows_of(entries[place.name], place.expert) for place in self.names.places(tensor)]
+
+    def restored(self, entries: Mapping[str, Entry], tensor: str) -> Tensor:
+        spec = self.job.checkpoint.spec(tensor)
+        values = []
+        for place, stored in zip(self.names.places(tensor), self.kept(entries, tensor), strict=True):
+            value = stored if place.expert is None else stored[0]
+            if value.numel() == torch.Size(spec.shape).numel():
+                return place.restored(value).to(spec.dtype)
+            values.append(value)
+        return torch.cat(values, -2).to(spec.dtype)
+
+    def extra(self) -> Iterator[Part]:
+        for name, value in self.names.extra().items():
+            yield Part(name, value.float())
+
+    def accompany(self, folder: Path, report: dict[str, Any]) -> None:
+        """Nothing: a GGUF is whole by itself."""
+
+    def reopen(self, folder: Path) -> Mapping[str, Entry]:
+        written = file.read(next(folder.glob("*.gguf")))
+        if {n: (s.type, s.shape) for n, s in written.tensors.items()} != self.tensors:
+            raise BrokenOutput(f"the written file holds {len(written.tensors)} tensors, and not the {len(self.tensors)} that were planned as they were planned")
+        return {name: stored.entry for name, stored in written.tensors.items()}
+
+
+def _spec(type_name: str, shape: Shape) -> Spec:
+    kind = TYPES[type_name]
+    return Spec(shape, kind.dtype) if kind.dtype != torch.uint8 else Spec((*shape[:-1], row_bytes(type_name, shape[-1])), torch.uint8)
+
+
+def _stored_shape(place: Place, shape: Shape) -> Shape:
+    shape = (*shape[:-2], shape[-1], shape[-2]) if place.transposed else shape
+    return shape if place.rows is None else (*shape[: max(len(shape) - 2, 0)], len(place.rows), *shape[max(len(shape) - 1, 1) :])
+
+
+def _writer(metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], path: Path, resume: bool) -> file.Writer:
+    return file.Writer(path, metadata, tensors, resume)
+
+
+def metadata_of(job: Job) -> dict[str, Value]:
+    """What the file says of the model."""
+    source = job.checkpoint
+    if isinstance(source, GGUFCheckpoint):
+        return {**source.file.metadata, "general.quantization_version": Value("uint32", 2)}
+    from halfbyte.containers.gguf import families, hyperparameters, tokenizer
+
+    family = families.family_of(source.config)
+    said = hyperparameters.metadata(source.config, family, source.path)
+    return {**said, **tokenizer.tokenizer_metadata(source.path, families.settings(source.config).vocab_size, job.recipe.pre)}
