@@ -61,6 +61,11 @@ class KQuant(Grid):
     def has_minimum(self) -> bool:
         return self.zero is None
 
+    @property
+    def middle(self) -> int:
+        """The code that stands for the offset."""
+        return self.zero or 0
+
     def blocks(self, width: int) -> int:
         """Blocks along a row of `width` in-features."""
         if width % self.block:
@@ -87,9 +92,11 @@ class KQuant(Grid):
         return scale, -(params["dmin"].float()[..., None] * params["min"].view(out, blocks, -1)).view(out, -1)
 
     def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
-        scale, offset = (None if line is None else line[:, at // self.group, None] for line in self.lines(params))
-        codes = kquant_search.nearest(w, scale, offset, self.zero or 0, self.top)
-        return codes, kquant_search.values(codes, scale, offset, self.zero or 0)
+        scale, offset = self.lines(params)
+        group = slice(at // self.group, at // self.group + 1)
+        scale, offset = scale[:, group], None if offset is None else offset[:, group]
+        codes = kquant_search.nearest(self, w, scale, offset)
+        return codes, self.values(codes, scale, offset)
 
     def round_block(
         self,
@@ -102,19 +109,24 @@ class KQuant(Grid):
     ) -> UInt8[Tensor, "out width"]:
         if wanted.device.type != "cpu":
             return super().round_block(wanted, target, error, coupling, params, columns)
-        from halfbyte.grids import kquant_numba
+        from halfbyte.grids import rounding_numba
 
         scale, offset = self.lines(params)
-        return kquant_numba.round_block(wanted, target, error, coupling, scale, offset, torch.tensor(columns) // self.group, self.zero or 0, self.top)
+        zero = torch.full(scale.shape, self.middle, dtype=torch.uint8)
+        group = torch.tensor(columns) // self.group
+        return rounding_numba.round_block(wanted, target, error, coupling, kquant_search.usable(scale), zero, group, self.top, offset)
 
-    def encode(self, w: Float[Tensor, "out in"], params: Params) -> Codes:
+    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         self.blocks(w.shape[1])
-        scale, offset = self.lines(params)
-        return kquant_search.encode(w, scale, offset, self.zero or 0, self.top)
+        return kquant_search.encode(self, w, *self.lines(params))
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
-        scale, offset = (None if line is None else line[..., None] for line in self.lines(params))
-        return kquant_search.values(codes.view(*scale.shape[:2], -1), scale, offset, self.zero or 0).view(codes.shape)
+        scale, offset = self.lines(params)
+        return self.values(codes.view(*scale.shape, -1), scale[..., None], None if offset is None else offset[..., None]).view(codes.shape)
+
+    def values(self, codes: UInt8[Tensor, "*shape"], scale: Tensor, offset: Tensor | None) -> Float32[Tensor, "*shape"]:
+        product = (codes.float() - self.middle) * scale
+        return product if offset is None else product + offset
 
 
 KQUANTS: dict[str, KQuant] = {

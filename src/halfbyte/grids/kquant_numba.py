@@ -4,16 +4,34 @@ A tile holds 128 groups transposed, one group per lane, so that all that is done
 whole vectors, however short the groups are. A tile stays in the first-level cache while all candidates are tried.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
+
+from halfbyte.grids import kquant_search
+from halfbyte.grids.kquant_search import Effort, usable
+
+if TYPE_CHECKING:
+    from halfbyte.grids.kquant import KQuant
 
 LANES = 128
 TILES = 8  # handled one after another by one thread, in the same memory
+STRETCH = 4096  # weights encoded at once by one thread
 F = np.float32
-FLAT = F(2.0**-30)  # "1 / scale" of a group without a scale: every code becomes 0, and squared errors stay in float32's range
+FLAT, FEWEST, SURE = F(kquant_search.FLAT), F(kquant_search.FEWEST), F(kquant_search.SURE)
+
+# What is known of the groups of a tile: rows of one flat array, at offsets that the compiler knows, so that it sees that they do not
+# overlap. (It gives up vectorizing loops over as many arrays as are used here.)
+LOW, HIGH, TOTAL, MASS, Q1, Q2, XQ, GAIN, ERROR, BEST = (LANES * row for row in range(10))
+INVERSE, SHIFT, UNIT, STEP, OFFSET, MEAN, D, DMIN = (LANES * row for row in range(10, 18))
+SCALE, MIN, TRY_SCALE, TRY_MIN, FROM, WANTED = (LANES * row for row in range(18, 24))
+ROWS = 24
 
 # Without reassoc: sums are taken in the reference's order, and a change of order would undo the splitting in _half.
 jit = numba.njit(cache=True, parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True)
@@ -21,64 +39,39 @@ part = numba.njit(cache=True, fastmath={"contract", "nsz"}, error_model="numpy",
 strict = numba.njit(cache=True, fastmath=False, error_model="numpy", nogil=True)
 
 
-def _raw(w: Tensor) -> tuple[np.ndarray, bool]:
-    """Numbers of 16 bits as their bits (numba has no such types) and whether those are fp16; everything else as float32."""
-    w = w.detach().contiguous()
-    if w.dtype in (torch.bfloat16, torch.float16):
-        return w.view(torch.uint16).numpy(), w.dtype == torch.float16
-    return w.float().numpy(), False
-
-
 def fit(
-    w: Float[Tensor, "out in"],
-    importance: Float32[Tensor, " in"] | None,
-    group: int,
-    block: int,
-    levels: tuple[int, int],
-    scales: tuple[int, int] | None,
-    numerators: list[float],
-    radius: int,
-    passes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, effort: Effort
+) -> tuple[Float32[Tensor, "out blocks"], Float32[Tensor, "out blocks"], Float32[Tensor, "out groups"], Float32[Tensor, "out groups"]]:
+    """kquant_search.fit_reference."""
     out, width = w.shape
     raw, is_half = _raw(w)
-    h = None if importance is None else np.ascontiguousarray(importance.numpy()).reshape(-1, group)
-    d, dmin = np.empty((2, out * width // block), np.float32)
-    scale, minimum = np.empty((2, out * width // group), np.float32)
-    low, high = scales or (0, 0)
-    limits = F(levels[0]), F(levels[1]), F(low), F(high)
-    _fit(raw.reshape(-1, group), is_half, h, block // group, limits, np.array(numerators, np.float32), radius, passes, d, dmin, scale, minimum)
-    return tuple(torch.from_numpy(array).view(out, -1) for array in (d, dmin, scale, minimum))
+    h = None if importance is None else importance.contiguous().numpy()
+    d, dmin = np.empty((2, out * width // grid.block), np.float32)
+    scale, minimum = np.empty((2, out * width // grid.group), np.float32)
+    low, high = grid.scales or (0, 0)
+    limits = F(-grid.middle), F(grid.top - grid.middle), F(low), F(high)
+    tried = np.array(effort.coarse, np.float32).reshape(-1, 2), np.array(effort.scales, np.float32), np.array(effort.minima, np.float32)
+    _fit(raw, is_half, h, grid.group, grid.block // grid.group, limits, *tried, d, dmin, scale, minimum)
+    d, dmin, scale, minimum = (torch.from_numpy(array).view(out, -1) for array in (d, dmin, scale, minimum))
+    return d, dmin, scale, minimum
 
 
 def encode(
-    w: Float[Tensor, "out in"], scale: Float32[Tensor, "out groups"], offset: Float32[Tensor, "out groups"] | None, zero: int, top: int
+    grid: KQuant, w: Float[Tensor, "out in"], scale: Float32[Tensor, "out groups"], offset: Float32[Tensor, "out groups"] | None
 ) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
     raw, is_half = _raw(w)
     offset = torch.zeros_like(scale) if offset is None else offset
-    group = w.shape[1] // scale.shape[1]
-    _encode(raw.reshape(-1, group), is_half, _flat(scale), _flat(offset), F(zero), F(top), codes.reshape(-1, group))
+    _encode(raw, is_half, _flat(usable(scale)), _flat(offset), F(grid.middle), F(grid.top), codes.reshape(-1))
     return torch.from_numpy(codes)
 
 
-def round_block(
-    wanted: Float32[Tensor, "out width"],
-    target: Float32[Tensor, "out width"],
-    error: Float32[Tensor, "out width"],
-    coupling: Float32[Tensor, "width width"],
-    scale: Float32[Tensor, "out groups"],
-    offset: Float32[Tensor, "out groups"] | None,
-    group: Int64[Tensor, " width"],
-    zero: int,
-    top: int,
-) -> UInt8[Tensor, "out width"]:
-    """Grid.round_block, given the group of each column. Rows are independent: each stays in the cache."""
-    codes = np.empty(wanted.shape, np.uint8)
-    offset = torch.zeros_like(scale) if offset is None else offset
-    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scale.contiguous().numpy(), offset.contiguous().numpy()
-    _round_block(*arrays, group.numpy(), F(zero), F(top), codes)
-    return torch.from_numpy(codes)
+def _raw(w: Tensor) -> tuple[np.ndarray, bool]:
+    """Numbers of 16 bits as their bits (numba has no such types) and whether those are fp16; everything else as float32."""
+    w = w.detach().contiguous()
+    if w.dtype in (torch.bfloat16, torch.float16):
+        return w.view(torch.uint16).numpy().reshape(-1), w.dtype == torch.float16
+    return w.float().numpy().reshape(-1), False
 
 
 def _flat(values: Tensor) -> np.ndarray:
@@ -87,20 +80,27 @@ def _flat(values: Tensor) -> np.ndarray:
 
 @part
 def _widen(raw, is_half, x):
+    """Numbers of 16 bits, or of 32, as float32."""
     if raw.itemsize == 4:
-        for i in range(x.size):
+        for i in range(raw.size):
             x[i] = raw[i]
         return
     bits = x.view(np.uint32)
     if is_half:  # the exponent moves by 112; the product does it for subnormal numbers too
-        for i in range(x.size):
+        for i in range(raw.size):
             half = np.uint32(raw[i])
             bits[i] = (half & np.uint32(0x8000)) << np.uint32(16) | (half & np.uint32(0x7FFF)) << np.uint32(13)
-        for i in range(x.size):
+        for i in range(raw.size):
             x[i] *= F(2.0**112)
     else:
-        for i in range(x.size):
+        for i in range(raw.size):
             bits[i] = np.uint32(raw[i]) << np.uint32(16)
+
+
+@part
+def _round(value):
+    """np.rint up to 2^22, and no less than that beyond: two additions run on more ports than the instruction for it."""
+    return (value + F(3 * 2.0**22)) - F(3 * 2.0**22)
 
 
 @strict
@@ -124,284 +124,286 @@ def _half_up(value):
 @part
 def _load(w, is_half, h, first, line, x, weight):
     """Lane l gets group first + l; lanes beyond the last group get zeros."""
-    count = min(LANES, w.shape[0] - first)
-    for lane in range(count):
-        _widen(w[first + lane], is_half, line)
-        for i in range(line.size):
-            x[i, lane] = line[i]
-    if count < LANES:
-        x[:, count:] = 0
+    size, groups = x.shape[0], w.size // x.shape[0]
+    count = min(LANES, groups - first)
+    line[count * size :] = 0
+    _widen(w[first * size : (first + count) * size], is_half, line)
+    _transpose(line, x)
     if h is not None:
         for lane in range(count):
-            source = h[(first + lane) % h.shape[0]]
-            for i in range(line.size):
-                weight[i, lane] = source[i]
-        if count < LANES:
-            weight[:, count:] = 0
+            at = (first + lane) * size % h.size
+            for i in range(size):
+                line[lane * size + i] = h[at + i]
+        _transpose(line, weight)
 
 
 @part
-def _extent(x, h, low, high, total, mass):
+def _transpose(line, x):
+    size = x.shape[0]
+    for i in range(size):
+        row = x[i]
+        for lane in range(LANES):
+            row[lane] = line[lane * size + i]
+
+
+@part
+def _extent(x, h, m):
     """Smallest and largest weight of every group, the weighted sum of the weights, the sum of their importance."""
-    low[:], high[:], total[:], mass[:] = x[0], x[0], 0, x.shape[0]
+    for lane in range(LANES):
+        m[LOW + lane] = m[HIGH + lane] = x[0, lane]
+        m[TOTAL + lane] = m[MASS + lane] = F(0)
     for i in range(x.shape[0]):
         row = x[i]
         for lane in range(LANES):
-            low[lane] = min(low[lane], row[lane])
-            high[lane] = max(high[lane], row[lane])
-    if h is None:
-        for i in range(x.shape[0]):
-            row = x[i]
-            for lane in range(LANES):
-                total[lane] += row[lane]
-    else:
-        mass[:] = 0
-        for i in range(x.shape[0]):
-            row, weight = x[i], h[i]
-            for lane in range(LANES):
-                total[lane] += weight[lane] * row[lane]
-                mass[lane] += weight[lane]
+            m[LOW + lane] = min(m[LOW + lane], row[lane])
+            m[HIGH + lane] = max(m[HIGH + lane], row[lane])
+            if h is None:
+                m[TOTAL + lane] += row[lane]
+                m[MASS + lane] += F(1)
+            else:
+                m[TOTAL + lane] += h[i, lane] * row[lane]
+                m[MASS + lane] += h[i, lane]
 
 
 @part
-def _sums(x, h, inverse, shift, bottom, top, q1, q2, xq):
-    """Of codes q = round(x * inverse + shift): the weighted sums of q, q^2 and x q."""
-    q1[:], q2[:], xq[:] = 0, 0, 0
-    for i in range(x.shape[0]):
-        row = x[i]
-        if h is None:
-            for lane in range(LANES):
-                q = min(max(np.rint(row[lane] * inverse[lane] + shift[lane]), bottom), top)
-                q1[lane] += q
-                q2[lane] += q * q
-                xq[lane] += row[lane] * q
-        else:
-            weight = h[i]
-            for lane in range(LANES):
-                q = min(max(np.rint(row[lane] * inverse[lane] + shift[lane]), bottom), top)
-                hq = weight[lane] * q
-                q1[lane] += hq
-                q2[lane] += hq * q
-                xq[lane] += hq * row[lane]
+def _code(x, inverse, shift, bottom, top):
+    return min(max(_round(x * inverse + shift), bottom), top)
 
 
 @part
-def _missed(x, h, inverse, shift, bottom, top, error):
+def _miss(x, inverse, shift, bottom, top):
+    t = x * inverse + shift
+    return t - min(max(_round(t), bottom), top)
+
+
+@part
+def _sums(x, h, m, bottom, top):
+    """Of codes q = round(x * inverse + shift): the weighted sums of q, q^2 and x q. Four weights at a time, to add to memory less often."""
+    m[Q1 : Q1 + 3 * LANES] = 0
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        for lane in range(LANES):
+            inverse, shift = m[INVERSE + lane], m[SHIFT + lane]
+            q0, q1 = _code(x0[lane], inverse, shift, bottom, top), _code(x1[lane], inverse, shift, bottom, top)
+            q2, q3 = _code(x2[lane], inverse, shift, bottom, top), _code(x3[lane], inverse, shift, bottom, top)
+            if h is None:
+                p0, p1, p2, p3 = q0, q1, q2, q3
+            else:
+                p0, p1, p2, p3 = h[i, lane] * q0, h[i + 1, lane] * q1, h[i + 2, lane] * q2, h[i + 3, lane] * q3
+            m[Q1 + lane] += (p0 + p1) + (p2 + p3)
+            m[Q2 + lane] += (p0 * q0 + p1 * q1) + (p2 * q2 + p3 * q3)
+            m[XQ + lane] += (p0 * x0[lane] + p1 * x1[lane]) + (p2 * x2[lane] + p3 * x3[lane])
+
+
+@part
+def _missed(x, h, m, bottom, top):
     """Weighted squared error of the same codes, in units of inverse^-2."""
-    error[:] = 0
-    for i in range(x.shape[0]):
-        row = x[i]
-        if h is None:
-            for lane in range(LANES):
-                t = row[lane] * inverse[lane] + shift[lane]
-                miss = t - min(max(np.rint(t), bottom), top)
-                error[lane] += miss * miss
-        else:
-            weight = h[i]
-            for lane in range(LANES):
-                t = row[lane] * inverse[lane] + shift[lane]
-                miss = t - min(max(np.rint(t), bottom), top)
-                error[lane] += weight[lane] * miss * miss
+    m[ERROR : ERROR + LANES] = 0
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        for lane in range(LANES):
+            inverse, shift = m[INVERSE + lane], m[SHIFT + lane]
+            e0, e1 = _miss(x0[lane], inverse, shift, bottom, top), _miss(x1[lane], inverse, shift, bottom, top)
+            e2, e3 = _miss(x2[lane], inverse, shift, bottom, top), _miss(x3[lane], inverse, shift, bottom, top)
+            if h is None:
+                m[ERROR + lane] += (e0 * e0 + e1 * e1) + (e2 * e2 + e3 * e3)
+            else:
+                m[ERROR + lane] += (h[i, lane] * e0 * e0 + h[i + 1, lane] * e1 * e1) + (h[i + 2, lane] * e2 * e2 + h[i + 3, lane] * e3 * e3)
 
 
 @part
-def _coarse_with_minimum(x, h, top, numerators, low, high, total, mass, inverse, shift, q1, q2, xq, gain, step, offset, mean):
+def _coarse_with_minimum(x, h, m, top, candidates):
     """Scale and offset by least squares for the codes of every candidate; the mean code of the best."""
     for lane in range(LANES):
-        low[lane] = min(low[lane], F(0))
-        step[lane], offset[lane] = (high[lane] - low[lane]) / top, low[lane]
-        gain[lane], mean[lane] = F(-1), F(0)
-    for numerator in numerators:
+        m[LOW + lane] = min(m[LOW + lane], F(0))
+        m[STEP + lane], m[OFFSET + lane] = (m[HIGH + lane] - m[LOW + lane]) / top, m[LOW + lane]
+        m[GAIN + lane], m[MEAN + lane] = F(-1), F(0)
+    for k in range(candidates.shape[0]):
+        numerator, tilt = candidates[k]
         for lane in range(LANES):
-            span = high[lane] - low[lane]
-            inverse[lane] = numerator / span if span > 0 else F(0)
-            shift[lane] = F(0.5) * (top - numerator) - low[lane] * inverse[lane]
-        _sums(x, h, inverse, shift, F(0), top, q1, q2, xq)
+            span = m[HIGH + lane] - m[LOW + lane]
+            inverse = numerator / span if span > 0 else F(0)
+            shift = tilt * (top - numerator) - m[LOW + lane] * inverse
+            if numerator == 0:
+                inverse = F(1) / m[STEP + lane] if m[STEP + lane] > 0 else F(0)
+                shift = -m[OFFSET + lane] * inverse
+            m[INVERSE + lane], m[SHIFT + lane] = inverse, shift
+        _sums(x, h, m, F(0), top)
         for lane in range(LANES):
-            determinant = mass[lane] * q2[lane] - q1[lane] * q1[lane]
-            s = (mass[lane] * xq[lane] - total[lane] * q1[lane]) / determinant
-            o = (total[lane] - s * q1[lane]) / mass[lane]
-            s, o = (xq[lane] / q2[lane], F(0)) if o > 0 else (s, o)
-            gained = s * xq[lane] + o * total[lane]
-            better = (gained > gain[lane]) & (s > 0) & (determinant > 0)
-            gain[lane] = gained if better else gain[lane]
-            step[lane] = s if better else step[lane]
-            offset[lane] = o if better else offset[lane]
-            mean[lane] = q1[lane] / mass[lane] if better else mean[lane]
+            mass, total, q1, q2, xq = m[MASS + lane], m[TOTAL + lane], m[Q1 + lane], m[Q2 + lane], m[XQ + lane]
+            determinant = mass * q2 - q1 * q1
+            s = (mass * xq - total * q1) / determinant
+            o = (total - s * q1) / mass
+            s = xq / q2 if o > 0 else s
+            o = min(o, F(0))
+            gain = s * xq + o * total
+            better = (gain > SURE * m[GAIN + lane]) & (s > 0) & (determinant > FEWEST * mass * q2)
+            m[GAIN + lane] = gain if better else m[GAIN + lane]
+            m[STEP + lane] = s if better else m[STEP + lane]
+            m[OFFSET + lane] = o if better else m[OFFSET + lane]
+            m[MEAN + lane] = q1 / mass if better else m[MEAN + lane]
 
 
 @part
-def _coarse(x, h, bottom, top, numerators, low, high, inverse, shift, q1, q2, xq, gain, step):
+def _coarse(x, h, m, bottom, top, candidates):
     """Scale by least squares for the codes of every candidate; the extreme weight lies on the longer side, below zero."""
-    shift[:] = 0
     for lane in range(LANES):
-        high[lane] = -high[lane] if high[lane] > -low[lane] else -low[lane]
-        step[lane], gain[lane] = high[lane] / -bottom, F(-1)
-    for numerator in numerators:
+        m[HIGH + lane] = -m[HIGH + lane] if m[HIGH + lane] > -m[LOW + lane] else -m[LOW + lane]
+        m[STEP + lane], m[GAIN + lane] = m[HIGH + lane] / -bottom, F(-1)
+        m[SHIFT + lane] = F(0)
+    for k in range(candidates.shape[0]):
+        numerator = candidates[k, 0]
         for lane in range(LANES):
-            inverse[lane] = numerator / high[lane] if high[lane] != 0 else F(0)
-        _sums(x, h, inverse, shift, bottom, top, q1, q2, xq)
+            m[INVERSE + lane] = numerator / m[HIGH + lane] if m[HIGH + lane] != 0 else F(0)
+        _sums(x, h, m, bottom, top)
         for lane in range(LANES):
-            s = xq[lane] / q2[lane]
-            better = (s * xq[lane] > gain[lane]) & (s * high[lane] > 0)
-            gain[lane] = s * xq[lane] if better else gain[lane]
-            step[lane] = s if better else step[lane]
+            s = m[XQ + lane] / m[Q2 + lane]
+            gain = s * m[XQ + lane]
+            better = (gain > SURE * m[GAIN + lane]) & (s * m[HIGH + lane] > 0)
+            m[GAIN + lane] = gain if better else m[GAIN + lane]
+            m[STEP + lane] = s if better else m[STEP + lane]
 
 
 @part
-def _spread(per_block, values, limit, d, by_lane):
+def _spread(m, values, limit, per_block, result):
     """One fp16 number per block, so that `limit` times it reaches the largest of its values."""
-    for block in range(LANES // per_block):
+    for first in range(0, LANES, per_block):
         largest = F(0)
-        for lane in range(block * per_block, (block + 1) * per_block):
-            largest = max(largest, abs(values[lane]))
-        d[block] = _half_up(largest / limit)
-        by_lane[block * per_block : (block + 1) * per_block] = d[block]
+        for lane in range(first, first + per_block):
+            largest = max(largest, abs(m[values + lane]))
+        m[result + first : result + first + per_block] = _half_up(largest / limit)
 
 
 @part
-def _try(x, h, bottom, top, scale, minimum, d, dmin, inverse, shift, error, best, best_scale, best_minimum):
+def _lines(m, scale, minimum):
+    """What turns weights into codes, for these integers: x * inverse + shift."""
     for lane in range(LANES):
-        s = d[lane] * scale[lane]
-        inverse[lane] = F(1) / s if s != 0 else FLAT
-        shift[lane] = dmin[lane] * minimum[lane] * inverse[lane]
-    _missed(x, h, inverse, shift, bottom, top, error)
-    for lane in range(LANES):
-        lost = error[lane] / (inverse[lane] * inverse[lane])
-        better = lost < best[lane]
-        best[lane] = lost if better else best[lane]
-        best_scale[lane] = scale[lane] if better else best_scale[lane]
-        best_minimum[lane] = minimum[lane] if better else best_minimum[lane]
+        s = m[D + lane] * m[scale + lane]
+        m[UNIT + lane] = s if s != 0 else FLAT
+        m[INVERSE + lane] = F(1) / m[UNIT + lane]
+        m[SHIFT + lane] = m[DMIN + lane] * m[minimum + lane] * m[INVERSE + lane]
 
 
 @part
-def _refit(per_block, valid, d, dmin, scale, minimum, mass, total, q1, q2, xq, d_lane, dmin_lane):
+def _try(x, h, m, bottom, top):
+    _lines(m, TRY_SCALE, TRY_MIN)
+    _missed(x, h, m, bottom, top)
+    for lane in range(LANES):
+        lost = m[ERROR + lane] * (m[UNIT + lane] * m[UNIT + lane])
+        better = lost < m[BEST + lane]
+        m[BEST + lane] = lost if better else m[BEST + lane]
+        m[SCALE + lane] = m[TRY_SCALE + lane] if better else m[SCALE + lane]
+        m[MIN + lane] = m[TRY_MIN + lane] if better else m[MIN + lane]
+
+
+@part
+def _integers(x, h, m, limits, near_scale, near_min):
+    """The best integer scale and minimum of every group, by the error of the codes they give: all near the wanted ones are tried."""
+    bottom, top, low, high = limits
+    for lane in range(LANES):
+        m[BEST + lane], m[FROM + lane] = F(np.inf), m[SCALE + lane]
+    for k in near_scale:
+        for lane in range(LANES):
+            m[TRY_SCALE + lane] = min(max(m[FROM + lane] + k, low), high)
+            m[TRY_MIN + lane] = F(0)
+        if bottom != 0:
+            _try(x, h, m, bottom, top)
+            continue
+        for lane in range(LANES):
+            wanted = m[D + lane] * m[TRY_SCALE + lane] * m[MEAN + lane] - m[TOTAL + lane] / m[MASS + lane]
+            m[WANTED + lane] = np.rint(wanted / m[DMIN + lane]) if m[DMIN + lane] > 0 else F(0)
+        for j in near_min:
+            for lane in range(LANES):
+                m[TRY_MIN + lane] = min(max(m[WANTED + lane] + j, F(0)), high)
+            _try(x, h, m, bottom, top)
+
+
+@part
+def _refit(m, per_block):
     """d and dmin by least squares over a block once codes and integers are chosen; kept if better after rounding to fp16."""
-    for block in range(LANES // per_block):
-        a, b, c, r, t = 0.0, 0.0, 0.0, 0.0, 0.0
-        for lane in range(block * per_block, (block + 1) * per_block):
-            s, m = np.float64(scale[lane]), np.float64(minimum[lane])
-            a += s * s * q2[lane]
-            b += s * m * q1[lane]
-            c += m * m * mass[lane]
-            r += s * xq[lane]
-            t += m * total[lane]
-        old, old_min = np.float64(d[block]), np.float64(dmin[block])
-        if a * c - b * b > 1e-6 * a * c:
-            new = (r * c - t * b) / (a * c - b * b)
-            new_min = (b * new - t) / c
-        else:
-            new, new_min = (r + old_min * b) / a if a > 0 else old, old_min
-        new, new_min = np.float64(_half(F(new))), np.float64(_half(F(new_min)))
-        before = old * old * a - 2 * old * old_min * b + old_min * old_min * c - 2 * old * r + 2 * old_min * t
-        after = new * new * a - 2 * new * new_min * b + new_min * new_min * c - 2 * new * r + 2 * new_min * t
-        if after < before and new > 0 and new_min >= 0:
-            d[block], dmin[block] = new, new_min
-            d_lane[block * per_block : (block + 1) * per_block] = d[block]
-            dmin_lane[block * per_block : (block + 1) * per_block] = dmin[block]
+    for first in range(0, LANES, per_block):
+        ss, sm, mm, sx, mx = 0.0, 0.0, 0.0, 0.0, 0.0
+        for lane in range(first, first + per_block):
+            s, n = m[SCALE + lane], m[MIN + lane]
+            ss += s * s * m[Q2 + lane]
+            sm += s * n * m[Q1 + lane]
+            mm += n * n * m[MASS + lane]
+            sx += s * m[XQ + lane]
+            mx += n * m[TOTAL + lane]
+        d, dmin = np.float64(m[D + first]), np.float64(m[DMIN + first])
+        before = _quadratic(d, dmin, ss, sm, mm, sx, mx)
+        determinant = ss * mm - sm * sm
+        if determinant > 1e-6 * ss * mm:
+            d = (sx * mm - mx * sm) / determinant
+            dmin = (sm * d - mx) / mm
+        elif ss > 0:
+            d = (sx + dmin * sm) / ss
+        d, dmin = np.float64(_half(F(d))), np.float64(_half(F(dmin)))
+        if d > 0 and dmin >= 0 and _quadratic(d, dmin, ss, sm, mm, sx, mx) < before:
+            m[D + first : D + first + per_block] = F(d)
+            m[DMIN + first : DMIN + first + per_block] = F(dmin)
+
+
+@part
+def _quadratic(d, dmin, ss, sm, mm, sx, mx):
+    return d * d * ss - 2 * d * dmin * sm + dmin * dmin * mm - 2 * d * sx + 2 * dmin * mx
 
 
 @jit
-def _fit(w, is_half, h, per_block, limits, numerators, radius, passes, d, dmin, scale, minimum):
-    tasks = -(-w.shape[0] // (LANES * TILES))
+def _fit(w, is_half, h, size, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum):
+    tasks = -(-w.size // (size * LANES * TILES))
     for task in numba.prange(tasks):
-        _fit_tiles(w, is_half, h, task * LANES * TILES, per_block, limits, numerators, radius, passes, d, dmin, scale, minimum)
+        _fit_tiles(w, is_half, h, size, task * LANES * TILES, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum)
 
 
 @part
-def _fit_tiles(w, is_half, h, start, per_block, limits, numerators, radius, passes, d_out, dmin_out, scale_out, min_out):
+def _fit_tiles(w, is_half, h, size, start, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum):
     bottom, top, scale_low, scale_high = limits
-    with_minimum, two_levels = bottom == 0, scale_high > 0
-    groups, size = w.shape
-    line = np.empty(size, np.float32)
+    groups = w.size // size
+    line, m = np.empty(size * LANES, np.float32), np.zeros(ROWS * LANES, np.float32)
     x = np.empty((size, LANES), np.float32)
     weight = None if h is None else np.empty((size, LANES), np.float32)
-    memory = np.zeros((24, LANES), np.float32)
-    low, high, total, mass = memory[0], memory[1], memory[2], memory[3]
-    inverse, shift, q1, q2, xq, gain = memory[4], memory[5], memory[6], memory[7], memory[8], memory[9]
-    step, offset, mean, d, dmin, d_lane, dmin_lane = memory[10], memory[11], memory[12], memory[13], memory[14], memory[15], memory[16]
-    scale, minimum, error, best, try_scale, try_min, first_scale = memory[17], memory[18], memory[19], memory[20], memory[21], memory[22], memory[23]
     for first in range(start, min(start + LANES * TILES, groups), LANES):
         _load(w, is_half, h, first, line, x, weight)
-        _extent(x, weight, low, high, total, mass)
-        if with_minimum:
-            _coarse_with_minimum(x, weight, top, numerators, low, high, total, mass, inverse, shift, q1, q2, xq, gain, step, offset, mean)
+        _extent(x, weight, m)
+        if bottom == 0:
+            _coarse_with_minimum(x, weight, m, top, candidates)
         else:
-            _coarse(x, weight, bottom, top, numerators, low, high, inverse, shift, q1, q2, xq, gain, step)
-            offset[:] = 0
-        if two_levels:
-            _spread(per_block, step, scale_high, d, d_lane)
-            _spread(per_block, offset, scale_high, dmin, dmin_lane)
+            _coarse(x, weight, m, bottom, top, candidates)
+        if scale_high > 0:
+            _spread(m, STEP, scale_high, per_block, D)
+            _spread(m, OFFSET, scale_high, per_block, DMIN)
             for lane in range(LANES):
-                scale[lane] = np.rint(step[lane] / d_lane[lane]) if d_lane[lane] != 0 else F(0)
-                minimum[lane] = np.rint(-offset[lane] / dmin_lane[lane]) if dmin_lane[lane] != 0 else F(0)
-            for _ in range(passes):
-                best[:] = np.inf
-                first_scale[:] = scale
-                for k in range(-radius, radius + 1):
-                    for lane in range(LANES):
-                        try_scale[lane] = min(max(first_scale[lane] + F(k), scale_low), scale_high)
-                    if with_minimum:
-                        for j in range(-1, 2):
-                            for lane in range(LANES):
-                                wanted = d_lane[lane] * try_scale[lane] * mean[lane] - total[lane] / mass[lane]
-                                wanted = np.rint(wanted / dmin_lane[lane]) + F(j)
-                                try_min[lane] = min(max(wanted, F(0)), scale_high) if dmin_lane[lane] > 0 else F(0)
-                            _try(x, weight, bottom, top, try_scale, try_min, d_lane, dmin_lane, inverse, shift, error, best, scale, minimum)
-                    else:
-                        _try(x, weight, bottom, top, try_scale, try_min, d_lane, dmin_lane, inverse, shift, error, best, scale, minimum)
-                for lane in range(LANES):
-                    s = d_lane[lane] * scale[lane]
-                    inverse[lane] = F(1) / s if s != 0 else FLAT
-                    shift[lane] = dmin_lane[lane] * minimum[lane] * inverse[lane]
-                _sums(x, weight, inverse, shift, bottom, top, q1, q2, xq)
-                _refit(per_block, True, d, dmin, scale, minimum, mass, total, q1, q2, xq, d_lane, dmin_lane)
-                for lane in range(LANES):
-                    mean[lane] = q1[lane] / mass[lane]
+                s = np.rint(m[STEP + lane] / m[D + lane]) if m[D + lane] > 0 else F(0)
+                n = np.rint(-m[OFFSET + lane] / m[DMIN + lane]) if m[DMIN + lane] > 0 else F(0)
+                m[SCALE + lane], m[MIN + lane] = min(max(s, scale_low), scale_high), min(max(n, F(0)), scale_high)
+            if near_scale.size:
+                _integers(x, weight, m, limits, near_scale, near_min)
+                _lines(m, SCALE, MIN)
+                _sums(x, weight, m, bottom, top)
+                _refit(m, per_block)
         else:
             for lane in range(LANES):
-                d[lane], dmin[lane] = _half(step[lane]), _half(offset[lane])
-        count = min(LANES, groups - first)
-        scale_out[first : first + count], min_out[first : first + count] = scale[:count], minimum[:count]
-        count, block = count // per_block, first // per_block
-        d_out[block : block + count], dmin_out[block : block + count] = d[:count], dmin[:count]
+                m[D + lane], m[DMIN + lane] = _half(abs(m[STEP + lane])), _half(m[OFFSET + lane])
+        for lane in range(min(LANES, groups - first)):
+            block = (first + lane) // per_block
+            scale[first + lane], minimum[first + lane], d[block], dmin[block] = m[SCALE + lane], m[MIN + lane], m[D + lane], m[DMIN + lane]
 
 
 @jit
 def _encode(w, is_half, scale, offset, zero, top, codes):
-    groups, size = w.shape
-    per_task = max(1, 4096 // size)
+    groups, size = scale.size, codes.size // scale.size
+    per_task = max(1, STRETCH // size)
     for task in numba.prange((groups + per_task - 1) // per_task):
-        x = np.empty(size, np.float32)
-        for g in range(task * per_task, min((task + 1) * per_task, groups)):
-            _widen(w[g], is_half, x)
-            inverse = F(1) / scale[g] if scale[g] != 0 else F(0)
-            base, out = offset[g], codes[g]
-            for i in range(size):
-                out[i] = np.uint8(min(max(np.rint((x[i] - base) * inverse) + zero, F(0)), top))
+        _encode_stretch(w, is_half, scale, offset, zero, top, codes, size, task * per_task, min((task + 1) * per_task, groups))
 
 
 @part
-def _step(wanted, target, error, scale, offset, group, zero, top, codes, row, k):
-    """Round one weight; returns by how much its error changed."""
-    by, base = scale[row, group[k]], offset[row, group[k]]
-    inverse = F(1) / by if by != 0 else F(0)
-    q = min(max(np.rint((wanted[row, k] - base) * inverse) + zero, F(0)), top)
-    codes[row, k] = np.uint8(q)
-    missed = target[row, k] - ((q - zero) * by + base)
-    change = missed - error[row, k]
-    error[row, k] = missed
-    return change
-
-
-@jit
-def _round_block(wanted, target, error, coupling, scale, offset, group, zero, top, codes):
-    # Four rows at a time: each is a chain of round, subtract, pass on, and while one waits the others go on.
-    rows, width = wanted.shape
-    for four in numba.prange((rows + 3) // 4):
-        first = min(4 * four, max(rows - 4, 0))
-        for k in range(width - 1, -1, -1):
-            for row in range(first, min(first + 4, rows)):
-                change = _step(wanted, target, error, scale, offset, group, zero, top, codes, row, k)
-                for j in range(k):
-                    wanted[row, j] += change * coupling[k, j]
+def _encode_stretch(w, is_half, scale, offset, zero, top, codes, size, first, last):
+    x = np.empty((last - first) * size, np.float32)
+    _widen(w[first * size : last * size], is_half, x)
+    for g in range(first, last):
+        inverse, base = F(1) / scale[g], offset[g]
+        group, out = x[(g - first) * size : (g - first + 1) * size], codes[g * size : (g + 1) * size]
+        for i in range(size):
+            out[i] = np.uint8(np.int32(min(max(np.rint((group[i] - base) * inverse) + zero, F(0)), top)))

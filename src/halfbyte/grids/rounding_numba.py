@@ -56,13 +56,18 @@ def round_block(
     scale: Float32[Tensor, "rows groups"],
     zero: UInt8[Tensor, "rows groups"] | None,
     group: Int64[Tensor, " width"],
-    bits: int,
+    top: int,
+    base: Float32[Tensor, "rows groups"] | None = None,
 ) -> UInt8[Tensor, "out width"]:
-    """Grid.round_block, given the group of each column. Rows are independent: each stays in the cache."""
+    """Grid.round_block, given the group of each column: codes 0 to `top` stand for base + scale * (code - zero).
+
+    Rows are independent: each stays in the cache.
+    """
     codes = np.empty(wanted.shape, np.uint8)
-    offset = np.full(scale.shape, 1 << (bits - 1), np.uint8) if zero is None else zero.numpy()
-    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scale.contiguous().numpy(), offset, group.numpy()
-    _round_block(*arrays, F((1 << bits) - 1), codes)
+    offset = np.full(scale.shape, (top + 1) // 2, np.uint8) if zero is None else zero.numpy()
+    base = torch.zeros(scale.shape) if base is None else base
+    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scale.contiguous().numpy(), offset, base.contiguous().numpy()
+    _round_block(*arrays, group.numpy(), F(top), codes)
     return torch.from_numpy(codes)
 
 
@@ -241,29 +246,30 @@ def _encode(w, scale, zero, group, bits, codes):
 
 
 @inline
-def _step(wanted, target, error, scale, offset, group, top, codes, row, k):
+def _step(wanted, target, error, scale, offset, base, group, top, codes, row, k):
     """Round one weight; returns by how much its error changed."""
     by = scale[row, group[k]]
     zero = F(offset[row, group[k]])
-    q = min(max(np.rint(wanted[row, k] * (F(1) / by)) + zero, F(0)), top)
+    start = base[row, group[k]]
+    q = min(max(np.rint((wanted[row, k] - start) * (F(1) / by)) + zero, F(0)), top)
     codes[row, k] = np.uint8(q)
-    missed = target[row, k] - (q - zero) * by
+    missed = target[row, k] - ((q - zero) * by + start)
     change = missed - error[row, k]
     error[row, k] = missed
     return change
 
 
 @jit
-def _round_block(wanted, target, error, coupling, scale, offset, group, top, codes):
+def _round_block(wanted, target, error, coupling, scale, offset, base, group, top, codes):
     # Four rows at a time: each is a chain of round, subtract, pass on, and while one waits the others go on.
     rows, width = wanted.shape
     for four in numba.prange(rows // 4):
         a, b, c, d = 4 * four, 4 * four + 1, 4 * four + 2, 4 * four + 3
         for k in range(width - 1, -1, -1):
-            change_a = _step(wanted, target, error, scale, offset, group, top, codes, a, k)
-            change_b = _step(wanted, target, error, scale, offset, group, top, codes, b, k)
-            change_c = _step(wanted, target, error, scale, offset, group, top, codes, c, k)
-            change_d = _step(wanted, target, error, scale, offset, group, top, codes, d, k)
+            change_a = _step(wanted, target, error, scale, offset, base, group, top, codes, a, k)
+            change_b = _step(wanted, target, error, scale, offset, base, group, top, codes, b, k)
+            change_c = _step(wanted, target, error, scale, offset, base, group, top, codes, c, k)
+            change_d = _step(wanted, target, error, scale, offset, base, group, top, codes, d, k)
             # Up to whole vectors: what is beyond k is rounded already and not read again.
             for j in range(min((k + 15) & ~15, width)):
                 by = coupling[k, j]
@@ -273,6 +279,6 @@ def _round_block(wanted, target, error, coupling, scale, offset, group, top, cod
                 wanted[d, j] += change_d * by
     for row in range(rows - rows % 4, rows):
         for k in range(width - 1, -1, -1):
-            change = _step(wanted, target, error, scale, offset, group, top, codes, row, k)
+            change = _step(wanted, target, error, scale, offset, base, group, top, codes, row, k)
             for j in range(k):
                 wanted[row, j] += change * coupling[k, j]
