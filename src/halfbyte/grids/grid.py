@@ -50,8 +50,9 @@ class Grid(ABC):
         """Round columns from the last to the first; what one misses, the ones after it make up for.
 
         `error` is what each column misses `target` by. As it changes by d in column k, wanted[:, :k] moves by
-        d * coupling[k, :k]. Both change in place. The diagonal of `coupling` is the weight of each column: what columns before
-        it cannot make up for costs its square times the weight's square (grids that round one column at a time need no weights). `columns` are the in-features' numbers, in runs of `step`.
+        d * coupling[k, :k]. Both change in place. `columns` are the in-features' numbers, in runs of `step`. The diagonal of
+        `coupling` says what columns count for: the squared output error is the sum of (left * coupling[k, k])^2 over columns
+        k, where `left` is what the columns before k cannot make up for. Columns that are rounded one by one have no use for it.
         """
         codes = torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device)
         for last in range(len(columns), 0, -self.step):

@@ -63,9 +63,12 @@ class LatticeGrid(Grid):
         if w.shape[1] % SUPER:
             raise BadRequest(f"{self} does not divide a row of {w.shape[1]}; it takes multiples of {SUPER}")
         self._check_writable()
-        from halfbyte.grids import lattice_numba
+        if w.device.type == "cpu":
+            from halfbyte.grids import lattice_numba
 
-        d, scale = lattice_numba.fit(self, w, importance, search)
+            d, scale = lattice_numba.fit(self, w, importance, search)
+        else:
+            d, scale = fit_reference(self, w, importance, search)
         return {"d": d.half(), "scale": scale}
 
     def _check_writable(self) -> None:
@@ -79,9 +82,31 @@ class LatticeGrid(Grid):
         return (d[..., None] * odd.unflatten(1, (d.shape[1], -1)) * self.unit).flatten(1)
 
     def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
-        raise NotImplementedError
+        self._check_writable()
+        scale = self.scales(params)[:, at // self.group, None]
+        codes = nearest(self, w * inverse(scale), torch.ones_like(w))
+        return codes, scale * self.value(codes)
+
+    def round_block(
+        self,
+        wanted: Float32[Tensor, "out width"],
+        target: Float32[Tensor, "out width"],
+        error: Float32[Tensor, "out width"],
+        coupling: Float32[Tensor, "width width"],
+        params: Params,
+        columns: list[int],
+    ) -> UInt8[Tensor, "out width"]:
+        if wanted.device.type != "cpu":
+            return super().round_block(wanted, target, error, coupling, params, columns)
+        from halfbyte.grids import lattice_numba
+
+        runs = torch.tensor(columns[:: self.step]) // self.group
+        return lattice_numba.round_block(self, wanted, target, error, coupling, self.scales(params)[:, runs])
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+        self._check_writable()
+        if w.device.type != "cpu":
+            return encode_reference(self, w, self.scales(params), importance)
         from halfbyte.grids import lattice_numba
 
         return lattice_numba.encode(self, w, self.scales(params), importance)
@@ -105,6 +130,80 @@ LATTICE_GRIDS: dict[str, LatticeGrid] = {
     "iq1_s": LatticeGrid("iq1_s", IQ1, 8, 32, 32, 7, 1, 0, False, 400),
     "iq1_m": LatticeGrid("iq1_m", IQ1, 8, 8, 16, 7, 1, 0, False, 448),
 }
+
+
+ROWS = 16
+"""Rows that the reference handles at once: it compares each vector with all entries."""
+
+
+def inverse(scale: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+    """The reciprocal; of a scale of zero, zero: its weights take the smallest magnitudes."""
+    return torch.where(scale == 0, 0.0, scale.reciprocal()).clamp(max=1e38)
+
+
+def nearest(grid: LatticeGrid, w: Float32[Tensor, "rows width"], h: Float32[Tensor, "rows width"]) -> UInt8[Tensor, "rows width"]:
+    """Codes of the lattice vectors nearest to scaled weights, by comparison with every entry.
+
+    Turning a weight around costs 4 h |w| q more than leaving it. Where parity asks for it, the entry and the weight are found
+    for which that is least.
+    """
+    book = codebook(grid.name).to(w.device)
+    values = torch.tensor(grid.magnitudes, dtype=torch.float32, device=w.device)[book.int()]
+    shape = w.shape[0], -1, grid.step // grid.dimension, grid.dimension
+    w, h = w.clamp(-1e18, 1e18).reshape(shape), h.reshape(shape)
+    negative, hw = w < 0, h * w.abs()
+    costs = h @ values.square().T - 2 * (hw @ values.T)
+    least, entry = costs.min(-1)
+    if grid.parity:
+        turning, at = (hw[..., None, :] * values).min(-1)
+        turned, other = (costs + 4 * turning).min(-1)
+        part = (turned - least).argmin(-1, keepdim=True)
+        odd = negative.flatten(2).sum(-1, keepdim=True) % 2 == 1
+        entry = torch.where(odd & (torch.arange(shape[2], device=w.device) == part), other, entry)
+        which = part * grid.dimension + at.gather(-1, other[..., None]).squeeze(-1).gather(-1, part)
+        turn = odd & (torch.arange(grid.step, device=w.device) == which)
+        negative = negative ^ turn.view(negative.shape)
+    return (book[entry] | (negative.to(torch.uint8) << 7)).flatten(1)
+
+
+def encode_reference(
+    grid: LatticeGrid, w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], importance: Float32[Tensor, " in"] | None
+) -> UInt8[Tensor, "out in"]:
+    """The torch reference of `LatticeGrid.encode`."""
+    h = torch.ones(w.shape[1], device=w.device) if importance is None else importance
+    codes = []
+    for rows, by in zip(w.split(ROWS), scales.split(ROWS), strict=True):
+        scaled = rows.float().unflatten(1, (-1, grid.group)) * inverse(by)[..., None]
+        codes.append(nearest(grid, scaled.flatten(1), h.expand(rows.shape)))
+    return torch.cat(codes)
+
+
+def fit_reference(
+    grid: LatticeGrid, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool
+) -> tuple[Float32[Tensor, "out blocks"], UInt8[Tensor, "out groups"]]:
+    """The torch reference of `LatticeGrid.fit`: every integer scale is tried. At the end, the best fp16 scale for the codes."""
+    x = w.float().unflatten(1, (-1, grid.group))
+    h = torch.ones(w.shape[1], device=w.device) if importance is None else importance
+    h = h.unflatten(0, (-1, grid.group)).expand_as(x)
+    own = grid.spread * ((h * x * x).sum(-1) / h.sum(-1).clamp(min=1e-30)).sqrt()
+    per = SUPER // grid.group
+    d = (own.unflatten(1, (-1, per)).amax(-1) / ((2 * grid.top + 1) * grid.unit)).clamp(max=65504).half().float()
+    unit = (d * grid.unit).repeat_interleave(per, 1)
+    middle = ((own * inverse(unit) - 1) / 2).floor().clamp(0, grid.top)
+    best, scale, wq, qq = torch.full_like(own, -torch.inf), middle, torch.zeros_like(own), torch.zeros_like(own)
+    for integer in range(grid.top + 1):
+        tried = torch.full_like(own, integer) if search else middle
+        odd = 2 * tried + 1
+        q = grid.value(encode_reference(grid, w, unit * odd, importance)).unflatten(1, (-1, grid.group)) * odd[..., None]
+        p, r = (h * x * q).sum(-1), (h * q * q).sum(-1)
+        gain = unit * (2 * p - unit * r)
+        better = gain > best
+        best, scale, wq, qq = (torch.where(better, new, old) for new, old in ((gain, best), (tried, scale), (p, wq), (r, qq)))
+        if not search:
+            break
+    wq, qq = wq.unflatten(1, (-1, per)).sum(-1), qq.unflatten(1, (-1, per)).sum(-1)
+    suited = (wq / (qq * grid.unit)).clamp(max=65504).half().float()
+    return torch.where((wq > 0) & (qq > 0), suited, d), scale.to(torch.uint8)
 
 
 @lru_cache

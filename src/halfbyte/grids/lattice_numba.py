@@ -256,3 +256,142 @@ def _encode_row(w, h, table, group, dimension, parity, book, scales, codes):
                 codes[first + v, i] |= np.uint8(128) if x[v, i] < 0 else np.uint8(0)
             if parity and flipped[v] < 8:
                 codes[first + v, flipped[v]] ^= np.uint8(128)
+
+
+def round_block(
+    grid: "reference.LatticeGrid",
+    wanted: Float32[Tensor, "out width"],
+    target: Float32[Tensor, "out width"],
+    error: Float32[Tensor, "out width"],
+    coupling: Float32[Tensor, "width width"],
+    scales: Float32[Tensor, "out runs"],
+) -> UInt8[Tensor, "out width"]:
+    """Grid.round_block, given the scale of each run of columns.
+
+    What is least is sum((d r)^2) over a run, where r_k = e_k + sum_{j>k} e_j coupling[j, k] is what is left of the error e after
+    the columns before have made up for it, and d_k the weight of column k: not the distance, but the distance that counts.
+    """
+    codes = np.empty(wanted.shape, np.uint8)
+    book = reference.codebook(grid.name).numpy()
+    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scales.contiguous().numpy()
+    _round_block(*arrays, tables(grid), grid.step, grid.dimension, grid.parity, book, codes)
+    return torch.from_numpy(codes)
+
+
+@parallel
+def _round_block(wanted, target, error, coupling, scales, table, step, dimension, parity, book, codes):
+    for row in numba.prange(wanted.shape[0]):
+        _round_row(wanted[row], target[row], error[row], coupling, scales[row], table, step, dimension, parity, book, codes[row])
+
+
+@fast
+def _round_row(wanted, target, error, coupling, scales, table, step, dimension, parity, book, codes):
+    digits, magnitudes, values, near, _, listed = table
+    y, z, m, left, weight = np.zeros(8, np.float32), np.zeros(8, np.float32), np.zeros(8, np.float32), np.zeros(8, np.float32), np.zeros(8, np.float32)
+    c, sign, cost = np.zeros((8, 8), np.float32), np.zeros(8, np.float32), np.zeros(LISTED, np.float32)
+    for run in range(scales.size - 1, -1, -1):
+        at, inverse = run * step, _inverse(scales[run])
+        for j in range(step):
+            weight[j] = coupling[at + j, at + j] * coupling[at + j, at + j]
+            for k in range(j):
+                c[j, k] = coupling[at + j, at + k]
+        _aim(wanted[at : at + step], target[at : at + step], error[at : at + step], c, inverse, y)
+        _signs(y, c, weight, parity, step, digits, magnitudes, m, sign)
+        for k in range(step):
+            z[k] = y[k] * sign[k]
+            for j in range(k + 1, step):
+                c[j, k] *= sign[j] * sign[k]
+        for part in range(step // dimension - 1, -1, -1):
+            first = part * dimension
+            for k in range(first, first + dimension):
+                left[k] = F(0)
+                for j in range(first + dimension, step):
+                    left[k] += m[j] * c[j, k]
+            if dimension == 8:
+                entry = _weighted_8(z, left, c, weight, first, digits, magnitudes, near, listed, m, cost)
+            else:
+                entry = _weighted_4(z, left, c, weight, first, digits, magnitudes, near, listed, m, cost)
+            for k in range(dimension):
+                m[first + k] = z[first + k] - values[entry, k]
+                codes[at + first + k] = book[entry, k] | (np.uint8(128) if sign[first + k] < 0 else np.uint8(0))
+                missed = target[at + first + k] - sign[first + k] * values[entry, k] * scales[run]
+                y[first + k] = missed - error[at + first + k]
+                error[at + first + k] = missed
+        for j in range(step):
+            _pass_on(wanted[:at], coupling[at + j, :at], y[j])
+
+
+@fast
+def _pass_on(wanted, coupling, change):
+    for k in range(wanted.size):
+        wanted[k] += change * coupling[k]
+
+
+@fast
+def _aim(wanted, target, error, c, inverse, y):
+    """Scaled weights that would leave nothing of the errors of the columns after this run, were they rounded to themselves."""
+    for k in range(wanted.size - 1, -1, -1):
+        y[k] = wanted[k] - target[k]
+        for j in range(k + 1, wanted.size):
+            y[k] -= (error[j] + y[j]) * c[j, k]
+    for k in range(wanted.size):
+        y[k] = min(max((target[k] + y[k]) * inverse, F(-1e18)), F(1e18))
+
+
+@fast
+def _digit(a, digits):
+    return digits[np.uint32(np.int32(min(max(F(2) * a, F(0)), F(CELLS - 1))))]
+
+
+@fast
+def _signs(y, c, weight, parity, step, digits, magnitudes, m, sign):
+    """Signs of a run whose columns are rounded one after another; where parity asks for it, one is turned around."""
+    odd, least, at = False, F(np.inf), 0
+    for k in range(step - 1, -1, -1):
+        t = y[k]
+        for j in range(k + 1, step):
+            t += m[j] * c[j, k]
+        sign[k] = F(-1) if t < 0 else F(1)
+        q = magnitudes[np.uint32(_digit(abs(t), digits))]
+        m[k] = y[k] - sign[k] * q
+        odd ^= t < 0
+        if weight[k] * abs(t) * q < least:
+            least, at = weight[k] * abs(t) * q, k
+    if parity and odd:
+        sign[at] = -sign[at]
+
+
+@inline
+def _weighted(z, left, c, weight, first, digits, magnitudes, near, listed, m, cost, radix, dimension):
+    """The listed entry that costs least, around the one that rounding column after column comes to."""
+    key = np.uint32(0)
+    for k in range(dimension - 1, -1, -1):
+        t = z[first + k] + left[first + k]
+        for j in range(k + 1, dimension):
+            t += m[first + j] * c[first + j, first + k]
+        digit = np.uint32(_digit(t, digits))
+        m[first + k] = z[first + k] - magnitudes[digit]
+        key = key * np.uint32(radix) + digit
+    for t in range(LISTED):
+        total = F(0)
+        for k in range(dimension):
+            r = left[first + k] + z[first + k] - F(listed[key, k, t])
+            for j in range(k + 1, dimension):
+                r += (z[first + j] - F(listed[key, j, t])) * c[first + j, first + k]
+            total += weight[first + k] * r * r
+        cost[t] = total
+    best, least = 0, cost[0]
+    for t in range(1, LISTED):
+        if cost[t] < least:
+            least, best = cost[t], t
+    return near[key, best]
+
+
+@fast
+def _weighted_8(z, left, c, weight, first, digits, magnitudes, near, listed, m, cost):
+    return _weighted(z, left, c, weight, first, digits, magnitudes, near, listed, m, cost, 3, 8)
+
+
+@fast
+def _weighted_4(z, left, c, weight, first, digits, magnitudes, near, listed, m, cost):
+    return _weighted(z, left, c, weight, first, digits, magnitudes, near, listed, m, cost, 8, 4)

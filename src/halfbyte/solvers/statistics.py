@@ -24,6 +24,7 @@ class Statistics:
         self.drift: Tensor | None = None
         """Sum of (x' - x) x^T, where x' is what the linear reads in the unquantized model; None if that was not run."""
         self._factor: tuple[Tensor, Tensor, Tensor] | None = None
+        self._step = 0
 
     def add(self, x: Float[Tensor, "... width"], original: Float[Tensor, "... width"] | None = None) -> None:
         """Accumulate in float32: inputs of 16 bits have exact products, and sums of thousands need the rest.
@@ -75,7 +76,8 @@ class Statistics:
         Damping is a hundredth of the mean of the diagonal, times ten as often as the factorisation fails.
         Raises NotPositive when even a damping of ten times the mean does not help.
         """
-        if self._factor is None:
+        if self._factor is None or self._step != step:
+            self._factor, self._step = None, step
             hessian = self.hessian
             order = hessian.diagonal().view(-1, step).sum(1).argsort(stable=True)
             order = (order[:, None] * step + torch.arange(step, device=order.device)).reshape(-1)
