@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def quantize(model: str | Path | Recipe, out: str | Path, *, overwrite: bool = False, progress: Progress = silent, **recipe: Any) -> dict[str, Any]:
     """Quantize `model` (a folder, a hub id, or a whole Recipe) into the folder `out`; returns the report.
 
-    `recipe` takes the entries of Recipe: method, grid, to, engine, calibration, skip, override, head, shard_gb.
+    `recipe` takes the entries of Recipe: method, grid, to, engine, calibration, skip, override, head, pure, imatrix, pre, shard_gb.
     Raises HalfbyteError.
     """
     words = model.model_dump(exclude_unset=True) if isinstance(model, Recipe) else {"model": str(model)}
@@ -74,6 +74,36 @@ def evaluate(
     return result
 
 
+def imatrix(
+    model: str | Path,
+    out: str | Path,
+    calibration: str = "default",
+    samples: int = 128,
+    length: int = 512,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure an importance matrix of a model and write it in llama.cpp's format; returns what was measured."""
+    from halfbyte.containers.gguf import imatrix as files
+    from halfbyte.models import importance
+
+    out = Path(out).expanduser()
+    if out.exists() and not overwrite:
+        raise BadRequest(f"the output {out} exists and is kept; name another file or give --overwrite")
+    checkpoint = Checkpoint.open(model)
+    windows = calibrate.calibration(checkpoint, calibration, samples, length, seed)
+    measured = importance.measure(checkpoint, windows, progress)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        files.write(partial, measured)
+        partial.replace(out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise BadRequest(f"{out} cannot be written: {error.strerror}") from None
+    return {"path": str(out), "matrices": len(measured.tensors), "windows": list(windows.tokens.shape), "source": calibration}
+
+
 def load(path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cpu") -> "PreTrainedModel":
     """Any checkpoint that halfbyte reads, as a Transformers model that runs; quantized linears stay packed in memory."""
     from halfbyte import nn
@@ -81,4 +111,4 @@ def load(path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cp
     return nn.load(path, dtype, device)
 
 
-__all__ = ["convert", "evaluate", "inspect", "load", "quantize"]
+__all__ = ["convert", "evaluate", "imatrix", "inspect", "load", "quantize"]

@@ -39,11 +39,15 @@ def options(
 @app.command()
 def quantize(
     model: Annotated[str | None, typer.Argument(help="A folder, or a hub id such as org/name.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")] = None,
     method: Annotated[str | None, typer.Option(help="minmax, nearest, imatrix, gptq, gptaq, awq, or awq+gptq.", show_default="gptq")] = None,
-    grid: Annotated[str | None, typer.Option(help="Such as int4-g128, int4-g64-asym, int8-channel.", show_default="int4-g128")] = None,
-    to: Annotated[str | None, typer.Option(help="Container: compressed-tensors, gptq or awq.", show_default="the engine's, else compressed-tensors")] = None,
-    engine: Annotated[str | None, typer.Option(help="Where it will run: vllm, sglang, transformers, tgi or tensorrt-llm; its rules are checked first.")] = None,
+    grid: Annotated[str | None, typer.Option(help="Such as int4-g128, int8-channel, q4_k; for GGUF a preset such as Q4_K_M.", show_default="int4-g128")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="compressed-tensors, gptq, awq or gguf.", show_default="the engine's, else what holds the grid")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="vllm, sglang, transformers, tgi, tensorrt-llm, llama.cpp or ollama; its rules are checked first.")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="A text file, a .jsonl of texts or chats, or a dataset org/name:split.", show_default="the embedded text")
     ] = None,
@@ -52,7 +56,11 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="Which windows are drawn.", show_default="0")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Keep weights that match this pattern in 16 bits; repeatable.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=GRID, such as 'layers.0.*=int8-channel', or PATTERN=keep; repeatable.")] = None,
-    head: Annotated[bool | None, typer.Option("--head/--no-head", help="Quantize lm_head too.", show_default="no")] = None,
+    head: Annotated[bool | None, typer.Option("--head/--no-head", help="Quantize lm_head too (a GGUF's preset decides by itself).", show_default="no")] = None,
+    pure: Annotated[bool | None, typer.Option("--pure", help="GGUF: one type for all tensors, whatever the preset says.")] = None,
+    imatrix: Annotated[str | None, typer.Option(help="An importance matrix of llama.cpp, in place of calibration (methods nearest and imatrix).")] = None,
+    pre: Annotated[str | None, typer.Option(help="GGUF: llama.cpp's name of the pre-tokenizer, where it is not recognised.")] = None,
+    shard_gb: Annotated[float | None, typer.Option(help="Split files above this size.", show_default="5; a GGUF is one file")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these; options win over it.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -64,7 +72,8 @@ def quantize(
     from halfbyte.api import quantize as run
     from halfbyte.recipe import Recipe
 
-    words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None}
+    words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None,
+             "pure": pure, "imatrix": imatrix, "pre": pre, "shard_gb": shard_gb}  # fmt: skip
     words = {name: value for name, value in words.items() if value is not None}
     if override:
         words["override"] = dict(_pair(pair) for pair in override)
@@ -81,8 +90,9 @@ def quantize(
 @app.command()
 def convert(
     path: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="Container: compressed-tensors, gptq or awq.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")],
+    to: Annotated[str, typer.Option(help="Container: compressed-tensors, gptq, awq or gguf.")],
+    grid: Annotated[str | None, typer.Option(help="What to round to where the container does not hold the source's grid.", show_default="as it is")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -90,8 +100,30 @@ def convert(
     from halfbyte.api import convert as run
 
     with _progress(as_json) as progress:
-        report = run(path, output, to, overwrite=overwrite, progress=progress)
+        report = run(path, output, to, grid, overwrite=overwrite, progress=progress)
     _show_report(report, output, as_json)
+
+
+@app.command()
+def imatrix(
+    model: Annotated[str, typer.Argument(help="A folder, a GGUF, or a hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
+    calibration: Annotated[str, typer.Option(help="A text file, a .jsonl, or a dataset.", show_default="the embedded text")] = "default",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Which windows are drawn.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure an importance matrix, in the format of llama.cpp's own tools."""
+    from halfbyte.api import imatrix as run
+
+    with _progress(as_json) as progress:
+        made = run(model, output, calibration, samples, length, seed, overwrite, progress)
+    if as_json:
+        _print_json(made)
+    else:
+        out.print(f"{output}: {made['matrices']} matrices, measured on {made['windows'][0]} windows of {made['windows'][1]} tokens of {calibration}")
 
 
 @app.command("eval")
@@ -209,19 +241,22 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
     if as_json:
         _print_json(report)
         return
+    from halfbyte.containers.folder import is_file
     from halfbyte.report.build import command, size
 
     o, r = report["output"], report["recipe"]
+    place = output / o["file"] if o["file"] and not is_file(output) else output
+    per_weight = f"{o['bits_per_weight']:.3f} bits per quantized weight, " if o["quantized"] else ""
     out.print(f"{output}: {r['method']} {r['grid']} as {o['container']}, "
               f"{size(o['size_bytes'])} (was {size(report['source']['size_bytes'])}), "
-              f"{o['bits_per_weight']:.3f} bits per quantized weight, {o['bits_per_parameter']:.3f} per parameter, {report['seconds']:.1f} s; "
+              f"{per_weight}{o['bits_per_parameter']:.3f} bits per parameter, {report['seconds']:.1f} s; "
               "read back and verified")  # fmt: skip
     _show_worst(sorted(report["weights"], key=lambda row: -row["error"])[:5], report["error_of"])
     for warning in report["warnings"]:
         out.print(f"note: {warning}")
     for engine in report["engines"]:
         if engine["loads"] and (engine["engine"] == r.get("engine") or "engine" not in r):
-            out.print(f"{engine['engine']}: {command(engine, output)}", soft_wrap=True, markup=False)
+            out.print(f"{engine['engine']}: {command(engine, place)}", soft_wrap=True, markup=False)
     if r["method"] != "convert":
         out.print(f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}", soft_wrap=True, markup=False)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import xxhash
 
-from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
+from halfbyte.containers.folder import Folder, claim, is_file, kept_on_interrupt
 from halfbyte.editions import edition_of
-from halfbyte.errors import BrokenOutput
+from halfbyte.errors import BadRequest, BrokenOutput
 from halfbyte.grids.grid import Grid, Quantized
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight
@@ -19,6 +19,7 @@ from halfbyte.recipe import Job, Recipe, resolve, transcoding
 from halfbyte.report import build
 from halfbyte.run import Progress, Row, Run, digest, note, recall, row_of, silent, weight_error
 from halfbyte.solvers import SOLVERS
+from halfbyte.solvers.statistics import Diagonal
 
 
 def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
@@ -28,19 +29,19 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
     """
     started = time.perf_counter()
     job = resolve(recipe)
-    out = Path(out).expanduser()
+    out = _place(out, job)
     claim(out, job.checkpoint.path, overwrite)
     windows = None
     if job.method.calibrated:
         c = job.recipe.calibration
         windows = calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
     edition = edition_of(job)
-    folder = Folder(out, edition.shards(out.resolve().name), identity(job, windows))
+    folder = Folder(out, edition.shards(stem_of(out)), identity(job, windows))
     with kept_on_interrupt(folder):
         run = Run(job, edition, folder, progress, windows=windows)
         if windows is None:
-            solver = SOLVERS[job.method.solver]
-            _stream(run, job.checkpoint.read_weight, lambda w, grid: solver(w, grid, None))
+            solver, known = SOLVERS[job.method.solver], _importance(job)
+            _stream(run, job.checkpoint.read_weight, lambda weight, w, grid: solver(w, grid, known.get(weight)))
         else:
             from halfbyte import blockwise  # Transformers takes seconds to import, and only calibration needs the model
 
@@ -57,12 +58,12 @@ def convert(source: str | Path, out: str | Path, to: str, grid: str | None = Non
     """
     started = time.perf_counter()
     job = transcoding(str(source), to, grid)
-    out = Path(out).expanduser()
+    out = _place(out, job)
     claim(out, job.checkpoint.path, overwrite)
     edition = edition_of(job)
-    folder = Folder(out, edition.shards(out.resolve().name), identity(job, None))
+    folder = Folder(out, edition.shards(stem_of(out)), identity(job, None))
 
-    def transcode(q: Quantized, grid: Grid) -> Quantized:
+    def transcode(_: Weight, q: Quantized, grid: Grid) -> Quantized:
         same = job.container.same(q)
         return same if same and same.grid == grid else SOLVERS["nearest"](q.decode(), grid, None)
 
@@ -74,13 +75,37 @@ def convert(source: str | Path, out: str | Path, to: str, grid: str | None = Non
     return report
 
 
+def _place(out: str | Path, job: Job) -> Path:
+    """Only a GGUF that is not split is one file."""
+    out = Path(out).expanduser()
+    if is_file(out) and (job.container.name != "gguf" or job.recipe.shard_gb):
+        what = "parts of a GGUF" if job.container.name == "gguf" else job.container.name
+        raise BadRequest(f"{what} need a folder, and {out} is called like a file; name it without .gguf, or write one file with --to gguf")
+    return out
+
+
+def _importance(job: Job) -> dict[Weight, Diagonal]:
+    """What an importance matrix says of each weight, where one was given."""
+    if job.recipe.imatrix is None:
+        return {}
+    from halfbyte.models import importance  # needs the model's code, as calibration does
+
+    means = importance.read(Path(job.recipe.imatrix).expanduser(), job.checkpoint, job.grids)
+    return {weight: Diagonal(mean) for weight, mean in means.items()}
+
+
+def stem_of(out: Path) -> str:
+    """The output's own name, after which files in it are called."""
+    return out.resolve().stem if is_file(out) else out.resolve().name
+
+
 def identity(job: Job, windows: calibrate.Windows | None) -> str:
     """Two runs with the same identity write the same bytes."""
     source = [(n, e.shape, str(e.dtype), e.path.stat().st_size, e.path.stat().st_mtime_ns) for n, e in job.checkpoint.entries.items()]
     return xxhash.xxh3_128_hexdigest(repr((version("halfbyte"), job.recipe.digest, source, windows and windows.digest)).encode())
 
 
-def _stream(run: Run, read: Callable[[Weight], Any], solve: Callable[[Any, Grid], Quantized]) -> None:
+def _stream(run: Run, read: Callable[[Weight], Any], solve: Callable[[Weight, Any, Grid], Quantized]) -> None:
     """Without calibration: tensor after tensor at the disk's speed. Reading, solving and writing overlap."""
     job = run.job
     for record in run.folder.journal:
@@ -97,7 +122,7 @@ def _stream(run: Run, read: Callable[[Weight], Any], solve: Callable[[Any, Grid]
     with ThreadPoolExecutor(1) as writer:
         pending = None
         for (weight, grid), w in _ahead(todo, lambda item: read(item[0])):
-            q = solve(w, grid)
+            q = solve(weight, w, grid)
             row = row_of(weight, grid, weight_error(w, q), None, notes[weight])
             if pending:
                 pending.result()
@@ -131,7 +156,7 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
     run.folder.seal()
     size_bytes = sum(shard.size_bytes for shard in run.folder.shards.values())
     report = build.report(run.job, run.rows, run.folds, run.windows, size_bytes, time.perf_counter() - started)
-    report["output"]["file"] = run.edition.entrance(run.folder.target.resolve().name)
+    report["output"]["file"] = run.edition.entrance(stem_of(run.folder.target))
     run.edition.accompany(folder, report)
     (folder / "recipe.yaml").write_text(run.job.recipe.dump(), encoding="utf-8")
     verify(run)

@@ -106,6 +106,12 @@ class Folder:
     def publish(self) -> None:
         """Rename into place. What was there is removed only after that; `claim` mends a run that was killed in between."""
         place = self.target.resolve()
+        if is_file(place):
+            for name in ("report.json", "README.md"):
+                os.replace(self.partial / name, beside(place, name))
+            os.replace(self.partial / place.name, place)
+            shutil.rmtree(self.partial)
+            return
         if place.exists():
             os.rename(place, self._old)
         os.rename(self.partial, place)
@@ -147,15 +153,31 @@ def claim(target: Path, source: Path, overwrite: bool) -> None:
     partial, old = _beside(target)
     if old.exists() and not place.exists():
         os.rename(old, place)  # killed between two renames: the new folder is in `partial`, and is finished below
+    if is_file(place):
+        if place.is_dir():
+            raise BadRequest(f"the output {target} is a folder; name a file, or a folder without .gguf")
+        if place.exists() and not overwrite:
+            raise BadRequest(f"the output {target} exists and is kept; name another file or give --overwrite")
+        return
     if place.exists() and not place.is_dir():
         raise BadRequest(f"the output {target} is a file; name a folder")
     if place.exists() and any(place.iterdir()):
         if not overwrite:
             raise BadRequest(f"the output {target} exists and is kept; name another folder or give --overwrite")
-        if not (place / "config.json").exists():
-            raise BadRequest(f"the output {target} is no checkpoint (it has no config.json), so --overwrite does not replace it")
+        if not (place / "config.json").exists() and not any(place.glob("*.gguf")):
+            raise BadRequest(f"the output {target} is no checkpoint (it has no config.json and no .gguf), so --overwrite does not replace it")
     if partial.exists() and not (partial / JOURNAL).exists() and not (partial.is_dir() and not any(partial.iterdir())):
         raise BadRequest(f"{partial} is in the way and not of halfbyte's making; move it, or name another folder")
+
+
+def is_file(target: Path) -> bool:
+    """Whether an output is one file, with its report beside it, and no folder."""
+    return target.suffix == ".gguf"
+
+
+def beside(checkpoint: Path, name: str) -> Path:
+    """A file that belongs to a checkpoint: in its folder, or next to a GGUF under the GGUF's name."""
+    return checkpoint.with_name(f"{checkpoint.stem}.{name}") if is_file(checkpoint) else checkpoint / name
 
 
 @contextmanager

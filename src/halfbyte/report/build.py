@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from halfbyte.containers.folder import beside, is_file
 from halfbyte.models.calibrate import Windows
 from halfbyte.plan.engines import Verdict
 from halfbyte.recipe import Job
@@ -97,10 +98,17 @@ def card(report: Mapping[str, Any], path: Path) -> str:
     )
     environment.filters |= {"size": size, "quote": shlex.quote, "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}
     recipe = {name: value for name, value in report["recipe"].items() if value not in ([], {}, False) and (name != "calibration" or report["calibration"])}
-    place = path / report["output"]["file"] if report["output"].get("file") else path
+    place = path / report["output"]["file"] if report["output"]["file"] and not is_file(path) else path
     served = [{**e, "title": TITLES[e["engine"]], "command": command(e, place)} for e in report["engines"]]
     return environment.get_template("card.md.jinja").render(
-        r=report, name=path.resolve().name, path=str(path), recipe=recipe, engines=served, worst=worst(report), evaluation=report.get("evaluation")
+        r=report,
+        name=path.resolve().name,
+        is_file=is_file(path),
+        path=str(path),
+        recipe=recipe,
+        engines=served,
+        worst=worst(report),
+        evaluation=report.get("evaluation"),
     )
 
 
@@ -121,11 +129,11 @@ def as_json(value: Any) -> str:
 def add_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
     """Put a measurement into the report and the card of a folder that we wrote; other folders stay as they are."""
     try:
-        written = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        written = json.loads(beside(path, "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     if isinstance(written, dict) and written.get("halfbyte") == version("halfbyte"):  # the card of another version has other entries
         written["evaluation"] = evaluation
         with suppress(OSError):  # a folder that we may only read: the caller has the measurement
-            (path / "report.json").write_text(as_json(written), encoding="utf-8")
-            (path / "README.md").write_text(card(written, path), encoding="utf-8")
+            beside(path, "report.json").write_text(as_json(written), encoding="utf-8")
+            beside(path, "README.md").write_text(card(written, path), encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from halfbyte.containers.folder import beside
 from halfbyte.models.checkpoint import Checkpoint
 
 
@@ -44,7 +45,7 @@ def _count(kinds: dict[str, dict[str, Any]], kind: str, weights: int, size_bytes
 
 def _report(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        value = json.loads(beside(path, "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}  # another tool's checkpoint has no report of ours
     return value if isinstance(value, dict) and isinstance(value.get("weights"), list) else {}

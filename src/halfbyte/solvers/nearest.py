@@ -4,10 +4,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from halfbyte.grids.grid import Grid, Quantized
-from halfbyte.solvers.statistics import Statistics
+from halfbyte.solvers.statistics import Diagonal, Statistics
 
 
-def nearest(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics | None = None, search: bool = True) -> Quantized:
+def nearest(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics | Diagonal | None = None, search: bool = True) -> Quantized:
     """With `search`, scales minimise the squared error, weighted by the importance of in-features if statistics are given."""
     importance = statistics.importance if statistics else None
     params = grid.fit(w, importance, search)

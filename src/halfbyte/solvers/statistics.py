@@ -4,6 +4,8 @@ The Hessian of the squared output error with respect to a row of the weight is X
 diagonal is the importance that AWQ, imatrix-weighted rounding and clipping searches use.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
@@ -115,6 +117,12 @@ class Statistics:
         hessian = self.hessian
         lost, all_of_it = ((m @ hessian) * m for m in (delta, w))
         return (lost.sum() / all_of_it.sum().clamp(min=1e-30)).clamp(min=0).sqrt().item()
+
+
+class Diagonal(NamedTuple):
+    """What an importance matrix tells of the inputs of a linear: enough for `nearest`."""
+
+    importance: Float32[Tensor, " width"]
 
 
 def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
