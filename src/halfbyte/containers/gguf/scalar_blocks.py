@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -38,7 +39,10 @@ class Scales(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """`bits` of every code, from bit `shift` on: byte j of a run of `stride` bytes holds those of codes j, j + stride, j + 2 stride, ..."""
+    """`bits` of every code, from bit `shift` on.
+
+    Byte j of a run of `stride` bytes holds those of codes j, j + stride, j + 2 stride, ...; with a stride of 1, byte j those of codes 8 j to 8 j + 7.
+    """
 
     size: int
     bits: int
@@ -75,7 +79,7 @@ def pack(fields: tuple[Field, ...], q: Quantized) -> UInt8[Tensor, "out row_byte
             case Scales():
                 here.copy_(field.pack(*(q.params[name].cpu().reshape(codes.shape[0], -1) for name in field.names)))
             case Plane():
-                planes_numba.pack(codes.numpy(), here.numpy(), field.bits, field.shift, field.stride)
+                here.copy_(_pack_plane(codes, field))
             case Trits():
                 here.copy_(_pack_trits(codes, field))
         at += field.size
@@ -97,11 +101,29 @@ def unpack(fields: tuple[Field, ...], raw: UInt8[Tensor, "out row_bytes"], grid:
             case Scales():
                 params |= {name: values.reshape(out, -1) for name, values in zip(field.names, field.unpack(here), strict=True)}
             case Plane():
-                planes_numba.unpack(here.numpy(), codes.numpy(), field.bits, field.shift, field.stride)
+                _unpack_plane(here, codes, field)
             case Trits():
                 _unpack_trits(here, codes, field)
         at += field.size
     return Quantized(grid, codes.view(out, -1), params)
+
+
+def _pack_plane(codes: Bytes, field: Plane) -> Bytes:
+    plane = np.empty((codes.shape[0], field.size), np.uint8)
+    words = codes.numpy().view(np.uint64)
+    if field.stride == 1:
+        planes_numba.pack_neighbours(words, plane, field.shift)
+    else:
+        planes_numba.pack(words, plane.view(np.uint64), field.bits, field.shift, field.stride // 8)
+    return torch.from_numpy(plane)
+
+
+def _unpack_plane(raw: Bytes, codes: Bytes, field: Plane) -> None:
+    plane, words = np.ascontiguousarray(raw.numpy()), codes.numpy().view(np.uint64)
+    if field.stride == 1:
+        planes_numba.unpack_neighbours(plane, words, field.shift)
+    else:
+        planes_numba.unpack(plane.view(np.uint64), words, field.bits, field.shift, field.stride // 8)
 
 
 def _pack_trits(codes: Bytes, field: Trits) -> Bytes:
