@@ -73,6 +73,12 @@ def _weights(width: int, importance: Tensor | None) -> np.ndarray:
     return h.reshape(-1, 8)
 
 
+@inline
+def _cell(a):
+    # The mask keeps a weight that is not a number inside the table.
+    return np.uint32(np.int32(min(max(F(2) * a, F(0)), F(CELLS - 1)))) & np.uint32(CELLS - 1)
+
+
 @fast
 def _scaled(x, inverse, digits, a, digit):
     """Scaled magnitudes of eights, and the index of the nearest magnitude of the grid."""
@@ -80,7 +86,7 @@ def _scaled(x, inverse, digits, a, digit):
         for i in range(8):
             y = min(abs(x[v, i] * inverse), F(1e18))
             a[v, i] = y
-            digit[v, i] = digits[np.uint32(np.int32(min(F(2) * y, F(CELLS - 1))))]
+            digit[v, i] = digits[_cell(y)]
 
 
 @fast
@@ -339,11 +345,6 @@ def _aim(wanted, target, error, c, inverse, y):
 
 
 @fast
-def _digit(a, digits):
-    return digits[np.uint32(np.int32(min(max(F(2) * a, F(0)), F(CELLS - 1))))]
-
-
-@fast
 def _signs(y, c, weight, parity, step, digits, magnitudes, m, sign):
     """Signs of a run whose columns are rounded one after another; where parity asks for it, one is turned around."""
     odd, least, at = False, F(np.inf), 0
@@ -352,7 +353,7 @@ def _signs(y, c, weight, parity, step, digits, magnitudes, m, sign):
         for j in range(k + 1, step):
             t += m[j] * c[j, k]
         sign[k] = F(-1) if t < 0 else F(1)
-        q = magnitudes[np.uint32(_digit(abs(t), digits))]
+        q = magnitudes[np.uint32(digits[_cell(abs(t))])]
         m[k] = y[k] - sign[k] * q
         odd ^= t < 0
         if weight[k] * abs(t) * q < least:
@@ -369,7 +370,7 @@ def _weighted(z, left, c, weight, first, digits, magnitudes, near, listed, m, co
         t = z[first + k] + left[first + k]
         for j in range(k + 1, dimension):
             t += m[first + j] * c[first + j, first + k]
-        digit = np.uint32(_digit(t, digits))
+        digit = np.uint32(digits[_cell(t)])
         m[first + k] = z[first + k] - magnitudes[digit]
         key = key * np.uint32(radix) + digit
     for t in range(LISTED):

@@ -161,7 +161,7 @@ def cells(levels: tuple[int, ...]) -> tuple[UInt8[Tensor, " cells"], Float32[Ten
 
 def inverse(scale: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """The reciprocal; of a scale of zero, zero: its weights take the level nearest to zero."""
-    return torch.where(scale == 0, 0.0, scale.reciprocal()).nan_to_num(posinf=3e38, neginf=-3e38)
+    return torch.where(scale == 0, 0.0, scale.reciprocal()).clamp(-1e38, 1e38)
 
 
 def nearest(grid: LevelGrid, x: Float32[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

@@ -59,12 +59,13 @@ def round_block(
 
 @inline
 def _cell(x):
-    return np.uint32(np.int32(min(max(F(2) * x + MIDDLE, F(0)), CELLS)))
+    # The mask keeps a weight that is not a number inside the table.
+    return np.uint32(np.int32(min(max(F(2) * x + MIDDLE, F(0)), CELLS))) & np.uint32(reference.CELLS - 1)
 
 
 @inline
 def _inverse(scale):
-    return F(0) if scale == 0 else min(max(F(1) / scale, F(-3e38)), F(3e38))
+    return F(0) if scale == 0 else min(max(F(1) / scale, F(-1e38)), F(1e38))
 
 
 @inline

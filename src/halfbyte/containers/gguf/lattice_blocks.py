@@ -233,15 +233,15 @@ def _contiguous(codes: Codes) -> Codes:
 
 
 LATTICE_LAYOUTS: dict[str, Layout] = {
-    "iq4_nl": _layout(LEVEL_GRIDS["iq4_nl"], 32, (2, 16), _pack_iq4_nl, _unpack_iq4_nl),
-    "iq4_xs": _layout(LEVEL_GRIDS["iq4_xs"], 256, (2, 2, 4, 128), _pack_iq4_xs, _unpack_iq4_xs),
-    "mxfp4": _layout(LEVEL_GRIDS["mxfp4"], 32, (1, 16), partial(_pack_fp4, per_block=1, run=32), partial(_unpack_fp4, run=32)),
-    "nvfp4": _layout(LEVEL_GRIDS["nvfp4"], 64, (4, 32), partial(_pack_fp4, per_block=4, run=16), partial(_unpack_fp4, run=16)),
-    "iq3_s": _layout(LATTICE_GRIDS["iq3_s"], 256, (2, 64, 8, 32, 4), _pack_iq3_s, _unpack_iq3_s),
-    "iq3_xxs": _layout(LATTICE_GRIDS["iq3_xxs"], 256, (2, 64, 32), partial(_pack_xxs, name="iq3_xxs"), _unpack_iq3_xxs),
-    "iq2_s": _layout(LATTICE_GRIDS["iq2_s"], 256, (2, 32, 32, 8, 8), _pack_iq2_s, _unpack_iq2_s),
-    "iq2_xs": _layout(LATTICE_GRIDS["iq2_xs"], 256, (2, 64, 8), _pack_iq2_xs, _unpack_iq2_xs),
-    "iq2_xxs": _layout(LATTICE_GRIDS["iq2_xxs"], 256, (2, 64), partial(_pack_xxs, name="iq2_xxs"), _unpack_iq2_xxs),
-    "iq1_s": _layout(LATTICE_GRIDS["iq1_s"], 256, (2, 32, 16), _pack_iq1_s, _unpack_iq1_s),
-    "iq1_m": _layout(LATTICE_GRIDS["iq1_m"], 256, (32, 16, 8), _pack_iq1_m, _unpack_iq1_m),
+    "IQ4_NL": _layout(LEVEL_GRIDS["iq4_nl"], 32, (2, 16), _pack_iq4_nl, _unpack_iq4_nl),
+    "IQ4_XS": _layout(LEVEL_GRIDS["iq4_xs"], 256, (2, 2, 4, 128), _pack_iq4_xs, _unpack_iq4_xs),
+    "MXFP4": _layout(LEVEL_GRIDS["mxfp4"], 32, (1, 16), partial(_pack_fp4, per_block=1, run=32), partial(_unpack_fp4, run=32)),
+    "NVFP4": _layout(LEVEL_GRIDS["nvfp4"], 64, (4, 32), partial(_pack_fp4, per_block=4, run=16), partial(_unpack_fp4, run=16)),
+    "IQ3_S": _layout(LATTICE_GRIDS["iq3_s"], 256, (2, 64, 8, 32, 4), _pack_iq3_s, _unpack_iq3_s),
+    "IQ3_XXS": _layout(LATTICE_GRIDS["iq3_xxs"], 256, (2, 64, 32), partial(_pack_xxs, name="iq3_xxs"), _unpack_iq3_xxs),
+    "IQ2_S": _layout(LATTICE_GRIDS["iq2_s"], 256, (2, 32, 32, 8, 8), _pack_iq2_s, _unpack_iq2_s),
+    "IQ2_XS": _layout(LATTICE_GRIDS["iq2_xs"], 256, (2, 64, 8), _pack_iq2_xs, _unpack_iq2_xs),
+    "IQ2_XXS": _layout(LATTICE_GRIDS["iq2_xxs"], 256, (2, 64), partial(_pack_xxs, name="iq2_xxs"), _unpack_iq2_xxs),
+    "IQ1_S": _layout(LATTICE_GRIDS["iq1_s"], 256, (2, 32, 16), _pack_iq1_s, _unpack_iq1_s),
+    "IQ1_M": _layout(LATTICE_GRIDS["iq1_m"], 256, (32, 16, 8), _pack_iq1_m, _unpack_iq1_m),
 }

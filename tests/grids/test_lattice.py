@@ -1,0 +1,159 @@
+"""Lattices: only vectors of the lattice, better ones than llama.cpp's encoder finds, whatever the weights are."""
+
+import ggml
+import pytest
+import torch
+
+import halfbyte.grids.lattice as lattice
+from halfbyte.errors import BadRequest, Unsupported
+from halfbyte.grids.grid import Grid
+from halfbyte.grids.lattice import LATTICE_GRIDS
+from halfbyte.solvers.gptq import gptaq, gptq
+from halfbyte.solvers.gptq import solve as solve_gptq
+from halfbyte.solvers.nearest import nearest
+from halfbyte.solvers.statistics import Statistics
+
+NAMES = [name for name in LATTICE_GRIDS if not name.startswith("iq1")]
+
+
+def normal(rows=64, width=512, seed=0, std=0.02):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * std
+
+
+def importance(width=512):
+    return torch.rand(width, generator=torch.Generator().manual_seed(2)) ** 2 * 5 + 0.05
+
+
+def correlated(width=512):
+    statistics = Statistics(width)
+    statistics.add(torch.randn(2048, 64, generator=torch.Generator().manual_seed(0)) @ normal(64, width, 5, 1.0))
+    return statistics
+
+
+def lost(w, decoded, h=None):
+    return ((w.double() - decoded.double()).square() * (1 if h is None else h)).sum().item()
+
+
+def solve(grid, w, h=None, search=True):
+    params = grid.fit(w, h, search)
+    return grid.decode(grid.encode(w, params, h), params)
+
+
+def in_lattice(grid, codes):
+    vectors = (codes & 127).unflatten(1, (-1, grid.dimension))
+    entries = lattice.entry_of_key(grid.name)[lattice.keys(vectors).int() & 0xFFFF]
+    odd = (codes >> 7).unflatten(1, (-1, grid.step)).sum(-1) % 2 == 1
+    return bool((entries >= 0).all()) and not (grid.parity and odd.any())
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "imatrix"])
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_are_below_those_of_llama_cpp(name, weighted):
+    w, h = normal(), importance() if weighted else torch.ones(512)
+    factor = 0.92 if weighted else 1.0
+    assert lost(w, solve(LATTICE_GRIDS[name], w, h if weighted else None), h) < factor * lost(w, ggml.encode(name, w, h), h)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_search_never_loses_more_than_the_plain_choice(name):
+    w = normal()
+    assert lost(w, solve(LATTICE_GRIDS[name], w)) < lost(w, solve(LATTICE_GRIDS[name], w, search=False))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_vector_is_in_the_lattice(name):
+    grid, w, statistics = LATTICE_GRIDS[name], normal(16), correlated()
+    params = grid.fit(w, None)
+    assert in_lattice(grid, grid.encode(w, params))
+    assert in_lattice(grid, grid.encode(w, params, importance()))
+    assert in_lattice(grid, grid.round(w[:, 8 : 8 + grid.step].contiguous(), params, 8)[0])
+    assert in_lattice(grid, gptq(w, grid, statistics).codes)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_compiled_search_comes_within_a_few_percent_of_comparing_all_entries(name, weighted):
+    grid, w, h = LATTICE_GRIDS[name], normal(16), importance() if weighted else None
+    params = grid.fit(w, h)
+    exact = lost(w, grid.decode(lattice.encode_reference(grid, w, grid.scales(params), h), params), h)
+    assert exact <= lost(w, grid.decode(grid.encode(w, params, h), params), h) < (1.05 if weighted else 1.02) * exact
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_compiled_fit_comes_within_a_few_percent_of_trying_every_scale(name):
+    grid, w = LATTICE_GRIDS[name], normal(8)
+    d, scale = lattice.fit_reference(grid, w, None, True)
+    params = {"d": d.half(), "scale": scale}
+    best = lost(w, grid.decode(lattice.encode_reference(grid, w, grid.scales(params), None), params))
+    assert lost(w, solve(grid, w)) < 1.06 * best
+
+
+@pytest.mark.parametrize("name", ["iq2_xxs", "iq3_xxs", "iq3_s"])
+def test_the_reference_finds_the_nearest_vector_there_is(name):
+    grid = LATTICE_GRIDS[name]
+    signs = torch.cartesian_prod(*[torch.tensor([0, 128])] * grid.step).to(torch.uint8)
+    signs = signs[(signs >> 7).sum(1) % 2 == 0] if grid.parity else signs
+    w = normal(3, grid.step, std=20.0)
+    book = lattice.codebook(name)
+    if grid.dimension < grid.step:
+        book = torch.cat([book[:, None].expand(-1, len(book), -1), book[None].expand(len(book), -1, -1)], -1).flatten(0, 1)
+    found = grid.value(lattice.nearest(grid, w, torch.ones_like(w)))
+    for row, vector in zip(w, found, strict=True):
+        least = min((row - grid.value(book | sign)).square().sum(-1).min().item() for sign in signs)
+        assert (row - vector).square().sum().item() == pytest.approx(least, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gptq_lowers_the_error_of_the_output_and_its_metric_lowers_it_further(name):
+    w, grid, statistics = normal(), LATTICE_GRIDS[name], correlated()
+    ours = gptq(w, grid, statistics)
+    assert statistics.error(w, ours.decode()) < 0.8 * statistics.error(w, nearest(w, grid, statistics).decode())
+
+    class Euclidean(type(grid)):
+        round_block = Grid.round_block
+
+    plain = Euclidean(**{field: getattr(grid, field) for field in grid.__dataclass_fields__})
+    assert statistics.error(w, ours.decode()) < statistics.error(w, grid.decode(solve_gptq(w, plain, ours.params, statistics), ours.params))
+
+
+def test_one_statistic_serves_grids_that_round_one_column_and_grids_that_round_eight():
+    from halfbyte.grids import parse
+
+    w, grid = normal(), LATTICE_GRIDS["iq2_s"]
+    alone = gptaq(w, grid, correlated())
+    shared = correlated()
+    gptq(w, parse("int4-g32"), shared)
+    assert gptaq(w, grid, shared).equal(alone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_weights_are_kept(name):
+    grid, w = LATTICE_GRIDS[name], normal(8)
+    assert not solve(grid, torch.zeros(4, 512)).any()
+    zeros = w.clone()
+    zeros[3], zeros[:, 64:96] = 0, 0
+    for odd in (zeros, torch.full((4, 512), 0.013), torch.full((4, 512), -0.013), w.abs() + 0.01, w * torch.logspace(-1, 2, 8)[:, None]):
+        back = solve(grid, odd)
+        assert back.isfinite().all()
+        assert lost(odd, back) < 0.2 * odd.double().square().sum()
+    assert solve(grid, torch.full((1, 512), 3e38)).isfinite().all()
+    assert solve(grid, torch.full((1, 512), 1e-30)).abs().max() < 1e-3
+    assert solve(grid, w, torch.zeros(512)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_and_transposed_weights_are_read_as_they_are(name):
+    grid, w = LATTICE_GRIDS[name], normal(16).bfloat16()
+    assert torch.equal(solve(grid, w), solve(grid, w.float()))
+    assert torch.equal(solve(grid, w.T.contiguous().T), solve(grid, w))
+
+
+@pytest.mark.parametrize("name", ["iq1_s", "iq1_m"])
+def test_types_of_one_bit_are_read_only(name):
+    with pytest.raises(Unsupported, match="iq2_xxs"):
+        LATTICE_GRIDS[name].fit(normal(), None)
+
+
+def test_a_width_that_is_no_multiple_is_refused_with_what_would_work():
+    with pytest.raises(BadRequest, match="256"):
+        LATTICE_GRIDS["iq2_s"].fit(torch.zeros(2, 128), None)
