@@ -125,8 +125,8 @@ class LevelGrid(Grid):
 
 
 LEVEL_GRIDS: dict[str, LevelGrid] = {
-    "iq4_nl": LevelGrid("iq4_nl", IQ4, 32, "fp16", -127, (-128, -136, 116, -120, -108, 108, 122, -132, -124)),
-    "iq4_xs": LevelGrid("iq4_xs", IQ4, 32, "6-bit", -127, (-128, -136, 116, -120, -108, 108, 122)),
+    "iq4_nl": LevelGrid("iq4_nl", IQ4, 32, "fp16", -127, (-128, -136, 116, -120, -108, 122)),
+    "iq4_xs": LevelGrid("iq4_xs", IQ4, 32, "6-bit", -127, (-128, -136, 116, -120, -108)),
     "mxfp4": LevelGrid("mxfp4", E2M1_DOUBLED, 32, "e8m0", 8 * 2**0.5, (0, -1, 1)),
     "nvfp4": LevelGrid("nvfp4", E2M1_DOUBLED, 16, "e4m3", 12, (0, -2, -1, 1, 2, 3, 4, 5, 6)),
 }

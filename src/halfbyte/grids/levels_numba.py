@@ -102,17 +102,21 @@ def _largest(x):
 
 @jit
 def _fit(w, h, group, values, reach, tries, kind, table, borders, scale):
-    rows, groups = scale.shape
-    for row in numba.prange(rows):
-        x = np.empty(group, np.float32)
-        for g in range(groups):
-            _widen(w[row, g * group : (g + 1) * group], x)
-            weight = h[g * group : (g + 1) * group]
-            if kind == BYTE:
-                scale[row, g] = _search_byte(x, weight, values, reach, tries, table, borders)
-            else:
-                found = _search(x, weight, values, reach, tries)
-                scale[row, g] = _half(found) if kind == FP16 else found
+    for row in numba.prange(w.shape[0]):
+        _fit_row(w[row], h, group, values, reach, tries, kind, table, borders, scale[row])
+
+
+@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
+def _fit_row(w, h, group, values, reach, tries, kind, table, borders, scale):
+    x = np.empty(group, np.float32)
+    for g in range(scale.size):
+        _widen(w[g * group : (g + 1) * group], x)
+        weight = h[g * group : (g + 1) * group]
+        if kind == BYTE:
+            scale[g] = _search_byte(x, weight, values, reach, tries, table, borders)
+        else:
+            found = _search(x, weight, values, reach, tries)
+            scale[g] = _half(found) if kind == FP16 else found
 
 
 @inline
@@ -175,18 +179,22 @@ def _two_levels(w, h, group, values, search, scale, top, sub):
 
 @jit
 def _encode(w, inverse, code, group, codes):
-    rows, groups = inverse.shape
-    for row in numba.prange(rows):
-        x = np.empty(group, np.float32)
-        for g in range(groups):
-            _widen(w[row, g * group : (g + 1) * group], x)
-            _lookup(x, inverse[row, g], code, codes[row, g * group : (g + 1) * group])
+    for row in numba.prange(w.shape[0]):
+        _encode_row(w[row], inverse[row], code, group, codes[row])
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def _lookup(x, inverse, code, out):
-    for i in range(out.size):
-        out[i] = np.uint8(code[_cell(x[i] * inverse)])
+def _encode_row(w, inverse, code, group, codes):
+    x = np.empty(group, np.float32)
+    for g in range(inverse.size):
+        _widen(w[g * group : (g + 1) * group], x)
+        out = codes[g * group : (g + 1) * group]
+        if group == 32:  # as in _moments
+            for i in range(32):
+                out[i] = np.uint8(code[_cell(x[i] * inverse[g])])
+        else:
+            for i in range(group):
+                out[i] = np.uint8(code[_cell(x[i] * inverse[g])])
 
 
 @inline
