@@ -182,6 +182,7 @@ ENGINES: dict[str, Engine] = {
         {},
         "it loads FP8, NVFP4, MXFP4 and ModelOpt checkpoints; serve integer weights with vllm or sglang",
     ),
+    # src/llama-model-loader.cpp: every type of ggml, whichever tensor has it.
     "llama.cpp": Engine("llama-server -m {path}", "gguf", {"gguf": Reads((), everything=True)}, "write gguf", parallel=False),
     # A Modelfile of one line; the template and the stop words come from the file's metadata.
     "ollama": Engine(
@@ -204,9 +205,8 @@ def check(engine: str, container: str, placed: Placed, model_type: str) -> Verdi
     spec = _engine(engine)
     reads = spec.reads.get(container)
     if reads is None:
-        return Verdict(
-            engine, False, (f"{engine} does not read {'' if container == 'gguf' else 'integer weights from '}{container}: {spec.otherwise}",), (), (), None
-        )
+        what = "was not seen to load" if container == "gguf" else "does not read integer weights from"
+        return Verdict(engine, False, (f"{engine} {what} {container}: {spec.otherwise}",), (), (), None)
     if reads.everything:
         return Verdict(engine, True, (), reads.notes, (), spec.command)
     quantized = {w: g for w, g in placed.items() if g is not None}

@@ -88,12 +88,14 @@ LLAMA = {
 
 
 def _condensed(names: list[str]) -> str:
-    """int4-g32, int4-g64, int8-g32, int8-g64 -> `int4/8-g32/64`."""
+    """int4-g32, int4-g64, int8-g32, int8-g64, q4_k -> `int4/8-g32/64`, `q4_k`."""
     spans: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        number, span, *asym = name.split("-")
-        spans.setdefault((number, "-asym" if asym else ""), []).append(span)
+        if name.startswith("int"):
+            number, span, *asym = name.split("-")
+            spans.setdefault((number, "-asym" if asym else ""), []).append(span)
     numbers: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for (number, asym), found in spans.items():
         numbers.setdefault((tuple(found), asym), []).append(number.removeprefix("int"))
-    return ", ".join(f"`int{'/'.join(bits)}-{'/'.join(found)}{asym}`" for (found, asym), bits in numbers.items())
+    integers = [f"`int{'/'.join(bits)}-{'/'.join(found)}{asym}`" for (found, asym), bits in numbers.items()]
+    return ", ".join([*integers, *(f"`{name}`" for name in names if not name.startswith("int"))])
