@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 
 import tiny
 from halfbyte.containers.folder import JOURNAL, Folder
 from halfbyte.containers.safetensors import read_header
+from halfbyte.models import walk
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128}
 METHODS = ["nearest", "gptq", "awq+gptq"]
@@ -281,3 +283,15 @@ def test_a_crash_keeps_what_is_done(home, whole, tmp_path, monkeypatch):
     assert (tmp_path / "out.partial" / JOURNAL).exists()
     assert tiny.halfbyte(*command).code == 0
     check(tmp_path / "out", whole["gptq"])
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_hidden_states_beyond_the_budget_lie_in_files(home, tmp_path, method, monkeypatch):
+    assert tiny.halfbyte(*words(home, method), "-o", tmp_path / "memory").code == 0
+    monkeypatch.setattr(walk, "BUDGET", 0)
+    files = []
+    monkeypatch.setattr(walk, "NamedTemporaryFile", lambda dir: files.append(dir) or NamedTemporaryFile(dir=dir))  # noqa: SIM115
+    assert tiny.halfbyte(*words(home, method), "-o", tmp_path / "files").code == 0
+    assert set(files) == {(tmp_path / "files.partial").resolve()}
+    assert tiny.weights(tmp_path / "files") == tiny.weights(tmp_path / "memory")
+    assert not [p for p in (tmp_path / "files").iterdir() if p.name.startswith("tmp")]

@@ -20,7 +20,7 @@ def quantize(run: Run, windows: Windows) -> None:
     """Walk the model once; what is done already is read back instead of solved."""
     job = run.job
     source = job.checkpoint
-    walk = Walk(source, windows.tokens, source.dtype, twin=job.method.twin)
+    walk = Walk(source, windows.tokens, source.dtype, twin=job.method.twin, scratch=run.folder.partial)
     finder = Finder()
     run.progress("embedding", 0, len(walk.blocks))
     walk.start()
@@ -31,7 +31,7 @@ def quantize(run: Run, windows: Windows) -> None:
         block.load(source)
         if block.name in records:
             if walk.original:
-                walk.original = [block.run(hidden, batch) for batch, hidden in enumerate(walk.original)]
+                walk.original = [walk.kept(block.run(hidden, batch)) for batch, hidden in enumerate(walk.original)]
             recall(run, records[block.name])
             _restore(run, block)
         else:

@@ -16,6 +16,9 @@ RUNS = [
     ("nearest", "int3-g128", "compressed-tensors"),
     ("gptq", "int3-g128", "compressed-tensors"),
     ("gptq", "int8-channel", "gptq"),
+    ("nearest", "Q4_K_M", "gguf"),
+    ("gptq", "Q4_K_M", "gguf"),
+    ("gptq", "Q2_K", "gguf"),
 ]
 
 

@@ -7,6 +7,8 @@ serves calibration and evaluation alike. Memory is one block and the hidden stat
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.solvers.statistics import Statistics
 
 BATCH_TOKENS = 2048
+BUDGET = 4e9
+"""Bytes of hidden states that are kept in memory; more than these are pages of files, which the system writes out as it needs."""
 PROBE, PROBE_TOKENS = 0, 64
 DROPPED = {"past_key_values", "past_key_value", "use_cache", "cache_position"}
 Report = Callable[[list["Matrix"], Tensor], None]
@@ -169,7 +173,7 @@ class Block:
         for batch in range(1, len(self.walk.batches)):
             if twin is not None:
                 originals.clear()
-                twin[batch] = self.observe(note, [batch], twin)[0]
+                twin[batch] = self.walk.kept(self.observe(note, [batch], twin)[0])
             self.observe(add, [batch])
         return {weight: s for weight, s in found.items() if s.tokens}
 
@@ -239,8 +243,18 @@ CASTS = {torch.Tensor.float, torch.Tensor.to, torch.Tensor.type}
 class Walk:
     """A pass of many windows of tokens through a checkpoint, one block at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, windows: Int64[Tensor, "windows length"], dtype: torch.dtype, device: str = "cpu", twin: bool = False):
-        self.checkpoint, self.device = checkpoint, torch.device(device)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: Int64[Tensor, "windows length"],
+        dtype: torch.dtype,
+        device: str = "cpu",
+        twin: bool = False,
+        scratch: Path | None = None,
+    ):
+        """`scratch` is a folder on a disk, for hidden states beyond the budget."""
+        self.checkpoint, self.device, self.scratch = checkpoint, torch.device(device), scratch
+        self._tokens = windows.numel() * (2 if twin else 1)
         self.model = skeleton.build(checkpoint, dtype)
         self.shapes = checkpoint.tensors()
         self.places = skeleton.places(self.model, self.shapes)
@@ -288,7 +302,7 @@ class Walk:
         def stand_in(hidden: Tensor, *args, **kwargs):
             kwargs = {name: value for name, value in kwargs.items() if name not in DROPPED}
             if module is self.blocks[0].module:
-                self.hidden.append(hidden)
+                self.hidden.append(self.kept(hidden))
                 if forward is not None:
                     self._returns_tuple = isinstance(forward(hidden, *args, **kwargs), tuple)
             self.calls[module].append((args, kwargs))
@@ -303,7 +317,15 @@ class Walk:
     def advance(self, block: Block) -> None:
         """Run the block as it now is: its outputs are what the next one reads."""
         for batch in range(len(self.batches)):
-            self.hidden[batch] = block.run(self.hidden[batch], batch)
+            self.hidden[batch] = self.kept(block.run(self.hidden[batch], batch))
+
+    def kept(self, hidden: Tensor) -> Tensor:
+        """The same values, in memory or in a file that is gone when the last tensor in it is."""
+        if self.scratch is None or self._tokens * hidden.shape[-1] * hidden.dtype.itemsize <= BUDGET:
+            return hidden
+        with NamedTemporaryFile(dir=self.scratch) as file:
+            values = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+        return values.view(hidden.shape).copy_(hidden)
 
     @torch.no_grad()
     def logits(self) -> Iterator[tuple[Int64[Tensor, "batch length"], Float[Tensor, "batch length vocabulary"]]]:

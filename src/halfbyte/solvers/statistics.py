@@ -98,6 +98,11 @@ class Statistics:
             raise NotPositive
         return self._factor
 
+    def conditional(self, step: int = 1) -> Float32[Tensor, " width"]:
+        """Variance of each in-feature given those that are rounded after it: what is left of its importance when they make up for it."""
+        order, _, diagonal = self.factor(step)
+        return torch.empty_like(diagonal).index_copy_(0, order, diagonal.square() / max(self.tokens, 1))
+
     def corrected(self, w: Float[Tensor, "out width"], share: float) -> Float32[Tensor, "out width"]:
         """w + share * w D H^-1, D the drift: the weight whose outputs on the inputs as they are come nearer to the outputs of
         `w` on the inputs as they were before anything was quantized (least squares, at a share of 1)."""
