@@ -28,9 +28,12 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
     Raises HalfbyteError, with nothing half-written left behind. A run that is killed is taken up again by the same call.
     """
     started = time.perf_counter()
+    out = Path(out).expanduser()
+    if is_file(out) and not recipe.to and not recipe.engine:
+        recipe = recipe.model_copy(update={"to": "gguf"})
     job = resolve(recipe)
-    out = _place(out, job)
-    claim(out, job.checkpoint.path, overwrite)
+    _claim(out, job, overwrite)
+    known = _importance(job)
     windows = None
     if job.method.calibrated:
         c = job.recipe.calibration
@@ -40,7 +43,7 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
     with kept_on_interrupt(folder):
         run = Run(job, edition, folder, progress, windows=windows)
         if windows is None:
-            solver, known = SOLVERS[job.method.solver], _importance(job)
+            solver = SOLVERS[job.method.solver]
             _stream(run, job.checkpoint.read_weight, lambda weight, w, grid: solver(w, grid, known.get(weight)))
         else:
             from halfbyte import blockwise  # Transformers takes seconds to import, and only calibration needs the model
@@ -58,8 +61,8 @@ def convert(source: str | Path, out: str | Path, to: str, grid: str | None = Non
     """
     started = time.perf_counter()
     job = transcoding(str(source), to, grid)
-    out = _place(out, job)
-    claim(out, job.checkpoint.path, overwrite)
+    out = Path(out).expanduser()
+    _claim(out, job, overwrite)
     edition = edition_of(job)
     folder = Folder(out, edition.shards(stem_of(out)), identity(job, None))
 
@@ -75,13 +78,13 @@ def convert(source: str | Path, out: str | Path, to: str, grid: str | None = Non
     return report
 
 
-def _place(out: str | Path, job: Job) -> Path:
-    """Only a GGUF that is not split is one file."""
-    out = Path(out).expanduser()
-    if is_file(out) and (job.container.name != "gguf" or job.recipe.shard_gb):
-        what = "parts of a GGUF" if job.container.name == "gguf" else job.container.name
-        raise BadRequest(f"{what} need a folder, and {out} is called like a file; name it without .gguf, or write one file with --to gguf")
-    return out
+def _claim(out: Path, job: Job, overwrite: bool) -> None:
+    """Refuse an output that is in the way, or is called like a file and is none: only a GGUF that is not split is one file."""
+    if is_file(out) and job.container.name != "gguf":
+        raise BadRequest(f"{job.container.name} needs a folder, and {out} is called like a file; name it without .gguf, or write one file with --to gguf")
+    if is_file(out) and job.recipe.shard_gb:
+        raise BadRequest(f"parts of a GGUF need a folder, and {out} is called like a file; name it without .gguf, or leave out --shard-gb")
+    claim(out, job.checkpoint.path, overwrite, {entry.path for entry in job.checkpoint.entries.values()})
 
 
 def _importance(job: Job) -> dict[Weight, Diagonal]:
@@ -102,7 +105,8 @@ def stem_of(out: Path) -> str:
 def identity(job: Job, windows: calibrate.Windows | None) -> str:
     """Two runs with the same identity write the same bytes."""
     source = [(n, e.shape, str(e.dtype), e.path.stat().st_size, e.path.stat().st_mtime_ns) for n, e in job.checkpoint.entries.items()]
-    return xxhash.xxh3_128_hexdigest(repr((version("halfbyte"), job.recipe.digest, source, windows and windows.digest)).encode())
+    imatrix = job.recipe.imatrix and xxhash.xxh3_128_hexdigest(Path(job.recipe.imatrix).expanduser().read_bytes())
+    return xxhash.xxh3_128_hexdigest(repr((version("halfbyte"), job.recipe.digest, source, imatrix, windows and windows.digest)).encode())
 
 
 def _stream(run: Run, read: Callable[[Weight], Any], solve: Callable[[Weight, Any, Grid], Quantized]) -> None:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from halfbyte.containers.gguf import presets
 from halfbyte.containers.gguf.container import LAYOUTS, type_of
 from halfbyte.containers.gguf.file import TYPES
 from halfbyte.errors import BadRequest, UnknownName, Unsupported
-from halfbyte.grids.grid import Grid
+from halfbyte.grids.grid import Grid, Quantized
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
@@ -23,7 +24,10 @@ from halfbyte.models.ggufs import Names, translation_of
 from halfbyte.plan import engines
 
 SMALLER_GROUPS = (256, 128, 64, 32)
+DEFAULT_PRESET = "Q4_K_M"
+"""Of a GGUF for which no grid is named."""
 SKIPPED = "skipped as asked"
+MISFIT = "neither"
 
 
 class Calibration(BaseModel):
@@ -175,8 +179,8 @@ def resolve(recipe: Recipe) -> Job:
     method = method_named(recipe.method)
     if recipe.engine and recipe.engine not in engines.ENGINES:
         raise UnknownName("engine", recipe.engine, engines.ENGINES)
-    recipe = recipe.model_copy(update={"to": recipe.to or _container_for(recipe)})
-    container = container_named(str(recipe.to))
+    container = container_named(recipe.to or _container_for(recipe))
+    recipe = _completed(recipe, container)
     checkpoint = Checkpoint.open(recipe.model)
     again = isinstance(container, GGUF) and isinstance(checkpoint.container, GGUF)
     if checkpoint.container and not again:
@@ -204,11 +208,20 @@ def resolve(recipe: Recipe) -> Job:
     return job
 
 
+def _completed(recipe: Recipe, container: Container) -> Recipe:
+    """With what the container implies. Raises BadRequest for what it has no use for."""
+    if isinstance(container, GGUF):
+        return recipe.model_copy(update={"to": container.name, "grid": recipe.grid if "grid" in recipe.model_fields_set else DEFAULT_PRESET})
+    if recipe.pure or recipe.pre:
+        raise BadRequest(f"{'pure' if recipe.pure else 'pre'} is for GGUF, and this is to be {container.name}; leave it out, or write one with --to gguf")
+    return recipe.model_copy(update={"to": container.name})
+
+
 def _container_for(recipe: Recipe) -> str:
     """The engine's own; without one, GGUF for what only a GGUF holds."""
     if recipe.engine:
         return engines.default_container(recipe.engine)
-    only_gguf = presets.is_preset(recipe.grid) or (recipe.grid in grids.GRIDS and not isinstance(grids.GRIDS[recipe.grid], IntGrid))
+    only_gguf = presets.is_preset(recipe.grid) or not isinstance(grids.GRIDS.get(recipe.grid.lower(), IntGrid(4, "channel")), IntGrid)
     return "gguf" if only_gguf else next(iter(CONTAINERS))
 
 
@@ -229,8 +242,8 @@ def _with_importance(method: Method, recipe: Recipe) -> Method:
 
 def _gguf_job(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Method) -> Job:
     names = translation_of(checkpoint)
-    preset = None if recipe.pure or not presets.is_preset(recipe.grid) else presets.preset_named(recipe.grid)
-    base = presets.PRESETS[preset].type if preset else type_of(grids.parse(recipe.grid.lower()))
+    preset, base = _preset_and_type(recipe.grid)
+    preset = preset if preset in presets.PLAIN or not recipe.pure else None
     weights = list(checkpoint.weights(embedding=True))
     _check_patterns(weights, (*recipe.override, *recipe.skip))
     wanted = _types(preset, base, weights, names, checkpoint, method.calibrated or recipe.imatrix is not None)
@@ -244,11 +257,33 @@ def _gguf_job(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: M
         elif override == "keep" or not places or (type_name in presets.PLAIN and override is None):
             choices.append(Choice(weight, None, "kept as asked" if override == "keep" else f"stored as {type_name}"))
         else:
-            choices.append(_fitting(weight, type_name if override is None else type_of(grids.parse(override.lower()))))
+            choices.append(_fitting(weight, type_name if override is None else _type_named(override)))
     dropped = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
     choices = [c for c in choices if c.weight.tensor not in dropped]
     kept = {t: reason for t, reason in keep(checkpoint, choices).items() if t not in dropped}
-    return Job(recipe, checkpoint, container, method if any(c.grid for c in choices) else PARTS["nearest"], choices, kept, dropped=dropped, preset=preset)
+    if preset in presets.PLAIN:
+        recipe, method = recipe.model_copy(update={"method": "nearest"}), PARTS["nearest"]
+    elif not any(c.grid for c in choices):
+        raise BadRequest(f"nothing is left to quantize: {next((c.note for c in choices), 'the model has no matrix')}")
+    job = Job(recipe, checkpoint, container, method, choices, kept, dropped=dropped, preset=preset)
+    misfits = Counter(c.note for c in choices if c.note.startswith(MISFIT))
+    job.warnings += [f"{count} matri{'ces' if count > 1 else 'x'} kept as in the source: {note}" for note, count in misfits.items()]
+    return job
+
+
+def _preset_and_type(name: str) -> tuple[str | None, str]:
+    """The preset of a name, if it is one, and the type of most tensors."""
+    if presets.is_preset(name):
+        preset = presets.preset_named(name)
+        return preset, presets.PRESETS[preset].type
+    return None, _type_named(name, "preset or type of GGUF", presets.PRESETS)
+
+
+def _type_named(name: str, kind: str = "type of GGUF", also: Iterable[str] = ()) -> str:
+    try:
+        return type_of(grids.parse(name.lower()))
+    except UnknownName:
+        raise UnknownName(kind, name, dict.fromkeys((*also, *LAYOUTS))) from None
 
 
 def _types(preset: str | None, base: str, weights: list[Weight], names: Names, checkpoint: Checkpoint, imatrix: bool) -> dict[str, str]:
@@ -272,8 +307,11 @@ def _types(preset: str | None, base: str, weights: list[Weight], names: Names, c
 def _fitting(weight: Weight, type_name: str) -> Choice:
     """The type, or one in smaller blocks where it does not divide the row, as llama.cpp has it."""
     fits = presets.fallback(type_name, weight.shape[1], {name: layout.block for name, layout in LAYOUTS.items()})
+    if fits == "F16":
+        return Choice(weight, None, f"{MISFIT} {type_name} nor a type in smaller blocks divides its {weight.shape[1]} in-features")
+    GGUF().check(LAYOUTS[fits].grid, weight.shape)
     note = "" if fits == type_name else f"{type_name} does not divide {weight.shape[1]} in-features: {fits}"
-    return Choice(weight, None if fits == "F16" else LAYOUTS[fits].grid, note)
+    return Choice(weight, LAYOUTS[fits].grid, note)
 
 
 def transcoding(source: str, to: str, grid: str | None = None) -> Job:
@@ -282,27 +320,79 @@ def transcoding(source: str, to: str, grid: str | None = None) -> Job:
     if checkpoint.container is None:
         raise BadRequest(f"{source} is not quantized; to quantize it: halfbyte quantize {source} -o OUT --to {to}")
     container = container_named(to)
-    names = translation_of(checkpoint) if isinstance(container, GGUF) else None
-    choices: list[Choice] = []
-    for module, (own, shape) in checkpoint.quantized.items():
-        tensor = f"{module}.weight"
-        weight, q = Weight(module, tensor, roles.block_of(f"{module}."), shape), checkpoint.read_quantized(module)
-        if names is None and roles.EMBEDDING.match(tensor):
-            choices.append(Choice(weight, None, "the embedding, which is looked up and not multiplied: in 16 bits"))
-        elif same := container.same(q):
-            container = container.holding(same)
-            choices.append(fit(weight, same.grid, container) if names is None else Choice(weight, same.grid))
-        else:
-            wanted = container.native(_grid_named(grid) if grid else own, checkpoint.dtype)
-            choices.append(fit(weight, wanted, container, f"{container.name} does not hold {own} value for value: rounded again"))
-    _check_mixed(choices, container)
+    if grid and to == checkpoint.container.name == "gguf":
+        raise BadRequest(f"{source} is a GGUF already, whose types convert keeps; to round it to others: halfbyte quantize {source} -o OUT.gguf --grid {grid}")
+    weights = [Weight(m, f"{m}.weight", roles.block_of(f"{m}."), shape) for m, (_, shape) in checkpoint.quantized.items()]
+    gone: dict[str, str] = {}
+    if isinstance(container, GGUF):
+        names = translation_of(checkpoint)
+        gone = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
+        choices = _into_gguf(checkpoint, container, [w for w in weights if w.tensor not in gone], names, grid)
+    else:
+        choices, container = _into_folder(checkpoint, container, weights, grid)
     recipe = Recipe(model=source, method="convert", grid=grid or _most(checkpoint.quantized.values()), to=container.name)
-    gone = {t: reason for t in checkpoint.tensors() if names and (reason := names.dropped(t))}
     quantized = {c.weight.tensor for c in choices if c.grid}
-    kept = {t: "not quantized in the source" for t in checkpoint.tensors() if t not in quantized and t not in gone}
+    reasons = {c.weight.tensor: c.note for c in choices}
+    kept = {t: reasons.get(t, "not quantized in the source") for t in checkpoint.tensors() if t not in quantized and t not in gone}
     job = Job(recipe, checkpoint, container, Method((), "nearest", calibrated=False), choices, kept, dropped=gone)
     job.verdicts = engines.verdicts(container.name, {c.weight: c.grid for c in choices}, checkpoint.model_type)
     return job
+
+
+def _into_gguf(checkpoint: Checkpoint, container: GGUF, weights: list[Weight], names: Names, grid: str | None) -> list[Choice]:
+    """As it is, or rounded to what is asked for; by default to the type of as many bits."""
+    wanted = _types(*_preset_and_type(grid), weights, names, checkpoint, imatrix=False) if grid else {}
+    choices = []
+    for weight in weights:
+        own = checkpoint.quantized[weight.name][0]
+        if same := container.same(checkpoint.read_quantized(weight.name)):
+            choices.append(Choice(weight, same.grid))
+        else:
+            type_name = wanted[names.places(weight.tensor)[0].name] if grid else _type_like(own)
+            choice = _fitting(weight, type_name)
+            choices.append(replace(choice, note="; ".join(filter(None, (f"gguf does not hold {own} value for value: rounded again", choice.note)))))
+    return choices
+
+
+def _type_like(grid: Grid) -> str:
+    """The type that loses least of integers that none holds: as many bits or more, with a minimum in each block where there are zero points."""
+    bits = grid.bits_per_code if isinstance(grid, IntGrid) else 8
+    symmetric = isinstance(grid, IntGrid) and grid.symmetric
+    return "Q8_0" if bits > 5 else f"Q{max(bits, 4)}_{0 if symmetric else 1}"
+
+
+def _into_folder(checkpoint: Checkpoint, container: Container, weights: list[Weight], grid: str | None) -> tuple[list[Choice], Container]:
+    """As it is, or rounded to what is asked for; and the version of the container that holds it all."""
+    choices: list[Choice] = []
+    for weight in weights:
+        own, q = checkpoint.quantized[weight.name][0], checkpoint.read_quantized(weight.name)
+        if roles.EMBEDDING.match(weight.tensor):
+            choices.append(Choice(weight, None, "the embedding, which is looked up and not multiplied: in 16 bits"))
+        elif same := _held(container, q):
+            container = container.holding(same)
+            choices.append(Choice(weight, same.grid))
+        elif weight.block is None and not isinstance(own, IntGrid):
+            choices.append(Choice(weight, None, "the head, which engines want in 16 bits"))
+        else:
+            try:
+                wanted = container.native(_grid_named(grid) if grid else own, checkpoint.dtype)
+                choices.append(fit(weight, wanted, container, f"{container.name} does not hold {own} value for value: rounded again"))
+            except Unsupported as error:
+                hint = "" if grid else "; to round it again, name what it should be, such as --grid int4-g128"
+                raise Unsupported(f"{error}{hint}") from None
+    _check_mixed(choices, container)
+    return choices, container
+
+
+def _held(container: Container, q: Quantized) -> Quantized | None:
+    """A matrix as the container holds it, value for value."""
+    same = container.same(q)
+    try:
+        if same:
+            container.holding(same).check(same.grid, same.shape)
+    except Unsupported:
+        return None
+    return same
 
 
 def choose(checkpoint: Checkpoint, container: Container, grid: Grid, overrides: dict[str, Grid | None], skip: Iterable[str], head: bool) -> list[Choice]:

@@ -39,7 +39,7 @@ class AWQ(ConfigContainer):
             raise Unsupported(f"awq packs eight out-features to a word, which {out} do not fill")
 
     def same(self, q: Quantized) -> Quantized | None:
-        return q if fits_half(q.params["scale"]) else None
+        return q if super().same(q) and fits_half(q.params["scale"]) else None
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
         grid, (out, width) = integer(grid, self.name), shape

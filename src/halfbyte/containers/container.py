@@ -36,8 +36,8 @@ class Container(ABC):
         """Raise Unsupported, saying what the container can hold, unless it holds such a matrix."""
 
     def same(self, q: Quantized) -> Quantized | None:
-        """A matrix from elsewhere, value for value on a grid that this container holds; None where it must be rounded."""
-        return q
+        """A matrix from elsewhere, value for value on a grid that this container may hold; None where it must be rounded."""
+        return q if isinstance(q.grid, IntGrid) else None
 
     def holding(self, q: Quantized) -> "Container":
         """The version of this container that holds such a matrix too."""

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,22 +143,29 @@ class Folder:
         return BadRequest(f"{self.target} cannot be written ({reason}); nothing was left behind")
 
 
-def claim(target: Path, source: Path, overwrite: bool) -> None:
-    """Refuse a target that holds something, unless it may be replaced; never the source or a folder around it or in it."""
+def claim(target: Path, source: Path, overwrite: bool, files: Collection[Path] = ()) -> None:
+    """Refuse a target that holds something, unless it may be replaced; never the source, one of its `files`, or a folder around it or in it."""
     place, source_place = target.resolve(), source.resolve()
-    if place == source_place or place in source_place.parents:
-        raise BadRequest(f"the output {target} is or holds the source {source}; name another folder")
+    if place == source_place or place in source_place.parents or place in {path.resolve() for path in files}:
+        raise BadRequest(f"the output {target} is or holds the source {source}; name another {'file' if is_file(target) else 'folder'}")
     if source_place in place.parents:
         raise BadRequest(f"the output {target} lies in the source {source}, whose files are copied; name another folder")
     partial, old = _beside(target)
     if old.exists() and not place.exists():
         os.rename(old, place)  # killed between two renames: the new folder is in `partial`, and is finished below
-    if is_file(place):
-        if place.is_dir():
-            raise BadRequest(f"the output {target} is a folder; name a file, or a folder without .gguf")
-        if place.exists() and not overwrite:
-            raise BadRequest(f"the output {target} exists and is kept; name another file or give --overwrite")
-        return
+    _claim_file(target, place, overwrite) if is_file(place) else _claim_folder(target, place, overwrite)
+    if partial.exists() and not (partial / JOURNAL).exists() and not (partial.is_dir() and not any(partial.iterdir())):
+        raise BadRequest(f"{partial} is in the way and not of halfbyte's making; move it, or name another folder")
+
+
+def _claim_file(target: Path, place: Path, overwrite: bool) -> None:
+    if place.is_dir():
+        raise BadRequest(f"the output {target} is a folder; name a file, or a folder without .gguf")
+    if place.exists() and not overwrite:
+        raise BadRequest(f"the output {target} exists and is kept; name another file or give --overwrite")
+
+
+def _claim_folder(target: Path, place: Path, overwrite: bool) -> None:
     if place.exists() and not place.is_dir():
         raise BadRequest(f"the output {target} is a file; name a folder")
     if place.exists() and any(place.iterdir()):
@@ -166,8 +173,6 @@ def claim(target: Path, source: Path, overwrite: bool) -> None:
             raise BadRequest(f"the output {target} exists and is kept; name another folder or give --overwrite")
         if not (place / "config.json").exists() and not any(place.glob("*.gguf")):
             raise BadRequest(f"the output {target} is no checkpoint (it has no config.json and no .gguf), so --overwrite does not replace it")
-    if partial.exists() and not (partial / JOURNAL).exists() and not (partial.is_dir() and not any(partial.iterdir())):
-        raise BadRequest(f"{partial} is in the way and not of halfbyte's making; move it, or name another folder")
 
 
 def is_file(target: Path) -> bool:

@@ -46,7 +46,7 @@ class GPTQ(ConfigContainer):
                 raise Unsupported(f"gptq packs whole 32-bit words: {what}-features {size} x {grid.bits_per_code} bits do not fill them")
 
     def same(self, q: Quantized) -> Quantized | None:
-        return q if fits_half(q.params["scale"]) else None
+        return q if super().same(q) and fits_half(q.params["scale"]) else None
 
     def holding(self, q: Quantized) -> "GPTQ":
         return GPTQ(2) if "zero" in q.params and not q.params["zero"].all() else self

@@ -214,7 +214,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 
 def test_an_unknown_pattern_is_refused_unless_named(tmp_path):
     folder = save(byte_level(split(r"[a-z]+|[^a-z]+"), False), tmp_path / "model")
-    with pytest.raises(Unsupported, match=r"\[a-z\]\+.*pre=NAME"):
+    with pytest.raises(Unsupported, match=r"\[a-z\]\+.*--pre NAME"):
         tokenizer_metadata(folder, 6000)
     assert tokenizer_metadata(folder, 6000, pre="gpt-2")["tokenizer.ggml.pre"].value == "gpt-2"
     with pytest.raises(Unsupported, match="Whitespace"):

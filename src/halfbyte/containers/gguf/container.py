@@ -65,7 +65,7 @@ def type_of(grid: Grid) -> str:
     """ggml's name of a grid. Raises Unsupported."""
     known = grid.with_scale("fp16") if isinstance(grid, IntGrid) else grid
     if known not in TYPE_OF:
-        raise Unsupported(f"gguf has no type for {grid}; it has {', '.join(map(str, TYPE_OF))}")
+        raise Unsupported(f"gguf has no type for {grid}; it has {', '.join(map(str.lower, LAYOUTS))}")
     return TYPE_OF[known]
 
 

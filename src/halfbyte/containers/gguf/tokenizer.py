@@ -119,7 +119,7 @@ def recognise(tokenizer: Mapping[str, Any]) -> str:
     name = PRE_TOKENIZERS.get((tuple(patterns), whole)) or PRE_TOKENIZERS.get((tuple(patterns), not whole))
     if name is None:
         raise Unsupported(
-            f"no pre-tokenizer of llama.cpp is known here for {' then '.join(patterns) or 'no pattern'}; if you know its name, give it as pre=NAME"
+            f"no pre-tokenizer of llama.cpp is known here for {' then '.join(patterns) or 'no pattern'}; if you know its name, give it with --pre NAME"
         )
     return name
 
