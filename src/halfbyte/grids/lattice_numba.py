@@ -16,7 +16,8 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.grids import lattice as reference
-from halfbyte.grids.rounding_numba import F, _raw, _store, _widen
+from halfbyte.grids.rounding_numba import _store
+from halfbyte.grids.tiles_numba import F, raw, widen
 
 LISTED = 16
 PATIENCE = 1
@@ -54,7 +55,7 @@ def fit(
     rows, width = w.shape
     d, scale = np.empty((rows, width // reference.SUPER), np.float32), np.empty((rows, width // grid.group), np.uint8)
     h, shape = _weights(width, importance), (grid.group, grid.dimension, grid.parity)
-    _fit(_raw(w), h, tables(grid), *shape, F(grid.unit), F(grid.spread), PATIENCE + (importance is not None) if search else 0, d, scale)
+    _fit(raw(w), h, tables(grid), *shape, F(grid.unit), F(grid.spread), PATIENCE + (importance is not None) if search else 0, d, scale)
     return torch.from_numpy(d), torch.from_numpy(scale)
 
 
@@ -63,7 +64,7 @@ def encode(
 ) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
     shape, book = (grid.group, grid.dimension, grid.parity), reference.codebook(grid.name).numpy()
-    _encode(_raw(w), _weights(w.shape[1], importance), tables(grid), *shape, book, scales.contiguous().numpy(), codes)
+    _encode(raw(w), _weights(w.shape[1], importance), tables(grid), *shape, book, scales.contiguous().numpy(), codes)
     return torch.from_numpy(codes)
 
 
@@ -191,13 +192,13 @@ def _fit_row(w, h, table, group, dimension, parity, unit, spread, patience, d, s
     for b in range(d.size):
         for g in range(per):
             at = (b * per + g) * group
-            _widen(w[at : at + group], flat)
+            widen(w[at : at + group], flat)
             own[g] = spread * _deviation(x, h, at // 8)
         above = _half(_largest(own) / (F(31) * unit))
         inverse, wqs, qqs = _inverse(above * unit), F(0), F(0)
         for g in range(per):
             at = (b * per + g) * group
-            _widen(w[at : at + group], flat)
+            widen(w[at : at + group], flat)
             middle = np.int64(min(max(np.floor(F(0.5) * (own[g] * inverse - F(1))), F(0)), F(15)))
             best, chosen, wq, qq = F(-np.inf), middle, F(0), F(0)
             for direction in (1, -1):
@@ -251,7 +252,7 @@ def _encode_row(w, h, table, group, dimension, parity, book, scales, codes):
     x, a, digit, entry, flipped, cost = _scratch(group, dimension)
     eights, flat = group // 8, x.reshape(-1)
     for g in range(scales.size):
-        _widen(w[g * group : (g + 1) * group], flat)
+        widen(w[g * group : (g + 1) * group], flat)
         inverse, first = _inverse(scales[g]), g * eights
         _group(inverse, h, first, parity, dimension, digits, magnitudes, values, near, exact, listed, x, a, digit, entry, flipped, cost)
         for v in range(eights):

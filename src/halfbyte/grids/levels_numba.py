@@ -7,7 +7,8 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from halfbyte.grids import levels as reference
-from halfbyte.grids.rounding_numba import F, _raw, _store, _widen, inline, jit
+from halfbyte.grids.rounding_numba import _store, inline, jit
+from halfbyte.grids.tiles_numba import F, raw, widen
 
 FP16, BYTE, FREE = 0, 1, 2
 HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see rounding_numba._store; here a scale may be zero
@@ -25,17 +26,17 @@ def fit(
     table, borders = np.zeros(1, np.float32), np.zeros(0, np.float32)
     if kind == BYTE:
         table, borders = reference.byte_scales(grid.scale).numpy(), reference.borders(grid.scale).numpy()
-    _fit(_raw(w), h, grid.group, values, F(grid.reach), np.array(grid.tries if search else (), np.int64), kind, table, borders, scale)
+    _fit(raw(w), h, grid.group, values, F(grid.reach), np.array(grid.tries if search else (), np.int64), kind, table, borders, scale)
     if kind != FREE:
         return torch.from_numpy(scale), None
     top, sub = np.empty((rows, width // reference.SUPER), np.float32), np.empty(scale.shape, np.uint8)
-    _two_levels(_raw(w), h, grid.group, values, search, scale, top, sub)
+    _two_levels(raw(w), h, grid.group, values, search, scale, top, sub)
     return torch.from_numpy(top), torch.from_numpy(sub)
 
 
 def encode(grid: "reference.LevelGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"]) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
-    _encode(_raw(w), reference.inverse(scales).contiguous().numpy(), reference.cells(grid.levels)[0].int().numpy(), grid.group, codes)
+    _encode(raw(w), reference.inverse(scales).contiguous().numpy(), reference.cells(grid.levels)[0].int().numpy(), grid.group, codes)
     return torch.from_numpy(codes)
 
 
@@ -110,7 +111,7 @@ def _fit(w, h, group, values, reach, tries, kind, table, borders, scale):
 def _fit_row(w, h, group, values, reach, tries, kind, table, borders, scale):
     x = np.empty(group, np.float32)
     for g in range(scale.size):
-        _widen(w[g * group : (g + 1) * group], x)
+        widen(w[g * group : (g + 1) * group], x)
         weight = h[g * group : (g + 1) * group]
         if kind == BYTE:
             scale[g] = _search_byte(x, weight, values, reach, tries, table, borders)
@@ -161,7 +162,7 @@ def _two_levels(w, h, group, values, search, scale, top, sub):
                     sub[row, s * per + g] = np.uint8(min(max(np.rint(exact), F(-32)), F(31)) + F(32))
                     continue
                 at = (s * per + g) * group
-                _widen(w[row, at : at + group], x)
+                widen(w[row, at : at + group], x)
                 best, integer, wq, qq = F(-np.inf), F(0), F(0), F(0)
                 for up in range(2):
                     i = min(max(np.floor(exact) + F(up), F(-32)), F(31))
@@ -187,7 +188,7 @@ def _encode(w, inverse, code, group, codes):
 def _encode_row(w, inverse, code, group, codes):
     x = np.empty(group, np.float32)
     for g in range(inverse.size):
-        _widen(w[g * group : (g + 1) * group], x)
+        widen(w[g * group : (g + 1) * group], x)
         out = codes[g * group : (g + 1) * group]
         if group == 32:  # as in _moments
             for i in range(32):

@@ -13,7 +13,13 @@ from torch import Tensor
 
 # Step of the uniform quantizer with the least squared error on a unit normal (Max, 1960, table II), by bits.
 NORMAL_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
-CANDIDATES = 14
+CANDIDATES = 11
+# How far the scales to try reach below and above min-max, in levels: with more levels, more of them can be given up for a finer step.
+REACH = {2: (0.3, 2.0), 3: (0.5, 3.0), 4: (0.8, 3.0), 5: (1.5, 4.0), 6: (3.0, 4.0), 7: (4.0, 3.0), 8: (6.0, 2.0)}
+CLIPPED = 1.2
+"""How much finer than the step that suits a normal distribution the finest is."""
+FURTHEST = 7.2
+"""How much finer than min-max the finest is at most."""
 # Scales of 16 bits stay where fp16 and bf16 both hold every bit of a bf16 number: files in fp16 of bf16 models need both.
 # A scale that became zero or infinite would take its weights with it.
 SMALLEST, LARGEST = 2.0**-17, 65280.0
@@ -56,6 +62,12 @@ def store(scale: Float32[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor,
     return torch.copysign(scale.abs().clamp(smallest, largest), scale).to(dtype)
 
 
+def reach(bits: int) -> tuple[float, float]:
+    """How much coarser and how much finer than min-max the steps to try are at least."""
+    below, above = REACH[bits]
+    return 1 - 2 * below / ((1 << bits) - 1), 1 + 2 * above / ((1 << bits) - 1)
+
+
 def fit_reference(
     w: Float[Tensor, "rows width"], importance: Float32[Tensor, " width"] | None, group: int, bits: int, symmetric: bool, search: bool, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "rows groups"], UInt8[Tensor, "rows groups"] | None]:
@@ -63,9 +75,34 @@ def fit_reference(
     x = w.float().view(rows, width // group, group)
     h = torch.ones(width, device=w.device) if importance is None else importance
     h = h.view(1, width // group, group).expand_as(x)
-    if symmetric:
-        return _fit_symmetric(x, h, bits, search, dtype), None
-    return _fit_asymmetric(x, h, bits, search, dtype)
+    top = float((1 << bits) - 1)
+    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    # 2^bits levels span [-largest, largest]: the convention of GPTQ and compressed-tensors.
+    span = 2 * torch.maximum(-low, high) if symmetric else high - low
+    widest = torch.where(span == 0, 1.0, span / top)
+    zero = middle = torch.full_like(low, (top + 1) / 2) if symmetric else torch.round(-low / widest).clamp(0, top)
+    scale = store(widest, dtype)
+    if not search:
+        return scale, None if symmetric else zero.to(torch.uint8)
+    # On a symmetric grid, one code less below zero and one more above it is a negative scale.
+    tried = (0, -1) if symmetric else (0, -1, 1)
+    mean = torch.zeros_like(low) if symmetric else x.mean(-1)
+    deviation = (x.square().mean(-1) - mean.square()).clamp(min=0).sqrt()
+    best = torch.full_like(low, -1.0)
+    for inverse in _inverses(scale, widest, deviation, bits):
+        r = torch.round(x * inverse[..., None])
+        for shift in tried:
+            candidate = (middle + shift).clamp(0, top)
+            q = r.clamp(-candidate[..., None], (top - candidate)[..., None])
+            xq, qq = (h * x * q).sum(-1), (h * q * q).sum(-1)
+            stored = store(xq / qq, dtype)
+            gain = stored.float() * (2 * xq - stored.float() * qq)
+            # xq <= 0 would turn every code of the group around; such a candidate is no rounding of these weights.
+            better = (gain > best) & (xq > 0)
+            best = torch.where(better, gain, best)
+            scale = torch.where(better, -stored if symmetric and shift else stored, scale)
+            zero = torch.where(better, candidate, zero)
+    return scale, None if symmetric else zero.to(torch.uint8)
 
 
 def encode_reference(
@@ -81,56 +118,10 @@ def encode_reference(
     return q.clamp_(0, (1 << bits) - 1).to(torch.uint8).view(w.shape)
 
 
-def _fit_symmetric(x: Tensor, h: Tensor, bits: int, search: bool, dtype: torch.dtype) -> Tensor:
-    half = float(1 << (bits - 1))
-    largest = x.abs().amax(-1)
-    # 2^bits levels span [-largest, largest]: the convention of GPTQ and compressed-tensors.
-    scale = store(torch.where(largest == 0, 1.0, 2 * largest / (2 * half - 1)), dtype)
-    if not search:
-        return scale
-    inverses = _inverses(scale, half / largest, x.square().mean(-1).sqrt(), bits)
-    best = torch.full_like(largest, -1.0)
-    for inverse in inverses:
-        r = torch.round(x * inverse[..., None])
-        for sign in (1, -1):
-            q = (sign * r).clamp(-half, half - 1)
-            best, scale = _better(x, h, sign * q, best, scale, sign)
-    return scale
-
-
-def _fit_asymmetric(x: Tensor, h: Tensor, bits: int, search: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    top = float((1 << bits) - 1)
-    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-    widest = torch.where(high == low, 1.0, (high - low) / top)
-    middle = torch.round(-low / widest).clamp(0, top)
-    scale = store(widest, dtype)
-    if not search:
-        return scale, middle.to(torch.uint8)
-    spread = (x.square().mean(-1) - x.mean(-1).square()).clamp(min=0).sqrt()
-    best, zero = torch.full_like(low, -1.0), middle.clone()
-    for inverse in _inverses(scale, 1 / widest, spread, bits):
-        r = torch.round(x * inverse[..., None])
-        for shift in (-1.0, 0.0, 1.0):
-            candidate = (middle + shift).clamp(0, top)
-            previous = best
-            best, scale = _better(x, h, r.clamp(-candidate[..., None], (top - candidate)[..., None]), best, scale)
-            zero = torch.where(best > previous, candidate, zero)
-    return scale, zero.to(torch.uint8)
-
-
-def _inverses(minmax: Tensor, first: Tensor, spread: Tensor, bits: int) -> list[Tensor]:
-    """Reciprocals of the scales to try: min-max, and a geometric row around and beyond it."""
-    last = torch.maximum(1.2 * first, 1.3 / (NORMAL_STEP[bits] * spread)).minimum(7.2 * first)
-    ratio, row = (last / (0.9 * first)) ** (1 / (CANDIDATES - 2)), [0.9 * first]
-    while len(row) < CANDIDATES - 1:
-        row.append(row[-1] * ratio)
-    return [minmax.float().reciprocal(), *row]
-
-
-def _better(x: Tensor, h: Tensor, q: Tensor, best: Tensor, scale: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
-    wq, qq = (h * x * q).sum(-1), (h * q * q).sum(-1)
-    stored = store(wq / qq, scale.dtype)
-    gain = stored.float() * (2 * wq - stored.float() * qq)
-    # wq <= 0 would turn every code of the group around; such a candidate is no rounding of these weights.
-    better = (gain > best) & (wq > 0)
-    return torch.where(better, gain, best), torch.where(better, sign * stored, scale)
+def _inverses(minmax: Tensor, widest: Tensor, deviation: Tensor, bits: int) -> list[Tensor]:
+    """Reciprocals of the scales to try: min-max, and a row around and beyond it that grows by nearly equal ratios."""
+    coarsest, finest = reach(bits)
+    first = coarsest / widest
+    last = torch.maximum(finest / widest, CLIPPED / NORMAL_STEP[bits] / deviation).minimum(FURTHEST / widest)
+    growth = ((last / first).sqrt().sqrt() - 1) / (CANDIDATES - 2)
+    return [minmax.float().reciprocal(), *(first * (1 + k * growth) ** 4 for k in range(CANDIDATES - 1))]

@@ -1,11 +1,8 @@
-"""The accelerated twin of rounding.py for CPUs: the same candidates in the same order, one pass over each group.
+"""The accelerated twin of rounding.py for CPUs: the same candidates in the same order, many groups at a time (tiles_numba.py).
 
-A group stays in the first-level cache while all candidates are tried, so the search costs arithmetic, not memory:
-the torch reference moves every weight through memory some hundred times, this reads it once.
-bfloat16 weights are widened as they are read; nothing of the size of the matrix is allocated but the codes.
+The torch reference moves every weight through memory some hundred times, this reads it once. Weights of 16 bits are widened as they
+are read; nothing of the size of the matrix is allocated but the codes.
 """
-
-import math
 
 import numba
 import numpy as np
@@ -13,25 +10,36 @@ import torch
 from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
-from halfbyte.grids.rounding import CANDIDATES, NORMAL_STEP, limits, store
+from halfbyte.grids import tiles_numba as tiles
+from halfbyte.grids.rounding import CANDIDATES, CLIPPED, FURTHEST, NORMAL_STEP, limits, reach, store
+from halfbyte.grids.tiles_numba import LANES, F, fold, load, raw, rounded, spread, widen
 
 jit = numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
 inline = numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True, inline="always")
-PIECE = 4096  # in-features handled at once by one thread when a row holds several groups
-F = np.float32
+PIECE = 4096  # in-features encoded at once by one thread when a row holds several groups
+TILES = 8  # handled one after another by one thread, in the same memory
 DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of the 23 that float32 has
+
+# What is known of the groups of a tile: rows of one flat array, at offsets that the compiler knows, so that it sees that they do not
+# overlap. The codes of zero that are tried lie from MIDDLE on, the sums of each from SUMS on.
+LOW, HIGH, WIDEST, SCALE, ZERO, TOTAL, SQUARES = (LANES * row for row in range(7))
+INVERSE, FIRST, GROWTH, GAIN = (LANES * row for row in range(7, 11))
+MIDDLE, BELOW, ABOVE = (LANES * row for row in range(11, 14))
+XQ_MIDDLE, QQ_MIDDLE, XQ_BELOW, QQ_BELOW, XQ_ABOVE, QQ_ABOVE = (LANES * row for row in range(14, 20))
+ROWS = 20
 
 
 def fit(
     w: Float[Tensor, "rows width"], importance: Float32[Tensor, " width"] | None, group: int, bits: int, symmetric: bool, search: bool, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "rows groups"], UInt8[Tensor, "rows groups"] | None]:
     rows, width = w.shape
-    h = np.ones(width, np.float32) if importance is None else importance.contiguous().numpy()
+    h = None if importance is None or not search else importance.contiguous().numpy()
     scale = np.empty((rows, width // group), np.float32)
     zero = np.zeros((rows, 0 if symmetric else width // group), np.uint8)
-    candidates = CANDIDATES if search else 0
     held = F(2 ** DROPPED_BITS[dtype] + 1), *(F(limit) for limit in limits(dtype))
-    _fit(_raw(w), h, group, bits, symmetric, candidates, F(NORMAL_STEP[bits]), held, scale, zero)
+    row = tuple(F(value) for value in (*reach(bits), CLIPPED / NORMAL_STEP[bits])) if search else None
+    shape = tiles.lanes_per_group(group), tiles.steps_per_lane(group)
+    _fit(raw(w).reshape(-1), h, group, *shape, F((1 << bits) - 1), symmetric, row, held, scale.reshape(-1), zero.reshape(-1))
     return store(torch.from_numpy(scale), dtype), None if symmetric else torch.from_numpy(zero)
 
 
@@ -44,7 +52,7 @@ def encode(
 ) -> UInt8[Tensor, "rows width"]:
     codes = np.empty(w.shape, np.uint8)
     offset = np.zeros((scale.shape[0], 0), np.uint8) if zero is None else zero.numpy()
-    _encode(_raw(w), scale.contiguous().numpy(), offset, group, bits, codes)
+    _encode(raw(w), scale.contiguous().numpy(), offset, group, bits, codes)
     return torch.from_numpy(codes)
 
 
@@ -71,160 +79,169 @@ def round_block(
     return torch.from_numpy(codes)
 
 
-def _raw(w: Tensor) -> np.ndarray:
-    """bfloat16 as its 16 bits (numba has no such type), everything else as float32."""
-    w = w.detach().contiguous()
-    return w.view(torch.uint16).numpy() if w.dtype == torch.bfloat16 else w.float().numpy()
-
-
-@inline
-def _widen(raw, x):
-    # A slice, not an array and a start: numba tests every index whose sign it does not know, and makes no vectors then.
-    if raw.itemsize == 4:
-        for i in range(x.size):
-            x[i] = raw[i]
-    else:
-        bits = x.view(np.uint32)
-        for i in range(x.size):
-            bits[i] = np.uint32(raw[i]) << np.uint32(16)
-
-
-@jit
-def _fit(w, h, group, bits, symmetric, candidates, normal_step, held, scale, zero):
-    rows, groups = scale.shape
-    per_task = max(1, PIECE // group)
-    tasks_per_row = (groups + per_task - 1) // per_task
-    for task in numba.prange(rows * tasks_per_row):
-        row, first = task // tasks_per_row, (task % tasks_per_row) * per_task
-        x, ends = np.empty(group, np.float32), np.empty(2, np.float32)
-        for g in range(first, min(first + per_task, groups)):
-            _widen(w[row, g * group : (g + 1) * group], x)
-            weight = h[g * group : (g + 1) * group]
-            if symmetric:
-                scale[row, g] = _symmetric(x, ends, weight, bits, candidates, normal_step, held)
-            else:
-                scale[row, g], zero[row, g] = _asymmetric(x, ends, weight, bits, candidates, normal_step, held)
-
-
-@inline
-def _range(x, ends):
-    """Smallest and largest value, and zero between them. By their bits: LLVM makes no vectors of a maximum of floats that may be NaN."""
-    bits, low, high = x.view(np.int32), np.int32(0), np.int32(0)
-    for i in range(x.size):
-        ordered = np.int32(bits[i] ^ ((bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF)))  # negative floats shrink as their bits grow
-        low = min(low, ordered)
-        high = max(high, ordered)
-    bits = ends.view(np.int32)
-    bits[0], bits[1] = low ^ np.int32(0x7FFFFFFF) if low < 0 else low, high
-    return ends[0], ends[1]
-
-
-@numba.njit(cache=True, fastmath=False, error_model="numpy", nogil=True)
+@tiles.strict
 def _store(scale, held):
-    """rounding.store for a positive scale, as float32."""
+    """rounding.store for a positive scale, as float32. Without branches, so that vectors can be made of it."""
     splitter, smallest, largest = held
     scale = min(max(scale, smallest), largest)
-    if splitter == F(2**13 + 1) and scale < F(2**-14):  # fp16 has steps of 2^-24 there
-        return np.rint(scale * F(2**24)) * F(2**-24)
+    fixed = np.rint(scale * F(2**24)) * F(2**-24)  # fp16 has steps of 2^-24 below 2^-14
     high = scale * splitter  # Veltkamp's splitting needs the order of operations: without fastmath=False it takes the caller's
-    return high - (high - scale)
+    return fixed if (splitter == F(2**13 + 1)) & (scale < F(2**-14)) else high - (high - scale)
 
 
-@inline
-def _ratio(candidates, first, spread, normal_step):
-    """What the reciprocals of the scales to try grow by, from around min-max to beyond it."""
-    last = min(max(F(1.2) * first, F(1.3) / (normal_step * spread)), F(7.2) * first)
-    return (last / (F(0.9) * first)) ** F(1 / (candidates - 2))
+@tiles.jit
+def _fit(w, h, size, lanes, steps, top, symmetric, row, held, scale, zero):
+    per_task = TILES * LANES // lanes
+    for task in numba.prange((scale.size + per_task - 1) // per_task):
+        _fit_tiles(w, h, size, lanes, steps, task * per_task, min((task + 1) * per_task, scale.size), top, symmetric, row, held, scale, zero)
 
 
-@inline
-def _better(wq, qq, held, best, scale, sign):
-    if wq > 0:
-        stored = _store(wq / qq, held)
-        gain = stored * (F(2) * wq - stored * qq)
-        if gain > best:
-            return gain, sign * stored, True
-    return best, scale, False
+@tiles.part
+def _fit_tiles(w, h, size, lanes, steps, start, stop, top, symmetric, row, held, scale, zero):
+    groups = LANES // lanes
+    line, m = np.zeros(groups * size, np.float32), np.zeros(ROWS * LANES, np.float32)
+    x = np.zeros((steps, LANES), np.float32)
+    weight = None if h is None else np.zeros((steps, LANES), np.float32)
+    for first in range(start, stop, groups):
+        load(w, h, size, first, line, x, weight)
+        _span(x, m, groups, top, symmetric, held)
+        if row is not None:
+            _row(x, m, groups, size, symmetric, row)
+            for k in range(CANDIDATES):
+                _try(x, weight, m, groups, top, symmetric, held, F(k))
+        count = min(groups, stop - first)
+        scale[first : first + count] = m[SCALE : SCALE + count]
+        if not symmetric:
+            for g in range(count):
+                zero[first + g] = np.uint8(np.int32(m[ZERO + g]))
 
 
-@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
-def _symmetric(x, ends, h, bits, candidates, normal_step, held):
-    half = F(1 << (bits - 1))
-    top = half - F(1)
-    low, high = _range(x, ends)
-    largest = max(-low, high)
-    if largest == 0:
-        return F(1)
-    scale = _store(F(2) * largest / (F(2) * half - F(1)), held)
-    if candidates == 0:
-        return scale
-    squares = F(0)
-    for i in range(x.size):
-        squares += x[i] * x[i]
-    best, inverse, following = F(-1), F(1) / scale, F(0.9) * (half / largest)
-    ratio = _ratio(candidates, half / largest, F(math.sqrt(squares / F(x.size))), normal_step)
-    for _ in range(candidates):
-        wq, qq, wq_minus, qq_minus = F(0), F(0), F(0), F(0)
-        for i in range(x.size):
-            r = np.rint(x[i] * inverse)
-            q = min(max(r, -half), top)
-            t = h[i] * q
-            wq += t * x[i]
-            qq += t * q
-            q = min(max(r, -top), half)
-            t = h[i] * q
-            wq_minus += t * x[i]
-            qq_minus += t * q
-        best, scale, _ = _better(wq, qq, held, best, scale, F(1))
-        best, scale, _ = _better(wq_minus, qq_minus, held, best, scale, F(-1))
-        inverse, following = following, following * ratio
-    return scale
+@tiles.part
+def _span(x, m, groups, top, symmetric, held):
+    """Min-max: the step that spans all weights, and the code of zero; the codes of zero to try."""
+    m[LOW : LOW + 2 * LANES] = 0
+    for i in range(x.shape[0]):
+        weights = x[i]
+        for lane in range(LANES):
+            m[LOW + lane] = min(m[LOW + lane], weights[lane])
+            m[HIGH + lane] = max(m[HIGH + lane], weights[lane])
+    half = LANES // 2
+    while half >= groups:
+        for lane in range(half):
+            m[LOW + lane] = min(m[LOW + lane], m[LOW + half + lane])
+            m[HIGH + lane] = max(m[HIGH + lane], m[HIGH + half + lane])
+        half //= 2
+    for g in range(groups):
+        low, high = m[LOW + g], m[HIGH + g]
+        span = F(2) * max(-low, high) if symmetric else high - low
+        widest = span / top if span > 0 else F(1)
+        middle = F(0.5) * (top + F(1)) if symmetric else min(max(np.rint(-low / widest), F(0)), top)
+        m[WIDEST + g], m[SCALE + g], m[ZERO + g] = widest, _store(widest, held), middle
+        m[MIDDLE + g], m[BELOW + g], m[ABOVE + g] = middle, max(middle - F(1), F(0)), min(middle + F(1), top)
 
 
-@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
-def _asymmetric(x, ends, h, bits, candidates, normal_step, held):
-    top = F((1 << bits) - 1)
-    low, high = _range(x, ends)
-    if high == low:
-        return F(1), np.uint8(0)
-    widest = (high - low) / top
-    middle = min(max(np.rint(-low / widest), F(0)), top)
-    if candidates == 0:
-        return _store(widest, held), np.uint8(middle)
-    total, squares = F(0), F(0)
-    for i in range(x.size):
-        total += x[i]
-        squares += x[i] * x[i]
-    mean = total / F(x.size)
-    spread = F(math.sqrt(max(squares / F(x.size) - mean * mean, F(0))))
-    scale = _store(widest, held)
-    best, zero, inverse, following = F(-1), middle, F(1) / scale, F(0.9) / widest
-    below, above = max(middle - F(1), F(0)), min(middle + F(1), top)
-    ratio = _ratio(candidates, F(1) / widest, spread, normal_step)
-    for _ in range(candidates):
-        wq0, qq0, wq1, qq1, wq2, qq2 = F(0), F(0), F(0), F(0), F(0), F(0)
-        for i in range(x.size):
-            r = np.rint(x[i] * inverse)
-            q = min(max(r, -below), top - below)
-            t = h[i] * q
-            wq0 += t * x[i]
-            qq0 += t * q
-            q = min(max(r, -middle), top - middle)
-            t = h[i] * q
-            wq1 += t * x[i]
-            qq1 += t * q
-            q = min(max(r, -above), top - above)
-            t = h[i] * q
-            wq2 += t * x[i]
-            qq2 += t * q
-        best, scale, better = _better(wq0, qq0, held, best, scale, F(1))
-        zero = below if better else zero
-        best, scale, better = _better(wq1, qq1, held, best, scale, F(1))
-        zero = middle if better else zero
-        best, scale, better = _better(wq2, qq2, held, best, scale, F(1))
-        zero = above if better else zero
-        inverse, following = following, following * ratio
-    return scale, np.uint8(zero)
+@tiles.part
+def _row(x, m, groups, size, symmetric, row):
+    """Where the reciprocals of the scales to try begin, and how they grow."""
+    m[TOTAL : TOTAL + 2 * LANES] = 0
+    for i in range(x.shape[0]):
+        weights = x[i]
+        for lane in range(LANES):
+            m[TOTAL + lane] += weights[lane]
+            m[SQUARES + lane] += weights[lane] * weights[lane]
+    fold(m[TOTAL : TOTAL + LANES], groups)
+    fold(m[SQUARES : SQUARES + LANES], groups)
+    nearest, furthest, clipped = row
+    for g in range(groups):
+        mean = F(0) if symmetric else m[TOTAL + g] / F(size)
+        deviation = np.sqrt(max(m[SQUARES + g] / F(size) - mean * mean, F(0)))
+        first = nearest / m[WIDEST + g]
+        last = min(max(furthest / m[WIDEST + g], clipped / deviation), F(FURTHEST) / m[WIDEST + g])
+        m[FIRST + g], m[GROWTH + g] = first, (np.sqrt(np.sqrt(last / first)) - F(1)) / F(CANDIDATES - 2)
+        m[GAIN + g], m[INVERSE + g] = F(-1), F(1) / m[SCALE + g]
+    spread(m[MIDDLE : MIDDLE + LANES], groups)
+    spread(m[BELOW : BELOW + LANES], groups)
+    spread(m[ABOVE : ABOVE + LANES], groups)
+
+
+@tiles.part
+def _try(x, h, m, groups, top, symmetric, held, k):
+    """One candidate, with every code of zero; then the next is the k-th of the row."""
+    spread(m[INVERSE : INVERSE + LANES], groups)
+    m[XQ_MIDDLE : XQ_MIDDLE + 6 * LANES] = 0
+    if symmetric:
+        _two_zeros(x, h, m, top)
+    else:
+        _three_zeros(x, h, m, top)
+        _better(m, groups, ABOVE, XQ_ABOVE, QQ_ABOVE, held, F(1))
+    _better(m, groups, MIDDLE, XQ_MIDDLE, QQ_MIDDLE, held, F(1))
+    # On a symmetric grid, one code less below zero and one more above it is a negative scale.
+    _better(m, groups, BELOW, XQ_BELOW, QQ_BELOW, held, F(-1) if symmetric else F(1))
+    for g in range(groups):
+        root = F(1) + k * m[GROWTH + g]
+        m[INVERSE + g] = m[FIRST + g] * (root * root) * (root * root)
+
+
+@tiles.part
+def _two_zeros(x, h, m, top):
+    for i in range(0, x.shape[0], 2):
+        x0, x1 = x[i], x[i + 1]
+        for lane in range(LANES):
+            r0, r1 = rounded(x0[lane] * m[INVERSE + lane]), rounded(x1[lane] * m[INVERSE + lane])
+            if h is None:
+                h0, h1 = F(1), F(1)
+            else:
+                h0, h1 = h[i, lane], h[i + 1, lane]
+            xq, qq = _sums(x0[lane], x1[lane], r0, r1, h0, h1, m[MIDDLE + lane], top)
+            m[XQ_MIDDLE + lane] += xq
+            m[QQ_MIDDLE + lane] += qq
+            xq, qq = _sums(x0[lane], x1[lane], r0, r1, h0, h1, m[BELOW + lane], top)
+            m[XQ_BELOW + lane] += xq
+            m[QQ_BELOW + lane] += qq
+
+
+@tiles.part
+def _three_zeros(x, h, m, top):
+    for i in range(0, x.shape[0], 2):
+        x0, x1 = x[i], x[i + 1]
+        for lane in range(LANES):
+            r0, r1 = rounded(x0[lane] * m[INVERSE + lane]), rounded(x1[lane] * m[INVERSE + lane])
+            if h is None:
+                h0, h1 = F(1), F(1)
+            else:
+                h0, h1 = h[i, lane], h[i + 1, lane]
+            xq, qq = _sums(x0[lane], x1[lane], r0, r1, h0, h1, m[MIDDLE + lane], top)
+            m[XQ_MIDDLE + lane] += xq
+            m[QQ_MIDDLE + lane] += qq
+            xq, qq = _sums(x0[lane], x1[lane], r0, r1, h0, h1, m[BELOW + lane], top)
+            m[XQ_BELOW + lane] += xq
+            m[QQ_BELOW + lane] += qq
+            xq, qq = _sums(x0[lane], x1[lane], r0, r1, h0, h1, m[ABOVE + lane], top)
+            m[XQ_ABOVE + lane] += xq
+            m[QQ_ABOVE + lane] += qq
+
+
+@tiles.part
+def _sums(x0, x1, r0, r1, h0, h1, zero, top):
+    """Of two weights, to add to memory less often: the weighted sums of x q and q^2, where q is r within the codes there are."""
+    q0, q1 = min(max(r0, -zero), top - zero), min(max(r1, -zero), top - zero)
+    p0, p1 = h0 * q0, h1 * q1
+    return p0 * x0 + p1 * x1, p0 * q0 + p1 * q1
+
+
+@tiles.inline
+def _better(m, groups, zero, xq, qq, held, sign):
+    fold(m[xq : xq + LANES], groups)
+    fold(m[qq : qq + LANES], groups)
+    for g in range(groups):
+        # Read before it is chosen from: LLVM makes no vectors of a read that depends on the choice.
+        sum_xq, sum_qq, tried, zero_before, scale_before, before = m[xq + g], m[qq + g], m[zero + g], m[ZERO + g], m[SCALE + g], m[GAIN + g]
+        stored = _store(sum_xq / sum_qq, held)
+        gain = stored * (F(2) * sum_xq - stored * sum_qq)
+        better = (gain > before) & (sum_xq > 0)
+        m[GAIN + g] = gain if better else before
+        m[SCALE + g] = sign * stored if better else scale_before
+        m[ZERO + g] = tried if better else zero_before
 
 
 @jit
@@ -237,7 +254,7 @@ def _encode(w, scale, zero, group, bits, codes):
         row, first = task // tasks_per_row, (task % tasks_per_row) * per_task
         x = np.empty(group, np.float32)
         for g in range(first, min(first + per_task, groups)):
-            _widen(w[row, g * group : (g + 1) * group], x)
+            widen(w[row, g * group : (g + 1) * group], x)
             inverse = F(1) / scale[row, g]
             offset = half if zero.shape[1] == 0 else F(zero[row, g])
             out = codes[row, g * group : (g + 1) * group]
