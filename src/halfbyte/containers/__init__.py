@@ -1,6 +1,7 @@
 """How bits lie in a file. To add a container: one file, and one line here."""
 
 from halfbyte.containers.awq import AWQ
+from halfbyte.containers.bitsandbytes import BitsAndBytes
 from halfbyte.containers.compressed import CompressedTensors
 from halfbyte.containers.container import ConfigContainer, Container
 from halfbyte.containers.gguf.container import GGUF
@@ -11,10 +12,11 @@ CONTAINERS: dict[str, type[Container]] = {
     "compressed-tensors": CompressedTensors,
     "gptq": GPTQ,
     "awq": AWQ,
+    "bitsandbytes": BitsAndBytes,
     "gguf": GGUF,
 }
 
-__all__ = ["AWQ", "CONTAINERS", "GGUF", "GPTQ", "CompressedTensors", "ConfigContainer", "Container", "container_named"]
+__all__ = ["AWQ", "CONTAINERS", "GGUF", "GPTQ", "BitsAndBytes", "CompressedTensors", "ConfigContainer", "Container", "container_named"]
 
 
 def container_named(name: str) -> Container:

@@ -1,13 +1,15 @@
 """Which numbers a weight can be. To add a scalar grid: one line here, and a layout in each container that can hold it."""
 
 from halfbyte.errors import UnknownName
+from halfbyte.grids.absmax import AbsmaxGrid
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.kquant import KQUANTS
 from halfbyte.grids.lattice import LATTICE_GRIDS
 from halfbyte.grids.levels import LEVEL_GRIDS
+from halfbyte.grids.llm_int8 import LLMInt8
 from halfbyte.grids.scalar import IntGrid
 
-# Integer grids are read by pattern; these are the ones that help, completion and the matrix test show.
+# Integer grids and those of bitsandbytes are read by pattern; these are the ones that help, completion and the matrix test show.
 GRIDS: dict[str, Grid] = {
     **{
         name: IntGrid.parse(name)
@@ -18,9 +20,11 @@ GRIDS: dict[str, Grid] = {
     **KQUANTS,
     **LEVEL_GRIDS,
     **LATTICE_GRIDS,
+    **{name: AbsmaxGrid.parse(name) for name in ("nf4-g64", "nf4-g64-double", "fp4-g64", "fp4-g64-double")},
+    "llm-int8": LLMInt8(),
 }
-# Types of ggml that are integer grids.
-ALIASES = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32"}
+# Types of ggml that are integer grids, and what bitsandbytes takes where no block is named.
+ALIASES = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32", "nf4": "nf4-g64", "fp4": "fp4-g64"}
 
 
 def parse(name: str) -> Grid:
@@ -28,6 +32,8 @@ def parse(name: str) -> Grid:
     name = ALIASES.get(name, name)
     if IntGrid.pattern.fullmatch(name):
         return IntGrid.parse(name)
+    if AbsmaxGrid.pattern.fullmatch(name):
+        return AbsmaxGrid.parse(name)
     if name not in GRIDS:
         raise UnknownName("grid", name, (*GRIDS, *ALIASES))
     return GRIDS[name]

@@ -166,7 +166,7 @@ class Checkpoint:
 
     def read(self, tensor: str) -> Tensor:
         """A tensor by its name in the unquantized checkpoint; decoded if it is stored quantized."""
-        if tensor in self.entries:
+        if tensor in self.entries and tensor not in self.parts:  # a part may bear the name of the whole
             return self.entries[tensor].read()
         module = tensor.removesuffix(".weight")
         if module in self.quantized:
@@ -176,7 +176,7 @@ class Checkpoint:
 
     def spec(self, tensor: str) -> Spec:
         """Shape and dtype of a tensor by its name in the unquantized checkpoint; that of the model where it is stored quantized."""
-        entry = self.entries.get(tensor)
+        entry = None if tensor in self.parts else self.entries.get(tensor)
         return Spec(entry.shape, entry.dtype) if entry else Spec(self.tensors()[tensor], self.dtype)
 
     def tensors(self) -> dict[str, Shape]:

@@ -28,6 +28,8 @@ class Kernel:
     tiles: tuple[tuple[int, int], ...] = ()  # (in, out): a partition must be a multiple of one of these, if there are any
     note: str = ""
     flag: str = ""  # what the command needs for this kernel
+    named: str = ""  # grids that are no integers: a pattern of their names
+    offer: str = ""  # ... in words
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Reads:
 
     kernels: tuple[Kernel, ...]  # fastest first; a grid runs on the first that takes it
     experts: frozenset[Code] = frozenset()  # what numbered experts (experts.7.up_proj) may be
+    named_experts: str = ""  # ... other than integers: a pattern of names of grids
+    whole: bool = False  # no matrix is split: no tensor parallelism
     pads: bool = False  # shapes that miss the tiles are padded, not refused
     fuses: bool = True  # q, k, v and gate, up become one matrix each, so each set has one grid
     mixes: bool = True  # several grids in one checkpoint
@@ -93,6 +97,8 @@ TURING = "4 and 8 bits run on Marlin or Machete kernels: an NVIDIA GPU of comput
 AMPERE = "runs on Marlin kernels: an NVIDIA GPU of compute capability 8.0 or later"
 HUMMING = "2, 3, 5, 6 and 7 bits need vLLM of mid-2026 or later and its Humming kernels (NVIDIA only): read in its source, not run"
 EXLLAMA = "runs on the slower exllama kernel, in float16 only"
+BITSANDBYTES = "needs the package bitsandbytes, 0.46.1 or later"
+BLOCKS_AND_BYTES = Kernel(frozenset(), frozenset(), named=r"(nf4|fp4)-.*|llm-int8", offer="nf4 and fp4 in blocks, and int8-channel as LLM.int8()")
 MAINTAINED = ("TGI is in maintenance mode", "computes in float16")
 
 # What engines fuse: packed_modules_mapping of vllm model_executor/models/{llama,mixtral,qwen3_5}.py.
@@ -120,6 +126,10 @@ VLLM = {
     "gptq": Reads((Kernel(SYMMETRIC, SPANS, TILES),), experts=SYMMETRIC, pads=True, base_experts=True, head=True, transposed=True, notes=(TURING,)),
     # (quantization)/auto_awq.py. lm_head: only if the config says "lm_head", which ours does not.
     "awq": Reads((Kernel(INT4, SPANS, TILES),), experts=INT4, pads=True, mixes=False, base_experts=True, transposed=True, notes=(TURING,)),
+    # model_executor/model_loader/bitsandbytes_loader.py: _verify_model_compatibility, _fuse_moe_quant_states (NF4 only);
+    # (quantization)/bitsandbytes.py: is_layer_skipped_bnb looks for the kept names in fused names. Found without flags since pull
+    # request 16027 (April 2025).
+    "bitsandbytes": Reads((BLOCKS_AND_BYTES,), named_experts=r"nf4-.*", mixes=False, keeps="unfused", whole=True, notes=(BITSANDBYTES,)),
 }
 SGLANG = {
     # (quantization)/compressed_tensors/schemes/compressed_tensors_wNa16.py; a quantized lm_head gave noise in silence (issue 35358).
@@ -149,6 +159,9 @@ TRANSFORMERS = {
     "gptq": Reads((Kernel(PACKED, SPANS),), fuses=False, mixes=False, keeps="none", transposed=True, notes=("needs gptqmodel and optimum",)),
     # transformers/quantizers/quantizer_awq.py, integrations/awq.py: nn.Linear only, and not the head.
     "awq": Reads((Kernel(INT4, SPANS),), fuses=False, mixes=False, notes=("needs the packages gptqmodel and accelerate; float16 on GPUs",)),
+    # transformers/quantizers/quantizer_bnb_{4,8}bit.py, integrations/bitsandbytes.py: nn.Linear and Conv1D, and the head if it is not
+    # among the skipped modules.
+    "bitsandbytes": Reads((BLOCKS_AND_BYTES,), fuses=False, mixes=False, head=True, transposed=True, notes=(BITSANDBYTES,)),
 }
 TGI = {
     # layers/compressed_tensors/{loader,wna16_int}.py (zero points are looked for as .qzeros); the head: layers/tensor_parallel.py.
@@ -205,7 +218,7 @@ def check(engine: str, container: str, placed: Placed, model_type: str) -> Verdi
     spec = _engine(engine)
     reads = spec.reads.get(container)
     if reads is None:
-        what = "was not seen to load" if container == "gguf" else "does not read integer weights from"
+        what = "was not seen to load" if container in ("gguf", "bitsandbytes") else "does not read integer weights from"
         return Verdict(engine, False, (f"{engine} {what} {container}: {spec.otherwise}",), (), (), None)
     if reads.everything:
         return Verdict(engine, True, (), reads.notes, (), spec.command)
@@ -225,7 +238,7 @@ def check(engine: str, container: str, placed: Placed, model_type: str) -> Verdi
             reasons.append(f"{whole[1] or tiled[1]}, which {engine} cannot hold: choose another group size, or keep it in 16 bits")
         elif tiled[1]:
             notes.append(f"{tiled[1]}: vLLM pads such shapes since pull request 45295 (June 2026), older releases refuse them")
-        degrees = [d for d, misfit in (whole if tiled[1] else tiled).items() if misfit is None]
+        degrees = [1] if reads.whole else [d for d, misfit in (whole if tiled[1] else tiled).items() if misfit is None]
     if reasons:
         return Verdict(engine, False, tuple(reasons), tuple(notes), (), None)
     return Verdict(engine, True, (), tuple(notes), tuple(degrees) if spec.parallel else (), spec.command + "".join(k.flag for k in kernels))
@@ -239,7 +252,7 @@ def _engine(name: str) -> Engine:
 
 def _kernel(reads: Reads, grid: Grid) -> Kernel | None:
     if not isinstance(grid, IntGrid):
-        return None
+        return next((k for k in reads.kernels if k.named and re.fullmatch(k.named, str(grid))), None)
     spans = {grid.span, "any group"} if grid.block else {grid.span}
     return next((k for k in reads.kernels if (grid.bits_per_code, grid.symmetric) in k.codes and spans & k.spans), None)
 
@@ -259,7 +272,8 @@ def _grids(engine: str, container: str, reads: Reads, quantized: Mapping[Weight,
 
 def _offer(reads: Reads) -> str:
     offers = []
-    for kernel in reads.kernels:
+    offers += [kernel.offer for kernel in reads.kernels if kernel.offer]
+    for kernel in (k for k in reads.kernels if k.codes):
         codes = [f"int{b}" + ("" if (b, False) in kernel.codes else " (symmetric)") for b in sorted({b for b, _ in kernel.codes})]
         spans = sorted(s for s in kernel.spans if isinstance(s, int)) + sorted(s for s in kernel.spans if isinstance(s, str))
         offers.append(f"{', '.join(codes)} per {', '.join(f'g{s}' if isinstance(s, int) else s for s in spans)}")
@@ -294,8 +308,9 @@ def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Itera
         return
     main = grids.most_common(1)[0][0]
     known = ["int{}{}".format(bits, "" if symmetric else "-asym") for bits, symmetric in sorted(reads.experts)]
+    known += [reads.named_experts.removesuffix("-.*")] if reads.named_experts else []
     for w, g in experts.items():
-        if w.expert is None and isinstance(g, IntGrid) and (g.bits_per_code, g.symmetric) not in reads.experts:
+        if w.expert is None and g is not None and not _is_expert(reads, g):
             instead = f"use {' or '.join(known)}" if known else "keep the experts in 16 bits"
             yield f"{engine} is not known to load {w.name} on {g} from {container}: {instead}"
             break
@@ -306,6 +321,12 @@ def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Itera
         blocks[w.block].add(g)
     if uneven := [block for block, found in blocks.items() if len(found) > 1]:
         yield f"{engine} loads the experts of {uneven[0]} as one tensor, so they need one grid, or all 16 bits"
+
+
+def _is_expert(reads: Reads, grid: Grid) -> bool:
+    if isinstance(grid, IntGrid):
+        return (grid.bits_per_code, grid.symmetric) in reads.experts
+    return bool(re.fullmatch(reads.named_experts, str(grid)))
 
 
 def _siblings(placed: Placed) -> dict[tuple[str, int], tuple[list[str], list[Grid | None]]]:

@@ -1,0 +1,175 @@
+"""bitsandbytes, as Transformers saves it (bitsandbytes nn/modules.py, functional.py QuantState.as_dict; transformers
+integrations/bitsandbytes.py).
+
+4 bits, row after row, the first of two weights in the high half of a byte:
+
+    weight                                uint8 [weights / 2, 1]
+    weight.absmax                         fp32  [blocks]; uint8 where scales are quantized too, and then there are
+    weight.nested_absmax                  fp32  [blocks / 256]
+    weight.nested_quant_map               fp32  [256], their levels
+    weight.quant_map                      fp32  [16], the levels of weights
+    weight.quant_state.bitsandbytes__nf4  JSON in bytes: type, block, shape, dtype to decode to, offset of the scales
+
+8 bits, LLM.int8():
+
+    weight         int8 [out, in]
+    SCB            fp32 [out], what 127 stands for
+    weight_format  uint8, 0 for rows
+"""
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers.container import Config, ConfigContainer, commonest
+from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.errors import Unsupported
+from halfbyte.grids.absmax import LEVELS, NESTED, AbsmaxGrid, dynamic_map, levels
+from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.llm_int8 import ZERO, LLMInt8
+from halfbyte.grids.scalar import IntGrid
+
+STATE = "weight.quant_state.bitsandbytes__"
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+ROOM = 32
+"""Bytes for the dtype and the offset, whose lengths no shape tells: blanks fill what is left, and JSON does not mind."""
+
+
+class BitsAndBytes(ConfigContainer):
+    """NF4, FP4 and LLM.int8()."""
+
+    name = "bitsandbytes"
+    mixes = False
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16):
+        self.dtype = dtype
+        """What engines decode to, which every matrix notes: that of the last model that this was asked for."""
+
+    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
+        self.dtype = dtype
+        if isinstance(grid, IntGrid) and (grid.bits_per_code, grid.span, grid.symmetric) == (8, "channel", True):
+            return LLMInt8()
+        return grid
+
+    def check(self, grid: Grid, shape: Shape) -> None:
+        _held(grid)
+        if isinstance(grid, AbsmaxGrid):
+            grid.require_width(shape)
+
+    def same(self, q: Quantized) -> Quantized | None:
+        return q if isinstance(q.grid, AbsmaxGrid | LLMInt8) else None
+
+    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        grid, (out, width) = _held(grid), shape
+        if isinstance(grid, LLMInt8):
+            return {"weight": Spec((out, width), torch.int8), "SCB": Spec((out,), torch.float32), "weight_format": Spec((), torch.uint8)}
+        blocks = grid.blocks(shape)
+        specs = {
+            "weight": Spec((-(-out * width // 2), 1), torch.uint8),
+            "weight.absmax": Spec((blocks,), torch.uint8 if grid.double else torch.float32),
+            "weight.quant_map": Spec((16,), torch.float32),
+            STATE + grid.kind: Spec((len(_state(grid, shape, "", None)) + ROOM,), torch.uint8),
+        }
+        if grid.double:
+            specs["weight.nested_absmax"] = Spec((-(-blocks // NESTED),), torch.float32)
+            specs["weight.nested_quant_map"] = Spec((256,), torch.float32)
+        return specs
+
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        grid, params = _held(q.grid), q.params
+        if isinstance(grid, LLMInt8):
+            weight = (q.codes.int() - ZERO).to(torch.int8)
+            return {"weight": weight, "SCB": params["absmax"], "weight_format": torch.zeros((), dtype=torch.uint8)}
+        offset = params["offset"].item() if grid.double else None
+        state = _state(grid, q.shape, DTYPES[self.dtype], offset)
+        length = self.plan(grid, q.shape)[STATE + grid.kind].shape[0]
+        pairs = torch.nn.functional.pad(q.codes.flatten(), (0, q.codes.numel() % 2)).view(-1, 2)
+        tensors = {
+            "weight": pairs[:, :1] << 4 | pairs[:, 1:],
+            "weight.absmax": params["scale"].flatten(),
+            "weight.quant_map": levels(grid.kind),
+            STATE + grid.kind: torch.frombuffer(bytearray(state.ljust(length)), dtype=torch.uint8),
+        }
+        if grid.double:
+            tensors["weight.nested_absmax"] = params["nested"]
+            tensors["weight.nested_quant_map"] = dynamic_map()
+        return tensors
+
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        grid, (out, width) = _held(grid), shape
+        if isinstance(grid, LLMInt8):
+            if tensors.get("weight_format", torch.zeros(1)).any():
+                raise Unsupported("LLM.int8() weights in the order of an old GPU (weight_format) are not read; load them with bitsandbytes and save them again")
+            return Quantized(grid, (tensors["weight"].int() + ZERO).to(torch.uint8), {"absmax": tensors["SCB"].flatten()})
+        _require_same("quant_map", tensors["weight.quant_map"], levels(grid.kind))
+        raw = tensors["weight"].contiguous().flatten().view(torch.uint8)
+        codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: out * width].view(out, width)
+        params = {"scale": tensors["weight.absmax"].view(1 if width % grid.group else out, -1)}
+        if grid.double:
+            _require_same("nested_quant_map", tensors["weight.nested_quant_map"], dynamic_map())
+            offset = _said(tensors[STATE + grid.kind])["nested_offset"]
+            params |= {"nested": tensors["weight.nested_absmax"], "offset": torch.tensor([offset], dtype=torch.float32)}
+        return Quantized(grid, codes, params)
+
+    def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
+        grid = _held(commonest(grids))
+        four = isinstance(grid, AbsmaxGrid)
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": four,
+            "load_in_8bit": not four,
+            "bnb_4bit_quant_type": grid.kind if four else "fp4",
+            "bnb_4bit_use_double_quant": four and grid.double,
+            "bnb_4bit_compute_dtype": DTYPES[dtype],
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": sorted(kept),
+            "llm_int8_threshold": 6.0,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_enable_fp32_cpu_offload": False,
+        }
+
+    def reads(self, config: Config) -> bool:
+        # Older versions of Transformers did not write the method.
+        return config.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(config.get("load_in_4bit") or config.get("load_in_8bit"))
+
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
+        found: dict[str, tuple[Grid, Shape]] = {}
+        for name in entries:
+            module, _, kind = name.rpartition(f".{STATE}")
+            if module:
+                said = _said(entries[name].read())
+                self.dtype = next((dtype for dtype, known in DTYPES.items() if known == said["dtype"]), self.dtype)
+                grid = AbsmaxGrid.parse(f"{kind}-g{said['blocksize']}{'-double' if 'nested_blocksize' in said else ''}")
+                if grid.double and said["nested_blocksize"] != NESTED:
+                    raise Unsupported(f"{module}: scales that share a scale by {said['nested_blocksize']} are not read; by {NESTED} they are")
+                found[module] = (grid, tuple(said["shape"]))
+            elif name.endswith(".SCB"):
+                module = name.removesuffix(".SCB")
+                found[module] = (LLMInt8(), entries[f"{module}.weight"].shape)
+        return found
+
+
+def _held(grid: Grid) -> AbsmaxGrid | LLMInt8:
+    if not isinstance(grid, AbsmaxGrid | LLMInt8):
+        kinds = " and ".join(LEVELS)
+        raise Unsupported(f"bitsandbytes holds {kinds} in blocks (such as nf4-g64 or nf4-g64-double) and int8-channel, not {grid}")
+    return grid
+
+
+def _state(grid: AbsmaxGrid, shape: Shape, dtype: str, offset: float | None) -> bytes:
+    """What bitsandbytes notes beside the tensors of a matrix."""
+    said = {"quant_type": grid.kind, "blocksize": grid.group, "dtype": dtype, "shape": list(shape)}
+    if grid.double:
+        said |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(said).encode()
+
+
+def _said(state: Tensor) -> Config:
+    return json.loads(state.numpy().tobytes())
+
+
+def _require_same(name: str, found: Tensor, known: Tensor) -> None:
+    if not torch.equal(found.float(), known):
+        raise Unsupported(f"a {name} that is not bitsandbytes' own is not read; engines with kernels for 4 bits would not read it either")

@@ -1,0 +1,153 @@
+"""The accelerated twin of absmax.py for CPUs: the same candidates in the same order, one pass over each block."""
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from halfbyte.grids import absmax as reference
+from halfbyte.grids.levels import CELLS, inverse
+from halfbyte.grids.levels_numba import _round_block
+from halfbyte.grids.tiles_numba import F, raw, widen
+
+jit = numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
+inline = numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True, inline="always")
+PIECE = 4096  # weights handled at once by one thread
+FINITE = F(1e38)  # weights whose squares are not keep their absmax
+HALF, LAST = F(CELLS // 2), F(CELLS - 1)
+
+
+def fit(grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool) -> Float32[Tensor, " blocks"]:
+    h = np.ones(grid.group, np.float32) if importance is None else importance.contiguous().numpy()
+    if len(h) % grid.group:  # a block may begin anywhere in a row
+        h = np.resize(h, grid.blocks(w.shape) * grid.group)
+    scale = np.empty(grid.blocks(w.shape), np.float32)
+    tries = np.array(reference.TRIES if search else (), np.float32)
+    _fit(raw(w).reshape(-1), h, grid.group, reference.cells(grid.kind).numpy(), tries, scale)
+    return torch.from_numpy(scale)
+
+
+def encode(grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, " blocks"]) -> UInt8[Tensor, "out in"]:
+    codes = np.empty(w.numel(), np.uint8)
+    order = np.array(reference.ASCENDING[grid.kind], np.uint8)
+    _encode(raw(w).reshape(-1), inverse(scales).numpy(), tuple(reference.borders(grid.kind).numpy()), order, list(order) != sorted(order), grid.group, codes)
+    return torch.from_numpy(codes).view(w.shape)
+
+
+def decode(grid: "reference.AbsmaxGrid", codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, " blocks"]) -> Float32[Tensor, "out in"]:
+    w = np.empty(codes.numel(), np.float32)
+    _decode(codes.contiguous().view(-1).numpy(), scales.contiguous().numpy(), reference.levels(grid.kind).numpy(), grid.group, w)
+    return torch.from_numpy(w).view(codes.shape)
+
+
+def round_block(
+    kind: str,
+    wanted: Float32[Tensor, "out width"],
+    target: Float32[Tensor, "out width"],
+    error: Float32[Tensor, "out width"],
+    coupling: Float32[Tensor, "width width"],
+    scale: Float32[Tensor, "out width"],
+) -> UInt8[Tensor, "out width"]:
+    """Grid.round_block, given the scale of each weight."""
+    codes = np.empty(wanted.shape, np.uint8)
+    value = reference.cells(kind)
+    code = reference.nearest(kind, value).numpy()
+    by = (CELLS // 4) * inverse(scale)  # cells are a half wide there
+    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scale.contiguous().numpy(), by.contiguous().numpy()
+    _round_block(*arrays, code, value.numpy(), codes)
+    return torch.from_numpy(codes)
+
+
+@inline
+def _cell(x):
+    # The mask keeps a weight that is not a number inside the table.
+    return np.uint32(np.int32(min(max(HALF * x + HALF, F(0)), LAST))) & np.uint32(CELLS - 1)
+
+
+@jit
+def _fit(w, h, group, values, tries, scale):
+    per_task = max(1, PIECE // group)
+    for task in numba.prange((scale.size + per_task - 1) // per_task):
+        x, largest = np.zeros((per_task, group), np.float32), np.empty(per_task, np.float32)
+        widen(w[task * x.size : (task + 1) * x.size], x.reshape(-1))
+        _largest(x.view(np.int32), largest.view(np.int32))
+        start = task * x.size % h.size
+        for b in range(min(per_task, scale.size - task * per_task)):
+            scale[task * per_task + b] = _search(x[b], h[start : start + group], values, tries, largest[b])
+            start = start + group if start + group < h.size else 0
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def _largest(x, largest):
+    # By their bits: LLVM makes no vectors of a maximum of floats that may be NaN.
+    for b in range(x.shape[0]):
+        found = np.int32(0)
+        for i in range(x.shape[1]):
+            found = max(found, x[b, i] & np.int32(0x7FFFFFFF))
+        largest[b] = found
+
+
+@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
+def _search(x, h, values, tries, largest):
+    scale, best = largest, F(0)
+    if largest > 0:
+        for t in range(tries.size):
+            wq, qq = _moments(x, h, F(1) / (largest * tries[t]), values)
+            if best * qq < wq * wq < FINITE:
+                scale = wq / qq
+                best = wq * scale
+    return scale
+
+
+@inline
+def _moments(x, h, by, values):
+    """sum(h w q) and sum(h q q), 32 at a time: a loop of known length is all vectors."""
+    wq, qq = F(0), F(0)
+    for start in range(0, x.size, 32):
+        a, b = x[start : start + 32], h[start : start + 32]
+        for i in range(32):
+            q = values[_cell(a[i] * by)]
+            t = b[i] * q
+            wq += t * a[i]
+            qq += t * q
+    return wq, qq
+
+
+# Exact, and all vectors: of ascending levels, the nearest is the one with as many borders below the weight.
+@numba.njit(cache=True, parallel=True, error_model="numpy", nogil=True)
+def _encode(w, inverse, borders, order, reordered, group, codes):
+    per_task = max(1, PIECE // group)
+    for task in numba.prange((inverse.size + per_task - 1) // per_task):
+        x = np.empty(per_task * group, np.float32)
+        out = codes[task * x.size : (task + 1) * x.size]
+        widen(w[task * x.size : (task + 1) * x.size], x)
+        for b in range(min(per_task, inverse.size - task * per_task)):
+            part = x[b * group : (b + 1) * group]
+            by = inverse[task * per_task + b]
+            for i in range(part.size):
+                part[i] *= by
+        _count(x, borders, out)
+        if reordered:
+            for i in range(out.size):
+                out[i] = order[out[i] & np.uint8(15)]
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def _count(x, b, out):
+    # Written out: LLVM unrolls such a loop too late to make vectors of it.
+    for i in range(out.size):
+        v = x[i]
+        low = np.int32(v > b[0]) + np.int32(v > b[1]) + np.int32(v > b[2]) + np.int32(v > b[3]) + np.int32(v > b[4])
+        middle = np.int32(v > b[5]) + np.int32(v > b[6]) + np.int32(v > b[7]) + np.int32(v > b[8]) + np.int32(v > b[9])
+        high = np.int32(v > b[10]) + np.int32(v > b[11]) + np.int32(v > b[12]) + np.int32(v > b[13]) + np.int32(v > b[14])
+        out[i] = np.uint8(low + middle + high)
+
+
+@numba.njit(cache=True, parallel=True, error_model="numpy", nogil=True)
+def _decode(codes, scales, levels, group, w):
+    for b in numba.prange(scales.size):
+        at = b * group
+        read, out = codes[at : at + group], w[at : at + group]
+        for i in range(out.size):
+            out[i] = levels[read[i] & np.uint8(15)] * scales[b]
