@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -12,14 +12,15 @@ import halfbyte
 from halfbyte import demo
 from halfbyte.models.checkpoint import Checkpoint
 
-GRIDS = ["int4-g128", "int4-g128-asym", "int3-g64", "int5-g32-asym", "int8-channel", "int2-g128-asym"]
+INTEGERS = ["int4-g128", "int4-g128-asym", "int3-g64", "int5-g32-asym", "int8-channel", "int2-g128-asym"]
+FLOATS = ["fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e4m3-block", "mxfp8-e4m3", "mxfp6-e2m3", "mxfp4", "nvfp4-global"]
 TOKENS = torch.arange(5, 69)[None]
 
 
-@pytest.fixture(scope="module", params=GRIDS)
+@pytest.fixture(scope="module", params=INTEGERS + FLOATS)
 def folder(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("ct") / request.param
-    halfbyte.quantize(demo.MODEL, out, method="nearest", grid=request.param)
+    halfbyte.quantize(demo.MODEL, out, method="nearest", grid=request.param, to="compressed-tensors")
     return out
 
 
@@ -30,7 +31,7 @@ def test_the_package_decompresses_every_module_to_our_decode(folder):
     assert len(checkpoint.quantized) == 42
     for module in checkpoint.quantized:
         tensors = {n.removeprefix(f"{module}."): checkpoint.entries[n].read() for n in checkpoint.parts_of[module]}
-        theirs = PackedQuantizationCompressor.decompress(tensors, scheme)["weight"]
+        theirs = BaseCompressor.get_value_from_registry(str(scheme.format)).decompress(tensors, scheme)["weight"]
         assert torch.equal(theirs, checkpoint.read_quantized(module).decode().to(theirs.dtype))
 
 

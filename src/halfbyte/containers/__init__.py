@@ -2,8 +2,9 @@
 
 from halfbyte.containers.awq import AWQ
 from halfbyte.containers.bitsandbytes import BitsAndBytes
-from halfbyte.containers.compressed import CompressedTensors
+from halfbyte.containers.compressed.container import CompressedTensors
 from halfbyte.containers.container import ConfigContainer, Container
+from halfbyte.containers.fp8 import FP8
 from halfbyte.containers.gguf.container import GGUF
 from halfbyte.containers.gptq import GPTQ
 from halfbyte.errors import UnknownName
@@ -13,10 +14,11 @@ CONTAINERS: dict[str, type[Container]] = {
     "gptq": GPTQ,
     "awq": AWQ,
     "bitsandbytes": BitsAndBytes,
+    "fp8": FP8,
     "gguf": GGUF,
 }
 
-__all__ = ["AWQ", "CONTAINERS", "GGUF", "GPTQ", "BitsAndBytes", "CompressedTensors", "ConfigContainer", "Container", "container_named"]
+__all__ = ["AWQ", "CONTAINERS", "FP8", "GGUF", "GPTQ", "BitsAndBytes", "CompressedTensors", "ConfigContainer", "Container", "container_named"]
 
 
 def container_named(name: str) -> Container:

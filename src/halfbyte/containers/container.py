@@ -26,6 +26,8 @@ class Container(ABC):
     name: str
     mixes = True
     """Whether one checkpoint may hold several grids."""
+    read_too: tuple[str, ...] = ()
+    """Suffixes of tensors that belong to a module in files of others, beside those of `plan`."""
 
     @abstractmethod
     def native(self, grid: Grid, dtype: torch.dtype) -> Grid:

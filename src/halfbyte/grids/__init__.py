@@ -2,6 +2,7 @@
 
 from halfbyte.errors import UnknownName
 from halfbyte.grids.absmax import AbsmaxGrid
+from halfbyte.grids.floats import FLOAT_GRIDS, FloatGrid
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.kquant import KQUANTS
 from halfbyte.grids.lattice import LATTICE_GRIDS
@@ -20,6 +21,7 @@ GRIDS: dict[str, Grid] = {
     **KQUANTS,
     **LEVEL_GRIDS,
     **LATTICE_GRIDS,
+    **FLOAT_GRIDS,
     **{name: AbsmaxGrid.parse(name) for name in ("nf4-g64", "nf4-g64-double", "fp4-g64", "fp4-g64-double")},
     "llm-int8": LLMInt8(),
 }
@@ -34,6 +36,8 @@ def parse(name: str) -> Grid:
         return IntGrid.parse(name)
     if AbsmaxGrid.pattern.fullmatch(name):
         return AbsmaxGrid.parse(name)
+    if FloatGrid.pattern.fullmatch(name):
+        return FloatGrid.parse(name)
     if name not in GRIDS:
         raise UnknownName("grid", name, (*GRIDS, *ALIASES))
     return GRIDS[name]

@@ -147,6 +147,7 @@ class Checkpoint:
         if self.container is None:
             return {}
         suffixes = {suffix for grid, shape in set(self.quantized.values()) for suffix in self.container.plan(grid, shape)}
+        suffixes.update(self.container.read_too)
         return {f"{m}.{s}": m for m in self.quantized for s in suffixes if f"{m}.{s}" in self.entries}
 
     def read_quantized(self, module: str) -> Quantized:

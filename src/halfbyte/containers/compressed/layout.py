@@ -1,0 +1,69 @@
+"""Layout: one format of compressed-tensors, for the tensors of one module."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from halfbyte.containers.container import Config
+from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.errors import Unsupported
+from halfbyte.grids.floats import FloatGrid
+from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.scalar import SCALE_DTYPES
+
+SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+
+
+class Layout(ABC):
+    """How the tensors of a module lie in a file; names and methods are those of Container."""
+
+    format: str
+
+    @abstractmethod
+    def writes(self, grid: Grid) -> bool:
+        """Whether matrices on this grid are written so."""
+
+    def check(self, grid: Grid, shape: Shape) -> None:
+        """Raise Unsupported for a matrix that does not fit."""
+        if isinstance(grid.block, int) and grid.block <= 32 and shape[1] % grid.block:
+            raise Unsupported(f"{self.format} of compressed-tensors has groups of {grid.block} in-features, which do not divide {shape[1]}")
+
+    @abstractmethod
+    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]: ...
+
+    @abstractmethod
+    def pack(self, q: Quantized) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized: ...
+
+    @abstractmethod
+    def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+        """Grid and shape of a module as its tensors show them; None where they are not of this format. `said` are the weights' arguments
+        in the config, and decide where tensors leave a choice."""
+
+    @abstractmethod
+    def arguments(self, grid: Grid) -> Config:
+        """QuantizationArgs of the weights."""
+
+
+def arguments(bits: int, kind: str, strategy: str, group: int | None = None, symmetric: bool = True, **more: object) -> Config:
+    return {
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": symmetric,
+        "strategy": strategy,
+        "group_size": group,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        **more,
+    }
+
+
+def float_grid(grid: Grid) -> FloatGrid:
+    assert isinstance(grid, FloatGrid)
+    return grid

@@ -1,0 +1,91 @@
+"""pack-quantized: integers of 2 to 8 bits (compressed-tensors compressors/pack_quantized/base.py).
+
+weight_packed      int32 [out, ceil(in * bits / 32)], packed along in, stored unsigned
+weight_scale       [out, groups], in the dtype of the model
+weight_zero_point  int32 [ceil(out * bits / 32), groups], packed along out; absent when symmetric
+weight_shape       int64 [2]
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers import bits
+from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments
+from halfbyte.containers.container import Config, integer, span_of
+from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.errors import Unsupported
+from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
+
+NAME = "compressed-tensors"
+
+
+class Packed(Layout):
+    """Words of codes, with 16-bit inputs (W2A16 to W8A16)."""
+
+    format = "pack-quantized"
+
+    def writes(self, grid: Grid) -> bool:
+        return isinstance(grid, IntGrid)
+
+    def check(self, grid: Grid, shape: Shape) -> None:
+        grid = integer(grid, NAME)
+        if grid.span == "tensor" and not grid.symmetric:
+            raise Unsupported(f"compressed-tensors packs zero points per channel or group only, not {grid}")
+
+    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        grid, (out, width) = integer(grid, NAME), shape
+        groups = grid.groups(width)
+        specs = {
+            "weight_packed": Spec((out, -(-width * grid.bits_per_code // 32)), torch.int32),
+            "weight_scale": Spec((1,) if grid.span == "tensor" else (out, groups), SCALE_DTYPES[grid.scale]),
+            "weight_shape": Spec((2,), torch.int64),
+        }
+        if not grid.symmetric:
+            specs["weight_zero_point"] = Spec((-(-out * grid.bits_per_code // 32), groups), torch.int32)
+        return specs
+
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        grid = integer(q.grid, NAME)
+        tensors = {
+            "weight_packed": bits.pack(q.codes, grid.bits_per_code),
+            "weight_scale": q.params["scale"].reshape(-1) if grid.span == "tensor" else q.params["scale"],
+            "weight_shape": torch.tensor(q.shape),
+        }
+        if not grid.symmetric:
+            tensors["weight_zero_point"] = bits.pack(q.params["zero"].T, grid.bits_per_code).T.contiguous()
+        return tensors
+
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        grid, (out, width) = integer(grid, NAME), shape
+        scale = tensors["weight_scale"]
+        params = {"scale": scale.reshape(1, 1) if grid.span == "tensor" else scale}
+        if not grid.symmetric:
+            params["zero"] = bits.unpack(tensors["weight_zero_point"].T, grid.bits_per_code, out).T.contiguous()
+        return Quantized(grid, bits.unpack(tensors["weight_packed"], grid.bits_per_code, width), params)
+
+    def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+        if f"{module}.weight_packed" not in entries or entries[f"{module}.weight_packed"].dtype != torch.int32:
+            return None
+        if f"{module}.weight_g_idx" in entries:
+            raise Unsupported(f"{module} is quantized in activation order (weight_g_idx), which is not read yet")
+        out, width = entries[f"{module}.weight_shape"].read().tolist()
+        return _grid(entries, module, said, out, width), (out, width)
+
+    def arguments(self, grid: Grid) -> Config:
+        grid = integer(grid, NAME)
+        return arguments(grid.bits_per_code, "int", "group" if grid.block else str(grid.span), grid.block, grid.symmetric)
+
+
+def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: int, width: int) -> Grid:
+    """The grid as the tensors show it, whatever the label. What was `said` decides where shapes leave a choice."""
+    packed, scale = entries[f"{module}.weight_packed"], entries[f"{module}.weight_scale"]
+    groups = scale.shape[-1] if len(scale.shape) == 2 else 1
+    named = {weights.get("num_bits") for weights in said}
+    width_bits = min((b for b in range(2, 9) if -(-width * b // 32) == packed.shape[1]), key=lambda b: b not in named, default=None)
+    if width_bits is None or width % groups:
+        raise Unsupported(f"{module}: {tuple(packed.shape)} words and {tuple(scale.shape)} scales are no packing of {out} x {width}")
+    span = "tensor" if scale.shape == (1,) and out > 1 else span_of(width, groups, {weights.get("group_size") for weights in said})
+    return IntGrid(width_bits, span, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype])

@@ -1,0 +1,109 @@
+"""Floats of 4 and 6 bits (compressed-tensors compressors/{nvfp4,mxfp4,mxfp6}).
+
+weight_packed        uint8 [out, in * bits / 8]: the first of neighbours in the low bits
+weight_scale         MX: uint8 [out, in / 32], a power of two. NVFP4: float8_e4m3fn [out, in / 16]
+weight_global_scale  NVFP4: float32 [1], by which scales are divided
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from halfbyte.containers.compressed.layout import Layout, arguments
+from halfbyte.containers.container import Config
+from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.errors import Unsupported
+from halfbyte.grids.floats import FLOAT_GRIDS
+from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.levels import LEVEL_GRIDS
+
+
+class MX(Layout):
+    """MXFP4 and MXFP6: a power of two per 32 in-features."""
+
+    def __init__(self, format: str, grid: Grid, bits: int):
+        self.format, self.grid, self.width_bits = format, grid, bits
+
+    def writes(self, grid: Grid) -> bool:
+        return grid == self.grid
+
+    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        out, width = shape
+        return {"weight_packed": Spec((out, width * self.width_bits // 8), torch.uint8), "weight_scale": Spec((out, width // 32), torch.uint8)}
+
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        return {"weight_packed": _pack(q.codes, self.width_bits), "weight_scale": q.params["scale"]}
+
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        return Quantized(grid, _unpack(tensors["weight_packed"], self.width_bits), {"scale": tensors["weight_scale"]})
+
+    def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+        packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
+        if packed is None or scale is None or packed.dtype != torch.uint8 or scale.dtype != torch.uint8 or len(scale.shape) != 2:
+            return None
+        out, width = scale.shape[0], scale.shape[1] * 32
+        return (self.grid, (out, width)) if packed.shape == (out, width * self.width_bits // 8) else None
+
+    def arguments(self, grid: Grid) -> Config:
+        return arguments(self.width_bits, "float", "group", 32, scale_dtype="torch.uint8")
+
+
+class NV4(Layout):
+    """NVFP4: an E4M3 scale per 16 in-features, under one divisor."""
+
+    format = "nvfp4-pack-quantized"
+    grid = FLOAT_GRIDS["nvfp4-global"]
+
+    def writes(self, grid: Grid) -> bool:
+        return grid == self.grid
+
+    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        out, width = shape
+        return {
+            "weight_packed": Spec((out, width // 2), torch.uint8),
+            "weight_scale": Spec((out, width // 16), torch.float8_e4m3fn),
+            "weight_global_scale": Spec((1,), torch.float32),
+        }
+
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        return {
+            "weight_packed": _pack(q.codes, 4),
+            "weight_scale": q.params["scale"].view(torch.float8_e4m3fn),
+            "weight_global_scale": q.params["divisor"].view(1),
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        params = {"scale": tensors["weight_scale"].view(torch.uint8), "divisor": tensors["weight_global_scale"].float().view(1, 1)}
+        return Quantized(grid, _unpack(tensors["weight_packed"], 4), params)
+
+    def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+        packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
+        if packed is None or scale is None or packed.dtype != torch.uint8 or scale.dtype != torch.float8_e4m3fn:
+            return None
+        out, width = packed.shape[0], packed.shape[1] * 2
+        if scale.shape != (out, width // 16) or f"{module}.weight_global_scale" not in entries:
+            raise Unsupported(f"{module}: {tuple(scale.shape)} scales for {out} x {width} weights are no NVFP4")
+        return self.grid, (out, width)
+
+    def arguments(self, grid: Grid) -> Config:
+        return arguments(4, "float", "tensor_group", 16, scale_dtype="torch.float8_e4m3fn")
+
+
+MXFP4 = MX("mxfp4-pack-quantized", LEVEL_GRIDS["mxfp4"], 4)
+MXFP6 = MX("mxfp6-pack-quantized", FLOAT_GRIDS["mxfp6-e2m3"], 6)
+
+
+def _pack(codes: UInt8[Tensor, "out in"], bits: int) -> UInt8[Tensor, "out bytes"]:
+    if bits == 4:
+        return codes[:, ::2] | codes[:, 1::2] << 4
+    a, b, c, d = codes.unflatten(1, (-1, 4)).unbind(-1)
+    return torch.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], -1).flatten(1)
+
+
+def _unpack(packed: UInt8[Tensor, "out bytes"], bits: int) -> UInt8[Tensor, "out in"]:
+    if bits == 4:
+        return torch.stack([packed & 15, packed >> 4], -1).flatten(1)
+    x, y, z = packed.unflatten(1, (-1, 3)).unbind(-1)
+    return torch.stack([x & 63, (x >> 6 | y << 2) & 63, (y >> 4 | z << 4) & 63, z >> 2], -1).flatten(1)

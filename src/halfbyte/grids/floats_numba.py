@@ -1,0 +1,226 @@
+"""The accelerated twin of floats.py for CPUs: rounding as in Element.round, in the bits of float32, one pass over the weights."""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from halfbyte.grids import floats
+from halfbyte.grids.tiles_numba import F, raw, widen
+
+jit = numba.njit(cache=True, parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True)
+inline = numba.njit(cache=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True, inline="always")
+PIECE = 4096  # in-features that one thread handles before it reads on
+I = np.int32  # noqa: E741
+EXPONENT = I(floats.EXPONENT)
+
+
+class Bits(NamedTuple):
+    """An Element, as the loops need it."""
+
+    low: np.int32
+    mantissa: np.int32
+    dropped: np.int32
+    sign: np.int32
+    top: np.float32
+
+
+def bits_of(element: "floats.Element") -> Bits:
+    return Bits(I(element.low), I(element.mantissa), I(23 - element.mantissa), I(element.bits - 1), F(element.top))
+
+
+def largest(w: Float[Tensor, "out in"], size: int) -> Float32[Tensor, "out groups"]:
+    found = np.empty((w.shape[0], -(-w.shape[1] // size)), np.float32)
+    _largest(raw(w), size, found)
+    return torch.from_numpy(found)
+
+
+def moments(
+    element: "floats.Element", w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, scales: Float32[Tensor, "out groups tries"], size: int
+) -> tuple[Float32[Tensor, "out groups tries"], Float32[Tensor, "out groups tries"]]:
+    h = np.ones((1, w.shape[1]), np.float32) if importance is None else importance.reshape(-1, w.shape[1]).contiguous().numpy()
+    wq, qq = np.zeros(scales.shape, np.float32), np.zeros(scales.shape, np.float32)
+    _moments(raw(w), h, scales.reciprocal().contiguous().numpy(), size, bits_of(element), wq, qq)
+    return torch.from_numpy(wq), torch.from_numpy(qq)
+
+
+def encode(element: "floats.Element", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int) -> UInt8[Tensor, "out in"]:
+    codes = np.empty(w.shape, np.uint8)
+    _encode(raw(w), scales.contiguous().numpy(), size, bits_of(element), codes)
+    return torch.from_numpy(codes)
+
+
+def decode(element: "floats.Element", codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int) -> Float32[Tensor, "out in"]:
+    w = np.empty(codes.shape, np.float32)
+    _decode(codes.contiguous().numpy(), floats.values(element).numpy(), scales.contiguous().numpy(), size, w)
+    return torch.from_numpy(w)
+
+
+def round_block(
+    element: "floats.Element",
+    wanted: Float32[Tensor, "out width"],
+    target: Float32[Tensor, "out width"],
+    error: Float32[Tensor, "out width"],
+    coupling: Float32[Tensor, "width width"],
+    scale: Float32[Tensor, "out width"],
+) -> UInt8[Tensor, "out width"]:
+    """Grid.round_block, given the scale of each weight. Rows are independent: each stays in the cache."""
+    codes = np.empty(wanted.shape, np.uint8)
+    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scale.contiguous().numpy()
+    _round_block(*arrays, bits_of(element), codes)
+    return torch.from_numpy(codes)
+
+
+@inline
+def _as_int(x):
+    return F(x).view(np.int32)
+
+
+@inline
+def _as_float(x):
+    return I(x).view(np.float32)
+
+
+@inline
+def _steps(size, e):
+    """The exponent of a number that is no larger than the largest, and the number in steps of that exponent, to the nearest."""
+    exponent = max(_as_int(size) & EXPONENT, e.low)
+    magic = I(exponent + (e.dropped << I(23)))
+    return exponent, I(_as_int(size + _as_float(magic)) - magic)
+
+
+@inline
+def _value(exponent, steps, e):
+    return F(steps) * _as_float(exponent - (e.mantissa << I(23)))
+
+
+@inline
+def _code(x, exponent, steps, e):
+    sign = ((_as_int(x) >> I(31)) & I(1)) << e.sign
+    return np.uint8((((exponent - e.low) >> e.dropped) + steps) | sign)
+
+
+@jit
+def _largest(w, size, found):
+    for row in numba.prange(w.shape[0]):
+        x = np.empty(PIECE, np.float32)
+        for g in range(found.shape[1]):
+            last, most = min((g + 1) * size, w.shape[1]), F(0)
+            for start in range(g * size, last, PIECE):
+                piece = x[: min(PIECE, last - start)]
+                widen(w[row, start : start + piece.size], piece)
+                most = max(most, _most(piece))
+            found[row, g] = most
+
+
+@inline
+def _most(x):
+    """The largest magnitude: of numbers without sign, the order is that of their bits, whose maximum LLVM finds in vectors."""
+    most = I(0)
+    bits = x.view(np.int32)
+    for i in range(bits.size):
+        most = max(most, bits[i] & I(0x7FFFFFFF))
+    return _as_float(most)
+
+
+@jit
+def _moments(w, h, inverse, size, e, wq, qq):
+    for row in numba.prange(w.shape[0]):
+        x = np.empty(PIECE, np.float32)
+        for g in range(inverse.shape[1]):
+            last = min((g + 1) * size, w.shape[1])
+            for start in range(g * size, last, PIECE):
+                piece = x[: min(PIECE, last - start)]
+                widen(w[row, start : start + piece.size], piece)
+                weight = h[min(row, h.shape[0] - 1), start : start + piece.size]
+                for t in range(inverse.shape[2]):
+                    a, b = _sums(piece, weight, inverse[row, g, t], e)
+                    wq[row, g, t] += a
+                    qq[row, g, t] += b
+
+
+# Sums may be taken in any order; what is rounded is rounded in its bits, which no reordering undoes.
+@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True)
+def _sums(x, h, inverse, e):
+    return _sums_of(x, h, inverse, e, 16) if x.size == 16 else _sums_of(x, h, inverse, e, x.size)  # a known length is all vectors
+
+
+@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, inline="always")
+def _sums_of(x, h, inverse, e, count):
+    wq, qq = F(0), F(0)
+    for i in range(count):
+        size = abs(x[i])
+        exponent, steps = _steps(min(size * inverse, e.top), e)
+        q = _value(exponent, steps, e)
+        t = h[i] * q
+        wq += t * size
+        qq += t * q
+    return wq, qq
+
+
+@jit
+def _encode(w, scales, size, e, codes):
+    for row in numba.prange(w.shape[0]):
+        x = np.empty(PIECE, np.float32)
+        for g in range(scales.shape[1]):
+            last = min((g + 1) * size, w.shape[1])
+            for start in range(g * size, last, PIECE):
+                piece = x[: min(PIECE, last - start)]
+                widen(w[row, start : start + piece.size], piece)
+                _encode_piece(piece, scales[row, g], e, codes[row, start : start + piece.size])
+
+
+@numba.njit(cache=True, fastmath={"nsz"}, error_model="numpy", nogil=True)
+def _encode_piece(x, scale, e, codes):
+    for i in range(x.size):
+        exponent, steps = _steps(min(abs(x[i] / scale), e.top), e)
+        codes[i] = _code(x[i], exponent, steps, e)
+
+
+@jit
+def _decode(codes, values, scales, size, w):
+    for row in numba.prange(codes.shape[0]):
+        for g in range(scales.shape[1]):
+            own, out = codes[row, g * size : (g + 1) * size], w[row, g * size : (g + 1) * size]
+            for i in range(own.size):
+                out[i] = values[own[i] & (values.size - 1)] * scales[row, g]
+
+
+@inline
+def _step(wanted, target, error, scale, e, codes, row, k):
+    """Round one weight; returns by how much its error changed."""
+    x = wanted[row, k]
+    exponent, steps = _steps(min(abs(x / scale[row, k]), e.top), e)
+    codes[row, k] = _code(x, exponent, steps, e)
+    value = _value(exponent, steps, e) * scale[row, k]
+    missed = target[row, k] - (value if x >= 0 else -value)
+    change = missed - error[row, k]
+    error[row, k] = missed
+    return change
+
+
+@jit
+def _round_block(wanted, target, error, coupling, scale, e, codes):
+    # Four rows at a time, as in rounding_numba._round_block.
+    rows, width = wanted.shape
+    for four in numba.prange(rows // 4):
+        a, b, c, d = 4 * four, 4 * four + 1, 4 * four + 2, 4 * four + 3
+        for k in range(width - 1, -1, -1):
+            change_a = _step(wanted, target, error, scale, e, codes, a, k)
+            change_b = _step(wanted, target, error, scale, e, codes, b, k)
+            change_c = _step(wanted, target, error, scale, e, codes, c, k)
+            change_d = _step(wanted, target, error, scale, e, codes, d, k)
+            for j in range(min((k + 15) & ~15, width)):
+                by = coupling[k, j]
+                wanted[a, j] += change_a * by
+                wanted[b, j] += change_b * by
+                wanted[c, j] += change_c * by
+                wanted[d, j] += change_d * by
+    for row in range(rows - rows % 4, rows):
+        for k in range(width - 1, -1, -1):
+            change = _step(wanted, target, error, scale, e, codes, row, k)
+            for j in range(k):
+                wanted[row, j] += change * coupling[k, j]

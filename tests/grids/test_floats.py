@@ -1,0 +1,209 @@
+"""Small floats: every bit as other libraries have it, and scales that lose less than the plain ones."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+from halfbyte.containers import FP8, CompressedTensors
+from halfbyte.containers.compressed.container import layout_of
+from halfbyte.errors import BadRequest
+from halfbyte.grids import parse
+from halfbyte.grids.floats import ELEMENTS, FLOAT_GRIDS
+from halfbyte.grids.grid import Grid, Quantized
+from halfbyte.solvers.gptq import gptq
+from halfbyte.solvers.nearest import nearest
+from halfbyte.solvers.statistics import Statistics
+
+DTYPES = {
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "e2m1": ml_dtypes.float4_e2m1fn,
+}
+SEARCHED = [name for name in FLOAT_GRIDS if not name.startswith("mx")]
+
+
+def normal(rows=200, width=512, seed=0, std=0.02):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * std
+
+
+def importance(width=512):
+    return torch.rand(width, generator=torch.Generator().manual_seed(2)) ** 4 * 50
+
+
+def lost(w, decoded, h=None):
+    return ((w.double() - decoded.double()).square() * (1 if h is None else h)).sum().item()
+
+
+def solve(grid, w, h=None, search=True):
+    params = grid.fit(w, h, search)
+    return grid.decode(grid.encode(w, params), params)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_codes_are_those_of_ml_dtypes_ties_and_signed_zeros_too(name):
+    element = ELEMENTS[name]
+    every = np.arange(1 << element.bits, dtype=np.uint8).view(DTYPES[name]).astype(np.float32)
+    decoded = element.decode(torch.arange(1 << element.bits).to(torch.uint8)).numpy()
+    finite = np.isfinite(every)
+    assert np.array_equal(decoded[finite], every[finite])
+    assert not np.isfinite(decoded[~finite]).any()
+    levels = torch.from_numpy(np.unique(every[finite]))
+    ties = (levels[1:] + levels[:-1]) / 2
+    spread = torch.randn(20000, generator=torch.Generator().manual_seed(0)).clamp(-3, 3) / 3
+    x = torch.cat([levels, ties, spread * element.top, spread * levels[levels > 0][0] * 20, torch.tensor([0.0, -0.0])])
+    x = torch.cat([x, -x]).clamp(-element.top, element.top)
+    theirs = x.numpy().astype(DTYPES[name]).view(np.uint8)
+    assert np.array_equal(element.round(x).numpy(), theirs)
+    one = torch.ones(1, 1)
+    grid = next(g for g in FLOAT_GRIDS.values() if g.element == element)
+    from halfbyte.grids import floats_numba
+
+    assert np.array_equal(floats_numba.encode(grid.element, x[None], one, len(x))[0].numpy(), theirs)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
+def test_codes_are_those_of_torch_and_the_largest_weights_are_never_infinite(name, dtype):
+    element, x = ELEMENTS[name], normal(std=50.0)
+    assert torch.equal(element.round(x), x.to(dtype).view(torch.uint8))
+    assert torch.equal(element.decode(element.round(torch.tensor([1e30, -1e30]))), torch.tensor([element.top, -element.top]))
+
+
+@pytest.mark.parametrize("name", FLOAT_GRIDS)
+def test_names_come_back(name):
+    assert str(parse(name)) == name
+    if name.startswith("fp8"):
+        assert str(parse(f"{name}-bf16")) == f"{name}-bf16"
+
+
+def theirs_plain(name: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What compressed-tensors makes of these weights by itself: min-max scales, then its own rounding and packing."""
+    grid = CompressedTensors().native(parse(name), torch.float32) if name.startswith("fp8") else parse(name)
+    layout = layout_of(grid)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**layout.arguments(grid)), format=layout.format)
+    group = {"fp8-e4m3-channel": w.shape[1], "nvfp4-global": 16}.get(name, 32)
+    state = {"weight": w.clone()}
+    if name == "fp8-e4m3-tensor":
+        low, high = w.amin(), w.amax()
+    elif name == "fp8-e4m3-block":
+        blocks = w.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+        low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+    else:
+        low, high = w.unflatten(1, (-1, group)).amin(-1), w.unflatten(1, (-1, group)).amax(-1)
+    if name == "nvfp4-global":
+        state["weight_global_scale"] = generate_gparam(w.amin(), w.amax())
+    state["weight_scale"], _ = calculate_qparams(low, high, scheme.weights, global_scale=state.get("weight_global_scale"))
+    return BaseCompressor.get_value_from_registry(layout.format).compress(state, scheme)
+
+
+PLAIN = ["fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e4m3-block", "mxfp8-e4m3", "mxfp6-e2m3", "nvfp4-global"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_minmax_writes_the_bytes_of_compressed_tensors(name):
+    grid, w = parse(name), normal(256)
+    w *= torch.logspace(-2, 1, 256)[:, None]
+    params = grid.fit(w, None, search=False)
+    ours, theirs = CompressedTensors().pack(Quantized(grid, grid.encode(w, params), params)), theirs_plain(name, w)
+    assert ours.keys() <= theirs.keys()
+    for key, tensor in ours.items():
+        assert torch.equal(tensor.view(torch.uint8), theirs[key].view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "imatrix"])
+@pytest.mark.parametrize("name", SEARCHED)
+def test_search_loses_less_than_minmax(name, weighted):
+    w, h = normal(), importance() if weighted else None
+    plain, found = lost(w, solve(FLOAT_GRIDS[name], w, search=False), h), lost(w, solve(FLOAT_GRIDS[name], w, h), h)
+    bound = 0.8 if name == "nvfp4-global" else 0.97 if name.endswith("channel") else 1.0
+    assert found < bound * plain
+
+
+@pytest.mark.parametrize("name", FLOAT_GRIDS)
+def test_every_weight_gets_the_number_nearest_to_it(name):
+    grid, w = FLOAT_GRIDS[name], normal(150)
+    params = grid.fit(w, None)
+    codes = grid.encode(w, params)
+    scales = grid._per_row(grid.scales(params), 150).repeat_interleave(grid.block or 512, 1)
+    numbers = grid.element.decode(torch.arange(1 << grid.element.bits).to(torch.uint8))
+    numbers = numbers[numbers.isfinite()].unique()
+    least = torch.stack([(w - n * scales).abs() for n in numbers]).amin(0)
+    assert torch.allclose((w - grid.decode(codes, params)).abs(), least, atol=1e-7)
+
+
+@pytest.mark.parametrize("weighted", ["not", "in-features", "weights"])
+@pytest.mark.parametrize("name", FLOAT_GRIDS)
+def test_the_compiled_code_is_the_reference(name, weighted):
+    grid, w = FLOAT_GRIDS[name], normal(150)
+    h = {"not": None, "in-features": importance(), "weights": importance() * torch.rand(150, 1)}[weighted]
+    params = grid.fit(w, h)
+    scales = grid._per_row(grid.scales(params), 150)
+    codes = grid.encode(w, params)
+    assert torch.equal(codes, grid.encode_reference(w, scales))
+    assert torch.equal(grid.decode(codes, params), grid.decode_reference(codes, scales))
+    assert torch.equal(grid._largest(w), grid._grouped(w).abs().amax(-1))
+    tries = torch.stack([scales, scales * 1.1], -1)
+    for ours, theirs in zip(grid._moments(w, h, tries), grid.moments_reference(w, h, tries), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", FLOAT_GRIDS)
+def test_columns_rounded_in_any_order_get_the_reference_codes(name):
+    grid, w = FLOAT_GRIDS[name], normal(150)
+    params, columns = grid.fit(w, None), torch.randperm(512, generator=torch.Generator().manual_seed(1))[:100]
+    coupling = torch.tril(torch.randn(100, 100, generator=torch.Generator().manual_seed(3)) * 0.1, -1) + torch.eye(100)
+    target = w[:, columns].contiguous()
+    start = target.clone(), target, torch.zeros_like(target)
+    ours = grid.round_block(*(t.clone() for t in start), coupling, params, columns.tolist())
+    theirs = Grid.round_block(grid, *(t.clone() for t in start), coupling, params, columns.tolist())
+    assert (ours == theirs).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("name", FLOAT_GRIDS)
+def test_gptq_lowers_the_error_of_the_output(name):
+    statistics = Statistics(512)
+    statistics.add(torch.randn(2048, 64, generator=torch.Generator().manual_seed(0)) @ normal(64, 512, 5, 1.0))
+    w, grid = normal(), FLOAT_GRIDS[name]
+    assert statistics.error(w, gptq(w, grid, statistics).decode()) < 0.8 * statistics.error(w, nearest(w, grid, statistics).decode())
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("name", FLOAT_GRIDS)
+def test_odd_weights_are_kept(name, search):
+    grid, w = FLOAT_GRIDS[name], normal(8)
+    assert not solve(grid, torch.zeros(4, 512), search=search).any()
+    zeros = w.clone()
+    zeros[3], zeros[:, 32:96] = 0, 0
+    for odd in (zeros, torch.full((4, 512), 0.013), w.abs() + 0.01, w * torch.logspace(-1, 1, 8)[:, None], w.bfloat16(), w.half(), w * 1000, w * 1e-6):
+        back = solve(grid, odd, search=search)
+        assert back.isfinite().all()
+        assert lost(odd, back) < 0.02 * odd.double().square().sum()
+    assert solve(grid, torch.full((1, 512), 3e38), search=search).isfinite().all()
+    assert solve(grid, torch.full((1, 512), 1e-38), search=search).isfinite().all()
+
+
+def test_a_width_that_is_no_multiple_is_refused_with_what_would_work():
+    with pytest.raises(BadRequest, match="multiples of 32"):
+        FLOAT_GRIDS["mxfp8-e4m3"].fit(torch.zeros(2, 100), None)
+
+
+def test_matrices_of_a_layer_share_the_divisor_of_nvfp4():
+    """Engines fuse q, k and v, and take one divisor for all."""
+    divisors = {FLOAT_GRIDS["nvfp4-global"].fit(normal(std=s), None)["divisor"].item() for s in (0.002, 0.02, 0.2)}
+    assert len(divisors) == 1
+
+
+def test_the_blocks_of_deepseek_are_those_of_transformers():
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    grid, w = parse("fp8-e4m3-block"), normal(256)
+    params = grid.fit(w, None)
+    q = Quantized(grid, grid.encode(w, params), params)
+    tensors = FP8().pack(q)
+    theirs = Fp8Dequantize(None)._dequantize_one(tensors["weight"], tensors["weight_scale_inv"], torch.float32)
+    assert torch.equal(theirs, q.decode())
