@@ -75,6 +75,7 @@ def _solve(run: Run, block: Block, finder: Finder) -> None:
             # A fold may have changed it; if none has, the source's own bytes go out, whatever their precision.
             run.keep(tensor, value if torch.equal(value.to(now.dtype), now) else now.to(value.dtype))
             digests[tensor] = run.digests[tensor]
+            now.copy_(run.edition.restored(run.folder.entries, tensor))  # what a run that is taken up again goes on with
     run.folds += folds
     note(run, rows, digests, block=block.name, folds=folds)
 

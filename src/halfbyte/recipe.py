@@ -242,8 +242,7 @@ def _with_importance(method: Method, recipe: Recipe) -> Method:
 
 def _gguf_job(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Method) -> Job:
     names = translation_of(checkpoint)
-    preset, base = _preset_and_type(recipe.grid)
-    preset = preset if preset in presets.PLAIN or not recipe.pure else None
+    preset, base = _preset_and_type(recipe.grid, recipe.pure)
     weights = list(checkpoint.weights(embedding=True))
     _check_patterns(weights, (*recipe.override, *recipe.skip))
     wanted = _types(preset, base, weights, names, checkpoint, method.calibrated or recipe.imatrix is not None)
@@ -271,11 +270,12 @@ def _gguf_job(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: M
     return job
 
 
-def _preset_and_type(name: str) -> tuple[str | None, str]:
-    """The preset of a name, if it is one, and the type of most tensors."""
-    if presets.is_preset(name):
+def _preset_and_type(name: str, pure: bool = False) -> tuple[str | None, str]:
+    """The preset of a name, if it is one whose rules are wanted, and the type of most tensors."""
+    if presets.is_preset(name) and not (pure and name.upper() in LAYOUTS):
         preset = presets.preset_named(name)
-        return preset, presets.PRESETS[preset].type
+        base = presets.PRESETS[preset].type
+        return preset if base in presets.PLAIN or not pure else None, base
     return None, _type_named(name, "preset or type of GGUF", presets.PRESETS)
 
 

@@ -161,6 +161,9 @@ def claim(target: Path, source: Path, overwrite: bool, files: Collection[Path] =
 def _claim_file(target: Path, place: Path, overwrite: bool) -> None:
     if place.is_dir():
         raise BadRequest(f"the output {target} is a folder; name a file, or a folder without .gguf")
+    partial, _ = _beside(target)
+    if place.exists() and (partial / JOURNAL).exists() and not (partial / place.name).exists():
+        shutil.rmtree(partial, ignore_errors=True)  # killed when the file was in place and nothing but this was left to do
     if place.exists() and not overwrite:
         raise BadRequest(f"the output {target} exists and is kept; name another file or give --overwrite")
 
