@@ -135,7 +135,7 @@ def _moments(w, h, inverse, size, e, wq, qq):
             for start in range(g * size, last, PIECE):
                 piece = x[: min(PIECE, last - start)]
                 widen(w[row, start : start + piece.size], piece)
-                weight = h[min(row, h.shape[0] - 1), start : start + piece.size]
+                weight = (h[0] if h.shape[0] == 1 else h[row])[start : start + piece.size]
                 for t in range(inverse.shape[2]):
                     a, b = _sums(piece, weight, inverse[row, g, t], e)
                     wq[row, g, t] += a
