@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from halfbyte.containers.folder import Folder, claim, is_file, kept_on_interrupt
+from halfbyte.containers.gguf.container import with_minimum
 from halfbyte.editions import edition_of
 from halfbyte.errors import BadRequest, BrokenOutput
 from halfbyte.grids.grid import Grid, Quantized
@@ -67,8 +68,8 @@ def convert(source: str | Path, out: str | Path, to: str, grid: str | None = Non
     folder = Folder(out, edition.shards(stem_of(out)), identity(job, None))
 
     def transcode(_: Weight, q: Quantized, grid: Grid) -> Quantized:
-        same = job.container.same(q)
-        return same if same and same.grid == grid else SOLVERS["nearest"](q.decode(), grid, None)
+        near = job.container.same(q) or with_minimum(q)
+        return near if near and near.grid == grid else SOLVERS["nearest"](q.decode(), grid, None)
 
     with kept_on_interrupt(folder):
         run = Run(job, edition, folder, progress)

@@ -79,6 +79,8 @@ class GGUFEdition(Edition):
     @cached_property
     def metadata(self) -> dict[str, Value]:
         said = metadata_of(self.job)
+        if self.job.recipe.method == "convert" and "general.file_type" in said:
+            return said
         commonest = self.job.preset or max(presets.PRESETS, key=lambda name: sum(kind == presets.PRESETS[name].type for kind, _ in self.tensors.values()))
         return {**said, "general.file_type": Value("uint32", presets.PRESETS[commonest].file_type)}
 

@@ -61,6 +61,23 @@ class GGUF(Container):
         return q._replace(params={"scale": q.params["scale"].to(SCALE_DTYPES[grid.scale])}) if isinstance(grid, IntGrid) else q
 
 
+def with_minimum(q: Quantized) -> Quantized | None:
+    """Integers with zero points as Q4_1 or Q5_1 with the same codes and scales; all that is lost is in the minimum, which becomes fp16.
+
+    None for integers that are wider, in groups of no whole blocks, or not exact in fp16.
+    """
+    grid, width = q.grid, q.shape[1]
+    if not isinstance(grid, IntGrid) or grid.symmetric or grid.bits_per_code > 5:
+        return None
+    if width % BLOCK or (grid.block or width) % BLOCK or not fits_half(q.params["scale"]):
+        return None
+    scale, zero = (q.params[name].float().expand(q.shape[0], -1) for name in ("scale", "zero"))
+    params = {"d": scale.to(torch.float16), "m": (-scale * zero).to(torch.float16)}
+    repeats = width // BLOCK // scale.shape[1]
+    wider = LAYOUTS["Q5_1" if grid.bits_per_code == 5 else "Q4_1"].grid
+    return Quantized(wider, q.codes, {name: value.repeat_interleave(repeats, 1) for name, value in params.items()})
+
+
 def type_of(grid: Grid) -> str:
     """ggml's name of a grid. Raises Unsupported."""
     known = grid.with_scale("fp16") if isinstance(grid, IntGrid) else grid
