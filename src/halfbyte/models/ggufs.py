@@ -11,7 +11,7 @@ from torch import Tensor
 
 from halfbyte.containers.gguf import file, hyperparameters
 from halfbyte.containers.gguf.container import GGUF, LAYOUTS
-from halfbyte.containers.gguf.families import Place, Translation, checkpoint_shapes, family_named, family_of
+from halfbyte.containers.gguf.families import FAMILIES, Place, Translation, checkpoint_shapes, family_named, family_of
 from halfbyte.containers.gguf.tokenizer_files import tokenizer_files
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
@@ -115,8 +115,14 @@ class GGUFCheckpoint(Checkpoint):
         return dict(self.shapes)
 
     def settings(self):
+        """Raises Unsupported for an architecture that is in no table: there is no model of it to run."""
         import transformers
 
+        if isinstance(self.names, Untranslated):
+            known = ", ".join(dict.fromkeys(family.arch for family in FAMILIES.values()))
+            raise Unsupported(
+                f"{self.path} is of '{self.config['model_type']}', and only {known} are known well enough to be run (--method nearest needs no model)"
+            )
         return transformers.AutoConfig.for_model(**self.config)
 
     def tokenizer(self):
