@@ -80,7 +80,7 @@ class AbsmaxGrid(Grid):
         scales = 8 * blocks + 32 * -(-blocks // NESTED) + 32 if self.double else 32 * blocks
         return 4 + scales / (shape[0] * shape[1])
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool = True) -> Params:
+    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
         """`scale` [out, in / group], or [1, blocks] where blocks do not divide rows, in fp32. Double: as indices of `dynamic_map`,
         with fp32 `nested` [blocks / 256] and `offset` [1]."""
         self.require_width(w.shape)
@@ -99,7 +99,7 @@ class AbsmaxGrid(Grid):
     def require_width(self, shape: Shape) -> None:
         """Raise Unsupported for a matrix of few rows whose last block is so short that the number of blocks does not tell the width."""
         if self.blocks(shape) * self.group // shape[0] != shape[1]:
-            raise Unsupported(f"{self} does not suit a matrix of {shape[0]} x {shape[1]}, whose last block would be all but empty; use smaller blocks")
+            raise Unsupported(f"{self} does not suit a matrix of {shape[0]} x {shape[1]}, whose last block would be nearly empty; use smaller blocks")
 
     def scales(self, params: Params) -> Float32[Tensor, " blocks"]:
         """What the levels of each block are multiplied by."""
@@ -197,7 +197,7 @@ def nest(scale: Float32[Tensor, " blocks"]) -> tuple[UInt8[Tensor, " blocks"], F
     return code.flatten()[: len(scale)].to(torch.uint8), nested, offset.view(1)
 
 
-def fit_reference(grid: AbsmaxGrid, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool) -> Float32[Tensor, " blocks"]:
+def fit_reference(grid: AbsmaxGrid, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool) -> Float32[Tensor, " blocks"]:
     """The torch reference of the scales of `AbsmaxGrid.fit`, before they are quantized in their turn."""
     x = _in_blocks(w.float(), grid.group)
     h = torch.ones_like(x) if importance is None else _in_blocks(importance.expand_as(w), grid.group)

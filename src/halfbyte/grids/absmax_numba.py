@@ -18,9 +18,9 @@ FINITE = F(1e38)  # weights whose squares are not keep their absmax
 HALF, LAST = F(CELLS // 2), F(CELLS - 1)
 
 
-def fit(grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool) -> Float32[Tensor, " blocks"]:
-    h = np.ones(grid.group, np.float32) if importance is None else importance.contiguous().numpy()
-    if len(h) % grid.group:  # a block may begin anywhere in a row
+def fit(grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool) -> Float32[Tensor, " blocks"]:
+    h = np.ones(grid.group, np.float32) if importance is None else importance.contiguous().view(-1).numpy()
+    if len(h) % grid.group:  # blocks begin anywhere in a row, and the last is filled up
         h = np.resize(h, grid.blocks(w.shape) * grid.group)
     scale = np.empty(grid.blocks(w.shape), np.float32)
     tries = np.array(reference.TRIES if search else (), np.float32)

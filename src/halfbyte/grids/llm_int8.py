@@ -12,7 +12,6 @@ from torch import Tensor
 
 from halfbyte.grids import rounding
 from halfbyte.grids.grid import Codes, Grid, Params, Shape
-from halfbyte.grids.levels import inverse
 
 TOP, ZERO = 127, 128
 """The integer that the absmax stands for, and the code of zero."""
@@ -34,7 +33,7 @@ class LLMInt8(Grid):
     def bits(self, shape: Shape) -> float:
         return 8 + 32 / shape[1]
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool = True) -> Params:
+    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
         """`absmax` [out], in fp32. Found by a search, it may be less than the largest weight, or negative: then -128 is used."""
         if not search:
             return {"absmax": w.abs().amax(1).float()}
@@ -62,7 +61,7 @@ class LLMInt8(Grid):
         return rounding_numba.round_block(wanted, target, error, coupling, scale, None, torch.zeros(len(columns), dtype=torch.long), 2 * ZERO - 1)
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
-        by = inverse(params["absmax"] / TOP) if (params["absmax"] == 0).any() else TOP / params["absmax"]
+        by = torch.where(params["absmax"] == 0, 0.0, TOP / params["absmax"]).clamp(-1e38, 1e38)
         return (torch.round(w.float() * by[:, None]) + ZERO).clamp_(0, 2 * ZERO - 1).to(torch.uint8)
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
