@@ -28,8 +28,10 @@ class Grid(ABC):
         """In-features that share parameters; None: the whole row or more."""
 
     @abstractmethod
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool = True) -> Params:
+    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
         """Choose parameters that minimise the importance-weighted squared error of rounding `w` to nearest.
+
+        Importance is that of in-features, [in], or of each weight, [out, in].
 
         With `search` off: the plain choice that spans the largest value (min-max).
         """

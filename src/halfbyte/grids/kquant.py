@@ -76,7 +76,7 @@ class KQuant(Grid):
         self.blocks(shape[1])
         return self.stored_bits / self.block
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool = True) -> Params:
+    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
         self.blocks(w.shape[1])
         return kquant_search.fit(self, w, importance, search)
 
@@ -111,10 +111,12 @@ class KQuant(Grid):
             return super().round_block(wanted, target, error, coupling, params, columns)
         from halfbyte.grids import rounding_numba
 
-        scale, offset = self.lines(params)
+        # Of these columns only: the lines of the whole row, once per block of columns, would cost more the wider it is.
+        at = torch.tensor(columns)
+        own = {name: p[:, at // (self.group if name in ("scale", "min") else self.block)] for name, p in params.items()}
+        scale, offset = self.lines(own)
         zero = torch.full(scale.shape, self.middle, dtype=torch.uint8)
-        group = torch.tensor(columns) // self.group
-        return rounding_numba.round_block(wanted, target, error, coupling, kquant_search.usable(scale), zero, group, self.top, offset)
+        return rounding_numba.round_block(wanted, target, error, coupling, kquant_search.usable(scale), zero, torch.arange(len(at)), self.top, offset)
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         self.blocks(w.shape[1])

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from halfbyte.grids import kquant_search
 from halfbyte.grids.kquant_search import Effort, usable
+from halfbyte.grids.tiles_numba import LANES, F, half, jit, load, part, raw, rounded, strict, widen
 
 if TYPE_CHECKING:
     from halfbyte.grids.kquant import KQuant
 
-LANES = 128
 TILES = 8  # handled one after another by one thread, in the same memory
 STRETCH = 4096  # weights encoded at once by one thread
-F = np.float32
 FLAT, FEWEST, SURE = F(kquant_search.FLAT), F(kquant_search.FEWEST), F(kquant_search.SURE)
 
 # What is known of the groups of a tile: rows of one flat array, at offsets that the compiler knows, so that it sees that they do not
@@ -33,25 +32,19 @@ INVERSE, SHIFT, UNIT, STEP, OFFSET, MEAN, D, DMIN = (LANES * row for row in rang
 SCALE, MIN, TRY_SCALE, TRY_MIN, FROM, WANTED = (LANES * row for row in range(18, 24))
 ROWS = 24
 
-# Without reassoc: sums are taken in the reference's order, and a change of order would undo the splitting in _half.
-jit = numba.njit(cache=True, parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True)
-part = numba.njit(cache=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True)
-strict = numba.njit(cache=True, fastmath=False, error_model="numpy", nogil=True)
-
 
 def fit(
-    grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, effort: Effort
+    grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, effort: Effort
 ) -> tuple[Float32[Tensor, "out blocks"], Float32[Tensor, "out blocks"], Float32[Tensor, "out groups"], Float32[Tensor, "out groups"]]:
     """kquant_search.fit_reference."""
     out, width = w.shape
-    raw, is_half = _raw(w)
-    h = None if importance is None else importance.contiguous().numpy()
+    h = None if importance is None else importance.contiguous().numpy().reshape(-1)
     d, dmin = np.empty((2, out * width // grid.block), np.float32)
     scale, minimum = np.empty((2, out * width // grid.group), np.float32)
     low, high = grid.scales or (0, 0)
     limits = F(-grid.middle), F(grid.top - grid.middle), F(low), F(high)
     tried = np.array(effort.coarse, np.float32).reshape(-1, 2), np.array(effort.scales, np.float32), np.array(effort.minima, np.float32)
-    _fit(raw, is_half, h, grid.group, grid.block // grid.group, limits, *tried, d, dmin, scale, minimum)
+    _fit(raw(w).reshape(-1), h, grid.group, grid.block // grid.group, limits, *tried, d, dmin, scale, minimum)
     d, dmin, scale, minimum = (torch.from_numpy(array).view(out, -1) for array in (d, dmin, scale, minimum))
     return d, dmin, scale, minimum
 
@@ -60,90 +53,19 @@ def encode(
     grid: KQuant, w: Float[Tensor, "out in"], scale: Float32[Tensor, "out groups"], offset: Float32[Tensor, "out groups"] | None
 ) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
-    raw, is_half = _raw(w)
     offset = torch.zeros_like(scale) if offset is None else offset
-    _encode(raw, is_half, _flat(usable(scale)), _flat(offset), F(grid.middle), F(grid.top), codes.reshape(-1))
+    _encode(raw(w).reshape(-1), _flat(usable(scale)), _flat(offset), F(grid.middle), F(grid.top), codes.reshape(-1))
     return torch.from_numpy(codes)
-
-
-def _raw(w: Tensor) -> tuple[np.ndarray, bool]:
-    """Numbers of 16 bits as their bits (numba has no such types) and whether those are fp16; everything else as float32."""
-    w = w.detach().contiguous()
-    if w.dtype in (torch.bfloat16, torch.float16):
-        return w.view(torch.uint16).numpy().reshape(-1), w.dtype == torch.float16
-    return w.float().numpy().reshape(-1), False
 
 
 def _flat(values: Tensor) -> np.ndarray:
     return values.contiguous().numpy().reshape(-1)
 
 
-@part
-def _widen(raw, is_half, x):
-    """Numbers of 16 bits, or of 32, as float32."""
-    if raw.itemsize == 4:
-        for i in range(raw.size):
-            x[i] = raw[i]
-        return
-    bits = x.view(np.uint32)
-    if is_half:  # the exponent moves by 112; the product does it for subnormal numbers too
-        for i in range(raw.size):
-            half = np.uint32(raw[i])
-            bits[i] = (half & np.uint32(0x8000)) << np.uint32(16) | (half & np.uint32(0x7FFF)) << np.uint32(13)
-        for i in range(raw.size):
-            x[i] *= F(2.0**112)
-    else:
-        for i in range(raw.size):
-            bits[i] = np.uint32(raw[i]) << np.uint32(16)
-
-
-@part
-def _round(value):
-    """np.rint up to 2^22, and no less than that beyond: two additions run on more ports than the instruction for it."""
-    return (value + F(3 * 2.0**22)) - F(3 * 2.0**22)
-
-
-@strict
-def _half(value):
-    """The nearest number of fp16, never infinite. Veltkamp's splitting needs the order of operations."""
-    size = min(abs(value), F(65504))
-    if size < F(2.0**-14):
-        size = np.rint(size * F(2.0**24)) * F(2.0**-24)
-    else:
-        high = size * F(2.0**13 + 1)
-        size = high - (high - size)
-    return size if value >= 0 else -size
-
-
 @strict
 def _half_up(value):
     """A number of fp16 that is not smaller, by at most two units: the largest integer times it must reach the largest scale."""
-    return _half(value * F(1 + 2.0**-11) + F(2.0**-25)) if value > 0 else F(0)
-
-
-@part
-def _load(w, is_half, h, first, line, x, weight):
-    """Lane l gets group first + l; lanes beyond the last group get zeros."""
-    size, groups = x.shape[0], w.size // x.shape[0]
-    count = min(LANES, groups - first)
-    line[count * size :] = 0
-    _widen(w[first * size : (first + count) * size], is_half, line)
-    _transpose(line, x)
-    if h is not None:
-        for lane in range(count):
-            at = (first + lane) * size % h.size
-            for i in range(size):
-                line[lane * size + i] = h[at + i]
-        _transpose(line, weight)
-
-
-@part
-def _transpose(line, x):
-    size = x.shape[0]
-    for i in range(size):
-        row = x[i]
-        for lane in range(LANES):
-            row[lane] = line[lane * size + i]
+    return half(value * F(1 + 2.0**-11) + F(2.0**-25)) if value > 0 else F(0)
 
 
 @part
@@ -167,13 +89,13 @@ def _extent(x, h, m):
 
 @part
 def _code(x, inverse, shift, bottom, top):
-    return min(max(_round(x * inverse + shift), bottom), top)
+    return min(max(rounded(x * inverse + shift), bottom), top)
 
 
 @part
 def _miss(x, inverse, shift, bottom, top):
     t = x * inverse + shift
-    return t - min(max(_round(t), bottom), top)
+    return t - min(max(rounded(t), bottom), top)
 
 
 @part
@@ -338,7 +260,7 @@ def _refit(m, per_block):
             dmin = (sm * d - mx) / mm
         elif ss > 0:
             d = (sx + dmin * sm) / ss
-        d, dmin = np.float64(_half(F(d))), np.float64(_half(F(dmin)))
+        d, dmin = np.float64(half(F(d))), np.float64(half(F(dmin)))
         if d > 0 and dmin >= 0 and _quadratic(d, dmin, ss, sm, mm, sx, mx) < before:
             m[D + first : D + first + per_block] = F(d)
             m[DMIN + first : DMIN + first + per_block] = F(dmin)
@@ -350,21 +272,21 @@ def _quadratic(d, dmin, ss, sm, mm, sx, mx):
 
 
 @jit
-def _fit(w, is_half, h, size, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum):
+def _fit(w, h, size, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum):
     tasks = -(-w.size // (size * LANES * TILES))
     for task in numba.prange(tasks):
-        _fit_tiles(w, is_half, h, size, task * LANES * TILES, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum)
+        _fit_tiles(w, h, size, task * LANES * TILES, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum)
 
 
 @part
-def _fit_tiles(w, is_half, h, size, start, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum):
+def _fit_tiles(w, h, size, start, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum):
     bottom, top, scale_low, scale_high = limits
     groups = w.size // size
     line, m = np.empty(size * LANES, np.float32), np.zeros(ROWS * LANES, np.float32)
     x = np.empty((size, LANES), np.float32)
     weight = None if h is None else np.empty((size, LANES), np.float32)
     for first in range(start, min(start + LANES * TILES, groups), LANES):
-        _load(w, is_half, h, first, line, x, weight)
+        load(w, h, size, first, line, x, weight)
         _extent(x, weight, m)
         if bottom == 0:
             _coarse_with_minimum(x, weight, m, top, candidates)
@@ -384,24 +306,24 @@ def _fit_tiles(w, is_half, h, size, start, per_block, limits, candidates, near_s
                 _refit(m, per_block)
         else:
             for lane in range(LANES):
-                m[D + lane], m[DMIN + lane] = _half(abs(m[STEP + lane])), _half(m[OFFSET + lane])
+                m[D + lane], m[DMIN + lane] = half(abs(m[STEP + lane])), half(m[OFFSET + lane])
         for lane in range(min(LANES, groups - first)):
             block = (first + lane) // per_block
             scale[first + lane], minimum[first + lane], d[block], dmin[block] = m[SCALE + lane], m[MIN + lane], m[D + lane], m[DMIN + lane]
 
 
 @jit
-def _encode(w, is_half, scale, offset, zero, top, codes):
+def _encode(w, scale, offset, zero, top, codes):
     groups, size = scale.size, codes.size // scale.size
     per_task = max(1, STRETCH // size)
     for task in numba.prange((groups + per_task - 1) // per_task):
-        _encode_stretch(w, is_half, scale, offset, zero, top, codes, size, task * per_task, min((task + 1) * per_task, groups))
+        _encode_stretch(w, scale, offset, zero, top, codes, size, task * per_task, min((task + 1) * per_task, groups))
 
 
 @part
-def _encode_stretch(w, is_half, scale, offset, zero, top, codes, size, first, last):
+def _encode_stretch(w, scale, offset, zero, top, codes, size, first, last):
     x = np.empty((last - first) * size, np.float32)
-    _widen(w[first * size : last * size], is_half, x)
+    widen(w[first * size : last * size], x)
     for g in range(first, last):
         inverse, base = F(1) / scale[g], offset[g]
         group, out = x[(g - first) * size : (g - first + 1) * size], codes[g * size : (g + 1) * size]

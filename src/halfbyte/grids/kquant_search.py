@@ -83,7 +83,7 @@ EFFORT_WITH_IMPORTANCE = {
 MINMAX = Effort([])
 
 
-def fit(grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool) -> Params:
+def fit(grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool) -> Params:
     """The parameters of `KQuant.fit`."""
     if importance is not None:
         mean = importance.mean()
@@ -142,19 +142,20 @@ def half_up(value: Tensor) -> Tensor:
 
 
 def fit_reference(
-    grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, effort: Effort
+    grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, effort: Effort
 ) -> tuple[Float32[Tensor, "out blocks"], Float32[Tensor, "out blocks"], Float32[Tensor, "out groups"], Float32[Tensor, "out groups"]]:
     """d, dmin (or m), and the integer scales and minima, in float32."""
-    found = [_fit_rows(grid, rows, importance, effort) for rows in w.split(max(1, SPLIT // w.shape[1]))]
+    per_part = max(1, SPLIT // w.shape[1])
+    weights = torch.ones(w.shape[1], device=w.device) if importance is None else importance
+    parts = zip(w.split(per_part), weights.expand(w.shape).split(per_part), strict=True)
+    found = [_fit_rows(grid, rows, h, effort) for rows, h in parts]
     d, dmin, scale, minimum = (torch.cat(parts) for parts in zip(*found, strict=True))
     return d, dmin, scale, minimum
 
 
-def _fit_rows(grid: KQuant, w: Tensor, importance: Tensor | None, effort: Effort) -> tuple[Tensor, ...]:
-    out, width = w.shape
-    x = w.float().reshape(out, -1, grid.block // grid.group, grid.group)
-    h = torch.ones(width, device=w.device) if importance is None else importance
-    h = h.view(1, -1, *x.shape[2:])
+def _fit_rows(grid: KQuant, w: Tensor, h: Tensor, effort: Effort) -> tuple[Tensor, ...]:
+    x = w.float().reshape(len(w), -1, grid.block // grid.group, grid.group)
+    h = h.reshape(x.shape)
     total, mass = (h * x).sum(-1), h.sum(-1).expand(x.shape[:-1])
     bottom, top = float(-grid.middle), float(grid.top - grid.middle)
     step, offset, mean = (_coarse_with_minimum if grid.has_minimum else _coarse_without)(x, h, total, mass, bottom, top, effort)

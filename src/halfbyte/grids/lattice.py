@@ -58,7 +58,7 @@ class LatticeGrid(Grid):
     def bits(self, shape: Shape) -> float:
         return self.stored_bits / SUPER
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool = True) -> Params:
+    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
         """fp16 `d` [out, in / 256] and the integers `scale` [out, in / group]; a weight is d * (2 scale + 1) * unit * magnitude."""
         if w.shape[1] % SUPER:
             raise BadRequest(f"{self} does not divide a row of {w.shape[1]}; it takes multiples of {SUPER}")
@@ -167,24 +167,24 @@ def nearest(grid: LatticeGrid, w: Float32[Tensor, "rows width"], h: Float32[Tens
 
 
 def encode_reference(
-    grid: LatticeGrid, w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], importance: Float32[Tensor, " in"] | None
+    grid: LatticeGrid, w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], importance: Float32[Tensor, "... in"] | None
 ) -> UInt8[Tensor, "out in"]:
     """The torch reference of `LatticeGrid.encode`."""
     h = torch.ones(w.shape[1], device=w.device) if importance is None else importance
     codes = []
-    for rows, by in zip(w.split(ROWS), scales.split(ROWS), strict=True):
+    for rows, by, weight in zip(w.split(ROWS), scales.split(ROWS), h.expand(w.shape).split(ROWS), strict=True):
         scaled = rows.float().unflatten(1, (-1, grid.group)) * inverse(by)[..., None]
-        codes.append(nearest(grid, scaled.flatten(1), h.expand(rows.shape)))
+        codes.append(nearest(grid, scaled.flatten(1), weight))
     return torch.cat(codes)
 
 
 def fit_reference(
-    grid: LatticeGrid, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool
+    grid: LatticeGrid, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool
 ) -> tuple[Float32[Tensor, "out blocks"], UInt8[Tensor, "out groups"]]:
     """The torch reference of `LatticeGrid.fit`: every integer scale is tried. At the end, the best fp16 scale for the codes."""
     x = w.float().unflatten(1, (-1, grid.group))
     h = torch.ones(w.shape[1], device=w.device) if importance is None else importance
-    h = h.unflatten(0, (-1, grid.group)).expand_as(x)
+    h = h.expand(w.shape).reshape(x.shape)
     own = grid.spread * ((h * x * x).sum(-1) / h.sum(-1).clamp(min=1e-30)).sqrt()
     per = SUPER // grid.group
     d = (own.unflatten(1, (-1, per)).amax(-1) / ((2 * grid.top + 1) * grid.unit)).clamp(max=65504).half().float()

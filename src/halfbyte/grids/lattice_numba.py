@@ -50,7 +50,7 @@ def tables(grid: "reference.LatticeGrid") -> tuple[np.ndarray, ...]:
 
 
 def fit(
-    grid: "reference.LatticeGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool
+    grid: "reference.LatticeGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool
 ) -> tuple[Float32[Tensor, "out blocks"], UInt8[Tensor, "out groups"]]:
     rows, width = w.shape
     d, scale = np.empty((rows, width // reference.SUPER), np.float32), np.empty((rows, width // grid.group), np.uint8)
@@ -69,9 +69,9 @@ def encode(
 
 
 def _weights(width: int, importance: Tensor | None) -> np.ndarray:
-    """Importance of in-features, in eights."""
+    """Importance of in-features, or of each weight: by rows, in eights."""
     h = np.ones(width, np.float32) if importance is None else importance.contiguous().numpy()
-    return h.reshape(-1, 8)
+    return h.reshape(-1, width // 8, 8)
 
 
 @inline
@@ -179,7 +179,7 @@ def _inverse(scale):
 @parallel
 def _fit(w, h, table, group, dimension, parity, unit, spread, patience, d, scale):
     for row in numba.prange(w.shape[0]):
-        _fit_row(w[row], h, table, group, dimension, parity, unit, spread, patience, d[row], scale[row])
+        _fit_row(w[row], h[row % h.shape[0]], table, group, dimension, parity, unit, spread, patience, d[row], scale[row])
 
 
 @fast
@@ -243,7 +243,7 @@ def _largest(x):
 @parallel
 def _encode(w, h, table, group, dimension, parity, book, scales, codes):
     for row in numba.prange(w.shape[0]):
-        _encode_row(w[row], h, table, group, dimension, parity, book, scales[row], codes[row].reshape(-1, 8))
+        _encode_row(w[row], h[row % h.shape[0]], table, group, dimension, parity, book, scales[row], codes[row].reshape(-1, 8))
 
 
 @fast

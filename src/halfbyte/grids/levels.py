@@ -61,7 +61,7 @@ class LevelGrid(Grid):
     def bits(self, shape: Shape) -> float:
         return 4 + SCALE_BITS[self.scale] / self.group + (16 / SUPER if self.scale == "6-bit" else 0)
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool = True) -> Params:
+    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
         """`scale` [out, in / group], in fp16 or as the stored byte. 6-bit: as the stored 6 bits, for d * (scale - 32), and fp16
         `d` [out, in / 256]."""
         if w.shape[1] % self.block:
@@ -180,12 +180,12 @@ def encode_reference(grid: LevelGrid, w: Float[Tensor, "out in"], scales: Float3
 
 
 def fit_reference(
-    grid: LevelGrid, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool
+    grid: LevelGrid, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool
 ) -> tuple[Float32[Tensor, "out groups"], UInt8[Tensor, "out subs"] | None]:
     """The torch reference of `LevelGrid.fit`: scales as the file holds them, in float32, and 6-bit scales if the grid has them."""
     x = w.float().unflatten(1, (-1, grid.group))
     h = torch.ones(w.shape[1], device=w.device) if importance is None else importance
-    h = h.unflatten(0, (-1, grid.group)).expand_as(x)
+    h = h.expand(w.shape).reshape(x.shape)
     largest = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
     in_bytes = grid.scale in ("e8m0", "e4m3")
     largest = largest.abs() if in_bytes else largest

@@ -16,10 +16,11 @@ CELLS, MIDDLE = F(reference.CELLS - 1), F(reference.CELLS // 2)
 
 
 def fit(
-    grid: "reference.LevelGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool
+    grid: "reference.LevelGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool
 ) -> tuple[Float32[Tensor, "out groups"], UInt8[Tensor, "out subs"] | None]:
     rows, width = w.shape
     h = np.ones(width, np.float32) if importance is None else importance.contiguous().numpy()
+    h = h.reshape(-1, width)
     scale = np.empty((rows, width // grid.group), np.float32)
     values = reference.cells(grid.levels)[1].numpy()
     kind = {"fp16": FP16, "6-bit": FREE}.get(grid.scale, BYTE)
@@ -104,7 +105,7 @@ def _largest(x):
 @jit
 def _fit(w, h, group, values, reach, tries, kind, table, borders, scale):
     for row in numba.prange(w.shape[0]):
-        _fit_row(w[row], h, group, values, reach, tries, kind, table, borders, scale[row])
+        _fit_row(w[row], h[row % h.shape[0]], group, values, reach, tries, kind, table, borders, scale[row])
 
 
 @numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
@@ -151,7 +152,7 @@ def _two_levels(w, h, group, values, search, scale, top, sub):
     rows, supers = top.shape
     per = scale.shape[1] // supers
     for row in numba.prange(rows):
-        x = np.empty(group, np.float32)
+        x, weight = np.empty(group, np.float32), h[row % h.shape[0]]
         for s in range(supers):
             own = scale[row, s * per : (s + 1) * per]
             above = _half(_largest(own) / F(-32))
@@ -166,7 +167,7 @@ def _two_levels(w, h, group, values, search, scale, top, sub):
                 best, integer, wq, qq = F(-np.inf), F(0), F(0), F(0)
                 for up in range(2):
                     i = min(max(np.floor(exact) + F(up), F(-32)), F(31))
-                    a, b = _moments(x, h[at : at + group], above * i, values)
+                    a, b = _moments(x, weight[at : at + group], above * i, values)
                     gain = above * i * (F(2) * a - above * i * b)
                     if gain > best:
                         best, integer, wq, qq = gain, i, a, b

@@ -79,12 +79,12 @@ class IntGrid(Grid):
         overhead = SCALE_DTYPES[self.scale].itemsize * 8 + (0 if self.symmetric else self.bits_per_code)
         return self.bits_per_code + scales * overhead / (out * width)
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, " in"] | None, search: bool = True) -> Params:
+    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
         out, width = w.shape
         group = self.block or width
         if self.span == "tensor":
             w, group = w.reshape(1, -1), w.numel()
-            importance = importance.repeat(out) if importance is not None else None
+            importance = importance.expand(out, width).reshape(-1) if importance is not None else None
         self.groups(width)
         scale, zero = rounding.fit(w, importance, group, self.bits_per_code, self.symmetric, search, SCALE_DTYPES[self.scale])
         if zero is None:
