@@ -7,15 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from halfbyte import grids
 from halfbyte.containers import CONTAINERS, GGUF, Container, container_named
 from halfbyte.containers.gguf import presets
-from halfbyte.containers.gguf.container import LAYOUTS, type_of
+from halfbyte.containers.gguf.container import LAYOUTS, TYPE_OF, type_of
 from halfbyte.containers.gguf.file import TYPES
 from halfbyte.errors import BadRequest, UnknownName, Unsupported
+from halfbyte.grids.floats import FloatGrid
 from halfbyte.grids.grid import Grid, Quantized
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models import roles
@@ -28,6 +30,8 @@ DEFAULT_PRESET = "Q4_K_M"
 """Of a GGUF for which no grid is named."""
 SKIPPED = "skipped as asked"
 MISFIT = "neither"
+ANY_SHAPE = (1024, 1024)
+"""That every block and group divides."""
 
 
 class Calibration(BaseModel):
@@ -183,7 +187,7 @@ def resolve(recipe: Recipe) -> Job:
     recipe = _completed(recipe, container)
     checkpoint = Checkpoint.open(recipe.model)
     again = isinstance(container, GGUF) and isinstance(checkpoint.container, GGUF)
-    if checkpoint.container and not again:
+    if checkpoint.container and not again and not _is_original(checkpoint):
         other = next(name for name in (container.name, *CONTAINERS) if name != checkpoint.container.name)
         raise Unsupported(
             f"{recipe.model} is quantized already ({checkpoint.container.name}, {_most(checkpoint.quantized.values())}); "
@@ -197,8 +201,10 @@ def resolve(recipe: Recipe) -> Job:
         overrides = {p: None if g == "keep" else _grid_named(g) for p, g in recipe.override.items()}
         choices = choose(checkpoint, container, grid, overrides, recipe.skip, recipe.head)
         job = Job(recipe, checkpoint, container, method, choices, keep(checkpoint, choices))
+    was = _most(checkpoint.quantized.values())
+    if checkpoint.container and not again:
+        job.warnings.append(f"the source's weights are {was}: errors are those against these, as precise as the model was released")
     if again:
-        was = _most(checkpoint.quantized.values())
         job.warnings.append(f"the source is quantized already ({was}): what it lost comes on top; quantize the original if you can")
     job.verdicts = engines.verdicts(container.name, {c.weight: c.grid for c in job.choices}, checkpoint.model_type)
     asked = next((v for v in job.verdicts if v.engine == recipe.engine), None)
@@ -218,11 +224,30 @@ def _completed(recipe: Recipe, container: Container) -> Recipe:
 
 
 def _container_for(recipe: Recipe) -> str:
-    """The engine's own; without one, GGUF for what only a GGUF holds."""
+    """The engine's own; without one, GGUF for its own types, and else the first that holds the grid."""
     if recipe.engine:
         return engines.default_container(recipe.engine)
-    only_gguf = presets.is_preset(recipe.grid) or not isinstance(grids.GRIDS.get(recipe.grid.lower(), IntGrid(4, "channel")), IntGrid)
-    return "gguf" if only_gguf else next(iter(CONTAINERS))
+    try:
+        grid = grids.parse(recipe.grid.lower())
+    except UnknownName:
+        return "gguf" if presets.is_preset(recipe.grid) else next(iter(CONTAINERS))
+    if presets.is_preset(recipe.grid) or (grid in TYPE_OF and not isinstance(grid, IntGrid)):
+        return "gguf"
+    return next((name for name in CONTAINERS if _takes(container_named(name), grid)), next(iter(CONTAINERS)))
+
+
+def _takes(container: Container, grid: Grid) -> bool:
+    """Whether a container holds a grid, for some shapes."""
+    try:
+        container.check(container.native(grid, torch.bfloat16), ANY_SHAPE)
+    except Unsupported:
+        return False
+    return True
+
+
+def _is_original(checkpoint: Checkpoint) -> bool:
+    """Models are released in floats of 8 bits, and in MXFP4: there is nothing more precise to quantize."""
+    return all((isinstance(g, FloatGrid) and g.element.bits == 8) or str(g) == "mxfp4" for g, _ in checkpoint.quantized.values())
 
 
 def _grid_named(name: str) -> Grid:

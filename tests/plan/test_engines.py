@@ -4,7 +4,7 @@ import pytest
 
 from halfbyte.containers import CONTAINERS
 from halfbyte.errors import UnknownName
-from halfbyte.grids.scalar import IntGrid
+from halfbyte.grids import parse
 from halfbyte.models.checkpoint import Weight
 from halfbyte.plan.engines import ENGINES, check, default_container, verdicts
 
@@ -25,7 +25,7 @@ def place(grid, shapes=SHAPES, head=None, **others):
     placed, block = {Weight("lm_head", "lm_head.weight", None, (128256, 4096)): head}, "model.layers.0"
     for name, shape in shapes.items():
         placed[Weight(f"{block}.{name}", f"{block}.{name}.weight", block, shape)] = others.get(name.rpartition(".")[2], grid)
-    return {weight: IntGrid.parse(g) if g else None for weight, g in placed.items()}
+    return {weight: parse(g) if g else None for weight, g in placed.items()}
 
 
 def judge(engine, container, placed, model_type="llama"):
@@ -63,6 +63,17 @@ def judge(engine, container, placed, model_type="llama"):
         ("tgi", "awq", "int4-channel-asym", False),
         ("tensorrt-llm", "gptq", "int4-g128", False),
         ("tensorrt-llm", "compressed-tensors", "int4-g128", False),
+        ("vllm", "compressed-tensors", "fp8-e4m3-channel-bf16", True),
+        ("vllm", "compressed-tensors", "nvfp4-global", True),
+        ("vllm", "compressed-tensors", "mxfp6-e2m3", False),
+        ("vllm", "fp8", "fp8-e4m3-block", True),
+        ("vllm", "fp8", "fp8-e5m2-block", False),
+        ("sglang", "compressed-tensors", "fp8-e4m3-block-bf16", False),
+        ("sglang", "fp8", "fp8-e4m3-tensor", True),
+        ("transformers", "compressed-tensors", "mxfp6-e2m3", True),
+        ("transformers", "fp8", "fp8-e4m3-tensor", False),
+        ("tensorrt-llm", "fp8", "fp8-e4m3-block", True),
+        ("tgi", "fp8", "fp8-e4m3-block", False),
     ],
 )
 def test_grids(engine, container, grid, loads):
@@ -134,7 +145,7 @@ def test_accepted(engine, container, placed):
 
 
 def test_conv1d():
-    placed = {Weight("h.0.mlp.c_fc", "h.0.mlp.c_fc.weight", "h.0", (3072, 768), transposed=True): IntGrid.parse("int4-g128")}
+    placed = {Weight("h.0.mlp.c_fc", "h.0.mlp.c_fc.weight", "h.0", (3072, 768), transposed=True): parse("int4-g128")}
     refused = judge("transformers", "compressed-tensors", placed, "gpt2")
     assert "of gpt2 is a Conv1D" in refused.reasons[0]
     assert judge("transformers", "gptq", placed, "gpt2").loads
@@ -145,7 +156,7 @@ def test_experts_of_a_3d_tensor():
     block = "model.layers.0"
     experts = [Weight(f"{block}.mlp.experts.{e}.down_proj", f"{block}.mlp.experts.down_proj", block, (2880, 2880), False, e) for e in range(2)]
     for engine in ENGINES:
-        assert not judge(engine, "compressed-tensors", dict.fromkeys(experts, IntGrid.parse("int4-g32")), "gpt_oss").loads
+        assert not judge(engine, "compressed-tensors", dict.fromkeys(experts, parse("int4-g32")), "gpt_oss").loads
     kept = judge("vllm", "compressed-tensors", place("int4-g128") | dict.fromkeys(experts), "gpt_oss")
     assert kept.loads
     assert any("not verified" in note for note in kept.notes)
@@ -160,3 +171,12 @@ def test_every_engine_answers():
 def test_unknown_engine_suggests():
     with pytest.raises(UnknownName, match="did you mean vllm"):
         check("vlm", "gptq", {}, "llama")
+
+
+def test_blocks_of_fp8_are_split_whole():
+    """vLLM's validate_fp8_block_shape: the parts of a fused matrix, and of one that is split, are whole blocks."""
+    narrow = {**SHAPES, "self_attn.k_proj": (192, 4096), "self_attn.v_proj": (192, 4096)}
+    verdict = judge("vllm", "fp8", place("fp8-e4m3-block", narrow))
+    assert not verdict.loads
+    assert "blocks of 128 x 128" in verdict.reasons[0]
+    assert judge("vllm", "fp8", place("fp8-e4m3-block")).tensor_parallel == (1, 2, 4, 8)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from halfbyte.errors import UnknownName
+from halfbyte.grids.floats import SIDE, FloatGrid
 from halfbyte.grids.grid import Grid
+from halfbyte.grids.levels import LevelGrid
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models.checkpoint import Weight
 
@@ -74,7 +76,7 @@ class Verdict:
 class Layout(NamedTuple):
     """What tensor parallelism asks of a matrix."""
 
-    grid: IntGrid
+    grid: Grid
     row: bool
     out: int
     width: int
@@ -99,6 +101,12 @@ HUMMING = "2, 3, 5, 6 and 7 bits need vLLM of mid-2026 or later and its Humming 
 EXLLAMA = "runs on the slower exllama kernel, in float16 only"
 BITSANDBYTES = "needs the package bitsandbytes, 0.46.1 or later"
 BLOCKS_AND_BYTES = Kernel(frozenset(), frozenset(), named=r"(nf4|fp4)-.*|llm-int8", offer="nf4 and fp4 in blocks, and int8-channel as LLM.int8()")
+NONE: frozenset[Code] = frozenset()
+FP8_ROWS = Kernel(NONE, frozenset(), TILES[:1], "FP8 weights alone run on Marlin kernels: an NVIDIA GPU of compute capability 8.0 or later",
+                  named=r"fp8-e4m3-(channel|tensor)(-.*)?", offer="fp8-e4m3 per channel, tensor")  # fmt: skip
+FP8_BLOCKS = Kernel(NONE, frozenset(), named=r"fp8-e4m3-block", offer="fp8-e4m3-block")
+FP8_LOADED = Kernel(NONE, frozenset(), named=r"fp8-e4m3-(block|tensor)", offer="fp8-e4m3 per block, tensor")
+INPUTS_IN_FP8 = "the engine rounds inputs to FP8 too: an NVIDIA GPU of compute capability 8.9 or later, or else slower kernels with 16-bit inputs"
 MAINTAINED = ("TGI is in maintenance mode", "computes in float16")
 
 # What engines fuse: packed_modules_mapping of vllm model_executor/models/{llama,mixtral,qwen3_5}.py.
@@ -115,17 +123,27 @@ VLLM = {
     # requirements/cuda.txt: humming-kernels; models/gpt2.py transposes tensors named .weight only. lm_head: get_quant_method in
     # compressed_tensors.py asks for a target that names it, and "Linear" does not.
     "compressed-tensors": Reads(
-        (Kernel(SYMMETRIC | INT4, SPANS, TILES), Kernel(ODD, SPANS, note=HUMMING)),
+        (
+            Kernel(SYMMETRIC | INT4, SPANS, TILES, TURING),
+            Kernel(ODD, SPANS, note=HUMMING),
+            # schemes/compressed_tensors_{w8a16_fp8,w4a16_mxfp4,w4a16_nvfp4,w8a8_mxfp8}.py; _get_scheme_from_parts in compressed_tensors.py.
+            FP8_ROWS,
+            Kernel(NONE, frozenset(), TILES, "fp8-e4m3-block with 16-bit inputs needs vLLM of 2026", named=r"fp8-e4m3-block(-.*)?", offer="fp8-e4m3-block"),
+            Kernel(NONE, frozenset(), TILES, "MXFP4 and NVFP4 weights alone run on Marlin kernels", named=r"mxfp4|nvfp4-global", offer="mxfp4, nvfp4-global"),
+            Kernel(NONE, frozenset(), TILES, "the engine rounds inputs to MXFP8 too", named=r"mxfp8-e4m3", offer="mxfp8-e4m3"),
+        ),
         experts=SYMMETRIC,
+        named_experts=r"nvfp4-global",  # compressed_tensors_moe.py get_moe_method: FP8 has experts with quantized inputs only
         pads=True,
         transposed=True,
-        notes=(TURING,),
     ),
     # (quantization)/auto_gptq.py TYPE_MAP; utils/gptq_utils.py get_dynamic_override (experts have one name, mlp.experts). Pull request
     # 38288 (mid-2026) took away gptq.py, whose exllama kernel ran zero points, 2 and 3 bits.
     "gptq": Reads((Kernel(SYMMETRIC, SPANS, TILES),), experts=SYMMETRIC, pads=True, base_experts=True, head=True, transposed=True, notes=(TURING,)),
     # (quantization)/auto_awq.py. lm_head: only if the config says "lm_head", which ours does not.
     "awq": Reads((Kernel(INT4, SPANS, TILES),), experts=INT4, pads=True, mixes=False, base_experts=True, transposed=True, notes=(TURING,)),
+    # (quantization)/fp8.py Fp8Config, Fp8LinearMethod, Fp8MoEMethod; per tensor, a fused matrix is rounded again to the largest scale.
+    "fp8": Reads((FP8_LOADED,), named_experts=r"fp8-e4m3-(block|tensor)", mixes=False, notes=(INPUTS_IN_FP8,)),
     # model_executor/model_loader/bitsandbytes_loader.py: _verify_model_compatibility, _fuse_moe_quant_states (NF4 only);
     # (quantization)/bitsandbytes.py: is_layer_skipped_bnb looks for the kept names in fused names. Found without flags since pull
     # request 16027 (April 2025).
@@ -133,7 +151,8 @@ VLLM = {
 }
 SGLANG = {
     # (quantization)/compressed_tensors/schemes/compressed_tensors_wNa16.py; a quantized lm_head gave noise in silence (issue 35358).
-    "compressed-tensors": Reads((Kernel(SYMMETRIC | INT4, SPANS, TILES[:1], AMPERE),), experts=SYMMETRIC),
+    # schemes/compressed_tensors_w8a16_fp8.py has rows and tensors, no blocks.
+    "compressed-tensors": Reads((Kernel(SYMMETRIC | INT4, SPANS, TILES[:1], AMPERE), FP8_ROWS), experts=SYMMETRIC),
     # (quantization)/gptq/gptq.py: GPTQMarlinConfig, or else GPTQConfig (float16, no experts); gptq/schemes/gptq_linear.py.
     "gptq": Reads(
         (Kernel(SYMMETRIC, SPANS, TILES[:1], AMPERE), Kernel(PACKED, SPANS, note=EXLLAMA, flag=" --dtype float16")),
@@ -142,6 +161,8 @@ SGLANG = {
         base_experts=True,
         head=True,
     ),
+    # (quantization)/fp8.py Fp8Config, Fp8LinearMethod.
+    "fp8": Reads((FP8_LOADED,), named_experts=r"fp8-e4m3-(block|tensor)", mixes=False, notes=(INPUTS_IN_FP8,)),
     # (quantization)/awq/awq.py: is_layer_skipped_awq looks for the kept names in fused names.
     "awq": Reads((Kernel(INT4, SPANS, TILES[:1], AMPERE),), experts=INT4, mixes=False, base_experts=True, keeps="unfused"),
 }
@@ -149,7 +170,15 @@ TRANSFORMERS = {
     # transformers/quantizers/quantizer_compressed_tensors.py; compressed_tensors/quantization/lifecycle/apply.py: nn.Linear only.
     # Experts are 3-D parameters (models/qwen3_moe/modeling_qwen3_moe.py).
     "compressed-tensors": Reads(
-        (Kernel(ANY, SPANS | {"any group", "tensor"}),),
+        (
+            Kernel(ANY, SPANS | {"any group", "tensor"}),
+            Kernel(
+                NONE,
+                frozenset(),
+                named=r"fp8-e4m3-.*|mxfp8-e4m3|mxfp6-e2m3|mxfp4|nvfp4-global",
+                offer="fp8-e4m3, mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4-global",
+            ),
+        ),
         fuses=False,
         head=True,
         notes=("needs the package compressed-tensors, which decompresses the weights: it saves no memory or time at run time",),
@@ -159,6 +188,9 @@ TRANSFORMERS = {
     "gptq": Reads((Kernel(PACKED, SPANS),), fuses=False, mixes=False, keeps="none", transposed=True, notes=("needs gptqmodel and optimum",)),
     # transformers/quantizers/quantizer_awq.py, integrations/awq.py: nn.Linear only, and not the head.
     "awq": Reads((Kernel(INT4, SPANS),), fuses=False, mixes=False, notes=("needs the packages gptqmodel and accelerate; float16 on GPUs",)),
+    # transformers/quantizers/quantizer_finegrained_fp8.py, integrations/finegrained_fp8.py: nn.Linear, and experts that it fuses itself.
+    # Without a GPU it decodes them.
+    "fp8": Reads((FP8_BLOCKS,), named_experts=r"fp8-e4m3-block", fuses=False, mixes=False, notes=(INPUTS_IN_FP8,)),
     # transformers/quantizers/quantizer_bnb_{4,8}bit.py, integrations/bitsandbytes.py: nn.Linear and Conv1D, and the head if it is not
     # among the skipped modules.
     "bitsandbytes": Reads((BLOCKS_AND_BYTES,), fuses=False, mixes=False, head=True, transposed=True, notes=(BITSANDBYTES,)),
@@ -192,7 +224,8 @@ ENGINES: dict[str, Engine] = {
     "tensorrt-llm": Engine(
         "trtllm-serve {path}",
         "compressed-tensors",
-        {},
+        # model_config.py load_hf_quant_config: DeepSeek's blocks, whatever the config says of modules that are kept.
+        {"fp8": Reads((FP8_BLOCKS,), mixes=False, keeps="none", notes=(INPUTS_IN_FP8,))},
         "it loads FP8, NVFP4, MXFP4 and ModelOpt checkpoints; serve integer weights with vllm or sglang",
     ),
     # src/llama-model-loader.cpp: every type of ggml, whichever tensor has it.
@@ -218,7 +251,7 @@ def check(engine: str, container: str, placed: Placed, model_type: str) -> Verdi
     spec = _engine(engine)
     reads = spec.reads.get(container)
     if reads is None:
-        what = "was not seen to load" if container in ("gguf", "bitsandbytes") else "does not read integer weights from"
+        what = "does not read integer weights from" if container in ("compressed-tensors", "gptq", "awq") else "was not seen to load"
         return Verdict(engine, False, (f"{engine} {what} {container}: {spec.otherwise}",), (), (), None)
     if reads.everything:
         return Verdict(engine, True, (), reads.notes, (), spec.command)
@@ -287,7 +320,9 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, model_typ
         yield f"{engine} holds fused experts as one 3-D tensor and knows no '{fused[0]}' ({len(fused)} such): keep the experts in 16 bits"
     if heads := [w.name for w in quantized if w.block is None and not reads.head]:
         yield f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
-    if turned := [w.name for w in quantized if w.transposed and w.expert is None and not reads.transposed]:
+    # vLLM turns what is called .weight, as floats of 8 bits are (models/gpt2.py).
+    turned = [w.name for w, g in placed.items() if g and w.transposed and w.expert is None and not (reads.transposed and not isinstance(g, FloatGrid))]
+    if turned:
         yield f"{turned[0]} of {model_type} is a Conv1D, which {engine} is not known to load from {container}: keep it in 16 bits, or use vllm"
     for names, grids in _siblings(placed).values():
         if reads.fuses and len(set(grids)) > 1:
@@ -348,7 +383,7 @@ def _layouts(reads: Reads, quantized: Mapping[Weight, Grid]) -> dict[Layout, str
     together = {name: sum(sizes[n] for n in names) for names, _ in _siblings(quantized).values() for name in names} if reads.fuses else {}
     found: dict[Layout, str] = {}
     for w, grid in quantized.items():
-        if isinstance(grid, IntGrid):
+        if isinstance(grid, IntGrid | FloatGrid | LevelGrid):
             out, width = w.shape
             found.setdefault(Layout(grid, bool(ROW.search(w.name)), out, width, together.get(w.name, out)), w.name)
     return found
@@ -358,8 +393,10 @@ def _misfit(reads: Reads, layouts: Mapping[Layout, str], degree: int, tiles: boo
     """The first matrix that cannot be split over `degree` devices, and why: groups and packing, and tiles if asked."""
     for (grid, row, out, width, together), name in layouts.items():
         split = width if row else out
-        if split % degree or (degree > 1 and split // degree * grid.bits_per_code % 32):
+        if split % degree or (degree > 1 and isinstance(grid, IntGrid) and split // degree * grid.bits_per_code % 32):
             return f"{name} ({out} x {width}) does not split into {degree} parts of whole 32-bit words"
+        if isinstance(grid, FloatGrid) and grid.span == "block" and (degree > 1 or together != out) and split // degree % SIDE:
+            return f"{name} ({out} x {width}) does not split into {degree} parts of whole blocks of {SIDE} x {SIDE}"
         width, together = (width // degree, together) if row else (width, together // degree)
         if grid.block and width % grid.block:
             return f"{name} has {width} in-features, no multiple of the group {grid.block}"

@@ -1,0 +1,170 @@
+"""FP8 checkpoints: Transformers reads ours, and those of others are sources like any other."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import halfbyte
+import tiny
+from halfbyte.containers import FP8, CompressedTensors
+from halfbyte.errors import Unsupported
+from halfbyte.grids import parse
+from halfbyte.grids.grid import Quantized
+from halfbyte.models.checkpoint import Checkpoint
+
+SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+MODULE = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("fp8") / "source", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def blocks(source) -> Path:
+    out = source.parent / "blocks"
+    halfbyte.quantize(source, out, method="nearest", grid="fp8-e4m3-block", to="fp8")
+    return out
+
+
+def decoded(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    return {module: checkpoint.read_quantized(module).decode() for module in checkpoint.quantized}
+
+
+def edited(folder: Path, out: Path, change, **config) -> Path:
+    """A copy of a folder whose tensors and quantization_config are changed."""
+    out.mkdir()
+    said = json.loads((folder / "config.json").read_text())
+    said["quantization_config"] |= config
+    (out / "config.json").write_text(json.dumps(said))
+    save_file(change(load_file(folder / "model.safetensors")), out / "model.safetensors")
+    return out
+
+
+def test_blocks_lie_as_in_deepseeks_checkpoints(blocks):
+    tensors = load_file(blocks / "model.safetensors")
+    assert tensors[f"{MODULE}.weight"].dtype == torch.float8_e4m3fn
+    assert tensors[f"{MODULE}.weight_scale_inv"].shape == (2, 3)
+    assert tensors["lm_head.weight"].dtype == torch.bfloat16
+    config = json.loads((blocks / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "fp8"
+    assert config["weight_block_size"] == [128, 128]
+    assert config["modules_to_not_convert"] == ["lm_head"]
+
+
+def test_transformers_decodes_what_we_decode(source, blocks):
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    ours = decoded(blocks)
+    for module, w in ours.items():
+        plain.state_dict()[f"{module}.weight"].copy_(w)
+    theirs = AutoModelForCausalLM.from_pretrained(blocks, dtype=torch.bfloat16)  # without a GPU, they decode
+    tokens = torch.arange(5, 69)[None]
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, plain(tokens).logits)
+        assert torch.equal(halfbyte.load(blocks)(tokens).logits, plain(tokens).logits)
+
+
+def test_a_whole_matrix_may_have_one_scale(source, tmp_path):
+    report = halfbyte.quantize(source, tmp_path / "out", method="minmax", grid="fp8-e5m2-tensor")
+    assert report["output"]["container"] == "fp8"
+    entries = Checkpoint.open(tmp_path / "out").entries
+    assert entries[f"{MODULE}.weight"].dtype == torch.float8_e5m2
+    assert entries[f"{MODULE}.weight_scale"].shape == ()
+
+
+@pytest.mark.parametrize(("grid", "to"), [("int4-g128", "compressed-tensors"), ("q4_k", "gguf"), ("fp8-e4m3-channel", "compressed-tensors")])
+def test_an_fp8_checkpoint_is_a_source_like_any_other(blocks, tmp_path, grid, to):
+    same = tiny_copy(blocks, tmp_path / "decoded")
+    out = tmp_path / ("out.gguf" if to == "gguf" else "out")
+    report = halfbyte.quantize(blocks, out, method="nearest", grid=grid, to=to)
+    assert any("fp8-e4m3-block" in warning for warning in report["warnings"])
+    expected = tmp_path / ("expected.gguf" if to == "gguf" else "expected")
+    halfbyte.quantize(same, expected, method="nearest", grid=grid, to=to)
+    ours, theirs = decoded(out), decoded(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[m], theirs[m]) for m in ours)
+    kept = Checkpoint.open(out)
+    assert not [n for n, e in kept.entries.items() if n not in kept.parts and e.dtype == torch.float8_e4m3fn]
+
+
+def tiny_copy(blocks: Path, out: Path) -> Path:
+    """The same weights in fp32."""
+    tiny.make(out, **SIZES)
+    tensors = {n: t for n, t in load_file(blocks / "model.safetensors").items() if t.dtype == torch.bfloat16}
+    save_file({**tensors, **{f"{m}.weight": w for m, w in decoded(blocks).items()}}, out / "model.safetensors")
+    return out
+
+
+def test_gptq_reads_an_fp8_source(blocks, tmp_path):
+    text = tiny.text(tmp_path / "text.txt")
+    calibration = {"source": str(text), "samples": 4, "length": 64}
+    report = halfbyte.quantize(blocks, tmp_path / "out", method="gptq", grid="int4-g128", calibration=calibration)
+    assert all(row["error"] < 0.2 for row in report["weights"])
+
+
+def test_blocks_move_between_containers_value_for_value(blocks, tmp_path):
+    halfbyte.convert(blocks, tmp_path / "ct", "compressed-tensors")
+    report = halfbyte.convert(tmp_path / "ct", tmp_path / "back", "fp8")
+    assert {row["error"] for row in report["weights"]} == {0}
+    for folder in (tmp_path / "ct", tmp_path / "back"):
+        assert all(torch.equal(w, decoded(folder)[m]) for m, w in decoded(blocks).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_scales_that_are_powers_of_two_in_bytes_are_read(blocks, tmp_path, dtype):
+    def in_bytes(tensors):
+        names = [n for n in tensors if n.endswith("_scale_inv")]
+        return {**tensors, **{n: (torch.frexp(tensors[n]).exponent + 127).to(torch.uint8).view(dtype) for n in names}}
+
+    folder = edited(blocks, tmp_path / "out", in_bytes, scale_fmt="ue8m0")
+    tensors = load_file(folder / "model.safetensors")
+    scale = torch.exp2(tensors[f"{MODULE}.weight_scale_inv"].view(torch.uint8).float() - 127)
+    expected = tensors[f"{MODULE}.weight"].float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    assert torch.equal(decoded(folder)[MODULE], expected)
+
+
+def test_mxfp8_in_this_layout_is_read(blocks, tmp_path):
+    def scaled(tensors):
+        weights = {n: t for n, t in tensors.items() if t.dtype == torch.float8_e4m3fn}
+        scales = {f"{n}_scale_inv": torch.full((t.shape[0], t.shape[1] // 32), 120, dtype=torch.uint8) for n, t in weights.items()}
+        return {**tensors, **scales}
+
+    folder = edited(blocks, tmp_path / "out", scaled, quant_method="mxfp8", weight_block_size=[1, 32])
+    weight = load_file(folder / "model.safetensors")[f"{MODULE}.weight"]
+    assert {str(grid) for grid, _ in Checkpoint.open(folder).quantized.values()} == {"mxfp8-e4m3"}
+    assert torch.equal(decoded(folder)[MODULE], weight.float() * 2.0**-7)
+
+
+def test_scales_of_quantized_inputs_are_left_out(blocks, tmp_path):
+    folder = edited(blocks, tmp_path / "in", lambda t: {**t, f"{MODULE}.input_scale": torch.tensor(0.1)}, activation_scheme="static")
+    halfbyte.quantize(folder, tmp_path / "out", method="minmax", grid="int4-g128")
+    assert not [n for n in Checkpoint.open(tmp_path / "out").entries if n.endswith("input_scale")]
+
+
+def test_what_the_layout_does_not_hold_is_refused_with_what_would_work():
+    with pytest.raises(Unsupported, match="fp8-e4m3-block"):
+        FP8().native(parse("fp8-e4m3-channel"), torch.bfloat16)
+    with pytest.raises(Unsupported, match="compressed-tensors"):
+        FP8().check(parse("fp8-e4m3-block"), (64, 256))
+    with pytest.raises(Unsupported, match="fp8-e4m3"):
+        CompressedTensors().native(parse("fp8-e5m2-channel"), torch.bfloat16)
+
+
+def test_a_scale_of_another_shape_is_no_block(blocks, tmp_path):
+    folder = edited(blocks, tmp_path / "out", lambda t: {**t, f"{MODULE}.weight_scale_inv": torch.ones(3, 3)})
+    with pytest.raises(Unsupported, match="not read"):
+        _ = Checkpoint.open(folder).quantized
+
+
+def test_blocks_that_end_early_decode_as_their_scales_say():
+    grid, w = parse("fp8-e4m3-block"), torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    params = grid.fit(w, None)
+    q = Quantized(grid, grid.encode(w, params), params)
+    scale = params["scale"].repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
+    assert torch.equal(q.decode(), q.codes.view(torch.float8_e4m3fn).float() * scale)
