@@ -1,8 +1,13 @@
 """Integer grids: what `fit` promises, on data that has broken quantizers before."""
 
+from pathlib import Path
+
+import ggml
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import halfbyte
 from halfbyte.errors import BadRequest
 from halfbyte.grids import parse, rounding, rounding_numba
 from halfbyte.grids.grid import Quantized
@@ -171,3 +176,21 @@ def test_levels_are_found_again():
 def test_rows_that_groups_do_not_divide_are_refused():
     with pytest.raises(BadRequest, match="int4-g128 does not divide a row of 96"):
         parse("int4-g128").fit(normal(), None)
+
+
+def trained():
+    model = load_file(Path(halfbyte.__file__).parent / "demo" / "model" / "model.safetensors")
+    return torch.cat([w.reshape(-1, 512) for name, w in model.items() if name.endswith("proj.weight")])[::8].float()
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "imatrix"])
+@pytest.mark.parametrize(("theirs", "ours"), [("q4_0", "int4-g32"), ("q5_0", "int5-g32"), ("q8_0", "int8-g32")])
+def test_errors_are_below_those_of_llama_cpp(theirs, ours, weighted):
+    grid, h = parse(ours), importances(512)["random"] + 0.01 if weighted else None
+    heavy = torch.distributions.StudentT(3.0).sample((64, 512)) * 0.02
+    for w in (normal(64, 512), heavy, trained()):
+        params = grid.fit(w, h)
+        ours_lost, theirs_lost = (
+            per_group((decoded - w).square(), h, 32).sum() for decoded in (grid.decode(grid.encode(w, params), params), ggml.encode(theirs, w, h))
+        )
+        assert ours_lost < 0.97 * theirs_lost

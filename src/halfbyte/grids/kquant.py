@@ -111,12 +111,10 @@ class KQuant(Grid):
             return super().round_block(wanted, target, error, coupling, params, columns)
         from halfbyte.grids import rounding_numba
 
-        # Of these columns only: the lines of the whole row, once per block of columns, would cost more the wider it is.
-        at = torch.tensor(columns)
-        own = {name: p[:, at // (self.group if name in ("scale", "min") else self.block)] for name, p in params.items()}
-        scale, offset = self.lines(own)
+        scale, offset = self.lines(params)
         zero = torch.full(scale.shape, self.middle, dtype=torch.uint8)
-        return rounding_numba.round_block(wanted, target, error, coupling, kquant_search.usable(scale), zero, torch.arange(len(at)), self.top, offset)
+        group = torch.tensor(columns) // self.group
+        return rounding_numba.round_block(wanted, target, error, coupling, kquant_search.usable(scale), zero, group, self.top, offset)
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         self.blocks(w.shape[1])

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from halfbyte.grids import tiles_numba as tiles
-from halfbyte.grids.rounding import CANDIDATES, CLIPPED, FURTHEST, NORMAL_STEP, limits, reach, store
+from halfbyte.grids.rounding import CLIPPED, FURTHEST, NORMAL_STEP, TRIED, limits, reach, store
 from halfbyte.grids.tiles_numba import LANES, F, fold, load, raw, rounded, spread, widen
 
 jit = numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
@@ -30,14 +30,14 @@ ROWS = 20
 
 
 def fit(
-    w: Float[Tensor, "rows width"], importance: Float32[Tensor, " width"] | None, group: int, bits: int, symmetric: bool, search: bool, dtype: torch.dtype
+    w: Float[Tensor, "rows width"], importance: Float32[Tensor, "... width"] | None, group: int, bits: int, symmetric: bool, search: bool, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "rows groups"], UInt8[Tensor, "rows groups"] | None]:
     rows, width = w.shape
-    h = None if importance is None or not search else importance.contiguous().numpy()
+    h = None if importance is None or not search else importance.contiguous().numpy().reshape(-1)
     scale = np.empty((rows, width // group), np.float32)
     zero = np.zeros((rows, 0 if symmetric else width // group), np.uint8)
     held = F(2 ** DROPPED_BITS[dtype] + 1), *(F(limit) for limit in limits(dtype))
-    row = tuple(F(value) for value in (*reach(bits), CLIPPED / NORMAL_STEP[bits])) if search else None
+    row = (TRIED[bits], *(F(value) for value in (*reach(bits), CLIPPED / NORMAL_STEP[bits]))) if search else None
     shape = tiles.lanes_per_group(group), tiles.steps_per_lane(group)
     _fit(raw(w).reshape(-1), h, group, *shape, F((1 << bits) - 1), symmetric, row, held, scale.reshape(-1), zero.reshape(-1))
     return store(torch.from_numpy(scale), dtype), None if symmetric else torch.from_numpy(zero)
@@ -107,8 +107,10 @@ def _fit_tiles(w, h, size, lanes, steps, start, stop, top, symmetric, row, held,
         _span(x, m, groups, top, symmetric, held)
         if row is not None:
             _row(x, m, groups, size, symmetric, row)
-            for k in range(CANDIDATES):
-                _try(x, weight, m, groups, top, symmetric, held, F(k))
+            tried = row[0]
+            for k in range(tried):
+                _try(x, weight, m, groups, top, symmetric, held)
+                _next(m, groups, F(k), k == tried - 2)
         count = min(groups, stop - first)
         scale[first : first + count] = m[SCALE : SCALE + count]
         if not symmetric:
@@ -151,13 +153,13 @@ def _row(x, m, groups, size, symmetric, row):
             m[SQUARES + lane] += weights[lane] * weights[lane]
     fold(m[TOTAL : TOTAL + LANES], groups)
     fold(m[SQUARES : SQUARES + LANES], groups)
-    nearest, furthest, clipped = row
+    tried, nearest, furthest, clipped = row
     for g in range(groups):
         mean = F(0) if symmetric else m[TOTAL + g] / F(size)
         deviation = np.sqrt(max(m[SQUARES + g] / F(size) - mean * mean, F(0)))
         first = nearest / m[WIDEST + g]
         last = min(max(furthest / m[WIDEST + g], clipped / deviation), F(FURTHEST) / m[WIDEST + g])
-        m[FIRST + g], m[GROWTH + g] = first, (np.sqrt(np.sqrt(last / first)) - F(1)) / F(CANDIDATES - 2)
+        m[FIRST + g], m[GROWTH + g] = first, (np.sqrt(np.sqrt(last / first)) - F(1)) / F(tried - 3)
         m[GAIN + g], m[INVERSE + g] = F(-1), F(1) / m[SCALE + g]
     spread(m[MIDDLE : MIDDLE + LANES], groups)
     spread(m[BELOW : BELOW + LANES], groups)
@@ -165,8 +167,8 @@ def _row(x, m, groups, size, symmetric, row):
 
 
 @tiles.part
-def _try(x, h, m, groups, top, symmetric, held, k):
-    """One candidate, with every code of zero; then the next is the k-th of the row."""
+def _try(x, h, m, groups, top, symmetric, held):
+    """One candidate, with every code of zero."""
     spread(m[INVERSE : INVERSE + LANES], groups)
     m[XQ_MIDDLE : XQ_MIDDLE + 6 * LANES] = 0
     if symmetric:
@@ -177,9 +179,14 @@ def _try(x, h, m, groups, top, symmetric, held, k):
     _better(m, groups, MIDDLE, XQ_MIDDLE, QQ_MIDDLE, held, F(1))
     # On a symmetric grid, one code less below zero and one more above it is a negative scale.
     _better(m, groups, BELOW, XQ_BELOW, QQ_BELOW, held, F(-1) if symmetric else F(1))
+
+
+@tiles.part
+def _next(m, groups, k, last):
+    """The k-th candidate of the row, or the last: the best scale so far."""
     for g in range(groups):
         root = F(1) + k * m[GROWTH + g]
-        m[INVERSE + g] = m[FIRST + g] * (root * root) * (root * root)
+        m[INVERSE + g] = F(1) / abs(m[SCALE + g]) if last else m[FIRST + g] * (root * root) * (root * root)
 
 
 @tiles.part

@@ -139,6 +139,5 @@ def fold(sums, groups):
 @part
 def spread(values, groups):
     """From what holds for a group to what holds for its lanes."""
-    while groups < LANES:
-        values[groups : 2 * groups] = values[:groups]
-        groups *= 2
+    for lane in range(groups, LANES):
+        values[lane] = values[lane & (groups - 1)]
