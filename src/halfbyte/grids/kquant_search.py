@@ -170,7 +170,7 @@ def _fit_rows(grid: KQuant, w: Tensor, h: Tensor, effort: Effort) -> tuple[Tenso
         unit = usable(d * scale)
         q1, q2, xq = _sums(x, h, 1 / unit, dmin * minimum / unit, bottom, top)
         d, dmin = _refit(d, dmin, scale, minimum, q1, q2, xq, total, mass)
-    return d[..., 0], dmin[..., 0], scale.view(out, -1), minimum.view(out, -1)
+    return d[..., 0], dmin[..., 0], scale.view(len(w), -1), minimum.view(len(w), -1)
 
 
 def _sums(x: Tensor, h: Tensor, inverse: Tensor, shift: Tensor, bottom: float, top: float) -> tuple[Tensor, Tensor, Tensor]:
