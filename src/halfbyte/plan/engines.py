@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from halfbyte.errors import UnknownName
+from halfbyte.grids.absmax import AbsmaxGrid
 from halfbyte.grids.floats import SIDE, FloatGrid
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.levels import LevelGrid
@@ -42,6 +43,7 @@ class Reads:
     experts: frozenset[Code] = frozenset()  # what numbered experts (experts.7.up_proj) may be
     named_experts: str = ""  # ... other than integers: a pattern of names of grids
     whole: bool = False  # no matrix is split: no tensor parallelism
+    spanned: str = ""  # what is to be known of blocks that span rows
     pads: bool = False  # shapes that miss the tiles are padded, not refused
     fuses: bool = True  # q, k, v and gate, up become one matrix each, so each set has one grid
     mixes: bool = True  # several grids in one checkpoint
@@ -100,6 +102,7 @@ AMPERE = "runs on Marlin kernels: an NVIDIA GPU of compute capability 8.0 or lat
 HUMMING = "2, 3, 5, 6 and 7 bits need vLLM of mid-2026 or later and its Humming kernels (NVIDIA only): read in its source, not run"
 EXLLAMA = "runs on the slower exllama kernel, in float16 only"
 BITSANDBYTES = "needs the package bitsandbytes, 0.46.1 or later"
+SPANNED = "bitsandbytes 0.50 decodes it wrongly on CPUs (not on GPUs), as its blocks span rows; smaller ones would not"
 BLOCKS_AND_BYTES = Kernel(frozenset(), frozenset(), named=r"(nf4|fp4)-.*|llm-int8", offer="nf4 and fp4 in blocks, and int8-channel as LLM.int8()")
 NONE: frozenset[Code] = frozenset()
 FP8_ROWS = Kernel(NONE, frozenset(), TILES[:1], "FP8 weights alone run on Marlin kernels: an NVIDIA GPU of compute capability 8.0 or later",
@@ -193,7 +196,7 @@ TRANSFORMERS = {
     "fp8": Reads((FP8_BLOCKS,), named_experts=r"fp8-e4m3-block", fuses=False, mixes=False, notes=(INPUTS_IN_FP8,)),
     # transformers/quantizers/quantizer_bnb_{4,8}bit.py, integrations/bitsandbytes.py: nn.Linear and Conv1D, and the head if it is not
     # among the skipped modules.
-    "bitsandbytes": Reads((BLOCKS_AND_BYTES,), fuses=False, mixes=False, head=True, transposed=True, notes=(BITSANDBYTES,)),
+    "bitsandbytes": Reads((BLOCKS_AND_BYTES,), fuses=False, mixes=False, head=True, transposed=True, spanned=SPANNED, notes=(BITSANDBYTES,)),
 }
 TGI = {
     # layers/compressed_tensors/{loader,wna16_int}.py (zero points are looked for as .qzeros); the head: layers/tensor_parallel.py.
@@ -260,6 +263,8 @@ def check(engine: str, container: str, placed: Placed, model_type: str) -> Verdi
     reasons += _experts(engine, container, reads, placed)
     kernels = [k for k in reads.kernels if any(_kernel(reads, g) is k for g in set(quantized.values()))]
     notes = [*reads.notes, *(k.note for k in kernels if k.note)]
+    if reads.spanned and (odd := [w for w, g in quantized.items() if isinstance(g, AbsmaxGrid) and w.shape[1] % g.group]):
+        notes.append(f"{odd[0].name} ({odd[0].shape[0]} x {odd[0].shape[1]}, {len(odd)} such): {reads.spanned}")
     if any(w.expert is not None and g is None for w, g in placed.items()):
         notes.append(f"experts that are one 3-D tensor stay in 16 bits; that {engine} finds them so was not verified")
     degrees: list[int] = []
