@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import tiny
 
-COMMANDS = ["quantize", "convert", "eval", "inspect", "demo", "support"]
+COMMANDS = ["quantize", "convert", "imatrix", "eval", "inspect", "demo", "support"]
 LINEARS = [f"mlp.{n}_proj" for n in ("down", "gate", "up")] + [f"self_attn.{n}_proj" for n in "koqv"]
 CONTAINERS = ["compressed-tensors", "gptq", "awq"]
 
@@ -52,7 +52,7 @@ def test_help(command):
 
 def test_help_names_the_defaults():
     said = " ".join(tiny.halfbyte("quantize", "--help").out.replace("│", " ").split())
-    for words in ("(gptq)", "(int4-g128)", "(the engine's, else compressed-tensors)", "(the embedded text)", "(128)", "(512)", "--no-head"):
+    for words in ("(gptq)", "(int4-g128)", "(the engine's, else what holds the grid)", "(the embedded text)", "(128)", "(512)", "--no-head"):
         assert words in said
     assert all(command in tiny.halfbyte("--help").out for command in COMMANDS)
 

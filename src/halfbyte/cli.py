@@ -41,9 +41,9 @@ def quantize(
     model: Annotated[str | None, typer.Argument(help="A folder, or a hub id such as org/name.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")] = None,
     method: Annotated[str | None, typer.Option(help="minmax, nearest, imatrix, gptq, gptaq, awq, or awq+gptq.", show_default="gptq")] = None,
-    grid: Annotated[str | None, typer.Option(help="Such as int4-g128, int8-channel, q4_k; for GGUF a preset such as Q4_K_M.", show_default="int4-g128")] = None,
+    grid: Annotated[str | None, typer.Option(help="Such as int4-g128, nf4-g64, fp8-e4m3-channel; for GGUF a preset such as Q4_K_M.", show_default="int4-g128")] = None,
     to: Annotated[
-        str | None, typer.Option(help="compressed-tensors, gptq, awq or gguf.", show_default="the engine's, else what holds the grid")
+        str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, fp8 or gguf.", show_default="the engine's, else what holds the grid")
     ] = None,
     engine: Annotated[
         str | None, typer.Option(help="vllm, sglang, transformers, tgi, tensorrt-llm, llama.cpp or ollama; its rules are checked first.")
@@ -65,9 +65,11 @@ def quantize(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a checkpoint into a folder that an engine loads.
+    """Quantize a checkpoint into a folder, or a GGUF, that an engine loads.
 
     halfbyte quantize org/model -o model-int4 --method awq+gptq --grid int4-g128 --engine vllm
+
+    halfbyte quantize org/model -o model-Q4_K_M.gguf --grid Q4_K_M
     """
     from halfbyte.api import quantize as run
     from halfbyte.recipe import Recipe
@@ -91,7 +93,7 @@ def quantize(
 def convert(
     path: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")],
-    to: Annotated[str, typer.Option(help="Container: compressed-tensors, gptq, awq or gguf.")],
+    to: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, fp8 or gguf.")],
     grid: Annotated[str | None, typer.Option(help="What to round to where the container does not hold the source's grid.", show_default="as it is")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
