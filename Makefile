@@ -31,6 +31,7 @@ oracles:
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/gguf.py --llama-cpp $(BIN)/python
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -41,13 +41,13 @@ def quantize(
     model: Annotated[str | None, typer.Argument(help="A folder, or a hub id such as org/name.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")] = None,
     method: Annotated[str | None, typer.Option(help="minmax, nearest, imatrix, gptq, gptaq, awq, or awq+gptq.", show_default="gptq")] = None,
-    grid: Annotated[str | None, typer.Option(help="Such as int4-g128, nf4-g64, fp8-e4m3-channel; for GGUF a preset such as Q4_K_M.", show_default="int4-g128")] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Such as int4-g128, nf4-g64, fp8-e4m3-channel; for GGUF a preset such as Q4_K_M.", show_default="int4-g128")
+    ] = None,
     to: Annotated[
         str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, fp8 or gguf.", show_default="the engine's, else what holds the grid")
     ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="vllm, sglang, transformers, tgi, tensorrt-llm, llama.cpp or ollama; its rules are checked first.")
-    ] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm, sglang, transformers, tgi, tensorrt-llm, llama.cpp or ollama; its rules are checked first.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="A text file, a .jsonl of texts or chats, or a dataset org/name:split.", show_default="the embedded text")
     ] = None,
