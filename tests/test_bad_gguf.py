@@ -247,3 +247,12 @@ def test_an_importance_matrix_that_is_none(home, tmp_path):
     refused(tmp_path, *words, tmp_path / "gone.gguf", *NEAREST, says=("gone.gguf", "No such file"))
     refused(tmp_path, *words, home / "q4.gguf", *NEAREST, says=("q4.gguf", "no importance matrix"))
     refused(tmp_path, *words, importance(tmp_path / "good.gguf"), "--method", "gptq", says=("gptq needs more than an importance matrix", "--method imatrix"))
+
+
+def test_experts_of_a_block_have_one_type(tmp_path):
+    shape = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 2, "num_hidden_layers": 1}
+    tiny.make(tmp_path / "model", **WIDE, **shape)
+    name = next(n for n in load_file(tmp_path / "model" / "model.safetensors") if "experts" in n)
+    pattern = f"*{name.split('experts')[0]}experts.0.*"
+    words = ["quantize", tmp_path / "model", "-o", tmp_path / "x.gguf", *NEAREST, "--override", f"{pattern}=q8_0"]
+    refused(tmp_path, *words, says=("experts of a block", "need one type"))

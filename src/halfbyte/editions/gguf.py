@@ -15,7 +15,7 @@ from halfbyte.containers.gguf.families import Place
 from halfbyte.containers.gguf.file import TYPES, Value, row_bytes
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.editions.edition import Edition, Part, rows_of, split
-from halfbyte.errors import BrokenOutput
+from halfbyte.errors import BrokenOutput, Unsupported
 from halfbyte.grids.grid import Grid, Quantized, Shape, same_rows
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.ggufs import GGUFCheckpoint, translation_of
@@ -39,7 +39,8 @@ class GGUFEdition(Edition):
         experts: dict[str, int] = {}
 
         def add(place: Place, type_name: str, shape: Shape, expert: int | None) -> None:
-            found[place.name] = type_name, shape
+            if found.setdefault(place.name, (type_name, shape))[0] != type_name:
+                raise Unsupported(f"'{place.name}' holds all experts of a block, so they need one type, not {found[place.name][0]} and {type_name}")
             if expert is not None:
                 experts[place.name] = max(experts.get(place.name, 0), expert + 1)
 
