@@ -14,41 +14,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.append(sys.path.pop(0))  # this file is called like the package that lattices have their codebooks from
+
 from measure import Cost, machine, run
 from speed import COPY, START
 
 import halfbyte
 from halfbyte import demo
-from halfbyte.containers.gguf import imatrix
-from halfbyte.containers.gguf.families import Translation, family_of
-from halfbyte.containers.gguf.imatrix import Importance, Squares
 from halfbyte.containers.gguf.presets import PRESETS
-from halfbyte.models import calibrate
-from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.models.walk import Walk
 
 SPEED = ("Q4_0", "Q8_0", "Q4_K_M", "Q6_K", "Q2_K", "IQ4_XS")
 QUALITY = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XXS")
 METHODS = ("nearest", "imatrix", "gptq")
 THREADS = 2
 HERE = Path(__file__).parent
-
-
-def importance(checkpoint: Checkpoint, windows: calibrate.Windows) -> Importance:
-    """What llama-imatrix measures: mean squares of the inputs of every linear of the unquantized model. Without mixtures of experts."""
-    names = Translation(family_of(checkpoint.config), checkpoint.config, checkpoint.tensors())
-    walk = Walk(checkpoint, windows.tokens, checkpoint.dtype)
-    walk.start()
-    squares: dict[str, Squares] = {}
-    for block in walk.blocks:
-        block.load(checkpoint)
-        for weight, statistics in block.collect(set(block.weights)).items():
-            tokens = statistics.hessian.new_tensor([statistics.tokens])
-            for place in names.places(weight.tensor):
-                squares[place.name] = Squares(statistics.hessian.diagonal()[None].clone(), tokens)
-        walk.advance(block)
-        block.free()
-    return Importance(squares, (windows.source,), len(windows.tokens), windows.tokens.shape[1])
 
 
 def llama_quantize(python: str, source: Path, target: Path, preset: str, matrix: Path | None = None) -> Cost:
@@ -86,9 +65,8 @@ def speed(peer: str | None, presets: list[str], layers: int, scratch: Path) -> I
 
 def quality(peer: str | None, presets: list[str], samples: int, windows: int, scratch: Path) -> Iterator[str]:
     """Rows of the table of losses, preset by preset."""
-    source = Checkpoint.open(demo.MODEL)
     matrix, whole = scratch / "imatrix.gguf", scratch / "bf16.gguf"
-    imatrix.write(matrix, importance(source, calibrate.calibration(source, "default", samples, 512, 0)))
+    halfbyte.imatrix(demo.MODEL, matrix, samples=samples)
     halfbyte.quantize(demo.MODEL, whole, method="nearest", grid="BF16", to="gguf")
     for preset in presets:
         files: dict[str, Path] = {}
