@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--llmcompressor", help="a python that has it")
     parser.add_argument("--gptqmodel", help="a python that has it")
     parser.add_argument("--grids", nargs="*", default=CELLS)
+    parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality.md")
@@ -59,7 +60,7 @@ def main() -> None:
         for grid in a.grids:
             bits, asym = int(grid[3]), grid.partition("-g128")[2]
             folders: dict[str, Path] = {}
-            for method in METHODS:
+            for method in a.methods:
                 folders[f"halfbyte {method}"] = out = Path(scratch) / f"{method}-{bits}{asym}"
                 halfbyte.quantize(demo.MODEL, out, method=method, grid=f"int{bits}-g128{asym}", calibration={"samples": a.samples})
             kind = asym.strip("-") or "sym"

@@ -17,7 +17,7 @@ from halfbyte.solvers.statistics import sample_rows
 
 Progress = Callable[[str, float, float], None]
 """(what is being done, done so far, of how much)"""
-SAMPLED = 1 << 20
+SAMPLED = 1 << 18
 """Weights that the error of a matrix without calibration is taken over."""
 
 
