@@ -27,14 +27,14 @@ def gptq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Quan
     bookworm-6m .0306 in place of .0321 with int3-g128-asym, .214 of .222 with int2-g128-asym), and more for large weights:
     least squares would rather clip them, all in the same direction (.0287 and .165).
     """
-    params = grid.fit(w, statistics.conditional(grid.step) * prominence(w))
+    params = grid.fit(w, prominence(w).mul_(statistics.conditional(grid.step)))
     return Quantized(grid, solve(w, grid, params, statistics), params)
 
 
 def prominence(w: Float[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
     """How much more an error in a large weight counts than in a small one: as in llama.cpp's fitting with an importance matrix."""
     squares = w.float().square()
-    return (squares + squares.mean(1, keepdim=True)).sqrt_()
+    return squares.add_(squares.mean(1, keepdim=True)).sqrt_()
 
 
 def gptaq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Quantized:
