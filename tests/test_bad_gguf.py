@@ -91,6 +91,7 @@ def test_a_missing_part_is_named(home, tmp_path):
     refused(tmp_path, "quantize", parts, "-o", tmp_path / "out.gguf", says=("parts, and 1 are missing", "parts-00002-of-"))
 
 
+@pytest.mark.slow
 def test_a_lost_tensor_is_named(home, tmp_path):
     whole = gguf_file.read(home / "q4.gguf")
     left = {name: stored for name, stored in whole.tensors.items() if name != "blk.1.ffn_gate.weight"}

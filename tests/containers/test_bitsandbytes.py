@@ -110,6 +110,7 @@ def divergence(p, q) -> float:
     return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item()
 
 
+@pytest.mark.slow
 def test_gptq_lowers_the_divergence_of_nf4(tmp_path):
     def lost(method):
         halfbyte.quantize(demo.MODEL, tmp_path / method, method=method, grid="nf4", to="bitsandbytes")

@@ -46,6 +46,7 @@ def in_lattice(grid, codes):
     return bool((entries >= 0).all()) and not (grid.parity and odd.any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "imatrix"])
 @pytest.mark.parametrize("name", NAMES)
 def test_errors_are_below_those_of_llama_cpp(name, weighted):

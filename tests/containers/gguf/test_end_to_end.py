@@ -214,6 +214,7 @@ def test_the_default_of_a_gguf_is_its_commonest_preset(tmp_path):
     assert "llama-server -m" in (tmp_path / "model.README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_importance_matrix_takes_the_place_of_calibration(tmp_path):
     assert tiny.halfbyte("imatrix", demo.MODEL, "-o", tmp_path / "imatrix.gguf", "--samples", "8", "--length", "128").code == 0
     quantize(demo.MODEL, "-o", tmp_path / "from-file.gguf", "--grid", "IQ2_M", "--imatrix", tmp_path / "imatrix.gguf", "--method", "imatrix")
