@@ -19,24 +19,6 @@ from halfbyte.models import walk
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128}
 METHODS = ["nearest", "gptq", "awq+gptq"]
-# The command line in a process of its own, which sends itself a signal when a number of records is in the journal.
-CUT = """
-import os, sys
-from halfbyte import cli
-from halfbyte.containers.folder import Folder
-number, after = int(sys.argv[1]), int(sys.argv[2])
-record, seen = Folder.record, 0
-
-def cut(self, value):
-    global seen
-    record(self, value)
-    seen += 1
-    if seen > after:
-        os.kill(os.getpid(), number)
-
-Folder.record = cut
-cli.main(sys.argv[3:])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +46,7 @@ def words(home: Path, method: str) -> list[object]:
 
 
 def cut_off(command: list[object], number: int, after: int) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", CUT, str(number), str(after), *map(str, command)], capture_output=True, text=True, env=tiny.ALONE)
+    return subprocess.run([sys.executable, "-c", tiny.CUT, str(number), str(after), *map(str, command)], capture_output=True, text=True, env=tiny.ALONE)
 
 
 def check(out: Path, expected: dict[str, bytes]) -> None:

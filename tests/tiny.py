@@ -21,6 +21,25 @@ numba.set_num_threads(1)
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 """The environment of a process of its own."""
 
+# The command line in a process of its own, which sends itself a signal when a number of records is in the journal.
+CUT = """
+import os, sys
+from halfbyte import cli
+from halfbyte.containers.folder import Folder
+number, after = int(sys.argv[1]), int(sys.argv[2])
+record, seen = Folder.record, 0
+
+def cut(self, value):
+    global seen
+    record(self, value)
+    seen += 1
+    if seen > after:
+        os.kill(os.getpid(), number)
+
+Folder.record = cut
+cli.main(sys.argv[3:])
+"""
+
 BOS, EOS = "<bos>", "<eos>"
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "boil", "quaint", "black", "jugs", "of", "wax"]

@@ -38,7 +38,7 @@ def options(
 
 @app.command()
 def quantize(
-    model: Annotated[str | None, typer.Argument(help="A folder, or a hub id such as org/name.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A folder, a GGUF, or a hub id such as org/name.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")] = None,
     method: Annotated[str | None, typer.Option(help="minmax, nearest, imatrix, gptq, gptaq, awq, or awq+gptq.", show_default="gptq")] = None,
     grid: Annotated[

@@ -162,7 +162,7 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
     size_bytes = sum(shard.size_bytes for shard in run.folder.shards.values())
     report = build.report(run.job, run.rows, run.folds, run.windows, size_bytes, time.perf_counter() - started)
     report["output"]["file"] = run.edition.entrance(stem_of(run.folder.target))
-    run.edition.accompany(folder, report)
+    run.edition.accompany(folder)
     (folder / "recipe.yaml").write_text(run.job.recipe.dump(), encoding="utf-8")
     verify(run)
     report["seconds"] = round(time.perf_counter() - started, 2)

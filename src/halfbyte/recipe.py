@@ -331,7 +331,7 @@ def _types(preset: str | None, base: str, weights: list[Weight], names: Names, c
 
 def _fitting(weight: Weight, type_name: str) -> Choice:
     """The type, or one in smaller blocks where it does not divide the row, as llama.cpp has it."""
-    fits = presets.fallback(type_name, weight.shape[1], {name: layout.block for name, layout in LAYOUTS.items()})
+    fits = presets.fallback(type_name, weight.shape[1])
     if fits == "F16":
         return Choice(weight, None, f"{MISFIT} {type_name} nor a type in smaller blocks divides its {weight.shape[1]} in-features")
     GGUF().check(LAYOUTS[fits].grid, weight.shape)

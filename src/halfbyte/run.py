@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfbyte.containers.folder import Folder
 from halfbyte.editions import Edition
-from halfbyte.grids.grid import Grid, Quantized
+from halfbyte.grids.grid import Grid, Quantized, same_rows
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, require_finite
 from halfbyte.recipe import SKIPPED, Job
@@ -83,8 +83,10 @@ def weight_error(w: Tensor | Quantized, q: Quantized) -> float:
         return 0.0
     rows = sample_rows(q.shape[0], SAMPLED // q.shape[1])
     exact = (w.decode() if isinstance(w, Quantized) else w)[rows].float()
-    part = Quantized(q.grid, q.codes[rows], {n: p[rows] if p.shape[0] == q.shape[0] else p for n, p in q.params.items()})
-    return ((part.decode() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+    # Where rows share parameters (a tensor's one scale, blocks of 128 x 128, nested scales), a part of them cannot be decoded alone.
+    apart = all(p.shape[0] == q.shape[0] for p in q.params.values())
+    rounded = same_rows(q, rows).decode() if apart else q.decode()[rows]
+    return ((rounded - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 def row_of(weight: Weight, grid: Grid, error: float, tokens: int | None, note: str) -> Row:

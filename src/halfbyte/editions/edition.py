@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -62,7 +62,7 @@ class Edition(ABC):
         yield from ()
 
     @abstractmethod
-    def accompany(self, folder: Path, report: dict[str, Any]) -> None:
+    def accompany(self, folder: Path) -> None:
         """Write what else belongs to the output, and is not a report."""
 
     @abstractmethod

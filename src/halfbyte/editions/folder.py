@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -64,7 +63,7 @@ class FolderEdition(Edition):
     def restored(self, entries: Mapping[str, Entry], tensor: str) -> Tensor:
         return entries[tensor].read()
 
-    def accompany(self, folder: Path, report: dict[str, Any]) -> None:
+    def accompany(self, folder: Path) -> None:
         job, source = self.job, self.job.checkpoint
         config = self.container.config({w.name: g for w, g in job.grids.items()}, self._linears_kept(), source.dtype)
         files = {"config.json": {**source.config, "quantization_config": config}, **self.container.extra_files(config)}

@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.containers.folder import Shard
-from halfbyte.containers.gguf import file, presets
+from halfbyte.containers.gguf import families, file, hyperparameters, presets, tokenizer
 from halfbyte.containers.gguf.container import GGUF, type_of
 from halfbyte.containers.gguf.families import Place
 from halfbyte.containers.gguf.file import TYPES, Value, row_bytes
@@ -126,7 +125,7 @@ class GGUFEdition(Edition):
         for name, value in self.names.extra().items():
             yield Part(name, value.float())
 
-    def accompany(self, folder: Path, report: dict[str, Any]) -> None:
+    def accompany(self, folder: Path) -> None:
         """Nothing: a GGUF is whole by itself."""
 
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
@@ -154,9 +153,7 @@ def metadata_of(job: Job) -> dict[str, Value]:
     """What the file says of the model."""
     source = job.checkpoint
     if isinstance(source, GGUFCheckpoint):
-        return {**source.file.metadata, "general.quantization_version": Value("uint32", 2)}
-    from halfbyte.containers.gguf import families, hyperparameters, tokenizer
-
+        return {**source.file.metadata, "general.quantization_version": Value("uint32", hyperparameters.QUANTIZATION_VERSION)}
     family = families.family_of(source.config)
     said = hyperparameters.metadata(source.config, family, source.path)
     return {**said, **tokenizer.tokenizer_metadata(source.path, families.settings(source.config).vocab_size, job.recipe.pre)}

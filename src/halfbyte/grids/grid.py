@@ -105,7 +105,6 @@ class Quantized(NamedTuple):
         )
 
 
-def same_rows(q: Quantized, rows: Int64[Tensor, " rows"]) -> Quantized:
-    """The matrix that has these rows of another; parameters that all rows share stay as they are."""
-    params = {name: p[rows] if p.shape[0] == q.shape[0] else p for name, p in q.params.items()}
-    return q._replace(codes=q.codes[rows], params=params)
+def same_rows(q: Quantized, rows: Int64[Tensor, " rows"] | slice) -> Quantized:
+    """The matrix that has these rows of another, whose rows share no parameters."""
+    return q._replace(codes=q.codes[rows], params={name: p[rows] for name, p in q.params.items()})

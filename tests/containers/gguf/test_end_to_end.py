@@ -227,24 +227,6 @@ def test_an_importance_matrix_takes_the_place_of_calibration(tmp_path):
 
 # Runs that are cut off ---------------------------------------------------------------------------------------------
 
-CUT = """
-import os, sys
-from halfbyte import cli
-from halfbyte.containers.folder import Folder
-number, after = int(sys.argv[1]), int(sys.argv[2])
-record, seen = Folder.record, 0
-
-def cut(self, value):
-    global seen
-    record(self, value)
-    seen += 1
-    if seen > after:
-        os.kill(os.getpid(), number)
-
-Folder.record = cut
-cli.main(sys.argv[3:])
-"""
-
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory) -> Path:
@@ -300,7 +282,7 @@ def test_a_run_that_is_cut_off_again_and_again_gives_the_same_bytes(method, gemm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_signals(number, gemma, tmp_path):
     words = command(gemma, "gptq", tmp_path / "out.gguf")
-    done = subprocess.run([sys.executable, "-c", CUT, str(int(number)), "2", *map(str, words)], capture_output=True, text=True, env=tiny.ALONE)
+    done = subprocess.run([sys.executable, "-c", tiny.CUT, str(int(number)), "2", *map(str, words)], capture_output=True, text=True, env=tiny.ALONE)
     assert "Traceback" not in done.stderr
     assert done.returncode == (130 if number == signal.SIGINT else -number)
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf.partial"]

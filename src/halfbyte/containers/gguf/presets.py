@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from halfbyte.containers.gguf.file import TYPES
 from halfbyte.errors import UnknownName
 from halfbyte.grids.grid import Shape
 
@@ -100,10 +101,10 @@ def types(preset: str, tensors: Mapping[str, Shape], model: Model) -> dict[str, 
     return found
 
 
-def fallback(type_name: str, width: int, blocks: Mapping[str, int]) -> str:
+def fallback(type_name: str, width: int) -> str:
     """The type itself where its block divides the row, else one in smaller blocks, else F16."""
     for candidate in (type_name, FALLBACKS.get(type_name, type_name)):
-        if width % blocks.get(candidate, 1) == 0:
+        if width % TYPES[candidate].block == 0:
             return candidate
     return "F16"
 
@@ -148,8 +149,7 @@ def _type(at: _Place) -> str:
 
 
 def _output(at: _Place) -> str:
-    blocks = {"Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32, "IQ4_NL": 32, "MXFP4": 32}
-    if at.preset == "MXFP4_MOE" or at.model.arch == "falcon" or at.shape[-1] % blocks.get(at.base, 256) or at.base == "Q8_0":
+    if at.preset == "MXFP4_MOE" or at.model.arch == "falcon" or at.shape[-1] % TYPES[at.base].block or at.base == "Q8_0":
         return "Q8_0"
     return "Q5_K" if at.preset in (*TWO_BITS, "IQ3_XXS") else "Q6_K"
 
