@@ -168,6 +168,13 @@ class FloatGrid(Grid):
             return {"scale": (exponent + 127).clamp(0, 254).to(torch.uint8)}
         most = ELEMENTS["e4m3"].top * self.element.top
         divisor = _shared_divisor(largest.max(), most) if search else (most / largest.max().clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=2.0**100)
+        return self._under(largest, divisor, search)
+
+    def under(self, x: Float[Tensor, "rows in"], divisor: Float32[Tensor, "1"]) -> Params:
+        """NVFP4's parameters below a divisor that is known, as engines find them for inputs."""
+        return self._under(self._largest(x), divisor, search=False)
+
+    def _under(self, largest: Float32[Tensor, "rows groups"], divisor: Tensor, search: bool) -> Params:
         byte = ELEMENTS["e4m3"].round(divisor * (largest / self.element.top))
         return {"scale": byte.clamp(min=1) if search else torch.where(byte == 0, 0x20, byte).to(torch.uint8), "divisor": divisor.view(1, 1)}
 

@@ -1,6 +1,8 @@
-"""Grid: which numbers a weight can be. Quantized: the one value that crosses every border."""
+"""Grid: which numbers a weight can be. InputGrid: which numbers its inputs become. Quantized: the one value that crosses every border."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,15 @@ class Grid(ABC):
 
     step: int
     """In-features rounded jointly: 1 for scalar grids, more for lattices and codebooks."""
+
+    @property
+    def weight(self) -> "Grid":
+        """A grid alone is the scheme of a linear whose inputs stay in 16 bits."""
+        return self
+
+    @property
+    def input(self) -> "InputGrid | None":
+        return None
 
     @property
     @abstractmethod
@@ -81,28 +92,98 @@ class Grid(ABC):
     def __str__(self) -> str: ...
 
 
+class InputGrid(ABC):
+    """How an engine rounds what a linear reads: frozen, equal by value, named as `str` says."""
+
+    static: bool
+    """Whether parameters are stored that calibration has to find."""
+
+    @abstractmethod
+    def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
+        """All that `round` needs: what is stored, and what the engine finds as it runs."""
+
+    @abstractmethod
+    def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
+        """The values that the engine computes with."""
+
+    def fit(self, seen: "Seen", how: str) -> Params:
+        """The parameters to store, for inputs such as those seen; `how` is a key of `halfbyte.grids.inputs.RANGES`."""
+        return {}
+
+    def limits(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What lies below or above these is cut by the stored parameters."""
+        return torch.tensor(-torch.inf), torch.tensor(torch.inf)
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+
+class Seen(NamedTuple):
+    """Inputs of a linear: what they range over, and some of them."""
+
+    low: Float32[Tensor, " in"]
+    high: Float32[Tensor, " in"]
+    rows: Float32[Tensor, "rows in"]
+
+
+class Inputs(NamedTuple):
+    """How a linear's inputs are rounded, and the parameters of it that are stored."""
+
+    grid: InputGrid
+    params: Params
+
+    def round(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... in"]:
+        """What the linear computes with, in the dtype of x."""
+        return self.grid.round(x, self.grid.params(x, self.params)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What becomes of a linear whose inputs are rounded too: W8A8 is int8-channel/int8-token."""
+
+    weight: Grid
+    input: InputGrid
+
+    def __str__(self) -> str:
+        return f"{self.weight}/{self.input}"
+
+
+AnyScheme = Grid | Scheme
+
+
 class Quantized(NamedTuple):
     """A matrix on a grid: what a solver returns, a container packs and a kernel multiplies by."""
 
     grid: Grid
     codes: Codes
     params: Params
+    input: Inputs | None = None
+    """None: what it is multiplied by stays in 16 bits."""
 
     @property
     def shape(self) -> Shape:
         return tuple(self.codes.shape)
 
+    @property
+    def scheme(self) -> AnyScheme:
+        return Scheme(self.grid, self.input.grid) if self.input else self.grid
+
     def decode(self) -> Float32[Tensor, "out in"]:
         return self.grid.decode(self.codes, self.params)
 
     def equal(self, other: "Quantized") -> bool:
-        """Same grid, same codes, same parameters, bit for bit."""
-        return (
-            self.grid == other.grid
-            and torch.equal(self.codes, other.codes)
-            and self.params.keys() == other.params.keys()
-            and all(torch.equal(p, other.params[name]) for name, p in self.params.items())
-        )
+        """Same scheme, same codes, same parameters, bit for bit."""
+        return self.scheme == other.scheme and _equal(self.tensors, other.tensors)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every bit of it, by name."""
+        stored = {f"input {name}": p for name, p in self.input.params.items()} if self.input else {}
+        return {"codes": self.codes, **self.params, **stored}
+
+
+def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in some.items())
 
 
 def same_rows(q: Quantized, rows: Int64[Tensor, " rows"] | slice) -> Quantized:

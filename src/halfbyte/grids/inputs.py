@@ -1,0 +1,239 @@
+"""How engines round what a linear reads.
+
+    int8-token          one scale for each token (row), found as the engine runs
+    int8-tensor         one scale for all tokens of a call, found as the engine runs
+    int8-static         one scale for everything, stored with the weights: calibration has to find it
+    int8-token-asym     with a zero point; of -tensor and -static too
+    fp8-e4m3-g128       one scale for 128 in-features of a token (DeepSeek)
+    fp8-e4m3-head       one stored scale for each head of a KV cache
+    mxfp8-e4m3, mxfp4   a power of two for 32 in-features of a token
+    nvfp4               an E4M3 scale for 16 in-features of a token, under one stored divisor
+    llm-int8            int8-token but for in-features where an input is 6 or more, which stay in 16 bits (Dettmers et al., 2208.07339)
+
+Scales are those of vLLM's kernels (csrc/quantization: w8a8/int8/scaled_quant.cu, w8a8/fp8/common.cu, fp4/nvfp4_quant_kernels.cu): the
+largest size over the largest number, in fp32.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float32, Int8
+from torch import Tensor
+
+from halfbyte.errors import BadRequest, UnknownName
+from halfbyte.grids.floats import ELEMENTS, FLOAT_GRIDS, FloatGrid
+from halfbyte.grids.grid import Grid, InputGrid, Params, Seen
+from halfbyte.grids.levels import LEVEL_GRIDS
+
+PATTERN = re.compile(r"(?P<number>int[2-8]|fp8-e4m3|fp8-e5m2)-(?P<span>tensor|token|static|head|g(?P<group>[1-9]\d*))(?P<asym>-asym)?")
+STORED = ("static", "head")
+FLOATS = {"fp8-e4m3": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}
+SHARES = [1 - k / 40 for k in range(31)]
+"""Of the largest size: ranges tried for the least squared error."""
+PERCENTILE = 0.9999
+
+
+@dataclass(frozen=True)
+class ScaledInputs(InputGrid):
+    """Integers or 8-bit floats times a scale in fp32."""
+
+    number: str
+    """int2 to int8, or a key of FLOATS."""
+    span: int | str
+    """In-features per scale, or "token", "tensor", "static", "head"."""
+    symmetric: bool = True
+
+    pattern = PATTERN
+
+    @classmethod
+    def parse(cls, name: str) -> "ScaledInputs":
+        match = PATTERN.fullmatch(name)
+        if match is None or (match["asym"] and match["number"] in FLOATS):
+            raise BadRequest(f"'{name}' is no way to round inputs; write int8-token, int8-static, fp8-e4m3-token or the like, and -asym after integers")
+        return cls(match["number"], int(match["group"]) if match["group"] else match["span"], not match["asym"])
+
+    def __str__(self) -> str:
+        span = f"g{self.span}" if isinstance(self.span, int) else self.span
+        return f"{self.number}-{span}{'' if self.symmetric else '-asym'}"
+
+    @property
+    def static(self) -> bool:
+        return self.span in STORED
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.number in FLOATS else int(self.number[3:])
+
+    @property
+    def top(self) -> float:
+        """The largest number."""
+        return torch.finfo(FLOATS[self.number]).max if self.number in FLOATS else float((1 << (self.bits - 1)) - 1)
+
+    @property
+    def bottom(self) -> float:
+        return -self.top if self.number in FLOATS else -self.top - 1
+
+    def spanning(self, low: Float32[Tensor, "*scales"], high: Float32[Tensor, "*scales"]) -> Params:
+        """Parameters for inputs from `low` to `high`."""
+        if self.symmetric:
+            scale = torch.maximum(low.abs(), high.abs()) / self.top
+            return {"scale": torch.where(scale == 0, 1.0, scale)}
+        if self.static:  # engines keep the zero point in a byte, so zero is in the range (compressed-tensors calculate_qparams)
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / (self.top - self.bottom)
+        scale = torch.where(scale == 0, 1.0, scale)
+        return {"scale": scale, "zero": torch.round(self.bottom - low / scale)}
+
+    def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
+        if self.static:
+            return dict(stored)
+        x = x.float()
+        if self.span == "tensor":
+            return self.spanning(x.min(), x.max())
+        grouped = self._grouped(x)
+        return self.spanning(grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True))
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        if not isinstance(self.span, int):
+            return x
+        if x.shape[-1] % self.span:
+            raise BadRequest(f"{self} does not divide {x.shape[-1]} in-features")
+        return x.unflatten(-1, (-1, self.span))
+
+    def codes(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Int8[Tensor, "... in"]:
+        """Integers, as an engine multiplies them."""
+        return self._numbers(x.float(), params).to(torch.int8)
+
+    def _numbers(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        if self.number in FLOATS:
+            return (x / params["scale"]).clamp(-self.top, self.top).to(FLOATS[self.number]).float()
+        return (torch.round(x / params["scale"]) + params.get("zero", 0)).clamp(self.bottom, self.top)
+
+    def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
+        numbers = self._numbers(self._grouped(x.float()), params)
+        return ((numbers - params.get("zero", 0)) * params["scale"]).view(x.shape)
+
+    def fit(self, seen: Seen, how: str) -> Params:
+        if not self.static:
+            return {}
+        low, high = RANGES[how](self, seen)
+        return {name: value.float().view(1) for name, value in self.spanning(low, high).items()}
+
+    def limits(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if not params:
+            return super().limits(params)
+        # To half a step beyond the last number, the nearest one is the last: nothing is cut yet.
+        beyond = self.top * 2.0 ** -(ELEMENTS[self.number.removeprefix("fp8-")].mantissa + 2) if self.number in FLOATS else 0.5
+        low, high = ((number - params.get("zero", 0)) * params["scale"] for number in (self.bottom - beyond, self.top + beyond))
+        return low, high
+
+
+def _all_of_it(grid: ScaledInputs, seen: Seen) -> tuple[Tensor, Tensor]:
+    return seen.low.min(), seen.high.max()
+
+
+def _most_of_it(grid: ScaledInputs, seen: Seen) -> tuple[Tensor, Tensor]:
+    """All but one in ten thousand, on each side."""
+    values = seen.rows.flatten().sort().values
+    cut = round((1 - PERCENTILE) * len(values))
+    return values[cut], values[len(values) - 1 - cut]
+
+
+def _least_error(grid: ScaledInputs, seen: Seen) -> tuple[Tensor, Tensor]:
+    """The range that minimises the squared error of the rows seen."""
+    low, high = _all_of_it(grid, seen)
+    errors = [(grid.round(seen.rows, grid.spanning(low * share, high * share)) - seen.rows).square().sum() for share in SHARES]
+    share = SHARES[int(torch.stack(errors).argmin())]
+    return low * share, high * share
+
+
+RANGES = {"max": _all_of_it, "percentile": _most_of_it, "mse": _least_error}
+"""What a stored scale spans."""
+
+
+@dataclass(frozen=True)
+class BlockInputs(InputGrid):
+    """Inputs on a grid of weights, whose scales a token has for itself."""
+
+    grid: Grid
+
+    static = False
+
+    def __str__(self) -> str:
+        return str(self.grid)
+
+    def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
+        return self.grid.fit(x.flatten(0, -2), None, search=False)
+
+    def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
+        rows = x.float().flatten(0, -2)
+        return self.grid.decode(self.grid.encode(rows, dict(params)), dict(params)).view(x.shape)
+
+
+@dataclass(frozen=True)
+class NVFP4Inputs(BlockInputs):
+    """NVFP4 inputs: a block's scale is an E4M3 number over one stored divisor."""
+
+    grid: FloatGrid = FLOAT_GRIDS["nvfp4-global"]
+
+    static = True
+
+    def __str__(self) -> str:
+        return "nvfp4"
+
+    def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
+        return self.grid.under(x.flatten(0, -2), stored["divisor"])
+
+    def fit(self, seen: Seen, how: str) -> Params:
+        low, high = RANGES["max"](ScaledInputs("fp8-e4m3", "static"), seen)  # blocks have scales of their own: nothing is won by cutting
+        most = ELEMENTS["e4m3"].top * ELEMENTS["e2m1"].top
+        return {"divisor": (most / torch.maximum(low.abs(), high.abs()).clamp(min=1e-12)).view(1)}
+
+    def limits(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        high = ELEMENTS["e4m3"].top * ELEMENTS["e2m1"].top * (1 + 1 / 32) / params["divisor"]
+        return -high, high
+
+
+@dataclass(frozen=True)
+class LLMInt8Inputs(InputGrid):
+    """LLM.int8(): in-features with an input of `threshold` or more stay as they are (bitsandbytes int8_vectorwise_quant)."""
+
+    threshold: float = 6.0
+
+    static = False
+    tokens = ScaledInputs("int8", "token")
+
+    def __str__(self) -> str:
+        return "llm-int8"
+
+    def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
+        stays = (x.abs() >= self.threshold).flatten(0, -2).any(0)
+        return {**self.tokens.params(x.masked_fill(stays, 0), {}), "stays": stays}
+
+    def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
+        return torch.where(params["stays"], x.float(), self.tokens.round(x, params))
+
+
+INPUT_GRIDS: dict[str, InputGrid] = {
+    **{
+        name: ScaledInputs.parse(name)
+        for number in ("int8", "int4", "fp8-e4m3")
+        for span in ("token", "tensor", "static", "g128")
+        for name in (f"{number}-{span}", *([f"{number}-{span}-asym"] if number not in FLOATS else []))
+    },
+    "mxfp8-e4m3": BlockInputs(FLOAT_GRIDS["mxfp8-e4m3"]),
+    "mxfp4": BlockInputs(LEVEL_GRIDS["mxfp4"]),
+    "nvfp4": NVFP4Inputs(),
+    "llm-int8": LLMInt8Inputs(),
+}
+
+
+def parse(name: str) -> InputGrid:
+    """`str(parse(name)) == name`."""
+    if PATTERN.fullmatch(name):
+        return ScaledInputs.parse(name)
+    if name not in INPUT_GRIDS:
+        raise UnknownName("way to round inputs", name, INPUT_GRIDS)
+    return INPUT_GRIDS[name]
