@@ -7,6 +7,8 @@ from halfbyte.containers.container import ConfigContainer, Container
 from halfbyte.containers.fp8 import FP8
 from halfbyte.containers.gguf.container import GGUF
 from halfbyte.containers.gptq import GPTQ
+from halfbyte.containers.mxfp4 import MXFP4
+from halfbyte.containers.read_only import ReadOnly
 from halfbyte.errors import UnknownName
 
 CONTAINERS: dict[str, type[Container]] = {
@@ -17,11 +19,17 @@ CONTAINERS: dict[str, type[Container]] = {
     "fp8": FP8,
     "gguf": GGUF,
 }
+READ_ONLY: dict[str, type[ReadOnly]] = {
+    "mxfp4": MXFP4,
+}
+"""What is read and never written."""
 
-__all__ = ["AWQ", "CONTAINERS", "FP8", "GGUF", "GPTQ", "BitsAndBytes", "CompressedTensors", "ConfigContainer", "Container", "container_named"]
+__all__ = ["AWQ", "CONTAINERS", "FP8", "GGUF", "GPTQ", "READ_ONLY", "BitsAndBytes", "CompressedTensors", "ConfigContainer", "Container", "container_named"]
 
 
 def container_named(name: str) -> Container:
+    if name in READ_ONLY:
+        READ_ONLY[name]().refuse()
     if name not in CONTAINERS:
         raise UnknownName("container", name, CONTAINERS)
     return CONTAINERS[name]()

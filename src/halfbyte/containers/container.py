@@ -72,6 +72,10 @@ class ConfigContainer(Container):
     def reads(self, config: Config) -> bool:
         """Whether a `quantization_config` is of this container."""
 
+    def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """The tensors of a checkpoint, those that several modules share (fused experts) cut up."""
+        return dict(entries)
+
     @abstractmethod
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
         """Grid and shape of every quantized module of a checkpoint."""

@@ -50,6 +50,11 @@ class Entry(Spec):
     path: Path
     offset: int
 
+    def at(self, index: int) -> "Entry":
+        """One row of the leading dimension, as a tensor of its own."""
+        row = Spec(self.shape[1:], self.dtype)
+        return Entry(row.shape, row.dtype, self.path, self.offset + index * row.size_bytes)
+
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
         """Rows `first : last` of the leading dimension (all by default), in memory of their own."""
         if not self.shape:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.containers import CONTAINERS, ConfigContainer, Container
+from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Container
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
 from halfbyte.grids.grid import Grid, Quantized, Shape
@@ -46,6 +46,8 @@ class Checkpoint:
             if not isinstance(self.config.get(part) or {}, dict):
                 raise BadCheckpoint(f"{path}/config.json: {part} is no object")
         self.entries = _entries(path)
+        if self._config_container:
+            self.entries = self._config_container.apart(self.entries)
 
     @classmethod
     def open(cls, source: str | Path) -> "Checkpoint":
@@ -116,11 +118,11 @@ class Checkpoint:
         config = self.config.get("quantization_config") or self.text_config.get("quantization_config")
         if not config:
             return None
-        for kind in CONTAINERS.values():
+        for kind in (*CONTAINERS.values(), *READ_ONLY.values()):
             container = kind()
             if isinstance(container, ConfigContainer) and container.reads(config):
                 return container
-        raise Unsupported(f"{self.path} is quantized with '{config.get('quant_method')}', which is not read yet; known: {', '.join(CONTAINERS)}")
+        raise Unsupported(f"{self.path} is quantized with '{config.get('quant_method')}', which is not read yet; known: {', '.join((*CONTAINERS, *READ_ONLY))}")
 
     @property
     def container(self) -> Container | None:

@@ -51,7 +51,7 @@ class GGUFCheckpoint(Checkpoint):
                 if place.name not in self.file.tensors:
                     raise BadCheckpoint(f"{self.path} lacks tensor '{place.name}'")
                 stored = self.file.tensors[place.name]
-                entry = stored.entry if place.expert is None else _of_expert(stored.entry, place.expert)
+                entry = stored.entry if place.expert is None else stored.entry.at(place.expert)
                 if stored.type not in LAYOUTS and entry.dtype == torch.uint8:
                     raise Unsupported(f"{self.path}: tensor '{place.name}' is {stored.type}, which is not decoded; decoded are {', '.join(LAYOUTS)}")
                 if entry.dtype != torch.uint8:
@@ -101,7 +101,7 @@ class GGUFCheckpoint(Checkpoint):
     def _value(self, place: Place) -> Tensor:
         """A tensor as it lies in the file, or one expert of it; decoded."""
         stored = self.file.tensors[place.name]
-        raw = (stored.entry if place.expert is None else _of_expert(stored.entry, place.expert)).read()
+        raw = (stored.entry if place.expert is None else stored.entry.at(place.expert)).read()
         if raw.dtype != torch.uint8:
             return raw
         layout = LAYOUTS[stored.type]
@@ -160,11 +160,6 @@ def translation_of(checkpoint: Checkpoint) -> Names:
     if isinstance(checkpoint, GGUFCheckpoint):
         return checkpoint.names
     return Translation(family_of(checkpoint.config), checkpoint.config, checkpoint.tensors())
-
-
-def _of_expert(entry: Entry, expert: int) -> Entry:
-    one = Entry(entry.shape[1:], entry.dtype, entry.path, entry.offset)
-    return Entry(one.shape, one.dtype, one.path, entry.offset + expert * one.size_bytes)
 
 
 def is_gguf(path: Path) -> bool:

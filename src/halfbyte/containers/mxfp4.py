@@ -1,0 +1,56 @@
+"""MXFP4 as gpt-oss has it (openai/gpt-oss-20b; Transformers integrations/mxfp4.py; vLLM model_executor/layers/quantization/mxfp4.py).
+Only experts are quantized, and lie fused. Read, not written: compressed-tensors holds the same values.
+
+X_blocks  uint8 [experts, out, in / 32, 16]: the first of neighbours in the low bits
+X_scales  uint8 [experts, out, in / 32], a power of two (E8M0)
+
+The unquantized checkpoint has X itself, [experts, in, out].
+"""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from halfbyte.containers.compressed.small_floats import MXFP4 as PACKED
+from halfbyte.containers.container import Config
+from halfbyte.containers.read_only import ReadOnly
+from halfbyte.containers.safetensors import Entry
+from halfbyte.errors import Unsupported
+from halfbyte.grids.grid import AnyScheme, Quantized, Shape
+
+FUSED = re.compile(r"(?P<home>.+)\.(?P<last>[^.]+)_(?P<part>blocks|scales)")
+
+
+class MXFP4(ReadOnly):
+    """Blocks of 32 in-features, 16 bytes each."""
+
+    name = "mxfp4"
+    instead = "compressed-tensors"
+    read_too = ("blocks", "scales")
+
+    def reads(self, config: Config) -> bool:
+        return config.get("quant_method") == self.name
+
+    def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        found: dict[str, Entry] = {}
+        for name, entry in entries.items():
+            if fused := FUSED.fullmatch(name):
+                found |= {f"{fused['home']}.{expert}.{fused['last']}.{fused['part']}": entry.at(expert) for expert in range(entry.shape[0])}
+            else:
+                found[name] = entry
+        return found
+
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        found: dict[str, tuple[AnyScheme, Shape]] = {}
+        for name, blocks in entries.items():
+            if name.endswith(".blocks"):
+                module = name.removesuffix(".blocks")
+                scales = entries.get(f"{module}.scales")
+                if len(blocks.shape) != 3 or blocks.shape[2] != 16 or scales is None or scales.shape != blocks.shape[:2]:
+                    raise Unsupported(f"{module}: {tuple(blocks.shape)} blocks and {scales and tuple(scales.shape)} scales are no MXFP4")
+                found[module] = PACKED.grid, (blocks.shape[0], blocks.shape[1] * 32)
+        return found
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        return PACKED.unpack({"weight_packed": tensors["blocks"].flatten(1), "weight_scale": tensors["scales"]}, PACKED.grid, shape)
