@@ -12,6 +12,7 @@ from halfbyte.containers.gguf import families, file, hyperparameters, presets, t
 from halfbyte.containers.gguf.container import GGUF, type_of
 from halfbyte.containers.gguf.families import Place
 from halfbyte.containers.gguf.file import TYPES, Value, row_bytes
+from halfbyte.containers.gguf.settings import settings
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.editions.edition import Edition, Part, rows_of, split
 from halfbyte.errors import BrokenOutput, Unsupported
@@ -156,4 +157,4 @@ def metadata_of(job: Job) -> dict[str, Value]:
         return {**source.file.metadata, "general.quantization_version": Value("uint32", hyperparameters.QUANTIZATION_VERSION)}
     family = families.family_of(source.config)
     said = hyperparameters.metadata(source.config, family, source.path)
-    return {**said, **tokenizer.tokenizer_metadata(source.path, families.settings(source.config).vocab_size, job.recipe.pre)}
+    return {**said, **tokenizer.tokenizer_metadata(source.path, settings(source.config).vocab_size, job.recipe.pre)}

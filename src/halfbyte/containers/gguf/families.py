@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.containers.gguf.settings import settings
+from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
 
 Names = Mapping[str, str | tuple[str, str]]
@@ -263,22 +264,6 @@ class Place:
         value = stored - self.add if self.add else stored
         value = value if self.rows is None else value.index_select(max(value.dim() - 2, 0), torch.argsort(self.rows))
         return value.mT if self.transposed else value
-
-
-def settings(config: Mapping[str, Any]) -> Any:
-    """The decoder's config as Transformers reads it: every default in place, rotary embeddings in `rope_parameters`.
-
-    Raises BadCheckpoint for a config.json that Transformers refuses.
-    """
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    text = dict(config.get("text_config") or config)
-    kind = text.pop("model_type", "")
-    try:
-        return transformers.AutoConfig.for_model(kind, **text).get_text_config(decoder=True)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise BadCheckpoint(f"Transformers {transformers.__version__} cannot read the config of '{kind}': {' '.join(str(error).split())}") from None
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

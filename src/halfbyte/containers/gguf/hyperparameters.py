@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfbyte.containers.gguf.families import Family, family_named, head_dim, llama3_factors, rope_of, settings
+from halfbyte.containers.gguf.families import Family, family_named, head_dim, llama3_factors, rope_of
 from halfbyte.containers.gguf.file import Value
+from halfbyte.containers.gguf.settings import settings
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
 
