@@ -1,16 +1,22 @@
 """Quantizing with calibration: block after block, each fed by the blocks before it as they were quantized."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from halfbyte.grids.grid import Grid, Quantized
+from halfbyte.errors import BadRequest
+from halfbyte.grids.grid import AnyScheme, Grid, Inputs, Params, Quantized, Seen
 from halfbyte.models.calibrate import Windows
+from halfbyte.models.checkpoint import Weight
 from halfbyte.models.walk import Block, Walk
-from halfbyte.run import Run, digest, note, recall, row_of, weight_error
+from halfbyte.recipe import Method
+from halfbyte.run import Run, apart, digest, note, recall, row_of, tell, weight_error, with_inputs
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import NotPositive, Statistics
-from halfbyte.transforms import TRANSFORMS
-from halfbyte.transforms.fold import Finder
+from halfbyte.transforms import TRANSFORMS, Settings
+from halfbyte.transforms.fold import Finder, pattern
 
 FEWEST_TOKENS = 32
 """An expert that fewer calibration tokens reach is rounded to nearest."""
@@ -40,12 +46,17 @@ def quantize(run: Run, windows: Windows) -> None:
             walk.advance(block)
         block.free()
     run.progress("tensors outside of the blocks", len(walk.blocks), len(walk.blocks))
-    outside = [w for w in job.grids if w.tensor not in inside]
-    for weight in outside:  # the head, and what the model's forward does not run
-        q = SOLVERS["nearest"](source.read_weight(weight), job.grids[weight], None)
-        run.put(weight, q)
-        run.digests[weight.name] = digest(q)
-        run.rows[weight.name] = row_of(weight, q.grid, weight_error(source.read_weight(weight), q), None, "outside of the blocks: rounded to nearest")
+    outside = [unit for unit in job.units if unit[0].tensor not in inside]
+    for unit in outside:  # the head, and what the model's forward does not run
+        values, scheme = [source.read_weight(weight) for weight in unit], job.schemes[unit[0]]
+        if scheme.input and scheme.input.static:
+            raise BadRequest(f"the model does not run '{unit[0].name}', whose inputs are to have a stored scale; --skip it, or round them per token")
+        q = SOLVERS["nearest"](torch.cat(values), scheme.weight, None)
+        for weight, w, part in zip(unit, values, apart(q, unit), strict=True):
+            part = with_inputs(part, scheme)
+            run.put(weight, part)
+            run.digests[weight.name] = digest(part)
+            run.rows[weight.name] = row_of(weight, scheme, weight_error(w, part), None, "outside of the blocks: rounded to nearest")
     for tensor in job.kept:
         if tensor not in inside:
             run.keep(tensor, source.read(tensor))
@@ -53,22 +64,32 @@ def quantize(run: Run, windows: Windows) -> None:
 
 def _solve(run: Run, block: Block, finder: Finder) -> None:
     job = run.job
-    grids = {w: job.grids[w] for w in block.weights if w in job.grids}
+    schemes = {w: job.schemes[w] for w in block.weights if w in job.schemes}
     notes = {c.weight: c.note for c in job.choices}
-    statistics = block.collect(set(grids))
+    statistics = block.collect(set(schemes))
     folds = []
     for name in job.method.transforms:
-        folds += TRANSFORMS[name](block, finder, grids, statistics)
+        folds += TRANSFORMS[name](block, finder, schemes, statistics, Settings(job.recipe.alpha, job.recipe.input_range))
+    stored, told = inputs_of(block, schemes, statistics, job.recipe.input_range)
     rows, digests = [], {}
-    for weight, grid in grids.items():
-        w, known = block.target(weight), statistics.pop(weight, None)  # the last weight of a group frees its Hessian
-        q, fallback = solve(w, grid, known, job.method.solver)
-        decoded = q.decode()
-        error = known.error(w, decoded) if known else weight_error(w, q)
-        rows.append(row_of(weight, grid, error, known.tokens if known else 0, "; ".join(filter(None, (notes[weight], fallback)))))
-        run.put(weight, q)
-        digests[weight.name] = digest(q)
-        block.put(weight, decoded)
+    for unit in job.units:
+        if unit[0] not in schemes:
+            continue
+        scheme, known = schemes[unit[0]], statistics.get(unit[0])  # what is one matrix to engines reads one tensor
+        for weight in unit:  # the last weight of a group frees its Hessian
+            statistics.pop(weight, None)
+        targets = [block.target(weight) for weight in unit]
+        q, fallback = solve(targets[0] if len(unit) == 1 else torch.cat(targets), scheme.weight, known, job.method)
+        for weight, w, part in zip(unit, targets, apart(q, unit), strict=True):
+            part = with_inputs(part, scheme, stored.get(weight))
+            decoded = part.decode()
+            error = known.error(w, decoded) if known else weight_error(w, part)
+            remarks = "; ".join(filter(None, (notes[weight], fallback)))
+            rows.append(row_of(weight, scheme, error, known.tokens if known else 0, remarks, told.get(weight)))
+            run.put(weight, part)
+            digests[weight.name] = digest(part)
+            block.put(weight, decoded)
+            block.inputs |= {weight: part.input} if part.input else {}
     for tensor in block.tensors:
         if tensor in job.kept:
             value, now = job.checkpoint.read(tensor), block.view(tensor)
@@ -80,14 +101,51 @@ def _solve(run: Run, block: Block, finder: Finder) -> None:
     note(run, rows, digests, block=block.name, folds=folds)
 
 
-def solve(w: Tensor, grid: Grid, statistics: Statistics | None, solver: str) -> tuple[Quantized, str]:
+def inputs_of(
+    block: Block, schemes: Mapping[Weight, AnyScheme], statistics: Mapping[Weight, Statistics], ranges: str
+) -> tuple[dict[Weight, Params], dict[Weight, dict[str, Any]]]:
+    """What is to be stored of the inputs of each weight, and what the report tells of them.
+
+    Engines run all experts of a block as one, with the largest of their scales: all of one kind get what suits them together.
+    """
+    alike: dict[tuple, list[Weight]] = {}
+    for weight, scheme in schemes.items():
+        if scheme.input:
+            alike.setdefault((pattern(weight.name, block), scheme.input), []).append(weight)
+    stored, told, done = {}, {}, {}
+    for (_, grid), weights in alike.items():
+        known = {id(s): s for w in weights if (s := statistics.get(w))}
+        if not known and grid.static:
+            raise BadRequest(
+                f"no calibration token reached {weights[0].name}, whose inputs are to have a stored scale; give more text, or round them per token"
+            )
+        if not known:
+            continue
+        key = (grid, *known)  # q, k and v read the same
+        if key not in done:
+            seen = together([s.seen for s in known.values()])
+            params = grid.fit(seen, ranges)
+            done[key] = params, tell(Inputs(grid, params), seen)
+        stored |= dict.fromkeys(weights, done[key][0])
+        told |= dict.fromkeys(weights, done[key][1])
+    return stored, told
+
+
+def together(seen: list[Seen]) -> Seen:
+    low, high = torch.stack([s.low for s in seen]).amin(0), torch.stack([s.high for s in seen]).amax(0)
+    return Seen(low, high, torch.cat([s.rows for s in seen]))
+
+
+def solve(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) -> tuple[Quantized, str]:
     """The solver's answer, or that of `nearest` and the reason."""
+    if not method.calibrated:  # the text is there for stored scales of inputs
+        return SOLVERS[method.solver](w, grid, None), ""
     if statistics is None:
         return SOLVERS["nearest"](w, grid, None), "no calibration token reached it: rounded to nearest"
     if statistics.tokens < FEWEST_TOKENS:
         return SOLVERS["nearest"](w, grid, None), f"only {statistics.tokens} calibration tokens reached it: rounded to nearest"
     try:
-        return SOLVERS[solver](w, grid, statistics), ""
+        return SOLVERS[method.solver](w, grid, statistics), ""
     except NotPositive:
         return SOLVERS["nearest"](w, grid, None), "its Hessian could not be factored: rounded to nearest"
 
@@ -95,9 +153,11 @@ def solve(w: Tensor, grid: Grid, statistics: Statistics | None, solver: str) -> 
 def _restore(run: Run, block: Block) -> None:
     """Make the block what an earlier run wrote, so that the next block reads what it would have read."""
     entries = run.folder.entries
-    for weight, grid in run.job.grids.items():
+    for weight, scheme in run.job.schemes.items():
         if weight in block.weights:
-            block.put(weight, run.edition.unpack(entries, weight, grid).decode())
+            q = run.edition.unpack(entries, weight, scheme)
+            block.put(weight, q.decode())
+            block.inputs |= {weight: q.input} if q.input else {}
     for tensor in block.tensors:
         if tensor in run.job.kept:
             block.view(tensor).copy_(run.edition.restored(entries, tensor))

@@ -7,18 +7,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from halfbyte.containers.folder import Folder, claim, is_file, kept_on_interrupt
 from halfbyte.containers.gguf.container import with_minimum
 from halfbyte.editions import edition_of
 from halfbyte.errors import BadRequest, BrokenOutput
-from halfbyte.grids.grid import Grid, Quantized
+from halfbyte.grids.grid import AnyScheme, Quantized
+from halfbyte.jobs import Job, resolve, transcoding
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight
-from halfbyte.recipe import Job, Recipe, resolve, transcoding
+from halfbyte.recipe import Recipe
 from halfbyte.report import build
-from halfbyte.run import Progress, Row, Run, digest, note, recall, row_of, silent, weight_error
+from halfbyte.run import Progress, Row, Run, apart, digest, note, recall, row_of, silent, weight_error, with_inputs
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
 
@@ -36,7 +38,7 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
     _claim(out, job, overwrite)
     known = _importance(job)
     windows = None
-    if job.method.calibrated:
+    if job.calibrated:
         c = job.recipe.calibration
         windows = calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
     edition = edition_of(job)
@@ -45,7 +47,7 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
         run = Run(job, edition, folder, progress, windows=windows)
         if windows is None:
             solver = SOLVERS[job.method.solver]
-            _stream(run, job.checkpoint.read_weight, lambda weight, w, grid: solver(w, grid, known.get(weight)))
+            _stream(run, job.units, job.checkpoint.read_weight, lambda weight, w, scheme: solver(w, scheme.weight, known.get(weight)))
         else:
             from halfbyte import blockwise  # Transformers takes seconds to import, and only calibration needs the model
 
@@ -67,13 +69,15 @@ def convert(source: str | Path, out: str | Path, to: str, grid: str | None = Non
     edition = edition_of(job)
     folder = Folder(out, edition.shards(stem_of(out)), identity(job, None))
 
-    def transcode(_: Weight, q: Quantized, grid: Grid) -> Quantized:
+    def transcode(_: Weight, q: Quantized, scheme: AnyScheme) -> Quantized:
         near = job.container.same(q) or with_minimum(q)
-        return near if near and near.grid == grid else SOLVERS["nearest"](q.decode(), grid, None)
+        if near and near.scheme == scheme:
+            return near
+        return SOLVERS["nearest"](q.decode(), scheme.weight, None)._replace(input=q.input if scheme.input else None)
 
     with kept_on_interrupt(folder):
         run = Run(job, edition, folder, progress)
-        _stream(run, lambda weight: job.checkpoint.read_quantized(weight.name), transcode)
+        _stream(run, [[weight] for weight in job.schemes], lambda weight: job.checkpoint.read_quantized(weight.name), transcode)
         report = _finish(run, started)
         folder.publish()
     return report
@@ -94,7 +98,7 @@ def _importance(job: Job) -> dict[Weight, Diagonal]:
         return {}
     from halfbyte.models import importance  # needs the model's code, as calibration does
 
-    means = importance.read(Path(job.recipe.imatrix).expanduser(), job.checkpoint, job.grids)
+    means = importance.read(Path(job.recipe.imatrix).expanduser(), job.checkpoint, job.schemes)
     return {weight: Diagonal(mean) for weight, mean in means.items()}
 
 
@@ -110,14 +114,14 @@ def identity(job: Job, windows: calibrate.Windows | None) -> str:
     return xxhash.xxh3_128_hexdigest(repr((version("halfbyte"), job.recipe.digest, source, imatrix, windows and windows.digest)).encode())
 
 
-def _stream(run: Run, read: Callable[[Weight], Any], solve: Callable[[Weight, Any, Grid], Quantized]) -> None:
+def _stream(run: Run, units: list[list[Weight]], read: Callable[[Weight], Any], solve: Callable[[Weight, Any, AnyScheme], Quantized]) -> None:
     """Without calibration: tensor after tensor at the disk's speed. Reading, solving and writing overlap."""
     job = run.job
     for record in run.folder.journal:
         recall(run, record)
     notes = {c.weight: c.note for c in job.choices}
-    todo = [(w, g) for w, g in job.grids.items() if w.name not in run.rows]
-    total = sum(w.shape[0] * w.shape[1] for w, _ in todo)
+    todo = [unit for unit in units if any(w.name not in run.rows for w in unit)]
+    total = sum(w.shape[0] * w.shape[1] for unit in todo for w in unit)
     seen = 0
 
     def write(weight: Weight, q: Quantized, row: Row) -> None:
@@ -126,14 +130,17 @@ def _stream(run: Run, read: Callable[[Weight], Any], solve: Callable[[Weight, An
 
     with ThreadPoolExecutor(1) as writer:
         pending = None
-        for (weight, grid), w in _ahead(todo, lambda item: read(item[0])):
-            q = solve(weight, w, grid)
-            row = row_of(weight, grid, weight_error(w, q), None, notes[weight])
-            if pending:
-                pending.result()
-            pending = writer.submit(write, weight, q, row)
-            seen += weight.shape[0] * weight.shape[1]
-            run.progress(weight.name, seen, total)
+        for unit, values in _ahead(todo, lambda unit: [read(weight) for weight in unit]):
+            scheme = job.schemes[unit[0]]
+            q = solve(unit[0], values[0] if len(unit) == 1 else torch.cat(values), scheme)
+            for weight, w, part in zip(unit, values, apart(q, unit), strict=True):
+                part = with_inputs(part, scheme)
+                row = row_of(weight, scheme, weight_error(w, part), None, notes[weight])
+                if pending:
+                    pending.result()
+                pending = writer.submit(write, weight, part, row)
+                seen += weight.shape[0] * weight.shape[1]
+                run.progress(weight.name, seen, total)
         if pending:
             pending.result()
     for tensor, value in _ahead(job.kept, job.checkpoint.read):
@@ -174,12 +181,12 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
 def verify(run: Run) -> None:
     """Open what was written as any reader would, decode it, and compare it with what the solver returned."""
     entries = run.edition.reopen(run.folder.partial)
-    grids = {w.name: (w, g) for w, g in run.job.grids.items()}
-    if lost := [n for n in (*run.job.kept, *grids) if n not in run.digests]:
+    schemes = {w.name: (w, s) for w, s in run.job.schemes.items()}
+    if lost := [n for n in (*run.job.kept, *schemes) if n not in run.digests]:
         raise BrokenOutput(f"{len(lost)} tensors of the source are in no part of the output, the first '{lost[0]}'")
 
     def read_again(name: str) -> str:
-        return digest(run.edition.unpack(entries, *grids[name]) if name in grids else run.edition.kept(entries, name))
+        return digest(run.edition.unpack(entries, *schemes[name]) if name in schemes else run.edition.kept(entries, name))
 
     with ThreadPoolExecutor(2) as pool:
         for number, (name, again) in enumerate(zip(run.digests, pool.map(read_again, run.digests), strict=True)):

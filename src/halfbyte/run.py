@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import xxhash
@@ -9,10 +10,10 @@ from torch import Tensor
 
 from halfbyte.containers.folder import Folder
 from halfbyte.editions import Edition
-from halfbyte.grids.grid import Grid, Quantized, same_rows
+from halfbyte.grids.grid import AnyScheme, Inputs, Params, Quantized, Seen, same_rows, split_rows
+from halfbyte.jobs import SKIPPED, Job
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, require_finite
-from halfbyte.recipe import SKIPPED, Job
 from halfbyte.solvers.statistics import sample_rows
 
 Progress = Callable[[str, float, float], None]
@@ -37,6 +38,8 @@ class Row:
     """Relative error: of the outputs on the calibration tokens, or of the weights where there are none."""
     tokens: int | None = None
     note: str = ""
+    input: dict[str, Any] | None = None
+    """How what it reads is rounded, where calibration saw that."""
 
 
 @dataclass
@@ -69,7 +72,7 @@ class Run:
 def digest(value: Quantized | list[Tensor]) -> str:
     """Of every bit of some tensors, or of a matrix on a grid whatever its container."""
     hasher = xxhash.xxh3_128()
-    tensors = value if isinstance(value, list) else [value.codes, *(value.params[name] for name in sorted(value.params))]
+    tensors = value if isinstance(value, list) else [value.tensors[name] for name in sorted(value.tensors)]
     for tensor in tensors:
         hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.numel():
@@ -89,8 +92,35 @@ def weight_error(w: Tensor | Quantized, q: Quantized) -> float:
     return ((rounded - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def row_of(weight: Weight, grid: Grid, error: float, tokens: int | None, note: str) -> Row:
-    return Row(weight.name, str(grid), list(weight.shape), grid.bits(weight.shape), error, tokens, note)
+def apart(q: Quantized, unit: list[Weight]) -> list[Quantized]:
+    """What became of each of the weights that were rounded as one matrix."""
+    return split_rows(q, [w.shape[0] for w in unit]) if len(unit) > 1 else [q]
+
+
+def with_inputs(q: Quantized, scheme: AnyScheme, params: Params | None = None) -> Quantized:
+    """The matrix as its scheme has it: with how its inputs are rounded, and what is stored of that."""
+    return q._replace(input=Inputs(scheme.input, params or {})) if scheme.input and not q.input else q
+
+
+def row_of(weight: Weight, scheme: AnyScheme, error: float, tokens: int | None, note: str, read: dict[str, Any] | None = None) -> Row:
+    return Row(weight.name, str(scheme), list(weight.shape), scheme.weight.bits(weight.shape), error, tokens, note, read)
+
+
+def tell(inputs: Inputs, seen: Seen) -> dict[str, Any]:
+    """What is to be known of rounded inputs: what is stored, the error on the tokens seen, and how many of their values are cut."""
+    low, high = inputs.grid.limits(inputs.params)
+    cut = int(((seen.rows < low) | (seen.rows > high)).sum())
+    error = (inputs.round(seen.rows) - seen.rows).norm() / seen.rows.norm().clamp(min=1e-30)
+    return {
+        "grid": str(inputs.grid),
+        **{name: value.item() for name, value in inputs.params.items()},
+        "low": seen.low.min().item(),
+        "high": seen.high.max().item(),
+        "error": error.item(),
+        "values": seen.rows.numel(),
+        "saturated": cut,
+        "clipped": cut / seen.rows.numel(),
+    }
 
 
 def note(run: Run, rows: list[Row], digests: dict[str, str], **step) -> None:

@@ -15,7 +15,7 @@ from halfbyte.containers.container import Config, ConfigContainer, commonest, ex
 from halfbyte.containers.gptq import scale_held, stored_scale
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, Quantized, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -28,21 +28,21 @@ class AWQ(ConfigContainer):
     name = "awq"
     mixes = False
 
-    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
-        return integer(grid, self.name).with_scale(stored_scale(dtype))
+    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        return integer(scheme, self.name).with_scale(stored_scale(dtype))
 
-    def check(self, grid: Grid, shape: Shape) -> None:
-        grid, (out, _) = integer(grid, self.name), shape
+    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        grid, (out, _) = integer(scheme, self.name), shape
         if grid.bits_per_code != 4 or grid.span == "tensor":
             raise Unsupported(f"awq holds int4 per group or channel, not {grid}")
         if out % 8:
             raise Unsupported(f"awq packs eight out-features to a word, which {out} do not fill")
 
     def same(self, q: Quantized) -> Quantized | None:
-        return q if super().same(q) and fits_half(q.params["scale"]) else None
+        return same if (same := super().same(q)) and fits_half(q.params["scale"]) else None
 
-    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
-        grid, (out, width) = integer(grid, self.name), shape
+    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        grid, (out, width) = integer(scheme, self.name), shape
         groups = grid.groups(width)
         return {
             "qweight": Spec((width, out // 8), torch.int32),
@@ -58,15 +58,15 @@ class AWQ(ConfigContainer):
             "scales": exact_half(q.params["scale"]).T.contiguous(),
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
-        grid, (out, _) = integer(grid, self.name), shape
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        grid, (out, _) = integer(scheme, self.name), shape
         params = {"scale": tensors["scales"].T.contiguous().to(SCALE_DTYPES[grid.scale])}
         if not grid.symmetric:
             params["zero"] = _unpack(tensors["qzeros"], out)
         return Quantized(grid, _unpack(tensors["qweight"], out), params)
 
-    def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
-        grid = integer(commonest(grids), self.name)
+    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+        grid = integer(commonest(schemes), self.name)
         return {
             "quant_method": "awq",
             "bits": 4,
@@ -74,7 +74,7 @@ class AWQ(ConfigContainer):
             "zero_point": True,
             "version": "gemm",
             # vLLM and SGLang take the head for 16 bits unless told so (vllm auto_awq.py, sglang awq/awq.py from_config).
-            **({"lm_head": True} if "lm_head" in grids else {}),
+            **({"lm_head": True} if "lm_head" in schemes else {}),
             "modules_to_not_convert": sorted(kept) or None,
         }
 
@@ -84,10 +84,10 @@ class AWQ(ConfigContainer):
     def reads(self, config: Config) -> bool:
         return config.get("quant_method") == "awq"
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
         if str(config.get("version", "gemm")).lower() != "gemm":
             raise Unsupported(f"awq version '{config['version']}' is not read; gemm is")
-        found: dict[str, tuple[Grid, Shape]] = {}
+        found: dict[str, tuple[AnyScheme, Shape]] = {}
         for name, qweight in entries.items():
             if name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")

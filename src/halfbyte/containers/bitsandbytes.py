@@ -27,12 +27,15 @@ from halfbyte.containers.container import Config, ConfigContainer, commonest
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.absmax import LEVELS, NESTED, AbsmaxGrid, dynamic_map, levels
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Scheme, Shape
+from halfbyte.grids.inputs import LLMInt8Inputs
 from halfbyte.grids.llm_int8 import ZERO, LLMInt8
 from halfbyte.grids.scalar import IntGrid
 
 STATE = "weight.quant_state.bitsandbytes__"
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+LLM_INT8 = Scheme(LLMInt8(), LLMInt8Inputs())
+"""Whoever multiplies by these weights rounds what they read, too."""
 ROOM = 32
 """Bytes for the dtype and the offset, whose lengths no shape tells: blanks fill what is left, and JSON does not mind."""
 
@@ -47,22 +50,24 @@ class BitsAndBytes(ConfigContainer):
         self.dtype = dtype
         """What engines decode to, which every matrix notes: that of the last model that this was asked for."""
 
-    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
+    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         self.dtype = dtype
-        if isinstance(grid, IntGrid) and (grid.bits_per_code, grid.span, grid.symmetric) == (8, "channel", True):
-            return LLMInt8()
-        return grid
+        grid = scheme.weight
+        is_integer = isinstance(grid, IntGrid) and (grid.bits_per_code, grid.span, grid.symmetric) == (8, "channel", True)
+        return LLM_INT8 if scheme.input in (None, LLM_INT8.input) and (is_integer or isinstance(grid, LLMInt8)) else scheme
 
-    def check(self, grid: Grid, shape: Shape) -> None:
-        _held(grid)
+    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        grid = _held(scheme)
         if isinstance(grid, AbsmaxGrid):
             grid.require_width(shape)
 
     def same(self, q: Quantized) -> Quantized | None:
-        return q if isinstance(q.grid, AbsmaxGrid | LLMInt8) else None
+        if isinstance(q.grid, LLMInt8):
+            return q._replace(input=Inputs(LLM_INT8.input, {}))
+        return q if isinstance(q.grid, AbsmaxGrid) and not q.input else None
 
-    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
-        grid, (out, width) = _held(grid), shape
+    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        grid, (out, width) = _held(scheme), shape
         if isinstance(grid, LLMInt8):
             return {"weight": Spec((out, width), torch.int8), "SCB": Spec((out,), torch.float32), "weight_format": Spec((), torch.uint8)}
         blocks = grid.blocks(shape)
@@ -78,13 +83,13 @@ class BitsAndBytes(ConfigContainer):
         return specs
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
-        grid, params = _held(q.grid), q.params
+        grid, params = _held(q.scheme), q.params
         if isinstance(grid, LLMInt8):
             weight = (q.codes.int() - ZERO).to(torch.int8)
             return {"weight": weight, "SCB": params["absmax"], "weight_format": torch.zeros((), dtype=torch.uint8)}
         offset = params["offset"].item() if grid.double else None
         state = _state(grid, q.shape, DTYPES[self.dtype], offset)
-        length = self.plan(grid, q.shape)[STATE + grid.kind].shape[0]
+        length = self.plan(q.scheme, q.shape)[STATE + grid.kind].shape[0]
         pairs = torch.nn.functional.pad(q.codes.flatten(), (0, q.codes.numel() % 2)).view(-1, 2)
         tensors = {
             "weight": pairs[:, :1] << 4 | pairs[:, 1:],
@@ -97,12 +102,12 @@ class BitsAndBytes(ConfigContainer):
             tensors["weight.nested_quant_map"] = dynamic_map()
         return tensors
 
-    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
-        grid, (out, width) = _held(grid), shape
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        grid, (out, width) = _held(scheme), shape
         if isinstance(grid, LLMInt8):
             if tensors.get("weight_format", torch.zeros(1)).any():
                 raise Unsupported("LLM.int8() weights in the order of an old GPU (weight_format) are not read; load them with bitsandbytes and save them again")
-            return Quantized(grid, (tensors["weight"].int() + ZERO).to(torch.uint8), {"absmax": tensors["SCB"].flatten()})
+            return Quantized(grid, (tensors["weight"].int() + ZERO).to(torch.uint8), {"absmax": tensors["SCB"].flatten()}, Inputs(LLM_INT8.input, {}))
         _require_same("quant_map", tensors["weight.quant_map"], levels(grid.kind))
         raw = tensors["weight"].contiguous().flatten().view(torch.uint8)
         codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: out * width].view(out, width)
@@ -113,8 +118,8 @@ class BitsAndBytes(ConfigContainer):
             params |= {"nested": tensors["weight.nested_absmax"], "offset": torch.tensor([offset], dtype=torch.float32)}
         return Quantized(grid, codes, params)
 
-    def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
-        grid = _held(commonest(grids))
+    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+        grid = _held(commonest(schemes))
         four = isinstance(grid, AbsmaxGrid)
         return {
             "quant_method": "bitsandbytes",
@@ -134,8 +139,8 @@ class BitsAndBytes(ConfigContainer):
         # Older versions of Transformers did not write the method.
         return config.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(config.get("load_in_4bit") or config.get("load_in_8bit"))
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
-        found: dict[str, tuple[Grid, Shape]] = {}
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        found: dict[str, tuple[AnyScheme, Shape]] = {}
         for name in entries:
             module, _, kind = name.rpartition(f".{STATE}")
             if module:
@@ -147,14 +152,15 @@ class BitsAndBytes(ConfigContainer):
                 found[module] = (grid, tuple(said["shape"]))
             elif name.endswith(".SCB"):
                 module = name.removesuffix(".SCB")
-                found[module] = (LLMInt8(), entries[f"{module}.weight"].shape)
+                found[module] = (LLM_INT8, entries[f"{module}.weight"].shape)
         return found
 
 
-def _held(grid: Grid) -> AbsmaxGrid | LLMInt8:
-    if not isinstance(grid, AbsmaxGrid | LLMInt8):
+def _held(scheme: AnyScheme) -> AbsmaxGrid | LLMInt8:
+    grid = scheme.weight
+    if not isinstance(grid, AbsmaxGrid | LLMInt8) or scheme.input not in (None, LLM_INT8.input):
         kinds = " and ".join(LEVELS)
-        raise Unsupported(f"bitsandbytes holds {kinds} in blocks (such as nf4-g64 or nf4-g64-double) and int8-channel, not {grid}")
+        raise Unsupported(f"bitsandbytes holds {kinds} in blocks (such as nf4-g64 or nf4-g64-double) and int8-channel, not {scheme}")
     return grid
 
 

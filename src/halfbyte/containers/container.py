@@ -1,6 +1,6 @@
 """Container: how the bits of a Quantized lie in a checkpoint, and how the checkpoint says so.
 
-A container moves bits and never does arithmetic on weights: `unpack(pack(q), q.grid, q.shape) == q`.
+A container moves bits and never does arithmetic on weights: `unpack(pack(q), q.scheme, q.shape) == q`.
 """
 
 import re
@@ -14,10 +14,17 @@ from torch import Tensor
 
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, Grid, InputGrid, Inputs, Quantized, Shape
 from halfbyte.grids.scalar import IntGrid
 
 Config = dict[str, Any]
+STORED_INPUTS = {
+    "scale": ("input_scale", torch.float32),
+    "zero": ("input_zero_point", torch.int8),
+    "divisor": ("input_global_scale", torch.float32),
+}
+"""Suffix and dtype of what is stored of a module's inputs."""
+INPUT_SUFFIXES = {suffix for suffix, _ in STORED_INPUTS.values()}
 
 
 class Container(ABC):
@@ -30,23 +37,24 @@ class Container(ABC):
     """Suffixes of tensors that belong to a module in files of others, beside those of `plan`."""
 
     @abstractmethod
-    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
-        """`grid` with scales in the precision that engines compute with when the model is of `dtype`."""
+    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        """`scheme` with scales in the precision that engines compute with when the model is of `dtype`, and with the inputs that
+        they round whether asked or not."""
 
     @abstractmethod
-    def check(self, grid: Grid, shape: Shape) -> None:
+    def check(self, scheme: AnyScheme, shape: Shape) -> None:
         """Raise Unsupported, saying what the container can hold, unless it holds such a matrix."""
 
     def same(self, q: Quantized) -> Quantized | None:
         """A matrix from elsewhere, value for value on a grid that this container may hold; None where it must be rounded."""
-        return q if isinstance(q.grid, IntGrid) else None
+        return q._replace(input=None) if isinstance(q.grid, IntGrid) else None
 
     def holding(self, q: Quantized) -> "Container":
         """The version of this container that holds such a matrix too."""
         return self
 
     @abstractmethod
-    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
         """Suffix, shape and dtype of every tensor that `pack` will return."""
 
     @abstractmethod
@@ -54,7 +62,7 @@ class Container(ABC):
         """The tensors to write, by suffix."""
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
         """The inverse of `pack`."""
 
 
@@ -65,7 +73,7 @@ class ConfigContainer(Container):
     """
 
     @abstractmethod
-    def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
         """`quantization_config` for these modules; `kept` are linear modules left as they were."""
 
     @abstractmethod
@@ -77,18 +85,39 @@ class ConfigContainer(Container):
         return dict(entries)
 
     @abstractmethod
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
-        """Grid and shape of every quantized module of a checkpoint."""
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        """Scheme and shape of every quantized module of a checkpoint."""
 
     def extra_files(self, config: Config) -> dict[str, Config]:
         """Further JSON files that readers of this container look for."""
         return {}
 
 
-def integer(grid: Grid, container: str) -> IntGrid:
+def weights_only(scheme: AnyScheme, container: str) -> Grid:
+    if scheme.input:
+        raise Unsupported(f"{container} has no inputs of fewer than 16 bits, such as {scheme}; compressed-tensors has, or leave {scheme.weight} alone")
+    return scheme.weight
+
+
+def integer(scheme: AnyScheme, container: str) -> IntGrid:
+    grid = weights_only(scheme, container)
     if not isinstance(grid, IntGrid):
         raise Unsupported(f"{container} holds integer grids only, not {grid}")
     return grid
+
+
+def input_specs(grid: InputGrid | None) -> dict[str, Spec]:
+    """One number each, as compressed-tensors and vLLM name them."""
+    return {STORED_INPUTS[name][0]: Spec((1,), STORED_INPUTS[name][1]) for name in (grid.stored if grid else ())}
+
+
+def input_tensors(inputs: Inputs | None) -> dict[str, Tensor]:
+    return {STORED_INPUTS[name][0]: value.to(STORED_INPUTS[name][1]) for name, value in (inputs.params if inputs else {}).items()}
+
+
+def inputs_of(tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
+    """The inverse of `input_tensors`."""
+    return Inputs(grid, {name: tensors[STORED_INPUTS[name][0]].float().view(1) for name in grid.stored}) if grid else None
 
 
 def span_of(width: int, groups: int, sizes: Collection[int | None]) -> int | str:
@@ -96,8 +125,8 @@ def span_of(width: int, groups: int, sizes: Collection[int | None]) -> int | str
     return width // groups if groups > 1 or width in sizes else "channel"
 
 
-def commonest(grids: Mapping[str, Grid]) -> Grid:
-    return Counter(grids.values()).most_common(1)[0][0]
+def commonest(schemes: Mapping[str, AnyScheme]) -> AnyScheme:
+    return Counter(schemes.values()).most_common(1)[0][0]
 
 
 def patterns(chosen: list[str], others: list[str]) -> list[str]:

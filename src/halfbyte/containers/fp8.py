@@ -13,15 +13,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from halfbyte.containers.container import Config, ConfigContainer, commonest
+from halfbyte.containers.container import Config, ConfigContainer, commonest, input_specs, input_tensors, inputs_of
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.floats import FLOAT_GRIDS, SIDE, FloatGrid
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, InputGrid, Inputs, Quantized, Scheme, Shape
+from halfbyte.grids.inputs import INPUT_GRIDS
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 ELEMENTS = {dtype: name for name, dtype in DTYPES.items()}
 BYTES = (torch.uint8, torch.float8_e8m0fnu)
+READ: dict[int | str, InputGrid] = {
+    name: INPUT_GRIDS[read] for name, read in {"block": "fp8-e4m3-g128", "channel": "fp8-e4m3-token", "tensor": "fp8-e4m3-token", 32: "mxfp8-e4m3"}.items()
+}
+"""What engines round inputs to, by what shares a scale of the weights."""
+STATIC = INPUT_GRIDS["fp8-e4m3-static"]
 
 
 class FP8(ConfigContainer):
@@ -31,44 +37,54 @@ class FP8(ConfigContainer):
     mixes = False
     read_too = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 
-    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
-        return _held(grid).with_scale("fp32")
+    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        grid = _held(scheme).with_scale("fp32")
+        return Scheme(grid, scheme.input or READ[grid.span])
 
-    def check(self, grid: Grid, shape: Shape) -> None:
-        if _held(grid).span == "block" and (shape[0] % SIDE or shape[1] % SIDE):
+    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        grid = _held(scheme)
+        if scheme.input not in (READ[grid.span], STATIC if grid.span == "tensor" else None):
+            raise Unsupported(
+                f"fp8 with scales per {grid.span} reads {READ[grid.span]} inputs{f' or {STATIC}' if grid.span == 'tensor' else ''}, not {scheme.input}"
+            )
+        if grid.span == "block" and (shape[0] % SIDE or shape[1] % SIDE):
             raise Unsupported(f"fp8 has blocks of {SIDE} x {SIDE}, which readers want {shape[0]} x {shape[1]} to be a multiple of; compressed-tensors has rows")
 
     def same(self, q: Quantized) -> Quantized | None:
         if not isinstance(q.grid, FloatGrid) or q.grid.span not in ("block", "tensor"):
             return None
-        return Quantized(q.grid.with_scale("fp32"), q.codes, {"scale": q.params["scale"].float()})
+        read = q.input if q.input and q.input.grid == STATIC else Inputs(READ[q.grid.span], {})
+        return Quantized(q.grid.with_scale("fp32"), q.codes, {"scale": q.params["scale"].float()}, read)
 
-    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
-        grid = _float(grid)
+    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        grid = _float(scheme)
         weight = Spec(shape, DTYPES[grid.element.name])
         if grid.span == "tensor":
-            return {"weight": weight, "weight_scale": Spec((), torch.float32)}
+            return {"weight": weight, "weight_scale": Spec((), torch.float32), **input_specs(scheme.input)}
         return {"weight": weight, "weight_scale_inv": Spec(grid.scales_shape(shape), torch.uint8 if grid.scale == "e8m0" else torch.float32)}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         grid, scale = _held(q.grid), q.params["scale"]
         weight = q.codes.view(DTYPES[grid.element.name])
-        return {"weight": weight, "weight_scale": scale.reshape(())} if grid.span == "tensor" else {"weight": weight, "weight_scale_inv": scale}
+        if grid.span == "tensor":
+            return {"weight": weight, "weight_scale": scale.reshape(()), **input_tensors(q.input)}
+        return {"weight": weight, "weight_scale_inv": scale}
 
-    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
-        grid = _float(grid)
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        grid = _float(scheme)
         scale = tensors["weight_scale_inv" if "weight_scale_inv" in tensors else "weight_scale"]
         scale = scale.view(torch.uint8) if scale.dtype in BYTES else scale.float()
         if scale.dtype == torch.uint8 and grid.scale != "e8m0":
             scale = torch.exp2(scale.float() - 127)
-        return Quantized(grid, tensors["weight"].view(torch.uint8), {"scale": scale.reshape(grid.scales_shape(shape))})
+        return Quantized(grid, tensors["weight"].view(torch.uint8), {"scale": scale.reshape(grid.scales_shape(shape))}, inputs_of(tensors, scheme.input))
 
-    def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
-        grid = _held(commonest(grids))
+    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+        scheme = commonest(schemes)
+        grid = _held(scheme)
         return {
             "quant_method": self.name,
             "fmt": grid.element.name,
-            "activation_scheme": "dynamic",
+            "activation_scheme": "static" if scheme.input == STATIC else "dynamic",
             **({"weight_block_size": [SIDE, SIDE]} if grid.span == "block" else {}),
             "modules_to_not_convert": sorted(kept),
             "ignored_layers": sorted(kept),  # the same, for vLLM before it knew the other name
@@ -77,25 +93,28 @@ class FP8(ConfigContainer):
     def reads(self, config: Config) -> bool:
         return config.get("quant_method") in (self.name, "mxfp8")
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
-        found: dict[str, tuple[Grid, Shape]] = {}
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        found: dict[str, tuple[AnyScheme, Shape]] = {}
         for name, weight in entries.items():
             if name.endswith(".weight") and weight.dtype in ELEMENTS:
                 module = name.removesuffix(".weight")
                 scale = entries.get(f"{module}.weight_scale_inv") or entries.get(f"{module}.weight_scale")
                 if scale is None:
                     raise Unsupported(f"{name} is FP8 and has no weight_scale_inv or weight_scale beside it")
-                found[module] = _grid(name, weight, scale), weight.shape
+                grid = _grid(name, weight, scale)
+                is_static = config.get("activation_scheme") == "static" and f"{module}.input_scale" in entries
+                found[module] = Scheme(grid, STATIC if is_static else READ[grid.span]), weight.shape
         return found
 
 
 def _grid(name: str, weight: Entry, scale: Entry) -> FloatGrid:
     """From shapes: what the config says is true of most modules only."""
     element = ELEMENTS[weight.dtype]
-    grids = [FLOAT_GRIDS[f"fp8-{element}-{span}"] for span in ("block", "tensor", "channel")]
+    spans = ("block", "tensor", "channel") if len(scale.shape) > 1 else ("tensor", "channel")
+    grids = [FLOAT_GRIDS[f"fp8-{element}-{span}"] for span in spans]
     if scale.dtype in BYTES and weight.shape[-1] % 32 == 0:
         grids.append(FLOAT_GRIDS[f"mxfp8-{element}"])
-    shape = scale.shape if len(scale.shape) == 2 else (1, 1)
+    shape = {0: (1, 1), 1: (*scale.shape, 1), 4: scale.shape[::2]}.get(len(scale.shape), scale.shape)  # [1], [out], [rows, 1, columns, 1]
     if len(weight.shape) != 2 or not (fits := [g for g in grids if g.scales_shape(weight.shape) == shape]):
         raise Unsupported(
             f"{name}: scales {tuple(scale.shape)} for weights {tuple(weight.shape)} are not read; of blocks of {SIDE} x {SIDE}, rows, matrices are"
@@ -103,15 +122,16 @@ def _grid(name: str, weight: Entry, scale: Entry) -> FloatGrid:
     return fits[0]
 
 
-def _float(grid: Grid) -> FloatGrid:
+def _float(scheme: AnyScheme) -> FloatGrid:
+    grid = scheme.weight
     if not isinstance(grid, FloatGrid):
         raise Unsupported(f"fp8 holds 8-bit floats only, not {grid}")
     return grid
 
 
-def _held(grid: Grid) -> FloatGrid:
+def _held(scheme: AnyScheme) -> FloatGrid:
     """What is written."""
-    grid = _float(grid)
+    grid = _float(scheme)
     if grid.element.name not in DTYPES or grid.span not in ("block", "tensor"):
         raise Unsupported(f"fp8 holds fp8-e4m3-block, fp8-e4m3-tensor and those of e5m2, not {grid}")
     return grid

@@ -18,7 +18,7 @@ from halfbyte.containers import bits
 from halfbyte.containers.container import Config, ConfigContainer, commonest, exact_half, fits_half, integer, patterns, span_of
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, Quantized, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 # vLLM matches rules against the fused module that it builds of several of the checkpoint's.
@@ -34,11 +34,11 @@ class GPTQ(ConfigContainer):
     def __init__(self, version: int = 1):
         self.version = version
 
-    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
-        return integer(grid, self.name).with_scale(stored_scale(dtype))
+    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        return integer(scheme, self.name).with_scale(stored_scale(dtype))
 
-    def check(self, grid: Grid, shape: Shape) -> None:
-        grid, (out, width) = integer(grid, self.name), shape
+    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        grid, (out, width) = integer(scheme, self.name), shape
         if grid.bits_per_code not in (2, 3, 4, 8) or grid.span == "tensor":
             raise Unsupported(f"gptq holds int2, int3, int4 and int8 per channel or group, not {grid}")
         for what, size in (("in", width), ("out", out)):
@@ -46,13 +46,13 @@ class GPTQ(ConfigContainer):
                 raise Unsupported(f"gptq packs whole 32-bit words: {what}-features {size} x {grid.bits_per_code} bits do not fill them")
 
     def same(self, q: Quantized) -> Quantized | None:
-        return q if super().same(q) and fits_half(q.params["scale"]) else None
+        return same if (same := super().same(q)) and fits_half(q.params["scale"]) else None
 
     def holding(self, q: Quantized) -> "GPTQ":
         return GPTQ(2) if "zero" in q.params and not q.params["zero"].all() else self
 
-    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
-        grid, (out, width) = integer(grid, self.name), shape
+    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        grid, (out, width) = integer(scheme, self.name), shape
         groups = grid.groups(width)
         return {
             "qweight": Spec((width * grid.bits_per_code // 32, out), torch.int32),
@@ -75,8 +75,8 @@ class GPTQ(ConfigContainer):
             "g_idx": _order(width, grid),
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
-        grid, (out, width) = integer(grid, self.name), shape
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        grid, (out, width) = integer(scheme, self.name), shape
         if "g_idx" in tensors and not torch.equal(tensors["g_idx"], _order(width, grid)):
             raise Unsupported("this gptq file groups its in-features in activation order (g_idx), which is not read yet")
         zero = self._zero_points(tensors["qzeros"], grid.bits_per_code, out).T.contiguous()
@@ -96,20 +96,20 @@ class GPTQ(ConfigContainer):
             return (bits.unpack(words, 3, out) + 1) & 7
         return bits.unpack(words + 0xFFFFFFFF // ((1 << width_bits) - 1), width_bits, out)
 
-    def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
-        main = integer(commonest(grids), self.name)
+    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+        main = integer(commonest(schemes), self.name)
         dynamic: Config = {}
-        for grid in sorted({g for g in grids.values() if g != main}, key=str):
-            own = [name for name, g in grids.items() if g == grid]
-            for pattern in patterns(own, [name for name in grids if name not in set(own)]):
+        for grid in sorted({g for g in schemes.values() if g != main}, key=str):
+            own = [name for name, g in schemes.items() if g == grid]
+            for pattern in patterns(own, [name for name in schemes if name not in set(own)]):
                 dynamic[f"+:^{_either_spelling(pattern)}$"] = _settings(integer(grid, self.name))
-        for pattern in patterns([name for name in kept if name != "lm_head"], list(grids)):
+        for pattern in patterns([name for name in kept if name != "lm_head"], list(schemes)):
             dynamic[f"-:^{_either_spelling(pattern)}$"] = {}
         return {
             "quant_method": "gptq",
             **_settings(main),
             "desc_act": False,
-            "lm_head": "lm_head" in grids,
+            "lm_head": "lm_head" in schemes,
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "pack_dtype": "int32",
             "true_sequential": True,
@@ -124,8 +124,8 @@ class GPTQ(ConfigContainer):
     def reads(self, config: Config) -> bool:
         return config.get("quant_method") == "gptq"
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
-        found: dict[str, tuple[Grid, Shape]] = {}
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        found: dict[str, tuple[AnyScheme, Shape]] = {}
         versions = set()
         sizes = {config.get("group_size"), *(rule.get("group_size") for rule in (config.get("dynamic") or {}).values())}
         for name, qweight in entries.items():

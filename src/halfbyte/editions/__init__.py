@@ -4,7 +4,7 @@ from halfbyte.containers.container import ConfigContainer
 from halfbyte.editions.edition import Edition
 from halfbyte.editions.folder import FolderEdition
 from halfbyte.editions.gguf import GGUFEdition
-from halfbyte.recipe import Job
+from halfbyte.jobs import Job
 
 
 def edition_of(job: Job) -> Edition:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from halfbyte.containers.folder import Shard
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.grids.grid import Grid, Quantized
+from halfbyte.grids.grid import AnyScheme, Quantized
+from halfbyte.jobs import Job
 from halfbyte.models.checkpoint import Weight
-from halfbyte.recipe import Job
 
 
 class Part(NamedTuple):
@@ -38,7 +38,7 @@ class Edition(ABC):
         """What is written of a matrix."""
 
     @abstractmethod
-    def unpack(self, entries: Mapping[str, Entry], weight: Weight, grid: Grid) -> Quantized:
+    def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: AnyScheme) -> Quantized:
         """The inverse of `pack`, from a file."""
 
     @abstractmethod

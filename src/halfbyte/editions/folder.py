@@ -13,9 +13,9 @@ from halfbyte.containers.folder import Shard
 from halfbyte.containers.safetensors import Entry, Spec, Writer
 from halfbyte.editions.edition import Edition, Part, split
 from halfbyte.errors import BrokenOutput
-from halfbyte.grids.grid import Grid, Quantized
+from halfbyte.grids.grid import AnyScheme, Quantized
+from halfbyte.jobs import Job
 from halfbyte.models.checkpoint import Checkpoint, Weight
-from halfbyte.recipe import Job
 
 SHARD_GB = 5.0
 OURS = {"README.md", "report.json", "recipe.yaml"}
@@ -30,15 +30,15 @@ class FolderEdition(Edition):
 
     def files(self) -> dict[str, dict[str, Spec]]:
         """What each file holds, in the order of the source."""
-        by_tensor: dict[str, list[tuple[Weight, Grid]]] = {}
-        for weight, grid in self.job.grids.items():
-            by_tensor.setdefault(weight.tensor, []).append((weight, grid))
+        by_tensor: dict[str, list[tuple[Weight, AnyScheme]]] = {}
+        for weight, scheme in self.job.schemes.items():
+            by_tensor.setdefault(weight.tensor, []).append((weight, scheme))
         specs: dict[str, Spec] = {}
         for tensor in self.job.checkpoint.tensors():
             if tensor in self.job.kept:
                 specs[tensor] = self.job.checkpoint.spec(tensor)
-            for weight, grid in by_tensor.get(tensor, []):
-                specs.update({f"{weight.name}.{suffix}": spec for suffix, spec in self.container.plan(grid, weight.shape).items()})
+            for weight, scheme in by_tensor.get(tensor, []):
+                specs.update({f"{weight.name}.{suffix}": spec for suffix, spec in self.container.plan(scheme, weight.shape).items()})
         parts = split(specs, (self.job.recipe.shard_gb or SHARD_GB) * 1e9)
         names = ["model.safetensors"] if len(parts) == 1 else [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
         return dict(zip(names, parts, strict=True))
@@ -50,9 +50,9 @@ class FolderEdition(Edition):
         for suffix, tensor in self.container.pack(q).items():
             yield Part(f"{weight.name}.{suffix}", tensor)
 
-    def unpack(self, entries: Mapping[str, Entry], weight: Weight, grid: Grid) -> Quantized:
-        tensors = {suffix: entries[f"{weight.name}.{suffix}"].read() for suffix in self.container.plan(grid, weight.shape)}
-        return self.container.unpack(tensors, grid, weight.shape)
+    def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: AnyScheme) -> Quantized:
+        tensors = {suffix: entries[f"{weight.name}.{suffix}"].read() for suffix in self.container.plan(scheme, weight.shape)}
+        return self.container.unpack(tensors, scheme, weight.shape)
 
     def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
         yield Part(tensor, value)
@@ -65,7 +65,7 @@ class FolderEdition(Edition):
 
     def accompany(self, folder: Path) -> None:
         job, source = self.job, self.job.checkpoint
-        config = self.container.config({w.name: g for w, g in job.grids.items()}, self._linears_kept(), source.dtype)
+        config = self.container.config({w.name: s for w, s in job.schemes.items()}, self._linears_kept(), source.dtype)
         files = {"config.json": {**source.config, "quantization_config": config}, **self.container.extra_files(config)}
         for path in source.other_files:
             name = str(path.relative_to(source.path))
@@ -87,8 +87,8 @@ class FolderEdition(Edition):
         routers = [
             t.removesuffix(".weight") for t in job.kept if t.endswith(".weight") and t not in weights and len(source.spec(t).shape) == 2 and "embed" not in t
         ]
-        kept = [c.weight.name for c in job.choices if not c.grid] + routers
-        if all(w.block for w in job.grids) and "lm_head" not in kept:
+        kept = [c.weight.name for c in job.choices if not c.scheme] + routers
+        if all(w.block for w in job.schemes) and "lm_head" not in kept:
             kept.append("lm_head")  # a head that is tied, or has another name in the file, is a linear to engines all the same
         if "text_config" in source.config:  # beside encoders of images or sound, names in the file and in the model differ
             from halfbyte.models import skeleton
@@ -98,7 +98,7 @@ class FolderEdition(Edition):
 
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
         written = Checkpoint(folder)
-        if written.quantized.keys() != (expected := {w.name for w in self.job.grids}):
+        if written.quantized.keys() != (expected := {w.name for w in self.job.schemes}):
             raise BrokenOutput(f"the written folder holds {len(written.quantized)} quantized modules, not {len(expected)}")
         return written.entries
 

@@ -16,10 +16,10 @@ from halfbyte.containers.gguf.settings import settings
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.editions.edition import Edition, Part, rows_of, split
 from halfbyte.errors import BrokenOutput, Unsupported
-from halfbyte.grids.grid import Grid, Quantized, Shape, same_rows
+from halfbyte.grids.grid import AnyScheme, Quantized, Shape, same_rows
+from halfbyte.jobs import Job
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.ggufs import GGUFCheckpoint, translation_of
-from halfbyte.recipe import Job
 
 PLAIN_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -44,10 +44,10 @@ class GGUFEdition(Edition):
             if expert is not None:
                 experts[place.name] = max(experts.get(place.name, 0), expert + 1)
 
-        for weight, grid in self.job.grids.items():
+        for weight, scheme in self.job.schemes.items():
             for place in self.names.places(weight.tensor):
                 out = weight.shape[0] if place.rows is None else len(place.rows)
-                add(place, type_of(grid), (out, weight.shape[1]), place.expert if weight.expert is None else weight.expert)
+                add(place, type_of(scheme.weight), (out, weight.shape[1]), place.expert if weight.expert is None else weight.expert)
         for tensor in self.job.kept:
             shape = self.job.checkpoint.spec(tensor).shape
             for place in self.names.places(tensor):
@@ -91,18 +91,18 @@ class GGUFEdition(Edition):
             expert = place.expert if weight.expert is None else weight.expert
             yield Part(place.name, raw) if expert is None else Part(place.name, raw[None], expert)
 
-    def unpack(self, entries: Mapping[str, Entry], weight: Weight, grid: Grid) -> Quantized:
+    def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: AnyScheme) -> Quantized:
         parts = []
         for place in self.names.places(weight.tensor):
             expert = place.expert if weight.expert is None else weight.expert
             raw = rows_of(entries[place.name], expert)
             raw = raw if expert is None else raw[0]
-            part = self.container.unpack({"": raw}, grid, (raw.shape[0], weight.shape[1]))
+            part = self.container.unpack({"": raw}, scheme, (raw.shape[0], weight.shape[1]))
             if part.shape == weight.shape:
                 return part if place.rows is None else same_rows(part, torch.argsort(place.rows))
             parts.append(part)
         params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
-        return Quantized(grid, torch.cat([part.codes for part in parts]), params)
+        return Quantized(scheme.weight, torch.cat([part.codes for part in parts]), params)
 
     def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
         for place in self.names.places(tensor):

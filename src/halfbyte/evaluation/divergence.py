@@ -54,7 +54,7 @@ def measure(checkpoints: Sequence[Checkpoint], windows: Tensor, convention: Conv
     parts: list[list[Tokens]] = [[] for _ in checkpoints]
     slices = windows.split(at_once)
     for number, part in enumerate(slices):
-        walks = [Walk(c, part, dtype) for c in checkpoints]
+        walks = [Walk(c, part, dtype, as_served=True) for c in checkpoints]
         for index, walk in enumerate(walks):
             walk.start()
             for block in walk.blocks:

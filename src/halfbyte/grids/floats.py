@@ -16,7 +16,7 @@ the best scale has a closed form (see rounding.py); the candidate that loses lea
 
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from halfbyte.errors import BadRequest
 from halfbyte.grids import rounding
-from halfbyte.grids.grid import Codes, Grid, Params, Shape
+from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES
 
 PATTERN = re.compile(r"fp8-(?P<element>e4m3|e5m2)-(?P<span>tensor|channel|block)(-(?P<scale>fp32|bf16|fp16))?")
@@ -36,6 +36,7 @@ PHASES = 4
 """Scales tried in an octave."""
 BYTES_TRIED = (0, -2, -1, 1, 2, 3, 4, 5, 6)
 """By how much the E4M3 scales to try differ, as bytes, from the one that spans the largest weight."""
+NVFP4_NAMES = {"e4m3": "nvfp4-global", "e4m3-factor": "nvfp4-factor"}
 DIVISOR = 1024.0
 """Of the scales of NVFP4: theirs are then normal numbers for groups whose largest weight is anything from 0.0001 to 2.6."""
 
@@ -103,7 +104,7 @@ class FloatGrid(Grid):
     span: int | str
     """In-features per group, or "block" (SIDE x SIDE), "channel" (the whole row) or "tensor"."""
     scale: str = "fp32"
-    """How scales are stored: a key of SCALE_DTYPES, "e8m0", or "e4m3" under a divisor."""
+    """How scales are stored: a key of SCALE_DTYPES, "e8m0", "e4m3" under a divisor, or "e4m3-factor" under a factor."""
 
     step = 1
     pattern = PATTERN
@@ -118,12 +119,16 @@ class FloatGrid(Grid):
     def __str__(self) -> str:
         if self.scale == "e8m0":
             return f"mxfp{self.element.bits}-{self.element.name}"
-        if self.scale == "e4m3":
-            return "nvfp4-global"
+        if self.scale in NVFP4_NAMES:
+            return NVFP4_NAMES[self.scale]
         return f"fp8-{self.element.name}-{self.span}{'' if self.scale == 'fp32' else '-' + self.scale}"
 
     def with_scale(self, scale: str) -> "FloatGrid":
         return replace(self, scale=scale)
+
+    @property
+    def spans_rows(self) -> bool:
+        return self.span == "tensor" or self.scale in NVFP4_NAMES
 
     @property
     def block(self) -> int | None:
@@ -140,7 +145,7 @@ class FloatGrid(Grid):
     def bits(self, shape: Shape) -> float:
         rows, groups = self.scales_shape(shape)
         size = SCALE_DTYPES[self.scale].itemsize * 8 if self.scale in SCALE_DTYPES else 8
-        return self.element.bits + (rows * groups * size + (32 if self.scale == "e4m3" else 0)) / (shape[0] * shape[1])
+        return self.element.bits + (rows * groups * size + (32 if self.scale in NVFP4_NAMES else 0)) / (shape[0] * shape[1])
 
     def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
         """`scale` as `scales_shape` says: in its dtype, or as the stored byte. E4M3: also fp32 `divisor` [1, 1]."""
@@ -190,6 +195,8 @@ class FloatGrid(Grid):
             return torch.exp2(scale.double() - 127).float()
         if self.scale == "e4m3":
             return ELEMENTS["e4m3"].decode(scale) / params["divisor"]
+        if self.scale == "e4m3-factor":
+            return ELEMENTS["e4m3"].decode(scale) * params["factor"]
         return scale.float()
 
     def _per_row(self, scales: Tensor, out: int) -> Tensor:
@@ -247,22 +254,11 @@ class FloatGrid(Grid):
         code = self.element.round(w / scale)
         return code, self.element.decode(code) * scale
 
-    def round_block(
-        self,
-        wanted: Float32[Tensor, "out width"],
-        target: Float32[Tensor, "out width"],
-        error: Float32[Tensor, "out width"],
-        coupling: Float32[Tensor, "width width"],
-        params: Params,
-        columns: list[int],
-    ) -> UInt8[Tensor, "out width"]:
-        if wanted.device.type != "cpu":
-            return super().round_block(wanted, target, error, coupling, params, columns)
-        from halfbyte.grids import floats_numba
+    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
+        from halfbyte.grids.floats_numba import bits_of
+        from halfbyte.grids.round_block_numba import Floats, group_of, round_block
 
-        group = torch.tensor(columns) // self.block if self.block else torch.zeros(len(columns), dtype=torch.long)
-        scale = self._per_row(self.scales(params), wanted.shape[0])[:, group]
-        return floats_numba.round_block(self.element, wanted, target, error, coupling, scale)
+        return partial(round_block, Floats(group_of(columns, self.block), self._per_row(self.scales(params), rows), *bits_of(self.element)))
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         scales = self._per_row(self.scales(params), w.shape[0])
@@ -301,3 +297,7 @@ FLOAT_GRIDS: dict[str, FloatGrid] = {
     **{f"mxfp{ELEMENTS[e].bits}-{e}": FloatGrid(ELEMENTS[e], 32, "e8m0") for e in ("e4m3", "e5m2", "e2m3", "e3m2")},
     "nvfp4-global": FloatGrid(ELEMENTS["e2m1"], 16, "e4m3"),
 }
+
+NVFP4_FACTOR = FloatGrid(ELEMENTS["e2m1"], 16, "e4m3-factor")
+"""nvfp4-global with a factor in place of the divisor, as Model Optimizer's files have it: one is no exact inverse of the other.
+It is read and never fitted, so it is not in the table."""

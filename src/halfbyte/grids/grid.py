@@ -1,7 +1,7 @@
 """Grid: which numbers a weight can be. InputGrid: which numbers its inputs become. Quantized: the one value that crosses every border."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from torch import Tensor
 Shape = tuple[int, ...]
 Codes = UInt8[Tensor, "out in"]
 Params = dict[str, Tensor]
+Rounder = Callable[[Tensor, Tensor, Tensor, Tensor], Codes]
+"""The first four arguments of Grid.round_block to the codes."""
 
 
 class Grid(ABC):
@@ -32,6 +34,11 @@ class Grid(ABC):
     @property
     def input(self) -> "InputGrid | None":
         return None
+
+    @property
+    def spans_rows(self) -> bool:
+        """Whether all rows of a matrix share a parameter."""
+        return False
 
     @property
     @abstractmethod
@@ -67,6 +74,24 @@ class Grid(ABC):
         `coupling` says what columns count for: the squared output error is the sum of (left * coupling[k, k])^2 over columns
         k, where `left` is what the columns before k cannot make up for. Columns that are rounded one by one have no use for it.
         """
+        if wanted.device.type == "cpu" and (compiled := self.rounder(params, wanted.shape[0], columns)):
+            return compiled(wanted, target, error, coupling)
+        return self.round_block_reference(wanted, target, error, coupling, params, columns)
+
+    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder | None:
+        """What `round_block` does with these columns on a CPU, compiled; None: there is nothing faster than the reference."""
+        return None
+
+    def round_block_reference(
+        self,
+        wanted: Float32[Tensor, "out width"],
+        target: Float32[Tensor, "out width"],
+        error: Float32[Tensor, "out width"],
+        coupling: Float32[Tensor, "width width"],
+        params: Params,
+        columns: list[int],
+    ) -> UInt8[Tensor, "out width"]:
+        """The torch reference of `round_block`."""
         codes = torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device)
         for last in range(len(columns), 0, -self.step):
             now = slice(last - self.step, last)
@@ -95,8 +120,14 @@ class Grid(ABC):
 class InputGrid(ABC):
     """How an engine rounds what a linear reads: frozen, equal by value, named as `str` says."""
 
-    static: bool
-    """Whether parameters are stored that calibration has to find."""
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Parameters that lie in the file: calibration has to find them."""
+        return ()
+
+    @property
+    def static(self) -> bool:
+        return bool(self.stored)
 
     @abstractmethod
     def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
@@ -184,6 +215,13 @@ class Quantized(NamedTuple):
 
 def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
     return some.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in some.items())
+
+
+def split_rows(q: Quantized, sizes: list[int]) -> list[Quantized]:
+    """The matrices that lie below each other in one, which share what all of its rows share."""
+    codes = q.codes.split(sizes)
+    params = {name: p.split(sizes) if p.shape[0] == q.shape[0] else [p] * len(sizes) for name, p in q.params.items()}
+    return [Quantized(q.grid, c.contiguous(), {name: p[i].contiguous() for name, p in params.items()}, q.input) for i, c in enumerate(codes)]
 
 
 def same_rows(q: Quantized, rows: Int64[Tensor, " rows"] | slice) -> Quantized:

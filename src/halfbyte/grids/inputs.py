@@ -21,8 +21,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor
+from torch.nn import functional
 
 from halfbyte.errors import BadRequest, UnknownName
+from halfbyte.grids import rounding
 from halfbyte.grids.floats import ELEMENTS, FLOAT_GRIDS, FloatGrid
 from halfbyte.grids.grid import Grid, InputGrid, Params, Seen
 from halfbyte.grids.levels import LEVEL_GRIDS
@@ -59,8 +61,8 @@ class ScaledInputs(InputGrid):
         return f"{self.number}-{span}{'' if self.symmetric else '-asym'}"
 
     @property
-    def static(self) -> bool:
-        return self.span in STORED
+    def stored(self) -> tuple[str, ...]:
+        return () if self.span not in STORED else ("scale",) if self.symmetric else ("scale", "zero")
 
     @property
     def bits(self) -> int:
@@ -77,13 +79,14 @@ class ScaledInputs(InputGrid):
 
     def spanning(self, low: Float32[Tensor, "*scales"], high: Float32[Tensor, "*scales"]) -> Params:
         """Parameters for inputs from `low` to `high`."""
-        if self.symmetric:
-            scale = torch.maximum(low.abs(), high.abs()) / self.top
-            return {"scale": torch.where(scale == 0, 1.0, scale)}
         if self.static:  # engines keep the zero point in a byte, so zero is in the range (compressed-tensors calculate_qparams)
             low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / (self.top - self.bottom)
+        scale = torch.maximum(low.abs(), high.abs()) / self.top if self.symmetric else (high - low) / (self.top - self.bottom)
         scale = torch.where(scale == 0, 1.0, scale)
+        if self.static:  # whatever precision an engine keeps it in, it is the same number
+            scale = rounding.store(scale, torch.bfloat16).float()
+        if self.symmetric:
+            return {"scale": scale}
         return {"scale": scale, "zero": torch.round(self.bottom - low / scale)}
 
     def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
@@ -96,11 +99,8 @@ class ScaledInputs(InputGrid):
         return self.spanning(grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True))
 
     def _grouped(self, x: Tensor) -> Tensor:
-        if not isinstance(self.span, int):
-            return x
-        if x.shape[-1] % self.span:
-            raise BadRequest(f"{self} does not divide {x.shape[-1]} in-features")
-        return x.unflatten(-1, (-1, self.span))
+        """The groups of each token, the last filled up with zeros."""
+        return functional.pad(x, (0, -x.shape[-1] % self.span)).unflatten(-1, (-1, self.span)) if isinstance(self.span, int) else x
 
     def codes(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Int8[Tensor, "... in"]:
         """Integers, as an engine multiplies them."""
@@ -113,13 +113,14 @@ class ScaledInputs(InputGrid):
 
     def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
         numbers = self._numbers(self._grouped(x.float()), params)
-        return ((numbers - params.get("zero", 0)) * params["scale"]).view(x.shape)
+        values = (numbers - params.get("zero", 0)) * params["scale"]
+        return values.flatten(-2)[..., : x.shape[-1]] if isinstance(self.span, int) else values
 
     def fit(self, seen: Seen, how: str) -> Params:
         if not self.static:
             return {}
-        low, high = RANGES[how](self, seen)
-        return {name: value.float().view(1) for name, value in self.spanning(low, high).items()}
+        params = self.spanning(*RANGES[how](self, seen))
+        return {name: value.float().view(1) for name, value in params.items()}
 
     def limits(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         if not params:
@@ -159,8 +160,6 @@ class BlockInputs(InputGrid):
 
     grid: Grid
 
-    static = False
-
     def __str__(self) -> str:
         return str(self.grid)
 
@@ -178,7 +177,9 @@ class NVFP4Inputs(BlockInputs):
 
     grid: FloatGrid = FLOAT_GRIDS["nvfp4-global"]
 
-    static = True
+    @property
+    def stored(self) -> tuple[str, ...]:
+        return ("divisor",)
 
     def __str__(self) -> str:
         return "nvfp4"
@@ -202,7 +203,6 @@ class LLMInt8Inputs(InputGrid):
 
     threshold: float = 6.0
 
-    static = False
     tokens = ScaledInputs("int8", "token")
 
     def __str__(self) -> str:

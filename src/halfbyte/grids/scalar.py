@@ -12,6 +12,7 @@ level to whichever side of zero needs it (as llama.cpp's Q4_0 does), and every k
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from halfbyte.errors import BadRequest
 from halfbyte.grids import rounding
-from halfbyte.grids.grid import Codes, Grid, Params, Shape
+from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 
 SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PATTERN = re.compile(r"int(?P<bits>[2-8])-(?P<span>tensor|channel|g(?P<group>[1-9]\d*))(?P<asym>-asym)?(-(?P<scale>fp16|bf16|fp32))?")
@@ -58,6 +59,10 @@ class IntGrid(Grid):
     def midpoint(self) -> int:
         """The code of zero on a symmetric grid."""
         return 1 << (self.bits_per_code - 1)
+
+    @property
+    def spans_rows(self) -> bool:
+        return self.span == "tensor"
 
     def with_span(self, span: int | str) -> "IntGrid":
         return replace(self, span=span)
@@ -103,23 +108,12 @@ class IntGrid(Grid):
         q = (torch.round(w * scale.reciprocal()) + zero).clamp_(0, (1 << self.bits_per_code) - 1)
         return q.to(torch.uint8), (q - zero) * scale
 
-    def round_block(
-        self,
-        wanted: Float32[Tensor, "out width"],
-        target: Float32[Tensor, "out width"],
-        error: Float32[Tensor, "out width"],
-        coupling: Float32[Tensor, "width width"],
-        params: Params,
-        columns: list[int],
-    ) -> UInt8[Tensor, "out width"]:
-        if wanted.device.type != "cpu":
-            return super().round_block(wanted, target, error, coupling, params, columns)
-        from halfbyte.grids import rounding_numba
+    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
+        from halfbyte.grids.round_block_numba import Even, group_of, round_block
 
-        group = torch.tensor(columns) // self.block if self.block else torch.zeros(len(columns), dtype=torch.long)
-        scale = params["scale"].float().expand(wanted.shape[0], -1)
-        zero = None if self.symmetric else params["zero"].expand(wanted.shape[0], -1)
-        return rounding_numba.round_block(wanted, target, error, coupling, scale, zero, group, (1 << self.bits_per_code) - 1)
+        scale = params["scale"].float().expand(rows, -1)
+        zero = torch.full_like(scale, self.midpoint, dtype=torch.uint8) if self.symmetric else params["zero"].expand(rows, -1)
+        return partial(round_block, Even(group_of(columns, self.block), scale, zero, torch.zeros_like(scale), (1 << self.bits_per_code) - 1))
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         zero = None if self.symmetric else params["zero"]

@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Container
+from halfbyte.containers.container import INPUT_SUFFIXES, inputs_of
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Shape
 from halfbyte.models import roles
 
 INDEX = "model.safetensors.index.json"
+MODELOPT = "hf_quant_config.json"
+"""Where Model Optimizer says what it did; older releases of it say nothing in config.json."""
+NOT_COPIED = ("config.json", MODELOPT, "quantize_config.json", "quant_config.json")
+"""They say how the source is quantized; an output that needs such a file gets its own."""
 WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|onnx|gguf)$|.*\.index\.json$")
 DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -91,12 +96,9 @@ class Checkpoint:
 
     @property
     def other_files(self) -> list[Path]:
-        """Every file that is not a weight, config.json excepted."""
-        return [
-            p
-            for p in sorted(self.path.rglob("*"))
-            if p.is_file() and not WEIGHT_FILE.fullmatch(p.name) and p != self.path / "config.json" and not _hidden(p.relative_to(self.path))
-        ]
+        """Every file that is neither a weight nor says how the weights are quantized."""
+        files = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
+        return [self.path / p for p in files if not WEIGHT_FILE.fullmatch(p.name) and str(p) not in NOT_COPIED and not _hidden(p)]
 
     def settings(self):
         """The config as Transformers reads it."""
@@ -114,8 +116,15 @@ class Checkpoint:
         """Write files that belong beside a checkpoint's safetensors and that this one holds in another form."""
 
     @cached_property
+    def _quantization(self) -> dict[str, Any]:
+        """What the folder says of how it is quantized; nothing if it is not."""
+        said = self.config.get("quantization_config") or self.text_config.get("quantization_config")
+        beside = self.path / MODELOPT
+        return said or (_read_json(beside, "") if beside.exists() else {})
+
+    @cached_property
     def _config_container(self) -> ConfigContainer | None:
-        config = self.config.get("quantization_config") or self.text_config.get("quantization_config")
+        config = self._quantization
         if not config:
             return None
         for kind in (*CONTAINERS.values(), *READ_ONLY.values()):
@@ -130,16 +139,16 @@ class Checkpoint:
         return self._config_container
 
     @property
-    def quantized(self) -> dict[str, tuple[Grid, Shape]]:
-        """Grid and shape of every module that is quantized already."""
+    def quantized(self) -> dict[str, tuple[AnyScheme, Shape]]:
+        """Scheme and shape of every module that is quantized already."""
         return self._found
 
     @cached_property
-    def _found(self) -> dict[str, tuple[Grid, Shape]]:
+    def _found(self) -> dict[str, tuple[AnyScheme, Shape]]:
         if self._config_container is None:
             return {}
         try:
-            return self._config_container.find(self.config.get("quantization_config") or self.text_config["quantization_config"], self.entries)
+            return self._config_container.find(self._quantization, self.entries)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
             raise BadCheckpoint(f"{self.path} says that it is {self._config_container.name}, but its tensors are not so: {error!r}") from None
 
@@ -148,16 +157,24 @@ class Checkpoint:
         """Tensor name to module, for every tensor that is a part of a quantized module."""
         if self.container is None:
             return {}
-        suffixes = {suffix for grid, shape in set(self.quantized.values()) for suffix in self.container.plan(grid, shape)}
+        suffixes = {suffix for scheme, shape in set(self.quantized.values()) for suffix in self.container.plan(scheme, shape)}
         suffixes.update(self.container.read_too)
         return {f"{m}.{s}": m for m in self.quantized for s in suffixes if f"{m}.{s}" in self.entries}
 
     def read_quantized(self, module: str) -> Quantized:
         """The matrix of a module that is quantized already, as it lies in the file."""
-        grid, shape = self.quantized[module]
+        scheme, shape = self.quantized[module]
         tensors = {n.removeprefix(f"{module}."): self.entries[n].read() for n in self.parts_of[module]}
         assert self.container is not None
-        return self.container.unpack(tensors, grid, shape)
+        return self.container.unpack(tensors, scheme, shape)
+
+    def read_inputs(self, module: str) -> Inputs | None:
+        """How engines round what a module reads; None where it stays in 16 bits."""
+        scheme, _ = self.quantized.get(module, (None, ()))
+        if scheme is None or scheme.input is None:
+            return None
+        stored = {n.removeprefix(f"{module}."): self.entries[n].read() for n in self.parts_of[module] if n.removeprefix(f"{module}.") in INPUT_SUFFIXES}
+        return inputs_of(stored, scheme.input)
 
     @cached_property
     def parts_of(self) -> dict[str, list[str]]:

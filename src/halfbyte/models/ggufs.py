@@ -15,7 +15,7 @@ from halfbyte.containers.gguf.families import FAMILIES, Place, Translation, chec
 from halfbyte.containers.gguf.tokenizer_files import tokenizer_files
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.grids.grid import Grid, Quantized, Shape, same_rows
+from halfbyte.grids.grid import AnyScheme, Quantized, Shape, same_rows
 from halfbyte.models.checkpoint import Checkpoint
 
 
@@ -45,7 +45,7 @@ class GGUFCheckpoint(Checkpoint):
     def _collect(self) -> None:
         """The bytes of every tensor, and its grid where it is one quantized matrix."""
         self.entries: dict[str, Entry] = {}
-        self._quantized: dict[str, tuple[Grid, Shape]] = {}
+        self._quantized: dict[str, tuple[AnyScheme, Shape]] = {}
         for hf, shape in self.shapes.items():
             for place in self.names.places(hf):
                 if place.name not in self.file.tensors:
@@ -79,7 +79,7 @@ class GGUFCheckpoint(Checkpoint):
         return GGUF() if self._quantized else None
 
     @property
-    def quantized(self) -> dict[str, tuple[Grid, Shape]]:
+    def quantized(self) -> dict[str, tuple[AnyScheme, Shape]]:
         return self._quantized
 
     def read_quantized(self, module: str) -> Quantized:

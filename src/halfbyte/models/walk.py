@@ -6,6 +6,7 @@ serves calibration and evaluation alike. Memory is one block and the hidden stat
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -18,6 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from halfbyte.errors import BadCheckpoint
+from halfbyte.grids.grid import Inputs
 from halfbyte.models import roles, skeleton
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.solvers.statistics import Statistics
@@ -27,7 +29,8 @@ BUDGET = 4e9
 """Bytes of hidden states that are kept in memory; more than these are pages of files, which the system writes out as it needs."""
 PROBE, PROBE_TOKENS = 0, 64
 DROPPED = {"past_key_values", "past_key_value", "use_cache", "cache_position"}
-Report = Callable[[list["Matrix"], Tensor], None]
+Report = Callable[[list["Matrix"], Tensor], Tensor | None]
+"""Sees what some matrices read, and may return what they are to read instead."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Block:
         self.rows: dict[Weight, Tensor] = {}
         self.columns: dict[Weight, Tensor] = {}
         """Scales of rows and columns that folds have moved, not yet in memory: there they would be rounded to 16 bits."""
+        self.inputs: dict[Weight, Inputs] = {}
+        """How what these read is rounded whenever the block runs."""
 
     @property
     def head_dims(self) -> list[int]:
@@ -64,6 +69,8 @@ class Block:
     def load(self, source: Checkpoint) -> None:
         skeleton.materialize(self.module, self.walk.device)
         skeleton.fill(self.walk.model, source, self.walk.places, self.tensors, self.walk.device)
+        if self.walk.as_served:
+            self.inputs = {w: inputs for w in self.weights if (inputs := source.read_inputs(w.name))}
 
     def free(self) -> None:
         skeleton.release(self.module)
@@ -115,8 +122,14 @@ class Block:
     @torch.no_grad()
     def run(self, hidden: Tensor, batch: int) -> Tensor:
         args, kwargs = self.walk.calls[self.module][batch]
-        out = self.module(hidden.to(self.walk.device), *args, **kwargs)
+        with Uses(self, self._rounded) if self.inputs else nullcontext():
+            out = self.module(hidden.to(self.walk.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def _rounded(self, matrices: list[Matrix], x: Tensor) -> Tensor | None:
+        """Matrices of one product are rounded alike: a scheme's inputs are known by what is read, not by who reads."""
+        inputs = next((i for m in matrices if m.weight and (i := self.inputs.get(m.weight))), None)
+        return inputs.round(x) if inputs else None
 
     def observe(self, report: Report, batches: Iterable[int], hidden: list[Tensor] | None = None) -> list[Tensor]:
         """Run the batches and report every product with a matrix of the block; returns the block's outputs."""
@@ -179,7 +192,8 @@ class Block:
 
 
 class Uses(TorchFunctionMode):
-    """Reports each product of a tensor with a matrix of the block, with a part of one, or with several at once."""
+    """Reports each product of a tensor with a matrix of the block, with a part of one, or with several at once, and has it read
+    what the report returns."""
 
     def __init__(self, block: Block, report: Report):
         super().__init__()
@@ -194,11 +208,11 @@ class Uses(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is functional.linear:
-            self._see(args[0], args[1], is_linear=True)
+            args = (self._see(args[0], args[1], is_linear=True), *args[1:])
         elif func in (torch.addmm, torch.Tensor.addmm):
-            self._see(args[1], args[2], is_linear=False)
+            args = (args[0], self._see(args[1], args[2], is_linear=False), *args[2:])
         elif func in PRODUCTS:
-            self._see(args[0], args[1], is_linear=False)
+            args = (self._see(args[0], args[1], is_linear=False), *args[1:])
         result = func(*args, **(kwargs or {}))
         if func in CASTS:
             self._follow(args[0], result)
@@ -213,21 +227,21 @@ class Uses(TorchFunctionMode):
             self.owners[cast.untyped_storage().data_ptr()] = moved
             self.alive.append(cast)
 
-    def _see(self, x: Tensor, operand: Tensor, is_linear: bool) -> None:
+    def _see(self, x: Tensor, operand: Tensor, is_linear: bool) -> Tensor:
+        """What the product is to read."""
         owners = self.owners.get(operand.untyped_storage().data_ptr())
         if owners is None:
-            return
+            return x
         if operand.dim() == 3:  # a product over all experts at once
-            for number in range(operand.shape[0]):
-                self._see(x[number], operand[number], is_linear)
-            return
+            read = [self._see(x[number], operand[number], is_linear) for number in range(operand.shape[0])]
+            return x if all(part.data_ptr() == x[number].data_ptr() for number, part in enumerate(read)) else torch.stack(read)
         start, end = extent(operand)
         read = [(m, row_major) for first, last, m, row_major in owners if first < end and start < last]
         for matrix, row_major in read:
             if matrix.weight and row_major != (is_linear == (operand.stride(-1) == 1)):
                 raise BadCheckpoint(f"'{matrix.tensor}' lies transposed to what halfbyte thinks; its family needs a row in models/roles.py (TRANSPOSED)")
-        if read:
-            self.report([m for m, _ in read], x)
+        instead = self.report([m for m, _ in read], x) if read else None
+        return x if instead is None else instead
 
 
 def extent(view: Tensor) -> tuple[int, int]:
@@ -251,9 +265,11 @@ class Walk:
         device: str = "cpu",
         twin: bool = False,
         scratch: Path | None = None,
+        as_served: bool = False,
     ):
-        """`scratch` is a folder on a disk, for hidden states beyond the budget."""
-        self.checkpoint, self.device, self.scratch = checkpoint, torch.device(device), scratch
+        """`scratch` is a folder on a disk, for hidden states beyond the budget. `as_served`: inputs are rounded as the checkpoint says
+        that engines do; a checkpoint that is only the source of another is as precise as its weights."""
+        self.checkpoint, self.device, self.scratch, self.as_served = checkpoint, torch.device(device), scratch, as_served
         self._tokens = windows.numel() * (2 if twin else 1)
         self.model = skeleton.build(checkpoint, dtype)
         self.shapes = checkpoint.tensors()

@@ -13,12 +13,12 @@ from typing import NamedTuple
 from halfbyte.errors import UnknownName
 from halfbyte.grids.absmax import AbsmaxGrid
 from halfbyte.grids.floats import SIDE, FloatGrid
-from halfbyte.grids.grid import Grid
+from halfbyte.grids.grid import AnyScheme, Grid
 from halfbyte.grids.levels import LevelGrid
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models.checkpoint import Weight
 
-Placed = Mapping[Weight, Grid | None]
+Placed = Mapping[Weight, AnyScheme | None]
 Code = tuple[int, bool]  # bits, and whether symmetric
 
 

@@ -16,9 +16,9 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from halfbyte.containers.folder import beside, is_file
+from halfbyte.jobs import Job
 from halfbyte.models.calibrate import Windows
 from halfbyte.plan.engines import Verdict
-from halfbyte.recipe import Job
 
 WORST = 5
 TITLES = {
@@ -35,9 +35,9 @@ TITLES = {
 def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Windows | None, size_bytes: int, seconds: float) -> dict[str, Any]:
     """All that is known of a run, ready for JSON; `size_bytes` of all tensors of the output."""
     source = job.checkpoint
-    grids = job.grids
-    counted = sum(w.shape[0] * w.shape[1] for w in grids)
-    stored = sum(spec.size_bytes for w, g in grids.items() for spec in job.container.plan(g, w.shape).values())
+    schemes = job.schemes
+    counted = sum(w.shape[0] * w.shape[1] for w in schemes)
+    stored = sum(spec.size_bytes for w, s in schemes.items() for spec in job.container.plan(s, w.shape).values())
     parameters = counted + sum(prod(source.spec(t).shape) for t in job.kept)
     warnings = [*job.warnings, *([windows.warning] if windows and windows.warning else [])]
     fallbacks = Counter(row.note for row in rows.values() if row.note)
@@ -58,14 +58,14 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
             "size_bytes": size_bytes,
             "bits_per_weight": 8 * stored / counted if counted else None,
             "bits_per_parameter": 8 * size_bytes / parameters,
-            "quantized": len(grids),
+            "quantized": len(schemes),
             "kept": len(job.kept),
         },
         "calibration": windows and {"source": windows.source, "windows": list(windows.tokens.shape), "tokens_sha256": windows.digest},
         "warnings": warnings,
         "engines": [_engine(v) for v in job.verdicts],
         "error_of": "outputs on the calibration tokens" if windows else "weights",
-        "weights": [vars(rows[w.name]) for w in grids],
+        "weights": [vars(rows[w.name]) for w in schemes],
         "folds": folds,
         "kept": job.kept,
         "dropped": job.dropped,

@@ -10,7 +10,11 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from halfbyte.grids.grid import Seen
+
 DAMPING = 0.01
+SAMPLED = 32
+"""Every which token is kept whole."""
 STRIPES, STRIPE = 8, 512
 ERROR_PRODUCTS = 1 << 31
 """Multiplications that an error estimate may cost: 512 rows of a 2048-wide matrix, or 32 rows of an 8192-wide one."""
@@ -27,6 +31,8 @@ class Statistics:
         """Sum of (x' - x) x^T, where x' is what the linear reads in the unquantized model; None if that was not run."""
         self._factor: tuple[Tensor, Tensor, Tensor] | None = None
         self._step = 0
+        self._low, self._high = (torch.full((width,), end, device=device) for end in (torch.inf, -torch.inf))
+        self._rows: list[Tensor] = []
 
     def add(self, x: Float[Tensor, "... width"], original: Float[Tensor, "... width"] | None = None) -> None:
         """Accumulate in float32: inputs of 16 bits have exact products, and sums of thousands need the rest.
@@ -39,6 +45,8 @@ class Statistics:
             self.drift.addmm_((original.reshape(x.shape).float() - x).T, x)
         self.tokens += x.shape[0]
         self._whole = False
+        self._low, self._high = torch.minimum(self._low, x.amin(0)), torch.maximum(self._high, x.amax(0))
+        self._rows.append(x[::SAMPLED].to(torch.bfloat16))
         for first, last in self._stripes():
             self._sum[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
 
@@ -60,6 +68,11 @@ class Statistics:
         return self._sum
 
     @property
+    def seen(self) -> Seen:
+        """What x ranges over, and every SAMPLED-th token."""
+        return Seen(self._low, self._high, torch.cat(self._rows).float())
+
+    @property
     def importance(self) -> Float32[Tensor, " width"]:
         """Mean of x^2 per in-feature."""
         return self._sum.diagonal() / max(self.tokens, 1)
@@ -69,6 +82,8 @@ class Statistics:
         for matrix in (self._sum, self.drift):
             if matrix is not None:
                 matrix.div_(scale).div_(scale[:, None])
+        self._low, self._high = self._low / scale, self._high / scale
+        self._rows = [(rows.float() / scale).to(rows.dtype) for rows in self._rows]
         self._factor = None
 
     def factor(self, step: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,63 +6,67 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from halfbyte.containers.compressed.inputs import check_inputs, group_of, input_arguments, input_grid
 from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout
 from halfbyte.containers.compressed.packed import Packed
 from halfbyte.containers.compressed.small_floats import MXFP4, MXFP6, NV4
-from halfbyte.containers.compressed.unpacked import MX8, Unpacked
-from halfbyte.containers.container import Config, ConfigContainer, patterns
+from halfbyte.containers.compressed.unpacked import FLOAT, INT, MX8, NAIVE
+from halfbyte.containers.container import Config, ConfigContainer, input_specs, input_tensors, inputs_of, patterns
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.floats import FloatGrid
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, Quantized, Scheme, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
-LAYOUTS: dict[str, Layout] = {layout.format: layout for layout in (Packed(), Unpacked(), MX8(), MXFP4, MXFP6, NV4())}
-SYNONYMS = {"float-quantized": "naive-quantized", "int-quantized": "naive-quantized"}
+LAYOUTS: dict[str, Layout] = {layout.format: layout for layout in (Packed(), NAIVE, FLOAT, INT, MX8(), MXFP4, MXFP6, NV4())}
 MIXED = "mixed-precision"
 """What the config calls several formats."""
 
 
 class CompressedTensors(ConfigContainer):
-    """Weights of any format, with 16-bit inputs."""
+    """Weights of any format, and inputs rounded in any way that the config has words for."""
 
     name = "compressed-tensors"
     read_too = ("weight", "weight_zero_point", "input_scale", "input_zero_point", "input_global_scale")
 
-    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
-        layout_of(grid)
-        return grid.with_scale(SCALE_NAMES[dtype]) if isinstance(grid, IntGrid | FloatGrid) and grid.scale in SCALE_DTYPES else grid
+    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        layout_of(scheme)
+        grid = scheme.weight
+        grid = grid.with_scale(SCALE_NAMES[dtype]) if isinstance(grid, IntGrid | FloatGrid) and grid.scale in SCALE_DTYPES else grid
+        return Scheme(grid, scheme.input) if scheme.input else grid
 
-    def check(self, grid: Grid, shape: Shape) -> None:
-        layout_of(grid).check(grid, shape)
+    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        check_inputs(scheme.input)
+        layout_of(scheme).check(scheme.weight, shape)
 
     def same(self, q: Quantized) -> Quantized | None:
         return q
 
-    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
-        return layout_of(grid).plan(grid, shape)
+    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        return {**layout_of(scheme).plan(scheme.weight, shape), **input_specs(scheme.input)}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
-        return layout_of(q.grid).pack(q)
+        return {**layout_of(q.scheme).pack(q), **input_tensors(q.input)}
 
-    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
-        layout = layout_of(grid) if "weight_packed" in tensors or isinstance(grid, FloatGrid) else LAYOUTS["naive-quantized"]
-        return layout.unpack(tensors, grid, shape)
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        # Others give weights alone the names of those with inputs, and the other way round.
+        layout = layout_of(scheme) if "weight_packed" in tensors or isinstance(scheme.weight, FloatGrid) else INT
+        return layout.unpack(tensors, scheme.weight, shape)._replace(input=inputs_of(tensors, scheme.input))
 
-    def config(self, grids: Mapping[str, Grid], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
         groups: dict[str, Config] = {}
-        for grid in sorted(set(grids.values()), key=str):
-            own = [name for name, g in grids.items() if g == grid]
-            others = [name for name in grids if name not in set(own)]
+        for scheme in sorted(set(schemes.values()), key=str):
+            own = [name for name, s in schemes.items() if s == scheme]
+            others = [name for name in schemes if name not in set(own)]
             targets = [f"re:^{p}$" for p in patterns(own, others)] if others else ["Linear"]
             # The head is no Linear to vLLM and SGLang; they quantize it if a target names it (their pull requests 37291 and 35228).
             targets += [f"re:.*{re.escape(name)}$" for name in own if not any(part.isdigit() for part in name.split("."))]
             groups[f"group_{len(groups)}"] = {
                 "targets": targets,
-                "weights": layout_of(grid).arguments(grid),
-                "input_activations": None,
+                "weights": layout_of(scheme).arguments(scheme.weight),
+                "input_activations": input_arguments(scheme.input),
                 "output_activations": None,
-                "format": layout_of(grid).format,
+                "format": layout_of(scheme).format,
             }
         formats = {group["format"] for group in groups.values()}
         return {
@@ -78,13 +82,13 @@ class CompressedTensors(ConfigContainer):
     def reads(self, config: Config) -> bool:
         return config.get("quant_method") == self.name
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Grid, Shape]]:
-        groups = list(config.get("config_groups", {}).values())
-        formats = {config.get("format"), *(group.get("format") for group in groups)}
-        if unknown := sorted(f for f in formats - {None, MIXED, "dense"} if f not in LAYOUTS and f not in SYNONYMS):
-            raise Unsupported(f"compressed-tensors format '{unknown[0]}' is not read yet; {', '.join([*LAYOUTS, *SYNONYMS])} are")
-        said = [group["weights"] for group in groups if group.get("weights")]
-        found: dict[str, tuple[Grid, Shape]] = {}
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        groups = config.get("config_groups") or {}
+        formats = {config.get("format"), *(group.get("format") for group in groups.values())}
+        if unknown := sorted(f for f in formats - {None, MIXED, "dense"} if f not in LAYOUTS):
+            raise Unsupported(f"compressed-tensors format '{unknown[0]}' is not read yet; {', '.join(LAYOUTS)} are")
+        said = [group["weights"] for group in groups.values() if group.get("weights")]
+        found: dict[str, tuple[AnyScheme, Shape]] = {}
         for name in entries:
             module, _, suffix = name.rpartition(".")
             if suffix == "weight_packed" or (suffix == "weight" and f"{module}.weight_scale" in entries):
@@ -92,13 +96,16 @@ class CompressedTensors(ConfigContainer):
                 known = next((what for what in read if what), None)
                 if known is None:
                     raise Unsupported(f"{name}: {entries[name].dtype} {tuple(entries[name].shape)} is of no format that is read: {', '.join(LAYOUTS)}")
-                found[module] = known
+                read = input_grid(group_of(module, groups).get("input_activations"))
+                found[module] = (Scheme(known[0], read) if read else known[0], known[1])
         return found
 
 
-def layout_of(grid: Grid) -> Layout:
-    """Raises Unsupported for a grid that no format holds."""
-    layout = next((layout for layout in LAYOUTS.values() if layout.writes(grid)), None)
+def layout_of(scheme: AnyScheme) -> Layout:
+    """Raises Unsupported for a scheme that no format holds."""
+    layout = next((layout for layout in LAYOUTS.values() if layout.writes(scheme)), None)
     if layout is None:
-        raise Unsupported(f"compressed-tensors has no format for {grid}; it has integers of 2 to 8 bits, fp8-e4m3, mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4-global")
+        raise Unsupported(
+            f"compressed-tensors has no format for {scheme}; it has integers of 2 to 8 bits, fp8-e4m3, mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4-global"
+        )
     return layout

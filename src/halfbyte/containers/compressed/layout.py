@@ -8,8 +8,7 @@ from torch import Tensor
 from halfbyte.containers.container import Config
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.floats import FloatGrid
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES
 
 SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
@@ -21,8 +20,8 @@ class Layout(ABC):
     format: str
 
     @abstractmethod
-    def writes(self, grid: Grid) -> bool:
-        """Whether matrices on this grid are written so."""
+    def writes(self, scheme: AnyScheme) -> bool:
+        """Whether matrices of this scheme are written so."""
 
     def check(self, grid: Grid, shape: Shape) -> None:
         """Raise Unsupported for a matrix that does not fit."""
@@ -62,8 +61,3 @@ def arguments(bits: int, kind: str, strategy: str, group: int | None = None, sym
         "observer_kwargs": {},
         **more,
     }
-
-
-def float_grid(grid: Grid) -> FloatGrid:
-    assert isinstance(grid, FloatGrid)
-    return grid

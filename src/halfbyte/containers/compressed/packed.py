@@ -16,19 +16,19 @@ from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments
 from halfbyte.containers.container import Config, integer, span_of
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 NAME = "compressed-tensors"
 
 
 class Packed(Layout):
-    """Words of codes, with 16-bit inputs (W2A16 to W8A16)."""
+    """Words of codes, with inputs of 16 bits or in FP8 (W2A16 to W8A16, W4AFP8)."""
 
     format = "pack-quantized"
 
-    def writes(self, grid: Grid) -> bool:
-        return isinstance(grid, IntGrid)
+    def writes(self, scheme: AnyScheme) -> bool:
+        return isinstance(scheme.weight, IntGrid) and (scheme.input is None or str(scheme.input).startswith("fp8"))
 
     def check(self, grid: Grid, shape: Shape) -> None:
         grid = integer(grid, NAME)

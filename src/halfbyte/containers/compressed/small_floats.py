@@ -16,7 +16,7 @@ from halfbyte.containers.container import Config
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.floats import FLOAT_GRIDS
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
 from halfbyte.grids.levels import LEVEL_GRIDS
 
 
@@ -26,8 +26,8 @@ class MX(Layout):
     def __init__(self, format: str, grid: Grid, bits: int):
         self.format, self.grid, self.width_bits = format, grid, bits
 
-    def writes(self, grid: Grid) -> bool:
-        return grid == self.grid
+    def writes(self, scheme: AnyScheme) -> bool:
+        return scheme.weight == self.grid
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
         out, width = shape
@@ -37,7 +37,7 @@ class MX(Layout):
         return {"weight_packed": _pack(q.codes, self.width_bits), "weight_scale": q.params["scale"]}
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
-        return Quantized(grid, _unpack(tensors["weight_packed"], self.width_bits), {"scale": tensors["weight_scale"]})
+        return Quantized(grid, unpack(tensors["weight_packed"], self.width_bits), {"scale": tensors["weight_scale"]})
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
         packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
@@ -56,8 +56,8 @@ class NV4(Layout):
     format = "nvfp4-pack-quantized"
     grid = FLOAT_GRIDS["nvfp4-global"]
 
-    def writes(self, grid: Grid) -> bool:
-        return grid == self.grid
+    def writes(self, scheme: AnyScheme) -> bool:
+        return scheme.weight == self.grid
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
         out, width = shape
@@ -76,7 +76,7 @@ class NV4(Layout):
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
         params = {"scale": tensors["weight_scale"].view(torch.uint8), "divisor": tensors["weight_global_scale"].float().view(1, 1)}
-        return Quantized(grid, _unpack(tensors["weight_packed"], 4), params)
+        return Quantized(grid, unpack(tensors["weight_packed"], 4), params)
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
         packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
@@ -102,7 +102,7 @@ def _pack(codes: UInt8[Tensor, "out in"], bits: int) -> UInt8[Tensor, "out bytes
     return torch.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], -1).flatten(1)
 
 
-def _unpack(packed: UInt8[Tensor, "out bytes"], bits: int) -> UInt8[Tensor, "out in"]:
+def unpack(packed: UInt8[Tensor, "out bytes"], bits: int) -> UInt8[Tensor, "out in"]:
     if bits == 4:
         return torch.stack([packed & 15, packed >> 4], -1).flatten(1)
     x, y, z = packed.unflatten(1, (-1, 3)).unbind(-1)

@@ -4,7 +4,8 @@ weight             float8_e4m3fn or int8 [out, in]
 weight_scale       [1], [out, 1], [ceil(out / 128), ceil(in / 128)] or [out, groups]; MXFP8: uint8 [out, in / 32], a power of two
 weight_zero_point  int8, like the scales; absent when symmetric
 
-naive-quantized, float-quantized and int-quantized differ in their name only: the last two are for quantized inputs.
+naive-quantized, float-quantized and int-quantized differ in their name only: the last two are for quantized inputs. Integers of fewer
+bits take a byte too where inputs are integers (W4A8), as the readers have it.
 """
 
 from collections.abc import Mapping
@@ -12,43 +13,56 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments, float_grid
-from halfbyte.containers.container import Config, span_of
+from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments
+from halfbyte.containers.container import Config, integer, span_of
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.floats import FLOAT_GRIDS, SIDE, FloatGrid
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 MXFP8 = FLOAT_GRIDS["mxfp8-e4m3"]
 
 
 class Unpacked(Layout):
-    """FP8 is written and read. INT8 with quantized inputs is read, as the weights that it has; those alone are pack-quantized."""
+    """Bytes. `format` says what the inputs are: the names in the file are the same."""
 
-    format = "naive-quantized"
+    def __init__(self, name: str):
+        self.format = name
 
-    def writes(self, grid: Grid) -> bool:
-        return isinstance(grid, FloatGrid) and grid.element.name == "e4m3" and grid.scale in SCALE_DTYPES
+    def writes(self, scheme: AnyScheme) -> bool:
+        grid = scheme.weight
+        if isinstance(grid, IntGrid):
+            return self.format == "int-quantized" and scheme.input is not None
+        is_fp8 = isinstance(grid, FloatGrid) and grid.element.name == "e4m3" and grid.scale in SCALE_DTYPES
+        return is_fp8 and self.format == ("float-quantized" if scheme.input else "naive-quantized")
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
-        grid = float_grid(grid)
-        scales = (1,) if grid.span == "tensor" else grid.scales_shape(shape)
-        return {"weight": Spec(shape, torch.float8_e4m3fn), "weight_scale": Spec(scales, SCALE_DTYPES[grid.scale])}
+        if isinstance(grid, FloatGrid):
+            scales = (1,) if grid.span == "tensor" else grid.scales_shape(shape)
+            return {"weight": Spec(shape, torch.float8_e4m3fn), "weight_scale": Spec(scales, SCALE_DTYPES[grid.scale])}
+        grid = integer(grid, self.format)
+        scales = (1,) if grid.span == "tensor" else (shape[0], grid.groups(shape[1]))
+        zero = {} if grid.symmetric else {"weight_zero_point": Spec(scales, torch.int8)}
+        return {"weight": Spec(shape, torch.int8), "weight_scale": Spec(scales, SCALE_DTYPES[grid.scale]), **zero}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
-        scale = q.params["scale"]
-        return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": scale.reshape(-1) if float_grid(q.grid).span == "tensor" else scale}
+        scale = q.params["scale"].reshape(self.plan(q.grid, q.shape)["weight_scale"].shape)
+        if isinstance(q.grid, FloatGrid):
+            return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+        middle = integer(q.grid, self.format).midpoint
+        zero = {"weight_zero_point": _signed(q.params["zero"], middle)} if "zero" in q.params else {}
+        return {"weight": _signed(q.codes, middle), "weight_scale": scale, **zero}
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
-        codes = tensors["weight"].view(torch.uint8)
         scale = tensors["weight_scale"]
         if isinstance(grid, FloatGrid):
-            return Quantized(grid, codes, {"scale": scale.reshape(grid.scales_shape(shape))})
+            return Quantized(grid, tensors["weight"].view(torch.uint8), {"scale": scale.reshape(grid.scales_shape(shape))})
+        middle = integer(grid, self.format).midpoint
         params = {"scale": scale.reshape(1 if scale.numel() == 1 else shape[0], -1)}
         if "weight_zero_point" in tensors:
-            params["zero"] = tensors["weight_zero_point"].reshape(params["scale"].shape).view(torch.uint8) ^ 128
-        return Quantized(grid, codes ^ 128, params)  # from signed to unsigned
+            params["zero"] = _unsigned(tensors["weight_zero_point"].reshape(params["scale"].shape), middle)
+        return Quantized(grid, _unsigned(tensors["weight"], middle), params)
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
         weight, scale = entries.get(f"{module}.weight"), entries.get(f"{module}.weight_scale")
@@ -58,7 +72,7 @@ class Unpacked(Layout):
         rows, groups = scale.shape if len(scale.shape) == 2 else (1, 1)
         if weight.dtype == torch.int8:
             span = "tensor" if rows == 1 and out > 1 else span_of(width, groups, {weights.get("group_size") for weights in said})
-            return IntGrid(8, span, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype]), (out, width)
+            return IntGrid(_bits(weight, said), span, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype]), (out, width)
         for span in ("channel", "tensor", "block"):
             grid = FloatGrid(MXFP8.element, span, SCALE_NAMES[scale.dtype])
             if grid.scales_shape((out, width)) == (rows, groups):
@@ -66,8 +80,30 @@ class Unpacked(Layout):
         raise Unsupported(f"{module}: {rows} x {groups} scales for {out} x {width} weights are not read; blocks of {SIDE} x {SIDE} are, and rows")
 
     def arguments(self, grid: Grid) -> Config:
-        span = str(float_grid(grid).span)
-        return arguments(8, "float", span, block_structure=[SIDE, SIDE] if span == "block" else None)
+        if isinstance(grid, FloatGrid):
+            return arguments(8, "float", str(grid.span), block_structure=[SIDE, SIDE] if grid.span == "block" else None)
+        grid = integer(grid, self.format)
+        return arguments(grid.bits_per_code, "int", "group" if grid.block else str(grid.span), grid.block, grid.symmetric)
+
+
+def _signed(codes: Tensor, middle: int) -> Tensor:
+    return (codes.to(torch.int16) - middle).to(torch.int8)
+
+
+def _unsigned(codes: Tensor, middle: int) -> Tensor:
+    return (codes.to(torch.int16) + middle).to(torch.uint8)
+
+
+def _bits(weight: Entry, said: list[Config]) -> int:
+    """Of integers in bytes: what the config says, or, where it names several, the fewest that hold these."""
+    named = sorted({weights.get("num_bits", 8) for weights in said if weights.get("type", "int") == "int"} or {8})
+    if len(named) == 1:
+        return named[0]
+    most = int(weight.read().int().add(0.5).abs().max())  # -8 and 7 both take 4 bits
+    return next((b for b in named if most < 1 << (b - 1)), 8)
+
+
+NAIVE, FLOAT, INT = Unpacked("naive-quantized"), Unpacked("float-quantized"), Unpacked("int-quantized")
 
 
 class MX8(Layout):
@@ -75,8 +111,8 @@ class MX8(Layout):
 
     format = "mxfp8-quantized"
 
-    def writes(self, grid: Grid) -> bool:
-        return grid == MXFP8
+    def writes(self, scheme: AnyScheme) -> bool:
+        return scheme.weight == MXFP8
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
         return {"weight": Spec(shape, torch.float8_e4m3fn), "weight_scale": Spec(MXFP8.scales_shape(shape), torch.uint8)}

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from halfbyte.containers.container import Container, exact_half, fits_half
+from halfbyte.containers.container import Container, exact_half, fits_half, weights_only
 from halfbyte.containers.gguf.lattice_blocks import LATTICE_LAYOUTS
 from halfbyte.containers.gguf.layout import Layout
 from halfbyte.containers.gguf.scalar_blocks import SCALAR_LAYOUTS
 from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import Grid, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 LAYOUTS: dict[str, Layout] = {**SCALAR_LAYOUTS, **LATTICE_LAYOUTS}
@@ -26,10 +26,12 @@ class GGUF(Container):
 
     name = "gguf"
 
-    def native(self, grid: Grid, dtype: torch.dtype) -> Grid:
+    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        grid = weights_only(scheme, self.name)
         return grid.with_scale("fp16") if isinstance(grid, IntGrid) else grid
 
-    def check(self, grid: Grid, shape: Shape) -> None:
+    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        grid = weights_only(scheme, self.name)
         if type_of(grid) in READ_ONLY:
             raise Unsupported(f"{grid} is read from gguf files, not written; the smallest type that is written is iq2_xxs")
         layout_of(grid, shape[-1])
@@ -37,7 +39,7 @@ class GGUF(Container):
     def same(self, q: Quantized) -> Quantized | None:
         """Symmetric integers in groups of whole blocks are Q4_0, Q5_0 or Q8_0 with the same scale in each block of a group."""
         if q.grid in TYPE_OF:
-            return q
+            return q._replace(input=None)
         grid, width = q.grid, q.shape[1]
         if not isinstance(grid, IntGrid) or not grid.symmetric or width % BLOCK or (grid.block or width) % BLOCK or not fits_half(q.params["scale"]):
             return None
@@ -47,8 +49,8 @@ class GGUF(Container):
         wider = (1 << (bits - 1)) - grid.midpoint
         return Quantized(IntGrid(bits, BLOCK), q.codes + wider, {"scale": scale.repeat_interleave(blocks // scale.shape[1], 1)})
 
-    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
-        layout = layout_of(grid, shape[-1])
+    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        layout = layout_of(weights_only(scheme, self.name), shape[-1])
         return {"": Spec((shape[0], shape[-1] // layout.block * layout.size_bytes), torch.uint8)}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
@@ -56,7 +58,8 @@ class GGUF(Container):
             q = q._replace(params={"scale": exact_half(q.params["scale"])})
         return {"": layout_of(q.grid, q.shape[1]).pack(q)}
 
-    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        grid = weights_only(scheme, self.name)
         q = layout_of(grid, shape[-1]).unpack(tensors[""], grid)
         return q._replace(params={"scale": q.params["scale"].to(SCALE_DTYPES[grid.scale])}) if isinstance(grid, IntGrid) else q
 

@@ -1,0 +1,78 @@
+"""How inputs are rounded, as compressed-tensors says it: QuantizationArgs of `input_activations` (quantization/quant_args.py)."""
+
+import re
+from collections.abc import Mapping
+
+from halfbyte.containers.container import Config
+from halfbyte.errors import Unsupported
+from halfbyte.grids.grid import InputGrid
+from halfbyte.grids.inputs import INPUT_GRIDS, ScaledInputs
+
+MICRO: dict[str, Config] = {
+    "mxfp8-e4m3": {"num_bits": 8, "strategy": "group", "group_size": 32, "dynamic": True, "scale_dtype": "torch.uint8"},
+    "mxfp4": {"num_bits": 4, "strategy": "group", "group_size": 32, "dynamic": True, "scale_dtype": "torch.uint8"},
+    "nvfp4": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"},
+}
+STRATEGIES = {"token": ("token", True), "tensor": ("tensor", True), "static": ("tensor", False)}
+
+
+def check_inputs(grid: InputGrid | None) -> None:
+    """Raise Unsupported for what the config has no words for."""
+    if grid is not None and str(grid) not in MICRO and not _is_said(grid):
+        raise Unsupported(
+            f"compressed-tensors has no words for {grid} inputs; it has int4 to int8 and fp8-e4m3 per -token, -tensor, -static or -g128, {', '.join(MICRO)}"
+        )
+
+
+def _is_said(grid: InputGrid) -> bool:
+    return isinstance(grid, ScaledInputs) and grid.number != "fp8-e5m2" and (isinstance(grid.span, int) or grid.span in STRATEGIES)
+
+
+def input_arguments(grid: InputGrid | None) -> Config | None:
+    check_inputs(grid)
+    if grid is None:
+        return None
+    common = {"symmetric": True, "group_size": None, "block_structure": None, "actorder": None, "observer": None, "observer_kwargs": {}}
+    if not isinstance(grid, ScaledInputs):
+        return {**common, "type": "float", **MICRO[str(grid)]}
+    strategy, dynamic = ("group", True) if isinstance(grid.span, int) else STRATEGIES[grid.span]
+    return {
+        **common,
+        "num_bits": grid.bits,
+        "type": "int" if grid.number.startswith("int") else "float",
+        "symmetric": grid.symmetric,
+        "strategy": strategy,
+        "group_size": grid.span if isinstance(grid.span, int) else None,
+        "dynamic": dynamic,
+        **({} if dynamic else {"observer": "static_minmax"}),
+    }
+
+
+def input_grid(said: Config | None) -> InputGrid | None:
+    """The inverse of `input_arguments`, for files of others too. Raises Unsupported."""
+    if not said:
+        return None
+    bits, is_float, strategy, group = said.get("num_bits", 8), said.get("type") == "float", said.get("strategy"), said.get("group_size")
+    for name, words in MICRO.items():
+        if is_float and (bits, strategy, group) == (words["num_bits"], words["strategy"], words["group_size"]):
+            return INPUT_GRIDS[name]
+    dynamic = said.get("dynamic", False)
+    span = f"g{group}" if strategy == "group" and dynamic else next((span for span, words in STRATEGIES.items() if words == (strategy, dynamic)), None)
+    number = "fp8-e4m3" if is_float else f"int{bits}"
+    if span is None or (is_float and bits != 8):
+        raise Unsupported(
+            f"inputs rounded to {number} with strategy '{strategy}', dynamic {dynamic}, are not read; per token, per tensor and in groups they are"
+        )
+    return ScaledInputs.parse(f"{number}-{span}{'' if said.get('symmetric', True) or is_float else '-asym'}")
+
+
+def group_of(module: str, groups: Mapping[str, Config]) -> Config:
+    """The group of the config that a module is in: the one that names it, or the one for every Linear."""
+    rest: Config = {}
+    for group in groups.values():
+        for target in group.get("targets") or []:
+            if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+                return group
+            if not target.startswith("re:") and "." not in target:
+                rest = group
+    return rest or next(iter(groups.values()), {})

@@ -1,0 +1,6 @@
+"""What becomes of every tensor of a checkpoint: words and shapes to a Job, before any weight is read."""
+
+from halfbyte.jobs.job import SKIPPED, Choice, Job
+from halfbyte.jobs.resolve import resolve, transcoding
+
+__all__ = ["SKIPPED", "Choice", "Job", "resolve", "transcoding"]

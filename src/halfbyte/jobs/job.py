@@ -1,0 +1,92 @@
+"""Job: a recipe that fits its checkpoint."""
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from halfbyte.containers import Container
+from halfbyte.containers.gguf import presets
+from halfbyte.errors import BadRequest
+from halfbyte.grids.grid import AnyScheme
+from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.plan import engines
+from halfbyte.recipe import Method, Recipe
+
+SKIPPED = "skipped as asked"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a weight: a scheme, or None and the reason why it stays."""
+
+    weight: Weight
+    scheme: AnyScheme | None
+    note: str = ""
+
+
+@dataclass
+class Job:
+    """A recipe that fits its checkpoint."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    container: Container
+    method: Method
+    choices: list[Choice]
+    kept: dict[str, str]
+    """Tensor to the reason why it is copied as it is."""
+    verdicts: list[engines.Verdict] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Tensor to the reason why the output has none such."""
+    preset: str | None = None
+    """What a GGUF says that it is."""
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def schemes(self) -> dict[Weight, AnyScheme]:
+        return {c.weight: c.scheme for c in self.choices if c.scheme}
+
+    @property
+    def units(self) -> list[list[Weight]]:
+        """Weights that are rounded as one matrix, most of them alone: what engines fuse, where all rows share a parameter. They
+        take one for all, and round again (or decode wrongly) where each has its own."""
+        schemes = self.schemes
+        units: dict[tuple, list[Weight]] = {}
+        for weight, scheme in schemes.items():
+            home, _, last = weight.name.rpartition(".")
+            fused = next((f for f in engines.FUSED if last in f), None) if scheme.weight.spans_rows else None
+            units.setdefault((home, fused, scheme) if fused else (weight.name,), []).append(weight)
+        return list(units.values())
+
+    @property
+    def plain(self) -> str | None:
+        """The type of every matrix, where none is quantized."""
+        return self.preset if self.preset in presets.PLAIN else None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text has to run through the model."""
+        return self.method.calibrated or any(s.input and s.input.static for s in self.schemes.values())
+
+
+def keep(checkpoint: Checkpoint, choices: list[Choice]) -> dict[str, str]:
+    """Every tensor that is not quantized, with the reason."""
+    quantized = {c.weight.tensor for c in choices if c.scheme}
+    reasons = {c.weight.tensor: c.note for c in choices if not c.scheme}
+    return {t: reasons.get(t, "not a matrix of a decoder block") for t in checkpoint.tensors() if t not in quantized}
+
+
+def matches(weight: Weight, pattern: str) -> bool:
+    """`layers.0.*` matches model.layers.0.mlp.up_proj: a pattern may start at any dot."""
+    return any(fnmatch.fnmatchcase(name, p) for name in (weight.name, weight.tensor) for p in (pattern, f"*.{pattern}"))
+
+
+def check_patterns(weights: list[Weight], patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        if not any(matches(w, pattern) for w in weights):
+            raise BadRequest(f"pattern '{pattern}' matches no weight; they are called like {next(w.name for w in weights if w.block)}")
+
+
+def commonest(found: Iterable[tuple[AnyScheme, tuple[int, ...]]]) -> str:
+    names = [str(scheme) for scheme, _ in found]
+    return max(set(names), key=names.count) if names else "no weights"

@@ -1,0 +1,145 @@
+"""Words to a Job: every check that needs no weight happens here, before any is read."""
+
+from dataclasses import replace
+
+import torch
+
+from halfbyte.containers import CONTAINERS, GGUF, Container, container_named
+from halfbyte.containers.gguf import presets
+from halfbyte.containers.gguf.container import TYPE_OF
+from halfbyte.errors import BadRequest, UnknownName, Unsupported
+from halfbyte.grids import schemes
+from halfbyte.grids.floats import FloatGrid
+from halfbyte.grids.grid import AnyScheme
+from halfbyte.grids.scalar import IntGrid
+from halfbyte.jobs import folder, gguf
+from halfbyte.jobs.job import Job, commonest, keep
+from halfbyte.models import roles
+from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.ggufs import translation_of
+from halfbyte.plan import engines
+from halfbyte.recipe import Method, Recipe, method_named
+
+DEFAULT_PRESET = "Q4_K_M"
+"""Of a GGUF for which no grid is named."""
+ANY_SHAPE = (1024, 1024)
+"""That every block and group divides."""
+
+
+def resolve(recipe: Recipe) -> Job:
+    """Check every word of a recipe against the tables, the checkpoint's shapes and the engine's rules."""
+    if recipe.grid in schemes.PRESETS and "method" not in recipe.model_fields_set:
+        recipe = recipe.model_copy(update={"method": schemes.PRESETS[recipe.grid].method})
+    method = method_named(recipe.method)
+    if recipe.engine and recipe.engine not in engines.ENGINES:
+        raise UnknownName("engine", recipe.engine, engines.ENGINES)
+    container = container_named(recipe.to or _container_for(recipe))
+    recipe = _completed(recipe, container)
+    checkpoint = Checkpoint.open(recipe.model)
+    again = isinstance(container, GGUF) and isinstance(checkpoint.container, GGUF)
+    if checkpoint.container and not again and not _is_original(checkpoint):
+        other = next(name for name in (container.name, *CONTAINERS) if name != checkpoint.container.name)
+        raise Unsupported(
+            f"{recipe.model} is quantized already ({checkpoint.container.name}, {commonest(checkpoint.quantized.values())}); "
+            f"quantize the original, or change its container with: halfbyte convert {recipe.model} -o OUT --to {other}"
+        )
+    method = _with_importance(method, recipe)
+    if isinstance(container, GGUF):
+        job = gguf.job_of(recipe, checkpoint, container, method)
+    else:
+        scheme = folder.scheme_named(recipe.grid)
+        overrides = {p: None if words == "keep" else folder.scheme_named(words) for p, words in recipe.override.items()}
+        choices = folder.choose(checkpoint, container, scheme, overrides, recipe.skip, recipe.head)
+        job = Job(recipe, checkpoint, container, method, choices, keep(checkpoint, choices))
+    _check_inputs(job)
+    was = commonest(checkpoint.quantized.values())
+    if checkpoint.container and not again:
+        job.warnings.append(f"the source's weights are {was}: errors are those against these, as precise as the model was released")
+    if again:
+        job.warnings.append(f"the source is quantized already ({was}): what it lost comes on top; quantize the original if you can")
+    job.verdicts = engines.verdicts(container.name, {c.weight: c.scheme for c in job.choices}, checkpoint.model_type)
+    asked = next((v for v in job.verdicts if v.engine == recipe.engine), None)
+    if asked and not asked.loads:
+        others = [v.engine for v in job.verdicts if v.loads]
+        raise Unsupported(f"{recipe.engine} will not load this: {asked.reasons[0]}" + (f" (as it is, it loads in {', '.join(others)})" if others else ""))
+    return job
+
+
+def _completed(recipe: Recipe, container: Container) -> Recipe:
+    """With what the container implies. Raises BadRequest for what it has no use for."""
+    if isinstance(container, GGUF):
+        return recipe.model_copy(update={"to": container.name, "grid": recipe.grid if "grid" in recipe.model_fields_set else DEFAULT_PRESET})
+    if recipe.pure or recipe.pre:
+        raise BadRequest(f"{'pure' if recipe.pure else 'pre'} is for GGUF, and this is to be {container.name}; leave it out, or write one with --to gguf")
+    return recipe.model_copy(update={"to": container.name})
+
+
+def _container_for(recipe: Recipe) -> str:
+    """The engine's own; without one, GGUF for its own types, and else the first that holds the grid."""
+    if recipe.engine:
+        return engines.default_container(recipe.engine)
+    try:
+        scheme = schemes.parse(recipe.grid.lower())
+    except UnknownName:
+        return "gguf" if presets.is_preset(recipe.grid) else next(iter(CONTAINERS))
+    if presets.is_preset(recipe.grid) or (scheme in TYPE_OF and not isinstance(scheme, IntGrid)):
+        return "gguf"
+    return next((name for name in CONTAINERS if _takes(container_named(name), scheme)), next(iter(CONTAINERS)))
+
+
+def _takes(container: Container, scheme: AnyScheme) -> bool:
+    """Whether a container holds a scheme, for some shapes."""
+    try:
+        container.check(container.native(scheme, torch.bfloat16), ANY_SHAPE)
+    except Unsupported:
+        return False
+    return True
+
+
+def _is_original(checkpoint: Checkpoint) -> bool:
+    """Models are released in floats of 8 bits, and in MXFP4: there is nothing more precise to quantize."""
+    grids = {scheme.weight for scheme, _ in checkpoint.quantized.values()}
+    return all((isinstance(g, FloatGrid) and g.element.bits == 8) or str(g) == "mxfp4" for g in grids)
+
+
+def _check_inputs(job: Job) -> None:
+    """Raise BadRequest for methods and schemes of inputs that do not go together."""
+    read = [s.input for s in job.schemes.values() if s.input]
+    if "smoothquant" in job.method.transforms and not read:
+        raise BadRequest(f"smoothquant makes inputs easier to round, and with {job.recipe.grid} they stay in 16 bits; use awq, or a scheme such as w8a8")
+    if job.recipe.imatrix and any(i.static for i in read):
+        raise BadRequest(f"{next(i for i in read if i.static)} inputs have a stored scale, which an importance matrix does not tell; leave out --imatrix")
+
+
+def _with_importance(method: Method, recipe: Recipe) -> Method:
+    """An importance matrix takes the place of calibration, for solvers that need no more than that."""
+    if recipe.imatrix is None:
+        return method
+    if method.solver != "nearest" or method.transforms:
+        raise BadRequest(f"method {recipe.method} needs more than an importance matrix holds; it serves --method imatrix")
+    return replace(method, calibrated=False)
+
+
+def transcoding(source: str, to: str, grid: str | None = None) -> Job:
+    """The job of moving a quantized checkpoint into another container, every grid as it is where the container holds its values."""
+    checkpoint = Checkpoint.open(source)
+    if checkpoint.container is None:
+        raise BadRequest(f"{source} is not quantized; to quantize it: halfbyte quantize {source} -o OUT --to {to}")
+    container = container_named(to)
+    if grid and to == checkpoint.container.name == "gguf":
+        raise BadRequest(f"{source} is a GGUF already, whose types convert keeps; to round it to others: halfbyte quantize {source} -o OUT.gguf --grid {grid}")
+    weights = [Weight(m, f"{m}.weight", roles.block_of(f"{m}."), shape) for m, (_, shape) in checkpoint.quantized.items()]
+    gone: dict[str, str] = {}
+    if isinstance(container, GGUF):
+        names = translation_of(checkpoint)
+        gone = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
+        choices = gguf.transcode(checkpoint, container, [w for w in weights if w.tensor not in gone], names, grid)
+    else:
+        choices, container = folder.transcode(checkpoint, container, weights, grid)
+    recipe = Recipe(model=source, method="convert", grid=grid or commonest(checkpoint.quantized.values()), to=container.name)
+    quantized = {c.weight.tensor for c in choices if c.scheme}
+    reasons = {c.weight.tensor: c.note for c in choices}
+    kept = {t: reasons.get(t, "not quantized in the source") for t in checkpoint.tensors() if t not in quantized and t not in gone}
+    job = Job(recipe, checkpoint, container, Method((), "nearest", calibrated=False), choices, kept, dropped=gone)
+    job.verdicts = engines.verdicts(container.name, {c.weight: c.scheme for c in choices}, checkpoint.model_type)
+    return job

@@ -1,0 +1,82 @@
+"""SmoothQuant (Xiao et al., 2211.10438): channels that carry large inputs hand a part of their size to the weights that read them.
+
+The scale of a channel is its largest input to the power of alpha, over its largest weight to the rest: x^a / w^(1 - a). Both
+sides are rounded, so both count: alpha is searched for the least squared error of what the block returns when the fold's
+weights and what they read are rounded.
+"""
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from halfbyte.grids.grid import Inputs, Seen
+from halfbyte.models.checkpoint import Weight
+from halfbyte.solvers.nearest import nearest
+from halfbyte.solvers.statistics import Diagonal
+from halfbyte.transforms.scale import Chosen, Settings, Site
+
+ALPHAS = [k / 20 for k in range(6, 20)]
+BATCH = 1
+"""Of calibration tokens: the first after the probe."""
+
+
+def smoothquant(site: Site, settings: Settings) -> Chosen | None:
+    """The scale at the alpha asked for, or at the best one; None where no input is rounded."""
+    readers = [w for w in site.readers if site.schemes[w].input]
+    if not readers:
+        return None
+    x = site.per_row(torch.stack([largest(site.statistics[w].seen) for w in readers]).amax(0), "amax")
+    w = site.per_row(torch.stack([site.block.target(w).float().abs().amax(0) for w in readers]).amax(0), "amax")
+
+    def at(alpha: float) -> Float32[Tensor, " rows"]:
+        return site.even(x**alpha / w ** (1 - alpha))
+
+    if settings.alpha is not None:
+        return Chosen(at(settings.alpha), {"alpha": settings.alpha})
+    own = output(site, None, None)
+    errors = {alpha: (output(site, at(alpha), settings.ranges) - own).square().sum().item() for alpha in ALPHAS}
+    plain = (output(site, None, settings.ranges) - own).square().sum().item()
+    best = min(errors, key=errors.__getitem__)
+    return Chosen(at(best), {"alpha": best, "error": errors[best] / max(plain, 1e-30)})
+
+
+def largest(seen: Seen) -> Float32[Tensor, " in"]:
+    """The largest size of each in-feature."""
+    return torch.maximum(seen.low.abs(), seen.high.abs())
+
+
+def output(site: Site, scale: Float32[Tensor, " rows"] | None, ranges: str | None) -> Tensor:
+    """What the block returns on a batch under a scale, in float32; with `ranges`, its readers' inputs and all weights of
+    the fold are rounded to nearest. The block is as it was afterwards."""
+    block, fold = site.block, site.fold
+    takes_part = {*site.readers, *([site.made] if site.made else [])}
+    moved = takes_part | set(block.rows) | set(block.columns)  # scales of earlier folds are not in memory yet
+    names = {fold.producer.tensor, fold.producer.bias, *(m.tensor for m in fold.readers), *(w.tensor for w in moved)} & set(block.tensors)
+    before = {t: block.view(t).clone() for t in names}
+    rows, columns, inputs = dict(block.rows), dict(block.columns), dict(block.inputs)
+    try:
+        channels = torch.ones(()) if scale is None else Site(block, fold, site.schemes, {}).apply(scale)
+        for weight in moved:
+            w = block.target(weight)
+            if ranges and weight in takes_part:
+                w = rounded(site, weight, w, channels)
+            block.put(weight, w)
+        if ranges:
+            block.inputs |= {w: i for w in site.readers if (i := read(site, w, channels, ranges))}
+        return block.run(block.walk.hidden[BATCH], BATCH).float()
+    finally:
+        for t, value in before.items():
+            block.view(t).copy_(value)
+        block.rows, block.columns, block.inputs = rows, columns, inputs
+
+
+def rounded(site: Site, weight: Weight, w: Tensor, channels: Tensor) -> Float32[Tensor, "out in"]:
+    known = site.statistics.get(weight)
+    scale = channels if weight in site.readers else torch.ones(())
+    return nearest(w, site.schemes[weight].weight, Diagonal(known.importance / scale.square()) if known else None).decode()
+
+
+def read(site: Site, weight: Weight, channels: Tensor, ranges: str) -> Inputs | None:
+    """How the inputs are rounded that `weight` reads under the scale."""
+    grid, seen = site.schemes[weight].input, site.statistics[weight].seen
+    return Inputs(grid, grid.fit(Seen(*(part / channels for part in seen)), ranges)) if grid else None
