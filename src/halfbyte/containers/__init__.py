@@ -7,6 +7,7 @@ from halfbyte.containers.container import ConfigContainer, Container
 from halfbyte.containers.fp8 import FP8
 from halfbyte.containers.gguf.container import GGUF
 from halfbyte.containers.gptq import GPTQ
+from halfbyte.containers.modelopt import ModelOpt
 from halfbyte.containers.mxfp4 import MXFP4
 from halfbyte.containers.read_only import ReadOnly
 from halfbyte.errors import UnknownName
@@ -21,6 +22,7 @@ CONTAINERS: dict[str, type[Container]] = {
 }
 READ_ONLY: dict[str, type[ReadOnly]] = {
     "mxfp4": MXFP4,
+    "modelopt": ModelOpt,
 }
 """What is read and never written."""
 

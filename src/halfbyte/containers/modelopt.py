@@ -1,0 +1,68 @@
+"""Checkpoints of NVIDIA's Model Optimizer (modelopt/torch/export/quant_utils.py; vLLM model_executor/layers/quantization/modelopt.py).
+Read, not written: compressed-tensors holds the like, and the same engines load it.
+
+FP8    weight          float8_e4m3fn [out, in]
+       weight_scale    fp32 [], [out] or [ceil(out / 128), 1, ceil(in / 128), 1]; MXFP8: uint8 [out, in / 32], a power of two
+NVFP4  weight          uint8 [out, in / 2]: the first of neighbours in the low bits
+       weight_scale    float8_e4m3fn [out, in / 16]
+       weight_scale_2  fp32 [], which scales are multiplied by
+both   input_scale     fp32 [], where inputs are rounded with a scale that is known
+       k_scale, v_scale, k_bias, v_bias: of the KV cache, under k_proj and v_proj
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers.compressed.small_floats import unpack
+from halfbyte.containers.container import Config
+from halfbyte.containers.fp8 import FP8
+from halfbyte.containers.read_only import ReadOnly
+from halfbyte.containers.safetensors import Entry
+from halfbyte.errors import Unsupported
+from halfbyte.grids.floats import NVFP4_FACTOR
+from halfbyte.grids.grid import AnyScheme, Quantized, Shape
+
+NOT_FOLLOWED = ("pre_quant_scale", "svdquant_lora_a")
+"""Parts of a module that change what its weights are multiplied by (AWQ, SVDQuant)."""
+
+
+class ModelOpt(ReadOnly):
+    """FP8, MXFP8 and NVFP4, one beside the other."""
+
+    name = "modelopt"
+    instead = "compressed-tensors"
+    read_too = ("weight", "weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale", "k_bias", "v_bias")
+
+    def reads(self, config: Config) -> bool:
+        said = config.get("producer")
+        return str(config.get("quant_method", "")).startswith(self.name) or (isinstance(said, dict) and said.get("name") == self.name)
+
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        found = FP8().find({"activation_scheme": "static"}, entries)
+        for name in entries:
+            module, _, suffix = name.rpartition(".")
+            if suffix in NOT_FOLLOWED:
+                raise Unsupported(f"{name}: modelopt's {suffix} is not read; its plain FP8, MXFP8 and NVFP4 are")
+            if suffix == "weight_scale" and module not in found:
+                found[module] = NVFP4_FACTOR, _nvfp4_shape(module, entries)
+        return found
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        if scheme.weight != NVFP4_FACTOR:
+            return FP8().unpack(tensors, scheme, shape)
+        params = {"scale": tensors["weight_scale"].view(torch.uint8), "factor": tensors["weight_scale_2"].float().view(1, 1)}
+        return Quantized(NVFP4_FACTOR, unpack(tensors["weight"], 4), params)
+
+
+def _nvfp4_shape(module: str, entries: Mapping[str, Entry]) -> Shape:
+    weight, scale = entries[f"{module}.weight"], entries[f"{module}.weight_scale"]
+    shape = (weight.shape[0], weight.shape[-1] * 2)
+    whole = f"{module}.weight_scale_2" in entries and weight.dtype == torch.uint8 and scale.dtype == torch.float8_e4m3fn
+    if not whole or len(weight.shape) != 2 or scale.shape != NVFP4_FACTOR.scales_shape(shape):
+        raise Unsupported(
+            f"{module}: modelopt's {weight.dtype} {tuple(weight.shape)} weights with {scale.dtype} {tuple(scale.shape)} scales are not read; "
+            "its FP8, MXFP8 and NVFP4 are"
+        )
+    return shape
