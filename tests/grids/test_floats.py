@@ -13,7 +13,7 @@ from halfbyte.containers.compressed.container import layout_of
 from halfbyte.errors import BadRequest
 from halfbyte.grids import parse
 from halfbyte.grids.floats import ELEMENTS, FLOAT_GRIDS
-from halfbyte.grids.grid import Grid, Quantized
+from halfbyte.grids.grid import Quantized
 from halfbyte.solvers.gptq import gptq
 from halfbyte.solvers.nearest import nearest
 from halfbyte.solvers.statistics import Statistics
@@ -160,7 +160,7 @@ def test_columns_rounded_in_any_order_get_the_reference_codes(name):
     target = w[:, columns].contiguous()
     start = target.clone(), target, torch.zeros_like(target)
     ours = grid.round_block(*(t.clone() for t in start), coupling, params, columns.tolist())
-    theirs = Grid.round_block(grid, *(t.clone() for t in start), coupling, params, columns.tolist())
+    theirs = grid.round_block_reference(*(t.clone() for t in start), coupling, params, columns.tolist())
     assert (ours == theirs).float().mean() > 0.99
 
 

@@ -111,7 +111,7 @@ def test_gptq_lowers_the_error_of_the_output_and_its_metric_lowers_it_further(na
     assert statistics.error(w, ours.decode()) < 0.8 * statistics.error(w, nearest(w, grid, statistics).decode())
 
     class Euclidean(type(grid)):
-        round_block = Grid.round_block
+        round_block = Grid.round_block_reference
 
     plain = Euclidean(**{field: getattr(grid, field) for field in grid.__dataclass_fields__})
     assert statistics.error(w, ours.decode()) < statistics.error(w, grid.decode(solve_gptq(w, plain, ours.params, statistics), ours.params))

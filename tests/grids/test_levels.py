@@ -6,7 +6,6 @@ import torch
 
 import halfbyte.grids.levels as levels
 from halfbyte.errors import BadRequest
-from halfbyte.grids.grid import Grid
 from halfbyte.grids.levels import LEVEL_GRIDS
 from halfbyte.solvers.gptq import gptq
 from halfbyte.solvers.nearest import nearest
@@ -73,7 +72,7 @@ def test_columns_rounded_in_any_order_get_the_reference_codes(name):
     target = w[:, columns].contiguous()
     start = target.clone(), target, torch.zeros_like(target)
     ours = grid.round_block(*(t.clone() for t in start), coupling, params, columns.tolist())
-    theirs = Grid.round_block(grid, *(t.clone() for t in start), coupling, params, columns.tolist())
+    theirs = grid.round_block_reference(*(t.clone() for t in start), coupling, params, columns.tolist())
     assert (ours == theirs).float().mean() > 0.999
 
 

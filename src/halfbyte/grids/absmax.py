@@ -13,14 +13,14 @@ A scale is searched per block, as in levels.py. It stays positive, which is what
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.errors import BadRequest, Unsupported
-from halfbyte.grids.grid import Codes, Grid, Params, Shape
+from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 from halfbyte.grids.levels import CELLS, inverse
 
 LEVELS: dict[str, tuple[float, ...]] = {
@@ -120,20 +120,16 @@ class AbsmaxGrid(Grid):
         code = nearest(self.kind, w * inverse(scale))
         return code, scale * levels(self.kind).to(w.device)[code.int()]
 
-    def round_block(
-        self,
-        wanted: Float32[Tensor, "out width"],
-        target: Float32[Tensor, "out width"],
-        error: Float32[Tensor, "out width"],
-        coupling: Float32[Tensor, "width width"],
-        params: Params,
-        columns: list[int],
-    ) -> UInt8[Tensor, "out width"]:
-        if wanted.device.type != "cpu":
-            return super().round_block(wanted, target, error, coupling, params, columns)
-        from halfbyte.grids import absmax_numba
+    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
+        from halfbyte.grids.round_block_numba import Table, group_of, round_block
 
-        return absmax_numba.round_block(self.kind, wanted, target, error, coupling, self.columns(params, wanted.shape[0], columns))
+        if params["scale"].shape[0] == rows:
+            group, scale = group_of(columns, self.group), self.scales(params).view(rows, -1)
+        else:
+            group, scale = torch.arange(len(columns)), self.columns(params, rows, columns)
+        half = CELLS // 4  # a table reaches from -128 to 128, these levels from -1 to 1
+        value = cells(self.kind)
+        return partial(round_block, Table(group, scale / half, nearest(self.kind, value), value * half))
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         if w.device.type == "cpu":

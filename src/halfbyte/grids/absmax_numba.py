@@ -8,7 +8,6 @@ from torch import Tensor
 
 from halfbyte.grids import absmax as reference
 from halfbyte.grids.levels import CELLS, inverse
-from halfbyte.grids.levels_numba import _round_block
 from halfbyte.grids.tiles_numba import F, raw, widen
 
 jit = numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
@@ -39,24 +38,6 @@ def decode(grid: "reference.AbsmaxGrid", codes: UInt8[Tensor, "out in"], scales:
     w = np.empty(codes.numel(), np.float32)
     _decode(codes.contiguous().view(-1).numpy(), scales.contiguous().numpy(), reference.levels(grid.kind).numpy(), grid.group, w)
     return torch.from_numpy(w).view(codes.shape)
-
-
-def round_block(
-    kind: str,
-    wanted: Float32[Tensor, "out width"],
-    target: Float32[Tensor, "out width"],
-    error: Float32[Tensor, "out width"],
-    coupling: Float32[Tensor, "width width"],
-    scale: Float32[Tensor, "out width"],
-) -> UInt8[Tensor, "out width"]:
-    """Grid.round_block, given the scale of each weight."""
-    codes = np.empty(wanted.shape, np.uint8)
-    value = reference.cells(kind)
-    code = reference.nearest(kind, value).numpy()
-    by = (CELLS // 4) * inverse(scale)  # cells are a half wide there
-    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scale.contiguous().numpy(), by.contiguous().numpy()
-    _round_block(*arrays, code, value.numpy(), codes)
-    return torch.from_numpy(codes)
 
 
 @inline

@@ -59,21 +59,6 @@ def decode(element: "floats.Element", codes: UInt8[Tensor, "out in"], scales: Fl
     return torch.from_numpy(w)
 
 
-def round_block(
-    element: "floats.Element",
-    wanted: Float32[Tensor, "out width"],
-    target: Float32[Tensor, "out width"],
-    error: Float32[Tensor, "out width"],
-    coupling: Float32[Tensor, "width width"],
-    scale: Float32[Tensor, "out width"],
-) -> UInt8[Tensor, "out width"]:
-    """Grid.round_block, given the scale of each weight. Rows are independent: each stays in the cache."""
-    codes = np.empty(wanted.shape, np.uint8)
-    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scale.contiguous().numpy()
-    _round_block(*arrays, bits_of(element), codes)
-    return torch.from_numpy(codes)
-
-
 @inline
 def _as_int(x):
     return F(x).view(np.int32)
@@ -85,7 +70,7 @@ def _as_float(x):
 
 
 @inline
-def _steps(size, e):
+def steps_of(size, e):
     """The exponent of a number that is no larger than the largest, and the number in steps of that exponent, to the nearest."""
     exponent = max(_as_int(size) & EXPONENT, e.low)
     magic = I(exponent + (e.dropped << I(23)))
@@ -93,12 +78,12 @@ def _steps(size, e):
 
 
 @inline
-def _value(exponent, steps, e):
+def value_of(exponent, steps, e):
     return F(steps) * _as_float(exponent - (e.mantissa << I(23)))
 
 
 @inline
-def _code(x, exponent, steps, e):
+def code_of(x, exponent, steps, e):
     sign = ((_as_int(x) >> I(31)) & I(1)) << e.sign
     return np.uint8((((exponent - e.low) >> e.dropped) + steps) | sign)
 
@@ -153,8 +138,8 @@ def _sums_of(x, h, inverse, e, count):
     wq, qq = F(0), F(0)
     for i in range(count):
         size = abs(x[i])
-        exponent, steps = _steps(min(size * inverse, e.top), e)
-        q = _value(exponent, steps, e)
+        exponent, steps = steps_of(min(size * inverse, e.top), e)
+        q = value_of(exponent, steps, e)
         t = h[i] * q
         wq += t * size
         qq += t * q
@@ -176,8 +161,8 @@ def _encode(w, scales, size, e, codes):
 @numba.njit(cache=True, fastmath={"nsz"}, error_model="numpy", nogil=True)
 def _encode_piece(x, scale, e, codes):
     for i in range(x.size):
-        exponent, steps = _steps(min(abs(x[i] / scale), e.top), e)
-        codes[i] = _code(x[i], exponent, steps, e)
+        exponent, steps = steps_of(min(abs(x[i] / scale), e.top), e)
+        codes[i] = code_of(x[i], exponent, steps, e)
 
 
 @jit
@@ -187,40 +172,3 @@ def _decode(codes, values, scales, size, w):
             own, out = codes[row, g * size : (g + 1) * size], w[row, g * size : (g + 1) * size]
             for i in range(own.size):
                 out[i] = values[own[i] & (values.size - 1)] * scales[row, g]
-
-
-@inline
-def _step(wanted, target, error, scale, e, codes, row, k):
-    """Round one weight; returns by how much its error changed."""
-    x = wanted[row, k]
-    exponent, steps = _steps(min(abs(x / scale[row, k]), e.top), e)
-    codes[row, k] = _code(x, exponent, steps, e)
-    value = _value(exponent, steps, e) * scale[row, k]
-    missed = target[row, k] - (value if x >= 0 else -value)
-    change = missed - error[row, k]
-    error[row, k] = missed
-    return change
-
-
-@jit
-def _round_block(wanted, target, error, coupling, scale, e, codes):
-    # Four rows at a time, as in rounding_numba._round_block.
-    rows, width = wanted.shape
-    for four in numba.prange(rows // 4):
-        a, b, c, d = 4 * four, 4 * four + 1, 4 * four + 2, 4 * four + 3
-        for k in range(width - 1, -1, -1):
-            change_a = _step(wanted, target, error, scale, e, codes, a, k)
-            change_b = _step(wanted, target, error, scale, e, codes, b, k)
-            change_c = _step(wanted, target, error, scale, e, codes, c, k)
-            change_d = _step(wanted, target, error, scale, e, codes, d, k)
-            for j in range(min((k + 15) & ~15, width)):
-                by = coupling[k, j]
-                wanted[a, j] += change_a * by
-                wanted[b, j] += change_b * by
-                wanted[c, j] += change_c * by
-                wanted[d, j] += change_d * by
-    for row in range(rows - rows % 4, rows):
-        for k in range(width - 1, -1, -1):
-            change = _step(wanted, target, error, scale, e, codes, row, k)
-            for j in range(k):
-                wanted[row, j] += change * coupling[k, j]

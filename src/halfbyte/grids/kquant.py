@@ -11,6 +11,7 @@ Codes are unsigned in memory. Layouts and arithmetic: ggml-quants.c and gguf-py'
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.grids import kquant_search
-from halfbyte.grids.grid import Codes, Grid, Params, Shape
+from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 
 
 @dataclass(frozen=True)
@@ -98,23 +99,13 @@ class KQuant(Grid):
         codes = kquant_search.nearest(self, w, scale, offset)
         return codes, self.values(codes, scale, offset)
 
-    def round_block(
-        self,
-        wanted: Float32[Tensor, "out width"],
-        target: Float32[Tensor, "out width"],
-        error: Float32[Tensor, "out width"],
-        coupling: Float32[Tensor, "width width"],
-        params: Params,
-        columns: list[int],
-    ) -> UInt8[Tensor, "out width"]:
-        if wanted.device.type != "cpu":
-            return super().round_block(wanted, target, error, coupling, params, columns)
-        from halfbyte.grids import rounding_numba
+    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
+        from halfbyte.grids.round_block_numba import Even, group_of, round_block
 
         scale, offset = self.lines(params)
-        zero = torch.full(scale.shape, self.middle, dtype=torch.uint8)
-        group = torch.tensor(columns) // self.group
-        return rounding_numba.round_block(wanted, target, error, coupling, kquant_search.usable(scale), zero, group, self.top, offset)
+        zero = torch.full_like(scale, self.middle, dtype=torch.uint8)
+        base = torch.zeros_like(scale) if offset is None else offset
+        return partial(round_block, Even(group_of(columns, self.group), kquant_search.usable(scale), zero, base, self.top))
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         self.blocks(w.shape[1])

@@ -13,14 +13,14 @@ package gguf; the arithmetic of `decode` is that of ggml-quants.c.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Float, Float32, Int16, UInt8
 from torch import Tensor
 
 from halfbyte.errors import BadRequest, Unsupported
-from halfbyte.grids.grid import Codes, Grid, Params, Shape
+from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 
 SUPER = 256
 """In-features that share the fp16 scale."""
@@ -87,21 +87,11 @@ class LatticeGrid(Grid):
         codes = nearest(self, w * inverse(scale), torch.ones_like(w))
         return codes, scale * self.value(codes)
 
-    def round_block(
-        self,
-        wanted: Float32[Tensor, "out width"],
-        target: Float32[Tensor, "out width"],
-        error: Float32[Tensor, "out width"],
-        coupling: Float32[Tensor, "width width"],
-        params: Params,
-        columns: list[int],
-    ) -> UInt8[Tensor, "out width"]:
-        if wanted.device.type != "cpu":
-            return super().round_block(wanted, target, error, coupling, params, columns)
+    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
         from halfbyte.grids import lattice_numba
 
         runs = torch.tensor(columns[:: self.step]) // self.group
-        return lattice_numba.round_block(self, wanted, target, error, coupling, self.scales(params)[:, runs])
+        return partial(lattice_numba.round_block, self, self.scales(params)[:, runs])
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         self._check_writable()

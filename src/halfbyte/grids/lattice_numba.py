@@ -267,11 +267,11 @@ def _encode_row(w, h, table, group, dimension, parity, book, scales, codes):
 
 def round_block(
     grid: "reference.LatticeGrid",
+    scales: Float32[Tensor, "out runs"],
     wanted: Float32[Tensor, "out width"],
     target: Float32[Tensor, "out width"],
     error: Float32[Tensor, "out width"],
     coupling: Float32[Tensor, "width width"],
-    scales: Float32[Tensor, "out runs"],
 ) -> UInt8[Tensor, "out width"]:
     """Grid.round_block, given the scale of each run of columns.
 

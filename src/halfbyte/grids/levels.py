@@ -15,14 +15,14 @@ neighbour of the byte that spans the largest weight. The candidate that loses le
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.errors import BadRequest
-from halfbyte.grids.grid import Codes, Grid, Params, Shape
+from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -94,20 +94,10 @@ class LevelGrid(Grid):
         code = nearest(self, w * inverse(scale))
         return code, scale * self._value(code)
 
-    def round_block(
-        self,
-        wanted: Float32[Tensor, "out width"],
-        target: Float32[Tensor, "out width"],
-        error: Float32[Tensor, "out width"],
-        coupling: Float32[Tensor, "width width"],
-        params: Params,
-        columns: list[int],
-    ) -> UInt8[Tensor, "out width"]:
-        if wanted.device.type != "cpu":
-            return super().round_block(wanted, target, error, coupling, params, columns)
-        from halfbyte.grids import levels_numba
+    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
+        from halfbyte.grids.round_block_numba import Table, group_of, round_block
 
-        return levels_numba.round_block(self, wanted, target, error, coupling, self.scales(params), torch.tensor(columns) // self.group)
+        return partial(round_block, Table(group_of(columns, self.group), self.scales(params), *cells(self.levels)))
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         if w.device.type == "cpu":

@@ -3,7 +3,7 @@
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.grids import levels as reference
@@ -41,40 +41,22 @@ def encode(grid: "reference.LevelGrid", w: Float[Tensor, "out in"], scales: Floa
     return torch.from_numpy(codes)
 
 
-def round_block(
-    grid: "reference.LevelGrid",
-    wanted: Float32[Tensor, "out width"],
-    target: Float32[Tensor, "out width"],
-    error: Float32[Tensor, "out width"],
-    coupling: Float32[Tensor, "width width"],
-    scales: Float32[Tensor, "out groups"],
-    group: Int64[Tensor, " width"],
-) -> UInt8[Tensor, "out width"]:
-    """Grid.round_block, given the group of each column. Rows are independent: each stays in the cache."""
-    codes = np.empty(wanted.shape, np.uint8)
-    code, value = (table.numpy() for table in reference.cells(grid.levels))
-    scale, inverse = scales[:, group].contiguous(), reference.inverse(scales)[:, group].contiguous()
-    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scale.numpy(), inverse.numpy()
-    _round_block(*arrays, code, value, codes)
-    return torch.from_numpy(codes)
-
-
 @inline
-def _cell(x):
+def cell_of(x):
     # The mask keeps a weight that is not a number inside the table.
     return np.uint32(np.int32(min(max(F(2) * x + MIDDLE, F(0)), CELLS))) & np.uint32(reference.CELLS - 1)
 
 
 @inline
-def _inverse(scale):
+def inverse_of(scale):
     return F(0) if scale == 0 else min(max(F(1) / scale, F(-1e38)), F(1e38))
 
 
 @inline
 def _moments_of(x, h, scale, values, count):
-    inverse, wq, qq = _inverse(scale), F(0), F(0)
+    inverse, wq, qq = inverse_of(scale), F(0), F(0)
     for i in range(count):
-        q = values[_cell(x[i] * inverse)]
+        q = values[cell_of(x[i] * inverse)]
         t = h[i] * q
         wq += t * x[i]
         qq += t * q
@@ -156,7 +138,7 @@ def _two_levels(w, h, group, values, search, scale, top, sub):
         for s in range(supers):
             own = scale[row, s * per : (s + 1) * per]
             above = _half(_largest(own) / F(-32))
-            inverse, numerator, denominator = _inverse(above), F(0), F(0)
+            inverse, numerator, denominator = inverse_of(above), F(0), F(0)
             for g in range(per):
                 exact = own[g] * inverse
                 if not search:
@@ -193,42 +175,7 @@ def _encode_row(w, inverse, code, group, codes):
         out = codes[g * group : (g + 1) * group]
         if group == 32:  # as in _moments
             for i in range(32):
-                out[i] = np.uint8(code[_cell(x[i] * inverse[g])])
+                out[i] = np.uint8(code[cell_of(x[i] * inverse[g])])
         else:
             for i in range(group):
-                out[i] = np.uint8(code[_cell(x[i] * inverse[g])])
-
-
-@inline
-def _step(wanted, target, error, scale, inverse, code, value, codes, row, k):
-    """Round one weight; returns by how much its error changed."""
-    cell = _cell(wanted[row, k] * inverse[row, k])
-    codes[row, k] = code[cell]
-    missed = target[row, k] - value[cell] * scale[row, k]
-    change = missed - error[row, k]
-    error[row, k] = missed
-    return change
-
-
-@jit
-def _round_block(wanted, target, error, coupling, scale, inverse, code, value, codes):
-    # Four rows at a time, as in rounding_numba._round_block.
-    rows, width = wanted.shape
-    for four in numba.prange(rows // 4):
-        a, b, c, d = 4 * four, 4 * four + 1, 4 * four + 2, 4 * four + 3
-        for k in range(width - 1, -1, -1):
-            change_a = _step(wanted, target, error, scale, inverse, code, value, codes, a, k)
-            change_b = _step(wanted, target, error, scale, inverse, code, value, codes, b, k)
-            change_c = _step(wanted, target, error, scale, inverse, code, value, codes, c, k)
-            change_d = _step(wanted, target, error, scale, inverse, code, value, codes, d, k)
-            for j in range(min((k + 15) & ~15, width)):
-                by = coupling[k, j]
-                wanted[a, j] += change_a * by
-                wanted[b, j] += change_b * by
-                wanted[c, j] += change_c * by
-                wanted[d, j] += change_d * by
-    for row in range(rows - rows % 4, rows):
-        for k in range(width - 1, -1, -1):
-            change = _step(wanted, target, error, scale, inverse, code, value, codes, row, k)
-            for j in range(k):
-                wanted[row, j] += change * coupling[k, j]
+                out[i] = np.uint8(code[cell_of(x[i] * inverse[g])])

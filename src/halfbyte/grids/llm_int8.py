@@ -5,13 +5,14 @@ scale is every such number over 127. Kept as bitsandbytes has it, arithmetic inc
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.grids import rounding
-from halfbyte.grids.grid import Codes, Grid, Params, Shape
+from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 
 TOP, ZERO = 127, 128
 """The integer that the absmax stands for, and the code of zero."""
@@ -44,21 +45,12 @@ class LLMInt8(Grid):
         codes = self.encode(w, params)
         return codes, self.decode(codes, params)
 
-    def round_block(
-        self,
-        wanted: Float32[Tensor, "out width"],
-        target: Float32[Tensor, "out width"],
-        error: Float32[Tensor, "out width"],
-        coupling: Float32[Tensor, "width width"],
-        params: Params,
-        columns: list[int],
-    ) -> UInt8[Tensor, "out width"]:
-        if wanted.device.type != "cpu":
-            return super().round_block(wanted, target, error, coupling, params, columns)
-        from halfbyte.grids import rounding_numba
+    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
+        from halfbyte.grids.round_block_numba import Even, group_of, round_block
 
         scale = torch.where(params["absmax"] == 0, 1.0, params["absmax"] / TOP)[:, None]
-        return rounding_numba.round_block(wanted, target, error, coupling, scale, None, torch.zeros(len(columns), dtype=torch.long), 2 * ZERO - 1)
+        zero = torch.full_like(scale, ZERO, dtype=torch.uint8)
+        return partial(round_block, Even(group_of(columns, None), scale, zero, torch.zeros_like(scale), 2 * ZERO - 1))
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         by = torch.where(params["absmax"] == 0, 0.0, TOP / params["absmax"]).clamp(-1e38, 1e38)

@@ -7,7 +7,7 @@ are read; nothing of the size of the matrix is allocated but the codes.
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.grids import tiles_numba as tiles
@@ -53,29 +53,6 @@ def encode(
     codes = np.empty(w.shape, np.uint8)
     offset = np.zeros((scale.shape[0], 0), np.uint8) if zero is None else zero.numpy()
     _encode(raw(w), scale.contiguous().numpy(), offset, group, bits, codes)
-    return torch.from_numpy(codes)
-
-
-def round_block(
-    wanted: Float32[Tensor, "out width"],
-    target: Float32[Tensor, "out width"],
-    error: Float32[Tensor, "out width"],
-    coupling: Float32[Tensor, "width width"],
-    scale: Float32[Tensor, "rows groups"],
-    zero: UInt8[Tensor, "rows groups"] | None,
-    group: Int64[Tensor, " width"],
-    top: int,
-    base: Float32[Tensor, "rows groups"] | None = None,
-) -> UInt8[Tensor, "out width"]:
-    """Grid.round_block, given the group of each column: codes 0 to `top` stand for base + scale * (code - zero).
-
-    Rows are independent: each stays in the cache.
-    """
-    codes = np.empty(wanted.shape, np.uint8)
-    offset = np.full(scale.shape, (top + 1) // 2, np.uint8) if zero is None else zero.numpy()
-    base = torch.zeros(scale.shape) if base is None else base
-    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scale.contiguous().numpy(), offset, base.contiguous().numpy()
-    _round_block(*arrays, group.numpy(), F(top), codes)
     return torch.from_numpy(codes)
 
 
@@ -267,42 +244,3 @@ def _encode(w, scale, zero, group, bits, codes):
             out = codes[row, g * group : (g + 1) * group]
             for i in range(group):
                 out[i] = np.uint8(np.int32(min(max(np.rint(x[i] * inverse) + offset, F(0)), top)))
-
-
-@inline
-def _step(wanted, target, error, scale, offset, base, group, top, codes, row, k):
-    """Round one weight; returns by how much its error changed."""
-    by = scale[row, group[k]]
-    zero = F(offset[row, group[k]])
-    start = base[row, group[k]]
-    q = min(max(np.rint((wanted[row, k] - start) * (F(1) / by)) + zero, F(0)), top)
-    codes[row, k] = np.uint8(q)
-    missed = target[row, k] - ((q - zero) * by + start)
-    change = missed - error[row, k]
-    error[row, k] = missed
-    return change
-
-
-@jit
-def _round_block(wanted, target, error, coupling, scale, offset, base, group, top, codes):
-    # Four rows at a time: each is a chain of round, subtract, pass on, and while one waits the others go on.
-    rows, width = wanted.shape
-    for four in numba.prange(rows // 4):
-        a, b, c, d = 4 * four, 4 * four + 1, 4 * four + 2, 4 * four + 3
-        for k in range(width - 1, -1, -1):
-            change_a = _step(wanted, target, error, scale, offset, base, group, top, codes, a, k)
-            change_b = _step(wanted, target, error, scale, offset, base, group, top, codes, b, k)
-            change_c = _step(wanted, target, error, scale, offset, base, group, top, codes, c, k)
-            change_d = _step(wanted, target, error, scale, offset, base, group, top, codes, d, k)
-            # Up to whole vectors: what is beyond k is rounded already and not read again.
-            for j in range(min((k + 15) & ~15, width)):
-                by = coupling[k, j]
-                wanted[a, j] += change_a * by
-                wanted[b, j] += change_b * by
-                wanted[c, j] += change_c * by
-                wanted[d, j] += change_d * by
-    for row in range(rows - rows % 4, rows):
-        for k in range(width - 1, -1, -1):
-            change = _step(wanted, target, error, scale, offset, base, group, top, codes, row, k)
-            for j in range(k):
-                wanted[row, j] += change * coupling[k, j]
