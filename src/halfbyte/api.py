@@ -43,17 +43,21 @@ def evaluate(
     length: int = 512,
     windows: int | None = None,
     convention: str = "papers",
+    kv: Sequence[str] = ("stored",),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Perplexity of `against` and `models`, and what each of `models` diverges from it, on the same tokens.
 
-    `text`: a file, a dataset, or "heldout", the embedded text. The result is also written into each model's report.json.
+    `text`: a file, a dataset, or "heldout", the embedded text. `kv`: caches to run each model with; "stored" is the one that it says
+    it has, "none" one of 16 bits. The result is also written into each model's report.json.
     """
     from halfbyte.evaluation.divergence import compare
+    from halfbyte.kv_cache import with_cache
 
     rule = convention_named(convention)
     reference = Checkpoint.open(against)
-    checkpoints = [reference, *(Checkpoint.open(m) for m in models)]
+    kinds = [(model, kind) for model in models for kind in kv]
+    checkpoints = [reference, *(with_cache(model, kind, progress) for model, kind in kinds)]
     for checkpoint in checkpoints[1:]:
         if checkpoint.text_config.get("vocab_size") != reference.text_config.get("vocab_size"):
             raise BadRequest(f"{checkpoint.path} and {against} have different vocabularies; their predictions cannot be compared")
@@ -68,10 +72,33 @@ def evaluate(
         "convention": rule.name,
         "reference_path": str(reference.path),
     }
-    result = {**common, "reference": rows[0], "models": [{"path": str(c.path), **row} for c, row in zip(checkpoints[1:], rows[1:], strict=True)]}
-    for checkpoint, row in zip(checkpoints[1:], rows[1:], strict=True):
-        build.add_evaluation(checkpoint.path, {**common, "reference": rows[0], "model": row})
-    return result
+    measured = [{"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, **row} for c, row in zip(checkpoints[1:], rows[1:], strict=True)]
+    for checkpoint, (model, kind), row in zip(checkpoints[1:], kinds, rows[1:], strict=True):
+        if kind == "stored":
+            caches = [
+                other for other, (same, _) in zip(measured, kinds, strict=True) if same == model and other["kv"] != (checkpoint.kv and str(checkpoint.kv.grid))
+            ]
+            build.add_evaluation(checkpoint.path, {**common, "reference": rows[0], "model": row, "other_caches": caches})
+    return {**common, "reference": rows[0], "models": measured}
+
+
+def kv(
+    model: str | Path,
+    out: str | Path,
+    grid: str = "fp8-e4m3",
+    calibration: str = "default",
+    samples: int = 128,
+    length: int = 512,
+    seed: int = 0,
+    input_range: str = "max",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write a checkpoint, quantized or not, into `out` with the scales of a quantized KV cache; returns the report of it."""
+    from halfbyte.kv_cache import attach
+    from halfbyte.recipe import Calibration
+
+    return attach(model, out, grid, Calibration(source=calibration, samples=samples, length=length, seed=seed), input_range, overwrite, progress)
 
 
 def imatrix(
@@ -111,4 +138,4 @@ def load(path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cp
     return nn.load(path, dtype, device)
 
 
-__all__ = ["convert", "evaluate", "imatrix", "inspect", "load", "quantize"]
+__all__ = ["convert", "evaluate", "imatrix", "inspect", "kv", "load", "quantize"]

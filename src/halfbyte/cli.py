@@ -107,6 +107,40 @@ def convert(
 
 
 @app.command()
+def kv(
+    model: Annotated[str, typer.Argument(help="A folder or a hub id, quantized or not.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    grid: Annotated[str, typer.Option("--kv", help="fp8-e4m3, or fp8-e4m3-head with a scale for each head.")] = "fp8-e4m3",
+    calibration: Annotated[str, typer.Option(help="A text file, a .jsonl, or a dataset.", show_default="the embedded text")] = "default",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Which windows are drawn.")] = 0,
+    input_range: Annotated[str, typer.Option(help="What scales span: max, percentile or mse.")] = "max",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Add the scales of a quantized KV cache to a checkpoint; all else is copied byte for byte."""
+    from halfbyte.api import kv as run
+
+    with _progress(as_json) as progress:
+        found = run(model, output, grid, calibration, samples, length, seed, input_range, overwrite, progress)
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("attention", "largest scale of keys", "of values", "keys beyond it", "values beyond it")
+    for row in found["rows"]:
+        table.add_row(
+            row["module"],
+            *(f"{row[f'{part}_scale']:.5f}" for part in ("key", "value")),
+            *(f"{100 * row[f'{part}_clipped']:.4f}%" for part in ("keys", "values")),
+        )
+    out.print(table)
+    out.print(f"{output}: the KV cache in {found['grid']}; read back and verified. {found['serve']}", soft_wrap=True)
+    for warning in found["warnings"]:
+        out.print(f"note: {warning}")
+
+
+@app.command()
 def imatrix(
     model: Annotated[str, typer.Argument(help="A folder, a GGUF, or a hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
@@ -136,13 +170,17 @@ def evaluate(
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
     convention: Annotated[str, typer.Option(help="papers or llama.cpp.")] = "papers",
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(help="Run the models with this KV cache: fp8-e4m3, int8, int4 ..., none for 16 bits; repeatable.", show_default="as stored"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity, and divergence from the original on the same tokens."""
     from halfbyte.api import evaluate as run
 
     with _progress(as_json) as progress:
-        result = run(models, against, text, length, windows, convention, progress)
+        result = run(models, against, text, length, windows, convention, kv or ["stored"], progress)
     if as_json:
         _print_json(result)
         return
@@ -151,13 +189,17 @@ def evaluate(
     table.add_row(against, f"{result['reference']['perplexity']:.3f}")
     for row in result["models"]:
         table.add_row(
-            row["path"], f"{row['perplexity']:.3f} ± {row['perplexity_error']:.3f}", f"{row['kl']:.5f} ± {row['kl_error']:.5f}",
+            _with_cache(row), f"{row['perplexity']:.3f} ± {row['perplexity_error']:.3f}", f"{row['kl']:.5f} ± {row['kl_error']:.5f}",
             f"{row['kl_median']:.5f}", f"{row['kl_p99']:.4f}", f"{row['kl_max']:.3f}", f"{100 * row['same_top']:.2f}%", f"{row['probability_change_rms']:.4f}",
         )  # fmt: skip
     out.print(table)
     for row in result["models"][1:]:
         difference, error = row["kl_minus_first"]
-        out.print(f"KL of {row['path']} minus that of {result['models'][0]['path']}: {difference:+.5f} ± {error:.5f}")
+        out.print(f"KL of {_with_cache(row)} minus that of {_with_cache(result['models'][0])}: {difference:+.5f} ± {error:.5f}")
+
+
+def _with_cache(row: dict[str, Any]) -> str:
+    return f"{row['path']}, KV cache {row['kv']}" if row["kv"] else row["path"]
 
 
 @app.command()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from halfbyte.grids.grid import Quantized
-from halfbyte.models import skeleton
+from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import Checkpoint
 
 
@@ -33,7 +33,8 @@ class QuantLinear(nn.Module):
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"):
     """The model in `dtype` (the checkpoint's own by default), on `device`.
 
-    Linears that are quantized stay so in memory; fused experts and transposed matrices are decoded.
+    Linears that are quantized stay so in memory; fused experts and transposed matrices are decoded. A KV cache that is quantized
+    holds the values that an engine would read from it, in 16 bits.
     """
     checkpoint = Checkpoint.open(path)
     dtype = dtype or checkpoint.dtype
@@ -54,4 +55,6 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     skeleton.materialize(model, device)
     skeleton.fill(model, checkpoint, places, [t for t in places if t not in packed], device)
     model.tie_weights()
+    if checkpoint.kv:
+        kv.apply(model, places, checkpoint.kv)
     return model

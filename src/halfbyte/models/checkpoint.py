@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Container
+from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Container, kv
 from halfbyte.containers.container import INPUT_SUFFIXES, inputs_of
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
@@ -142,6 +142,11 @@ class Checkpoint:
     def quantized(self) -> dict[str, tuple[AnyScheme, Shape]]:
         """Scheme and shape of every module that is quantized already."""
         return self._found
+
+    @cached_property
+    def kv(self) -> kv.KVCache | None:
+        """How engines round its KV cache; None: it stays in 16 bits."""
+        return kv.find(self._quantization, self.entries)
 
     @cached_property
     def _found(self) -> dict[str, tuple[AnyScheme, Shape]]:

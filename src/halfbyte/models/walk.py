@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from halfbyte.errors import BadCheckpoint
 from halfbyte.grids.grid import Inputs
-from halfbyte.models import roles, skeleton
+from halfbyte.models import kv, roles, skeleton
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.solvers.statistics import Statistics
 
@@ -267,13 +267,15 @@ class Walk:
         scratch: Path | None = None,
         as_served: bool = False,
     ):
-        """`scratch` is a folder on a disk, for hidden states beyond the budget. `as_served`: inputs are rounded as the checkpoint says
-        that engines do; a checkpoint that is only the source of another is as precise as its weights."""
+        """`scratch` is a folder on a disk, for hidden states beyond the budget. `as_served`: inputs and the KV cache are rounded as the
+        checkpoint says that engines do; a checkpoint that is only the source of another is as precise as its weights."""
         self.checkpoint, self.device, self.scratch, self.as_served = checkpoint, torch.device(device), scratch, as_served
         self._tokens = windows.numel() * (2 if twin else 1)
         self.model = skeleton.build(checkpoint, dtype)
         self.shapes = checkpoint.tensors()
         self.places = skeleton.places(self.model, self.shapes)
+        if as_served and checkpoint.kv:
+            kv.apply(self.model, self.places, checkpoint.kv)
         self.weights = list(checkpoint.weights())
         per_batch = max(1, BATCH_TOKENS // windows.shape[1])
         self.batches = [windows[:1, :PROBE_TOKENS], *windows.split(per_batch)]

@@ -137,3 +137,16 @@ def add_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
         with suppress(OSError):  # a folder that we may only read: the caller has the measurement
             beside(path, "report.json").write_text(as_json(written), encoding="utf-8")
             beside(path, "README.md").write_text(card(written, path), encoding="utf-8")
+
+
+def add_kv(source: Path, folder: Path, path: Path, about: dict[str, Any]) -> None:
+    """Write the report of a cache into `folder`, which is to be `path`; where we wrote the source's report and card, beside what they say."""
+    try:
+        written = json.loads((source / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        written = None
+    if isinstance(written, dict) and written.get("halfbyte") == version("halfbyte") and "recipe" in written:
+        written.pop("evaluation", None)  # of the model before
+        written["kv"] = about
+        (folder / "README.md").write_text(card(written, path), encoding="utf-8")
+    (folder / "report.json").write_text(as_json(written or {"kv": about}), encoding="utf-8")

@@ -1,0 +1,181 @@
+"""The KV cache of a checkpoint: how engines round keys and values before they keep them, and how files say so.
+
+fp8-e4m3           one stored scale for the keys of a layer and one for its values; also called fp8-e4m3-static
+fp8-e4m3-head      ... for those of each head
+int8, int8-token   a scale for each token and head, found as the engine runs: nothing is stored
+int4, int4-g32     a scale for 32 values of a token and head, likewise; any other group too
+K/V                keys and values differently, such as int8-token/int4-g32
+
+Stored scales are tensors named after the attention, fp32, which the cache's numbers are multiplied by:
+
+model.layers.0.self_attn.k_scale   [1], or [heads, 1, 1]
+model.layers.0.self_attn.v_scale
+
+as compressed-tensors and llm-compressor have them, and as vLLM reads them (model_executor/model_loader/weight_utils.py
+maybe_remap_kv_scale_name). It reads them under two kinds of `quantization_config`: compressed-tensors, whose `kv_cache_scheme`
+turns the cache to FP8 by itself (compressed_tensors.py CompressedTensorsKVCacheMethod; model_executor/layers/attention), and fp8
+(fp8.py Fp8KVCacheMethod), with --kv-cache-dtype fp8.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers.container import Config
+from halfbyte.containers.safetensors import Entry
+from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
+from halfbyte.grids.grid import InputGrid, Inputs, Params
+from halfbyte.grids.inputs import ScaledInputs
+
+ALIASES = {"fp8": "fp8-e4m3-static", "fp8-e4m3": "fp8-e4m3-static", "int8": "int8-token", "int4": "int4-g32"}
+STRATEGIES = {"static": "tensor", "head": "attn_head"}
+"""Spans of stored scales, as compressed-tensors calls them."""
+# compressed-tensors' names, ModelOpt's, and those of compressed-tensors before its version 0.8.
+SCALE = re.compile(r"(?P<module>.+?)(?:\.[kv]_proj)?\.(?P<part>[kv])_scale|(?P<older>.+)\.(?P<was>[kv])_proj\.output_scale")
+
+
+@dataclass(frozen=True)
+class KVGrid:
+    """How keys and values are rounded."""
+
+    key: InputGrid
+    value: InputGrid
+
+    @classmethod
+    def parse(cls, name: str) -> "KVGrid":
+        """Raises BadRequest for what no cache can do."""
+        key, slash, value = name.partition("/")
+        return cls(_part(key), _part(value if slash else key))
+
+    def __str__(self) -> str:
+        return str(self.key) if self.key == self.value else f"{self.key}/{self.value}"
+
+    @property
+    def static(self) -> bool:
+        """Whether scales are stored, which calibration has to find."""
+        return self.key.static or self.value.static
+
+
+def _part(name: str) -> InputGrid:
+    name = ALIASES.get(name, name)
+    try:
+        grid = ScaledInputs.parse(name)
+    except BadRequest:
+        raise BadRequest(
+            f"'{name}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64 or the like, or two of them for keys and values: int8/int4"
+        ) from None
+    if grid.span == "tensor":
+        raise BadRequest(f"a cache grows token by token, so no scale of all tokens can be found as it runs; write {grid.number}-static or {grid.number}-token")
+    if grid.static and not grid.symmetric:
+        raise BadRequest(f"no engine has zero points of a whole cache; write {str(grid).removesuffix('-asym')}")
+    return grid
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """A grid and, by module of attention, the parameters that are stored."""
+
+    grid: KVGrid
+    keys: Mapping[str, Params] = field(default_factory=dict)
+    values: Mapping[str, Params] = field(default_factory=dict)
+    latent: bool = False
+    """Latent attention (DeepSeek): keys are latents, values the part of keys that has positions, under one scale."""
+
+    def of(self, module: str) -> tuple[Inputs, Inputs]:
+        """How this attention's keys and values are rounded."""
+        if self.grid.static and module not in self.keys:
+            raise BadCheckpoint(f"no scale of the KV cache is stored for {module}; write them with: halfbyte kv")
+        return Inputs(self.grid.key, dict(self.keys.get(module, {}))), Inputs(self.grid.value, dict(self.values.get(module, {})))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file stores."""
+        found = {}
+        for part, known in (("k", self.keys), ("v", self.values)):
+            # Of latent attention, vLLM knows the scales by ModelOpt's names only.
+            inside = f"{part}_proj." if self.latent else ""
+            found.update({f"{module}.{inside}{part}_scale": params["scale"] for module, params in known.items() if params})
+        return dict(sorted(found.items()))
+
+
+def config(known: Config | None, grid: KVGrid) -> Config:
+    """The `quantization_config` of a checkpoint, given a cache; `known` is what it says now.
+
+    Raises Unsupported where no engine would read the scales.
+    """
+    method = (known or {}).get("quant_method")
+    if method not in (None, "compressed-tensors", "fp8"):
+        raise Unsupported(f"engines read no scales of a KV cache beside {method} weights; first: halfbyte convert --to compressed-tensors")
+    scheme = scheme_of(grid)
+    if method == "fp8":
+        if scheme["strategy"] != "tensor":
+            raise Unsupported(f"a cache of {grid} is read from compressed-tensors only; beside fp8 weights, fp8-e4m3 is")
+        return dict(known or {})
+    empty = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "config_groups": {},
+        "ignore": [],
+    }
+    return {**(known or empty), "kv_cache_scheme": scheme}
+
+
+def scheme_of(grid: KVGrid) -> Config:
+    """`kv_cache_scheme` of compressed-tensors (its QuantizationArgs). Raises Unsupported for a cache that engines do not read from files."""
+    part = grid.key
+    if not isinstance(part, ScaledInputs) or not part.static:
+        raise Unsupported(f"nothing of a cache of {grid} is stored: engines choose it as they start. {served(grid)}; halfbyte eval --kv {grid} measures it")
+    if part != grid.value:
+        raise Unsupported(f"compressed-tensors has one kind of cache for keys and values, not {grid}")
+    if part.number != "fp8-e4m3":
+        raise Unsupported(f"vLLM takes every stored cache for fp8-e4m3, so {grid} would be misread; write fp8-e4m3, or serve with one found as it runs (int8)")
+    return {"num_bits": 8, "type": "float", "strategy": STRATEGIES[str(part.span)], "symmetric": True, "dynamic": False}
+
+
+SERVED = {
+    "fp8-e4m3-static": "vLLM: reads it by itself from compressed-tensors, else --kv-cache-dtype fp8; SGLang: --kv-cache-dtype fp8_e4m3",
+    "fp8-e4m3-head": "vLLM: reads it by itself (FlashAttention 3 has scales of heads)",
+    "fp8-e4m3-token": "vLLM: --kv-cache-dtype fp8_per_token_head",
+    "int8-token": "vLLM: --kv-cache-dtype int8_per_token_head",
+    "int4-token-asym": "vLLM: --kv-cache-dtype int4_per_token_head (which also rotates heads)",
+    "int8-g32": "llama.cpp: -ctk q8_0 -ctv q8_0",
+    "int5-g32": "llama.cpp: -ctk q5_0 -ctv q5_0",
+    "int4-g32": "llama.cpp: -ctk q4_0 -ctv q4_0",
+    "int4-g32-asym": "llama.cpp: -ctk q4_1 -ctv q4_1",
+}
+"""What an engine is told (vllm config/cache.py CacheDType and v1/kv_cache_interface.py; llama.cpp common/arg.cpp kv_cache_types)."""
+LLAMA_CPP = "with -ctk q8_0 -ctv q8_0 or the like; halfbyte eval --kv int8-g32 measures such a cache"
+
+
+def served(grid: KVGrid) -> str:
+    """What to tell an engine, in words."""
+    return SERVED.get(str(grid), "no engine that we know of has it")
+
+
+def find(said: Config, entries: Mapping[str, Entry]) -> KVCache | None:
+    """The cache that a checkpoint says it has."""
+    found: dict[str, dict[str, Params]] = {"k": {}, "v": {}}
+    names = scales(entries)
+    for name in names:
+        match = SCALE.fullmatch(name)
+        assert match
+        found[match["part"] or match["was"]][match["module"] or match["older"]] = {"scale": entries[name].read().float()}
+    if not found["k"] or not found["v"]:
+        return None
+    scheme = said.get("kv_cache_scheme") or {}
+    if scheme.get("type", "float") != "float" or scheme.get("num_bits", 8) != 8:
+        part = ScaledInputs(f"int{scheme['num_bits']}", "head" if scheme.get("strategy") == "attn_head" else "static")
+    else:
+        part = ScaledInputs("fp8-e4m3", "head" if scheme.get("strategy") == "attn_head" else "static")
+    shape = (-1, 1, 1) if part.span == "head" else (-1,)
+    shaped = {which: {module: {"scale": p["scale"].reshape(shape)} for module, p in known.items()} for which, known in found.items()}
+    return KVCache(KVGrid(part, part), shaped["k"], shaped["v"], latent=any(name.endswith("_proj.k_scale") for name in names))
+
+
+def scales(entries: Mapping[str, Entry]) -> list[str]:
+    """Tensors that belong to a cache and to no weight."""
+    return [name for name, entry in entries.items() if SCALE.fullmatch(name) and entry.dtype in (torch.float32, torch.float16, torch.bfloat16)]

@@ -1,0 +1,254 @@
+"""attach(): give a checkpoint a quantized KV cache. Scales are found on the model as it is; all else is copied byte for byte."""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from halfbyte import demo
+from halfbyte.containers import kv as layout
+from halfbyte.containers.folder import Folder, Shard, claim, is_file, kept_on_interrupt
+from halfbyte.containers.kv import KVCache, KVGrid
+from halfbyte.containers.safetensors import Spec, Writer, read_header
+from halfbyte.errors import BadRequest, BrokenOutput, Unsupported
+from halfbyte.grids.grid import Inputs, Params
+from halfbyte.models import calibrate, kv
+from halfbyte.models.checkpoint import INDEX, Checkpoint
+from halfbyte.models.walk import Block, Walk
+from halfbyte.recipe import Calibration
+from halfbyte.report import build
+from halfbyte.run import Progress, digest, silent
+
+CHECKED = 16
+"""Windows of held-out text on which values beyond the scales are counted."""
+CLIPPED = 1e-3
+"""A larger share of values beyond the scales is warned of."""
+
+
+@dataclass
+class Row:
+    """What was found for one attention."""
+
+    module: str
+    key_scale: float | None
+    value_scale: float | None
+    """The largest, where heads have their own; None: it is found as the engine runs."""
+    keys_clipped: float = 0.0
+    values_clipped: float = 0.0
+    """Shares of values beyond what the scales span, on text that they were not found with."""
+
+
+def attach(
+    source: str | Path,
+    out: str | Path,
+    grid: str = "fp8-e4m3",
+    calibration: Calibration | None = None,
+    input_range: str = "max",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write `source` into the folder `out` with the scales of a KV cache; returns the report of it, which is written there too.
+
+    Raises HalfbyteError, with nothing half-written left behind.
+    """
+    started = time.perf_counter()
+    kind, out = KVGrid.parse(grid), Path(out).expanduser()
+    checkpoint = Checkpoint.open(source)
+    if is_file(checkpoint.path):
+        raise Unsupported(f"a GGUF stores nothing of a KV cache: llama.cpp chooses it as it starts, {layout.LLAMA_CPP}")
+    if is_file(out):
+        raise BadRequest(f"a checkpoint is a folder, and {out} is called like a file; name it without .gguf")
+    config = layout.config(checkpoint.config.get("quantization_config") or checkpoint.text_config.get("quantization_config"), kind)
+    claim(out, checkpoint.path, overwrite)
+    checkpoint.kv = None  # what it had is replaced
+    c = calibration or Calibration()
+    windows = calibrate.calibration(checkpoint, c.source, c.samples, c.length, c.seed)
+    cache, rows = find_scales(checkpoint, kind, windows.tokens, input_range, progress)
+    tensors = cache.tensors()
+    about = {
+        "grid": str(kind),
+        "input_range": input_range,
+        "calibration": {"source": windows.source, "windows": list(windows.tokens.shape), "tokens_sha256": windows.digest},
+        "rows": [asdict(row) for row in rows],
+        "serve": layout.served(kind),
+        "warnings": warnings(rows),
+    }
+    files = _files(checkpoint, tensors)
+    shards = {name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in files.items()}
+    folder = Folder(out, shards, xxhash.xxh3_128_hexdigest(repr((version("halfbyte"), about)).encode()))
+    with kept_on_interrupt(folder):
+        for number, (name, specs) in enumerate(files.items()):
+            old = read_header(checkpoint.path / name)
+            for tensor in specs:
+                folder.write(tensor, tensors[tensor] if tensor in tensors else old[tensor].read())
+            progress("copying", number, len(files))
+        folder.seal()
+        _accompany(checkpoint, folder.partial, {**checkpoint.config, "quantization_config": config}, files)
+        _verify(checkpoint, folder.partial, tensors)
+        about["seconds"] = round(time.perf_counter() - started, 2)
+        build.add_kv(checkpoint.path, folder.partial, out, about)
+        folder.publish()
+    return about
+
+
+def find_scales(
+    checkpoint: Checkpoint, grid: KVGrid, windows: Int64[Tensor, "windows length"], how: str = "max", progress: Progress = silent
+) -> tuple[KVCache, list[Row]]:
+    """Stored scales of every attention, found block after block, each fed by blocks whose caches are rounded already.
+
+    `how` is a key of `halfbyte.grids.inputs.RANGES`. Raises Unsupported for a model without such a cache.
+    """
+    walk = Walk(checkpoint, windows, checkpoint.dtype, as_served=True)
+    found_on = range(1, len(walk.batches))
+    walk.batches += calibrate.evaluation(checkpoint, str(demo.HELDOUT), windows.shape[1], CHECKED).tokens.split(len(walk.batches[-1]))
+    checked_on = range(found_on.stop, len(walk.batches))
+    keys, values, rows, latent = {}, {}, [], False
+    walk.start()
+    for number, block in enumerate(walk.blocks):
+        progress(block.name, number, len(walk.blocks))
+        block.load(checkpoint)
+        for name, attention in kv.names(walk.model, walk.places, block.module).items():
+            seen = kv.Heads(), kv.Heads()
+            _run(walk, block, found_on, attention, _note(*seen))
+            if not seen[0].rows:
+                continue  # it keeps something else in its cache, such as the state of a convolution
+            _require_heads(checkpoint, grid, seen[0])
+            latent = kv.is_latent(attention)
+            keys[name], values[name] = _together(seen[0].fit(grid.key, how), seen[1].fit(grid.value, how), latent)
+            rows.append(Row(name, _largest(keys[name]), _largest(values[name])))
+            key, value = Inputs(grid.key, keys[name]), Inputs(grid.value, values[name])
+            _run(walk, block, checked_on, attention, _count(rows[-1], key, value, len(checked_on)))
+            kv.put(walk.model, attention, kv.rounded(key, value))
+        walk.advance(block)
+        block.free()
+    if not rows:
+        raise Unsupported(f"{checkpoint.model_type} has no attention that caches keys and values")
+    return KVCache(grid, keys, values, latent), rows
+
+
+def with_cache(path: str | Path, kind: str, progress: Progress = silent) -> Checkpoint:
+    """A checkpoint whose cache is of another kind than it says, to measure it: "none" for 16 bits, "stored" for what it says.
+
+    Scales that would be stored are found on the embedded text.
+    """
+    checkpoint = Checkpoint.open(path)
+    if kind == "stored":
+        return checkpoint
+    grid = None if kind == "none" else KVGrid.parse(kind)
+    checkpoint.kv = None
+    if grid and grid.static:
+        c = Calibration()
+        length = min(c.length, checkpoint.text_config.get("max_position_embeddings") or c.length)
+        windows = calibrate.calibration(checkpoint, c.source, c.samples, length, c.seed)
+        checkpoint.kv, _ = find_scales(checkpoint, grid, windows.tokens, progress=progress)
+    elif grid:
+        checkpoint.kv = KVCache(grid)
+    return checkpoint
+
+
+def _largest(params: Params) -> float | None:
+    return float(params["scale"].max()) if params else None
+
+
+def _run(walk: Walk, block: Block, batches: range, attention: nn.Module, through: kv.Through) -> None:
+    """Run batches of the block with a look at what an attention caches."""
+    handle = kv.put(walk.model, attention, through)
+    for batch in batches:
+        block.run(walk.hidden[batch], batch)
+    handle.remove()
+
+
+def _note(keys: kv.Heads, values: kv.Heads) -> kv.Through:
+    def through(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys.add(k)
+        values.add(v)
+        return k, v
+
+    return through
+
+
+def _count(row: Row, key: Inputs, value: Inputs, batches: int) -> kv.Through:
+    def through(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        row.keys_clipped += _beyond(k, key) / batches
+        row.values_clipped += _beyond(v, value) / batches
+        return k, v
+
+    return through
+
+
+def _beyond(x: Tensor, inputs: Inputs) -> float:
+    low, high = inputs.grid.limits(inputs.params)
+    return float(((x < low) | (x > high)).float().mean())
+
+
+def _together(key: Params, value: Params, latent: bool) -> tuple[Params, Params]:
+    """Latents and positions lie in one row of an engine's cache, under one scale (vllm csrc/cache_kernels.cu concat_and_cache_mla)."""
+    if not (latent and key and value):
+        return key, value
+    scale = torch.maximum(key["scale"], value["scale"])
+    return {"scale": scale}, {"scale": scale}
+
+
+def _require_heads(checkpoint: Checkpoint, grid: KVGrid, keys: kv.Heads) -> None:
+    """Engines give each head of the config a scale; some families repeat heads before they cache them."""
+    text = checkpoint.text_config
+    said = text.get("num_key_value_heads", len(keys.low))
+    if "-head" in str(grid) and len(keys.low) != said:
+        raise Unsupported(f"{checkpoint.model_type} caches {len(keys.low)} heads where its config has {said}, so scales of heads fit no engine; write fp8-e4m3")
+
+
+def warnings(rows: list[Row]) -> list[str]:
+    """What a user should know of the scales."""
+    most = max(rows, key=lambda row: max(row.keys_clipped, row.values_clipped))
+    share = max(most.keys_clipped, most.values_clipped)
+    if share <= CLIPPED:
+        return []
+    return [f"{100 * share:.2f}% of the cache of {most.module} lies beyond its scale on held-out text; calibrate on text of the kind that the model will see"]
+
+
+def _files(checkpoint: Checkpoint, scales: Mapping[str, Tensor]) -> dict[str, dict[str, Spec]]:
+    """What each file of safetensors holds: the source's tensors where they were, and the scales at the end of the last."""
+    was = set(layout.scales(checkpoint.entries))
+    files: dict[str, dict[str, Spec]] = {}
+    for path in sorted({entry.path for entry in checkpoint.entries.values()}):
+        files[path.name] = {name: Spec(e.shape, e.dtype) for name, e in read_header(path).items() if name not in was}
+    files[max(files)].update({name: Spec(tuple(scale.shape), scale.dtype) for name, scale in scales.items()})
+    return files
+
+
+def _writer(specs: Mapping[str, Spec], path: Path, resume: bool) -> Writer:
+    return Writer(path, specs, resume)
+
+
+def _accompany(checkpoint: Checkpoint, folder: Path, config: dict[str, Any], files: Mapping[str, Mapping[str, Spec]]) -> None:
+    for path in checkpoint.other_files:
+        place = folder / path.relative_to(checkpoint.path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    written = {"config.json": config}
+    if len(files) > 1:
+        total = sum(spec.size_bytes for specs in files.values() for spec in specs.values())
+        written[INDEX] = {"metadata": {"total_size": total}, "weight_map": {t: name for name, specs in files.items() for t in specs}}
+    for name, content in written.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _verify(checkpoint: Checkpoint, folder: Path, scales: Mapping[str, Tensor]) -> None:
+    """What was written has the scales and, bit for bit, all else."""
+    written = Checkpoint(folder)
+    if written.kv is None or written.kv.tensors().keys() != scales.keys():
+        raise BrokenOutput("the written folder does not say that its cache is quantized; the disk is broken")
+    for name, entry in written.entries.items():
+        wanted = scales[name] if name in scales else checkpoint.entries[name].read()
+        if digest([entry.read()]) != digest([wanted]):
+            raise BrokenOutput(f"'{name}' reads back as something else than was written; the disk is broken")

@@ -1,0 +1,139 @@
+"""Where a model caches keys and values: what goes into the cache is seen, and rounded as an engine would.
+
+Every attention of Transformers hands its new keys and values, after positions are put into them, to the `update` of the cache
+that it is given, and computes with what comes back. So a cache that rounds is all it takes, whatever the family; with latent
+attention (DeepSeek), what is cached are the latents, as in engines.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from halfbyte.containers.kv import KVCache
+from halfbyte.errors import Unsupported
+from halfbyte.grids.grid import InputGrid, Inputs, Params, Seen
+from halfbyte.grids.inputs import ScaledInputs
+from halfbyte.models.skeleton import Place
+
+KV = Float[Tensor, "batch heads tokens dim"]
+Through = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Keys and values on their way into a cache."""
+NAMES = ("past_key_values", "layer_past", "past_key_value")
+"""What families call the cache that an attention is given."""
+SAMPLED = 1024
+"""Tokens of a head whose values are kept for ranges that look at all of them."""
+
+
+class Door:
+    """Stands where an attention expects its cache; what goes in passes through a function first."""
+
+    def __init__(self, through: Through, cache: Cache | None, model: PreTrainedModel):
+        self.through, self.cache, self.model = through, cache, model
+
+    def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        key, value = self.through(key, value)
+        return (key, value) if self.cache is None else self.cache.update(key, value, *args, **kwargs)
+
+    def __getattr__(self, name: str):
+        # Without a cache, whatever else is asked for (lengths, states of convolutions) is answered as by one that is empty.
+        return getattr(DynamicCache(config=self.model.config) if self.cache is None else self.cache, name)
+
+
+@contextmanager
+def doors(model: PreTrainedModel, throughs: dict[nn.Module, Through]) -> Iterator[None]:
+    """While this lasts, what these attentions cache goes through their functions."""
+    handles = [put(model, attention, through) for attention, through in throughs.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def put(model: PreTrainedModel, attention: nn.Module, through: Through):
+    """A door before the attention's cache; returns the handle that removes it."""
+    signature = inspect.signature(attention.forward)
+    name = _name(attention)
+
+    def give(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        bound = signature.bind_partial(*args, **kwargs)
+        bound.arguments[name] = Door(through, bound.arguments.get(name), model)
+        return bound.args, bound.kwargs
+
+    return attention.register_forward_pre_hook(give, with_kwargs=True)
+
+
+def attentions(block: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a block that cache something themselves, by their path in it."""
+    takers = {path: module for path, module in block.named_modules() if path and _name(module)}
+    return {path: module for path, module in takers.items() if not any(other.startswith(f"{path}.") for other in takers)}
+
+
+def _name(module: nn.Module) -> str:
+    parameters = inspect.signature(module.forward).parameters
+    return next((name for name in NAMES if name in parameters), "")
+
+
+def names(model: PreTrainedModel, places: Mapping[str, Place], block: nn.Module) -> dict[str, nn.Module]:
+    """The attentions in a part of the model, by what the checkpoint calls them."""
+    paths = {module: path for path, module in model.named_modules()}
+    found: dict[str, nn.Module] = {}
+    for attention in attentions(block).values():
+        inside = f"{paths[attention]}."
+        owned = {tensor: place.parameter.removeprefix(inside) for tensor, place in places.items() if place.parameter.startswith(inside)}
+        homes = [tensor.split(".")[: -len(rest.split("."))] for tensor, rest in owned.items()]
+        if homes:
+            found[".".join(min(homes, key=len))] = attention
+    return found
+
+
+def apply(model: PreTrainedModel, places: Mapping[str, Place], cache: KVCache) -> None:
+    """From now on, the model computes with keys and values as this cache would return them. Raises Unsupported where it has none."""
+    found = names(model, places, model)
+    if not found:
+        raise Unsupported(f"{model.config.model_type} has no attention that caches keys and values")
+    for name, attention in found.items():
+        put(model, attention, _as_stored(cache, name))
+
+
+def _as_stored(cache: KVCache, name: str) -> Through:
+    # Asked for only when something is cached: some modules that take a cache keep other things in it.
+    return lambda k, v: rounded(*cache.of(name))(k, v)
+
+
+def rounded(key: Inputs, value: Inputs) -> Through:
+    """What comes back is what an engine reads from its cache."""
+    return lambda k, v: (key.round(k), value.round(v))
+
+
+def is_latent(attention: nn.Module) -> bool:
+    """Whether latents are cached: as keys; as values, the part of keys that has positions."""
+    return hasattr(attention, "kv_lora_rank")
+
+
+class Heads:
+    """Keys or values of one attention: what those of each head range over, and some of them."""
+
+    def __init__(self):
+        self.low = self.high = torch.empty(0)
+        self.rows: list[Tensor] = []
+
+    def add(self, x: KV) -> None:
+        x = x.float().transpose(0, 1).flatten(1, 2)  # [heads, batch * tokens, dim]
+        low, high = x.amin(1), x.amax(1)
+        self.low = torch.minimum(self.low, low) if self.rows else low
+        self.high = torch.maximum(self.high, high) if self.rows else high
+        self.rows.append(x[:, :: -(-x.shape[1] // SAMPLED)].clone())
+
+    def fit(self, grid: InputGrid, how: str) -> Params:
+        """The parameters to store; none if scales are found as the engine runs."""
+        rows = torch.cat(self.rows, 1)
+        if isinstance(grid, ScaledInputs) and grid.span == "head":
+            heads = [grid.fit(Seen(low, high, some), how)["scale"] for low, high, some in zip(self.low, self.high, rows, strict=True)]
+            return {"scale": torch.stack(heads).view(-1, 1, 1)}
+        return grid.fit(Seen(self.low.amin(0), self.high.amax(0), rows.flatten(0, 1)), how)
