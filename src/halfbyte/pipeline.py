@@ -14,6 +14,7 @@ from halfbyte.containers.folder import Folder, claim, is_file, kept_on_interrupt
 from halfbyte.containers.gguf.container import with_minimum
 from halfbyte.editions import edition_of
 from halfbyte.errors import BadRequest, BrokenOutput
+from halfbyte.grids.floats import with_divisor
 from halfbyte.grids.grid import AnyScheme, Quantized
 from halfbyte.jobs import Job, resolve, transcoding
 from halfbyte.models import calibrate
@@ -70,9 +71,9 @@ def convert(source: str | Path, out: str | Path, to: str, grid: str | None = Non
     folder = Folder(out, edition.shards(stem_of(out)), identity(job, None))
 
     def transcode(_: Weight, q: Quantized, scheme: AnyScheme) -> Quantized:
-        near = job.container.same(q) or with_minimum(q)
-        if near and near.scheme == scheme:
-            return near
+        for near in (job.container.same(q), with_minimum(q), with_divisor(q)):
+            if near and near.scheme == scheme:
+                return near
         return SOLVERS["nearest"](q.decode(), scheme.weight, None)._replace(input=q.input if scheme.input else None)
 
     with kept_on_interrupt(folder):

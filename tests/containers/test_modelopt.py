@@ -86,3 +86,30 @@ def test_weights_of_other_algorithms_are_refused(tmp_path):
     folder = edited("modelopt-fp8-channel", tmp_path / "int8", integers, {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"})
     with pytest.raises(Unsupported, match=r"torch.int8 .* FP8, MXFP8 and NVFP4 are"):
         _ = Checkpoint.open(folder).quantized
+
+
+@pytest.mark.parametrize("name", ["modelopt-fp8", "modelopt-fp8-channel", "modelopt-nvfp4"])
+def test_inputs_are_rounded_as_model_optimizer_rounds_them(name):
+    read, expected = Checkpoint.open(FOLDERS / name).read_inputs(MODULES[1]), load_file(FOLDERS / name / "expected")
+    assert read
+    torch.testing.assert_close(read.round(expected["inputs"]), expected["rounded"], rtol=1e-6, atol=0)
+
+
+def test_inputs_of_weights_alone_stay_in_16_bits():
+    assert Checkpoint.open(FOLDERS / "modelopt-nvfp4-weights").read_inputs(MODULES[1]) is None
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("modelopt-nvfp4", "nvfp4-global/nvfp4"), ("modelopt-nvfp4-weights", "nvfp4-global")])
+def test_nvfp4_moves_to_compressed_tensors_but_for_the_last_bit(name, scheme, tmp_path):
+    """Its factor becomes a divisor: all codes and scales stay."""
+    report = halfbyte.convert(FOLDERS / name, tmp_path / "out", "compressed-tensors")
+    assert {row["grid"] for row in report["weights"]} == {scheme}
+    assert max(row["error"] for row in report["weights"]) < 1e-7
+    before, after = load_file(FOLDERS / name / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(after[f"{MODULES[1]}.weight_packed"], before[f"{MODULES[1]}.weight"])
+    assert torch.equal(after[f"{MODULES[1]}.weight_scale"].view(torch.uint8), before[f"{MODULES[1]}.weight_scale"].view(torch.uint8))
+
+
+def test_nvfp4_is_a_source(tmp_path):
+    report = halfbyte.quantize(FOLDERS / "modelopt-nvfp4", tmp_path / "out", method="nearest", grid="int8-g32")
+    assert max(row["error"] for row in report["weights"]) < 0.01

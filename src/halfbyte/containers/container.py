@@ -65,6 +65,10 @@ class Container(ABC):
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
         """The inverse of `pack`."""
 
+    def inputs(self, tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
+        """How what the matrix is multiplied by is rounded, from its tensors."""
+        return inputs_of(tensors, grid)
+
 
 class ConfigContainer(Container):
     """A layout of safetensors in a Hugging Face folder, whose config.json says which one it is.

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.compressed.small_floats import unpack
-from halfbyte.containers.container import Config
-from halfbyte.containers.fp8 import FP8
+from halfbyte.containers.container import Config, inputs_of
+from halfbyte.containers.fp8 import FP8, STATIC
 from halfbyte.containers.read_only import ReadOnly
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
 from halfbyte.grids.floats import NVFP4_FACTOR
-from halfbyte.grids.grid import AnyScheme, Quantized, Shape
+from halfbyte.grids.grid import AnyScheme, InputGrid, Inputs, Quantized, Scheme, Shape
+from halfbyte.grids.inputs import INPUT_GRIDS
 
+NVFP4_INPUTS = INPUT_GRIDS["nvfp4"]
 NOT_FOLLOWED = ("pre_quant_scale", "svdquant_lora_a")
 """Parts of a module that change what its weights are multiplied by (AWQ, SVDQuant)."""
 
@@ -46,14 +48,27 @@ class ModelOpt(ReadOnly):
             if suffix in NOT_FOLLOWED:
                 raise Unsupported(f"{name}: modelopt's {suffix} is not read; its plain FP8, MXFP8 and NVFP4 are")
             if suffix == "weight_scale" and module not in found:
-                found[module] = NVFP4_FACTOR, _nvfp4_shape(module, entries)
+                read = _inputs_of_nvfp4(config, module) if f"{module}.input_scale" in entries else None
+                found[module] = Scheme(NVFP4_FACTOR, read) if read else NVFP4_FACTOR, _nvfp4_shape(module, entries)
         return found
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
         if scheme.weight != NVFP4_FACTOR:
             return FP8().unpack(tensors, scheme, shape)
         params = {"scale": tensors["weight_scale"].view(torch.uint8), "factor": tensors["weight_scale_2"].float().view(1, 1)}
-        return Quantized(NVFP4_FACTOR, unpack(tensors["weight"], 4), params)
+        return Quantized(NVFP4_FACTOR, unpack(tensors["weight"], 4), params, self.inputs(tensors, scheme.input))
+
+    def inputs(self, tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
+        if grid != NVFP4_INPUTS:
+            return inputs_of(tensors, grid)
+        return Inputs(NVFP4_INPUTS, {"divisor": tensors["input_scale"].float().reciprocal().view(1)})  # engines too divide by the inverse
+
+
+def _inputs_of_nvfp4(config: Config, module: str) -> InputGrid:
+    """W4A8 and W4A4 differ in the config alone, which says it for all modules or for each."""
+    said = config.get("quantization") or config
+    algorithm = said.get("quantized_layers", {}).get(module, said).get("quant_algo", "NVFP4")
+    return STATIC if "FP8" in algorithm else NVFP4_INPUTS
 
 
 def _nvfp4_shape(module: str, entries: Mapping[str, Entry]) -> Shape:

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from halfbyte.errors import BadRequest
 from halfbyte.grids import rounding
-from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
+from halfbyte.grids.grid import Codes, Grid, Params, Quantized, Rounder, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES
 
 PATTERN = re.compile(r"fp8-(?P<element>e4m3|e5m2)-(?P<span>tensor|channel|block)(-(?P<scale>fp32|bf16|fp16))?")
@@ -301,3 +301,10 @@ FLOAT_GRIDS: dict[str, FloatGrid] = {
 NVFP4_FACTOR = FloatGrid(ELEMENTS["e2m1"], 16, "e4m3-factor")
 """nvfp4-global with a factor in place of the divisor, as Model Optimizer's files have it: one is no exact inverse of the other.
 It is read and never fitted, so it is not in the table."""
+
+
+def with_divisor(q: Quantized) -> Quantized | None:
+    """nvfp4-factor on nvfp4-global, with the same codes and scales: values differ in the last bit of fp32. None for other grids."""
+    if q.grid != NVFP4_FACTOR:
+        return None
+    return q._replace(grid=FLOAT_GRIDS["nvfp4-global"], params={"scale": q.params["scale"], "divisor": q.params["factor"].reciprocal()})

@@ -97,9 +97,9 @@ def _takes(container: Container, scheme: AnyScheme) -> bool:
 
 
 def _is_original(checkpoint: Checkpoint) -> bool:
-    """Models are released in floats of 8 bits, and in MXFP4: there is nothing more precise to quantize."""
+    """Models are released in floats of 8 bits, in MXFP4 and in NVFP4: there is nothing more precise to quantize."""
     grids = {scheme.weight for scheme, _ in checkpoint.quantized.values()}
-    return all((isinstance(g, FloatGrid) and g.element.bits == 8) or str(g) == "mxfp4" for g in grids)
+    return all(isinstance(grid, FloatGrid) or str(grid) == "mxfp4" for grid in grids)
 
 
 def _check_inputs(job: Job) -> None:

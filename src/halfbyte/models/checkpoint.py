@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Container, kv
-from halfbyte.containers.container import INPUT_SUFFIXES, inputs_of
+from halfbyte.containers.container import INPUT_SUFFIXES
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
 from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Shape
@@ -176,10 +176,10 @@ class Checkpoint:
     def read_inputs(self, module: str) -> Inputs | None:
         """How engines round what a module reads; None where it stays in 16 bits."""
         scheme, _ = self.quantized.get(module, (None, ()))
-        if scheme is None or scheme.input is None:
+        if scheme is None or scheme.input is None or self.container is None:
             return None
         stored = {n.removeprefix(f"{module}."): self.entries[n].read() for n in self.parts_of[module] if n.removeprefix(f"{module}.") in INPUT_SUFFIXES}
-        return inputs_of(stored, scheme.input)
+        return self.container.inputs(stored, scheme.input)
 
     @cached_property
     def parts_of(self) -> dict[str, list[str]]:

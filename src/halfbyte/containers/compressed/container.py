@@ -14,7 +14,7 @@ from halfbyte.containers.compressed.unpacked import FLOAT, INT, MX8, NAIVE
 from halfbyte.containers.container import Config, ConfigContainer, input_specs, input_tensors, inputs_of, patterns
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.floats import FloatGrid
+from halfbyte.grids.floats import FLOAT_GRIDS, NVFP4_FACTOR, FloatGrid
 from halfbyte.grids.grid import AnyScheme, Quantized, Scheme, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
@@ -30,10 +30,11 @@ class CompressedTensors(ConfigContainer):
     read_too = ("weight", "weight_zero_point", "input_scale", "input_zero_point", "input_global_scale")
 
     def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
-        layout_of(scheme)
-        grid = scheme.weight
+        grid = FLOAT_GRIDS["nvfp4-global"] if scheme.weight == NVFP4_FACTOR else scheme.weight
         grid = grid.with_scale(SCALE_NAMES[dtype]) if isinstance(grid, IntGrid | FloatGrid) and grid.scale in SCALE_DTYPES else grid
-        return Scheme(grid, scheme.input) if scheme.input else grid
+        native = Scheme(grid, scheme.input) if scheme.input else grid
+        layout_of(native)
+        return native
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         check_inputs(scheme.input)
