@@ -14,7 +14,7 @@ the levels that this chooses the best scale has a closed form (see rounding.py).
 neighbour of the byte that spans the largest weight. The candidate that loses least wins.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
@@ -22,6 +22,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.errors import BadRequest
+from halfbyte.grids.floats import ELEMENTS, e8m0, values
 from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -132,13 +133,11 @@ def byte_scales(kind: str) -> Float32[Tensor, " bytes"]:
 @lru_cache
 def every_byte_scale(kind: str) -> Float32[Tensor, " bytes"]:
     """The same for all 256 bytes. E4M3 has no sign bit here: ggml reads 0x7F as zero and ignores the eighth bit of the others."""
-    byte = torch.arange(256, dtype=torch.float64)
     if kind == "e8m0":
-        return torch.exp2(byte - 128).float()
-    exponent, mantissa = (byte // 8) % 16, byte % 8
-    value = torch.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * torch.exp2(exponent - 7)) / 2
+        return (e8m0(torch.arange(256)) / 2).float()
+    value = values(replace(ELEMENTS["e4m3"], top=480.0))[:128].repeat(2) / 2
     value[0x7F] = 0
-    return value.float()
+    return value
 
 
 @lru_cache
