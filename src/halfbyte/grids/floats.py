@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Float64, Integer, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -88,12 +88,18 @@ ELEMENTS = {
 
 @lru_cache
 def values(element: Element) -> Float32[Tensor, " codes"]:
+    """The number that each code stands for; NaN for the codes beyond the largest."""
     code = torch.arange(1 << (element.bits - 1), dtype=torch.float64)
     exponent, mantissa = code // (1 << element.mantissa), code % (1 << element.mantissa)
     steps = torch.where(exponent == 0, mantissa, mantissa + (1 << element.mantissa))
     size = steps * torch.exp2(exponent.clamp(min=1) + 2 - (1 << (element.exponent - 1)) - 1 - element.mantissa)
     size = torch.where(size > element.top, torch.nan, size).float()
     return torch.cat([size, -size])
+
+
+def e8m0(byte: Integer[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    """The powers of two that bytes stand for: 255 is beyond float32."""
+    return torch.exp2(byte.double() - 127)
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,7 @@ class FloatGrid(Grid):
         """What elements are multiplied by."""
         scale = params["scale"]
         if self.scale == "e8m0":
-            return torch.exp2(scale.double() - 127).float()
+            return e8m0(scale).float()
         if self.scale == "e4m3":
             return ELEMENTS["e4m3"].decode(scale) / params["divisor"]
         if self.scale == "e4m3-factor":
