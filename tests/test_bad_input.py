@@ -303,7 +303,7 @@ REQUESTS = {
     "engine that does not": (["--engine", "tensorrt-llm"], ("tensorrt-llm will not load this", "it loads in vllm")),
     "grid for awq": (["--to", "awq", "--grid", "int8-g128"], ("awq holds int4", "not int8-g128")),
     "grid for gptq": (["--to", "gptq", "--grid", "int5-g128"], ("gptq holds int2, int3, int4 and int8", "not int5-g128")),
-    "two grids for awq": (["--to", "awq", "--override", "layers.0.*=int4-g64"], ("awq holds one grid", "compressed-tensors and gptq mix them")),
+    "two grids for awq": (["--to", "awq", "--override", "layers.0.*=int4-g64"], ("awq holds one scheme", "compressed-tensors and gptq mix them")),
     "override without grid": (["--override", "layers.0.*"], "PATTERN=GRID"),
     "override without pattern": (["--override", "=int4-g64"], "PATTERN=GRID"),
     "override with no grid": (["--override", "layers.0.*=int44"], "unknown grid 'int44'"),

@@ -1,11 +1,10 @@
-"""Every method x grid x container comes back bit for bit or is refused with a reason; the README's table is that loop's."""
+"""Every method x scheme x container comes back bit for bit or is refused with a reason; the README's table is that loop's."""
 
 from pathlib import Path
 
 import pytest
 
 from halfbyte.containers import CONTAINERS
-from halfbyte.grids import GRIDS
 from halfbyte.plan import support
 from halfbyte.recipe import METHODS
 
@@ -13,7 +12,7 @@ from halfbyte.recipe import METHODS
 @pytest.mark.slow
 def test_every_triple_round_trips_or_says_why_not():
     found = list(support.triples())
-    assert len(found) == len(METHODS) * len(GRIDS) * len(CONTAINERS)
+    assert len(found) == len(METHODS) * len(support.SCHEMES) * len(CONTAINERS)
     held = [t for t in found if not t[3]]
     assert {c for _, _, c, _ in held} == set(CONTAINERS)
     assert all(container in reason for _, _, container, reason in found if reason)

@@ -1,33 +1,64 @@
 """load(): any checkpoint that we can read, as a Transformers model that runs."""
 
+from functools import wraps
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional
 
-from halfbyte.grids.grid import Quantized
+from halfbyte.grids.grid import InputGrid, Inputs, Params, Quantized
+from halfbyte.grids.inputs import FLOATS, ScaledInputs
+from halfbyte.grids.scalar import IntGrid
 from halfbyte.models import kv, skeleton
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.walk import Matrix, Uses
 
 
 class QuantLinear(nn.Module):
-    """A linear whose weight stays on its grid; the reference: decode, then multiply."""
+    """A linear whose weight stays on its grid, and whose input is rounded as engines do; the reference: decode, then multiply."""
 
     codes: Tensor
 
     def __init__(self, q: Quantized, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.grid, self.dtype, self.names = q.grid, dtype, list(q.params)
+        self.input, self.stored = (q.input.grid, list(q.input.params)) if q.input else (None, [])
         self.register_buffer("codes", q.codes)
         for name, value in q.params.items():
             self.register_buffer(name, value)
+        for name, value in (q.input.params if q.input else {}).items():
+            self.register_buffer(f"input_{name}", value)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    @property
+    def params(self) -> Params:
+        return {name: getattr(self, name) for name in self.names}
+
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        w = self.grid.decode(self.codes, {name: getattr(self, name) for name in self.names})
-        return functional.linear(x, w.to(self.dtype), self.bias)
+        if self.input is None:
+            return functional.linear(x, self.grid.decode(self.codes, self.params).to(self.dtype), self.bias)
+        params = self.input.params(x, {name: getattr(self, f"input_{name}") for name in self.stored})
+        y = integer_product(x, self.input, params, Quantized(self.grid, self.codes, self.params))
+        if y is None:
+            y = functional.linear(self.input.round(x, params), self.grid.decode(self.codes, self.params))
+        y = y.to(self.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def integer_product(x: Float[Tensor, "... in"], read: InputGrid, params: Params, q: Quantized) -> Float32[Tensor, "... out"] | None:
+    """int8 times int8 in int32, scaled afterwards, as engines have it. None where a row or a token has several scales, or floats."""
+    grid = q.grid
+    if not isinstance(grid, IntGrid) or grid.block or not grid.symmetric:
+        return None
+    if not isinstance(read, ScaledInputs) or read.number in FLOATS or isinstance(read.span, int):
+        return None
+    signed = (q.codes.to(torch.int16) - grid.midpoint).to(torch.int8)
+    sums = torch._int_mm(read.codes(x, params).flatten(0, -2), signed.T).unflatten(0, x.shape[:-1])
+    if "zero" in params:
+        sums = sums - params["zero"] * signed.sum(1)
+    return sums * params["scale"] * q.params["scale"].float().flatten()
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"):
@@ -55,6 +86,29 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     skeleton.materialize(model, device)
     skeleton.fill(model, checkpoint, places, [t for t in places if t not in packed], device)
     model.tie_weights()
+    decoded = {
+        w: inputs for w in checkpoint.weights() if f"{w.name}.weight" not in packed and w.tensor in places and (inputs := checkpoint.read_inputs(w.name))
+    }
+    if decoded:
+        _round_inputs(model, checkpoint, places, decoded)
     if checkpoint.kv:
         kv.apply(model, places, checkpoint.kv)
     return model
+
+
+def _round_inputs(model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton.Place], inputs: dict[Weight, Inputs]) -> None:
+    """Have the model round what matrices read that are no QuantLinear."""
+    shapes = checkpoint.tensors()
+    views = {w: places[w.tensor].view(skeleton.tensor(model, places[w.tensor].parameter), shapes[w.tensor]) for w in inputs}
+    matrices = [(Matrix(w.tensor, w.expert, w), view if w.expert is None else view[w.expert]) for w, view in views.items()]
+    forward = model.forward
+
+    def read(matrices: list[Matrix], x: Tensor) -> Tensor:
+        return next(inputs[m.weight] for m in matrices if m.weight).round(x)
+
+    @wraps(forward)
+    def rounded(*args, **kwargs):
+        with Uses(matrices, read):
+            return forward(*args, **kwargs)
+
+    model.forward = rounded

@@ -13,6 +13,7 @@ from halfbyte.containers.bitsandbytes import BitsAndBytes
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids import parse
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.run import with_inputs
 from halfbyte.solvers.nearest import nearest
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is the oracle: pip install -c constraints.txt bitsandbytes")
@@ -140,18 +141,18 @@ def test_other_containers_take_its_weights_by_rounding_them_again(written, tmp_p
 @pytest.mark.parametrize("name", ["nf4-g64", "fp4-g32-double", "nf4-g256-double", "llm-int8"])
 @pytest.mark.parametrize("shape", [(64, 256), (160, 80), (271, 37)])
 def test_what_is_packed_is_what_was_planned_and_comes_back(name, shape):
-    q = nearest(torch.randn(shape, generator=torch.Generator().manual_seed(0)), parse(name))
     container = BitsAndBytes()
-    packed, plan = container.pack(q), container.plan(q.grid, shape)
+    q = with_inputs(nearest(torch.randn(shape, generator=torch.Generator().manual_seed(0)), parse(name)), container.native(parse(name), torch.bfloat16))
+    packed, plan = container.pack(q), container.plan(q.scheme, shape)
     assert {n: (tuple(t.shape), t.dtype) for n, t in packed.items()} == {n: (s.shape, s.dtype) for n, s in plan.items()}
-    assert container.unpack(packed, q.grid, shape).equal(q)
+    assert container.unpack(packed, q.scheme, shape).equal(q)
 
 
 def test_what_it_cannot_hold_is_refused_with_what_it_can(tmp_path):
     for name in ("int4-g128", "int8-g128", "int8-channel-asym", "q4_k"):
         with pytest.raises(Unsupported, match="nf4"):
             BitsAndBytes().check(BitsAndBytes().native(parse(name), torch.bfloat16), (64, 256))
-    with pytest.raises(Unsupported, match="one grid"):
+    with pytest.raises(Unsupported, match="one scheme"):
         halfbyte.quantize(demo.MODEL, tmp_path / "out", method="nearest", grid="nf4", to="bitsandbytes", override={"*.0.mlp.*": "int8-channel"})
 
 

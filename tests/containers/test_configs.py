@@ -31,16 +31,16 @@ def quantized(name, out=64, width=128):
 def test_bits_are_the_bytes_of_codes_scales_and_zero_points(name, kind):
     container, shape = kind(), (128, 256)
     try:
-        grid = container.native(parse(name), torch.bfloat16)
-        container.check(grid, shape)
+        scheme = container.native(parse(name), torch.bfloat16)
+        container.check(scheme, shape)
     except Unsupported:
         return
     # Not counted: shapes, labels, tables, the order of a file without one, and zero points that a container makes a symmetric grid store.
-    uncounted = {"weight_shape", "g_idx", "weight_format"} | ({"qzeros"} if getattr(grid, "symmetric", False) else set())
-    uncounted |= {"weight.quant_map", "weight.nested_quant_map", *(s for s in container.plan(grid, shape) if "quant_state" in s)}  # tables and labels
-    stored = sum(spec.size_bytes for suffix, spec in container.plan(grid, shape).items() if suffix not in uncounted)
+    uncounted = {"weight_shape", "g_idx", "weight_format"} | ({"qzeros"} if getattr(scheme, "symmetric", False) else set())
+    uncounted |= {"weight.quant_map", "weight.nested_quant_map", *(s for s in container.plan(scheme, shape) if "quant_state" in s)}  # tables and labels
+    stored = sum(spec.size_bytes for suffix, spec in container.plan(scheme, shape).items() if suffix not in uncounted)
     stored += 4 if "double" in name else 0  # the offset of the scales lies among the labels
-    assert grid.bits(shape) * shape[0] * shape[1] == stored * 8
+    assert scheme.weight.bits(shape) * shape[0] * shape[1] == stored * 8
 
 
 def test_narrow_rows_have_the_bits_that_are_said(tmp_path):

@@ -122,7 +122,7 @@ class Block:
     @torch.no_grad()
     def run(self, hidden: Tensor, batch: int) -> Tensor:
         args, kwargs = self.walk.calls[self.module][batch]
-        with Uses(self, self._rounded) if self.inputs else nullcontext():
+        with Uses(self.matrices(), self._rounded) if self.inputs else nullcontext():
             out = self.module(hidden.to(self.walk.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -133,7 +133,7 @@ class Block:
 
     def observe(self, report: Report, batches: Iterable[int], hidden: list[Tensor] | None = None) -> list[Tensor]:
         """Run the batches and report every product with a matrix of the block; returns the block's outputs."""
-        with Uses(self, report):
+        with Uses(self.matrices(), report):
             return [self.run((hidden or self.walk.hidden)[batch], batch) for batch in batches]
 
     def groups(self) -> list[list[Matrix]]:
@@ -195,13 +195,14 @@ class Uses(TorchFunctionMode):
     """Reports each product of a tensor with a matrix of the block, with a part of one, or with several at once, and has it read
     what the report returns."""
 
-    def __init__(self, block: Block, report: Report):
+    def __init__(self, matrices: Iterable[tuple[Matrix, Tensor]], report: Report):
+        """Of matrices, each with its view."""
         super().__init__()
         self.report = report
         self.owners: dict[int, list[tuple[int, int, Matrix, bool]]] = {}
         self.alive: list[Tensor] = []
         """Casts of matrices, kept so that no address is used twice."""
-        for matrix, view in block.matrices():
+        for matrix, view in matrices:
             start, end = extent(view)
             row_major = (view.stride(-1) == 1) != (matrix.weight is not None and matrix.weight.transposed)
             self.owners.setdefault(view.untyped_storage().data_ptr(), []).append((start, end, matrix, row_major))

@@ -6,19 +6,21 @@ import torch
 
 from halfbyte.containers import CONTAINERS
 from halfbyte.errors import Unsupported
-from halfbyte.grids import GRIDS, parse
-from halfbyte.grids.grid import Quantized
+from halfbyte.grids import GRIDS, schemes
+from halfbyte.grids.grid import Inputs, Quantized
 from halfbyte.models.checkpoint import Weight
 from halfbyte.plan import engines
 from halfbyte.recipe import METHODS, method_named
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Statistics
 
-OUT, WIDTH = 64, 256
+OUT, WIDTH = 128, 256
+SCHEMES = [*GRIDS, *(preset.scheme for preset in schemes.PRESETS.values() if "/" in preset.scheme)]
+"""All grids, with inputs in 16 bits, and the schemes that have a name."""
 
 
 def triples() -> Iterator[tuple[str, str, str, str]]:
-    """(method, grid, container, "" or the reason why not) for every method x grid x container, each one tried.
+    """(method, scheme, container, "" or the reason why not) for every method x scheme x container, each one tried.
 
     Raises AssertionError for a triple that does not come back bit for bit.
     """
@@ -26,29 +28,30 @@ def triples() -> Iterator[tuple[str, str, str, str]]:
     w = torch.randn(OUT, WIDTH, generator=generator) * 0.05
     statistics = Statistics(WIDTH)
     statistics.add(torch.randn(512, WIDTH, generator=generator))
-    for name in GRIDS:
+    for name in SCHEMES:
         for kind in CONTAINERS.values():
             container = kind()
-            grid = parse(name)
             try:
-                grid = container.native(grid, torch.bfloat16)
-                container.check(grid, (OUT, WIDTH))
+                scheme = container.native(schemes.parse(name), torch.bfloat16)
+                container.check(scheme, (OUT, WIDTH))
             except Unsupported as error:
                 yield from ((method, name, container.name, str(error)) for method in METHODS)
                 continue
             for method in METHODS:
                 chosen = method_named(method)
-                q = SOLVERS[chosen.solver](w, grid, statistics if chosen.calibrated else None)
+                q = SOLVERS[chosen.solver](w, scheme.weight, statistics if chosen.calibrated else None)
+                if scheme.input:
+                    q = q._replace(input=Inputs(scheme.input, scheme.input.fit(statistics.seen, "max")))
                 packed = container.pack(q)
-                plan = container.plan(grid, q.shape)
+                plan = container.plan(scheme, q.shape)
                 assert {n: (tuple(t.shape), t.dtype) for n, t in packed.items()} == {n: (s.shape, s.dtype) for n, s in plan.items()}
-                again: Quantized = container.unpack(packed, grid, q.shape)
+                again: Quantized = container.unpack(packed, scheme, q.shape)
                 assert again.equal(q), f"{method} {name} {container.name} does not come back as it was"
                 yield method, name, container.name, ""
 
 
 def markdown() -> str:
-    """Grids by container, then engines by container, as the README shows them."""
+    """Schemes by container, then engines by container, as the README shows them."""
     fits: dict[str, dict[str, bool]] = {}
     for _, grid, container, reason in triples():
         fits.setdefault(grid, {})[container] = not reason
@@ -56,9 +59,9 @@ def markdown() -> str:
     for grid, held in fits.items():
         families.setdefault(tuple(c for c in CONTAINERS if held[c]), []).append(grid)
     lines = [
-        f"Every method ({', '.join(f'`{m}`' for m in METHODS)}) meets every grid. The containers hold:",
+        f"Every method ({', '.join(f'`{m}`' for m in METHODS)}) meets every grid. After a slash: how inputs are rounded, where they are. The containers hold:",
         "",
-        f"| grids | {' | '.join(CONTAINERS)} |",
+        f"| schemes | {' | '.join(CONTAINERS)} |",
         f"|---|{':-:|' * len(CONTAINERS)}",
     ]
     for held, names in families.items():
@@ -77,7 +80,9 @@ def markdown() -> str:
 
 def _loaded(engine: str, container: str, fits: dict[str, dict[str, bool]]) -> str:
     weights = [Weight(f"model.layers.0.{n}", f"model.layers.0.{n}.weight", "model.layers.0", s) for n, s in LLAMA.items()]
-    names = [g for g, held in fits.items() if held[container] and engines.check(engine, container, dict.fromkeys(weights, parse(g)), "llama").loads]
+    native = CONTAINERS[container]().native
+    held = {name: native(schemes.parse(name), torch.bfloat16) for name, containers in fits.items() if containers[container]}
+    names = [name for name, scheme in held.items() if engines.check(engine, container, dict.fromkeys(weights, scheme), "llama").loads]
     return _condensed(names) if names else "none"
 
 
@@ -91,11 +96,11 @@ def _condensed(names: list[str]) -> str:
     """int4-g32, int4-g64, int8-g32, int8-g64, q4_k -> `int4/8-g32/64`, `q4_k`."""
     spans: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        if name.startswith("int"):
+        if name.startswith("int") and "/" not in name:
             number, span, *asym = name.split("-")
             spans.setdefault((number, "-asym" if asym else ""), []).append(span)
     numbers: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for (number, asym), found in spans.items():
         numbers.setdefault((tuple(found), asym), []).append(number.removeprefix("int"))
     integers = [f"`int{'/'.join(bits)}-{'/'.join(found)}{asym}`" for (found, asym), bits in numbers.items()]
-    return ", ".join([*integers, *(f"`{name}`" for name in names if not name.startswith("int"))])
+    return ", ".join([*integers, *(f"`{name}`" for name in names if not name.startswith("int") or "/" in name)])

@@ -10,7 +10,8 @@ from halfbyte import pipeline
 from halfbyte.containers.gguf import presets
 from halfbyte.editions import GGUFEdition
 from halfbyte.errors import UnknownName
-from halfbyte.recipe import Recipe, resolve
+from halfbyte.jobs import resolve
+from halfbyte.recipe import Recipe
 from tiny import make
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
