@@ -1,12 +1,15 @@
 """quantize(): plan, walk, transform, solve, write, verify, report."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numba
 import torch
 import xxhash
 
@@ -21,9 +24,12 @@ from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight
 from halfbyte.recipe import Recipe
 from halfbyte.report import build
-from halfbyte.run import Progress, Row, Run, apart, digest, note, recall, row_of, silent, weight_error, with_inputs
+from halfbyte.run import SAMPLED, Progress, Run, Squares, apart, digest, note, recall, relative, row_of, silent, squares, with_inputs
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
+
+SIDE_BY_SIDE = 1 << 28
+"""Weights in memory at a time, where no single matrix has more."""
 
 
 def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
@@ -116,49 +122,64 @@ def identity(job: Job, windows: calibrate.Windows | None) -> str:
 
 
 def _stream(run: Run, units: list[list[Weight]], read: Callable[[Weight], Any], solve: Callable[[Weight, Any, AnyScheme], Quantized]) -> None:
-    """Without calibration: tensor after tensor at the disk's speed. Reading, solving and writing overlap."""
+    """Without calibration: piece after piece at the disk's speed, as many side by side as there are cores."""
     job = run.job
     for record in run.folder.journal:
         recall(run, record)
     notes = {c.weight: c.note for c in job.choices}
     todo = [unit for unit in units if any(w.name not in run.rows for w in unit)]
-    total = sum(w.shape[0] * w.shape[1] for unit in todo for w in unit)
+    cut = [[unit] if len(unit) > 1 else [[piece] for piece in run.edition.pieces(unit[0])] for unit in todo]
+    total = sum(map(_size, todo))
     seen = 0
 
-    def write(weight: Weight, q: Quantized, row: Row) -> None:
-        run.put(weight, q)
-        note(run, [row], {weight.name: digest(q)}, module=weight.name)
+    def write(unit: list[Weight], pieces: list[Weight], sampled: int) -> list[tuple[Squares, str]]:
+        values = [read(piece) for piece in pieces]
+        scheme = job.schemes[unit[0]]
+        q = solve(unit[0], values[0] if len(values) == 1 else torch.cat(values), scheme)
+        parts = [with_inputs(part, scheme) for part in apart(q, pieces)]
+        for piece, part in zip(pieces, parts, strict=True):
+            run.put(piece, part)
+        return [(squares(w, part, sampled), digest(part)) for w, part in zip(values, parts, strict=True)]
 
-    with ThreadPoolExecutor(1) as writer:
-        pending = None
-        for unit, values in _ahead(todo, lambda unit: [read(weight) for weight in unit]):
-            scheme = job.schemes[unit[0]]
-            q = solve(unit[0], values[0] if len(unit) == 1 else torch.cat(values), scheme)
-            for weight, w, part in zip(unit, values, apart(q, unit), strict=True):
-                part = with_inputs(part, scheme)
-                row = row_of(weight, scheme, weight_error(w, part), None, notes[weight])
-                if pending:
-                    pending.result()
-                pending = writer.submit(write, weight, part, row)
-                seen += weight.shape[0] * weight.shape[1]
-                run.progress(weight.name, seen, total)
-        if pending:
-            pending.result()
-    for tensor, value in _ahead(job.kept, job.checkpoint.read):
-        run.keep(tensor, value.to(job.checkpoint.spec(tensor).dtype))
+    def keep(tensor: str) -> None:
+        run.keep(tensor, job.checkpoint.read(tensor).to(job.checkpoint.spec(tensor).dtype))
+
+    with _workers(max((_size(pieces) for tasks in cut for pieces in tasks), default=1)) as pool:
+        written = [[pool.submit(write, unit, pieces, SAMPLED // len(tasks)) for pieces in tasks] for unit, tasks in zip(todo, cut, strict=True)]
+        for unit, tasks in zip(todo, written, strict=True):
+            rows, digests = [], {}
+            for weight, parts in zip(unit, zip(*(task.result() for task in tasks), strict=True), strict=True):
+                rows.append(row_of(weight, job.schemes[weight], relative(part for part, _ in parts), None, notes[weight]))
+                digests[weight.name] = " ".join(found for _, found in parts)
+            note(run, rows, digests, module=unit[0].name)
+            seen += _size(unit)
+            run.progress(unit[-1].name, seen, total)
+        deque(pool.map(keep, job.kept), maxlen=0)
 
 
-def _ahead(items: Iterable, read: Callable) -> Iterator:
-    """Pairs of item and what was read for it; one read runs ahead."""
-    with ThreadPoolExecutor(1) as reader:
-        waiting = None
-        for item in items:
-            following = (item, reader.submit(read, item))
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = following
-        if waiting:
-            yield waiting[0], waiting[1].result()
+def _size(weights: list[Weight]) -> int:
+    return sum(w.shape[0] * w.shape[1] for w in weights)
+
+
+@contextmanager
+def _workers(largest: int) -> Iterator[Executor]:
+    """Threads that share the cores out, for tasks of at most so many weights: the fewer cores a task has, the less they wait for one another.
+
+    There is one thread more than that takes, since some wait for the disk.
+    """
+    cores, torch_threads = numba.get_num_threads(), torch.get_num_threads()
+    together = max(1, min(cores, SIDE_BY_SIDE // largest))
+
+    def share() -> None:
+        numba.set_num_threads(cores // together)
+        torch.set_num_threads(max(1, torch_threads // together))
+
+    with ThreadPoolExecutor(together + 1, initializer=share) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(torch_threads)
 
 
 def _finish(run: Run, started: float) -> dict[str, Any]:
@@ -187,9 +208,13 @@ def verify(run: Run) -> None:
         raise BrokenOutput(f"{len(lost)} tensors of the source are in no part of the output, the first '{lost[0]}'")
 
     def read_again(name: str) -> str:
-        return digest(run.edition.unpack(entries, *schemes[name]) if name in schemes else run.edition.kept(entries, name))
+        if name not in schemes:
+            return digest(run.edition.kept(entries, name))
+        weight, scheme = schemes[name]
+        pieces = run.edition.pieces(weight) if " " in run.digests[name] else [weight]
+        return " ".join(digest(run.edition.unpack(entries, piece, scheme)) for piece in pieces)
 
-    with ThreadPoolExecutor(2) as pool:
+    with _workers(max(map(_size, run.job.units), default=1)) as pool:
         for number, (name, again) in enumerate(zip(run.digests, pool.map(read_again, run.digests), strict=True)):
             run.progress("checking what was written", number, len(run.digests))
             if again != run.digests[name]:

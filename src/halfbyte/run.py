@@ -1,7 +1,8 @@
 """A job under way: where its results go, and what is known of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ Progress = Callable[[str, float, float], None]
 """(what is being done, done so far, of how much)"""
 SAMPLED = 1 << 18
 """Weights that the error of a matrix without calibration is taken over."""
+Squares = tuple[float, float]
+"""Sums of squares: of what rounded weights miss, and of the weights."""
 
 
 def silent(what: str, done: float, total: float) -> None:
@@ -52,7 +55,7 @@ class Run:
     progress: Progress
     rows: dict[str, Row] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
-    """Of every module and kept tensor, as the solver returned it or the source held it."""
+    """Of every module and kept tensor, as the solver returned it or the source held it; of each piece, where it was written in pieces."""
     folds: list[dict] = field(default_factory=list)
     windows: Windows | None = None
 
@@ -82,14 +85,25 @@ def digest(value: Quantized | list[Tensor]) -> str:
 
 def weight_error(w: Tensor | Quantized, q: Quantized) -> float:
     """Relative error of the weights, over evenly spaced rows where there are many."""
+    return relative([squares(w, q)])
+
+
+def relative(parts: Iterable[Squares]) -> float:
+    """The error of a matrix, from those of its pieces."""
+    missed, size = (sum(numbers) for numbers in zip(*parts, strict=True))
+    return sqrt(missed / max(size, 1e-60))
+
+
+def squares(w: Tensor | Quantized, q: Quantized, sampled: int = SAMPLED) -> Squares:
+    """Over evenly spaced rows, of some `sampled` weights in all."""
     if w is q:
-        return 0.0
-    rows = sample_rows(q.shape[0], SAMPLED // q.shape[1])
+        return 0.0, 0.0
+    rows = sample_rows(q.shape[0], sampled // q.shape[1])
     exact = (w.decode() if isinstance(w, Quantized) else w)[rows].float()
     # Where rows share parameters (a tensor's one scale, blocks of 128 x 128, nested scales), a part of them cannot be decoded alone.
     apart = all(p.shape[0] == q.shape[0] for p in q.params.values())
     rounded = same_rows(q, rows).decode() if apart else q.decode()[rows]
-    return ((rounded - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+    return (rounded - exact).norm().item() ** 2, exact.norm().item() ** 2
 
 
 def apart(q: Quantized, unit: list[Weight]) -> list[Quantized]:

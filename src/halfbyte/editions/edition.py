@@ -33,6 +33,10 @@ class Edition(ABC):
     def shards(self, stem: str) -> dict[str, Shard]:
         """Every file of tensors, laid out from shapes alone; `stem` is the output's own name."""
 
+    def pieces(self, weight: Weight) -> list[Weight]:
+        """Runs of a matrix's rows that can be read, rounded and written each by itself, in order."""
+        return [weight]
+
     @abstractmethod
     def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
         """What is written of a matrix."""

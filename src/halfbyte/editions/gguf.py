@@ -1,6 +1,7 @@
 """A GGUF: one file (or parts of one) under ggml's names, with hyper-parameters and tokenizer in it."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from halfbyte.jobs import Job
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.ggufs import GGUFCheckpoint, translation_of
 
+PIECE, HEADS_ROWS = 1 << 20, 256
+"""Weights of a piece: few enough for a core's cache. Rows of it come in multiples of a few heads', whose order may differ."""
 PLAIN_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -85,21 +88,33 @@ class GGUFEdition(Edition):
         commonest = self.job.preset or max(presets.PRESETS, key=lambda name: sum(kind == presets.PRESETS[name].type for kind, _ in self.tensors.values()))
         return {**said, "general.file_type": Value("uint32", presets.PRESETS[commonest].file_type)}
 
+    def pieces(self, weight: Weight) -> list[Weight]:
+        """Blocks lie within rows, so rows go apart wherever the file's order of them does not mix the pieces."""
+        source, places, (out, width) = self.job.checkpoint, self.names.places(weight.tensor), weight.shape
+        plain = not isinstance(source, GGUFCheckpoint) and weight.tensor in source.entries and weight.tensor not in source.parts
+        if not plain or weight.transposed or weight.expert is not None or len(places) > 1 or places[0].expert is not None:
+            return [weight]
+        rows = max(HEADS_ROWS, PIECE // width // HEADS_ROWS * HEADS_ROWS)
+        found = [replace(weight, first=first, shape=(min(rows, out - first), width)) for first in range(0, out, rows)]
+        return found if places[0].rows is None or all(_closed(_order(places[0], piece)) for piece in found) else [weight]
+
     def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
         for place in self.names.places(weight.tensor):
-            raw = self.container.pack(q if place.rows is None else same_rows(q, place.rows))[""]
+            order = _order(place, weight)
+            raw = self.container.pack(q if order is None else same_rows(q, order))[""]
             expert = place.expert if weight.expert is None else weight.expert
-            yield Part(place.name, raw) if expert is None else Part(place.name, raw[None], expert)
+            yield Part(place.name, raw, weight.first) if expert is None else Part(place.name, raw[None], expert)
 
     def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: AnyScheme) -> Quantized:
         parts = []
         for place in self.names.places(weight.tensor):
             expert = place.expert if weight.expert is None else weight.expert
-            raw = rows_of(entries[place.name], expert)
+            raw = rows_of(entries[place.name], expert) if weight.first is None else entries[place.name].read(weight.first, weight.first + weight.shape[0])
             raw = raw if expert is None else raw[0]
             part = self.container.unpack({"": raw}, scheme, (raw.shape[0], weight.shape[1]))
             if part.shape == weight.shape:
-                return part if place.rows is None else same_rows(part, torch.argsort(place.rows))
+                order = _order(place, weight)
+                return part if order is None else same_rows(part, torch.argsort(order))
             parts.append(part)
         params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
         return Quantized(scheme.weight, torch.cat([part.codes for part in parts]), params)
@@ -139,6 +154,17 @@ class GGUFEdition(Edition):
 def _spec(type_name: str, shape: Shape) -> Spec:
     kind = TYPES[type_name]
     return Spec(shape, kind.dtype) if kind.dtype != torch.uint8 else Spec((*shape[:-1], row_bytes(type_name, shape[-1])), torch.uint8)
+
+
+def _order(place: Place, weight: Weight) -> Tensor | None:
+    """Where the rows of a matrix, or of a piece of it, come from; None: as they lie."""
+    if place.rows is None or weight.first is None:
+        return place.rows
+    return place.rows[weight.first : weight.first + weight.shape[0]] - weight.first
+
+
+def _closed(order: Tensor | None) -> bool:
+    return order is None or torch.equal(order.sort().values, torch.arange(len(order)))
 
 
 def _stored_shape(place: Place, shape: Shape) -> Shape:

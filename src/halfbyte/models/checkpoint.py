@@ -39,6 +39,8 @@ class Weight:
     """[out, in], whichever way it lies in the file."""
     transposed: bool = False
     expert: int | None = None
+    first: int | None = None
+    """Of a piece: the first of its rows."""
 
 
 class Checkpoint:
@@ -236,7 +238,9 @@ class Checkpoint:
 
     def read_weight(self, weight: Weight) -> Tensor:
         """[out, in], in the stored precision. Raises BadCheckpoint for NaN or Inf."""
-        if weight.expert is not None and weight.tensor in self.entries:
+        if weight.first is not None:
+            w = self.entries[weight.tensor].read(weight.first, weight.first + weight.shape[0])
+        elif weight.expert is not None and weight.tensor in self.entries:
             w = self.entries[weight.tensor].read(weight.expert, weight.expert + 1)[0]
         else:
             w = self.read(weight.tensor)

@@ -1,0 +1,43 @@
+"""A matrix that is written piece after piece is the matrix that is written whole."""
+
+import os
+
+import pytest
+
+import halfbyte
+from halfbyte import demo
+from halfbyte.editions import gguf
+from halfbyte.errors import BrokenOutput
+
+WORDS = {"method": "nearest", "grid": "Q4_K_M", "to": "gguf"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "model.gguf"
+    return halfbyte.quantize(demo.MODEL, out, **WORDS), out
+
+
+@pytest.mark.parametrize("rows", [256, 64, 32], ids=["several heads", "a head", "half a head, whose rows the file mixes"])
+def test_the_bytes_are_the_same(rows, whole, tmp_path, monkeypatch):
+    before, out = whole
+    monkeypatch.setattr(gguf, "PIECE", 1)
+    monkeypatch.setattr(gguf, "HEADS_ROWS", rows)
+    after = halfbyte.quantize(demo.MODEL, tmp_path / "model.gguf", **WORDS)
+    assert (tmp_path / "model.gguf").read_bytes() == out.read_bytes()
+    errors = [{row["name"]: row["error"] for row in report["weights"]} for report in (before, after)]
+    assert all(errors[1][name] == pytest.approx(error, rel=0.05) for name, error in errors[0].items())
+
+
+def test_a_piece_that_the_disk_spoils_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "PIECE", 1)
+    written = os.pwrite
+
+    def spoil(file, data, offset):
+        data = bytes(data) if len(data) < 1 << 16 else bytes(data[:-1]) + bytes([data[-1] ^ 1])
+        return written(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", spoil)
+    with pytest.raises(BrokenOutput, match="reads back as something else"):
+        halfbyte.quantize(demo.MODEL, tmp_path / "model.gguf", **WORDS)
+    assert not list(tmp_path.iterdir())
