@@ -149,9 +149,9 @@ def _try(x, h, m, groups, top, symmetric, held):
     spread(m[INVERSE : INVERSE + LANES], groups)
     m[XQ_MIDDLE : XQ_MIDDLE + 6 * LANES] = 0
     if symmetric:
-        _two_zeros(x, h, m, top)
+        _sums_of_zeros(x, h, m, top, None)
     else:
-        _three_zeros(x, h, m, top)
+        _sums_of_zeros(x, h, m, top, ABOVE)
         _better(m, groups, ABOVE, XQ_ABOVE, QQ_ABOVE, held, F(1))
     _better(m, groups, MIDDLE, XQ_MIDDLE, QQ_MIDDLE, held, F(1))
     # On a symmetric grid, one code less below zero and one more above it is a negative scale.
@@ -167,7 +167,8 @@ def _next(m, groups, k, last):
 
 
 @tiles.part
-def _two_zeros(x, h, m, top):
+def _sums_of_zeros(x, h, m, top, above):
+    """Sums for each code of zero. Where `above` is None, the one above is left out, when this is compiled."""
     for i in range(0, x.shape[0], 2):
         x0, x1 = x[i], x[i + 1]
         for lane in range(LANES):
@@ -182,27 +183,10 @@ def _two_zeros(x, h, m, top):
             xq, qq = _sums(x0[lane], x1[lane], r0, r1, h0, h1, m[BELOW + lane], top)
             m[XQ_BELOW + lane] += xq
             m[QQ_BELOW + lane] += qq
-
-
-@tiles.part
-def _three_zeros(x, h, m, top):
-    for i in range(0, x.shape[0], 2):
-        x0, x1 = x[i], x[i + 1]
-        for lane in range(LANES):
-            r0, r1 = rounded(x0[lane] * m[INVERSE + lane]), rounded(x1[lane] * m[INVERSE + lane])
-            if h is None:
-                h0, h1 = F(1), F(1)
-            else:
-                h0, h1 = h[i, lane], h[i + 1, lane]
-            xq, qq = _sums(x0[lane], x1[lane], r0, r1, h0, h1, m[MIDDLE + lane], top)
-            m[XQ_MIDDLE + lane] += xq
-            m[QQ_MIDDLE + lane] += qq
-            xq, qq = _sums(x0[lane], x1[lane], r0, r1, h0, h1, m[BELOW + lane], top)
-            m[XQ_BELOW + lane] += xq
-            m[QQ_BELOW + lane] += qq
-            xq, qq = _sums(x0[lane], x1[lane], r0, r1, h0, h1, m[ABOVE + lane], top)
-            m[XQ_ABOVE + lane] += xq
-            m[QQ_ABOVE + lane] += qq
+            if above is not None:
+                xq, qq = _sums(x0[lane], x1[lane], r0, r1, h0, h1, m[ABOVE + lane], top)
+                m[XQ_ABOVE + lane] += xq
+                m[QQ_ABOVE + lane] += qq
 
 
 @tiles.part
