@@ -165,7 +165,7 @@ class Inputs(NamedTuple):
 
     def round(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... in"]:
         """What the linear computes with, in the dtype of x."""
-        return self.grid.round(x, self.grid.params(x, self.params)).to(x.dtype)
+        return self.grid.round(x, self.grid.params(x, self.params)).to(x.dtype) if x.numel() else x
 
 
 @dataclass(frozen=True)

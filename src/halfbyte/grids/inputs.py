@@ -209,8 +209,8 @@ class LLMInt8Inputs(InputGrid):
         return "llm-int8"
 
     def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
-        stays = (x.abs() >= self.threshold).flatten(0, -2).any(0)
-        return {**self.tokens.params(x.masked_fill(stays, 0), {}), "stays": stays}
+        large = x.abs() >= self.threshold
+        return {**self.tokens.params(x.masked_fill(large, 0), {}), "stays": large.flatten(0, -2).any(0)}
 
     def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
         return torch.where(params["stays"], x.float(), self.tokens.round(x, params))
