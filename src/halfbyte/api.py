@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def quantize(model: str | Path | Recipe, out: str | Path, *, overwrite: bool = False, progress: Progress = silent, **recipe: Any) -> dict[str, Any]:
     """Quantize `model` (a folder, a GGUF, a hub id, or a whole Recipe) into `out`, a folder or a .gguf file; returns the report.
 
-    `recipe` takes the entries of Recipe: method, grid, to, engine, calibration, skip, override, head, pure, imatrix, pre, shard_gb.
+    `recipe` takes the entries of Recipe: method, grid, to, engine, calibration, skip, override, input_range,
+    alpha, head, pure, imatrix, pre, shard_gb.
     Raises HalfbyteError.
     """
     words = model.model_dump(exclude_unset=True) if isinstance(model, Recipe) else {"model": str(model)}

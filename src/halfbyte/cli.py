@@ -40,9 +40,16 @@ def options(
 def quantize(
     model: Annotated[str | None, typer.Argument(help="A folder, a GGUF, or a hub id such as org/name.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")] = None,
-    method: Annotated[str | None, typer.Option(help="minmax, nearest, imatrix, gptq, gptaq, awq, or awq+gptq.", show_default="gptq")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="minmax, nearest, imatrix, gptq, gptaq, awq, smoothquant, awq+gptq, smoothquant+gptq.", show_default="the preset's, or gptq"),
+    ] = None,
     grid: Annotated[
-        str | None, typer.Option(help="Such as int4-g128, nf4-g64, fp8-e4m3-channel; for GGUF a preset such as Q4_K_M.", show_default="int4-g128")
+        str | None,
+        typer.Option(
+            help="Weights such as int4-g128, nf4-g64; with inputs such as int8-channel/int8-token; a preset such as w8a8, fp8, or Q4_K_M for GGUF.",
+            show_default="int4-g128",
+        ),
     ] = None,
     to: Annotated[
         str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, fp8 or gguf.", show_default="the engine's, else what holds the grid")
@@ -56,6 +63,12 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="Which windows are drawn.", show_default="0")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Keep weights that match this pattern in 16 bits; repeatable.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=GRID, such as 'layers.0.*=int8-channel', or PATTERN=keep; repeatable.")] = None,
+    input_range: Annotated[
+        str | None, typer.Option(help="What stored scales of inputs span: max, percentile (99.99) or mse (the least error).", show_default="max")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="smoothquant: how much of the inputs' range moves into the weights, 0 to 1.", show_default="searched for each fold")
+    ] = None,
     head: Annotated[bool | None, typer.Option("--head/--no-head", help="Quantize lm_head too (a GGUF's preset decides by itself).", show_default="no")] = None,
     pure: Annotated[bool | None, typer.Option("--pure", help="GGUF: one type for all tensors, whatever the preset says.")] = None,
     imatrix: Annotated[str | None, typer.Option(help="An importance matrix of llama.cpp, in place of calibration (methods nearest and imatrix).")] = None,
@@ -75,7 +88,7 @@ def quantize(
     from halfbyte.recipe import Recipe
 
     words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None,
-             "pure": pure, "imatrix": imatrix, "pre": pre, "shard_gb": shard_gb}  # fmt: skip
+             "input_range": input_range, "alpha": alpha, "pure": pure, "imatrix": imatrix, "pre": pre, "shard_gb": shard_gb}  # fmt: skip
     words = {name: value for name, value in words.items() if value is not None}
     if override:
         words["override"] = dict(_pair(pair) for pair in override)

@@ -34,6 +34,7 @@ PRESETS: dict[str, Preset] = {
 
 def parse(name: str) -> AnyScheme:
     """`str(parse(name)) == name` for names that are no presets."""
+    name = name.lower()
     words = PRESETS[name].scheme if name in PRESETS else name
     weight, slash, read = words.partition("/")
     try:

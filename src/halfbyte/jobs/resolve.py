@@ -28,8 +28,8 @@ ANY_SHAPE = (1024, 1024)
 
 def resolve(recipe: Recipe) -> Job:
     """Check every word of a recipe against the tables, the checkpoint's shapes and the engine's rules."""
-    if recipe.grid in schemes.PRESETS and "method" not in recipe.model_fields_set:
-        recipe = recipe.model_copy(update={"method": schemes.PRESETS[recipe.grid].method})
+    if (preset := schemes.PRESETS.get(recipe.grid.lower())) and "method" not in recipe.model_fields_set:
+        recipe = recipe.model_copy(update={"method": preset.method})
     method = method_named(recipe.method)
     if recipe.engine and recipe.engine not in engines.ENGINES:
         raise UnknownName("engine", recipe.engine, engines.ENGINES)
