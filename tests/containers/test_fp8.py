@@ -173,3 +173,55 @@ def test_blocks_that_end_early_decode_as_their_scales_say():
     q = Quantized(grid, grid.encode(w, params), params)
     scale = params["scale"].repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
     assert torch.equal(q.decode(), q.codes.view(torch.float8_e4m3fn).float() * scale)
+
+
+FUSED = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+
+
+def test_fused_experts_are_read_one_by_one(tmp_path):
+    """Transformers' own names for them (integrations/finegrained_fp8.py FP8Experts)."""
+    plain = tiny.make(tmp_path / "plain", **SIZES, **FUSED, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], hidden_act="silu")
+    tensors = load_file(plain / "model.safetensors")
+    stored = dict(tensors)
+    for name in [n for n, t in tensors.items() if t.dim() == 3]:
+        blocks = tensors[name].float().unflatten(1, (-1, 128)).unflatten(3, (-1, 128))
+        scale = blocks.abs().amax((2, 4), keepdim=True) / 448
+        codes = (blocks / scale).to(torch.float8_e4m3fn)
+        stored |= {name: codes.flatten(3).flatten(1, 2), f"{name}_scale_inv": scale[:, :, 0, :, 0].contiguous()}
+        tensors[name] = (codes.float() * scale).flatten(3).flatten(1, 2)
+    save_file(tensors, plain / "model.safetensors")
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    said = json.loads((plain / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    (fused / "config.json").write_text(json.dumps(said))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (fused / name).write_bytes((plain / name).read_bytes())
+    save_file(stored, fused / "model.safetensors")
+    assert Checkpoint.open(fused).quantized["model.layers.1.mlp.experts.3.gate_up_proj"][1] == (256, 256)
+    for folder in (plain, fused):
+        halfbyte.quantize(folder, tmp_path / f"{folder.name}-int4", method="gptq", grid="int4-g128", calibration=sample(tmp_path))
+    ours, expected = decoded(tmp_path / "fused-int4"), decoded(tmp_path / "plain-int4")
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[m], expected[m]) for m in ours)
+
+
+def sample(folder: Path) -> dict:
+    return {"source": str(tiny.text(folder / "text.txt")), "samples": 4, "length": 64}
+
+
+def test_llama_4s_experts_lie_transposed(tmp_path):
+    """[experts, in, out] with scales of rows (Transformers integrations/fbgemm_fp8.py FbgemmFp8Llama4TextExperts)."""
+    generator = torch.Generator().manual_seed(0)
+    home, folder = "model.layers.0.feed_forward.experts", tmp_path / "llama4"
+    up, down = (torch.randn(2, *shape, generator=generator).to(torch.float8_e4m3fn) for shape in ((192, 512), (256, 192)))
+    scales = {"gate_up_proj_scale": torch.rand(2, 1, 512, generator=generator), "down_proj_scale": torch.rand(2, 192, 1, generator=generator)}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama4_text", "quantization_config": {"quant_method": "fbgemm_fp8"}}))
+    save_file({f"{home}.gate_up_proj": up, f"{home}.down_proj": down, **{f"{home}.{n}": s for n, s in scales.items()}}, folder / "model.safetensors")
+    ours, checkpoint = decoded(folder), Checkpoint.open(folder)
+    for expert in range(2):
+        w = up[expert].float() * scales["gate_up_proj_scale"][expert]
+        assert torch.equal(ours[f"{home}.{expert}.gate_up_proj"], w.T)
+        assert torch.equal(checkpoint.read(f"{home}.{expert}.gate_up_proj.weight"), w)  # as the unquantized checkpoint has it
+        assert torch.equal(ours[f"{home}.{expert}.down_proj"], (down[expert].float() * scales["down_proj_scale"][expert].T).T)

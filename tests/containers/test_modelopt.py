@@ -113,3 +113,24 @@ def test_nvfp4_moves_to_compressed_tensors_but_for_the_last_bit(name, scheme, tm
 def test_nvfp4_is_a_source(tmp_path):
     report = halfbyte.quantize(FOLDERS / "modelopt-nvfp4", tmp_path / "out", method="nearest", grid="int8-g32")
     assert max(row["error"] for row in report["weights"]) < 0.01
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_fused_experts_in_nvfp4_are_read_whichever_way_they_lie(turned, tmp_path):
+    """As nvidia/Llama-4-Scout-17B-16E-Instruct-NVFP4 has them, [experts, in / 2, out], or [experts, out, in / 2]."""
+    module, home = MODULES[1], "model.layers.0.feed_forward.experts"
+    one = load_file(FOLDERS / "modelopt-nvfp4" / "model.safetensors")
+    stack = {
+        part: torch.stack([one[f"{module}.{part}"].view(torch.uint8), one[f"{module}.{part}"].view(torch.uint8).flip(0)]) for part in ("weight", "weight_scale")
+    }
+    stack = {part: (t.mT if turned else t).contiguous() for part, t in stack.items()}
+    fused = {
+        f"{home}.gate_up_proj": stack["weight"],
+        f"{home}.gate_up_proj_weight_scale": stack["weight_scale"].view(torch.float8_e4m3fn),
+        f"{home}.gate_up_proj_weight_scale_2": one[f"{module}.weight_scale_2"],
+    }
+    folder = edited("modelopt-nvfp4", tmp_path / "fused", lambda tensors: fused)
+    w = decoded(FOLDERS / "modelopt-nvfp4")[module]
+    ours = decoded(folder)
+    assert torch.equal(ours[f"{home}.0.gate_up_proj"], w)
+    assert torch.equal(ours[f"{home}.1.gate_up_proj"], w.flip(0))

@@ -5,7 +5,8 @@ weight            float8 [out, in]
 weight_scale_inv  fp32 [ceil(out / 128), ceil(in / 128)], what the block is multiplied by, despite its name
 weight_scale      fp32 [], in its place where a whole matrix has one scale
 
-Also read are powers of two in bytes: as scales of such blocks (scale_fmt ue8m0), and of 32 in-features (MXFP8).
+Also read are powers of two in bytes: as scales of such blocks (scale_fmt ue8m0), and of 32 in-features (MXFP8); scales of rows, in
+weight_scale [out, 1] (fbgemm_fp8); and fused experts, X [experts, out, in] with X_scale_inv or X [experts, in, out] with X_scale [experts, 1, out].
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.container import Config, ConfigContainer, commonest, input_specs, input_tensors, inputs_of
+from halfbyte.containers.fused import apart
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.floats import FLOAT_GRIDS, SIDE, FloatGrid
@@ -71,12 +73,14 @@ class FP8(ConfigContainer):
         return {"weight": weight, "weight_scale_inv": scale}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
-        grid = _float(scheme)
+        grid, weight = _float(scheme), tensors["weight"].view(torch.uint8)
         scale = tensors["weight_scale_inv" if "weight_scale_inv" in tensors else "weight_scale"]
+        if _is_transposed(weight.shape, scale.shape):
+            weight = weight.T.contiguous()
         scale = scale.view(torch.uint8) if scale.dtype in BYTES else scale.float()
         if scale.dtype == torch.uint8 and grid.scale != "e8m0":
             scale = torch.exp2(scale.float() - 127)
-        return Quantized(grid, tensors["weight"].view(torch.uint8), {"scale": scale.reshape(grid.scales_shape(shape))}, inputs_of(tensors, scheme.input))
+        return Quantized(grid, weight, {"scale": scale.reshape(grid.scales_shape(shape))}, inputs_of(tensors, scheme.input))
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
         scheme = commonest(schemes)
@@ -91,7 +95,10 @@ class FP8(ConfigContainer):
         }
 
     def reads(self, config: Config) -> bool:
-        return config.get("quant_method") in (self.name, "mxfp8")
+        return config.get("quant_method") in (self.name, "mxfp8", "fbgemm_fp8")
+
+    def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        return apart(entries, {"": "weight", "_scale_inv": "weight_scale_inv", "_scale": "weight_scale", "_activation_scale": "activation_scale"})
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
         found: dict[str, tuple[AnyScheme, Shape]] = {}
@@ -101,9 +108,10 @@ class FP8(ConfigContainer):
                 scale = entries.get(f"{module}.weight_scale_inv") or entries.get(f"{module}.weight_scale")
                 if scale is None:
                     raise Unsupported(f"{name} is FP8 and has no weight_scale_inv or weight_scale beside it")
+                shape = weight.shape[::-1] if _is_transposed(weight.shape, scale.shape) else weight.shape
                 grid = _grid(name, weight, scale)
                 is_static = config.get("activation_scheme") == "static" and f"{module}.input_scale" in entries
-                found[module] = Scheme(grid, STATIC if is_static else READ[grid.span]), weight.shape
+                found[module] = Scheme(grid, STATIC if is_static else READ[grid.span]), shape
         return found
 
 
@@ -114,12 +122,19 @@ def _grid(name: str, weight: Entry, scale: Entry) -> FloatGrid:
     grids = [FLOAT_GRIDS[f"fp8-{element}-{span}"] for span in spans]
     if scale.dtype in BYTES and weight.shape[-1] % 32 == 0:
         grids.append(FLOAT_GRIDS[f"mxfp8-{element}"])
+    if _is_transposed(weight.shape, scale.shape):
+        return FLOAT_GRIDS[f"fp8-{element}-channel"]
     shape = {0: (1, 1), 1: (*scale.shape, 1), 4: scale.shape[::2]}.get(len(scale.shape), scale.shape)  # [1], [out], [rows, 1, columns, 1]
     if len(weight.shape) != 2 or not (fits := [g for g in grids if g.scales_shape(weight.shape) == shape]):
         raise Unsupported(
             f"{name}: scales {tuple(scale.shape)} for weights {tuple(weight.shape)} are not read; of blocks of {SIDE} x {SIDE}, rows, matrices are"
         )
     return fits[0]
+
+
+def _is_transposed(weight: Shape, scale: Shape) -> bool:
+    """Llama 4's experts lie as [in, out]; scales of rows, [1, out] or [out, 1], show it. Blocks have so many for narrow matrices only."""
+    return len(weight) == 2 and weight[0] != weight[1] > SIDE and tuple(scale) in ((1, weight[1]), (weight[1], 1))
 
 
 def _float(scheme: AnyScheme) -> FloatGrid:

@@ -6,10 +6,12 @@ FP8    weight          float8_e4m3fn [out, in]
 NVFP4  weight          uint8 [out, in / 2]: the first of neighbours in the low bits
        weight_scale    float8_e4m3fn [out, in / 16]
        weight_scale_2  fp32 [], which scales are multiplied by
+       Fused experts lie as X [experts, out, in / 2] or [experts, in / 2, out], with X_weight_scale and so on.
 both   input_scale     fp32 [], where inputs are rounded with a scale that is known
        k_scale, v_scale, k_bias, v_bias: of the KV cache, under k_proj and v_proj
 """
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from halfbyte.containers.compressed.small_floats import unpack
 from halfbyte.containers.container import Config, inputs_of
 from halfbyte.containers.fp8 import FP8, STATIC
+from halfbyte.containers.fused import apart
 from halfbyte.containers.read_only import ReadOnly
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
@@ -41,8 +44,13 @@ class ModelOpt(ReadOnly):
         said = config.get("producer")
         return str(config.get("quant_method", "")).startswith(self.name) or (isinstance(said, dict) and said.get("name") == self.name)
 
+    def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        return apart(entries, {"": "weight", **{f"_{part}": part for part in ("weight_scale", "weight_scale_2", "input_scale")}})
+
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
         found = FP8().find({"activation_scheme": "static"}, entries)
+        if fused := next((m for m in found if re.search(r"\.\d+\.gate_up_proj$", m)), None):
+            raise Unsupported(f"{fused}: modelopt's fused experts in FP8 are not read, since nothing tells which way they lie; in NVFP4 they are")
         for name in entries:
             module, _, suffix = name.rpartition(".")
             if suffix in NOT_FOLLOWED:
@@ -55,8 +63,11 @@ class ModelOpt(ReadOnly):
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
         if scheme.weight != NVFP4_FACTOR:
             return FP8().unpack(tensors, scheme, shape)
-        params = {"scale": tensors["weight_scale"].view(torch.uint8), "factor": tensors["weight_scale_2"].float().view(1, 1)}
-        return Quantized(NVFP4_FACTOR, unpack(tensors["weight"], 4), params, self.inputs(tensors, scheme.input))
+        weight, scale = tensors["weight"], tensors["weight_scale"].view(torch.uint8)
+        if weight.shape[0] != shape[0] or scale.shape[0] != shape[0]:  # Llama 4's experts and gpt-oss's lie as [in, out]
+            weight, scale = weight.T, scale.T.contiguous()
+        params = {"scale": scale, "factor": tensors["weight_scale_2"].float().view(1, 1)}
+        return Quantized(NVFP4_FACTOR, unpack(weight, 4), params, self.inputs(tensors, scheme.input))
 
     def inputs(self, tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
         if grid != NVFP4_INPUTS:
@@ -73,11 +84,13 @@ def _inputs_of_nvfp4(config: Config, module: str) -> InputGrid:
 
 def _nvfp4_shape(module: str, entries: Mapping[str, Entry]) -> Shape:
     weight, scale = entries[f"{module}.weight"], entries[f"{module}.weight_scale"]
-    shape = (weight.shape[0], weight.shape[-1] * 2)
-    whole = f"{module}.weight_scale_2" in entries and weight.dtype == torch.uint8 and scale.dtype == torch.float8_e4m3fn
-    if not whole or len(weight.shape) != 2 or scale.shape != NVFP4_FACTOR.scales_shape(shape):
-        raise Unsupported(
-            f"{module}: modelopt's {weight.dtype} {tuple(weight.shape)} weights with {scale.dtype} {tuple(scale.shape)} scales are not read; "
-            "its FP8, MXFP8 and NVFP4 are"
-        )
-    return shape
+    if f"{module}.weight_scale_2" in entries and weight.dtype == torch.uint8 and scale.dtype == torch.float8_e4m3fn and len(weight.shape) == 2:
+        a, b = weight.shape
+        if scale.shape == (a, b // 8):
+            return a, 2 * b
+        if scale.shape == (a // 8, b):
+            return b, 2 * a
+    raise Unsupported(
+        f"{module}: modelopt's {weight.dtype} {tuple(weight.shape)} weights with {scale.dtype} {tuple(scale.shape)} scales are not read; "
+        "its FP8, MXFP8 and NVFP4 are"
+    )

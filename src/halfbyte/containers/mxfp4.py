@@ -7,19 +7,17 @@ X_scales  uint8 [experts, out, in / 32], a power of two (E8M0)
 The unquantized checkpoint has X itself, [experts, in, out].
 """
 
-import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from halfbyte.containers.compressed.small_floats import MXFP4 as PACKED
 from halfbyte.containers.container import Config
+from halfbyte.containers.fused import apart
 from halfbyte.containers.read_only import ReadOnly
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import AnyScheme, Quantized, Shape
-
-FUSED = re.compile(r"(?P<home>.+)\.(?P<last>[^.]+)_(?P<part>blocks|scales)")
 
 
 class MXFP4(ReadOnly):
@@ -33,13 +31,7 @@ class MXFP4(ReadOnly):
         return config.get("quant_method") == self.name
 
     def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        found: dict[str, Entry] = {}
-        for name, entry in entries.items():
-            if fused := FUSED.fullmatch(name):
-                found |= {f"{fused['home']}.{expert}.{fused['last']}.{fused['part']}": entry.at(expert) for expert in range(entry.shape[0])}
-            else:
-                found[name] = entry
-        return found
+        return apart(entries, {"_blocks": "blocks", "_scales": "scales"})
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
         found: dict[str, tuple[AnyScheme, Shape]] = {}
