@@ -92,11 +92,12 @@ class GGUFEdition(Edition):
         """Blocks lie within rows, so rows go apart wherever the file's order of them does not mix the pieces."""
         source, places, (out, width) = self.job.checkpoint, self.names.places(weight.tensor), weight.shape
         plain = not isinstance(source, GGUFCheckpoint) and weight.tensor in source.entries and weight.tensor not in source.parts
-        if not plain or weight.transposed or weight.expert is not None or len(places) > 1 or places[0].expert is not None:
+        if not plain or weight.transposed or weight.expert is not None or len(places) != 1:
             return [weight]
+        (place,) = places
         rows = max(HEADS_ROWS, PIECE // width // HEADS_ROWS * HEADS_ROWS)
         found = [replace(weight, first=first, shape=(min(rows, out - first), width)) for first in range(0, out, rows)]
-        return found if places[0].rows is None or all(_closed(_order(places[0], piece)) for piece in found) else [weight]
+        return found if place.expert is None and all(_closed(_order(place, piece)) for piece in found) else [weight]
 
     def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
         for place in self.names.places(weight.tensor):

@@ -58,11 +58,11 @@ SIDES, THIRDS = (0.1, 0.5, 0.9), (0.0, 1 / 3, 2 / 3, 1.0)
 
 # Measured on normal, Student-t and trained weights; each step of these costs about 0.2 ns of processor time per weight.
 EFFORT = {
-    "q2_k": Effort(_coarse(2.0, 3.6, 3, (0.2, 0.8)), _near(1), _near(1)),
+    "q2_k": Effort(_coarse(2.0, 3.6, 3, (0.2, 0.8)), _near(1), _near(0)),
     "q3_k": Effort(_coarse(3.1, 4.9, 4), _near(2)),
     "q4_k": Effort(_coarse(13.0, 15.5, 4, SIDES), _near(1), _near(1)),
     "q5_k": Effort(_coarse(28.5, 31.5, 3, SIDES), _near(1), _near(1)),
-    "q6_k": Effort(_coarse(30.0, 32.5, 4), _near(4)),
+    "q6_k": Effort(_coarse(30.0, 32.5, 4), _near(1)),
     "q4_1": Effort(_coarse(12.0, 16.0, 4, THIRDS, 2)),
     "q5_1": Effort(_coarse(28.0, 32.0, 4, THIRDS, 2)),
     "tq1_0": Effort(_coarse(0.9, 5.0, 16)),
