@@ -25,7 +25,7 @@ def quantize(model: str | Path | Recipe, out: str | Path, *, overwrite: bool = F
     """Quantize `model` (a folder, a GGUF, a hub id, or a whole Recipe) into `out`, a folder or a .gguf file; returns the report.
 
     `recipe` takes the entries of Recipe: method, grid, to, engine, calibration, skip, override, input_range,
-    alpha, head, pure, imatrix, pre, shard_gb.
+    alpha, kv, head, pure, imatrix, pre, shard_gb.
     Raises HalfbyteError.
     """
     words = model.model_dump(exclude_unset=True) if isinstance(model, Recipe) else {"model": str(model)}
@@ -59,9 +59,7 @@ def evaluate(
     reference = Checkpoint.open(against)
     kinds = [(model, kind) for model in models for kind in kv]
     checkpoints = [reference, *(with_cache(model, kind, progress) for model, kind in kinds)]
-    for checkpoint in checkpoints[1:]:
-        if checkpoint.text_config.get("vocab_size") != reference.text_config.get("vocab_size"):
-            raise BadRequest(f"{checkpoint.path} and {against} have different vocabularies; their predictions cannot be compared")
+    require_one_vocabulary(reference, checkpoints[1:])
     taken = calibrate.evaluation(reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows)
     tokens = rule.prepare(taken.tokens, calibrate.bos(reference) if rule.bos else None)
     rows = compare(checkpoints, tokens, rule, progress=progress)
@@ -74,13 +72,57 @@ def evaluate(
         "reference_path": str(reference.path),
     }
     measured = [{"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, **row} for c, row in zip(checkpoints[1:], rows[1:], strict=True)]
-    for checkpoint, (model, kind), row in zip(checkpoints[1:], kinds, rows[1:], strict=True):
+    for (model, kind), row in zip(kinds, measured, strict=True):
         if kind == "stored":
-            caches = [
-                other for other, (same, _) in zip(measured, kinds, strict=True) if same == model and other["kv"] != (checkpoint.kv and str(checkpoint.kv.grid))
-            ]
-            build.add_evaluation(checkpoint.path, {**common, "reference": rows[0], "model": row, "other_caches": caches})
+            others = [other for (same, _), other in zip(kinds, measured, strict=True) if same == model and other["kv"] != row["kv"]]
+            build.add(Path(row["path"]), evaluation={**common, "reference": rows[0], "model": row, "other_caches": others})
     return {**common, "reference": rows[0], "models": measured}
+
+
+def needle(
+    models: Sequence[str | Path],
+    against: str | Path,
+    text: str = "heldout",
+    lengths: Sequence[int] = (256, 512, 1024),
+    depths: int = 5,
+    facts: int = 8,
+    seed: int = 0,
+    kv: Sequence[str] = ("stored",),
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """How well `against` and `models` read back a fact that is planted in texts of these lengths, at `depths` places from begin to end.
+
+    For each length and depth: `gain`, how much likelier its having been told makes the answer, in nats per token; `found`, the share of
+    answers that greedy decoding gives. `kv` is as in `evaluate`. The result is also written into each model's report.json.
+    """
+    from halfbyte.evaluation.needle import measure
+    from halfbyte.kv_cache import with_cache
+
+    kinds = [(model, kind) for model in models for kind in kv]
+    reference, *checkpoints = [Checkpoint.open(against), *(with_cache(model, kind, progress) for model, kind in kinds)]
+    require_one_vocabulary(reference, checkpoints)
+    rows = measure([reference, *checkpoints], str(demo.HELDOUT) if text == "heldout" else text, lengths, depths, facts, seed, progress)
+    common = {
+        "text": text,
+        "lengths": list(lengths),
+        "depths": depths,
+        "facts": facts,
+        "seed": seed,
+        "reference_path": str(reference.path),
+        "reference": rows[0],
+    }
+    measured = [{"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, "rows": own} for c, own in zip(checkpoints, rows[1:], strict=True)]
+    for (_, kind), row in zip(kinds, measured, strict=True):
+        if kind == "stored":
+            build.add(Path(row["path"]), needle={**common, "model": row})
+    return {**common, "models": measured}
+
+
+def require_one_vocabulary(reference: Checkpoint, others: Sequence[Checkpoint]) -> None:
+    """Raise BadRequest for models whose predictions cannot be compared."""
+    for checkpoint in others:
+        if checkpoint.text_config.get("vocab_size") != reference.text_config.get("vocab_size"):
+            raise BadRequest(f"{checkpoint.path} and {reference.path} have different vocabularies; their predictions cannot be compared")
 
 
 def kv(
@@ -139,4 +181,4 @@ def load(path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cp
     return nn.load(path, dtype, device)
 
 
-__all__ = ["convert", "evaluate", "imatrix", "inspect", "kv", "load", "quantize"]
+__all__ = ["convert", "evaluate", "imatrix", "inspect", "kv", "load", "needle", "quantize"]

@@ -61,6 +61,7 @@ def quantize(
     samples: Annotated[int | None, typer.Option(help="Calibration windows.", show_default="128")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a window.", show_default="512")] = None,
     seed: Annotated[int | None, typer.Option(help="Which windows are drawn.", show_default="0")] = None,
+    kv: Annotated[str | None, typer.Option(help="Find and store the scales of a KV cache too: fp8-e4m3 or fp8-e4m3-head.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Keep weights that match this pattern in 16 bits; repeatable.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=GRID, such as 'layers.0.*=int8-channel', or PATTERN=keep; repeatable.")] = None,
     input_range: Annotated[
@@ -88,7 +89,7 @@ def quantize(
     from halfbyte.recipe import Recipe
 
     words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None,
-             "input_range": input_range, "alpha": alpha, "pure": pure, "imatrix": imatrix, "pre": pre, "shard_gb": shard_gb}  # fmt: skip
+             "input_range": input_range, "alpha": alpha, "pure": pure, "imatrix": imatrix, "kv": kv, "pre": pre, "shard_gb": shard_gb}  # fmt: skip
     words = {name: value for name, value in words.items() if value is not None}
     if override:
         words["override"] = dict(_pair(pair) for pair in override)
@@ -209,6 +210,41 @@ def evaluate(
     for row in result["models"][1:]:
         difference, error = row["kl_minus_first"]
         out.print(f"KL of {_with_cache(row)} minus that of {_with_cache(result['models'][0])}: {difference:+.5f} ± {error:.5f}")
+
+
+@app.command()
+def needle(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints to measure.")],
+    against: Annotated[str, typer.Option(help="The original.")],
+    text: Annotated[str, typer.Option(help="Where the fact is hidden: a text file, a .jsonl, a dataset, or 'heldout'.")] = "heldout",
+    lengths: Annotated[str, typer.Option(help="Tokens of the texts.")] = "256,512,1024",
+    depths: Annotated[int, typer.Option(min=1, help="Places from the begin to the end.")] = 5,
+    facts: Annotated[int, typer.Option(min=1, help="Facts at each place, of which the mean is shown.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Which facts and texts are drawn.")] = 0,
+    kv: Annotated[list[str] | None, typer.Option(help="Run the models with this KV cache, as in eval; repeatable.", show_default="as stored")] = None,
+    as_json: Json = False,
+) -> None:
+    """Is a fact that was planted in a long text read back? By depth and length, before and after."""
+    from halfbyte.api import needle as run
+
+    sizes = [int(size) for size in lengths.split(",") if size.strip().isdigit()]
+    if len(sizes) != len(lengths.split(",")):
+        raise BadRequest(f"--lengths takes numbers of tokens, such as 256,1024, not '{lengths}'")
+    with _progress(as_json) as progress:
+        result = run(models, against, text, sizes, depths, facts, seed, kv or ["stored"], progress)
+    if as_json:
+        _print_json(result)
+        return
+    out.print(f"What having read the fact adds to the log-probability of its answer, nats per token: {against} → the model; {facts} facts at each place")
+    for model in result["models"]:
+        table = Table(_with_cache(model), *(f"depth {100 * row['depth']:.0f}%" for row in model["rows"][:depths]), "found")
+        for number, size in enumerate(sizes):
+            part = slice(number * depths, (number + 1) * depths)
+            before, after = result["reference"][part], model["rows"][part]
+            found = [sum(row["found"] for row in rows) / depths for rows in (before, after)]
+            table.add_row(f"{size} tokens", *(f"{b['gain']:.2f} → {a['gain']:.2f}" for b, a in zip(before, after, strict=True)),
+                          " → ".join(f"{100 * share:.0f}%" for share in found))  # fmt: skip
+        out.print(table)
 
 
 def _with_cache(row: dict[str, Any]) -> str:

@@ -20,14 +20,15 @@ from halfbyte.containers import kv as layout
 from halfbyte.containers.folder import Folder, Shard, claim, is_file, kept_on_interrupt
 from halfbyte.containers.kv import KVCache, KVGrid
 from halfbyte.containers.safetensors import Spec, Writer, read_header
-from halfbyte.errors import BadRequest, BrokenOutput, Unsupported
+from halfbyte.errors import BadRequest, BrokenOutput, UnknownName, Unsupported
 from halfbyte.grids.grid import Inputs, Params
+from halfbyte.grids.inputs import RANGES
 from halfbyte.models import calibrate, kv
 from halfbyte.models.checkpoint import INDEX, Checkpoint
 from halfbyte.models.walk import Block, Walk
 from halfbyte.recipe import Calibration
 from halfbyte.report import build
-from halfbyte.run import Progress, digest, silent
+from halfbyte.run import Progress, Run, digest, silent
 
 CHECKED = 16
 """Windows of held-out text on which values beyond the scales are counted."""
@@ -62,6 +63,8 @@ def attach(
     Raises HalfbyteError, with nothing half-written left behind.
     """
     started = time.perf_counter()
+    if input_range not in RANGES:
+        raise UnknownName("range of scales", input_range, RANGES)
     kind, out = KVGrid.parse(grid), Path(out).expanduser()
     checkpoint = Checkpoint.open(source)
     if is_file(checkpoint.path):
@@ -75,14 +78,7 @@ def attach(
     windows = calibrate.calibration(checkpoint, c.source, c.samples, c.length, c.seed)
     cache, rows = find_scales(checkpoint, kind, windows.tokens, input_range, progress)
     tensors = cache.tensors()
-    about = {
-        "grid": str(kind),
-        "input_range": input_range,
-        "calibration": {"source": windows.source, "windows": list(windows.tokens.shape), "tokens_sha256": windows.digest},
-        "rows": [asdict(row) for row in rows],
-        "serve": layout.served(kind),
-        "warnings": warnings(rows),
-    }
+    about = describe(kind, input_range, windows, rows)
     files = _files(checkpoint, tensors)
     shards = {name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in files.items()}
     folder = Folder(out, shards, xxhash.xxh3_128_hexdigest(repr((version("halfbyte"), about)).encode()))
@@ -98,6 +94,37 @@ def attach(
         about["seconds"] = round(time.perf_counter() - started, 2)
         build.add_kv(checkpoint.path, folder.partial, out, about)
         folder.publish()
+    return about
+
+
+def describe(grid: KVGrid, how: str, windows: calibrate.Windows, rows: list[Row]) -> dict[str, Any]:
+    """For the report."""
+    return {
+        "grid": str(grid),
+        "input_range": how,
+        "calibration": {"source": windows.source, "windows": list(windows.tokens.shape), "tokens_sha256": windows.digest},
+        "rows": [asdict(row) for row in rows],
+        "most_clipped": max(max(row.keys_clipped, row.values_clipped) for row in rows),
+        "serve": layout.served(grid),
+        "warnings": warnings(rows),
+    }
+
+
+def complete(run: Run) -> dict[str, Any] | None:
+    """Write the scales that a job plans: those of the source, or new ones of what was just written. Returns what the report says of them."""
+    job, about = run.job, None
+    if job.recipe.kv and job.kv:
+        run.edition.accompany(run.folder.partial)  # with it, what is written is a checkpoint
+        checkpoint, c = Checkpoint(run.folder.partial), job.recipe.calibration
+        checkpoint.kv = None
+        windows = run.windows or calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
+        cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.input_range, run.progress)
+        about = describe(job.kv, job.recipe.input_range, windows, rows)
+    else:
+        cache = job.checkpoint.kv
+    for name, scale in cache.tensors().items() if cache else ():
+        run.folder.write(name, scale)
+        run.digests[name] = digest([scale])
     return about
 
 
@@ -213,7 +240,7 @@ def warnings(rows: list[Row]) -> list[str]:
     share = max(most.keys_clipped, most.values_clipped)
     if share <= CLIPPED:
         return []
-    return [f"{100 * share:.2f}% of the cache of {most.module} lies beyond its scale on held-out text; calibrate on text of the kind that the model will see"]
+    return [f"{100 * share:.2f}% of the cache of {most.module} lies beyond its scale on other text; calibrate on text of the kind that the model will see"]
 
 
 def _files(checkpoint: Checkpoint, scales: Mapping[str, Tensor]) -> dict[str, dict[str, Spec]]:

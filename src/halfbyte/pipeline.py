@@ -187,6 +187,7 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
     folder = run.folder.partial
     for part in run.edition.extra():
         run.folder.write(*part)
+    cache = _cache(run)
     with ThreadPoolExecutor(1) as disk:  # until it has every byte, what was written can be read already
         sealed = disk.submit(run.folder.seal)
         run.edition.accompany(folder)
@@ -195,11 +196,22 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
     size_bytes = sum(shard.size_bytes for shard in run.folder.shards.values())
     report = build.report(run.job, run.rows, run.folds, run.windows, size_bytes, time.perf_counter() - started)
     report["output"]["file"] = run.edition.entrance(stem_of(run.folder.target))
+    if cache:
+        report["kv"] = cache
     (folder / "recipe.yaml").write_text(run.job.recipe.dump(), encoding="utf-8")
     report["seconds"] = round(time.perf_counter() - started, 2)
     (folder / "report.json").write_text(build.as_json(report), encoding="utf-8")
     (folder / "README.md").write_text(build.card(report, run.folder.target), encoding="utf-8")
     return report
+
+
+def _cache(run: Run) -> dict[str, Any] | None:
+    """Scales of the KV cache, where there are some."""
+    if not run.job.scales:
+        return None
+    from halfbyte import kv_cache  # needs the model's code
+
+    return kv_cache.complete(run)
 
 
 def verify(run: Run) -> None:

@@ -32,7 +32,9 @@ class Recipe(BaseModel):
     engine: str | None = None
     calibration: Calibration = Calibration()
     input_range: Literal["max", "percentile", "mse"] = "max"
-    """What the stored scales of inputs span."""
+    """What the stored scales of inputs and of the KV cache span."""
+    kv: str | None = None
+    """A KV cache whose scales are found and stored too."""
     alpha: float | None = Field(default=None, ge=0, le=1)
     """How much of the inputs' range smoothquant moves into the weights; None: searched."""
     skip: tuple[str, ...] = ()

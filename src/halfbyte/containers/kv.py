@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.container import Config
-from halfbyte.containers.safetensors import Entry
+from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
 from halfbyte.grids.grid import InputGrid, Inputs, Params
 from halfbyte.grids.inputs import ScaledInputs
@@ -100,6 +100,11 @@ class KVCache:
         return dict(sorted(found.items()))
 
 
+def specs(cache: KVCache) -> dict[str, Spec]:
+    """What a file says of the scales."""
+    return {name: Spec(tuple(scale.shape), scale.dtype) for name, scale in cache.tensors().items()}
+
+
 def config(known: Config | None, grid: KVGrid) -> Config:
     """The `quantization_config` of a checkpoint, given a cache; `known` is what it says now.
 
@@ -107,7 +112,9 @@ def config(known: Config | None, grid: KVGrid) -> Config:
     """
     method = (known or {}).get("quant_method")
     if method not in (None, "compressed-tensors", "fp8"):
-        raise Unsupported(f"engines read no scales of a KV cache beside {method} weights; first: halfbyte convert --to compressed-tensors")
+        raise Unsupported(
+            f"engines read scales of a KV cache beside compressed-tensors and fp8, not beside {method}; halfbyte convert --to compressed-tensors moves weights"
+        )
     scheme = scheme_of(grid)
     if method == "fp8":
         if scheme["strategy"] != "tensor":

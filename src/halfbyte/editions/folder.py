@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from halfbyte.containers import kv
 from halfbyte.containers.container import ConfigContainer
 from halfbyte.containers.folder import Shard
 from halfbyte.containers.safetensors import Entry, Spec, Writer
@@ -39,6 +40,7 @@ class FolderEdition(Edition):
                 specs[tensor] = self.job.checkpoint.spec(tensor)
             for weight, scheme in by_tensor.get(tensor, []):
                 specs.update({f"{weight.name}.{suffix}": spec for suffix, spec in self.container.plan(scheme, weight.shape).items()})
+        specs.update(self.job.scales)
         parts = split(specs, (self.job.recipe.shard_gb or SHARD_GB) * 1e9)
         names = ["model.safetensors"] if len(parts) == 1 else [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
         return dict(zip(names, parts, strict=True))
@@ -66,6 +68,7 @@ class FolderEdition(Edition):
     def accompany(self, folder: Path) -> None:
         job, source = self.job, self.job.checkpoint
         config = self.container.config({w.name: s for w, s in job.schemes.items()}, self._linears_kept(), source.dtype)
+        config = kv.config(config, job.kv) if job.kv else config
         files = {"config.json": {**source.config, "quantization_config": config}, **self.container.extra_files(config)}
         for path in source.other_files:
             name = str(path.relative_to(source.path))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from halfbyte.containers import Container
 from halfbyte.containers.gguf import presets
+from halfbyte.containers.kv import KVGrid
+from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import BadRequest
 from halfbyte.grids.grid import AnyScheme
 from halfbyte.models.checkpoint import Checkpoint, Weight
@@ -41,6 +43,9 @@ class Job:
     preset: str | None = None
     """What a GGUF says that it is."""
     warnings: list[str] = field(default_factory=list)
+    kv: KVGrid | None = None
+    """The KV cache that the output says it has, and the tensors of its scales."""
+    scales: dict[str, Spec] = field(default_factory=dict)
 
     @property
     def schemes(self) -> dict[Weight, AnyScheme]:

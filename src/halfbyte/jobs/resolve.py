@@ -12,7 +12,7 @@ from halfbyte.grids import schemes
 from halfbyte.grids.floats import FloatGrid
 from halfbyte.grids.grid import AnyScheme
 from halfbyte.grids.scalar import IntGrid
-from halfbyte.jobs import folder, gguf
+from halfbyte.jobs import cache, folder, gguf
 from halfbyte.jobs.job import Job, commonest, keep
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
@@ -52,6 +52,7 @@ def resolve(recipe: Recipe) -> Job:
         choices = folder.choose(checkpoint, container, scheme, overrides, recipe.skip, recipe.head)
         job = Job(recipe, checkpoint, container, method, choices, keep(checkpoint, choices))
     _check_inputs(job)
+    cache.plan(job)
     was = commonest(checkpoint.quantized.values())
     if checkpoint.container and not again:
         job.warnings.append(f"the source's weights are {was}: errors are those against these, as precise as the model was released")
@@ -141,5 +142,6 @@ def transcoding(source: str, to: str, grid: str | None = None) -> Job:
     reasons = {c.weight.tensor: c.note for c in choices}
     kept = {t: reasons.get(t, "not quantized in the source") for t in checkpoint.tensors() if t not in quantized and t not in gone}
     job = Job(recipe, checkpoint, container, Method((), "nearest", calibrated=False), choices, kept, dropped=gone)
+    cache.plan(job)
     job.verdicts = engines.verdicts(container.name, {c.weight: c.scheme for c in choices}, checkpoint.model_type)
     return job

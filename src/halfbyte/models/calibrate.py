@@ -74,7 +74,7 @@ def tokens(checkpoint: Checkpoint, source: str, length: int) -> Int64[Tensor, " 
     longest = next((n for key in POSITIONS if isinstance(n := checkpoint.text_config.get(key), int)), length)
     if length > longest:
         raise BadRequest(f"the model reads at most {longest} tokens at once, not {length}; give a smaller --length")
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     path = demo.CALIBRATION if source == DEFAULT else Path(source).expanduser()
     if path.suffix in (".jsonl", ".json") and path.is_file():
         texts = _json_lines(path, tokenizer)
@@ -98,12 +98,12 @@ def tokens(checkpoint: Checkpoint, source: str, length: int) -> Int64[Tensor, " 
 
 def bos(checkpoint: Checkpoint) -> int | None:
     """The token that the model's tokenizer puts before a text, if it puts one."""
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     first = tokenizer("a")["input_ids"][:1]
     return first[0] if first and first[0] == tokenizer.bos_token_id else None
 
 
-def _tokenizer(checkpoint: Checkpoint):
+def tokenizer_of(checkpoint: Checkpoint):
     from halfbyte.models import skeleton
 
     try:

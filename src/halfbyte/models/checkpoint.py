@@ -151,6 +151,11 @@ class Checkpoint:
         return kv.find(self._quantization, self.entries)
 
     @cached_property
+    def kv_scales(self) -> frozenset[str]:
+        """The tensors that belong to its KV cache."""
+        return frozenset(kv.scales(self.entries))
+
+    @cached_property
     def _found(self) -> dict[str, tuple[AnyScheme, Shape]]:
         if self._config_container is None:
             return {}
@@ -207,8 +212,8 @@ class Checkpoint:
         return Spec(entry.shape, entry.dtype) if entry else Spec(self.tensors()[tensor], self.dtype)
 
     def tensors(self) -> dict[str, Shape]:
-        """Names and shapes as in the unquantized checkpoint; fused experts that were quantized stay apart."""
-        shapes = {name: e.shape for name, e in self.entries.items() if name not in self.parts}
+        """Names and shapes as in the unquantized checkpoint, whose cache has no scales; fused experts that were quantized stay apart."""
+        shapes = {name: e.shape for name, e in self.entries.items() if name not in self.parts and name not in self.kv_scales}
         for module, (_, (out, width)) in self.quantized.items():
             name = f"{module}.weight"
             shapes[name] = (width, out) if roles.is_transposed(name, self.model_type) else (out, width)

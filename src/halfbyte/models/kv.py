@@ -13,11 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
-from halfbyte.containers.kv import KVCache
+from halfbyte.containers.kv import KVCache, KVGrid
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import InputGrid, Inputs, Params, Seen
 from halfbyte.grids.inputs import ScaledInputs
+from halfbyte.models import skeleton
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.skeleton import Place
 
 KV = Float[Tensor, "batch heads tokens dim"]
@@ -81,13 +84,16 @@ def _name(module: nn.Module) -> str:
 
 def names(model: PreTrainedModel, places: Mapping[str, Place], block: nn.Module) -> dict[str, nn.Module]:
     """The attentions in a part of the model, by what the checkpoint calls them."""
+    layers = DynamicCache(config=model.config).layers
     paths = {module: path for path, module in model.named_modules()}
     found: dict[str, nn.Module] = {}
     for attention in attentions(block).values():
         inside = f"{paths[attention]}."
         owned = {tensor: place.parameter.removeprefix(inside) for tensor, place in places.items() if place.parameter.startswith(inside)}
         homes = [tensor.split(".")[: -len(rest.split("."))] for tensor, rest in owned.items()]
-        if homes:
+        layer = getattr(attention, "layer_idx", None)
+        has_keys = layer is None or layer >= len(layers) or isinstance(layers[layer], CacheLayerMixin)  # not the state of a convolution
+        if homes and has_keys:
             found[".".join(min(homes, key=len))] = attention
     return found
 
@@ -98,12 +104,18 @@ def apply(model: PreTrainedModel, places: Mapping[str, Place], cache: KVCache) -
     if not found:
         raise Unsupported(f"{model.config.model_type} has no attention that caches keys and values")
     for name, attention in found.items():
-        put(model, attention, _as_stored(cache, name))
+        put(model, attention, rounded(*cache.of(name)))
 
 
-def _as_stored(cache: KVCache, name: str) -> Through:
-    # Asked for only when something is cached: some modules that take a cache keep other things in it.
-    return lambda k, v: rounded(*cache.of(name))(k, v)
+def blank(checkpoint: Checkpoint, grid: KVGrid) -> KVCache:
+    """A cache of the right names and shapes, whose scales are still to be found. Raises Unsupported for a model without attention."""
+    model = skeleton.build(checkpoint, checkpoint.dtype)
+    found = names(model, skeleton.places(model, checkpoint.tensors()), model)
+    if not found:
+        raise Unsupported(f"{checkpoint.model_type} has no attention that caches keys and values")
+    heads = checkpoint.text_config.get("num_key_value_heads") or checkpoint.text_config.get("num_attention_heads")
+    scale = {"scale": torch.ones(heads, 1, 1) if "-head" in str(grid) else torch.ones(1)}
+    return KVCache(grid, dict.fromkeys(found, scale), dict.fromkeys(found, scale), any(map(is_latent, found.values())))
 
 
 def rounded(key: Inputs, value: Inputs) -> Through:

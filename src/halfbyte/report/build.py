@@ -96,7 +96,7 @@ def card(report: Mapping[str, Any], path: Path) -> str:
     environment = Environment(
         loader=PackageLoader("halfbyte.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"size": size, "quote": shlex.quote, "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}
+    environment.filters |= {"size": size, "quote": shlex.quote, "zip": zip, "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}
     recipe = {name: value for name, value in report["recipe"].items() if value not in ([], {}, False) and (name != "calibration" or report["calibration"])}
     place = path / report["output"]["file"] if report["output"]["file"] and not is_file(path) else path
     served = [{**e, "title": TITLES[e["engine"]], "command": command(e, place)} for e in report["engines"]]
@@ -126,27 +126,32 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def add_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
-    """Put a measurement into the report and the card of a folder that we wrote; other folders stay as they are."""
-    try:
-        written = json.loads(beside(path, "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if isinstance(written, dict) and written.get("halfbyte") == version("halfbyte"):  # the card of another version has other entries
-        written["evaluation"] = evaluation
+def add(path: Path, **measured: Any) -> None:
+    """Put measurements into the report and the card of a folder that we wrote; other folders stay as they are."""
+    written = of_ours(path)
+    if written is not None:
         with suppress(OSError):  # a folder that we may only read: the caller has the measurement
-            beside(path, "report.json").write_text(as_json(written), encoding="utf-8")
-            beside(path, "README.md").write_text(card(written, path), encoding="utf-8")
+            _write(written | measured, path, path)
 
 
 def add_kv(source: Path, folder: Path, path: Path, about: dict[str, Any]) -> None:
-    """Write the report of a cache into `folder`, which is to be `path`; where we wrote the source's report and card, beside what they say."""
+    """Write the report of a cache into `folder`, which is to be `path`; where we wrote the source, beside what its report says."""
+    written = of_ours(source) or {"halfbyte": version("halfbyte")}
+    measured = ("evaluation", "needle")  # of the model before
+    _write({name: value for name, value in written.items() if name not in measured} | {"kv": about}, folder, path)
+
+
+def of_ours(path: Path) -> dict[str, Any] | None:
+    """The report beside a checkpoint that this version wrote: that of another has other entries."""
     try:
-        written = json.loads((source / "report.json").read_text(encoding="utf-8"))
+        written = json.loads(beside(path, "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        written = None
-    if isinstance(written, dict) and written.get("halfbyte") == version("halfbyte") and "recipe" in written:
-        written.pop("evaluation", None)  # of the model before
-        written["kv"] = about
-        (folder / "README.md").write_text(card(written, path), encoding="utf-8")
-    (folder / "report.json").write_text(as_json(written or {"kv": about}), encoding="utf-8")
+        return None
+    return written if isinstance(written, dict) and written.get("halfbyte") == version("halfbyte") else None
+
+
+def _write(report: dict[str, Any], folder: Path, path: Path) -> None:
+    """The report, and the card of a model that we quantized."""
+    beside(folder, "report.json").write_text(as_json(report), encoding="utf-8")
+    if "recipe" in report:
+        beside(folder, "README.md").write_text(card(report, path), encoding="utf-8")
