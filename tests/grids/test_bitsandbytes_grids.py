@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from weights import correlated, importance, lost, normal, rounded_in_any_order, solve
 
 from halfbyte import grids
 from halfbyte.errors import BadRequest, Unsupported
@@ -10,7 +11,6 @@ from halfbyte.grids.absmax import AbsmaxGrid
 from halfbyte.grids.llm_int8 import LLMInt8
 from halfbyte.solvers.gptq import gptq
 from halfbyte.solvers.nearest import nearest
-from halfbyte.solvers.statistics import Statistics
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is the oracle: pip install -c constraints.txt bitsandbytes")
 functional, rules = bitsandbytes.functional, bitsandbytes.backends.default.ops
@@ -18,23 +18,6 @@ functional, rules = bitsandbytes.functional, bitsandbytes.backends.default.ops
 NAMES = ["nf4-g64", "fp4-g64", "nf4-g32", "nf4-g256", "fp4-g128", "nf4-g64-double", "fp4-g32-double"]
 SHAPES = {"rows of whole blocks": (64, 512), "blocks that span rows": (160, 80), "a last block cut short": (270, 37)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-
-
-def normal(shape=(64, 512), seed=0, std=0.02):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
-
-
-def importance(width=512):
-    return torch.rand(width, generator=torch.Generator().manual_seed(2)) ** 4 * 50
-
-
-def lost(w, decoded, h=None):
-    return ((w.double() - decoded.double()).square() * (1 if h is None else h)).sum().item()
-
-
-def solve(grid, w, h=None, search=True):
-    params = grid.fit(w, h, search)
-    return grid.decode(grid.encode(w, params), params)
 
 
 def theirs(grid, w):
@@ -47,7 +30,7 @@ def theirs(grid, w):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", [name for name in NAMES if "double" not in name])
 def test_without_a_search_the_codes_and_scales_are_those_of_bitsandbytes(name, dtype, shape):
-    grid, w = grids.parse(name), normal(shape).to(dtype)
+    grid, w = grids.parse(name), normal(*shape).to(dtype)
     codes, _, state = theirs(grid, w)
     params = grid.fit(w, None, search=False)
     assert torch.equal(params["scale"].flatten(), state.absmax)
@@ -56,7 +39,7 @@ def test_without_a_search_the_codes_and_scales_are_those_of_bitsandbytes(name, d
 
 @pytest.mark.parametrize("name", ["nf4-g64-double", "fp4-g32-double"])
 def test_without_a_search_scales_are_quantized_as_bitsandbytes_does(name):
-    grid, w = grids.parse(name), normal((512, 512))
+    grid, w = grids.parse(name), normal(512, 512)
     _, _, state = theirs(grid, w)
     params = grid.fit(w, None, search=False)
     assert torch.equal(params["offset"][0], state.offset)
@@ -72,7 +55,7 @@ def test_without_a_search_scales_are_quantized_as_bitsandbytes_does(name):
 @shapes
 @pytest.mark.parametrize("name", NAMES)
 def test_any_bytes_decode_to_what_bitsandbytes_makes_of_them(name, shape):
-    grid, w = grids.parse(name), normal(shape)
+    grid, w = grids.parse(name), normal(*shape)
     _, raw, state = theirs(grid, w)
     some = torch.Generator().manual_seed(1)
     raw = torch.randint(256, raw.shape, dtype=torch.uint8, generator=some)
@@ -105,7 +88,7 @@ def test_a_search_loses_a_tenth_less_than_bitsandbytes(name, weighted):
 @shapes
 @pytest.mark.parametrize("name", NAMES)
 def test_every_weight_gets_the_level_nearest_to_it(name, shape):
-    grid, w = grids.parse(name), normal(shape)
+    grid, w = grids.parse(name), normal(*shape)
     params = grid.fit(w, None)
     scales = grid.scales(params).repeat_interleave(grid.group)[: w.numel()].view(shape)
     least = (w[..., None] - scales[..., None] * absmax.levels(grid.kind)).abs().amin(-1)
@@ -116,7 +99,7 @@ def test_every_weight_gets_the_level_nearest_to_it(name, shape):
 @pytest.mark.parametrize("weighted", ["plain", "by in-feature", "by weight"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_compiled_search_is_the_reference(name, weighted, shape):
-    grid, w = grids.parse(name), normal(shape)
+    grid, w = grids.parse(name), normal(*shape)
     h = {"plain": None, "by in-feature": importance(shape[1]), "by weight": w.abs() + 0.01}[weighted]
     scale = absmax.fit_reference(grid, w, h, True)
     plain = AbsmaxGrid(grid.kind, grid.group)
@@ -129,45 +112,17 @@ def test_the_compiled_search_is_the_reference(name, weighted, shape):
 @shapes
 @pytest.mark.parametrize("name", NAMES)
 def test_columns_rounded_in_any_order_get_the_reference_codes(name, shape):
-    grid, w = grids.parse(name), normal(shape)
-    params, columns = grid.fit(w, None), torch.randperm(shape[1], generator=torch.Generator().manual_seed(1))[:30]
-    coupling = torch.tril(torch.randn(30, 30, generator=torch.Generator().manual_seed(3)) * 0.1, -1) + torch.eye(30)
-    target = w[:, columns].contiguous()
-    start = target.clone(), target, torch.zeros_like(target)
-    ours = grid.round_block(*(t.clone() for t in start), coupling, params, columns.tolist())
-    reference = grid.round_block_reference(*(t.clone() for t in start), coupling, params, columns.tolist())
-    assert (ours == reference).float().mean() > 0.95  # the compiled one rounds by a table of cells, so next to a border it may differ
+    grid, w = grids.parse(name), normal(*shape)
+    compiled, reference = rounded_in_any_order(grid, w, 30)
+    assert (compiled == reference).float().mean() > 0.95  # the compiled one rounds by a table of cells, so next to a border it may differ
 
 
 @shapes
 @pytest.mark.parametrize("name", [*NAMES, "llm-int8"])
 def test_gptq_lowers_the_error_of_the_output_wherever_blocks_lie(name, shape):
-    width = shape[1]
-    statistics = Statistics(width)
-    statistics.add(torch.randn(2048, width // 4, generator=torch.Generator().manual_seed(0)) @ normal((width // 4, width), 5, 1.0))
-    w, grid = normal(shape), grids.parse(name)
+    statistics = correlated(shape[1])
+    w, grid = normal(*shape), grids.parse(name)
     assert statistics.error(w, gptq(w, grid, statistics).decode()) < 0.8 * statistics.error(w, nearest(w, grid, statistics).decode())
-
-
-@pytest.mark.parametrize("name", [*NAMES, "llm-int8"])
-def test_odd_weights_are_kept(name):
-    grid, w = grids.parse(name), normal((8, 512))
-    assert not solve(grid, torch.zeros(4, 512)).any()
-    zeros = w.clone()
-    zeros[3], zeros[:, 64:128] = 0, 0
-    for odd in (zeros, torch.full((4, 512), 0.013), torch.full((4, 512), -0.013), w.abs() + 0.01):
-        back = solve(grid, odd)
-        assert back.isfinite().all()
-        assert lost(odd, back) < 0.03 * odd.double().square().sum()
-    assert solve(grid, torch.full((1, 4096), 1e35)).isfinite().all()
-    assert solve(grid, torch.full((1, 4096), 1e-30)).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize("name", [*NAMES, "llm-int8"])
-def test_bfloat16_and_transposed_weights_are_read_as_they_are(name):
-    grid, w = grids.parse(name), normal((64, 512)).bfloat16()
-    assert torch.equal(solve(grid, w), solve(grid, w.float()))
-    assert torch.equal(solve(grid, w.T.contiguous().T), solve(grid, w))
 
 
 def test_rows_of_eight_bits_are_those_of_llm_int8():

@@ -1,62 +1,21 @@
 """K-quants: as good as llama.cpp's own encoder or better, and whole whatever the weights are."""
 
-import ctypes
-import importlib.util
-from pathlib import Path
-
+import ggml
 import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from weights import edges, heavy_tailed, importance, lost, normal, trained
 
-import halfbyte
 from halfbyte.containers.gguf.scalar_blocks import SCALAR_LAYOUTS
 from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.grids import kquant_numba, kquant_search
 from halfbyte.grids.grid import Quantized
 from halfbyte.grids.kquant import KQUANTS, KQuant
-from halfbyte.solvers.gptq import gptq
-from halfbyte.solvers.nearest import nearest
-from halfbyte.solvers.statistics import Statistics
 
 NAMES = list(KQUANTS)
 WIDTH = 512
 NOISE = 1e-6  # of the energy of the weights: what float32 sums cannot tell apart
-
-
-def normal(rows=64, width=WIDTH, seed=0, std=0.02):
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * std
-
-
-def importance(width=WIDTH):
-    return torch.rand(width, generator=torch.Generator().manual_seed(2)) ** 4 * 50
-
-
-def trained():
-    model = load_file(Path(halfbyte.__file__).parent / "demo" / "model" / "model.safetensors")
-    return torch.cat([w.reshape(-1, WIDTH) for name, w in model.items() if name.endswith("proj.weight")])[::8].contiguous()
-
-
-def edges():
-    w = normal(24)
-    zeros, outlier, constant = w.clone(), w.clone(), w.clone()
-    zeros[3], zeros[:, 32:96] = 0, 0
-    outlier[5, 40] = 9.0
-    constant[2], constant[7] = 0.013, -0.013
-    sparse = w * (torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) < 0.05)
-    return {
-        "normal": w,
-        "zeros": zeros,
-        "all zero": torch.zeros_like(w),
-        "outlier": outlier,
-        "constant rows": constant,
-        "positive": w.abs() + 0.01,
-        "negative": -w.abs() - 0.01,
-        "sparse": sparse,
-        "laplace": w.sign() * w.abs() ** 2 * 30,
-        "wide range": w * torch.logspace(-3, 2, w.shape[0])[:, None],
-    }
 
 
 EDGES = edges()
@@ -67,39 +26,12 @@ def solve(grid, w, h=None, search=True):
     return Quantized(grid, grid.encode(w, params), params)
 
 
-def lost(w, decoded, h=None):
-    square = (w.double() - decoded.double()).square()
-    return (square if h is None else square * h).sum().item()
-
-
-@pytest.fixture(scope="module")
-def llama():
-    """llama.cpp's encoder: (name, w, importance) -> decoded weights."""
-    found = importlib.util.find_spec("llama_cpp")
-    if found is None or found.origin is None:
-        pytest.skip("llama-cpp-python is not installed, so there is no encoder of llama.cpp to compare with")
-    library = ctypes.CDLL(str(Path(found.origin).parent / "lib" / "libggml-base.so"))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-
-    def encode(name, w, h=None):
-        kind = gguf.GGMLQuantizationType[name.upper()]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        source, raw = np.ascontiguousarray(w.float().numpy()), np.zeros((w.shape[0], w.shape[1] // block * size), np.uint8)
-        weights = None if h is None else np.ascontiguousarray(h.numpy())
-        library.ggml_quantize_chunk(kind.value, source.ctypes.data, raw.ctypes.data, 0, *w.shape, None if weights is None else weights.ctypes.data)
-        return torch.from_numpy(gguf.dequantize(raw, kind))
-
-    return encode
-
-
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "imatrix"])
 @pytest.mark.parametrize("name", NAMES)
-def test_errors_are_below_those_of_llama_cpp(name, weighted, llama):
-    student = torch.distributions.StudentT(3.0).sample((64, WIDTH)) * 0.02
+def test_errors_are_below_those_of_llama_cpp(name, weighted):
     h = importance() if weighted else None
-    for w in (normal(), student, trained()):
-        assert lost(w, solve(KQUANTS[name], w, h).decode(), h) < 0.98 * lost(w, llama(name, w, h), h)
+    for w in (normal(), heavy_tailed(), trained()):
+        assert lost(w, solve(KQUANTS[name], w, h).decode(), h) < 0.98 * lost(w, ggml.encode(name, w, h), h)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,33 +104,6 @@ def test_columns_round_one_by_one_as_all_at_once(name):
     columns = [grid.round(w[:, k : k + 1], whole.params, k) for k in range(WIDTH)]
     assert torch.equal(torch.cat([codes for codes, _ in columns], 1), whole.codes)
     assert torch.equal(torch.cat([values for _, values in columns], 1), whole.decode())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gptq_loses_less_than_rounding_to_nearest(name):
-    grid, w = KQUANTS[name], normal(48)
-    statistics = Statistics(WIDTH)
-    generator = torch.Generator().manual_seed(3)
-    statistics.add(torch.randn(2048, WIDTH, generator=generator) @ torch.randn(WIDTH, WIDTH, generator=generator) * torch.logspace(-1, 1, WIDTH))
-    solved = gptq(w, grid, statistics)
-    assert statistics.error(w, solved.decode()) < 0.95 * statistics.error(w, nearest(w, grid, statistics).decode())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_columns_in_any_order_round_as_the_reference_does(name):
-    grid, w = KQUANTS[name], normal(21)
-    params = grid.fit(w, None)
-    columns = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(4))[:64].tolist()
-    coupling = torch.randn(64, 64, generator=torch.Generator().manual_seed(5)).tril(-1) * 0.1
-    arguments = [(w[:, columns].clone(), w[:, columns].clone(), torch.zeros(21, 64), coupling, params, columns) for _ in range(2)]
-    fast, slow = grid.round_block(*arguments[0]), grid.round_block_reference(*arguments[1])
-    assert (fast != slow).float().mean() < 1e-3
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_transposed_matrix_is_fitted_like_its_copy(name):
-    w = normal(32).T.contiguous().T
-    assert solve(KQUANTS[name], w).equal(solve(KQUANTS[name], w.contiguous()))
 
 
 @pytest.mark.parametrize("name", ["tq1_0", "tq2_0"])

@@ -3,6 +3,7 @@
 import ggml
 import pytest
 import torch
+from weights import correlated, lost, normal, solve
 
 import halfbyte.grids.lattice as lattice
 from halfbyte.errors import BadRequest, Unsupported
@@ -10,33 +11,12 @@ from halfbyte.grids.grid import Grid
 from halfbyte.grids.lattice import LATTICE_GRIDS
 from halfbyte.solvers.gptq import gptaq, gptq
 from halfbyte.solvers.gptq import solve as solve_gptq
-from halfbyte.solvers.nearest import nearest
-from halfbyte.solvers.statistics import Statistics
 
 NAMES = [name for name in LATTICE_GRIDS if not name.startswith("iq1")]
 
 
-def normal(rows=64, width=512, seed=0, std=0.02):
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * std
-
-
 def importance(width=512):
     return torch.rand(width, generator=torch.Generator().manual_seed(2)) ** 2 * 5 + 0.05
-
-
-def correlated(width=512):
-    statistics = Statistics(width)
-    statistics.add(torch.randn(2048, 64, generator=torch.Generator().manual_seed(0)) @ normal(64, width, 5, 1.0))
-    return statistics
-
-
-def lost(w, decoded, h=None):
-    return ((w.double() - decoded.double()).square() * (1 if h is None else h)).sum().item()
-
-
-def solve(grid, w, h=None, search=True):
-    params = grid.fit(w, h, search)
-    return grid.decode(grid.encode(w, params, h), params)
 
 
 def in_lattice(grid, codes):
@@ -105,10 +85,9 @@ def test_the_reference_finds_the_nearest_vector_there_is(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gptq_lowers_the_error_of_the_output_and_its_metric_lowers_it_further(name):
+def test_what_columns_count_for_in_gptq_lowers_the_error_further_than_distance(name):
     w, grid, statistics = normal(), LATTICE_GRIDS[name], correlated()
     ours = gptq(w, grid, statistics)
-    assert statistics.error(w, ours.decode()) < 0.8 * statistics.error(w, nearest(w, grid, statistics).decode())
 
     class Euclidean(type(grid)):
         round_block = Grid.round_block_reference
@@ -125,28 +104,6 @@ def test_one_statistic_serves_grids_that_round_one_column_and_grids_that_round_e
     shared = correlated()
     gptq(w, parse("int4-g32"), shared)
     assert gptaq(w, grid, shared).equal(alone)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_odd_weights_are_kept(name):
-    grid, w = LATTICE_GRIDS[name], normal(8)
-    assert not solve(grid, torch.zeros(4, 512)).any()
-    zeros = w.clone()
-    zeros[3], zeros[:, 64:96] = 0, 0
-    for odd in (zeros, torch.full((4, 512), 0.013), torch.full((4, 512), -0.013), w.abs() + 0.01, w * torch.logspace(-1, 2, 8)[:, None]):
-        back = solve(grid, odd)
-        assert back.isfinite().all()
-        assert lost(odd, back) < 0.2 * odd.double().square().sum()
-    assert solve(grid, torch.full((1, 512), 3e38)).isfinite().all()
-    assert solve(grid, torch.full((1, 512), 1e-30)).abs().max() < 1e-3
-    assert solve(grid, w, torch.zeros(512)).isfinite().all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_and_transposed_weights_are_read_as_they_are(name):
-    grid, w = LATTICE_GRIDS[name], normal(16).bfloat16()
-    assert torch.equal(solve(grid, w), solve(grid, w.float()))
-    assert torch.equal(solve(grid, w.T.contiguous().T), solve(grid, w))
 
 
 @pytest.mark.parametrize("name", ["iq1_s", "iq1_m"])

@@ -1,13 +1,10 @@
 """Integer grids: what `fit` promises, on data that has broken quantizers before."""
 
-from pathlib import Path
-
 import ggml
 import pytest
 import torch
-from safetensors.torch import load_file
+from weights import edges, heavy_tailed, importance, normal, trained
 
-import halfbyte
 from halfbyte.errors import BadRequest
 from halfbyte.grids import parse, rounding, rounding_numba
 from halfbyte.grids.grid import Quantized
@@ -19,39 +16,11 @@ NAMES = [f"int{bits}-{span}{asym}" for bits in (2, 4, 8) for span in ("g32", "ch
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def normal(rows=24, width=96, seed=0, std=0.02):
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * std
-
-
-def edges():
-    w = normal()
-    zeros = w.clone()
-    zeros[3], zeros[:, 32:64] = 0, 0
-    outlier = w.clone()
-    outlier[5, 40] = 9.0
-    constant = w.clone()
-    constant[2], constant[7] = 0.013, -0.013
-    sparse = w * (torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) < 0.05)
-    return {
-        "normal": w,
-        "zeros": zeros,
-        "all zero": torch.zeros_like(w),
-        "outlier": outlier,
-        "constant rows": constant,
-        "positive": w.abs() + 0.01,
-        "negative": -w.abs() - 0.01,
-        "sparse": sparse,
-        "one level": torch.full_like(w, 0.02),
-        "laplace": w.sign() * w.abs() ** 2 * 30,
-        "wide range": w * torch.logspace(-3, 2, w.shape[0])[:, None],
-    }
-
-
-EDGES = edges()
+EDGES = edges(width=96)
 
 
 def importances(width=96):
-    h = torch.rand(width, generator=torch.Generator().manual_seed(2)) ** 4 * 50
+    h = importance(width)
     dead = h.clone()
     dead[:GROUP] = 0
     dead[50] = 0
@@ -176,20 +145,14 @@ def test_levels_are_found_again():
 
 def test_rows_that_groups_do_not_divide_are_refused():
     with pytest.raises(BadRequest, match="int4-g128 does not divide a row of 96"):
-        parse("int4-g128").fit(normal(), None)
-
-
-def trained():
-    model = load_file(Path(halfbyte.__file__).parent / "demo" / "model" / "model.safetensors")
-    return torch.cat([w.reshape(-1, 512) for name, w in model.items() if name.endswith("proj.weight")])[::8].float()
+        parse("int4-g128").fit(normal(24, 96), None)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "imatrix"])
 @pytest.mark.parametrize(("theirs", "ours"), [("q4_0", "int4-g32"), ("q5_0", "int5-g32"), ("q8_0", "int8-g32")])
 def test_errors_are_below_those_of_llama_cpp(theirs, ours, weighted):
     grid, h = parse(ours), importances(512)["random"] + 0.01 if weighted else None
-    heavy = torch.distributions.StudentT(3.0).sample((64, 512)) * 0.02
-    for w in (normal(64, 512), heavy, trained()):
+    for w in (normal(), heavy_tailed(), trained().float()):
         params = grid.fit(w, h)
         ours_lost, theirs_lost = (
             per_group((decoded - w).square(), h, 32).sum() for decoded in (grid.decode(grid.encode(w, params), params), ggml.encode(theirs, w, h))

@@ -1,0 +1,63 @@
+"""What holds for every grid, whatever its numbers are and however its scales lie."""
+
+import pytest
+import torch
+from weights import correlated, lost, normal, rounded_in_any_order, solve
+
+from halfbyte.grids import parse
+from halfbyte.grids.floats import FLOAT_GRIDS
+from halfbyte.grids.kquant import KQUANTS
+from halfbyte.grids.lattice import LATTICE_GRIDS
+from halfbyte.grids.levels import LEVEL_GRIDS
+from halfbyte.solvers.gptq import gptq
+from halfbyte.solvers.nearest import nearest
+
+INTEGERS = ["int2-g32", "int4-g128", "int4-g128-asym", "int8-channel", "int8-tensor", "llm-int8"]
+ABSMAX = ["nf4-g64", "fp4-g64", "nf4-g256", "nf4-g64-double", "fp4-g32-double"]
+LATTICES = [name for name in LATTICE_GRIDS if not name.startswith("iq1")]  # which are read, not written
+SCALAR = [*INTEGERS, *KQUANTS, *LEVEL_GRIDS, *FLOAT_GRIDS, *ABSMAX]
+EVERY = [*SCALAR, *LATTICES]
+
+
+@pytest.mark.parametrize("name", SCALAR)
+def test_columns_rounded_in_any_order_get_the_reference_codes(name):
+    compiled, reference = rounded_in_any_order(parse(name), normal(150), 48)
+    # Next to a border they may differ: products are added with fused rounding, and NF4 and FP4 are looked up by cells.
+    assert (compiled == reference).float().mean() > (0.95 if name in ABSMAX else 0.99)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_gptq_lowers_the_error_of_the_output(name):
+    w, grid, statistics = normal(), parse(name), correlated()
+    assert statistics.error(w, gptq(w, grid, statistics).decode()) < 0.8 * statistics.error(w, nearest(w, grid, statistics).decode())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bfloat16_and_transposed_weights_are_read_as_they_are(name):
+    grid, w = parse(name), normal(16).bfloat16()
+    back = solve(grid, w)
+    assert torch.equal(back, solve(grid, w.float()))
+    assert torch.equal(back, solve(grid, w.T.contiguous().T))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_odd_weights_are_kept(name):
+    grid, w = parse(name), normal(8)
+    zeros = w.clone()
+    zeros[3], zeros[:, 32:96] = 0, 0
+    for odd in (zeros, torch.full((4, 512), 0.013), torch.full((4, 512), -0.013), w.abs() + 0.01, w * torch.logspace(-1, 2, 8)[:, None], w.half(), w * 1000):
+        back = solve(grid, odd)
+        assert back.isfinite().all()
+        assert lost(odd, back) < (0.02 if grid.bits(odd.shape) > 4 else 0.25) * odd.double().square().sum()
+    assert solve(grid, torch.full((1, 512), 1e-30)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("search", [False, True], ids=["min-max", "search"])
+@pytest.mark.parametrize("name", EVERY)
+def test_whatever_the_weights_and_their_importance_numbers_come_back(name, search):
+    grid, w = parse(name), normal(8)
+    assert not solve(grid, torch.zeros(4, 512), search=search).any()
+    assert solve(grid, w, torch.zeros(512), search).isfinite().all()
+    # bitsandbytes adds scales up, or multiplies them by 127
+    for size in (1e35 if name in (*ABSMAX, "llm-int8") else 3e38, 1e-38):
+        assert solve(grid, torch.full((1, 512), size), search=search).isfinite().all()
