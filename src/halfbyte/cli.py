@@ -335,7 +335,7 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
         _print_json(report)
         return
     from halfbyte.containers.folder import is_file
-    from halfbyte.report.build import command, size
+    from halfbyte.report.build import command, size, worst_inputs
 
     o, r = report["output"], report["recipe"]
     place = output / o["file"] if o["file"] and not is_file(output) else output
@@ -345,6 +345,10 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
               f"{per_weight}{o['bits_per_parameter']:.3f} bits per parameter, {report['seconds']:.1f} s; "
               "read back and verified")  # fmt: skip
     _show_worst(sorted(report["weights"], key=lambda row: -row["error"])[:5], report["error_of"])
+    for row in worst_inputs(report, 1):
+        i = row["input"]
+        out.print(f"inputs: {i['grid']}, the largest error {i['error']:.4f} where {row['name']} reads from {i['low']:.3g} to {i['high']:.3g}; "
+                  f"{i['saturated']} of {i['values']} values cut there")  # fmt: skip
     for warning in report["warnings"]:
         out.print(f"note: {warning}")
     for engine in report["engines"]:

@@ -23,12 +23,13 @@ def home(tmp_path_factory) -> Path:
     halfbyte.quantize(home / "model", home / "gptq it's", method="awq+gptq", grid="int4-g64", calibration=calibration, skip="layers.0.mlp.down_proj")
     halfbyte.quantize(home / "model", home / "nearest", method="nearest", grid="int8-channel", to="gptq")
     halfbyte.quantize(home / "model", home / "int5", method="nearest", grid="int5-g64")
+    halfbyte.quantize(home / "model", home / "w8a8", method="nearest", grid="w8a8-static", calibration=calibration)
     halfbyte.convert(home / "nearest", home / "converted", "compressed-tensors")
     halfbyte.evaluate([home / "gptq it's"], home / "model", str(home / "text.txt"), 64, 3)
     return home
 
 
-CARDS = ["gptq it's", "nearest", "int5", "converted"]
+CARDS = ["gptq it's", "nearest", "int5", "w8a8", "converted"]
 
 
 def parts(card: str) -> tuple[dict, str]:

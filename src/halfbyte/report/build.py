@@ -91,6 +91,12 @@ def worst(report: Mapping[str, Any], count: int = WORST) -> list[dict[str, Any]]
     return sorted(report["weights"], key=lambda row: -row["error"])[:count]
 
 
+def worst_inputs(report: Mapping[str, Any], count: int = WORST) -> list[dict[str, Any]]:
+    """The rounded inputs with the largest errors, with the first of the weights that read them."""
+    found = {repr(row["input"]): row for row in reversed(report["weights"]) if row.get("input")}
+    return sorted(found.values(), key=lambda row: -row["input"]["error"])[:count]
+
+
 def card(report: Mapping[str, Any], path: Path) -> str:
     """The model card: README.md of the output."""
     environment = Environment(
@@ -108,6 +114,7 @@ def card(report: Mapping[str, Any], path: Path) -> str:
         recipe=recipe,
         engines=served,
         worst=worst(report),
+        worst_inputs=worst_inputs(report),
         evaluation=report.get("evaluation"),
     )
 
