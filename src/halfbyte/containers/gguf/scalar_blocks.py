@@ -20,6 +20,8 @@ from halfbyte.grids.kquant import KQUANTS
 from halfbyte.grids.scalar import IntGrid
 
 Bytes = UInt8[Tensor, "rows _"]
+SIGN = 128
+"""The top bit: ggml's int8 is the code less 128."""
 
 
 class Half(NamedTuple):
@@ -109,21 +111,26 @@ def unpack(fields: tuple[Field, ...], raw: UInt8[Tensor, "out row_bytes"], grid:
 
 
 def _pack_plane(codes: Bytes, field: Plane) -> Bytes:
+    if field.bits == 8:
+        return codes ^ SIGN
     plane = np.empty((codes.shape[0], field.size), np.uint8)
     words = codes.numpy().view(np.uint64)
     if field.stride == 1:
         planes_numba.pack_neighbours(words, plane, field.shift)
     else:
-        planes_numba.pack(words, plane.view(np.uint64), field.bits, field.shift, field.stride // 8)
+        planes_numba.pack(words.reshape(-1), plane.view(np.uint64).reshape(-1), field.bits, field.shift, field.stride // 8)
     return torch.from_numpy(plane)
 
 
 def _unpack_plane(raw: Bytes, codes: Bytes, field: Plane) -> None:
+    if field.bits == 8:
+        codes.copy_(raw ^ SIGN)
+        return
     plane, words = np.ascontiguousarray(raw.numpy()), codes.numpy().view(np.uint64)
     if field.stride == 1:
         planes_numba.unpack_neighbours(plane, words, field.shift)
     else:
-        planes_numba.unpack(plane.view(np.uint64), words, field.bits, field.shift, field.stride // 8)
+        planes_numba.unpack(plane.view(np.uint64).reshape(-1), words.reshape(-1), field.bits, field.shift, field.stride // 8)
 
 
 def _pack_trits(codes: Bytes, field: Trits) -> Bytes:
