@@ -130,3 +130,30 @@ def test_experts_whose_scales_do_not_fit_are_refused(source, tmp_path):
     save_file({**tensors, name: tensors[name][:, :, :1].contiguous()}, folder / "model.safetensors")
     with pytest.raises(Unsupported, match="no MXFP4"):
         _ = Checkpoint.open(folder).quantized
+
+
+def test_its_values_move_to_a_gguf_and_back(source, tmp_path):
+    """ggml's MXFP4 holds the same codes and scales: llama.cpp's own converter repacks them too."""
+    report = halfbyte.convert(source, tmp_path / "model.gguf", "gguf")
+    assert {(row["grid"], row["error"]) for row in report["weights"]} == {("mxfp4", 0)}
+    ours = Checkpoint.open(tmp_path / "model.gguf")
+    stacks = {f"{EXPERTS.format(layer)}.{name}": ours.read(f"{EXPERTS.format(layer)}.{name}") for layer in range(2) for name in SHAPES}
+    for module, w in decoded(source).items():
+        head, expert, name = module.rsplit(".", 2)
+        assert torch.equal(stacks[f"{head}.{name}"][int(expert)].T, w)
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    tensors = {t.name: t for t in GGUFReader(tmp_path / "model.gguf").tensors}
+    gate, up = (torch.from_numpy(dequantize(t.data, t.tensor_type)) for t in (tensors["blk.1.ffn_gate_exps.weight"], tensors["blk.1.ffn_up_exps.weight"]))
+    alternating = torch.stack([gate, up], 2).flatten(1, 2)
+    assert torch.equal(alternating[3], decoded(source)[f"{EXPERTS.format(1)}.3.gate_up_proj"])
+
+
+@pytest.mark.parametrize("grid", ["Q4_K_M", "mxfp4"])
+def test_it_is_a_source_of_ggufs(source, plain, tmp_path, grid):
+    for name, folder in (("ours", source), ("expected", plain)):
+        halfbyte.quantize(folder, tmp_path / f"{name}.gguf", method="nearest", grid=grid)
+    ours, expected = (Checkpoint.open(tmp_path / f"{name}.gguf") for name in ("ours", "expected"))
+    assert ours.tensors() == expected.tensors()
+    assert all(torch.equal(ours.read(name), expected.read(name)) for name in ours.tensors())

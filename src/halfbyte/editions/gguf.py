@@ -118,7 +118,8 @@ class GGUFEdition(Edition):
                 return part if order is None else same_rows(part, torch.argsort(order))
             parts.append(part)
         params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
-        return Quantized(scheme.weight, torch.cat([part.codes for part in parts]), params)
+        whole = Quantized(scheme.weight, torch.cat([part.codes for part in parts]), params)
+        return same_rows(whole, torch.argsort(families.rows_of(self.names.places(weight.tensor))))
 
     def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
         for place in self.names.places(tensor):
@@ -136,7 +137,7 @@ class GGUFEdition(Edition):
             if value.numel() == torch.Size(spec.shape).numel():
                 return place.restored(value).to(spec.dtype)
             values.append(value)
-        return torch.cat(values, -2).to(spec.dtype)
+        return families.together(self.names.places(tensor), values).to(spec.dtype)
 
     def extra(self) -> Iterator[Part]:
         for name, value in self.names.extra().items():
@@ -170,7 +171,8 @@ def _closed(order: Tensor | None) -> bool:
 
 def _stored_shape(place: Place, shape: Shape) -> Shape:
     shape = (*shape[:-2], shape[-1], shape[-2]) if place.transposed else shape
-    return shape if place.rows is None else (*shape[: max(len(shape) - 2, 0)], len(place.rows), *shape[max(len(shape) - 1, 1) :])
+    at = place.dim(len(shape))
+    return shape if place.rows is None else (*shape[:at], len(place.rows), *shape[at + 1 :])
 
 
 def _writer(metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], path: Path, resume: bool) -> file.Writer:

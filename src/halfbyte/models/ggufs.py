@@ -11,7 +11,7 @@ from torch import Tensor
 
 from halfbyte.containers.gguf import file, hyperparameters
 from halfbyte.containers.gguf.container import GGUF, LAYOUTS
-from halfbyte.containers.gguf.families import FAMILIES, Place, Translation, checkpoint_shapes, family_named, family_of
+from halfbyte.containers.gguf.families import FAMILIES, Place, Translation, checkpoint_shapes, family_named, family_of, together
 from halfbyte.containers.gguf.tokenizer_files import tokenizer_files
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
@@ -96,7 +96,7 @@ class GGUFCheckpoint(Checkpoint):
             if value.numel() == prod(self.shapes[tensor]):
                 return place.restored(value).view(self.shapes[tensor])
             values.append(value)
-        return torch.cat(values, -2)
+        return together(self.names.places(tensor), values)
 
     def _value(self, place: Place) -> Tensor:
         """A tensor as it lies in the file, or one expert of it; decoded."""

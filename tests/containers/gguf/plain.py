@@ -24,7 +24,7 @@ def write(folder: Path, path: Path) -> Path:
         for place in translation.places(name):
             value = t.transpose(-1, -2) if place.transposed else t
             if place.rows is not None:
-                value = value.index_select(max(value.dim() - 2, 0), place.rows)
+                value = value.index_select(place.dim(value.dim()), place.rows)
             filled.setdefault(place.name, {})[place.expert or 0] = value + place.add
     tensors = {name: parts[0] if len(parts) == 1 else torch.stack([parts[e] for e in sorted(parts)]) for name, parts in filled.items()} | translation.extra()
     said = metadata(config, family, folder) | tokenizer_metadata(folder, translation.settings.vocab_size)
@@ -51,7 +51,7 @@ def read_back(path: Path, folder: Path) -> Path:
             stored = file.tensors[place.name].entry.read()
             part = (stored if place.expert is None else stored[place.expert]) - place.add
             view = value.transpose(-1, -2) if place.transposed else value
-            dim = max(view.dim() - 2, 0)
+            dim = place.dim(view.dim())
             view.index_copy_(
                 dim, torch.arange(part.shape[dim]) if place.rows is None else place.rows, part.reshape(*view.shape[:dim], -1, *view.shape[dim + 1 :])
             )

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", WINDOW),
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, **ALL_HEADS}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16, "rope_parameters": YARN}),
     "gpt2": ("gpt2", {**GPT, **ALL_HEADS}),
     "starcoder2": ("starcoder2", {"use_bias": True, "sliding_window": None}),
     "stablelm": ("stablelm", {"use_qkv_bias": True}),

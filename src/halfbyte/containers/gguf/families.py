@@ -6,7 +6,7 @@ publishes comes first: a GGUF is read under it. Facts as in llama.cpp's conversi
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,16 @@ GRANITE_EXPERTS: Names = {
     "block_sparse_moe.input_linear": ("ffn_gate_exps", "ffn_up_exps"),
     "block_sparse_moe.output_linear": "ffn_down_exps",
     **{name.replace("mlp", "block_sparse_moe"): ggml for name, ggml in EXPERTS.items()},
+}
+GPT_OSS: Names = {
+    **ATTENTION,
+    "self_attn.sinks": "attn_sinks",
+    "post_attention_layernorm": "post_attention_norm",
+    "mlp.router": "ffn_gate_inp",
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.experts.{e}.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.{e}.down_proj": "ffn_down_exps",
 }
 SHARED_EXPERT: Names = {
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
@@ -143,6 +153,10 @@ class Family:
     """ggml's names of tensors whose rows lie otherwise, and in which order."""
     transposed: tuple[str, ...] = ()
     """ggml's names of matrices that the checkpoint stores [in, out]."""
+    alternating: bool = False
+    """Where one tensor holds the rows of two, they alternate; otherwise the first half of them is the first tensor's."""
+    bare: tuple[str, ...] = ()
+    """Tensors that the checkpoint names without `.weight`, and their biases with `_bias`."""
     adds_one: bool = False
     """Norms multiply by 1 + weight; GGUF stores that sum."""
     own_head: bool = False
@@ -189,6 +203,15 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("phi3", PHI3, ropes=("default", "longrope"), assumed={"hidden_act": "silu"}),
     "olmo2": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, assumed={"hidden_act": "silu"}),
     "olmo3": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, windowed=True, assumed={"hidden_act": "silu"}),
+    "gpt_oss": Family(
+        "gpt-oss",
+        GPT_OSS,
+        transposed=("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+        alternating=True,
+        bare=("self_attn.sinks", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+        windowed=True,
+        assumed={"hidden_act": "silu", "attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    ),
     "olmoe": Family(
         "olmoe",
         {**ATTENTION, **HEAD_NORMS, **FFN_NORM, **EXPERTS},
@@ -253,16 +276,20 @@ class Place:
     plain: bool = False
     """Stored in 32 bits, never quantized."""
 
+    def dim(self, dims: int) -> int:
+        """Of the rows, in a tensor of so many dimensions: a matrix, a bias, or a stack of either."""
+        return dims - 1 if dims == 1 or self.name.endswith(".bias") else dims - 2
+
     def stored(self, value: Tensor) -> Tensor:
         """The checkpoint's tensor as it lies in the GGUF; in 32 bits where something is added."""
         value = value.mT if self.transposed else value
-        value = value if self.rows is None else value.index_select(max(value.dim() - 2, 0), self.rows.to(value.device))
+        value = value if self.rows is None else value.index_select(self.dim(value.dim()), self.rows.to(value.device))
         return value.float() + self.add if self.add else value
 
     def restored(self, stored: Tensor) -> Tensor:
         """The inverse of `stored`, of a tensor that is whole."""
         value = stored - self.add if self.add else stored
-        value = value if self.rows is None else value.index_select(max(value.dim() - 2, 0), torch.argsort(self.rows))
+        value = value if self.rows is None else value.index_select(self.dim(value.dim()), torch.argsort(self.rows))
         return value.mT if self.transposed else value
 
 
@@ -310,6 +337,18 @@ def head_dim(s: Any) -> int:
     return getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads
 
 
+def together(places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:
+    """The checkpoint's tensor that went to several places, from what lies there."""
+    dim, order = places[0].dim(parts[0].dim()), torch.argsort(rows_of(places))
+    value = torch.cat(list(parts), dim).index_select(dim, order)
+    return value.mT if places[0].transposed else value
+
+
+def rows_of(places: Sequence[Place]) -> Rows:
+    """Which rows of the checkpoint's tensor lie in these places, one after the other."""
+    return torch.cat([place.rows for place in places if place.rows is not None])
+
+
 class Translation:
     """Tensors of one checkpoint under ggml's names.
 
@@ -347,8 +386,8 @@ class Translation:
         if names is None:
             raise Unsupported(f"llama.cpp's '{self.family.arch}' has no place for tensor '{tensor}', so no GGUF can hold this model")
         if isinstance(names, tuple):
-            rows = self.shapes[tensor][-2]
-            halves = torch.arange(rows).split(rows // 2)
+            rows = torch.arange(self.shapes[tensor][-1 if suffix == "bias" or names[0] in self.family.transposed else -2])
+            halves = (rows[::2], rows[1::2]) if self.family.alternating else rows.split(len(rows) // 2)
             return tuple(self._place(base, suffix, block, expert, half) for base, half in zip(names, halves, strict=True))
         placed = (self._place(names, suffix, block, expert, self._order(names, tensor)),)
         if names == "token_embd" and self.family.own_head and self.tied:
@@ -371,6 +410,8 @@ class Translation:
         name = block[2] if block else name
         body, _, last = name.rpartition(".")
         number = int(block[1]) if block else None
+        if name.removesuffix("_bias") in self.family.bare:
+            return name.removesuffix("_bias"), "bias" if name.endswith("_bias") else "weight", number
         return (body, last, number) if last in ("weight", "bias") else (name, "weight", number)
 
     def _order(self, base: str, tensor: str) -> Rows | None:
@@ -398,15 +439,17 @@ def checkpoint_shapes(family: Family, tensors: Mapping[str, Shape]) -> dict[str,
         if not name:
             raise Unsupported(f"tensor '{tensor}' of the GGUF is none that a Hugging Face checkpoint of '{family.arch}' has")
         decoder, blocks = family.stem
-        name = f"{decoder}{blocks}.{block[1]}.{name}.{suffix}" if block else f"{'' if base == 'output' else decoder}{name}.{suffix}"
+        is_bias = suffix == "bias"
+        ending = f".{suffix}" if name not in family.bare else "_bias" if is_bias else ""
+        name = f"{decoder}{blocks}.{block[1]}.{name}{ending}" if block else f"{'' if base == 'output' else decoder}{name}{ending}"
         if "{e}" in name:
             found |= {name.format(e=e): shape[1:] for e in range(shape[0])}
-        elif isinstance(ggml, tuple):
-            found[name] = (*shape[:-2], 2 * shape[-2], shape[-1])
         elif base == "ffn_gate_inp_shexp":
             found[name] = (1, shape[-1])  # llama.cpp's own files have it without the 1
         else:
-            found[name] = shape[::-1] if base in family.transposed and suffix == "weight" else shape
+            rows = len(shape) - (1 if is_bias else 2)
+            shape = (*shape[:rows], 2 * shape[rows], *shape[rows + 1 :]) if isinstance(ggml, tuple) else shape
+            found[name] = (*shape[:-2], shape[-1], shape[-2]) if base in family.transposed and not is_bias else shape
     return found
 
 

@@ -29,6 +29,10 @@ def _inner(s: Any) -> int:
     return _first(s, INNER) or 4 * s.hidden_size
 
 
+def _expert_inner(s: Any) -> int | None:
+    return s.intermediate_size if s.model_type == "gpt_oss" else getattr(s, "moe_intermediate_size", None)
+
+
 def _key_value_heads(s: Any) -> int:
     if s.model_type == "falcon":
         return s.num_kv_heads if s.new_decoder_architecture else 1 if s.multi_query else s.num_attention_heads
@@ -113,7 +117,7 @@ KEYS: dict[str, Key] = {
     "rope.scaling.yarn_beta_slow": Key("float32", (), _rope("beta_slow", ("yarn",))),
     "expert_count": Key("uint32", ("num_local_experts", "num_experts")),
     "expert_used_count": Key("uint32", ("num_experts_per_tok",)),
-    "expert_feed_forward_length": Key("uint32", ("moe_intermediate_size",)),
+    "expert_feed_forward_length": Key("uint32", ("moe_intermediate_size",), _expert_inner),
     "expert_shared_feed_forward_length": Key("uint32", ("shared_expert_intermediate_size",)),
 }
 
