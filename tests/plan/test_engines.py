@@ -1,10 +1,11 @@
 """The rules were read in the engines' own loaders: see the comments in plan/engines.py. What is pinned here is what users rely on."""
 
 import pytest
+import torch
 
 from halfbyte.containers import CONTAINERS
 from halfbyte.errors import UnknownName
-from halfbyte.grids import parse
+from halfbyte.grids.schemes import PRESETS, parse
 from halfbyte.models.checkpoint import Weight
 from halfbyte.plan.engines import ENGINES, check, default_container, verdicts
 
@@ -21,7 +22,7 @@ MOE = {f"mlp.experts.{e}.{n}": s for e in range(2) for n, s in {"gate_proj": (76
 
 
 def place(grid, shapes=SHAPES, head=None, **others):
-    """One block on `grid`, but for matrices whose last name is in `others`; lm_head on `head`."""
+    """One block on a grid or scheme, but for matrices whose last name is in `others`; lm_head on `head`."""
     placed, block = {Weight("lm_head", "lm_head.weight", None, (128256, 4096)): head}, "model.layers.0"
     for name, shape in shapes.items():
         placed[Weight(f"{block}.{name}", f"{block}.{name}.weight", block, shape)] = others.get(name.rpartition(".")[2], grid)
@@ -29,7 +30,8 @@ def place(grid, shapes=SHAPES, head=None, **others):
 
 
 def judge(engine, container, placed, model_type="llama"):
-    verdict = check(engine, container, placed, model_type)
+    native = CONTAINERS[container]().native  # what a run asks of: the container's own scales, and inputs where it always rounds them
+    verdict = check(engine, container, {w: native(s, torch.bfloat16) if s else None for w, s in placed.items()}, model_type)
     assert verdict.loads == (not verdict.reasons) == (verdict.command is not None)
     assert verdict.loads or verdict.tensor_parallel == ()
     return verdict
@@ -74,10 +76,64 @@ def judge(engine, container, placed, model_type="llama"):
         ("transformers", "fp8", "fp8-e4m3-tensor", False),
         ("tensorrt-llm", "fp8", "fp8-e4m3-block", True),
         ("tgi", "fp8", "fp8-e4m3-block", False),
+        ("vllm", "bitsandbytes", "int8-channel", True),
     ],
 )
 def test_grids(engine, container, grid, loads):
     assert judge(engine, container, place(grid)).loads == loads
+
+
+@pytest.mark.parametrize(
+    ("scheme", "engines"),
+    [
+        ("int8-channel/int8-token", "vllm sglang transformers tgi"),
+        ("int8-tensor/int8-token", "vllm transformers tgi"),
+        ("int8-channel/int8-token-asym", "vllm transformers tgi"),
+        ("int8-channel/int8-static", "vllm transformers"),
+        ("int8-channel/int8-static-asym", "vllm transformers"),
+        ("int8-channel/int8-tensor", "transformers"),
+        ("int8-channel-asym/int8-token", "transformers"),
+        ("int8-g128/int8-token", "transformers"),
+        ("fp8-e4m3-channel/fp8-e4m3-token", "vllm sglang transformers tgi tensorrt-llm"),
+        ("fp8-e4m3-tensor/fp8-e4m3-static", "vllm sglang transformers tgi"),
+        ("fp8-e4m3-channel/fp8-e4m3-static", "vllm transformers"),
+        ("fp8-e4m3-tensor/fp8-e4m3-tensor", "vllm transformers"),
+        ("fp8-e4m3-block/fp8-e4m3-g128", "vllm transformers tensorrt-llm"),
+        ("fp8-e4m3-channel/fp8-e4m3-g128", "transformers"),
+        ("mxfp8-e4m3/mxfp8-e4m3", "vllm transformers"),
+        ("mxfp8-e4m3", "vllm transformers"),
+        ("mxfp4/mxfp4", "vllm transformers"),
+        ("mxfp4", "vllm transformers"),
+        ("nvfp4-global/nvfp4", "vllm sglang transformers"),
+        ("nvfp4-global/fp8-e4m3-token", ""),
+        ("int4-g128/int8-token", "vllm transformers"),
+        ("int4-g128/fp8-e4m3-token", "vllm transformers"),
+        ("int4-g64/fp8-e4m3-token", "transformers"),
+        ("int4-channel/int4-token", "transformers"),
+    ],
+)
+def test_schemes_of_compressed_tensors(scheme, engines):
+    assert [e for e in ENGINES if judge(e, "compressed-tensors", place(scheme)).loads] == engines.split()
+
+
+def test_every_preset_is_loaded_by_some_engine():
+    for preset in PRESETS.values():
+        assert any(judge(engine, "compressed-tensors", place(preset.scheme)).loads for engine in ENGINES), preset
+
+
+def test_notes_tell_what_the_device_must_have():
+    said = {scheme: " ".join(judge("vllm", "compressed-tensors", place(scheme)).notes) for scheme in ("mxfp4", "int4-g128/int8-token", "w4a8-fp8", "fp8")}
+    assert "rounds inputs to MXFP4 on Blackwell" in said["mxfp4"]
+    assert "Arm" in said["int4-g128/int8-token"]
+    assert "9.0 exactly" in said["w4a8-fp8"]
+    assert "8.9" in said["fp8"]
+
+
+def test_hopper_kernel_of_w4a8_pads_nothing():
+    shapes = {"mlp.down_proj": (4096 + 64, 4096)}
+    assert judge("vllm", "compressed-tensors", place("int4-g128", shapes)).loads
+    refused = judge("vllm", "compressed-tensors", place("int4-g128/fp8-e4m3-token", shapes))
+    assert "no multiple of 128 x 128" in refused.reasons[0]
 
 
 def test_serving_says_how():
@@ -120,6 +176,10 @@ def test_small_shapes_are_padded_by_vllm_alone():
         ("tgi", "gptq", place("int4-g128", head="int4-g128"), "lm_head"),
         ("vllm", "compressed-tensors", place("int4-g128-asym", MOE), "experts"),
         ("vllm", "compressed-tensors", place("int4-g128", MOE, down_proj="int8-g128"), "as one tensor"),
+        ("vllm", "compressed-tensors", place("int8-channel/int8-static", MOE), "int8-channel/int8-token"),
+        ("sglang", "compressed-tensors", place("int8-channel/int8-token", MOE), "experts"),
+        ("sglang", "compressed-tensors", place("int8-channel/int8-token", down_proj="fp8-e4m3-channel/fp8-e4m3-token"), "one kernel"),
+        ("vllm", "compressed-tensors", place("int8-channel/int8-token", v_proj="int8-channel"), "fuses"),
         ("vllm", "gptq", place(None, MOE) | place("int4-g128"), "experts"),
         ("transformers", "compressed-tensors", place("int4-g128", MOE), "experts"),
     ],
@@ -137,6 +197,8 @@ def test_refused(engine, container, placed, word):
         ("transformers", "compressed-tensors", place("int4-g128", v_proj="int8-g128", head="int8-channel")),
         ("sglang", "awq", place("int4-g128-asym", down_proj=None)),
         ("vllm", "compressed-tensors", place("int4-g128", MOE)),
+        ("vllm", "compressed-tensors", place("int8-channel/int8-token", MOE)),
+        ("vllm", "compressed-tensors", place("nvfp4-global/nvfp4", down_proj="fp8-e4m3-channel/fp8-e4m3-token")),
         ("vllm", "compressed-tensors", place(None)),
     ],
 )
@@ -150,6 +212,7 @@ def test_conv1d():
     assert "of gpt2 is a Conv1D" in refused.reasons[0]
     assert judge("transformers", "gptq", placed, "gpt2").loads
     assert judge("vllm", "compressed-tensors", placed, "gpt2").loads
+    assert not judge("vllm", "compressed-tensors", dict.fromkeys(placed, parse("int8-channel/int8-token")), "gpt2").loads
 
 
 def test_experts_of_a_3d_tensor():
