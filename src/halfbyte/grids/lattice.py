@@ -220,9 +220,12 @@ def codebook(name: str) -> UInt8[Tensor, "entries dimension"]:
 
 def keys(indices: UInt8[Tensor, "*shape dimension"]) -> Int16[Tensor, "*shape"]:
     """One number for a vector of magnitudes: its indices as digits, four bits of four or two bits of eight (as int16, it may wrap)."""
-    width = 16 // indices.shape[-1]
-    shifts = torch.arange(0, 16, width, device=indices.device)
-    return (indices.int() << shifts).sum(-1).to(torch.int16)
+    word, run = {4: torch.int32, 8: torch.int64}[indices.shape[-1]], 16 // indices.shape[-1]
+    key, apart = indices.contiguous().view(word)[..., 0], 8
+    while apart < 8 * word.itemsize:  # neighbours move together, two by two: runs of bits become half as many, twice as long
+        key, apart, run = key | key >> (apart - run), 2 * apart, 2 * run
+        key &= sum(((1 << run) - 1) << at for at in range(0, 8 * word.itemsize, apart))
+    return key.to(torch.int16)
 
 
 @lru_cache

@@ -15,6 +15,8 @@ from halfbyte.grids.lattice import LATTICE_GRIDS, NEGATIVE, codebook, entry_of_k
 from halfbyte.grids.levels import LEVEL_GRIDS
 
 Raw = UInt8[Tensor, "out row_bytes"]
+GATHER = 0x0102040810204080
+"""Times a word of eight bytes that are 0 or 1: in its top byte, the first of them is the lowest bit."""
 # Codes of iq1 by the sign of the move (up, down) and the trit (-1, 0, 1): magnitudes 1/8, 7/8, 9/8.
 MOVED = ((0x81, 0x00, 0x02), (0x82, 0x80, 0x01))
 
@@ -92,7 +94,8 @@ def _entries(codes: UInt8[Tensor, "out blocks 256"], name: str) -> Int32[Tensor,
 
 
 def _signs(codes: UInt8[Tensor, "out blocks 256"]) -> UInt8[Tensor, "out blocks 32"]:
-    return _bytes(codes >> 7, 1)
+    words = (codes >> 7).contiguous().view(torch.int64)
+    return (words * GATHER >> 56).to(torch.uint8)
 
 
 def _lattice(entries: Tensor, signs: UInt8[Tensor, "out blocks 32"], d: Tensor, scale: Tensor, name: str) -> tuple[Tensor, Params]:
