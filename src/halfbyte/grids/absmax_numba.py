@@ -8,10 +8,8 @@ from torch import Tensor
 
 from halfbyte.grids import absmax as reference
 from halfbyte.grids.levels import CELLS, inverse
-from halfbyte.grids.tiles_numba import F, raw, widen
+from halfbyte.grids.tiles_numba import F, loose, loose_inline, loose_jit, raw, strict, strict_jit, widen
 
-jit = numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
-inline = numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True, inline="always")
 PIECE = 4096  # weights handled at once by one thread
 FINITE = F(1e38)  # weights whose squares are not keep their absmax
 HALF, LAST = F(CELLS // 2), F(CELLS - 1)
@@ -40,13 +38,13 @@ def decode(grid: "reference.AbsmaxGrid", codes: UInt8[Tensor, "out in"], scales:
     return torch.from_numpy(w).view(codes.shape)
 
 
-@inline
+@loose_inline
 def _cell(x):
     # The mask keeps a weight that is not a number inside the table.
     return np.uint32(np.int32(min(max(HALF * x + HALF, F(0)), LAST))) & np.uint32(CELLS - 1)
 
 
-@jit
+@loose_jit
 def _fit(w, h, group, values, tries, scale):
     per_task = max(1, PIECE // group)
     for task in numba.prange((scale.size + per_task - 1) // per_task):
@@ -59,7 +57,7 @@ def _fit(w, h, group, values, tries, scale):
             start = start + group if start + group < h.size else 0
 
 
-@numba.njit(cache=True, error_model="numpy", nogil=True)
+@strict
 def _largest(x, largest):
     # By their bits: LLVM makes no vectors of a maximum of floats that may be NaN.
     for b in range(x.shape[0]):
@@ -69,7 +67,7 @@ def _largest(x, largest):
         largest[b] = found
 
 
-@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
+@loose
 def _search(x, h, values, tries, largest):
     scale, best = largest, F(0)
     if largest > 0:
@@ -81,7 +79,7 @@ def _search(x, h, values, tries, largest):
     return scale
 
 
-@inline
+@loose_inline
 def _moments(x, h, by, values):
     """sum(h w q) and sum(h q q), 32 at a time: a loop of known length is all vectors."""
     wq, qq = F(0), F(0)
@@ -96,7 +94,7 @@ def _moments(x, h, by, values):
 
 
 # Exact, and all vectors: of ascending levels, the nearest is the one with as many borders below the weight.
-@numba.njit(cache=True, parallel=True, error_model="numpy", nogil=True)
+@strict_jit
 def _encode(w, inverse, borders, order, reordered, group, codes):
     per_task = max(1, PIECE // group)
     for task in numba.prange((inverse.size + per_task - 1) // per_task):
@@ -114,7 +112,7 @@ def _encode(w, inverse, borders, order, reordered, group, codes):
                 out[i] = order[out[i] & np.uint8(15)]
 
 
-@numba.njit(cache=True, error_model="numpy", nogil=True)
+@strict
 def _count(x, b, out):
     # Written out: LLVM unrolls such a loop too late to make vectors of it.
     for i in range(out.size):
@@ -125,7 +123,7 @@ def _count(x, b, out):
         out[i] = np.uint8(low + middle + high)
 
 
-@numba.njit(cache=True, parallel=True, error_model="numpy", nogil=True)
+@strict_jit
 def _decode(codes, scales, levels, group, w):
     for b in numba.prange(scales.size):
         at = b * group

@@ -9,10 +9,8 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.grids import floats
-from halfbyte.grids.tiles_numba import F, raw, widen
+from halfbyte.grids.tiles_numba import F, inline, jit, loose, loose_inline, part, raw, widen
 
-jit = numba.njit(cache=True, parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True)
-inline = numba.njit(cache=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True, inline="always")
 PIECE = 4096  # in-features that one thread handles before it reads on
 I = np.int32  # noqa: E741
 EXPONENT = I(floats.EXPONENT)
@@ -128,12 +126,12 @@ def _moments(w, h, inverse, size, e, wq, qq):
 
 
 # Sums may be taken in any order; what is rounded is rounded in its bits, which no reordering undoes.
-@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True)
+@loose
 def _sums(x, h, inverse, e):
     return _sums_of(x, h, inverse, e, 16) if x.size == 16 else _sums_of(x, h, inverse, e, x.size)  # a known length is all vectors
 
 
-@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, inline="always")
+@loose_inline
 def _sums_of(x, h, inverse, e, count):
     wq, qq = F(0), F(0)
     for i in range(count):
@@ -158,7 +156,7 @@ def _encode(w, scales, size, e, codes):
                 _encode_piece(piece, scales[row, g], e, codes[row, start : start + piece.size])
 
 
-@numba.njit(cache=True, fastmath={"nsz"}, error_model="numpy", nogil=True)
+@part
 def _encode_piece(x, scale, e, codes):
     for i in range(x.size):
         exponent, steps = steps_of(min(abs(x[i] / scale), e.top), e)

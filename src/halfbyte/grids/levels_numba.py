@@ -7,8 +7,8 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.grids import levels as reference
-from halfbyte.grids.rounding_numba import _store, inline, jit
-from halfbyte.grids.tiles_numba import F, raw, widen
+from halfbyte.grids.rounding_numba import _store
+from halfbyte.grids.tiles_numba import F, loose, loose_inline, loose_jit, raw, strict, widen
 
 FP16, BYTE, FREE = 0, 1, 2
 HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see rounding_numba._store; here a scale may be zero
@@ -41,18 +41,18 @@ def encode(grid: "reference.LevelGrid", w: Float[Tensor, "out in"], scales: Floa
     return torch.from_numpy(codes)
 
 
-@inline
+@loose_inline
 def cell_of(x):
     # The mask keeps a weight that is not a number inside the table.
     return np.uint32(np.int32(min(max(F(2) * x + MIDDLE, F(0)), CELLS))) & np.uint32(reference.CELLS - 1)
 
 
-@inline
+@loose_inline
 def inverse_of(scale):
     return F(0) if scale == 0 else min(max(F(1) / scale, F(-1e38)), F(1e38))
 
 
-@inline
+@loose_inline
 def _moments_of(x, h, scale, values, count):
     inverse, wq, qq = inverse_of(scale), F(0), F(0)
     for i in range(count):
@@ -63,13 +63,13 @@ def _moments_of(x, h, scale, values, count):
     return wq, qq
 
 
-@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
+@loose
 def _moments(x, h, scale, values):
     """sum(h w q) and sum(h q q); a loop of known length is all vectors."""
     return _moments_of(x, h, scale, values, 32) if x.size == 32 else _moments_of(x, h, scale, values, x.size)
 
 
-@numba.njit(cache=True, error_model="numpy", nogil=True)
+@strict
 def _half(scale):
     return -_store(-scale, HALF_PRECISION) if scale < 0 else _store(scale, HALF_PRECISION)
 
@@ -84,13 +84,13 @@ def _largest(x):
     return low if -low > high else high
 
 
-@jit
+@loose_jit
 def _fit(w, h, group, values, reach, tries, kind, table, borders, scale):
     for row in numba.prange(w.shape[0]):
         _fit_row(w[row], h[row % h.shape[0]], group, values, reach, tries, kind, table, borders, scale[row])
 
 
-@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
+@loose
 def _fit_row(w, h, group, values, reach, tries, kind, table, borders, scale):
     x = np.empty(group, np.float32)
     for g in range(scale.size):
@@ -103,7 +103,7 @@ def _fit_row(w, h, group, values, reach, tries, kind, table, borders, scale):
             scale[g] = _half(found) if kind == FP16 else found
 
 
-@inline
+@loose_inline
 def _search(x, h, values, reach, tries):
     largest = _largest(x)
     scale, best = largest / reach, F(0)
@@ -116,7 +116,7 @@ def _search(x, h, values, reach, tries):
     return scale
 
 
-@inline
+@loose_inline
 def _search_byte(x, h, values, reach, tries, table, borders):
     middle, best = np.searchsorted(borders, abs(_largest(x)) / reach, side="right"), F(0)
     scale = table[middle]
@@ -129,7 +129,7 @@ def _search_byte(x, h, values, reach, tries, table, borders):
     return scale
 
 
-@jit
+@loose_jit
 def _two_levels(w, h, group, values, search, scale, top, sub):
     rows, supers = top.shape
     per = scale.shape[1] // supers
@@ -161,13 +161,13 @@ def _two_levels(w, h, group, values, search, scale, top, sub):
             top[row, s] = refined if better and search else above
 
 
-@jit
+@loose_jit
 def _encode(w, inverse, code, group, codes):
     for row in numba.prange(w.shape[0]):
         _encode_row(w[row], inverse[row], code, group, codes[row])
 
 
-@numba.njit(cache=True, error_model="numpy", nogil=True)
+@strict
 def _encode_row(w, inverse, code, group, codes):
     x = np.empty(group, np.float32)
     for g in range(inverse.size):

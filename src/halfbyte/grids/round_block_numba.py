@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halfbyte.grids.floats_numba import code_of, steps_of, value_of
 from halfbyte.grids.levels_numba import cell_of, inverse_of
-from halfbyte.grids.tiles_numba import F, inline, jit
+from halfbyte.grids.tiles_numba import ORDERED, F, inline, jit
 
 
 class Even(NamedTuple):
@@ -74,7 +74,7 @@ def nearest(x, levels, row, k) -> tuple[np.uint8, np.float32]:
     raise NotImplementedError("only compiled code calls this")
 
 
-@overload(nearest, jit_options={"fastmath": {"contract", "nsz"}, "error_model": "numpy"})
+@overload(nearest, jit_options={"fastmath": ORDERED, "error_model": "numpy"})
 def _nearest(x, levels, row, k):
     return {Even: _nearest_even, Table: _nearest_in_table, Floats: _nearest_float}[levels.instance_class]
 

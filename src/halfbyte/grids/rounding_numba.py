@@ -14,8 +14,6 @@ from halfbyte.grids import tiles_numba as tiles
 from halfbyte.grids.rounding import CLIPPED, FURTHEST, NORMAL_STEP, TRIED, limits, reach, store
 from halfbyte.grids.tiles_numba import LANES, F, fold, load, raw, rounded, spread, widen
 
-jit = numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
-inline = numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True, inline="always")
 PIECE = 4096  # in-features encoded at once by one thread when a row holds several groups
 TILES = 8  # handled one after another by one thread, in the same memory
 DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of the 23 that float32 has
@@ -212,7 +210,7 @@ def _better(m, groups, zero, xq, qq, held, sign):
         m[ZERO + g] = tried if better else zero_before
 
 
-@jit
+@tiles.loose_jit
 def _encode(w, scale, zero, group, bits, codes):
     rows, groups = scale.shape
     top, half = F((1 << bits) - 1), F(1 << (bits - 1))

@@ -15,11 +15,18 @@ LANES = 128
 STEPS = 32  # weights of a group in one lane, where it has more: 128 times that are half of a first-level cache
 F = np.float32
 
-# Without reassoc: sums are taken in the reference's order, and a change of order would undo splittings such as the one in `half`.
-jit = numba.njit(cache=True, parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True)
-part = numba.njit(cache=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True)
-inline = numba.njit(cache=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True, inline="always")
-strict = numba.njit(cache=True, fastmath=False, error_model="numpy", nogil=True)
+# How functions are compiled: loops whose turns run in threads (jit), what they call (part), and what becomes part of its caller and
+# takes its rules of arithmetic (inline). Without reassoc, sums are taken in the order written; another order would undo splittings
+# such as the one in `half`. Loose ones leave the order to LLVM, which can then add up in vectors; strict ones round each operation.
+ORDERED, LOOSE = {"contract", "nsz"}, {"reassoc", "contract", "nsz", "arcp"}
+jit = numba.njit(cache=True, parallel=True, fastmath=ORDERED, error_model="numpy", nogil=True)
+part = numba.njit(cache=True, fastmath=ORDERED, error_model="numpy", nogil=True)
+inline = numba.njit(cache=True, fastmath=ORDERED, error_model="numpy", nogil=True, inline="always")
+loose_jit = numba.njit(cache=True, parallel=True, fastmath=LOOSE, error_model="numpy", nogil=True)
+loose = numba.njit(cache=True, fastmath=LOOSE, error_model="numpy", nogil=True)
+loose_inline = numba.njit(cache=True, fastmath=LOOSE, error_model="numpy", nogil=True, inline="always")
+strict_jit = numba.njit(cache=True, parallel=True, error_model="numpy", nogil=True)
+strict = numba.njit(cache=True, error_model="numpy", nogil=True)
 
 
 def raw(w: Tensor) -> np.ndarray:
