@@ -4,6 +4,7 @@ fp8-e4m3           one stored scale for the keys of a layer and one for its valu
 fp8-e4m3-head      ... for those of each head
 int8, int8-token   a scale for each token and head, found as the engine runs: nothing is stored
 int4, int4-g32     a scale for 32 values of a token and head, likewise; any other group too
+q8_0, q4_0 ...     llama.cpp's own
 K/V                keys and values differently, such as int8-token/int4-g32
 
 Stored scales are tensors named after the attention, fp32, which the cache's numbers are multiplied by:
@@ -27,6 +28,8 @@ from torch import Tensor
 from halfbyte.containers.container import Config
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
+from halfbyte.grids import ggml_inputs
+from halfbyte.grids.ggml_inputs import GGMLInputs
 from halfbyte.grids.grid import InputGrid, Inputs, Params
 from halfbyte.grids.inputs import ScaledInputs
 
@@ -48,10 +51,10 @@ class KVGrid:
     def parse(cls, name: str) -> "KVGrid":
         """Raises BadRequest for what no cache can do."""
         key, slash, value = name.partition("/")
-        return cls(_part(key), _part(value if slash else key))
+        return cls(_part(key, is_key=True), _part(value if slash else key, is_key=False))
 
     def __str__(self) -> str:
-        return str(self.key) if self.key == self.value else f"{self.key}/{self.value}"
+        return str(self.key) if str(self.key) == str(self.value) else f"{self.key}/{self.value}"
 
     @property
     def static(self) -> bool:
@@ -59,13 +62,15 @@ class KVGrid:
         return self.key.static or self.value.static
 
 
-def _part(name: str) -> InputGrid:
+def _part(name: str, is_key: bool) -> InputGrid:
     name = ALIASES.get(name, name)
+    if ggml_inputs.PATTERN.fullmatch(name):
+        return GGMLInputs.parse(name, is_key)
     try:
         grid = ScaledInputs.parse(name)
     except BadRequest:
         raise BadRequest(
-            f"'{name}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64 or the like, or two of them for keys and values: int8/int4"
+            f"'{name}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64, q8_0 or the like, or two of them for keys and values: int8/int4"
         ) from None
     if grid.span == "tensor":
         raise BadRequest(f"a cache grows token by token, so no scale of all tokens can be found as it runs; write {grid.number}-static or {grid.number}-token")
@@ -149,17 +154,17 @@ SERVED = {
     "fp8-e4m3-token": "vLLM: --kv-cache-dtype fp8_per_token_head",
     "int8-token": "vLLM: --kv-cache-dtype int8_per_token_head",
     "int4-token-asym": "vLLM: --kv-cache-dtype int4_per_token_head (which also rotates heads)",
-    "int8-g32": "llama.cpp: -ctk q8_0 -ctv q8_0",
-    "int5-g32": "llama.cpp: -ctk q5_0 -ctv q5_0",
-    "int4-g32": "llama.cpp: -ctk q4_0 -ctv q4_0",
-    "int4-g32-asym": "llama.cpp: -ctk q4_1 -ctv q4_1",
+    "int8-g32": "near to it is --kv q8_0, llama.cpp's",
+    "int4-g32": "near to it is --kv q4_0, llama.cpp's",
 }
 """What an engine is told (vllm config/cache.py CacheDType and v1/kv_cache_interface.py; llama.cpp common/arg.cpp kv_cache_types)."""
-LLAMA_CPP = "with -ctk q8_0 -ctv q8_0 or the like; halfbyte eval --kv int8-g32 measures such a cache"
+LLAMA_CPP = "with -ctk q8_0 -ctv q8_0 or the like; halfbyte eval --kv q8_0 measures such a cache"
 
 
 def served(grid: KVGrid) -> str:
     """What to tell an engine, in words."""
+    if isinstance(grid.key, GGMLInputs) and isinstance(grid.value, GGMLInputs):
+        return f"llama.cpp: -ctk {grid.key} -ctv {grid.value}"
     return SERVED.get(str(grid), "no engine that we know of has it")
 
 

@@ -10,19 +10,20 @@ import torch
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
 
 
-def load(path: Path, vocabulary_only: bool = False):
+def load(path: Path, vocabulary_only: bool = False, cache: int = 0):
+    """`cache`: what keys and values are kept in, a GGMLQuantizationType; 0 is F32."""
     params = llama_cpp.llama_model_default_params()
     params.use_extra_bufts = False  # no matrices laid out anew for AMX, whose registers some virtual machines announce and do not give
     with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", return_value=params):
         return llama_cpp.Llama(
             str(path), n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1, vocab_only=vocabulary_only, logits_all=True, verbose=False,
-            type_k=0, type_v=0, flash_attn=False,
+            type_k=cache, type_v=cache, flash_attn=cache != 0,
         )  # fmt: skip
 
 
-def logits(path: Path, tokens: list[int]) -> torch.Tensor:
+def logits(path: Path, tokens: list[int], cache: int = 0) -> torch.Tensor:
     """[position, vocabulary]"""
-    model = load(path)
+    model = load(path, cache=cache)
     try:
         model.eval(tokens)
         return torch.from_numpy(np.array(model.scores[: len(tokens)]))
