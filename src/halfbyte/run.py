@@ -15,7 +15,6 @@ from halfbyte.grids.grid import AnyScheme, Inputs, Params, Quantized, Seen, same
 from halfbyte.jobs import SKIPPED, Job
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, require_finite
-from halfbyte.solvers.statistics import sample_rows
 
 Progress = Callable[[str, float, float], None]
 """(what is being done, done so far, of how much)"""
@@ -98,7 +97,7 @@ def squares(w: Tensor | Quantized, q: Quantized, sampled: int = SAMPLED) -> Squa
     """Over evenly spaced rows, of some `sampled` weights in all."""
     if w is q:
         return 0.0, 0.0
-    rows = sample_rows(q.shape[0], sampled // q.shape[1])
+    rows = slice(0, q.shape[0], max(1, q.shape[0] * q.shape[1] // max(sampled, 1)))
     exact = (w.decode() if isinstance(w, Quantized) else w)[rows].float()
     # Where rows share parameters (a tensor's one scale, blocks of 128 x 128, nested scales), a part of them cannot be decoded alone.
     apart = all(p.shape[0] == q.shape[0] for p in q.params.values())
