@@ -36,6 +36,11 @@ class Grid(ABC):
         return None
 
     @property
+    def prominent(self) -> bool:
+        """Whether rounding to nearest by importance goes better when an error in a large weight counts for more (solvers.gptq.prominence)."""
+        return False
+
+    @property
     def spans_rows(self) -> bool:
         """Whether all rows of a matrix share a parameter."""
         return False
