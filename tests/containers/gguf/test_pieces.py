@@ -1,6 +1,7 @@
 """A matrix that is written piece after piece is the matrix that is written whole."""
 
 import os
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from halfbyte import demo
 from halfbyte.editions import gguf
 from halfbyte.errors import BrokenOutput
 
-WORDS = {"method": "nearest", "grid": "Q4_K_M", "to": "gguf"}
+WORDS: dict[str, Any] = {"method": "nearest", "grid": "Q4_K_M", "to": "gguf"}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import transformers
@@ -30,7 +31,7 @@ CHANGES = {
 
 def read(config: dict) -> list[dict]:
     """What a GGUF depends on, from our table and from Transformers."""
-    found = from_table(config), from_transformers(config)
+    found: tuple[Any, Any] = from_table(config), from_transformers(config)
     names = {*DEFAULTS[config["model_type"]], *SIZES, *FAMILIES[config["model_type"]].assumed} - {"rope_theta"}
     return [{name: getattr(s, name, None) for name in names} | {"rope": s.rope_parameters} for s in found]
 
@@ -99,6 +100,7 @@ def test_a_config_that_transformers_refuses_is_refused():
 def test_a_common_model_needs_no_transformers():
     code = f"""
 import sys
+from typing import Any
 from halfbyte.containers.gguf.families import family_of
 family_of({dict(SMALL, model_type="llama")!r})
 assert "transformers" not in sys.modules
