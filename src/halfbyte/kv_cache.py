@@ -118,7 +118,7 @@ def complete(run: Run) -> dict[str, Any] | None:
         checkpoint, c = Checkpoint(run.folder.partial), job.recipe.calibration
         checkpoint.kv = None
         windows = run.windows or calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
-        cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.input_range, run.progress)
+        cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.input_range, run.progress, run.folder.partial)
         about = describe(job.kv, job.recipe.input_range, windows, rows)
     else:
         cache = job.checkpoint.kv
@@ -129,13 +129,19 @@ def complete(run: Run) -> dict[str, Any] | None:
 
 
 def find_scales(
-    checkpoint: Checkpoint, grid: KVGrid, windows: Int64[Tensor, "windows length"], how: str = "max", progress: Progress = silent
+    checkpoint: Checkpoint,
+    grid: KVGrid,
+    windows: Int64[Tensor, "windows length"],
+    how: str = "max",
+    progress: Progress = silent,
+    scratch: Path | None = None,
 ) -> tuple[KVCache, list[Row]]:
     """Stored scales of every attention, found block after block, each fed by blocks whose caches are rounded already.
 
-    `how` is a key of `halfbyte.grids.inputs.RANGES`. Raises Unsupported for a model without such a cache.
+    `how` is a key of `halfbyte.grids.inputs.RANGES`, `scratch` a folder for hidden states beyond the memory's budget. Raises Unsupported
+    for a model without such a cache.
     """
-    walk = Walk(checkpoint, windows, checkpoint.dtype, as_served=True)
+    walk = Walk(checkpoint, windows, checkpoint.dtype, scratch=scratch, as_served=True)
     found_on = range(1, len(walk.batches))
     walk.batches += calibrate.evaluation(checkpoint, str(demo.HELDOUT), windows.shape[1], CHECKED).tokens.split(len(walk.batches[-1]))
     checked_on = range(found_on.stop, len(walk.batches))
@@ -147,8 +153,6 @@ def find_scales(
         for name, attention in kv.names(walk.model, walk.places, block.module).items():
             seen = kv.Heads(), kv.Heads()
             _run(walk, block, found_on, attention, _note(*seen))
-            if not seen[0].rows:
-                continue  # it keeps something else in its cache, such as the state of a convolution
             _require_heads(checkpoint, grid, seen[0])
             latent = kv.is_latent(attention)
             keys[name], values[name] = _together(seen[0].fit(grid.key, how), seen[1].fit(grid.value, how), latent)

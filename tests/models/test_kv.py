@@ -17,7 +17,7 @@ import halfbyte
 import tiny
 from halfbyte.containers.kv import KVGrid
 from halfbyte.grids.grid import Inputs
-from halfbyte.models import kv
+from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import Checkpoint
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "llm_compressor_kv"
@@ -69,7 +69,8 @@ def test_keys_and_values_of_every_family_are_seen_and_nothing_else_changes(name)
     assert torch.equal(with_doors, logits(model, use_cache=False))
     cache = model(input_ids=TOKENS, use_cache=True).get("past_key_values")
     stored = [layer for layer in getattr(cache, "layers", []) if isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.numel()]
-    assert len(seen) == len(stored)
+    places = {name: skeleton.Place(name) for name in model.state_dict()}
+    assert len(seen) == len(stored) == len(kv.names(model, places, model))
     for (k, v), layer in zip(seen, stored, strict=True):
         assert torch.equal(k, layer.keys)
         assert torch.equal(v, layer.values)

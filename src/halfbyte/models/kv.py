@@ -72,7 +72,7 @@ def put(model: PreTrainedModel, attention: nn.Module, through: Through):
 
 
 def attentions(block: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a block that cache something themselves, by their path in it."""
+    """The modules of a block that are given a cache and do not pass it on, by their path in it."""
     takers = {path: module for path, module in block.named_modules() if path and _name(module)}
     return {path: module for path, module in takers.items() if not any(other.startswith(f"{path}.") for other in takers)}
 
@@ -83,7 +83,7 @@ def _name(module: nn.Module) -> str:
 
 
 def names(model: PreTrainedModel, places: Mapping[str, Place], block: nn.Module) -> dict[str, nn.Module]:
-    """The attentions in a part of the model, by what the checkpoint calls them."""
+    """The attentions in a part of the model that cache keys and values, by what the checkpoint calls them."""
     layers = DynamicCache(config=model.config).layers
     paths = {module: path for path, module in model.named_modules()}
     found: dict[str, nn.Module] = {}
@@ -91,9 +91,8 @@ def names(model: PreTrainedModel, places: Mapping[str, Place], block: nn.Module)
         inside = f"{paths[attention]}."
         owned = {tensor: place.parameter.removeprefix(inside) for tensor, place in places.items() if place.parameter.startswith(inside)}
         homes = [tensor.split(".")[: -len(rest.split("."))] for tensor, rest in owned.items()]
-        layer = getattr(attention, "layer_idx", None)
-        has_keys = layer is None or layer >= len(layers) or isinstance(layers[layer], CacheLayerMixin)  # not the state of a convolution
-        if homes and has_keys:
+        layer = dict(enumerate(layers)).get(getattr(attention, "layer_idx", -1))
+        if homes and isinstance(layer, CacheLayerMixin):  # others keep the state of a convolution, or nothing
             found[".".join(min(homes, key=len))] = attention
     return found
 
