@@ -112,7 +112,8 @@ def blank(checkpoint: Checkpoint, grid: KVGrid) -> KVCache:
     found = names(model, skeleton.places(model, checkpoint.tensors()), model)
     if not found:
         raise Unsupported(f"{checkpoint.model_type} has no attention that caches keys and values")
-    heads = checkpoint.text_config.get("num_key_value_heads") or checkpoint.text_config.get("num_attention_heads")
+    text = model.config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     scale = {"scale": torch.ones(heads, 1, 1) if "-head" in str(grid) else torch.ones(1)}
     return KVCache(grid, dict.fromkeys(found, scale), dict.fromkeys(found, scale), any(map(is_latent, found.values())))
 
