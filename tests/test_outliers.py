@@ -8,8 +8,9 @@ import halfbyte
 from halfbyte import demo
 from outliers import twin
 
-WINDOWS = 8
-CALIBRATION = {"samples": 32}
+WINDOWS = 4
+CALIBRATION = {"samples": 16}
+PER_TENSOR = "int8-tensor/int8-static"
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +55,20 @@ def test_the_twin_has_channels_30_to_100_times_as_large_as_they_were(outliers):
 @pytest.mark.slow
 def test_awq_loses_less_than_half_of_what_nearest_loses(kl):
     assert kl("awq", "int4-g128") < kl("nearest", "int4-g128") / 2
+
+
+@pytest.mark.slow
+def test_plain_w8a8_per_tensor_is_ruined(kl):
+    assert kl("nearest", PER_TENSOR) > 20 * kl("nearest", PER_TENSOR, demo.MODEL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "recipe"), [("smoothquant", {}), ("smoothquant", {"alpha": 0.5}), ("smoothquant+gptq", {})])
+def test_smoothquant_brings_back_what_is_lost(kl, method, recipe):
+    lost = kl("nearest", PER_TENSOR) - kl("nearest", PER_TENSOR, demo.MODEL)
+    assert kl("nearest", PER_TENSOR) - kl(method, PER_TENSOR, **recipe) > 0.95 * lost
+
+
+@pytest.mark.slow
+def test_a_searched_strength_is_better_than_a_fixed_one(kl):
+    assert kl("smoothquant", PER_TENSOR) < 0.8 * kl("smoothquant", PER_TENSOR, alpha=0.5)

@@ -15,7 +15,8 @@ from halfbyte.solvers.nearest import nearest
 from halfbyte.solvers.statistics import Diagonal
 from halfbyte.transforms.scale import Chosen, Settings, Site
 
-ALPHAS = [k / 20 for k in range(6, 20)]
+ALPHAS = [k / 10 for k in range(3, 11)]
+"""Half steps between them win nothing (KL of bookworm-6m with outliers, int8-channel/int8-token: .00052 and .00053, standard error .00001)."""
 BATCH = 1
 """Of calibration tokens: the first after the probe."""
 
