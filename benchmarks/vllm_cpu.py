@@ -51,7 +51,7 @@ bookworm-6m, in bfloat16 in vLLM and in float32 in halfbyte.
 "inputs in ..." are kernels that round otherwise than the folder says, which halfbyte then does too (vllm/model_executor/kernels/linear, on a processor with
 AMX): a stored int8 scale is not used where inputs have no zero point (scaled_mm/cpu.py), and 4-bit weights get int8 inputs unless VLLM_CPU_INT4_W4A8=0
 (mixed_precision/cpu.py). With a stored zero point, vLLM on CPUs adds it before it rounds, so that ties fall otherwise than on GPUs, and here: with that
-done too, the worst product is 0.0017 off. The FP8 cache of this build is off by ten times what FP8 takes; neither the stored scales nor scales of one
+done too, the product that was worst is 0.0017 off. The FP8 cache of this build is off by ten times what FP8 takes; neither the stored scales nor scales of one
 explain it, and why it is so is not known."""
 
 
