@@ -291,7 +291,6 @@ def test_fuzzed_headers(tmp_path):
 REQUESTS = {
     "grid": (["--grid", "itn4-g128"], "unknown grid 'itn4-g128'; did you mean int4-g128"),
     "grid without span": (["--grid", "int4"], "did you mean int4-g"),
-    "grid in capitals": (["--grid", "INT4-G128"], "did you mean int4-g128"),
     "no grid at all": (["--grid", ""], "known are"),
     "group of no use": (["--grid", "int4-g12"], ("does not divide the 256 in-features", "would fit")),
     "method": (["--method", "gtpq"], "unknown method 'gtpq'; did you mean gptq"),

@@ -52,7 +52,7 @@ def test_help(command):
 
 def test_help_names_the_defaults():
     said = " ".join(tiny.halfbyte("quantize", "--help").out.replace("│", " ").split())
-    for words in ("(gptq)", "(int4-g128)", "(the engine's, else what holds the grid)", "(the embedded text)", "(128)", "(512)", "--no-head"):
+    for words in ("(the preset's, or gptq)", "(int4-g128)", "(the engine's, else what holds the grid)", "(the embedded text)", "(128)", "(512)", "--no-head"):
         assert words in said
     assert all(command in tiny.halfbyte("--help").out for command in COMMANDS)
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import tiny
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import halfbyte
+import tiny
 from halfbyte.containers import FP8, CompressedTensors
 from halfbyte.errors import HalfbyteError, Unsupported
 from halfbyte.grids.inputs import parse as input_named
@@ -69,7 +69,9 @@ def test_compressed_tensors_reads_what_is_written(made, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "apart"), [("w8a8-static", 1e-4), ("fp8-static", 1e-4), ("int8-channel/int8-static-asym", 1e-4), ("fp8", 1e-3), ("w8a8", 0.02)])
+@pytest.mark.parametrize(
+    ("name", "apart"), [("w8a8-static", 1e-4), ("fp8-static", 1e-4), ("int8-channel/int8-static-asym", 1e-4), ("fp8", 1e-3), ("w8a8", 0.02)]
+)
 def test_transformers_multiplies_what_we_multiply(made, name, apart):
     """Linear by linear, on what theirs reads. Its scales of int8 tokens span 127.5 steps, where engines and we take 127."""
     folder, _ = made(name)

@@ -12,6 +12,7 @@ Codes are not chosen here: `encode` rounds to the nearest level that was fitted,
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -86,8 +87,9 @@ MINMAX = Effort([])
 def fit(grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool) -> Params:
     """The parameters of `KQuant.fit`."""
     if importance is not None:
-        mean = importance.mean()
-        importance = (importance / mean).clamp(min=FLOOR) if mean > 0 else None
+        # By a power of two, which rounds nothing: the last bits of a mean depend on how many threads have summed it up.
+        mean, power = math.frexp(importance.mean())
+        importance = (importance / 2.0**power).clamp(min=FLOOR) if mean > 0 else None
     effort = MINMAX if not search else EFFORT[grid.name] if importance is None else EFFORT_WITH_IMPORTANCE[grid.name]
     if w.device.type == "cpu":
         from halfbyte.grids import kquant_numba as accelerated

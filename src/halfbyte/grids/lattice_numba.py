@@ -27,7 +27,7 @@ CELLS = 128
 HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see rounding_numba._store
 NONE = np.uint16(0xFFFF)
 MATH = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}  # weights are finite, and so is what is made of them
-fast = numba.njit(cache=True, fastmath=MATH, error_model="numpy", nogil=True)
+fast = numba.njit(cache=True, forceinline=True, fastmath=MATH, error_model="numpy", nogil=True)
 inline = numba.njit(cache=True, fastmath=MATH, error_model="numpy", nogil=True, inline="always")
 parallel = numba.njit(cache=True, parallel=True, fastmath=MATH, error_model="numpy", nogil=True)
 

@@ -75,7 +75,7 @@ def _half(scale):
 
 
 # Weights are finite. Where LLVM does not know that, it makes no vectors of a maximum.
-@numba.njit(cache=True, fastmath={"reassoc", "nsz", "nnan", "ninf"}, error_model="numpy", nogil=True)
+@numba.njit(cache=True, forceinline=True, fastmath={"reassoc", "nsz", "nnan", "ninf"}, error_model="numpy", nogil=True)
 def _largest(x):
     """The value of the largest magnitude."""
     low, high = F(0), F(0)

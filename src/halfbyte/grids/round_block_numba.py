@@ -74,7 +74,7 @@ def nearest(x, levels, row, k) -> tuple[np.uint8, np.float32]:
     raise NotImplementedError("only compiled code calls this")
 
 
-@overload(nearest, jit_options={"fastmath": ORDERED, "error_model": "numpy"})
+@overload(nearest, jit_options={"forceinline": True, "fastmath": ORDERED, "error_model": "numpy"})
 def _nearest(x, levels, row, k):
     return {Even: _nearest_even, Table: _nearest_in_table, Floats: _nearest_float}[levels.instance_class]
 

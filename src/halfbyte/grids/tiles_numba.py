@@ -18,15 +18,17 @@ F = np.float32
 # How functions are compiled: loops whose turns run in threads (jit), what they call (part), and what becomes part of its caller and
 # takes its rules of arithmetic (inline). Without reassoc, sums are taken in the order written; another order would undo splittings
 # such as the one in `half`. Loose ones leave the order to LLVM, which can then add up in vectors; strict ones round each operation.
+# What is called is always inlined (forceinline). If not, LLVM would optimise it once by itself and again in each caller, with sums in
+# another order, and a process would use the copy loaded first: not the same one when it compiles and when it reads the cache.
 ORDERED, LOOSE = {"contract", "nsz"}, {"reassoc", "contract", "nsz", "arcp"}
 jit = numba.njit(cache=True, parallel=True, fastmath=ORDERED, error_model="numpy", nogil=True)
-part = numba.njit(cache=True, fastmath=ORDERED, error_model="numpy", nogil=True)
+part = numba.njit(cache=True, forceinline=True, fastmath=ORDERED, error_model="numpy", nogil=True)
 inline = numba.njit(cache=True, fastmath=ORDERED, error_model="numpy", nogil=True, inline="always")
 loose_jit = numba.njit(cache=True, parallel=True, fastmath=LOOSE, error_model="numpy", nogil=True)
-loose = numba.njit(cache=True, fastmath=LOOSE, error_model="numpy", nogil=True)
+loose = numba.njit(cache=True, forceinline=True, fastmath=LOOSE, error_model="numpy", nogil=True)
 loose_inline = numba.njit(cache=True, fastmath=LOOSE, error_model="numpy", nogil=True, inline="always")
 strict_jit = numba.njit(cache=True, parallel=True, error_model="numpy", nogil=True)
-strict = numba.njit(cache=True, error_model="numpy", nogil=True)
+strict = numba.njit(cache=True, forceinline=True, error_model="numpy", nogil=True)
 
 
 def raw(w: Tensor) -> np.ndarray:
