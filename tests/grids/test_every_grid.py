@@ -1,8 +1,12 @@
 """What holds for every grid, whatever its numbers are and however its scales lie."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from weights import correlated, lost, normal, rounded_in_any_order, solve
+from weights import correlated, importance, lost, normal, rounded_in_any_order, solve
 
 from halfbyte.grids import parse
 from halfbyte.grids.floats import FLOAT_GRIDS
@@ -61,3 +65,39 @@ def test_whatever_the_weights_and_their_importance_numbers_come_back(name, searc
     # bitsandbytes adds scales up, or multiplies them by 127
     for size in (1e35 if name in (*ABSMAX, "llm-int8") else 3e38, 1e-38):
         assert solve(grid, torch.full((1, 512), size), search=search).isfinite().all()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_in_however_many_threads_the_fit_is_the_same(name):
+    grid, w, threads = parse(name), normal(64, 1024, seed=1), torch.get_num_threads()
+    h = importance(1024) * (1 + w.abs())
+    try:
+        torch.set_num_threads(1)
+        alone = grid.fit(w, h)
+        torch.set_num_threads(2)
+        assert all(torch.equal(p, alone[key]) for key, p in grid.fit(w, h).items())
+    finally:
+        torch.set_num_threads(threads)
+
+
+FITS = """
+import hashlib
+import sys
+
+from weights import importance, normal
+
+from halfbyte.grids import parse
+
+w = normal(1024, 1024)
+for name in sys.argv[1:]:
+    params = parse(name).fit(w, importance(1024))
+    print(name, *(hashlib.sha256(p.numpy().tobytes()).hexdigest() for p in params.values()))
+"""
+
+
+@pytest.mark.slow
+def test_the_fit_is_the_same_whether_compiled_now_or_before(tmp_path):
+    own_cache = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(__file__)}
+    command = [sys.executable, "-c", FITS, "iq4_nl", "iq4_xs"]
+    compiled, loaded = (subprocess.run(command, env=own_cache, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert compiled == loaded != ""
