@@ -15,7 +15,7 @@ import tiny
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
 from halfbyte.transforms.fold import Finder
-from halfbyte.transforms.scale import apply
+from halfbyte.transforms.scale import Site
 from models.families import FAMILIES
 
 GRID = "int4-g32"
@@ -109,7 +109,7 @@ def test_a_block_with_scales_in_its_folds_computes_the_same(folders, family):
         rows = block.view(fold.producer.tensor).shape[0] if fold.producer.rows is None else max(fold.producer.rows) + 1
         if weight := next((w for w in block.weights if (w.tensor, w.expert) == (fold.producer.tensor, fold.producer.expert)), None):
             rows = weight.shape[0]
-        apply(block, fold, torch.exp(torch.rand(rows, generator=generator) * 2 - 1), grids, {})
+        Site(block, fold, grids, {}).apply(torch.exp(torch.rand(rows, generator=generator) * 2 - 1))
     assert block.columns
     for weight in block.weights:
         block.put(weight, block.target(weight))
