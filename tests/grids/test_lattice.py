@@ -90,7 +90,7 @@ def test_what_columns_count_for_in_gptq_lowers_the_error_further_than_distance(n
     ours = gptq(w, grid, statistics)
 
     class Euclidean(type(grid)):
-        round_block = Grid.round_block_reference
+        compiled_rounder = Grid.compiled_rounder
 
     plain = Euclidean(**{field: getattr(grid, field) for field in grid.__dataclass_fields__})
     assert statistics.error(w, ours.decode()) < statistics.error(w, grid.decode(solve_gptq(w, plain, ours.params, statistics), ours.params))

@@ -1,5 +1,6 @@
 """Weights and inputs that the tests of grids share, and how much of them is lost."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,5 +77,5 @@ def rounded_in_any_order(grid, w, count):
     columns = (runs[:, None] * grid.step + torch.arange(grid.step)).flatten()
     coupling = torch.tril(normal(count, count, 3, 0.1), -1) + torch.eye(count)
     target = w[:, columns].contiguous()
-    for round_block in (grid.round_block, grid.round_block_reference):
-        yield round_block(target.clone(), target, torch.zeros_like(target), coupling, params, columns.tolist())
+    for round_block in (grid.rounder(params, len(w)), partial(grid.round_block, params=params)):
+        yield round_block(target.clone(), target, torch.zeros_like(target), coupling, columns)

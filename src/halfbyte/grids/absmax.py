@@ -120,16 +120,15 @@ class AbsmaxGrid(Grid):
         code = nearest(self.kind, w * inverse(scale))
         return code, scale * levels(self.kind).to(w.device)[code.int()]
 
-    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
-        from halfbyte.grids.round_block_numba import Table, group_of, round_block
+    def compiled_rounder(self, params: Params, rows: int) -> Rounder:
+        from halfbyte.grids.round_block_numba import Table, round_block
 
-        if params["scale"].shape[0] == rows:
-            group, scale = group_of(columns, self.group), self.scales(params).view(rows, -1)
-        else:
-            group, scale = torch.arange(len(columns)), self.columns(params, rows, columns)
+        scale, size = self.scales(params), self.group
+        if params["scale"].shape[0] != rows:  # blocks that begin anywhere in a row: a scale for each weight
+            scale, size = scale.repeat_interleave(size)[: len(scale) * size // rows * rows], 1
         half = CELLS // 4  # a table reaches from -128 to 128, these levels from -1 to 1
         value = cells(self.kind)
-        return partial(round_block, Table(group, scale / half, nearest(self.kind, value), value * half))
+        return partial(round_block, Table(scale.view(rows, -1) / half, nearest(self.kind, value), value * half), size)
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         if w.device.type == "cpu":

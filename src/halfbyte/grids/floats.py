@@ -260,11 +260,11 @@ class FloatGrid(Grid):
         code = self.element.round(w / scale)
         return code, self.element.decode(code) * scale
 
-    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
+    def compiled_rounder(self, params: Params, rows: int) -> Rounder:
         from halfbyte.grids.floats_numba import bits_of
-        from halfbyte.grids.round_block_numba import Floats, group_of, round_block
+        from halfbyte.grids.round_block_numba import Floats, round_block
 
-        return partial(round_block, Floats(group_of(columns, self.block), self._per_row(self.scales(params), rows), *bits_of(self.element)))
+        return partial(round_block, Floats(self._per_row(self.scales(params), rows), *bits_of(self.element)), self.block)
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         scales = self._per_row(self.scales(params), w.shape[0])

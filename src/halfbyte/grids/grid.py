@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 Shape = tuple[int, ...]
 Codes = UInt8[Tensor, "out in"]
 Params = dict[str, Tensor]
-Rounder = Callable[[Tensor, Tensor, Tensor, Tensor], Codes]
-"""The first four arguments of Grid.round_block to the codes."""
+Rounder = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Codes]
+"""Grid.round_block, given the parameters."""
 
 
 class Grid(ABC):
@@ -69,8 +70,8 @@ class Grid(ABC):
         target: Float32[Tensor, "out width"],
         error: Float32[Tensor, "out width"],
         coupling: Float32[Tensor, "width width"],
+        columns: Int64[Tensor, " width"],
         params: Params,
-        columns: list[int],
     ) -> UInt8[Tensor, "out width"]:
         """Round columns from the last to the first; what one misses, the ones after it make up for.
 
@@ -79,32 +80,23 @@ class Grid(ABC):
         `coupling` says what columns count for: the squared output error is the sum of (left * coupling[k, k])^2 over columns
         k, where `left` is what the columns before k cannot make up for. Columns that are rounded one by one have no use for it.
         """
-        if wanted.device.type == "cpu" and (compiled := self.rounder(params, wanted.shape[0], columns)):
-            return compiled(wanted, target, error, coupling)
-        return self.round_block_reference(wanted, target, error, coupling, params, columns)
-
-    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder | None:
-        """What `round_block` does with these columns on a CPU, compiled; None: there is nothing faster than the reference."""
-        return None
-
-    def round_block_reference(
-        self,
-        wanted: Float32[Tensor, "out width"],
-        target: Float32[Tensor, "out width"],
-        error: Float32[Tensor, "out width"],
-        coupling: Float32[Tensor, "width width"],
-        params: Params,
-        columns: list[int],
-    ) -> UInt8[Tensor, "out width"]:
-        """The torch reference of `round_block`."""
-        codes = torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device)
-        for last in range(len(columns), 0, -self.step):
+        codes, at = torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device), columns.tolist()
+        for last in range(len(at), 0, -self.step):
             now = slice(last - self.step, last)
-            codes[:, now], value = self.round(wanted[:, now], params, columns[last - self.step])
+            codes[:, now], value = self.round(wanted[:, now], params, at[last - self.step])
             missed = target[:, now] - value
             wanted[:, : last - self.step] += (missed - error[:, now]) @ coupling[now, : last - self.step]
             error[:, now] = missed
         return codes
+
+    def rounder(self, params: Params, rows: int) -> Rounder:
+        """`round_block` with the parameters of a matrix, for all of its columns in turn; compiled on CPUs."""
+        on_cpu = all(p.device.type == "cpu" for p in params.values())
+        return (self.compiled_rounder(params, rows) if on_cpu else None) or partial(self.round_block, params=params)
+
+    def compiled_rounder(self, params: Params, rows: int) -> Rounder | None:
+        """`round_block` made faster for CPUs; None: there is only the reference."""
+        return None
 
     @abstractmethod
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:

@@ -104,13 +104,13 @@ class KQuant(Grid):
         codes = kquant_search.nearest(self, w, scale, offset)
         return codes, self.values(codes, scale, offset)
 
-    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
-        from halfbyte.grids.round_block_numba import Even, group_of, round_block
+    def compiled_rounder(self, params: Params, rows: int) -> Rounder:
+        from halfbyte.grids.round_block_numba import Even, round_block
 
         scale, offset = self.lines(params)
         zero = torch.full_like(scale, self.middle, dtype=torch.uint8)
         base = torch.zeros_like(scale) if offset is None else offset
-        return partial(round_block, Even(group_of(columns, self.group), kquant_search.usable(scale), zero, base, self.top))
+        return partial(round_block, Even(kquant_search.usable(scale), zero, base, self.top), self.group)
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         self.blocks(w.shape[1])

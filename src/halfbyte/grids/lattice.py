@@ -87,11 +87,10 @@ class LatticeGrid(Grid):
         codes = nearest(self, w * inverse(scale), torch.ones_like(w))
         return codes, scale * self.value(codes)
 
-    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
+    def compiled_rounder(self, params: Params, rows: int) -> Rounder:
         from halfbyte.grids import lattice_numba
 
-        runs = torch.tensor(columns[:: self.step]) // self.group
-        return partial(lattice_numba.round_block, self, self.scales(params)[:, runs])
+        return partial(lattice_numba.round_block, self, self.scales(params))
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         self._check_writable()

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from halfbyte.grids import lattice as reference
@@ -267,20 +267,21 @@ def _encode_row(w, h, table, group, dimension, parity, book, scales, codes):
 
 def round_block(
     grid: "reference.LatticeGrid",
-    scales: Float32[Tensor, "out runs"],
+    scales: Float32[Tensor, "out groups"],
     wanted: Float32[Tensor, "out width"],
     target: Float32[Tensor, "out width"],
     error: Float32[Tensor, "out width"],
     coupling: Float32[Tensor, "width width"],
+    columns: Int64[Tensor, " width"],
 ) -> UInt8[Tensor, "out width"]:
-    """Grid.round_block, given the scale of each run of columns.
+    """Grid.round_block, given the scale of each group.
 
     What is least is sum((d r)^2) over a run, where r_k = e_k + sum_{j>k} e_j coupling[j, k] is what is left of the error e after
     the columns before have made up for it, and d_k the weight of column k: not the distance, but the distance that counts.
     """
     codes = np.empty(wanted.shape, np.uint8)
-    book = reference.codebook(grid.name).numpy()
-    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), scales.contiguous().numpy()
+    book, own = reference.codebook(grid.name).numpy(), scales[:, columns[:: grid.step] // grid.group]  # of each run
+    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), own.contiguous().numpy()
     _round_block(*arrays, tables(grid), grid.step, grid.dimension, grid.parity, book, codes)
     return torch.from_numpy(codes)
 

@@ -95,10 +95,10 @@ class LevelGrid(Grid):
         code = nearest(self, w * inverse(scale))
         return code, scale * self._value(code)
 
-    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
-        from halfbyte.grids.round_block_numba import Table, group_of, round_block
+    def compiled_rounder(self, params: Params, rows: int) -> Rounder:
+        from halfbyte.grids.round_block_numba import Table, round_block
 
-        return partial(round_block, Table(group_of(columns, self.group), self.scales(params), *cells(self.levels)))
+        return partial(round_block, Table(self.scales(params), *cells(self.levels)), self.group)
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         if w.device.type == "cpu":

@@ -45,12 +45,12 @@ class LLMInt8(Grid):
         codes = self.encode(w, params)
         return codes, self.decode(codes, params)
 
-    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
-        from halfbyte.grids.round_block_numba import Even, group_of, round_block
+    def compiled_rounder(self, params: Params, rows: int) -> Rounder:
+        from halfbyte.grids.round_block_numba import Even, round_block
 
         scale = torch.where(params["absmax"] == 0, 1.0, params["absmax"] / TOP)[:, None]
         zero = torch.full_like(scale, ZERO, dtype=torch.uint8)
-        return partial(round_block, Even(group_of(columns, None), scale, zero, torch.zeros_like(scale), 2 * ZERO - 1))
+        return partial(round_block, Even(scale, zero, torch.zeros_like(scale), 2 * ZERO - 1), None)
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         by = torch.where(params["absmax"] == 0, 0.0, TOP / params["absmax"]).clamp(-1e38, 1e38)

@@ -21,8 +21,6 @@ from halfbyte.grids.tiles_numba import ORDERED, F, inline, jit
 class Even(NamedTuple):
     """Evenly spaced levels: codes 0 to `top` stand for base + scale * (code - zero)."""
 
-    group: Int64[Tensor, " width"]
-    """The group of each column."""
     scale: Float32[Tensor, "rows groups"]
     zero: UInt8[Tensor, "rows groups"]
     base: Float32[Tensor, "rows groups"]
@@ -32,7 +30,6 @@ class Even(NamedTuple):
 class Table(NamedTuple):
     """A table of levels from -128 to 128, times a scale: the code and the value of the one nearest to each cell (levels.cells)."""
 
-    group: Int64[Tensor, " width"]
     scale: Float32[Tensor, "rows groups"]
     code: UInt8[Tensor, " cells"]
     value: Float32[Tensor, " cells"]
@@ -41,7 +38,6 @@ class Table(NamedTuple):
 class Floats(NamedTuple):
     """A floating-point format of few bits, times a scale: floats_numba.Bits says which."""
 
-    group: Int64[Tensor, " width"]
     scale: Float32[Tensor, "rows groups"]
     low: np.int32
     mantissa: np.int32
@@ -50,59 +46,55 @@ class Floats(NamedTuple):
     top: np.float32
 
 
-def group_of(columns: list[int], size: int | None) -> Int64[Tensor, " width"]:
-    """The group of each column, where `size` in-features make one; None: the whole row does."""
-    return torch.tensor(columns) // size if size else torch.zeros(len(columns), dtype=torch.long)
-
-
 def round_block(
     levels: Even | Table | Floats,
+    size: int | None,
     wanted: Float32[Tensor, "rows width"],
     target: Float32[Tensor, "rows width"],
     error: Float32[Tensor, "rows width"],
     coupling: Float32[Tensor, "width width"],
+    columns: Int64[Tensor, " width"],
 ) -> UInt8[Tensor, "rows width"]:
-    """Grid.round_block. Rows are independent: each stays in the cache."""
-    codes = np.empty(wanted.shape, np.uint8)
+    """Grid.round_block, where `size` in-features share parameters; None: all do. Rows are independent: each stays in the cache."""
+    codes, group = np.empty(wanted.shape, np.uint8), columns // size if size else torch.zeros_like(columns)
     arrays = {name: field.contiguous().numpy() for name, field in levels._asdict().items() if isinstance(field, Tensor)}
-    _round_block(wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), levels._replace(**arrays), codes)
+    _round_block(wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), group.numpy(), levels._replace(**arrays), codes)
     return torch.from_numpy(codes)
 
 
-def nearest(x, levels, row, k) -> tuple[np.uint8, np.float32]:
-    """Code and value of the level nearest to a weight in column k of a row."""
+def nearest(x, levels, row, group) -> tuple[np.uint8, np.float32]:
+    """Code and value of the level nearest to a weight of a row and group."""
     raise NotImplementedError("only compiled code calls this")
 
 
 @overload(nearest, jit_options={"forceinline": True, "fastmath": ORDERED, "error_model": "numpy"})
-def _nearest(x, levels, row, k):
+def _nearest(x, levels, row, group):
     return {Even: _nearest_even, Table: _nearest_in_table, Floats: _nearest_float}[levels.instance_class]
 
 
-def _nearest_even(x, levels, row, k):
-    group = levels.group[k]
+def _nearest_even(x, levels, row, group):
     scale, zero, base = levels.scale[row, group], F(levels.zero[row, group]), levels.base[row, group]
     q = min(max(np.rint((x - base) * (F(1) / scale)) + zero, F(0)), F(levels.top))
     return np.uint8(q), (q - zero) * scale + base
 
 
-def _nearest_in_table(x, levels, row, k):
-    scale = levels.scale[row, levels.group[k]]
+def _nearest_in_table(x, levels, row, group):
+    scale = levels.scale[row, group]
     cell = cell_of(x * inverse_of(scale))
     return levels.code[cell], levels.value[cell] * scale
 
 
-def _nearest_float(x, levels, row, k):
-    scale = levels.scale[row, levels.group[k]]
+def _nearest_float(x, levels, row, group):
+    scale = levels.scale[row, group]
     exponent, steps = steps_of(min(abs(x / scale), levels.top), levels)
     value = value_of(exponent, steps, levels) * scale
     return code_of(x, exponent, steps, levels), value if x >= 0 else -value
 
 
 @inline
-def _round(wanted, target, error, levels, codes, row, k):
+def _round(wanted, target, error, group, levels, codes, row, k):
     """Round one weight; returns by how much its error changed."""
-    codes[row, k], value = nearest(wanted[row, k], levels, row, k)
+    codes[row, k], value = nearest(wanted[row, k], levels, row, group[k])
     missed = target[row, k] - value
     change = missed - error[row, k]
     error[row, k] = missed
@@ -110,16 +102,16 @@ def _round(wanted, target, error, levels, codes, row, k):
 
 
 @jit
-def _round_block(wanted, target, error, coupling, levels, codes):
+def _round_block(wanted, target, error, coupling, group, levels, codes):
     # Four rows at a time: each is a chain of round, subtract, pass on, and while one waits the others go on.
     rows, width = wanted.shape
     for four in numba.prange(rows // 4):
         a, b, c, d = 4 * four, 4 * four + 1, 4 * four + 2, 4 * four + 3
         for k in range(width - 1, -1, -1):
-            change_a = _round(wanted, target, error, levels, codes, a, k)
-            change_b = _round(wanted, target, error, levels, codes, b, k)
-            change_c = _round(wanted, target, error, levels, codes, c, k)
-            change_d = _round(wanted, target, error, levels, codes, d, k)
+            change_a = _round(wanted, target, error, group, levels, codes, a, k)
+            change_b = _round(wanted, target, error, group, levels, codes, b, k)
+            change_c = _round(wanted, target, error, group, levels, codes, c, k)
+            change_d = _round(wanted, target, error, group, levels, codes, d, k)
             # Up to whole vectors: what is beyond k is rounded already and not read again.
             for j in range(min((k + 15) & ~15, width)):
                 by = coupling[k, j]
@@ -129,6 +121,6 @@ def _round_block(wanted, target, error, coupling, levels, codes):
                 wanted[d, j] += change_d * by
     for row in range(rows - rows % 4, rows):
         for k in range(width - 1, -1, -1):
-            change = _round(wanted, target, error, levels, codes, row, k)
+            change = _round(wanted, target, error, group, levels, codes, row, k)
             for j in range(k):
                 wanted[row, j] += change * coupling[k, j]

@@ -108,12 +108,12 @@ class IntGrid(Grid):
         q = (torch.round(w * scale.reciprocal()) + zero).clamp_(0, (1 << self.bits_per_code) - 1)
         return q.to(torch.uint8), (q - zero) * scale
 
-    def rounder(self, params: Params, rows: int, columns: list[int]) -> Rounder:
-        from halfbyte.grids.round_block_numba import Even, group_of, round_block
+    def compiled_rounder(self, params: Params, rows: int) -> Rounder:
+        from halfbyte.grids.round_block_numba import Even, round_block
 
         scale = params["scale"].float().expand(rows, -1)
         zero = torch.full_like(scale, self.midpoint, dtype=torch.uint8) if self.symmetric else params["zero"].expand(rows, -1)
-        return partial(round_block, Even(group_of(columns, self.block), scale, zero, torch.zeros_like(scale), (1 << self.bits_per_code) - 1))
+        return partial(round_block, Even(scale, zero, torch.zeros_like(scale), (1 << self.bits_per_code) - 1), self.block)
 
     def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
         zero = None if self.symmetric else params["zero"]

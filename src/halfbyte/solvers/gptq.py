@@ -49,6 +49,7 @@ def gptaq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Qua
 def solve(w: Float[Tensor, "out in"], grid: Grid, params: Params, statistics: Statistics) -> UInt8[Tensor, "out in"]:
     """The codes that GPTQ chooses once the parameters are fixed."""
     order, factor, diagonal = statistics.factor(grid.step)
+    round_block = grid.rounder(params, w.shape[0])
     ordered = w.index_select(1, order)
     # Errors are kept in bf16 for the products between blocks: what they make up for is of the size of a rounding step, so a
     # 256th of it is next to nothing (KL on bookworm-6m, int3-g128-asym: .0321 in float32, .0323 so; the standard error is .0003),
@@ -63,6 +64,6 @@ def solve(w: Float[Tensor, "out in"], grid: Grid, params: Params, statistics: St
         columns = order[block]
         coupling = factor[block, block].clone()
         coupling.diagonal().copy_(diagonal[block])
-        codes[:, columns] = grid.round_block(wanted, target, error, coupling, params, columns.tolist())
+        codes[:, columns] = round_block(wanted, target, error, coupling, columns)
         errors[:, block] = error
     return codes
