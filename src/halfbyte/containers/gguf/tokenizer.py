@@ -1,4 +1,4 @@
-"""A tokenizer.json, or a SentencePiece tokenizer.model, as GGUF's tokenizer.* says it to llama.cpp (src/llama-vocab.cpp).
+"""A tokenizer.json as GGUF's tokenizer.* says it to llama.cpp (src/llama-vocab.cpp).
 
 llama.cpp has its own tokenizers: byte-level BPE ("gpt2"), SentencePiece's BPE ("llama") and its unigram model ("t5"). For the first it
 compiles a pattern per *name* that cuts text into words. The name is found here by that pattern, so that a model nobody has listed works
