@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import halfbyte
+from halfbyte.containers.modelopt import ModelOpt
+from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
 
@@ -134,3 +137,11 @@ def test_fused_experts_in_nvfp4_are_read_whichever_way_they_lie(turned, tmp_path
     ours = decoded(folder)
     assert torch.equal(ours[f"{home}.0.gate_up_proj"], w)
     assert torch.equal(ours[f"{home}.1.gate_up_proj"], w.flip(0))
+
+
+def test_fused_experts_are_told_from_their_scales_in_any_order_of_tensors(tmp_path):
+    parts = {"w_proj": torch.uint8, "w_proj_weight_scale": torch.float8_e4m3fn, "w_proj_weight_scale_2": torch.float32}
+    entries = {f"experts.{name}": Entry((2, 64, 8)[: 1 if name.endswith("2") else 3], dtype, tmp_path, 0) for name, dtype in parts.items()}
+    wanted = {f"experts.{number}.w_proj.{part}" for number in range(2) for part in ("weight", "weight_scale", "weight_scale_2")}
+    for order in permutations(entries.items()):
+        assert ModelOpt().apart(dict(order)).keys() == wanted

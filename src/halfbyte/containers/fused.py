@@ -14,8 +14,12 @@ def apart(entries: Mapping[str, Entry], parts: Mapping[str, str]) -> dict[str, E
 
     The first ending is that of the weights. What has no row for each expert is shared by all.
     """
-    weights = next(iter(parts))
-    fused = {name.removesuffix(weights): e for name, e in entries.items() if name.endswith(weights) and len(e.shape) > 2 and e.dtype in LOW}
+    weights, *others = parts
+    fused = {
+        name.removesuffix(weights): e
+        for name, e in entries.items()
+        if name.endswith(weights) and not name.endswith(tuple(others)) and len(e.shape) > 2 and e.dtype in LOW
+    }
     owners = {stem + ending: (stem, part) for stem in fused for ending, part in parts.items()}
     found: dict[str, Entry] = {}
     for name, entry in entries.items():
