@@ -1,6 +1,7 @@
 """Schemes with quantized inputs: written as compressed-tensors says it, read back, and computed by Transformers as we compute them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -143,12 +144,27 @@ def test_weights_move_where_inputs_stay_in_16_bits(made, tmp_path):
     assert Checkpoint.open(tmp_path / "gptq").read_inputs(MODULE) is None
 
 
+def test_weights_that_are_rounded_again_leave_the_stored_scales_of_other_inputs_behind(made, tmp_path):
+    source, _ = made("w8a8-static", to="compressed-tensors")
+    halfbyte.convert(source, tmp_path / "fp8", "fp8", grid="fp8-e4m3-tensor")
+    assert str(Checkpoint.open(tmp_path / "fp8").quantized[MODULE][0]) == "fp8-e4m3-tensor/fp8-e4m3-token"
+
+
 def test_groups_of_several_schemes_are_told_apart(home, made):
     folder, _ = made("int8-channel/int8-token", override=MIXED)
     found = {module.removeprefix("model."): str(scheme) for module, (scheme, _) in Checkpoint.open(folder).quantized.items()}
     assert found["layers.1.mlp.up_proj"] == "int4-g128-bf16"
     assert found["layers.0.mlp.down_proj"] == "fp8-e4m3-channel-bf16/fp8-e4m3-token"
     assert found["layers.0.mlp.up_proj"] == "int8-channel-bf16/int8-token"
+
+
+def test_a_group_of_the_head_says_nothing_of_other_modules(made, tmp_path):
+    shutil.copytree(made("int8-channel/int8-token")[0], tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = {"targets": ["lm_head"], "weights": groups["group_0"]["weights"], "input_activations": None}  # as llm-compressor writes it
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert str(Checkpoint.open(tmp_path / "out").quantized[MODULE][0].input) == "int8-token"
 
 
 REFUSED = {

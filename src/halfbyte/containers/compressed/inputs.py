@@ -67,12 +67,12 @@ def input_grid(said: Config | None) -> InputGrid | None:
 
 
 def group_of(module: str, groups: Mapping[str, Config]) -> Config:
-    """The group of the config that a module is in: the one that names it, or the one for every Linear."""
+    """The group of the config that a module is in: the one that names it, or the one that names a class, such as Linear."""
     rest: Config = {}
     for group in groups.values():
         for target in group.get("targets") or []:
             if target == module or (target.startswith("re:") and re.match(target[3:], module)):
                 return group
-            if not target.startswith("re:") and "." not in target:
+            if target[:1].isupper():  # a class; "lm_head" is a module's name
                 rest = group
     return rest or next(iter(groups.values()), {})
