@@ -27,11 +27,14 @@ def quantize(run: Run, windows: Windows) -> None:
     job = run.job
     source = job.checkpoint
     walk = Walk(source, windows.tokens, source.dtype, twin=job.method.twin, scratch=run.folder.partial)
+    inside = {t for block in walk.blocks for t in block.tensors}
+    outside = [unit for unit in job.units if unit[0].tensor not in inside]  # the head, and what the model's forward does not run
+    if unseen := next((w for w, s in job.schemes.items() if w.tensor not in inside and s.input and s.input.static), None):
+        raise BadRequest(f"the model does not run '{unseen.name}', whose inputs are to have a stored scale; --skip it, or round them per token")
     finder = Finder()
     run.progress("embedding", 0, len(walk.blocks))
     walk.start()
     records = {record["block"]: record for record in run.folder.journal if "block" in record}
-    inside = {t for block in walk.blocks for t in block.tensors}
     for number, block in enumerate(walk.blocks):
         run.progress(block.name, number, len(walk.blocks))
         block.load(source)
@@ -46,11 +49,8 @@ def quantize(run: Run, windows: Windows) -> None:
             walk.advance(block)
         block.free()
     run.progress("tensors outside of the blocks", len(walk.blocks), len(walk.blocks))
-    outside = [unit for unit in job.units if unit[0].tensor not in inside]
-    for unit in outside:  # the head, and what the model's forward does not run
+    for unit in outside:
         values, scheme = [source.read_weight(weight) for weight in unit], job.schemes[unit[0]]
-        if scheme.input and scheme.input.static:
-            raise BadRequest(f"the model does not run '{unit[0].name}', whose inputs are to have a stored scale; --skip it, or round them per token")
         q = SOLVERS["nearest"](torch.cat(values), scheme.weight, None)
         for weight, w, part in zip(unit, values, apart(q, unit), strict=True):
             part = with_inputs(part, scheme)

@@ -8,7 +8,7 @@ import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import halfbyte
@@ -202,3 +202,16 @@ def test_a_stored_scale_needs_text_that_is_there(home, tmp_path):
 def test_containers_hold_the_inputs_that_their_engines_round():
     assert str(FP8().native(parse("fp8-e4m3-block"), torch.bfloat16)) == "fp8-e4m3-block/fp8-e4m3-g128"
     assert input_named("fp8-e4m3-g128") == FP8().native(parse("fp8-e4m3-block"), torch.bfloat16).input
+
+
+def test_what_does_not_run_is_refused_a_stored_scale_before_any_block(home, tmp_path):
+    shutil.copytree(home / "model", tmp_path / "model")
+    tensors = load_file(home / "model" / "model.safetensors")
+    save_file({**tensors, "model.layers.1.mlp.unknown_proj.weight": torch.ones(256, 256)}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    seen = []
+    calibration = {"source": str(home / "text.txt"), "samples": 4, "length": 64}
+    with pytest.raises(HalfbyteError, match="does not run"):
+        halfbyte.quantize(
+            tmp_path / "model", tmp_path / "out", grid="w8a8-static", method="nearest", calibration=calibration, progress=lambda what, *_: seen.append(what)
+        )
+    assert not seen
