@@ -80,7 +80,7 @@ def convert(source: str | Path, out: str | Path, to: str, grid: str | None = Non
         for near in (job.container.same(q), with_minimum(q), with_divisor(q)):
             if near and near.scheme == scheme:
                 return near
-        return SOLVERS["nearest"](q.decode(), scheme.weight, None)._replace(input=q.input if scheme.input else None)
+        return SOLVERS["nearest"](q.decode(), scheme.weight, None)._replace(input=q.input if q.scheme.input == scheme.input else None)
 
     with kept_on_interrupt(folder):
         run = Run(job, edition, folder, progress)
