@@ -4,7 +4,7 @@ from functools import wraps
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int8, Int32
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -55,10 +55,20 @@ def integer_product(x: Float[Tensor, "... in"], read: InputGrid, params: Params,
     if not isinstance(read, ScaledInputs) or read.number in FLOATS or isinstance(read.span, int):
         return None
     signed = (q.codes.to(torch.int16) - grid.midpoint).to(torch.int8)
-    sums = torch._int_mm(read.codes(x, params).flatten(0, -2), signed.T).unflatten(0, x.shape[:-1])
+    sums = int8_product(read.codes(x, params).flatten(0, -2), signed).unflatten(0, x.shape[:-1])
     if "zero" in params:
         sums = sums - params["zero"] * signed.sum(1)
     return sums * params["scale"] * q.params["scale"].float().flatten()
+
+
+def int8_product(x: Int8[Tensor, "rows in"], w: Int8[Tensor, "out in"]) -> Int32[Tensor, "rows out"]:
+    """x w^T. On CUDA, torch wants more than 16 rows, and multiples of 8 in-features and out-features: zeros fill up what is missing."""
+    if not x.is_cuda:
+        return torch._int_mm(x, w.T)
+    (rows, width), out = x.shape, len(w)
+    x = functional.pad(x, (0, -width % 8, 0, max(0, 17 - rows)))
+    w = functional.pad(w, (0, -width % 8, 0, -out % 8))
+    return torch._int_mm(x, w.T)[:rows, :out]
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"):
