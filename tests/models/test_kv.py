@@ -248,3 +248,8 @@ def test_integers_of_a_token_and_head_are_those_of_compressed_tensors():
     for head, ours in zip(k.flatten(0, 1), Inputs(grid, {}).round(k).flatten(0, 1), strict=True):
         scale, zero = compute_dynamic_scales_and_zp(head, args, torch.nn.Module())
         torch.testing.assert_close(ours, fake_quantize(head, scale, zero, args), rtol=0, atol=float(scale.max()) * 1.01)  # theirs spans 127.5 steps
+
+
+def test_names_of_caches_are_read_in_capitals_too():
+    assert KVGrid.parse("FP8-E4M3") == KVGrid.parse("fp8-e4m3")
+    assert KVGrid.parse("INT8/Q4_0") == KVGrid.parse("int8/q4_0")

@@ -50,7 +50,7 @@ class KVGrid:
     @classmethod
     def parse(cls, name: str) -> "KVGrid":
         """Raises BadRequest for what no cache can do."""
-        key, slash, value = name.partition("/")
+        key, slash, value = name.lower().partition("/")
         return cls(_part(key, is_key=True), _part(value if slash else key, is_key=False))
 
     def __str__(self) -> str:
