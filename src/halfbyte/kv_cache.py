@@ -179,7 +179,7 @@ def with_cache(path: str | Path, kind: str, progress: Progress = silent) -> Chec
     checkpoint.kv = None
     if grid and grid.static:
         c = Calibration()
-        length = min(c.length, checkpoint.text_config.get("max_position_embeddings") or c.length)
+        length = min(c.length, calibrate.longest(checkpoint, c.length))
         windows = calibrate.calibration(checkpoint, c.source, c.samples, length, c.seed)
         checkpoint.kv, _ = find_scales(checkpoint, grid, windows.tokens, progress=progress)
     elif grid:

@@ -69,11 +69,15 @@ def evaluation(checkpoint: Checkpoint, source: str, length: int, limit: int | No
     return Windows(windows[:limit] if limit else windows, source)
 
 
+def longest(checkpoint: Checkpoint, otherwise: int) -> int:
+    """Tokens that the model reads at once; `otherwise` where its config does not say."""
+    return next((n for key in POSITIONS if isinstance(n := checkpoint.text_config.get(key), int)), otherwise)
+
+
 def tokens(checkpoint: Checkpoint, source: str, length: int) -> Int64[Tensor, " tokens"]:
     """All tokens of a source. Raises BadRequest for one that is empty, unreadable or shorter than one window."""
-    longest = next((n for key in POSITIONS if isinstance(n := checkpoint.text_config.get(key), int)), length)
-    if length > longest:
-        raise BadRequest(f"the model reads at most {longest} tokens at once, not {length}; give a smaller --length")
+    if length > (most := longest(checkpoint, length)):
+        raise BadRequest(f"the model reads at most {most} tokens at once, not {length}; give a smaller --length")
     tokenizer = tokenizer_of(checkpoint)
     path = demo.CALIBRATION if source == DEFAULT else Path(source).expanduser()
     if path.suffix in (".jsonl", ".json") and path.is_file():
