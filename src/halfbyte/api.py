@@ -90,7 +90,7 @@ def needle(
     kv: Sequence[str] = ("stored",),
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """How well `against` and `models` read back a fact that is planted in texts of these lengths, at `depths` places from begin to end.
+    """How well `against` and `models` read back a fact that is planted in texts of these lengths, at `depths` places from beginning to end.
 
     For each length and depth: `gain`, how much likelier its having been told makes the answer, in nats per token; `found`, the share of
     answers that greedy decoding gives. `kv` is as in `evaluate`. The result is also written into each model's report.json.

@@ -218,7 +218,7 @@ def needle(
     against: Annotated[str, typer.Option(help="The original.")],
     text: Annotated[str, typer.Option(help="Where the fact is hidden: a text file, a .jsonl, a dataset, or 'heldout'.")] = "heldout",
     lengths: Annotated[str, typer.Option(help="Tokens of the texts.")] = "256,512,1024",
-    depths: Annotated[int, typer.Option(min=1, help="Places from the begin to the end.")] = 5,
+    depths: Annotated[int, typer.Option(min=1, help="Places from the beginning to the end.")] = 5,
     facts: Annotated[int, typer.Option(min=1, help="Facts at each place, of which the mean is shown.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Which facts and texts are drawn.")] = 0,
     kv: Annotated[list[str] | None, typer.Option(help="Run the models with this KV cache, as in eval; repeatable.", show_default="as stored")] = None,
@@ -349,7 +349,10 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
         i = row["input"]
         out.print(f"inputs: {i['grid']}, the largest error {i['error']:.4f} where {row['name']} reads from {i['low']:.3g} to {i['high']:.3g}; "
                   f"{i['saturated']} of {i['values']} values cut there")  # fmt: skip
-    for warning in report["warnings"]:
+    if cache := report.get("kv"):
+        out.print(f"KV cache: {cache['grid']}, at most {100 * cache['most_clipped']:.4f}% of an attention's keys or values beyond the scales on other text. "
+                  f"{cache['serve']}", soft_wrap=True)  # fmt: skip
+    for warning in (*report["warnings"], *(cache["warnings"] if cache else ())):
         out.print(f"note: {warning}")
     for engine in report["engines"]:
         if engine["loads"] and (engine["engine"] == r.get("engine") or "engine" not in r):
