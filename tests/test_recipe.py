@@ -118,6 +118,21 @@ def test_every_refusal_is_of_one_tree(home):
     assert issubclass(Unsupported, HalfbyteError)
 
 
+@pytest.mark.parametrize(
+    ("engine", "grid", "container"),
+    [
+        ("sglang", "int4-g64", "gptq"),
+        ("sglang", "w8a8", "compressed-tensors"),
+        ("tgi", "fp8", "compressed-tensors"),
+        ("vllm", "nf4", "bitsandbytes"),
+        ("transformers", "llm-int8", "bitsandbytes"),
+        ("llama.cpp", "q4_0", "gguf"),
+    ],
+)
+def test_an_engine_gets_a_container_in_which_it_reads_the_grid(engine, grid, container, home):
+    assert resolve(Recipe(model=str(home / "model"), engine=engine, grid=grid, method="nearest")).container.name == container
+
+
 def test_smaller_groups_where_a_row_is_no_multiple(tmp_path):
     tiny.make(tmp_path / "model", intermediate_size=160)
     report = halfbyte.quantize(tmp_path / "model", tmp_path / "q", method="nearest", grid="int4-g64")

@@ -76,12 +76,17 @@ def _completed(recipe: Recipe, container: Container) -> Recipe:
 
 
 def _container_for(recipe: Recipe) -> str:
-    """The engine's own; without one, GGUF for its own types, and else the first that holds the grid."""
-    if recipe.engine:
-        return engines.default_container(recipe.engine)
+    """The engine's own, or another in which it reads the grid; without an engine, GGUF for its own types, and else the first that holds the grid."""
     try:
         scheme = schemes.parse(recipe.grid.lower())
     except UnknownName:
+        scheme = None
+    if recipe.engine:
+        own = engines.default_container(recipe.engine)
+        read = {own: container_named(own)} | {name: container_named(name) for name in CONTAINERS if name in engines.ENGINES[recipe.engine].reads}
+        holding = {name: c.native(scheme, torch.bfloat16) for name, c in read.items() if scheme and _takes(c, scheme)}
+        return next((name for name, s in holding.items() if engines.multiplies(recipe.engine, name, s)), next(iter(holding), own))
+    if scheme is None:
         return "gguf" if presets.is_preset(recipe.grid) else next(iter(CONTAINERS))
     if presets.is_preset(recipe.grid) or (scheme in TYPE_OF and not isinstance(scheme, IntGrid)):
         return "gguf"
@@ -104,8 +109,12 @@ def _is_original(checkpoint: Checkpoint) -> bool:
 
 
 def _check_inputs(job: Job) -> None:
-    """Raise BadRequest for methods and schemes of inputs that do not go together."""
+    """Raise BadRequest for methods, words and schemes of inputs that do not go together."""
     read = [s.input for s in job.schemes.values() if s.input]
+    if job.recipe.alpha is not None and "smoothquant" not in job.method.transforms:
+        raise BadRequest(f"alpha is for smoothquant, and the method is {job.recipe.method}; leave it out, or write --method smoothquant+gptq")
+    if job.recipe.input_range != "max" and not job.recipe.kv and not any(i.static for i in read):
+        raise BadRequest("input_range is for scales that the file stores, and here it stores none; leave it out, or write --grid w8a8-static")
     if "smoothquant" in job.method.transforms and not read:
         raise BadRequest(f"smoothquant makes inputs easier to round, and with {job.recipe.grid} they stay in 16 bits; use awq, or a scheme such as w8a8")
     if job.recipe.imatrix and any(i.static for i in read):

@@ -311,6 +311,12 @@ def default_container(engine: str) -> str:
     return _engine(engine).default
 
 
+def multiplies(engine: str, container: str, scheme: AnyScheme) -> bool:
+    """Whether the engine has a kernel for a scheme from a container, for some shapes. Raises UnknownName."""
+    reads = _engine(engine).reads.get(container)
+    return reads is not None and (reads.everything or _kernel(reads, scheme) is not None)
+
+
 def verdicts(container: str, placed: Placed, model_type: str) -> list[Verdict]:
     return [check(engine, container, placed, model_type) for engine in ENGINES]
 
@@ -320,7 +326,7 @@ def check(engine: str, container: str, placed: Placed, model_type: str) -> Verdi
     spec = _engine(engine)
     reads = spec.reads.get(container)
     if reads is None:
-        what = "does not read integer weights from" if container in ("compressed-tensors", "gptq", "awq") else "was not seen to load"
+        what = "does not read" if container in ("compressed-tensors", "gptq", "awq") else "was not seen to load"
         return Verdict(engine, False, (f"{engine} {what} {container}: {spec.otherwise}",), (), (), None)
     if reads.everything:
         return Verdict(engine, True, (), reads.notes, (), spec.command)
