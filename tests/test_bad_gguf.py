@@ -111,6 +111,7 @@ REQUESTS = {
     "type elsewhere": (["-o", "out", "--grid", "q4_k", "--to", "gptq"], "gptq holds integer grids only, not q4_k"),
     "file elsewhere": (["-o", "out.gguf", "--grid", "int4-g128", "--to", "gptq"], ("gptq needs a folder", "out.gguf")),
     "grid that GGUF has not": (["-o", "out.gguf", "--grid", "int4-g128"], ("gguf has no type for int4-g128", "q4_0", "q4_k")),
+    "inputs": (["-o", "out.gguf", "--grid", "w8a8"], ("how inputs are rounded", "Q8_0", "--to compressed-tensors")),
     "type that is not written": (["-o", "out.gguf", "--grid", "IQ1_S"], ("iq1_s is read from gguf files, not written", "iq2_xxs")),
     "parts in a file": (["-o", "out.gguf", "--shard-gb", "0.001"], ("parts of a GGUF need a folder", "--shard-gb")),
     "unknown override": (["-o", "out.gguf", "--override", "layers.0.*=q9"], ("unknown type of GGUF 'q9'", "Q4_0")),

@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from halfbyte import grids
 from halfbyte.containers import GGUF
 from halfbyte.containers.gguf import presets
 from halfbyte.containers.gguf.container import LAYOUTS, type_of
 from halfbyte.containers.gguf.file import TYPES
-from halfbyte.errors import BadRequest, UnknownName
+from halfbyte.errors import BadRequest, UnknownName, Unsupported
+from halfbyte.grids import schemes
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.jobs.job import SKIPPED, Choice, Job, check_patterns, keep, matches
@@ -61,9 +61,14 @@ def _preset_and_type(name: str, pure: bool = False) -> tuple[str | None, str]:
 
 def _type_named(name: str, kind: str = "type of GGUF", also: Iterable[str] = ()) -> str:
     try:
-        return type_of(grids.parse(name.lower()))
+        scheme = schemes.parse(name)
     except UnknownName:
         raise UnknownName(kind, name, dict.fromkeys((*also, *LAYOUTS))) from None
+    if scheme.input:
+        raise Unsupported(
+            f"a GGUF does not say how inputs are rounded, llama.cpp chooses it, and {name} does; write Q8_0 or Q4_K_M, or --to compressed-tensors"
+        )
+    return type_of(scheme.weight)
 
 
 def _types(preset: str | None, base: str, weights: list[Weight], names: Names, checkpoint: Checkpoint, imatrix: bool) -> dict[str, str]:
