@@ -37,7 +37,7 @@ class QuantLinear(nn.Module):
         return {name: getattr(self, name) for name in self.names}
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        if self.input is None:
+        if self.input is None or not x.numel():  # of no tokens, such as those of an idle expert, there is no largest
             return functional.linear(x, self.grid.decode(self.codes, self.params).to(self.dtype), self.bias)
         params = self.input.params(x, {name: getattr(self, f"input_{name}") for name in self.stored})
         y = integer_product(x, self.input, params, Quantized(self.grid, self.codes, self.params))

@@ -179,10 +179,10 @@ def find(said: Config, entries: Mapping[str, Entry]) -> KVCache | None:
     if not found["k"] or not found["v"]:
         return None
     scheme = said.get("kv_cache_scheme") or {}
-    if scheme.get("type", "float") != "float" or scheme.get("num_bits", 8) != 8:
-        part = ScaledInputs(f"int{scheme['num_bits']}", "head" if scheme.get("strategy") == "attn_head" else "static")
-    else:
-        part = ScaledInputs("fp8-e4m3", "head" if scheme.get("strategy") == "attn_head" else "static")
+    bits, span = scheme.get("num_bits", 8), "head" if scheme.get("strategy") == "attn_head" else "static"
+    if scheme.get("type", "float") == "float" and bits != 8:
+        raise Unsupported(f"a KV cache of floats of {bits} bits is not read; FP8 and integers are")
+    part = ScaledInputs("fp8-e4m3" if scheme.get("type", "float") == "float" else f"int{bits}", span)
     shape = (-1, 1, 1) if part.span == "head" else (-1,)
     shaped = {which: {module: {"scale": p["scale"].reshape(shape)} for module, p in known.items()} for which, known in found.items()}
     return KVCache(KVGrid(part, part), shaped["k"], shaped["v"], latent=any(name.endswith("_proj.k_scale") for name in names))

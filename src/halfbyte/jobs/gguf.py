@@ -104,13 +104,14 @@ def transcode(checkpoint: Checkpoint, container: GGUF, weights: list[Weight], na
     wanted = _types(*_preset_and_type(grid), weights, names, checkpoint, imatrix=False) if grid else {}
     choices = []
     for weight in weights:
-        own = checkpoint.quantized[weight.name][0].weight
+        own, read = checkpoint.quantized[weight.name][0].weight, checkpoint.quantized[weight.name][0].input
+        remark = f"a GGUF does not say how inputs are rounded: no longer to {read}" if read else ""
         if same := container.same(checkpoint.read_quantized(weight.name)):
-            choices.append(Choice(weight, same.grid))
+            choices.append(Choice(weight, same.grid, remark))
         else:
             type_name = wanted[names.places(weight.tensor)[0].name] if grid else _type_like(own)
             choice = _fitting(weight, type_name)
-            choices.append(replace(choice, note="; ".join(filter(None, (f"gguf does not hold {own} value for value: rounded again", choice.note)))))
+            choices.append(replace(choice, note="; ".join(filter(None, (f"gguf does not hold {own} value for value: rounded again", remark, choice.note)))))
     return choices
 
 
