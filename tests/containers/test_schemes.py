@@ -51,6 +51,7 @@ def made(home):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*WITH_INPUTS, "int8-channel/int8-static-asym", "int8-tensor/int8-tensor", "int8-g128-asym/int8-token-asym"])
 def test_compressed_tensors_reads_what_is_written(made, name):
     folder, _ = made(name, to="compressed-tensors")
@@ -88,6 +89,7 @@ def test_transformers_multiplies_what_we_multiply(made, name, apart):
             assert (ours.get_submodule(module)(read) - expected).norm() < apart * expected.norm(), module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-static", "fp8", "fp8-block", "w4a4-nvfp4", "w4a8-fp8"])
 def test_evaluation_computes_what_a_loaded_model_computes(home, made, name):
     folder, _ = made(name)

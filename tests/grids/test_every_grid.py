@@ -67,6 +67,7 @@ def test_whatever_the_weights_and_their_importance_numbers_come_back(name, searc
         assert solve(grid, torch.full((1, 512), size), search=search).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_in_however_many_threads_the_fit_is_the_same(name):
     grid, w, threads = parse(name), normal(64, 1024, seed=1), torch.get_num_threads()
