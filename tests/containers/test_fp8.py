@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import halfbyte
 import tiny
 from halfbyte.containers import FP8, CompressedTensors
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids import parse
 from halfbyte.grids.grid import Quantized
 from halfbyte.models.checkpoint import Checkpoint
@@ -150,6 +150,25 @@ def test_scales_of_quantized_inputs_are_left_out(blocks, tmp_path):
     folder = edited(blocks, tmp_path / "in", lambda t: {**t, f"{MODULE}.input_scale": torch.tensor(0.1)}, activation_scheme="static")
     halfbyte.quantize(folder, tmp_path / "out", method="minmax", grid="int4-g128")
     assert not [n for n in Checkpoint.open(tmp_path / "out").entries if n.endswith("input_scale")]
+
+
+@pytest.mark.parametrize("name", ["input_scale", "activation_scale"])
+def test_a_stored_scale_of_inputs_is_read_under_both_its_names(source, tmp_path, name):
+    """vLLM's, and that of Transformers (integrations/finegrained_fp8.py)."""
+    halfbyte.quantize(source, tmp_path / "in", method="minmax", grid="fp8-e4m3-tensor", to="fp8")
+    folder = edited(tmp_path / "in", tmp_path / "out", lambda t: {**t, f"{MODULE}.{name}": torch.tensor(0.125)}, activation_scheme="static")
+    inputs = Checkpoint.open(folder).read_inputs(MODULE)
+    assert str(inputs.grid) == "fp8-e4m3-static"
+    assert inputs.params["scale"].tolist() == [0.125]
+
+
+def test_a_stored_scale_that_is_not_there_is_a_broken_checkpoint(source, tmp_path):
+    halfbyte.quantize(source, tmp_path / "in", method="minmax", grid="w8a8", to="compressed-tensors")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] |= {"strategy": "tensor", "dynamic": False}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadCheckpoint, match="input_scale is not stored"):
+        Checkpoint.open(tmp_path / "in").read_inputs(MODULE)
 
 
 def test_what_the_layout_does_not_hold_is_refused_with_what_would_work():

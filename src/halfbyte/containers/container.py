@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import AnyScheme, Grid, InputGrid, Inputs, Quantized, Shape
 from halfbyte.grids.scalar import IntGrid
 
@@ -24,7 +24,6 @@ STORED_INPUTS = {
     "divisor": ("input_global_scale", torch.float32),
 }
 """Suffix and dtype of what is stored of a module's inputs."""
-INPUT_SUFFIXES = {suffix for suffix, _ in STORED_INPUTS.values()}
 
 
 class Container(ABC):
@@ -120,8 +119,12 @@ def input_tensors(inputs: Inputs | None) -> dict[str, Tensor]:
 
 
 def inputs_of(tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
-    """The inverse of `input_tensors`."""
-    return Inputs(grid, {name: tensors[STORED_INPUTS[name][0]].float().view(1) for name in grid.stored}) if grid else None
+    """The inverse of `input_tensors`. Raises BadCheckpoint where what should be stored is not."""
+    if grid is None:
+        return None
+    if lost := [STORED_INPUTS[name][0] for name in grid.stored if STORED_INPUTS[name][0] not in tensors]:
+        raise BadCheckpoint(f"inputs are said to be {grid}, whose {lost[0]} is not stored; the checkpoint is not whole")
+    return Inputs(grid, {name: tensors[STORED_INPUTS[name][0]].float().view(1) for name in grid.stored})
 
 
 def span_of(width: int, groups: int, sizes: Collection[int | None]) -> int | str:

@@ -18,7 +18,7 @@ from halfbyte.containers.container import Config, ConfigContainer, commonest, in
 from halfbyte.containers.fused import apart
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.floats import FLOAT_GRIDS, SIDE, FloatGrid
+from halfbyte.grids.floats import FLOAT_GRIDS, SIDE, FloatGrid, e8m0
 from halfbyte.grids.grid import AnyScheme, InputGrid, Inputs, Quantized, Scheme, Shape
 from halfbyte.grids.inputs import INPUT_GRIDS
 
@@ -79,8 +79,12 @@ class FP8(ConfigContainer):
             weight = weight.T.contiguous()
         scale = scale.view(torch.uint8) if scale.dtype in BYTES else scale.float()
         if scale.dtype == torch.uint8 and grid.scale != "e8m0":
-            scale = torch.exp2(scale.float() - 127)
-        return Quantized(grid, weight, {"scale": scale.reshape(grid.scales_shape(shape))}, inputs_of(tensors, scheme.input))
+            scale = e8m0(scale).float()
+        return Quantized(grid, weight, {"scale": scale.reshape(grid.scales_shape(shape))}, self.inputs(tensors, scheme.input))
+
+    def inputs(self, tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
+        known = {"input_scale": tensors["activation_scale"]} if "activation_scale" in tensors else {}  # what Transformers calls it
+        return inputs_of({**tensors, **known}, grid)
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
         scheme = commonest(schemes)
@@ -110,7 +114,8 @@ class FP8(ConfigContainer):
                     raise Unsupported(f"{name} is FP8 and has no weight_scale_inv or weight_scale beside it")
                 shape = weight.shape[::-1] if _is_transposed(weight.shape, scale.shape) else weight.shape
                 grid = _grid(name, weight, scale)
-                is_static = config.get("activation_scheme") == "static" and f"{module}.input_scale" in entries
+                has_scale = f"{module}.input_scale" in entries or f"{module}.activation_scale" in entries
+                is_static = config.get("activation_scheme") == "static" and has_scale
                 found[module] = Scheme(grid, STATIC if is_static else READ[grid.span]), shape
         return found
 

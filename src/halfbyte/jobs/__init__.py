@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a checkpoint: words and shapes to a Job, before any weight is read."""
+"""What becomes of every tensor of a checkpoint: words and shapes to a Job."""
 
 from halfbyte.jobs.job import SKIPPED, Choice, Job
 from halfbyte.jobs.resolve import resolve, transcoding

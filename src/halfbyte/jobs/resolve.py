@@ -1,4 +1,4 @@
-"""Words to a Job: every check that needs no weight happens here, before any is read."""
+"""Words to a Job: every check that needs no weight happens here, before quantize() reads any. What convert() can keep, values decide."""
 
 from dataclasses import replace
 

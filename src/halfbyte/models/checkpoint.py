@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Container, kv
-from halfbyte.containers.container import INPUT_SUFFIXES
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
 from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Shape
@@ -185,8 +185,8 @@ class Checkpoint:
         scheme, _ = self.quantized.get(module, (None, ()))
         if scheme is None or scheme.input is None or self.container is None:
             return None
-        stored = {n.removeprefix(f"{module}."): self.entries[n].read() for n in self.parts_of[module] if n.removeprefix(f"{module}.") in INPUT_SUFFIXES}
-        return self.container.inputs(stored, scheme.input)
+        numbers = {n.removeprefix(f"{module}."): self.entries[n].read() for n in self.parts_of[module] if prod(self.entries[n].shape) == 1}
+        return self.container.inputs(numbers, scheme.input)
 
     @cached_property
     def parts_of(self) -> dict[str, list[str]]:

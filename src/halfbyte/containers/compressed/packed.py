@@ -17,6 +17,7 @@ from halfbyte.containers.container import Config, integer, span_of
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
+from halfbyte.grids.inputs import FLOATS, ScaledInputs
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 NAME = "compressed-tensors"
@@ -28,7 +29,7 @@ class Packed(Layout):
     format = "pack-quantized"
 
     def writes(self, scheme: AnyScheme) -> bool:
-        return isinstance(scheme.weight, IntGrid) and (scheme.input is None or str(scheme.input).startswith("fp8"))
+        return isinstance(scheme.weight, IntGrid) and (scheme.input is None or (isinstance(scheme.input, ScaledInputs) and scheme.input.number in FLOATS))
 
     def check(self, grid: Grid, shape: Shape) -> None:
         grid = integer(grid, NAME)
