@@ -198,10 +198,10 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
     report["output"]["file"] = run.edition.entrance(stem_of(run.folder.target))
     if cache:
         report["kv"] = cache
-    (folder / "recipe.yaml").write_text(run.job.recipe.dump(), encoding="utf-8")
+    run.folder.companion("recipe.yaml").write_text(run.job.recipe.dump(), encoding="utf-8")
     report["seconds"] = round(time.perf_counter() - started, 2)
-    (folder / "report.json").write_text(build.as_json(report), encoding="utf-8")
-    (folder / "README.md").write_text(build.card(report, run.folder.target), encoding="utf-8")
+    run.folder.companion("report.json").write_text(build.as_json(report), encoding="utf-8")
+    run.folder.companion("README.md").write_text(build.card(report, run.folder.target), encoding="utf-8")
     return report
 
 

@@ -21,6 +21,8 @@ from halfbyte.errors import BadRequest, HalfbyteError
 
 JOURNAL = "halfbyte-journal.jsonl"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+BESIDE = ("report.json", "README.md", "recipe.yaml", "Modelfile")
+"""What is written next to an output that is one file, under that file's name."""
 REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST}
 
 
@@ -93,6 +95,11 @@ class Folder:
         """The whole tensor, or rows of its leading dimension from `at` on."""
         self._owner[name].write(name, tensor, at)
 
+    def companion(self, name: str) -> Path:
+        """Where a small file of the output is written: next to an output that is one file, it is to bear that file's name."""
+        place = self.target.resolve()
+        return self.partial / (beside(place, name).name if is_file(place) else name)
+
     def record(self, record: dict[str, Any]) -> None:
         """Note a step as done. What it wrote has left this process; a later check of every byte covers the rest."""
         self._file.write(json.dumps(record) + "\n")
@@ -107,8 +114,8 @@ class Folder:
         """Rename into place. What was there is removed only after that; `claim` mends a run that was killed in between."""
         place = self.target.resolve()
         if is_file(place):
-            for name in ("report.json", "README.md"):
-                os.replace(self.partial / name, beside(place, name))
+            for name in BESIDE:
+                os.replace(self.companion(name), beside(place, name))
             os.replace(self.partial / place.name, place)
             shutil.rmtree(self.partial)
             return
@@ -166,6 +173,9 @@ def _claim_file(target: Path, place: Path, overwrite: bool) -> None:
         shutil.rmtree(partial, ignore_errors=True)  # killed when the file was in place and nothing but this was left to do
     if place.exists() and not overwrite:
         raise BadRequest(f"the output {target} exists and is kept; name another file or give --overwrite")
+    taken = next((path for name in BESIDE if (path := beside(place, name)).exists()), None)
+    if taken and not overwrite and not place.exists() and not (partial / JOURNAL).exists():
+        raise BadRequest(f"{taken} is in the way of what is written beside {target}; name another file, move it, or give --overwrite")
 
 
 def _claim_folder(target: Path, place: Path, overwrite: bool) -> None:

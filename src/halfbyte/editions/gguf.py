@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halfbyte.containers.folder import Shard
-from halfbyte.containers.gguf import families, file, hyperparameters, presets, tokenizer
+from halfbyte.containers.folder import Shard, beside
+from halfbyte.containers.gguf import families, file, hyperparameters, modelfile, presets, tokenizer
 from halfbyte.containers.gguf.container import GGUF, type_of
 from halfbyte.containers.gguf.families import Place
 from halfbyte.containers.gguf.file import TYPES, Value, row_bytes
@@ -144,7 +144,9 @@ class GGUFEdition(Edition):
             yield Part(name, value.float())
 
     def accompany(self, folder: Path) -> None:
-        """Nothing: a GGUF is whole by itself."""
+        """What Ollama is told; a GGUF is whole by itself otherwise."""
+        first = min(folder.glob("*.gguf"))
+        beside(first, "Modelfile").write_text(modelfile.text(first.name, self.metadata), encoding="utf-8")
 
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
         written = file.read(next(folder.glob("*.gguf")))

@@ -299,10 +299,8 @@ ENGINES: dict[str, Engine] = {
     ),
     # src/llama-model-loader.cpp: every type of ggml, whichever tensor has it.
     "llama.cpp": Engine("llama-server -m {path}", "gguf", {"gguf": Reads((), everything=True)}, "write gguf", parallel=False),
-    # A Modelfile of one line; the template and the stop words come from the file's metadata.
-    "ollama": Engine(
-        "echo FROM {path} > Modelfile && ollama create {name} -f Modelfile", "gguf", {"gguf": Reads((), everything=True)}, "write gguf", parallel=False
-    ),
+    # The Modelfile is written beside the GGUF.
+    "ollama": Engine("ollama create {name} -f {modelfile}", "gguf", {"gguf": Reads((), everything=True)}, "write gguf", parallel=False),
 }
 
 

@@ -112,6 +112,7 @@ def card(report: Mapping[str, Any], path: Path) -> str:
         is_file=is_file(path),
         path=str(path),
         recipe=recipe,
+        recipe_file=beside(path, "recipe.yaml").name,
         engines=served,
         worst=worst(report),
         worst_inputs=worst_inputs(report),
@@ -121,7 +122,7 @@ def card(report: Mapping[str, Any], path: Path) -> str:
 
 def command(engine: Mapping[str, Any], path: Path) -> str:
     """What serves the folder: a line for the shell, or of Python where the path stands in quotes."""
-    line = engine["command"] or ""
+    line = (engine["command"] or "").replace("{modelfile}", shlex.quote(str(beside(path, "Modelfile"))))
     return line.replace('"{path}"', json.dumps(str(path))).replace("{path}", shlex.quote(str(path))).replace("{name}", shlex.quote(path.stem.lower()))
 
 

@@ -17,7 +17,7 @@ from variants import CASES, distance, transformers_logits
 import halfbyte
 import tiny
 from halfbyte import demo
-from halfbyte.containers.folder import JOURNAL, Folder
+from halfbyte.containers.folder import BESIDE, JOURNAL, Folder
 from halfbyte.containers.gguf import file as gguf_file
 from halfbyte.containers.gguf import presets
 from halfbyte.containers.gguf.container import LAYOUTS, READ_ONLY
@@ -208,6 +208,25 @@ def test_experts_apart_and_experts_in_one_tensor_give_the_same_file(name, change
     assert files[True] == files[False]
 
 
+def test_what_stands_beside_a_file_bears_its_name(gemma, tmp_path):
+    """The recipe makes the same file again, and the command for Ollama names a Modelfile that names the GGUF."""
+    tiny.halfbyte(*command(gemma, "nearest", tmp_path / "a.b.gguf"))
+    assert {p.name for p in tmp_path.iterdir()} == {"a.b.gguf", *(f"a.b.{name}" for name in BESIDE)}
+    assert tiny.halfbyte("quantize", "--recipe", tmp_path / "a.b.recipe.yaml", "-o", tmp_path / "again.gguf").code == 0
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "a.b.gguf").read_bytes()
+    assert (tmp_path / "a.b.Modelfile").read_text() == f'FROM ./a.b.gguf\nPARAMETER stop "{tiny.EOS}"\n'
+    assert f"ollama create a.b -f {tmp_path / 'a.b.Modelfile'}\n" in (tmp_path / "a.b.README.md").read_text()
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_there_already_is_not_lost(name, gemma, tmp_path):
+    (tmp_path / f"out.{name}").write_text("mine")
+    words = command(gemma, "nearest", tmp_path / "out.gguf")
+    tiny.refused(tiny.halfbyte(*words), f"out.{name} is in the way", "--overwrite")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(f"out.{name}", "mine")]
+    assert tiny.halfbyte(*words, "--overwrite").code == 0
+
+
 def test_the_default_of_a_gguf_is_its_commonest_preset(tmp_path):
     quantize(demo.MODEL, "-o", tmp_path / "model.gguf", "--method", "nearest")
     assert json.loads((tmp_path / "model.report.json").read_text())["recipe"]["grid"] == "Q4_K_M"
@@ -275,7 +294,7 @@ def test_a_run_that_is_cut_off_again_and_again_gives_the_same_bytes(method, gemm
     assert result.code == 0, result.err
     assert cuts >= 3
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
-    assert {p.name for p in tmp_path.iterdir()} == {f"{stem}.{end}" for stem in ("whole", "out") for end in ("gguf", "report.json", "README.md")}
+    assert {p.name for p in tmp_path.iterdir()} == {f"{stem}.{end}" for stem in ("whole", "out") for end in ("gguf", *BESIDE)}
 
 
 @pytest.mark.slow
@@ -328,10 +347,10 @@ def test_overwrite_keeps_the_old_file_until_the_new_is_whole(gemma, tmp_path, mo
     assert out.read_bytes() == old
     assert tiny.halfbyte(*words).code == 0
     assert out.read_bytes() != old
-    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", "out.report.json", "out.README.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", *(f"out.{name}" for name in BESIDE)}
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", range(1, 6))
 def test_killed_while_the_file_moves_into_place(step, gemma, tmp_path, monkeypatch):
     out, replace, seen = tmp_path / "out.gguf", os.replace, 0
 
@@ -347,7 +366,7 @@ def test_killed_while_the_file_moves_into_place(step, gemma, tmp_path, monkeypat
         assert tiny.halfbyte(*command(gemma, "nearest", out)).code == 130
     assert not out.exists()
     assert tiny.halfbyte(*command(gemma, "nearest", out)).code == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", "out.report.json", "out.README.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", *(f"out.{name}" for name in BESIDE)}
 
 
 def test_killed_when_all_is_done_but_the_tidying(gemma, tmp_path, monkeypatch):
@@ -360,4 +379,4 @@ def test_killed_when_all_is_done_but_the_tidying(gemma, tmp_path, monkeypatch):
         patch.setattr(shutil, "rmtree", killed)
         assert tiny.halfbyte(*command(gemma, "nearest", out)).code == 130
     tiny.refused(tiny.halfbyte(*command(gemma, "nearest", out)), "exists and is kept")
-    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", "out.report.json", "out.README.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", *(f"out.{name}" for name in BESIDE)}
