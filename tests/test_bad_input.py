@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -239,13 +240,31 @@ MALFORMED = {
     "beyond the end": {"a": entry(offsets=(1 << 40, (1 << 40) + 32))},
     "huge": {"a": entry(shape=(1 << 40, 1), offsets=(0, 1 << 42))},
     "huge and empty": {"a": entry(shape=(0, 1 << 62, 1 << 62), offsets=(0, 0))},
+    "a hole": {"a": entry(), "b": entry(offsets=(33, 65))},
+    "a hole before the first": {"a": entry(offsets=(1, 33))},
+    "bytes after the last": {"a": entry(shape=(1, 4), offsets=(0, 16))},
+    "metadata of numbers": {"__metadata__": {"a": 1}, "a": entry()},
+    "metadata is a list": {"__metadata__": ["a"], "a": entry()},
+    "a name twice": b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"a":{"dtype":"F32","shape":[4],"data_offsets":[16,32]}}',
+    "half a surrogate": b'{"\\ud800":{"dtype":"F32","shape":[8],"data_offsets":[0,32]}}',
+    "UTF-16": json.dumps({"a": entry()}).encode("utf-16-le"),
 }
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_header(name, tmp_path):
+    path = file_of(tmp_path / "x.safetensors", MALFORMED[name], bytes(65 if name == "a hole" else 33 if "before" in name else 32))
+    with pytest.raises(SafetensorError):
+        safe_open(path, "pt").keys()
     with pytest.raises(BadCheckpoint):
-        read_header(file_of(tmp_path / "x.safetensors", MALFORMED[name]))
+        read_header(path)
+
+
+def test_a_header_that_counts_too_much(tmp_path):
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    for header in ({f"{i}": empty for i in range(200_000)}, {"__metadata__": {f"{i}": "" for i in range(1_100_000)}}, {"a" * 2000: empty}):
+        with pytest.raises(BadCheckpoint, match="has a malformed safetensors header"):
+            read_header(file_of(tmp_path / "x.safetensors", header, b""))
 
 
 @pytest.mark.parametrize("length", [0, 1, 100_000_001, 1 << 40, 1 << 63, (1 << 64) - 1])
@@ -257,7 +276,8 @@ def test_header_length(length, tmp_path):
 def test_fuzzed_headers(tmp_path):
     """Whatever the bytes: the tensors lie in the file and can be read, or it is a BadCheckpoint."""
     good = {"__metadata__": {"format": "pt"}, "a": entry(), "b": entry(shape=(4,), dtype="BF16", offsets=(32, 40)), "c": entry(shape=(0, 3), offsets=(40, 40))}
-    file_of(tmp_path / "good", good)
+    file_of(tmp_path / "good", good, bytes(40))
+    assert set(read_header(tmp_path / "good")) == {"a", "b", "c"}
     original = (tmp_path / "good").read_bytes()
     rng = random.Random(0)
     words = [b"-1", b"1e400", b"null", b"[]", b"{}", b'"', b"99999999999999999999", b"true", b"\xff", b"\0", b"NaN", b"F16", b"I64"]

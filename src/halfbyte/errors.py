@@ -9,10 +9,14 @@ HalfbyteError          a user's request that cannot be met; its text is one line
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 LISTED = 12
 """Known names that a message lists where none is near."""
+
+SHOWN = 120
+"""Characters of a value that a message shows."""
 
 
 class HalfbyteError(Exception):
@@ -47,6 +51,17 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
         return difflib.SequenceMatcher(None, a, b).ratio() + same_start / 20
 
     return [other for other in sorted(known, key=likeness, reverse=True) if name and likeness(other) > 0.5][:count]
+
+
+def brief(value: object) -> str:
+    """What a message shows of a value that anybody may have made."""
+    cut = reprlib.Repr()
+    cut.maxstring = cut.maxother = cut.maxlong = SHOWN
+    try:
+        shown = cut.repr(value)
+    except ValueError:  # of a number of thousands of digits
+        shown = f"a number near 2^{int(value).bit_length()}" if isinstance(value, int) else f"some {type(value).__name__}"
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
 
 
 class Unsupported(HalfbyteError):

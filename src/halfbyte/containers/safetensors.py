@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfbyte.errors import BadCheckpoint
+from halfbyte.errors import BadCheckpoint, brief
+from halfbyte.files import opened, parse_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -28,6 +29,8 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the reference implementation
+MOST_VALUES = 1 << 20  # in a header, of which each tensor has seven: 28 times as many as the largest shard that is known
+LONGEST_NAME = 1024  # characters
 LARGEST = 1 << 48  # elements; more would overflow strides, even of an empty tensor
 
 
@@ -64,7 +67,7 @@ class Entry(Spec):
             shape = (last - first, *self.shape[1:])
             start = self.offset + first * prod(self.shape[1:]) * self.dtype.itemsize
         raw = torch.from_numpy(np.empty(prod(shape) * self.dtype.itemsize, np.uint8))  # NumPy asks for huge pages: fewer faults
-        with open(self.path, "rb", buffering=0) as file:
+        with opened(self.path) as file:
             file.seek(start)
             view, done = raw.numpy().data, 0
             while done < len(view):
@@ -76,32 +79,49 @@ class Entry(Spec):
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Every tensor of the file. Raises BadCheckpoint for a file that is cut short or malformed."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+    """Every tensor of the file. Raises BadCheckpoint for what the reference implementation refuses too: a file that is cut short, malformed,
+    or has bytes that are no tensor's."""
+    with opened(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             text = file.read(length) if 2 <= length <= min(HEADER_LIMIT, size - 8) else None
-    except OSError as error:
-        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     if start == b"version ":
         raise BadCheckpoint(f"{path} is a pointer of Git LFS, not the file itself; fetch it with: git lfs pull")
     if text is None:
         raise BadCheckpoint(f"{path} is no safetensors file, or is cut short: it has {size} bytes and no whole header")
     try:
-        header = json.loads(text)
-        entries = {name: _entry(path, 8 + length, v) for name, v in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadCheckpoint(f"{path} has a malformed safetensors header: {error!r}") from None
+        entries = _entries(text, path, 8 + length)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadCheckpoint(f"{path} has a malformed safetensors header: {brief(error)}") from None
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
-        if entry.offset < end:
-            raise BadCheckpoint(f"{path} has a malformed safetensors header: tensor '{name}' overlaps another")
+        if entry.offset != end:
+            wrong = "overlaps another" if entry.offset < end else f"comes {entry.offset - end} bytes after the one before it"
+            raise BadCheckpoint(f"{path} has a malformed safetensors header: tensor '{name}' {wrong}")
         end = entry.offset + entry.size_bytes
         if end > size:
             raise BadCheckpoint(f"{path} is cut short: tensor '{name}' needs {end - size} bytes more; download the file again")
+    if end != size:
+        raise BadCheckpoint(f"{path} has {size - end} bytes after its last tensor; download the file again")
     return entries
+
+
+def _entries(text: bytes, path: Path, start: int) -> dict[str, Entry]:
+    header = parse_json(text, MOST_VALUES, unique=True)
+    about = header.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise ValueError("__metadata__ does not map names to texts")
+    return {_named(name): _entry(path, start, value) for name, value in header.items()}
+
+
+def _named(name: str) -> str:
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"a tensor's name has {len(name)} characters")
+    return name
 
 
 def _entry(path: Path, data: int, value: Mapping) -> Entry:

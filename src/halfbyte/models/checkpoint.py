@@ -1,6 +1,5 @@
 """The checkpoint is the truth: its tensors, its config, and everything else in its folder."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Container, kv
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
+from halfbyte.files import exists, read_object
 from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Shape
 from halfbyte.models import roles
 
@@ -48,7 +48,7 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config = _read_json(path / "config.json", f"{path} is no checkpoint: it has no config.json")
+        self.config = read_object(path / "config.json", missing=f"{path} is no checkpoint: it has no config.json")
         for part in ("text_config", "quantization_config"):
             if not isinstance(self.config.get(part) or {}, dict):
                 raise BadCheckpoint(f"{path}/config.json: {part} is no object")
@@ -62,11 +62,11 @@ class Checkpoint:
         from halfbyte.models.ggufs import GGUFCheckpoint, is_gguf  # one of its kinds
 
         path = Path(source).expanduser()
-        if path.exists() and is_gguf(path):
+        if exists(path) and is_gguf(path):
             return GGUFCheckpoint(path)
-        if path.is_dir():
+        if exists(path) and path.is_dir():
             return cls(path)
-        if path.exists():
+        if exists(path):
             raise BadCheckpoint(f"{source} is a file and no .gguf; name the folder that holds config.json and the safetensors")
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(source)):
             return cls(_download(str(source)))
@@ -121,8 +121,7 @@ class Checkpoint:
     def _quantization(self) -> dict[str, Any]:
         """What the folder says of how it is quantized; nothing if it is not."""
         said = self.config.get("quantization_config") or self.text_config.get("quantization_config")
-        beside = self.path / MODELOPT
-        return said or (_read_json(beside, "") if beside.exists() else {})
+        return said or read_object(self.path / MODELOPT)
 
     @cached_property
     def _config_container(self) -> ConfigContainer | None:
@@ -256,7 +255,7 @@ class Checkpoint:
 
 def require_finite(name: str, w: Tensor) -> None:
     """Raise BadCheckpoint for NaN or Inf: one reduction finds them all, since both survive a sum (and an overflow of the sum is looked into)."""
-    if w.is_floating_point() and not torch.isfinite(w.sum()):
+    if w.is_floating_point() and not torch.isfinite((w if w.dtype.itemsize > 1 else w.float()).sum()):  # torch has no sum of floats of 8 bits
         bad = int((~torch.isfinite(w.float())).sum())
         if bad:
             raise BadCheckpoint(
@@ -265,17 +264,17 @@ def require_finite(name: str, w: Tensor) -> None:
 
 
 def _entries(path: Path) -> dict[str, Entry]:
-    if (path / INDEX).exists():
-        index = _read_json(path / INDEX, "")
+    index = read_object(path / INDEX) if exists(path / INDEX) else None
+    if index is not None:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(s, str) and ".." not in s and not s.startswith("/") for s in weight_map.values()):
             raise BadCheckpoint(f"{path / INDEX} maps no tensors to files of the folder")
         shards = sorted(set(weight_map.values()))
-        missing = [s for s in shards if not (path / s).exists()]
+        missing = [s for s in shards if not exists(path / s)]
         if missing:
             raise BadCheckpoint(f"{path} lacks {len(missing)} of {len(shards)} shards that {INDEX} names, the first {missing[0]}; download it again")
     else:
-        index, shards = None, [p.name for p in sorted(path.glob("*.safetensors"))]
+        shards = [p.name for p in sorted(path.glob("*.safetensors"))]
     if not shards:
         found = sorted({p.suffix for p in path.iterdir() if WEIGHT_FILE.fullmatch(p.name)} - {".json", ".safetensors"})
         hint = f"; it has {', '.join(found)} files: save it again as safetensors" if found else ""
@@ -288,18 +287,6 @@ def _entries(path: Path) -> dict[str, Entry]:
         if lost:
             raise BadCheckpoint(f"{path}: {INDEX} names {len(lost)} tensors that no shard holds, the first '{lost[0]}'")
     return entries
-
-
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadCheckpoint(missing) from None
-    except ValueError as error:
-        raise BadCheckpoint(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadCheckpoint(f"{path} holds no JSON object")
-    return value
 
 
 def _hidden(path: Path) -> bool:

@@ -6,13 +6,13 @@ if its pattern is known, and is refused if it is not: a wrong one would cost qua
 """
 
 import base64
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from halfbyte.containers.gguf.file import Value
 from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.files import read_object, read_text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """llama.cpp's kinds of tokens: `enum llama_token_type`."""
@@ -68,7 +68,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre: str | None = None) ->
     `pre` is llama.cpp's name of the pre-tokenizer, for a pattern that is not recognised.
     Raises BadCheckpoint where the folder has no tokenizer, Unsupported for one that llama.cpp would apply otherwise.
     """
-    tokenizer, about = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
+    tokenizer, about = read_object(folder / "tokenizer.json"), read_object(folder / "tokenizer_config.json")
     if not tokenizer:
         raise BadCheckpoint(
             f"{folder} has no tokenizer.json, which a GGUF holds; save one with transformers' AutoTokenizer.from_pretrained(...).save_pretrained"
@@ -201,7 +201,7 @@ def _looks_special(text: str) -> bool:
 
 def _special(tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Path, vocab_size: int) -> dict[str, Value]:
     """Numbers of special tokens, and which of them a text begins and ends with."""
-    config = _json(folder / "config.json")
+    config = read_object(folder / "config.json")
     config = config | (config.get("text_config") or {})
     numbers = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
     vocabulary = tokenizer["model"]["vocab"]
@@ -244,10 +244,10 @@ def _templates(about: Mapping[str, Any], folder: Path) -> dict[str, Value]:
     elif isinstance(said, str):
         named = {"default": said}
     if (folder / "chat_template.jinja").exists():
-        named["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    elif "default" not in named and isinstance(said := _json(folder / "chat_template.json").get("chat_template"), str):
+        named["default"] = read_text(folder / "chat_template.jinja")
+    elif "default" not in named and isinstance(said := read_object(folder / "chat_template.json").get("chat_template"), str):
         named["default"] = said
-    named |= {p.stem: p.read_text(encoding="utf-8") for p in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    named |= {p.stem: read_text(p) for p in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     found = {f"tokenizer.chat_template.{name}": Value("string", text) for name, text in named.items() if name != "default"}
     if found:
         found["tokenizer.chat_templates"] = Value("string[]", [name for name in named if name != "default"])
@@ -263,12 +263,3 @@ def _parts(component: Mapping[str, Any] | None, inner: str) -> list[dict[str, An
     if not component:
         return []
     return list(component[inner]) if component["type"] == "Sequence" else [dict(component)]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise BadCheckpoint(f"{path} is not JSON: {error}") from None

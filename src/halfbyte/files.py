@@ -1,0 +1,108 @@
+"""Files that anybody may have made: regular ones only, no larger than their like, and JSON that nests no deeper and counts no more.
+
+What is wrong with one is said in one line, as the kind of error that the caller names.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Sequence
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import BadCheckpoint, HalfbyteError
+
+LARGEST = 128 << 20
+"""Bytes of a file that is read whole: four times the largest tokenizer.json that is known."""
+MOST_VALUES = 1 << 22
+"""Values in one text of JSON, twice as many as the largest tokenizer.json has: the smallest of them take 60 bytes of memory for each byte of the file."""
+DEEPEST = 64
+"""Objects and arrays in one another."""
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def exists(path: Path) -> bool:
+    """Whether anything bears this name; of names that no file can have, nothing does."""
+    return os.path.exists(path)
+
+
+def opened(path: Path, error: type[HalfbyteError] = BadCheckpoint) -> BufferedReader:
+    """A file, to be read. Of pipes and devices nobody knows when they end, or whether they begin."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise error(f"{path} is {KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file")
+        return open(path, "rb")
+    except OSError as wrong:
+        raise error(f"{path} cannot be read: {wrong.strerror}") from None
+    except ValueError as wrong:
+        raise error(f"{path} cannot be read: {wrong}") from None  # a name with a NUL byte
+
+
+def read_bytes(path: Path, error: type[HalfbyteError] = BadCheckpoint, most: int = LARGEST) -> bytes:
+    with opened(path, error) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(most + 1) if size <= most else b""
+        except OSError as wrong:
+            raise error(f"{path} cannot be read: {wrong.strerror}") from None
+    if max(size, len(data)) > most:
+        raise error(f"{path} has more than {most >> 20} MB, which no such file needs")
+    return data
+
+
+def read_text(path: Path, error: type[HalfbyteError] = BadCheckpoint, most: int = LARGEST) -> str:
+    try:
+        return read_bytes(path, error, most).decode()
+    except UnicodeDecodeError as wrong:
+        raise error(f"{path} is not UTF-8 text: {wrong}") from None
+
+
+def read_object(path: Path, error: type[HalfbyteError] = BadCheckpoint, missing: str = "") -> dict[str, Any]:
+    """The object that a JSON file holds. Where there is no file: what is `missing` is said, or nothing is in it."""
+    if not exists(path):
+        if missing:
+            raise error(missing)
+        return {}
+    data = read_bytes(path, error)
+    try:
+        value = parse_json(data)
+    except ValueError as wrong:
+        raise error(f"{path} is not JSON: {wrong}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds no JSON object")
+    return value
+
+
+def parse_json(data: bytes | str, most: int = MOST_VALUES, unique: bool = False) -> Any:
+    """Any value. Raises ValueError for what is no JSON of Unicode text, nests too deep or counts too much; `unique`: or names an entry twice."""
+    text = data.decode() if isinstance(data, bytes) else data
+    if sum(map(text.count, ",[{")) > most:
+        raise ValueError(f"it has more than {most} values")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+    except RecursionError:
+        raise ValueError(f"it nests deeper than {DEEPEST} levels") from None
+    if _nests_deeper(value, DEEPEST):
+        raise ValueError(f"it nests deeper than {DEEPEST} levels")
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it has half of a pair of surrogates, which is no character") from None
+    return value
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an entry is there twice")
+    return found
+
+
+def _nests_deeper(value: Any, levels: int) -> bool:
+    at = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        at = [child for parent in at for child in (parent.values() if isinstance(parent, dict) else parent) if isinstance(child, dict | list)]
+    return bool(at)
