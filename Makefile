@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test quick lint oracles bench clean
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
 
 test: $(VENV)/.ready lint
@@ -33,9 +33,14 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/gguf.py --llama-cpp $(BIN)/python
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# The package alone, for the demo. Modules are compiled as they are first imported: pip would compile all of torch's and Transformers'.
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e .
+	touch $@
+
+# What tests need beside it: llama.cpp, which is built here, and the tools whose formats are checked.
+$(VENV)/.ready: $(VENV)/.demo
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 

@@ -85,8 +85,7 @@ def quantize(
 
     halfbyte quantize org/model -o model-Q4_K_M.gguf --grid Q4_K_M
     """
-    from halfbyte.api import quantize as run
-    from halfbyte.recipe import Recipe
+    from halfbyte.recipe import Recipe, method_named
 
     words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None,
              "input_range": input_range, "alpha": alpha, "pure": pure, "imatrix": imatrix, "kv": kv, "pre": pre, "shard_gb": shard_gb}  # fmt: skip
@@ -98,8 +97,12 @@ def quantize(
     base = Recipe.load(recipe, **words).model_dump(exclude_unset=True) if recipe else words
     sampling = {"source": calibration, "samples": samples, "length": length, "seed": seed}
     base["calibration"] = {**base.get("calibration", {}), **{name: value for name, value in sampling.items() if value is not None}}
+    asked = Recipe.of(**base)
+    method_named(asked.method)
+    from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
+
     with _progress(as_json) as progress:
-        report = run(Recipe.of(**base), output, overwrite=overwrite, progress=progress)
+        report = run(asked, output, overwrite=overwrite, progress=progress)
     _show_report(report, output, as_json)
 
 
@@ -381,6 +384,7 @@ def main(words: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     words = list(sys.argv[1:] if words is None else words) or ["--help"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses of a model that are not ours
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch is loaded: threads that spin where they wait for others take a neighbour's time
     try:
         if app(args=words, prog_name="halfbyte", standalone_mode=False) == INTERRUPTED:
             raise KeyboardInterrupt  # typer swallows it and returns this number

@@ -38,10 +38,17 @@ def test_heads_are_rotated_before_they_are_rounded(width, keys, values):
     x = torch.randn(50, width, generator=torch.Generator().manual_seed(0))
     grid = KVGrid.parse("q4_0")
     for part, size in ((grid.key, keys), (grid.value, values)):
-        rotation = reduce(np.kron, [np.array([[1, 1], [1, -1]]) / 2**0.5] * (size.bit_length() - 1)).astype(np.float32)
-        rounded = packed((x.numpy().reshape(-1, size) @ rotation).reshape(-1, 32), "q4_0").reshape(-1, size) @ rotation
-        near = np.isclose(part.round(x, {}).numpy(), rounded.reshape(-1, width), atol=1e-5)
-        assert near.mean() > 0.99  # a value in the middle between two numbers may go either way
+        rotation = reduce(np.kron, [np.array([[1, 1], [1, -1]]) / 2**0.5] * (size.bit_length() - 1))
+        heads = x.double().numpy().reshape(-1, size)
+        turned, ours = ((rows @ rotation).reshape(-1, 32) for rows in (heads, part.round(x, {}).double().numpy().reshape(-1, size)))
+        theirs = packed(turned.astype(np.float32), "q4_0").astype(np.float64)
+        apart, step = np.abs(ours - theirs), np.abs(turned).max(-1, keepdims=True) / 8
+        # Sums of float32 differ with the processor: by so much at most. A scale in the middle between two numbers of fp16 may
+        # become either, and so may a value in the middle between two steps. (Rotated back, one such value moves its whole head.)
+        slack = size * 2.0**-24 * np.abs(heads).sum(-1).max() / size**0.5
+        same = apart <= 2.0**-10 * np.abs(theirs) + slack
+        halfway = (np.abs(apart - step) <= 2.0**-7 * step) & (np.abs(2 * turned - ours - theirs) <= 2.0**-7 * step + 2 * slack)
+        assert (same | halfway).all()
 
 
 @pytest.mark.slow
