@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.api import convert, evaluate, imatrix, inspect, kv, load, needle, quantize
+    from halfbyte.api import convert, dequantize, evaluate, imatrix, inspect, kv, load, needle, quantize
     from halfbyte.errors import HalfbyteError
     from halfbyte.recipe import Recipe
 
-__all__ = ["HalfbyteError", "Recipe", "convert", "evaluate", "imatrix", "inspect", "kv", "load", "needle", "quantize"]
+__all__ = ["HalfbyteError", "Recipe", "convert", "dequantize", "evaluate", "imatrix", "inspect", "kv", "load", "needle", "quantize"]
 _HOMES = {"HalfbyteError": "halfbyte.errors", "Recipe": "halfbyte.recipe"}
 
 

@@ -10,7 +10,7 @@ from halfbyte.errors import BadRequest
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.pipeline import convert
+from halfbyte.pipeline import convert, dequantize
 from halfbyte.recipe import Recipe
 from halfbyte.report import build
 from halfbyte.report.inspect import inspect
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def quantize(model: str | Path | Recipe, out: str | Path, *, overwrite: bool = False, progress: Progress = silent, **recipe: Any) -> dict[str, Any]:
     """Quantize `model` (a folder, a GGUF, a hub id, or a whole Recipe) into `out`, a folder or a .gguf file; returns the report.
 
-    `recipe` takes the entries of Recipe: method, grid, to, engine, calibration, skip, override, input_range,
+    `recipe` takes the entries of Recipe: adapter, requantize, method, grid, to, engine, calibration, skip, override, input_range,
     alpha, kv, head, pure, imatrix, pre, shard_gb.
     Raises HalfbyteError.
     """
@@ -34,6 +34,8 @@ def quantize(model: str | Path | Recipe, out: str | Path, *, overwrite: bool = F
         if whole.to is None:
             raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}")
         return convert(whole.model, out, whole.to, overwrite=overwrite, progress=progress)
+    if whole.method == "dequantize":
+        return dequantize(whole.model, out, whole.to, whole.grid, whole.adapter, overwrite, progress)
     return pipeline.quantize(whole, out, overwrite=overwrite, progress=progress)
 
 
@@ -181,4 +183,4 @@ def load(path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cp
     return nn.load(path, dtype, device)
 
 
-__all__ = ["convert", "evaluate", "imatrix", "inspect", "kv", "load", "needle", "quantize"]
+__all__ = ["convert", "dequantize", "evaluate", "imatrix", "inspect", "kv", "load", "needle", "quantize"]

@@ -75,6 +75,8 @@ def quantize(
     imatrix: Annotated[str | None, typer.Option(help="An importance matrix of llama.cpp, in place of calibration (methods nearest and imatrix).")] = None,
     pre: Annotated[str | None, typer.Option(help="GGUF: llama.cpp's name of the pre-tokenizer, where it is not recognised.")] = None,
     shard_gb: Annotated[float | None, typer.Option(help="Split files above this size.", show_default="5; a GGUF is one file")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A LoRA adapter's folder, merged into the model as it is read.")] = None,
+    requantize: Annotated[bool | None, typer.Option("--requantize", help="Take the values of a model that is quantized already as the original.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these; options win over it.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -88,7 +90,8 @@ def quantize(
     from halfbyte.recipe import Recipe, method_named
 
     words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None,
-             "input_range": input_range, "alpha": alpha, "pure": pure, "imatrix": imatrix, "kv": kv, "pre": pre, "shard_gb": shard_gb}  # fmt: skip
+             "input_range": input_range, "alpha": alpha, "adapter": adapter, "requantize": requantize,
+             "pure": pure, "imatrix": imatrix, "kv": kv, "pre": pre, "shard_gb": shard_gb}  # fmt: skip
     words = {name: value for name, value in words.items() if value is not None}
     if override:
         words["override"] = dict(_pair(pair) for pair in override)
@@ -120,6 +123,24 @@ def convert(
 
     with _progress(as_json) as progress:
         report = run(path, output, to, grid, overwrite=overwrite, progress=progress)
+    _show_report(report, output, as_json)
+
+
+@app.command()
+def dequantize(
+    path: Annotated[str, typer.Argument(help="A quantized checkpoint, or one to merge an adapter into.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")],
+    to: Annotated[str | None, typer.Option(help="safetensors or gguf.", show_default="as the output is called")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.", show_default="the checkpoint's; bfloat16 for a GGUF")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A LoRA adapter's folder, merged into the model.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized checkpoint in 16 bits, for tools that read nothing else."""
+    from halfbyte.api import dequantize as run
+
+    with _progress(as_json) as progress:
+        report = run(path, output, to, dtype, adapter, overwrite, progress)
     _show_report(report, output, as_json)
 
 
@@ -360,8 +381,9 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
     for engine in report["engines"]:
         if engine["loads"] and (engine["engine"] == r.get("engine") or "engine" not in r):
             out.print(f"{engine['engine']}: {command(engine, place)}", soft_wrap=True, markup=False)
-    if r["method"] != "convert":
-        out.print(f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}", soft_wrap=True, markup=False)
+    if r["method"] not in ("convert", "dequantize"):
+        merged = f" --adapter {shlex.quote(r['adapter'])}" if "adapter" in r else ""
+        out.print(f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}{merged}", soft_wrap=True, markup=False)
 
 
 def _show_worst(rows: list[dict[str, Any]], error_of: str | None) -> None:
@@ -394,7 +416,7 @@ def main(words: Sequence[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         _refuse(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'halfbyte'} --help")
     except (KeyboardInterrupt, typer.Abort):
-        goes_on = "; the same command goes on where it stopped" if words[0] in ("quantize", "convert") else ""
+        goes_on = "; the same command goes on where it stopped" if words[0] in ("quantize", "convert", "dequantize") else ""
         err.print(f"\nhalfbyte: interrupted after {time.monotonic() - started:.0f} s{goes_on}", soft_wrap=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:

@@ -1,7 +1,6 @@
 """quantize(): plan, walk, transform, solve, write, verify, report."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from halfbyte.editions import edition_of
 from halfbyte.errors import BadRequest, BrokenOutput
 from halfbyte.grids.floats import with_divisor
 from halfbyte.grids.grid import AnyScheme, Quantized
-from halfbyte.jobs import Job, resolve, transcoding
+from halfbyte.jobs import Job, decoding, resolve, transcoding
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight
 from halfbyte.recipe import Recipe
@@ -90,6 +89,34 @@ def convert(source: str | Path, out: str | Path, to: str, grid: str | None = Non
     return report
 
 
+def dequantize(
+    source: str | Path,
+    out: str | Path,
+    to: str | None = None,
+    dtype: str | None = None,
+    adapter: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write a quantized checkpoint in 16 bits, with its tokenizer, template and config: a folder of safetensors, or a GGUF if `out` is called so.
+
+    `dtype` is bfloat16, float16 or float32 (by default what the checkpoint says); `adapter` the folder of one to merge.
+    Raises HalfbyteError, with nothing half-written left behind.
+    """
+    started = time.perf_counter()
+    out = Path(out).expanduser()
+    job = decoding(str(source), to or ("gguf" if is_file(out) else "safetensors"), dtype, str(adapter) if adapter else None)
+    _claim(out, job, overwrite)
+    edition = edition_of(job)
+    folder = Folder(out, edition.shards(stem_of(out)), identity(job, None))
+    with kept_on_interrupt(folder):
+        run = Run(job, edition, folder, progress)
+        _stream(run, [], job.checkpoint.read_weight, lambda weight, w, scheme: SOLVERS["nearest"](w, scheme.weight, None))
+        report = _finish(run, started)
+        folder.publish()
+    return report
+
+
 def _claim(out: Path, job: Job, overwrite: bool) -> None:
     """Refuse an output that is in the way, or is called like a file and is none: only a GGUF that is not split is one file."""
     if is_file(out) and job.container.name != "gguf":
@@ -118,7 +145,8 @@ def identity(job: Job, windows: calibrate.Windows | None) -> str:
     """Two runs with the same identity write the same bytes."""
     source = [(n, e.shape, str(e.dtype), e.path.stat().st_size, e.path.stat().st_mtime_ns) for n, e in job.checkpoint.entries.items()]
     imatrix = job.recipe.imatrix and xxhash.xxh3_128_hexdigest(Path(job.recipe.imatrix).expanduser().read_bytes())
-    return xxhash.xxh3_128_hexdigest(repr((version("halfbyte"), job.recipe.digest, source, imatrix, windows and windows.digest)).encode())
+    adapter = job.checkpoint.adapter and job.checkpoint.adapter.digest
+    return xxhash.xxh3_128_hexdigest(repr((version("halfbyte"), job.recipe.digest, source, adapter, imatrix, windows and windows.digest)).encode())
 
 
 def _stream(run: Run, units: list[list[Weight]], read: Callable[[Weight], Any], solve: Callable[[Weight, Any, AnyScheme], Quantized]) -> None:
@@ -142,7 +170,7 @@ def _stream(run: Run, units: list[list[Weight]], read: Callable[[Weight], Any], 
         return [(squares(w, part, sampled), digest(part)) for w, part in zip(values, parts, strict=True)]
 
     def keep(tensor: str) -> None:
-        run.keep(tensor, job.checkpoint.read(tensor).to(job.checkpoint.spec(tensor).dtype))
+        run.keep(tensor, job.checkpoint.read(tensor).to(job.spec(tensor).dtype))
 
     with _workers(max((_size(pieces) for tasks in cut for pieces in tasks), default=1)) as pool:
         written = [[pool.submit(write, unit, pieces, SAMPLED // len(tasks)) for pieces in tasks] for unit, tasks in zip(todo, cut, strict=True)]
@@ -154,7 +182,8 @@ def _stream(run: Run, units: list[list[Weight]], read: Callable[[Weight], Any], 
             note(run, rows, digests, module=unit[0].name)
             seen += _size(unit)
             run.progress(unit[-1].name, seen, total)
-        deque(pool.map(keep, job.kept), maxlen=0)
+        for number, _ in enumerate(pool.map(keep, job.kept)):
+            run.progress("tensors that are not quantized", number, len(job.kept))
 
 
 def _size(weights: list[Weight]) -> int:

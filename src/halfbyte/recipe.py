@@ -26,6 +26,10 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     model: str
+    adapter: str | None = None
+    """The folder of a LoRA adapter that is merged into the model as it is read."""
+    requantize: bool = False
+    """Take the values of a model that is quantized already as the original."""
     method: str = "gptq"
     grid: str = "int4-g128"
     to: str | None = None

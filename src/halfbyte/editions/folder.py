@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from halfbyte.containers import kv
-from halfbyte.containers.container import ConfigContainer
+from halfbyte.containers.container import Config, ConfigContainer
 from halfbyte.containers.folder import Shard
 from halfbyte.containers.safetensors import Entry, Spec, Writer
 from halfbyte.editions.edition import Edition, Part, split
@@ -37,7 +38,7 @@ class FolderEdition(Edition):
         specs: dict[str, Spec] = {}
         for tensor in self.job.checkpoint.tensors():
             if tensor in self.job.kept:
-                specs[tensor] = self.job.checkpoint.spec(tensor)
+                specs[tensor] = self.job.spec(tensor)
             for weight, scheme in by_tensor.get(tensor, []):
                 specs.update({f"{weight.name}.{suffix}": spec for suffix, spec in self.container.plan(scheme, weight.shape).items()})
         specs.update(self.job.scales)
@@ -69,7 +70,7 @@ class FolderEdition(Edition):
         job, source = self.job, self.job.checkpoint
         config = self.container.config({w.name: s for w, s in job.schemes.items()}, self._linears_kept(), source.dtype)
         config = kv.config(config, job.kv) if job.kv else config
-        files = {"config.json": {**source.config, "quantization_config": config}, **self.container.extra_files(config)}
+        files = {"config.json": self._config(config), **self.container.extra_files(config)}
         for path in source.other_files:
             name = str(path.relative_to(source.path))
             if name not in OURS:
@@ -82,6 +83,18 @@ class FolderEdition(Edition):
             files["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _config(self, quantization: Config) -> Config:
+        """The source's, with what this output is: what it said of the source's own quantization goes."""
+        source = self.job.checkpoint
+        config = {name: value for name, value in source.config.items() if name != "quantization_config"}
+        if isinstance(text := config.get("text_config"), dict):
+            config["text_config"] = {name: value for name, value in text.items() if name != "quantization_config"}
+        if self.job.plain_dtype:
+            config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": _name(self.job.plain_dtype)}
+        elif not config.keys() & {"dtype", "torch_dtype"}:
+            config["dtype"] = _name(source.dtype)  # of a GGUF, which does not say: Transformers would take the first tensor's
+        return {**config, "quantization_config": quantization} if quantization else config
 
     def _linears_kept(self) -> list[str]:
         """Modules left in 16 bits that engines would take to be quantized if config.json did not name them."""
@@ -104,6 +117,10 @@ class FolderEdition(Edition):
         if written.quantized.keys() != (expected := {w.name for w in self.job.schemes}):
             raise BrokenOutput(f"the written folder holds {len(written.quantized)} quantized modules, not {len(expected)}")
         return written.entries
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _writer(specs: Mapping[str, Spec], path: Path, resume: bool) -> Writer:

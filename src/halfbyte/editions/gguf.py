@@ -24,7 +24,6 @@ from halfbyte.models.ggufs import GGUFCheckpoint, translation_of
 
 PIECE, HEADS_ROWS = 1 << 20, 256
 """Weights of a piece: few enough for a core's cache. Rows of it come in multiples of a few heads', whose order may differ."""
-PLAIN_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class GGUFEdition(Edition):
@@ -65,7 +64,7 @@ class GGUFEdition(Edition):
         """F32 for what llama.cpp wants so; a matrix keeps its 16 bits, or has those that were asked for."""
         if place.plain or len(self.job.checkpoint.spec(tensor).shape) < 2:
             return "F32"
-        return self.job.plain or PLAIN_NAMES.get(self.job.checkpoint.spec(tensor).dtype, "F32")
+        return self.job.plain or presets.PLAIN_NAMES.get(self.job.checkpoint.spec(tensor).dtype, "F32")
 
     def shards(self, stem: str) -> dict[str, Shard]:
         specs = {name: _spec(*tensor) for name, tensor in self.tensors.items()}

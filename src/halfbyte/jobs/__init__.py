@@ -1,6 +1,6 @@
 """What becomes of every tensor of a checkpoint: words and shapes to a Job."""
 
 from halfbyte.jobs.job import SKIPPED, Choice, Job
-from halfbyte.jobs.resolve import resolve, transcoding
+from halfbyte.jobs.resolve import decoding, resolve, transcoding
 
-__all__ = ["SKIPPED", "Choice", "Job", "resolve", "transcoding"]
+__all__ = ["SKIPPED", "Choice", "Job", "decoding", "resolve", "transcoding"]

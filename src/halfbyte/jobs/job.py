@@ -4,6 +4,8 @@ import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
+
 from halfbyte.containers import Container
 from halfbyte.containers.gguf import presets
 from halfbyte.containers.kv import KVGrid
@@ -43,6 +45,8 @@ class Job:
     preset: str | None = None
     """What a GGUF says that it is."""
     warnings: list[str] = field(default_factory=list)
+    plain_dtype: torch.dtype | None = None
+    """What tensors of floats that are not quantized are written in; None: each in its own."""
     kv: KVGrid | None = None
     """The KV cache that the output says it has, and the tensors of its scales."""
     scales: dict[str, Spec] = field(default_factory=dict)
@@ -62,6 +66,11 @@ class Job:
             fused = next((f for f in engines.FUSED if last in f), None) if scheme.weight.spans_rows else None
             units.setdefault((home, fused, scheme) if fused else (weight.name,), []).append(weight)
         return list(units.values())
+
+    def spec(self, tensor: str) -> Spec:
+        """Shape and dtype in which a tensor that is not quantized is written, by its name in the checkpoint."""
+        spec = self.checkpoint.spec(tensor)
+        return Spec(spec.shape, self.plain_dtype) if self.plain_dtype and spec.dtype.is_floating_point else spec
 
     @property
     def plain(self) -> str | None:

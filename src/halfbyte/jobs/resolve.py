@@ -7,6 +7,7 @@ import torch
 from halfbyte.containers import CONTAINERS, GGUF, Container, container_named
 from halfbyte.containers.gguf import presets
 from halfbyte.containers.gguf.container import TYPE_OF
+from halfbyte.containers.plain import Plain
 from halfbyte.errors import BadRequest, UnknownName, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.floats import FloatGrid
@@ -14,8 +15,8 @@ from halfbyte.grids.grid import AnyScheme
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.jobs import cache, folder, gguf
 from halfbyte.jobs.job import Job, commonest, keep
-from halfbyte.models import roles
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models import adapter, roles
+from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.models.ggufs import translation_of
 from halfbyte.plan import engines
 from halfbyte.recipe import Method, Recipe, method_named
@@ -35,13 +36,11 @@ def resolve(recipe: Recipe) -> Job:
         raise UnknownName("engine", recipe.engine, engines.ENGINES)
     container = container_named(recipe.to or _container_for(recipe))
     recipe = _completed(recipe, container)
-    checkpoint = Checkpoint.open(recipe.model)
-    again = isinstance(container, GGUF) and isinstance(checkpoint.container, GGUF)
-    if checkpoint.container and not again and not _is_original(checkpoint):
-        other = next(name for name in (container.name, *CONTAINERS) if name != checkpoint.container.name)
+    checkpoint = source_of(recipe)
+    if checkpoint.container and not _is_original(checkpoint) and not recipe.requantize:
         raise Unsupported(
-            f"{recipe.model} is quantized already ({checkpoint.container.name}, {commonest(checkpoint.quantized.values())}); "
-            f"quantize the original, or change its container with: halfbyte convert {recipe.model} -o OUT --to {other}"
+            f"{recipe.model} is quantized already ({checkpoint.container.name}, {commonest(checkpoint.quantized.values())}); quantize the original, "
+            "or take what is left of it as the original with --requantize"
         )
     method = _with_importance(method, recipe)
     if isinstance(container, GGUF):
@@ -54,16 +53,36 @@ def resolve(recipe: Recipe) -> Job:
     _check_inputs(job)
     cache.plan(job)
     was = commonest(checkpoint.quantized.values())
-    if checkpoint.container and not again:
+    if checkpoint.container and _is_original(checkpoint):
         job.warnings.append(f"the source's weights are {was}: errors are those against these, as precise as the model was released")
-    if again:
-        job.warnings.append(f"the source is quantized already ({was}): what it lost comes on top; quantize the original if you can")
+    elif checkpoint.container:
+        job.warnings.append(
+            f"the source is quantized already ({checkpoint.container.name}, {was}), and its values were taken as the original: all errors and losses are "
+            "those against it, and what it had lost comes on top; quantize the original if you can"
+        )
+    job.warnings += _of_adapter(checkpoint)
     job.verdicts = engines.verdicts(container.name, {c.weight: c.scheme for c in job.choices}, checkpoint.model_type)
     asked = next((v for v in job.verdicts if v.engine == recipe.engine), None)
     if asked and not asked.loads:
         others = [v.engine for v in job.verdicts if v.loads]
         raise Unsupported(f"{recipe.engine} will not load this: {asked.reasons[0]}" + (f" (as it is, it loads in {', '.join(others)})" if others else ""))
     return job
+
+
+def source_of(recipe: Recipe) -> Checkpoint:
+    """The checkpoint that a recipe names, with its adapter."""
+    checkpoint = Checkpoint.open(recipe.model)
+    return adapter.merged(checkpoint, recipe.adapter) if recipe.adapter else checkpoint
+
+
+def _of_adapter(checkpoint: Checkpoint) -> list[str]:
+    """What is to be said of an adapter that was merged, or of one that lies beside the model and was not."""
+    if checkpoint.adapter:
+        counts = f"{len(checkpoint.adapter.low_rank)} products, {len(checkpoint.adapter.whole)} tensors whole"
+        return [f"the adapter {checkpoint.adapter.path} was merged into the model as it was read ({counts}): the original is the model with it"]
+    if adapter.is_adapter(checkpoint.path):
+        return [f"{checkpoint.path} holds an adapter beside the model, which was left out; --adapter {checkpoint.path} merges it"]
+    return []
 
 
 def _completed(recipe: Recipe, container: Container) -> Recipe:
@@ -137,7 +156,9 @@ def transcoding(source: str, to: str, grid: str | None = None) -> Job:
         raise BadRequest(f"{source} is not quantized; to quantize it: halfbyte quantize {source} -o OUT --to {to}")
     container = container_named(to)
     if grid and to == checkpoint.container.name == "gguf":
-        raise BadRequest(f"{source} is a GGUF already, whose types convert keeps; to round it to others: halfbyte quantize {source} -o OUT.gguf --grid {grid}")
+        raise BadRequest(
+            f"{source} is a GGUF already, whose types convert keeps; to round it to others: halfbyte quantize {source} -o OUT.gguf --grid {grid} --requantize"
+        )
     weights = [Weight(m, f"{m}.weight", roles.block_of(f"{m}."), shape) for m, (_, shape) in checkpoint.quantized.items()]
     gone: dict[str, str] = {}
     if isinstance(container, GGUF):
@@ -153,4 +174,33 @@ def transcoding(source: str, to: str, grid: str | None = None) -> Job:
     job = Job(recipe, checkpoint, container, Method((), "nearest", calibrated=False), choices, kept, dropped=gone)
     cache.plan(job)
     job.verdicts = engines.verdicts(container.name, {c.weight: c.scheme for c in choices}, checkpoint.model_type)
+    return job
+
+
+def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Job:
+    """The job of writing a quantized checkpoint, or one with an adapter in `folder` merged into it, in 16 (or 32) bits.
+
+    `to` is "safetensors" or "gguf"; without `dtype` it is the one that the checkpoint says engines compute in, and bfloat16 for a GGUF, which
+    does not say. Raises HalfbyteError.
+    """
+    if to not in (Plain.name, GGUF.name):
+        raise BadRequest(f"16 bits are written as {Plain.name} or {GGUF.name}, not as {to}")
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise UnknownName("dtype", dtype, DTYPE_NAMES)
+    checkpoint = source_of(Recipe(model=source, adapter=folder))
+    if checkpoint.container is None and checkpoint.adapter is None:
+        raise BadRequest(f"{source} is not quantized, so there is nothing to decode; name a quantized checkpoint, or an --adapter to merge")
+    said = "bfloat16" if isinstance(checkpoint.container, GGUF) else str(checkpoint.dtype).removeprefix("torch.")
+    recipe = Recipe(model=source, adapter=folder, method="dequantize", grid=dtype or said, to=to)
+    if to == GGUF.name:
+        job = gguf.job_of(recipe.model_copy(update={"grid": presets.PLAIN_NAMES[DTYPE_NAMES[recipe.grid]]}), checkpoint, GGUF(), method_named("nearest"))
+        job.recipe, job.plain_dtype = recipe, torch.float32  # the edition rounds what it is given, once
+        job.verdicts = engines.verdicts(job.container.name, {}, checkpoint.model_type)
+    else:
+        kept = dict.fromkeys(checkpoint.tensors(), "decoded" if checkpoint.container else "as in the source")
+        job = Job(recipe, checkpoint, Plain(), method_named("nearest"), [], kept, plain_dtype=DTYPE_NAMES[recipe.grid])
+    cache.plan(job)
+    if checkpoint.container:
+        job.warnings.append(f"these are the values of {commonest(checkpoint.quantized.values())} in {recipe.grid}: what quantizing lost does not come back")
+    job.warnings += _of_adapter(checkpoint)
     return job

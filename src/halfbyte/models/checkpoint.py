@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,15 @@ from halfbyte.files import exists, read_object
 from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Shape
 from halfbyte.models import roles
 
+if TYPE_CHECKING:
+    from halfbyte.models.adapter import Adapter
+
 INDEX = "model.safetensors.index.json"
 MODELOPT = "hf_quant_config.json"
 """Where Model Optimizer says what it did; older releases of it say nothing in config.json."""
-NOT_COPIED = ("config.json", MODELOPT, "quantize_config.json", "quant_config.json")
-"""They say how the source is quantized; an output that needs such a file gets its own."""
+NOT_COPIED = ("config.json", MODELOPT, "quantize_config.json", "quant_config.json", "adapter_config.json")
+"""They say how the source is quantized, or what is to be added to it; an output that needs such a file gets its own."""
+ADAPTER = re.compile(r"adapter_.*\.safetensors")
 WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|onnx|gguf)$|.*\.index\.json$")
 DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -46,9 +50,12 @@ class Weight:
 class Checkpoint:
     """A folder of safetensors with a config.json."""
 
+    adapter: "Adapter | None" = None
+    """What is merged into its weights as they are read (halfbyte.models.adapter)."""
+
     def __init__(self, path: Path):
         self.path = path
-        self.config = read_object(path / "config.json", missing=f"{path} is no checkpoint: it has no config.json")
+        self.config = read_object(path / "config.json", missing=f"{path} is no checkpoint: it has no config.json{_adapter_hint(path)}")
         for part in ("text_config", "quantization_config"):
             if not isinstance(self.config.get(part) or {}, dict):
                 raise BadCheckpoint(f"{path}/config.json: {part} is no object")
@@ -196,7 +203,15 @@ class Checkpoint:
         return owned
 
     def read(self, tensor: str) -> Tensor:
-        """A tensor by its name in the unquantized checkpoint; decoded if it is stored quantized."""
+        """A tensor by its name in the unquantized checkpoint; decoded if it is stored quantized, with what an adapter adds."""
+        w = self._read(tensor)
+        return self.adapter.merge(tensor, w) if self.adapter else w
+
+    def lies_transposed(self, tensor: str) -> bool:
+        """Whether a matrix lies [in, out]."""
+        return roles.is_transposed(tensor, self.model_type)
+
+    def _read(self, tensor: str) -> Tensor:
         if tensor in self.entries and tensor not in self.parts:  # a part may bear the name of the whole
             return self.entries[tensor].read()
         module = tensor.removesuffix(".weight")
@@ -244,8 +259,9 @@ class Checkpoint:
         """[out, in], in the stored precision. Raises BadCheckpoint for NaN or Inf."""
         if weight.first is not None:
             w = self.entries[weight.tensor].read(weight.first, weight.first + weight.shape[0])
+            w = self.adapter.merge(weight.tensor, w, weight.first) if self.adapter else w
         elif weight.expert is not None and weight.tensor in self.entries:
-            w = self.entries[weight.tensor].read(weight.expert, weight.expert + 1)[0]
+            w = self.entries[weight.tensor].read(weight.expert, weight.expert + 1)[0]  # an adapter of fused experts is refused
         else:
             w = self.read(weight.tensor)
             w = w if weight.expert is None else w[weight.expert]
@@ -274,7 +290,7 @@ def _entries(path: Path) -> dict[str, Entry]:
         if missing:
             raise BadCheckpoint(f"{path} lacks {len(missing)} of {len(shards)} shards that {INDEX} names, the first {missing[0]}; download it again")
     else:
-        shards = [p.name for p in sorted(path.glob("*.safetensors"))]
+        shards = [p.name for p in sorted(path.glob("*.safetensors")) if not ADAPTER.fullmatch(p.name)]
     if not shards:
         found = sorted({p.suffix for p in path.iterdir() if WEIGHT_FILE.fullmatch(p.name)} - {".json", ".safetensors"})
         hint = f"; it has {', '.join(found)} files: save it again as safetensors" if found else ""
@@ -287,6 +303,15 @@ def _entries(path: Path) -> dict[str, Entry]:
         if lost:
             raise BadCheckpoint(f"{path}: {INDEX} names {len(lost)} tensors that no shard holds, the first '{lost[0]}'")
     return entries
+
+
+def _adapter_hint(folder: Path) -> str:
+    """What to do with an adapter's folder that was named as a model."""
+    beside = folder / "adapter_config.json"
+    if not beside.is_file():
+        return ""
+    base = read_object(beside).get("base_model_name_or_path") or "BASE"
+    return f"; it is an adapter, to be merged into its base: halfbyte quantize {base} --adapter {folder} -o OUT"
 
 
 def _hidden(path: Path) -> bool:

@@ -87,9 +87,9 @@ class GGUFCheckpoint(Checkpoint):
         rows = self.names.places(f"{module}.weight" if f"{module}.weight" in self.shapes else module)[0].rows
         return q if rows is None else same_rows(q, torch.argsort(rows))
 
-    def read(self, tensor: str) -> Tensor:
+    def _read(self, tensor: str) -> Tensor:
         if tensor.removesuffix(".weight") in self._quantized:
-            return super().read(tensor)
+            return super()._read(tensor)
         values = []
         for place in self.names.places(tensor):
             value = self._value(place)

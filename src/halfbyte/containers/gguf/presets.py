@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 from halfbyte.containers.gguf.file import TYPES
 from halfbyte.errors import UnknownName
 from halfbyte.grids.grid import Shape
@@ -33,6 +35,7 @@ PRESETS = {
 }  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 PLAIN = {"F32", "F16", "BF16"}
+PLAIN_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 # Where a row is no multiple of 256: the type in blocks of 32 that takes the place of one in blocks of 256.
 FALLBACKS = {
