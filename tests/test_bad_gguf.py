@@ -133,9 +133,9 @@ def test_a_plain_gguf_is_sent_to_quantize(home, tmp_path):
     refused(tmp_path, "convert", home / "parts", "-o", tmp_path / "out", "--to", "gptq", says=("is not quantized", "halfbyte quantize"))
 
 
-def test_a_quantized_gguf_is_sent_to_convert(home, tmp_path):
+def test_a_quantized_gguf_is_quantized_again_only_if_asked(home, tmp_path):
     words = ["quantize", home / "q4.gguf", "-o", tmp_path / "out", "--to", "gptq", "--grid", "int4-g128"]
-    refused(tmp_path, *words, says=("is quantized already (gguf, q4_k)", "halfbyte convert"))
+    refused(tmp_path, *words, says=("is quantized already (gguf, q4_k)", "--requantize"))
 
 
 def test_what_a_container_does_not_hold_needs_a_grid(home, tmp_path):

@@ -181,8 +181,8 @@ def test_a_folder_can_be_made_of_a_gguf(home, tmp_path):
 
 
 def test_quantizing_again_warns(home, tmp_path):
-    report = halfbyte.quantize(home / "q4.gguf", tmp_path / "again.gguf", method="nearest", grid="Q3_K_M")
-    assert any("quantized already (q4_k)" in warning for warning in report["warnings"])
+    report = halfbyte.quantize(home / "q4.gguf", tmp_path / "again.gguf", method="nearest", grid="Q3_K_M", requantize=True)
+    assert any("quantized already (gguf, q4_k)" in warning for warning in report["warnings"])
     assert "quantized already" in (tmp_path / "again.README.md").read_text()
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 
+import torch
+
 from halfbyte import grids
 from halfbyte.containers import Container
 from halfbyte.containers.gguf import presets
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
-from halfbyte.grids.grid import AnyScheme, Quantized, Scheme
+from halfbyte.grids.grid import AnyScheme, Quantized, Scheme, Shape
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.jobs.job import SKIPPED, Choice, check_patterns, matches
 from halfbyte.models import roles
@@ -91,10 +93,23 @@ def transcode(checkpoint: Checkpoint, container: Container, weights: list[Weight
                     raise Unsupported(f"{wanted.input} inputs have a stored scale, which calibration finds: halfbyte quantize the original instead")
                 choices.append(fit(weight, wanted, container, f"{container.name} does not hold {own} value for value: rounded again"))
             except Unsupported as error:
-                hint = "" if grid else "; to round it again, name what it should be, such as --grid int4-g128"
+                hint = "" if grid else f"; to round it again, name what it should be, such as --grid {_like(own, container, weight.shape)}"
                 raise Unsupported(f"{error}{hint}") from None
     _check_mixed(choices, container)
     return choices, container
+
+
+def _like(own: AnyScheme, container: Container, shape: Shape) -> str:
+    """The grid of a container that is nearest in bits to one that it does not hold."""
+
+    def holds(name: str) -> bool:
+        try:
+            container.check(container.native(grids.GRIDS[name], torch.bfloat16), shape)
+        except Unsupported:
+            return False
+        return True
+
+    return min(filter(holds, grids.GRIDS), key=lambda name: abs(grids.GRIDS[name].bits(shape) - own.weight.bits(shape)), default="int4-g128")
 
 
 def _held(container: Container, q: Quantized) -> Quantized | None:

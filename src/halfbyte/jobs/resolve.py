@@ -40,7 +40,7 @@ def resolve(recipe: Recipe) -> Job:
     if checkpoint.container and not _is_original(checkpoint) and not recipe.requantize:
         raise Unsupported(
             f"{recipe.model} is quantized already ({checkpoint.container.name}, {commonest(checkpoint.quantized.values())}); quantize the original, "
-            "or take what is left of it as the original with --requantize"
+            f"or take what is left of it as the original with --requantize{_moved(checkpoint, recipe.model)}"
         )
     method = _with_importance(method, recipe)
     if isinstance(container, GGUF):
@@ -110,6 +110,14 @@ def _container_for(recipe: Recipe) -> str:
     if presets.is_preset(recipe.grid) or (scheme in TYPE_OF and not isinstance(scheme, IntGrid)):
         return "gguf"
     return next((name for name in CONTAINERS if _takes(container_named(name), scheme)), next(iter(CONTAINERS)))
+
+
+def _moved(checkpoint: Checkpoint, model: str) -> str:
+    """How to have the same bits in another container, if one holds them all."""
+    used = {scheme for scheme, _ in checkpoint.quantized.values()}
+    others = [name for name in CONTAINERS if checkpoint.container and name != checkpoint.container.name]
+    other = next((name for name in others if all(_takes(container_named(name), scheme) for scheme in used)), None)
+    return f"; its bits in another container: halfbyte convert {model} -o OUT --to {other}" if other else ""
 
 
 def _takes(container: Container, scheme: AnyScheme) -> bool:

@@ -1,0 +1,64 @@
+"""What a refusal advises works when it is followed."""
+
+import re
+
+import pytest
+from tests import tiny
+
+import halfbyte
+from halfbyte import demo
+
+COMMAND = re.compile(r"halfbyte (?:quantize|convert|dequantize) [^;,()]+")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    tiny.make(home / "model")
+    halfbyte.quantize(home / "model", home / "int4", method="nearest", grid="int4-g32")
+    halfbyte.quantize(home / "model", home / "nf4", method="nearest", grid="nf4")
+    halfbyte.quantize(demo.MODEL, home / "q4.gguf", method="nearest", grid="Q4_K_M")
+    return home
+
+
+REFUSED = {
+    "a quantized folder": ["quantize", "int4", "-o", "out", "--method", "nearest", "--grid", "int8-channel"],
+    "a quantized folder of another tool's grid": ["quantize", "nf4", "-o", "out", "--method", "nearest", "--grid", "int4-g32"],
+    "a quantized GGUF": ["quantize", "q4.gguf", "-o", "out.gguf", "--method", "nearest", "--grid", "Q8_0"],
+    "a quantized GGUF into a folder": ["quantize", "q4.gguf", "-o", "out", "--method", "nearest", "--grid", "int4-g32"],
+    "convert of what is not quantized": ["convert", "model", "-o", "out", "--to", "gptq"],
+    "convert of a GGUF to a GGUF": ["convert", "q4.gguf", "-o", "out.gguf", "--to", "gguf", "--grid", "Q8_0"],
+    "convert of a GGUF without a grid": ["convert", "q4.gguf", "-o", "out", "--to", "compressed-tensors"],
+    "convert to another tool's grid": ["convert", "nf4", "-o", "out", "--to", "gptq"],
+    "convert to bitsandbytes": ["convert", "int4", "-o", "out", "--to", "bitsandbytes"],
+    "convert to fp8": ["convert", "int4", "-o", "out", "--to", "fp8"],
+    "a file's name for a folder": ["quantize", "model", "-o", "out.gguf", "--to", "gptq", "--method", "nearest", "--grid", "int4-g32"],
+    "a preset for a folder": ["quantize", "model", "-o", "out", "--to", "gptq", "--method", "nearest", "--grid", "Q4_K_M"],
+}
+
+
+def advised(words: list[str], message: str) -> list[list[str]]:
+    """The commands that a message names, or the one that was given with the options that it names."""
+    found = [command.strip().split()[1:] for command in COMMAND.findall(message)]
+    options = re.findall(r"--(?:requantize|to|grid|method)(?: [\w-]+)?", COMMAND.sub("", message))
+    for option in options:
+        name, *value = option.split()
+        kept = [w for i, w in enumerate(words) if name == "--requantize" or (w != name and words[i - 1] != name)]
+        found.append([*kept, name, *value])
+    return found
+
+
+@pytest.mark.parametrize("words", REFUSED.values(), ids=REFUSED)
+def test_advice_can_be_followed(home, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(home)
+    words = [str(tmp_path / w) if w.startswith("out") else w for w in words]
+    result = tiny.halfbyte(*words)
+    tiny.refused(result)
+    commands = advised(words, result.err)
+    assert commands, result.err
+    for number, command in enumerate(commands):
+        out = str(tmp_path / f"advised-{number}") + (".gguf" if any(w.endswith(".gguf") for w in command[2:]) else "")
+        places = [out if w.startswith(("OUT", str(tmp_path))) else w for w in command]
+        quick = [] if "--method" in places or places[0] != "quantize" else ["--method", "nearest"]
+        followed = tiny.halfbyte(*places, *quick)
+        assert followed.code == 0, (result.err, places, followed.err)
