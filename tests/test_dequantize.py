@@ -106,8 +106,10 @@ def test_what_is_not_quantized_is_said_to_be_so(home, tmp_path):
     tiny.refused(tiny.halfbyte("dequantize", home / "awq", "-o", tmp_path / "out", "--to", "awq"), "safetensors or gguf")
 
 
-def test_the_recipe_that_is_written_makes_it_again(home, tmp_path):
-    halfbyte.dequantize(home / "gptq", tmp_path / "a")
+@pytest.mark.parametrize("command", [["dequantize"], ["convert", "--to", "compressed-tensors"]], ids=lambda command: command[0])
+def test_the_recipe_that_is_written_makes_it_again(home, tmp_path, command):
+    made = tiny.halfbyte(*command, home / "gptq", "-o", tmp_path / "a")
+    assert made.code == 0, made.err
     result = tiny.halfbyte("quantize", "--recipe", tmp_path / "a" / "recipe.yaml", "-o", tmp_path / "b")
     assert result.code == 0, result.err
     assert tiny.weights(tmp_path / "a") == tiny.weights(tmp_path / "b")

@@ -87,7 +87,7 @@ def quantize(
 
     halfbyte quantize org/model -o model-Q4_K_M.gguf --grid Q4_K_M
     """
-    from halfbyte.recipe import Recipe, method_named
+    from halfbyte.recipe import OTHER_COMMANDS, Recipe, method_named
 
     words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None,
              "input_range": input_range, "alpha": alpha, "adapter": adapter, "requantize": requantize,
@@ -101,7 +101,8 @@ def quantize(
     sampling = {"source": calibration, "samples": samples, "length": length, "seed": seed}
     base["calibration"] = {**base.get("calibration", {}), **{name: value for name, value in sampling.items() if value is not None}}
     asked = Recipe.of(**base)
-    method_named(asked.method)
+    if asked.method not in OTHER_COMMANDS:
+        method_named(asked.method)
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
 
     with _progress(as_json) as progress:
@@ -359,6 +360,7 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
         _print_json(report)
         return
     from halfbyte.containers.folder import is_file
+    from halfbyte.recipe import OTHER_COMMANDS
     from halfbyte.report.build import command, size, worst_inputs
 
     o, r = report["output"], report["recipe"]
@@ -381,7 +383,7 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
     for engine in report["engines"]:
         if engine["loads"] and (engine["engine"] == r.get("engine") or "engine" not in r):
             out.print(f"{engine['engine']}: {command(engine, place)}", soft_wrap=True, markup=False)
-    if r["method"] not in ("convert", "dequantize"):
+    if r["method"] not in OTHER_COMMANDS:
         merged = f" --adapter {shlex.quote(r['adapter'])}" if "adapter" in r else ""
         out.print(f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}{merged}", soft_wrap=True, markup=False)
 
@@ -416,7 +418,7 @@ def main(words: Sequence[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         _refuse(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'halfbyte'} --help")
     except (KeyboardInterrupt, typer.Abort):
-        goes_on = "; the same command goes on where it stopped" if words[0] in ("quantize", "convert", "dequantize") else ""
+        goes_on = "; the same command goes on where it stopped" if words[0] in ("quantize", "convert") else ""
         err.print(f"\nhalfbyte: interrupted after {time.monotonic() - started:.0f} s{goes_on}", soft_wrap=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:

@@ -112,6 +112,8 @@ PARTS: dict[str, Method] = {
     "awq": Method(("awq",), "nearest", calibrated=True),
     "smoothquant": Method(("smoothquant",), "nearest", calibrated=True),
 }
+OTHER_COMMANDS = ("convert", "dequantize")
+"""What the recipe of an output that another command made says in place of a method."""
 METHODS = (*PARTS, "awq+gptq", "smoothquant+gptq")
 
 
