@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
@@ -17,6 +18,8 @@ from halfbyte.plan import engines
 from halfbyte.recipe import Method, Recipe
 
 SKIPPED = "skipped as asked"
+NOTED = 0.1
+"""A share of a model's weights whose fate is told in a warning."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,19 @@ def keep(checkpoint: Checkpoint, choices: list[Choice]) -> dict[str, str]:
     """Every tensor that is not quantized, with the reason."""
     quantized = {c.weight.tensor for c in choices if c.scheme}
     reasons = {c.weight.tensor: c.note for c in choices if not c.scheme}
-    return {t: reasons.get(t, "not a matrix of a decoder block") for t in checkpoint.tensors() if t not in quantized}
+    others = checkpoint.linears.others
+    return {t: reasons.get(t) or others.get(t, "not a matrix of a decoder block") for t in checkpoint.tensors() if t not in quantized}
+
+
+def doubts(checkpoint: Checkpoint) -> list[str]:
+    """What is to be known of how linears were told from other tensors."""
+    lie, others, unasked = checkpoint.linears
+    found = [unasked] if unasked else []
+    kept, taken = (sum(prod(checkpoint.spec(t).shape) for t in tensors) for tensors in (others, lie))
+    if kept > NOTED * (kept + taken):
+        first, reason = next(iter(others.items()))
+        found.append(f"{100 * kept / (kept + taken):.0f}% of the weights in blocks stay as they are, such as '{first}': {reason}")
+    return found
 
 
 def matches(weight: Weight, pattern: str) -> bool:

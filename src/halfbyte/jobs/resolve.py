@@ -14,7 +14,7 @@ from halfbyte.grids.floats import FloatGrid
 from halfbyte.grids.grid import AnyScheme
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.jobs import cache, folder, gguf
-from halfbyte.jobs.job import Job, commonest, keep
+from halfbyte.jobs.job import Job, commonest, doubts, keep
 from halfbyte.models import adapter, roles
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.models.ggufs import translation_of
@@ -52,6 +52,7 @@ def resolve(recipe: Recipe) -> Job:
         job = Job(recipe, checkpoint, container, method, choices, keep(checkpoint, choices))
     _check_inputs(job)
     cache.plan(job)
+    job.warnings += doubts(checkpoint)
     was = commonest(checkpoint.quantized.values())
     if checkpoint.container and _is_original(checkpoint):
         job.warnings.append(f"the source's weights are {was}: errors are those against these, as precise as the model was released")

@@ -17,6 +17,7 @@ from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
 from halfbyte.files import exists, read_object
 from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Shape
 from halfbyte.models import roles
+from halfbyte.models.linears import Linears, linears
 
 if TYPE_CHECKING:
     from halfbyte.models.adapter import Adapter
@@ -234,26 +235,32 @@ class Checkpoint:
         return shapes
 
     def weights(self, embedding: bool = False) -> Iterator[Weight]:
-        """The matrices inside the blocks of the decoder that a method may quantize, the head, and the embedding if asked for."""
-        layers = self.text_config.get("num_hidden_layers", self.text_config.get("n_layer"))
+        """The matrices inside the blocks that a method may quantize, the head, and the embedding if asked for."""
+        lie = self.linears.lie
         for name, shape in self.tensors().items():
-            block = roles.block_of(name)
-            if block is None and roles.HEAD.match(name) and len(shape) == 2 and not self.tied:
-                yield Weight(name.removesuffix(".weight"), name, None, shape)
-            if embedding and block is None and roles.EMBEDDING.match(name) and len(shape) == 2:
-                yield Weight(name.removesuffix(".weight"), name, None, shape)
-            if block is None or roles.KEPT.search(name) or name.endswith("bias"):
+            if name not in lie:
+                outside = roles.block_of(name) is None and len(shape) == 2
+                if outside and ((not self.tied and roles.HEAD.match(name)) or (embedding and roles.EMBEDDING.match(name))):
+                    yield Weight(name.removesuffix(".weight"), name, None, shape)
                 continue
-            if isinstance(layers, int) and int(block.rpartition(".")[2]) >= layers:
-                continue  # layers beyond the model's, for multi-token prediction
-            transposed = roles.is_transposed(name, self.model_type)
-            out, width = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1]) if len(shape) > 1 else (0, 0)
-            if len(shape) == 2 and min(shape) >= roles.SMALLEST:
+            block, transposed = roles.block_of(name, self.has_encoder), lie[name].transposed
+            out, width = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+            if len(shape) == 2:
                 yield Weight(name.removesuffix(".weight"), name, block, (out, width), transposed)
-            elif len(shape) == 3 and min(shape[1:]) >= roles.SMALLEST:
+            else:
                 head, _, last = name.removesuffix(".weight").rpartition(".")
                 for expert in range(shape[0]):
                     yield Weight(f"{head}.{expert}.{last}", name, block, (out, width), transposed, expert)
+
+    @cached_property
+    def linears(self) -> Linears:
+        """Which tensors of the blocks are linears, and how they lie."""
+        return linears(self)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model is an encoder and a decoder of text or sound, and not a decoder alone."""
+        return bool(self.config.get("is_encoder_decoder"))
 
     def read_weight(self, weight: Weight) -> Tensor:
         """[out, in], in the stored precision. Raises BadCheckpoint for NaN or Inf."""

@@ -1,7 +1,8 @@
 """The few facts about architectures that neither shapes nor data flow can give, as patterns over tensor names.
 
 A weight that a method may quantize is a matrix inside a numbered block of the decoder. What follows says which such
-matrices are something else, which lie transposed, and where the parts of a fused matrix begin.
+matrices are something else, and which lie transposed. Of names that are in no pattern, the model's modules are asked
+(models/linears.py).
 """
 
 import re
@@ -9,14 +10,24 @@ import re
 # <prefix>.<integer>.: a block of a stack, "model.layers.3", "transformer.h.11", "gpt_neox.layers.0".
 BLOCK = re.compile(r"^((?:[^.\d][^.]*\.)+?\d+)\.")
 
-# Stacks that are not the text decoder.
-FOREIGN = re.compile(r"(^|\.)(vision|visual|image|audio|speech|encoder|multi_modal|mm_projector|mtp)[^.]*\.", re.I)
+# Stacks that are not the text decoder, by what comes before a block's number: a decoder's cross-attention may be called encoder_attn.
+FOREIGN = re.compile(
+    r"(^|\.)((vision|visual|image|audio|speech|encoder|multi_modal|mm_projector|mtp)[^.]*|[^.]*(connector|resampler|perceiver|projector|aligner))\.", re.I
+)
 
 # Matrices that choose experts or gate them, that normalize, convolve or hold positions: small, and ruined by rounding.
 KEPT = re.compile(
-    r"(^|\.)(gate|router|wg|shared_expert_gate|gate_weight|expert_bias|e_score_correction_bias|conv1d|A_log|dt_proj|x_proj)(\.weight|\.bias)?$"
-    r"|(^|\.)(router|gate)\.(layer|wg|linear|classifier)\.weight$"
+    r"(^|\.)(gate|wg|shared_expert_gate|gate_weight|expert_bias|e_score_correction_bias|conv1d|A_log|dt_proj|x_proj)(\.weight|\.bias)?$"
+    r"|(^|\.)(gate|[^.]*router[^.]*)(\.|$)"
     r"|norm[^.]*(\.weight)?$|rotary|relative_attention_bias|embed|lora_"
+)
+
+# Linears of the well-known families, in their blocks: nobody need be asked what these are, or how they lie.
+ORDINARY = re.compile(
+    r"\.self_attn\.((q|k|v|o|qkv|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa)\.weight$"
+    r"|\.mlp\.(experts\.\d+\.|shared_experts?\.)?(gate|up|gate_up|down)_proj\.weight$"
+    r"|\.block_sparse_moe\.experts\.\d+\.w[123]\.weight$"
+    r"|^blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.weight$"
 )
 
 HEAD = re.compile(r"^(.*\.)?(lm_head|embed_out|output_projection|output)\.weight$")
@@ -33,14 +44,18 @@ TRANSPOSED = {
     "imagegpt": re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$"),
 }
 
+ALTERNATING = {"gpt_oss"}
+"""Families whose fused experts have rows of gate and up by turns."""
+
 SMALLEST = 16
 """Matrices with a side below this stay as they are: their scales would outweigh them."""
 
 
-def block_of(tensor: str) -> str | None:
-    """`model.layers.3` for a tensor of that block of the decoder."""
+def block_of(tensor: str, encoders: bool = False) -> str | None:
+    """`model.layers.3` for a tensor of a module in that block of the decoder, and with `encoders` in that of another stack."""
     match = BLOCK.match(tensor)
-    return match[1] if match and not FOREIGN.search(tensor) else None
+    inside = match is not None and "." in tensor[match.end() :]  # what is numbered itself is a list of matrices, and no block
+    return match[1] if match and inside and (encoders or not FOREIGN.search(f"{match[1]}.")) else None
 
 
 def is_transposed(tensor: str, model_type: str) -> bool:

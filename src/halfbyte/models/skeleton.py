@@ -82,47 +82,78 @@ def _keep_precision(model: transformers.PreTrainedModel, dtype: torch.dtype) -> 
                 value.data = value.data.float()
 
 
+def outline(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    """The model on the meta device, of the class that config.json names: to be asked and not to be run. Raises BadCheckpoint."""
+    named = getattr(transformers, str((checkpoint.config.get("architectures") or [""])[0]), None)
+    try:
+        config = checkpoint.settings()
+        with torch.device("meta"):
+            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+                return named(config)
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except REFUSALS as error:
+        reason = " ".join(str(error).split())
+        raise BadCheckpoint(f"Transformers {transformers.__version__} cannot build '{checkpoint.model_type}': {reason}") from None
+
+
+class Names:
+    """What Transformers calls the tensors of a checkpoint."""
+
+    def __init__(self, model: transformers.PreTrainedModel):
+        transforms = get_model_conversion_mapping(model)
+        self.renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
+        self.converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
+        self.owner = {pattern: c for c in self.converters for pattern in c.source_patterns}
+        self.known = dict(model.state_dict(keep_vars=True))
+        self.prefix = model.base_model_prefix
+
+    def rename(self, name: str) -> tuple[str, str | None]:
+        """What may be a parameter, and the pattern of the conversion that makes it."""
+        target, pattern = loading.rename_source_key(name, self.renamings, self.converters, self.prefix, self.known)
+        return (name, None) if target not in self.known and name in self.known else (target, pattern)
+
+    def stack(self, name: str) -> tuple[str, int] | None:
+        """The fused tensor in which one expert lies that we quantized by itself, and its number."""
+        if split := re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", name):
+            for stack in (f"{split[1]}.{split[3]}", f"{split[1]}.{split[3]}.weight"):
+                target, pattern = self.rename(stack)
+                if target in self.known and pattern is None:
+                    return target, int(split[2])
+        return None
+
+    def find(self, name: str) -> tuple[str | None, loading.WeightConverter | None]:
+        """The parameter that a tensor is, or is a part of, and how it is converted; None where the model reads no such tensor."""
+        target, pattern = self.rename(name)
+        if target in self.known:
+            return target, None if pattern is None else self.owner[pattern]
+        stack = self.stack(name)
+        return (stack[0], None) if stack else (None, None)
+
+
 def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dict[str, Place]:
     """Where each tensor of the checkpoint lies; tensors that the model does not use are absent."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
-    owner = {pattern: c for c in converters for pattern in c.source_patterns}
-    known = dict(model.state_dict(keep_vars=True))
+    names = Names(model)
     found: dict[str, Place] = {}
     fused: dict[str, dict[str, list[str]]] = {}
-
-    def rename(name: str) -> tuple[str, str | None]:
-        target, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        return (name, None) if target not in known and name in known else (target, pattern)
-
     for name in sorted(tensors, key=loading.dot_natural_key):
-        target, pattern = rename(name)
-        if pattern is not None and target in known:
+        target, pattern = names.rename(name)
+        if pattern is not None and target in names.known:
             fused.setdefault(target, {}).setdefault(pattern, []).append(name)
-        elif target in known:
+        elif target in names.known:
             found[name] = Place(target)
-        elif split := re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", name):
-            for stack in (f"{split[1]}.{split[3]}", f"{split[1]}.{split[3]}.weight"):  # one expert of a fused tensor, which we quantized by itself
-                target, pattern = rename(stack)
-                if target in known and pattern is None:
-                    found[name] = Place(target, expert=int(split[2]))
+        elif stack := names.stack(name):
+            found[name] = Place(stack[0], expert=stack[1])
     for target, sources in fused.items():
-        converter = next(owner[pattern] for pattern in sources)
+        converter = next(names.owner[pattern] for pattern in sources)
         found.update(_fused(target, converter, sources, tensors))
     return found
 
 
 def aliases(checkpoint: Checkpoint, modules: list[str]) -> list[str]:
     """What Transformers calls those of the modules that it renames: compressed-tensors looks for kept modules under these names."""
-    architecture = getattr(transformers, (checkpoint.config.get("architectures") or [""])[0], None)
-    if architecture is None:
-        return []
     try:
-        with torch.device("meta"):
-            model = architecture(checkpoint.settings())
-        found = places(model, checkpoint.tensors())
-    except (*REFUSALS, Unsupported):
+        found = places(outline(checkpoint), checkpoint.tensors())
+    except (BadCheckpoint, Unsupported):
         return []
     return sorted({found[f"{m}.weight"].parameter.removesuffix(".weight") for m in modules if f"{m}.weight" in found} - set(modules))
 

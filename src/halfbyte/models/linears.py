@@ -1,0 +1,66 @@
+"""Which tensors of a checkpoint are linears, and how they lie.
+
+Names tell it of the well-known families. Of all others the modules are asked that read the tensors: what is no linear's
+weight and no stack of experts (a recurrence's gates, a table of positions) is not to be rounded, whatever its shape.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.grids.grid import Shape
+from halfbyte.models import roles
+
+if TYPE_CHECKING:
+    from halfbyte.models.checkpoint import Checkpoint
+
+
+BY_NAME = "which matrices are linears was told by their names and shapes alone"
+
+
+class Lies(NamedTuple):
+    """How a linear's weight lies, or a stack of the same of all experts."""
+
+    transposed: bool = False
+    """[in, out]."""
+    alternating: bool = False
+    """Where its rows are those of two linears (gate and up), they alternate; otherwise the first half is the first one's."""
+
+
+class Linears(NamedTuple):
+    """What is known of the matrices in a checkpoint's blocks."""
+
+    lie: dict[str, Lies]
+    others: dict[str, str]
+    """Tensors that have the shape of one and are none, with the reason."""
+    unasked: str | None = None
+    """Why names and shapes had to do, where the model's code should have been asked."""
+
+
+def linears(checkpoint: "Checkpoint") -> Linears:
+    found = candidates(checkpoint)
+    by_name = {name: Lies(roles.is_transposed(name, checkpoint.model_type), checkpoint.model_type in roles.ALTERNATING) for name in found}
+    if all(map(roles.ORDINARY.search, found)) and not checkpoint.has_encoder:
+        return Linears(by_name, {})
+    from halfbyte.models import modules, skeleton  # Transformers takes seconds to import
+
+    try:
+        model = skeleton.outline(checkpoint)
+    except (BadCheckpoint, Unsupported) as error:
+        return Linears(by_name, {}, f"{BY_NAME}: {error}")
+    asked = modules.ask(model, checkpoint, found)
+    return asked if asked.lie else Linears(by_name, {}, f"{BY_NAME}: Transformers' {type(model).__name__} knows none, such as '{next(iter(found))}'")
+
+
+def candidates(checkpoint: "Checkpoint") -> dict[str, Shape]:
+    """Tensors that may be linears, or stacks of such, by name and shape."""
+    layers = checkpoint.text_config.get("num_hidden_layers", checkpoint.text_config.get("n_layer"))
+    found: dict[str, Shape] = {}
+    for name, shape in checkpoint.tensors().items():
+        block = roles.block_of(name, checkpoint.has_encoder)
+        if block is None or roles.KEPT.search(name) or name.endswith("bias"):
+            continue
+        if isinstance(layers, int) and int(block.rpartition(".")[2]) >= layers and not checkpoint.has_encoder:
+            continue  # layers beyond the model's, for multi-token prediction
+        if len(shape) in (2, 3) and min(shape[-2:]) >= roles.SMALLEST:
+            found[name] = shape
+    return found

@@ -1,0 +1,44 @@
+"""What the modules of a model say of the tensors that they read."""
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import core_model_loading as loading
+from transformers.pytorch_utils import Conv1D
+
+from halfbyte.errors import BadCheckpoint
+from halfbyte.grids.grid import Shape
+from halfbyte.models import roles, skeleton
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.linears import Lies, Linears
+
+
+def ask(model: PreTrainedModel, checkpoint: Checkpoint, candidates: dict[str, Shape]) -> Linears:
+    """Raises BadCheckpoint for a matrix that lies the other way."""
+    names = skeleton.Names(model)
+    lie: dict[str, Lies] = {}
+    others: dict[str, str] = {}
+    for name, shape in candidates.items():
+        parameter, converter = names.find(name)
+        if parameter is None:
+            others[name] = "the model does not read it"
+            continue
+        home, expected = model.get_submodule(parameter.rpartition(".")[0]), tuple(names.known[parameter].shape)
+        if isinstance(home, nn.Linear | Conv1D) or "Linear" in type(home).__name__:
+            if converter is None and shape != expected and shape == expected[::-1]:
+                raise BadCheckpoint(
+                    f"tensor '{name}' is {list(shape)}, and {type(model).__name__} has it as {list(expected)}; is config.json of another model?"
+                )
+            lie[name] = Lies(transposed=isinstance(home, Conv1D))
+        elif "Experts" in type(home).__name__:
+            transposed = getattr(home, "is_transposed", roles.is_transposed(name, checkpoint.model_type))
+            turned = converter is not None and _turns(converter, shape, expected)
+            lie[name] = Lies(transposed != turned, not getattr(home, "is_concatenated", True))
+        else:
+            others[name] = f"{type(home).__name__}, which reads it, is no linear"
+    return Linears(lie, others)
+
+
+def _turns(converter: loading.WeightConverter, shape: Shape, expected: Shape) -> bool:
+    """Whether Transformers transposes what it reads."""
+    turns = [operation for operation in converter.operations if isinstance(operation, loading.Transpose)]
+    return bool(turns) and (shape != expected or not any(t.check_dims for t in turns))
