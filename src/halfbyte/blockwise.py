@@ -9,10 +9,10 @@ from torch import Tensor
 from halfbyte.errors import BadRequest
 from halfbyte.grids.grid import AnyScheme, Grid, Inputs, Params, Quantized, Seen
 from halfbyte.models.calibrate import Windows
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.walk import Block, Walk
 from halfbyte.recipe import Method
-from halfbyte.run import Run, apart, digest, note, recall, row_of, tell, weight_error, with_inputs
+from halfbyte.run import Run, apart, digest, note, recall, relative, row_of, squares, tell, with_inputs
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import NotPositive, Statistics
 from halfbyte.transforms import TRANSFORMS, Settings
@@ -56,7 +56,7 @@ def quantize(run: Run, windows: Windows) -> None:
             part = with_inputs(part, scheme)
             run.put(weight, part)
             run.digests[weight.name] = digest(part)
-            run.rows[weight.name] = row_of(weight, scheme, weight_error(w, part), None, "outside of the blocks: rounded to nearest")
+            run.rows[weight.name] = row_of(weight, scheme, relative([squares(w, part)]), None, "outside of the blocks: rounded to nearest")
     for tensor in job.kept:
         if tensor not in inside:
             run.keep(tensor, source.read(tensor))
@@ -83,9 +83,10 @@ def _solve(run: Run, block: Block, finder: Finder) -> None:
         for weight, w, part in zip(unit, targets, apart(q, unit), strict=True):
             part = with_inputs(part, scheme, stored.get(weight))
             decoded = part.decode()
-            error = known.error(w, decoded) if known else weight_error(w, part)
+            error, worst = relative([squares(w, part)])
+            error = known.error(w, decoded) if known else error
             remarks = "; ".join(filter(None, (notes[weight], fallback)))
-            rows.append(row_of(weight, scheme, error, known.tokens if known else 0, remarks, told.get(weight)))
+            rows.append(row_of(weight, scheme, (error, worst), known.tokens if known else 0, remarks, told.get(weight)))
             run.put(weight, part)
             digests[weight.name] = digest(part)
             block.put(weight, decoded)
@@ -94,7 +95,10 @@ def _solve(run: Run, block: Block, finder: Finder) -> None:
         if tensor in job.kept:
             value, now = job.checkpoint.read(tensor), block.view(tensor)
             # A fold may have changed it; if none has, the source's own bytes go out, whatever their precision.
-            run.keep(tensor, value if torch.equal(value.to(now.dtype), now) else now.to(value.dtype))
+            run.keep(
+                tensor,
+                value if torch.equal(value.to(now.dtype), now) else cast(tensor, now, value.dtype, "use a method that moves no scales into it, such as gptq"),
+            )
             digests[tensor] = run.digests[tensor]
             now.copy_(run.edition.restored(run.folder.entries, tensor))  # what a run that is taken up again goes on with
     run.folds += folds

@@ -20,7 +20,7 @@ from halfbyte.grids.floats import with_divisor
 from halfbyte.grids.grid import AnyScheme, Quantized
 from halfbyte.jobs import Job, decoding, resolve, transcoding
 from halfbyte.models import calibrate
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.recipe import Recipe
 from halfbyte.report import build
 from halfbyte.run import SAMPLED, Progress, Run, Squares, apart, digest, note, recall, relative, row_of, silent, squares, with_inputs
@@ -170,7 +170,7 @@ def _stream(run: Run, units: list[list[Weight]], read: Callable[[Weight], Any], 
         return [(squares(w, part, sampled), digest(part)) for w, part in zip(values, parts, strict=True)]
 
     def keep(tensor: str) -> None:
-        run.keep(tensor, job.checkpoint.read(tensor).to(job.spec(tensor).dtype))
+        run.keep(tensor, cast(tensor, job.checkpoint.read(tensor), job.spec(tensor).dtype, job.wider))
 
     with _workers(max((_size(pieces) for tasks in cut for pieces in tasks), default=1)) as pool:
         written = [[pool.submit(write, unit, pieces, SAMPLED // len(tasks)) for pieces in tasks] for unit, tasks in zip(todo, cut, strict=True)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -20,8 +20,17 @@ Progress = Callable[[str, float, float], None]
 """(what is being done, done so far, of how much)"""
 SAMPLED = 1 << 18
 """Weights that the error of a matrix without calibration is taken over."""
-Squares = tuple[float, float]
-"""Sums of squares: of what rounded weights miss, and of the weights."""
+
+
+class Squares(NamedTuple):
+    """Sums of squares, over some rows of a matrix."""
+
+    missed: float
+    """Of what rounded weights miss."""
+    size: float
+    """Of the weights."""
+    worst: float = 0.0
+    """The largest relative error of a row, those among them that are likeliest to have overflown or vanished."""
 
 
 def silent(what: str, done: float, total: float) -> None:
@@ -42,6 +51,8 @@ class Row:
     note: str = ""
     input: dict[str, Any] | None = None
     """How what it reads is rounded, where calibration saw that."""
+    worst_row: float = 0.0
+    """The largest relative error of the weights of a row, of those that were looked at."""
 
 
 @dataclass
@@ -59,6 +70,8 @@ class Run:
     windows: Windows | None = None
 
     def put(self, weight: Weight, q: Quantized) -> None:
+        for name, values in q.params.items():
+            require_finite(f"{weight.name} ({name} of {q.grid})", values)
         for part in self.edition.pack(weight, q):
             self.folder.write(*part)
 
@@ -82,27 +95,34 @@ def digest(value: Quantized | list[Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def weight_error(w: Tensor | Quantized, q: Quantized) -> float:
-    """Relative error of the weights, over evenly spaced rows where there are many."""
-    return relative([squares(w, q)])
-
-
-def relative(parts: Iterable[Squares]) -> float:
-    """The error of a matrix, from those of its pieces."""
-    missed, size = (sum(numbers) for numbers in zip(*parts, strict=True))
-    return sqrt(missed / max(size, 1e-60))
+def relative(parts: Iterable[Squares]) -> tuple[float, float]:
+    """The error of a matrix, and of the worst of its rows, from those of its pieces."""
+    missed, size, worst = zip(*parts, strict=True)
+    return sqrt(sum(missed) / max(sum(size), 1e-60)), max(worst)
 
 
 def squares(w: Tensor | Quantized, q: Quantized, sampled: int = SAMPLED) -> Squares:
     """Over evenly spaced rows, of some `sampled` weights in all."""
     if w is q:
-        return 0.0, 0.0
-    rows = slice(0, q.shape[0], max(1, q.shape[0] * q.shape[1] // max(sampled, 1)))
-    exact = (w.decode() if isinstance(w, Quantized) else w)[rows].float()
+        return Squares(0.0, 0.0)
+    even = torch.arange(0, q.shape[0], max(1, q.shape[0] * q.shape[1] // max(sampled, 1)))
     # Where rows share parameters (a tensor's one scale, blocks of 128 x 128, nested scales), a part of them cannot be decoded alone.
-    apart = all(p.shape[0] == q.shape[0] for p in q.params.values())
-    rounded = same_rows(q, rows).decode() if apart else q.decode()[rows]
-    return (rounded - exact).norm().item() ** 2, exact.norm().item() ** 2
+    alone = all(p.shape[0] == q.shape[0] for p in q.params.values())
+    rows = torch.cat([even, _extreme(q)]) if alone else even
+    exact = (w.decode() if isinstance(w, Quantized) else w)[rows].float()
+    rounded = same_rows(q, rows).decode() if alone else q.decode()[rows]
+    missed, size = (torch.linalg.vector_norm(m, dim=1, dtype=torch.float64) for m in (rounded - exact, exact))
+    worst = (missed / size).where(size > 0, 0).max().item()
+    return Squares(missed[: len(even)].square().sum().item(), size[: len(even)].square().sum().item(), worst)
+
+
+def _extreme(q: Quantized) -> Tensor:
+    """The rows with the largest and the smallest scales, where these would first be too large or too small for what holds them."""
+    found = []
+    for values in q.params.values():
+        most = (values.float() if values.is_floating_point() else values).abs().reshape(len(values), -1).amax(1)
+        found += [most.argmax().view(1), most.argmin().view(1)]
+    return torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.long)
 
 
 def apart(q: Quantized, unit: list[Weight]) -> list[Quantized]:
@@ -115,8 +135,10 @@ def with_inputs(q: Quantized, scheme: AnyScheme, params: Params | None = None) -
     return q._replace(input=Inputs(scheme.input, params or {})) if scheme.input and not q.input else q
 
 
-def row_of(weight: Weight, scheme: AnyScheme, error: float, tokens: int | None, note: str, read: dict[str, Any] | None = None) -> Row:
-    return Row(weight.name, str(scheme), list(weight.shape), scheme.weight.bits(weight.shape), error, tokens, note, read)
+def row_of(weight: Weight, scheme: AnyScheme, errors: tuple[float, float], tokens: int | None, note: str, read: dict[str, Any] | None = None) -> Row:
+    """`errors`: of the matrix, and of the worst of its rows."""
+    error, worst = errors
+    return Row(weight.name, str(scheme), list(weight.shape), scheme.weight.bits(weight.shape), error, tokens, note, read, worst)
 
 
 def tell(inputs: Inputs, seen: Seen) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.editions.edition import Edition, Part, rows_of, split
 from halfbyte.errors import BrokenOutput, Unsupported
 from halfbyte.grids.grid import AnyScheme, Quantized, Shape, same_rows
-from halfbyte.jobs import Job
-from halfbyte.models.checkpoint import Weight
+from halfbyte.jobs import AS_ASKED, SKIPPED, Job
+from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.ggufs import GGUFCheckpoint, translation_of
 
 PIECE, HEADS_ROWS = 1 << 20, 256
@@ -64,7 +64,8 @@ class GGUFEdition(Edition):
         """F32 for what llama.cpp wants so; a matrix keeps its 16 bits, or has those that were asked for."""
         if place.plain or len(self.job.checkpoint.spec(tensor).shape) < 2:
             return "F32"
-        return self.job.plain or presets.PLAIN_NAMES.get(self.job.checkpoint.spec(tensor).dtype, "F32")
+        asked = None if self.job.kept[tensor] in (SKIPPED, AS_ASKED) else self.job.plain
+        return asked or presets.PLAIN_NAMES.get(self.job.checkpoint.spec(tensor).dtype, "F32")
 
     def shards(self, stem: str) -> dict[str, Shard]:
         specs = {name: _spec(*tensor) for name, tensor in self.tensors.items()}
@@ -122,7 +123,7 @@ class GGUFEdition(Edition):
 
     def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
         for place in self.names.places(tensor):
-            stored = place.stored(value).to(TYPES[self._plain(tensor, place)].dtype)
+            stored = cast(tensor, place.stored(value), TYPES[self._plain(tensor, place)].dtype, self.job.wider)
             yield Part(place.name, stored) if place.expert is None else Part(place.name, stored[None], place.expert)
 
     def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:

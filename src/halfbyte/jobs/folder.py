@@ -11,7 +11,7 @@ from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import AnyScheme, Quantized, Scheme, Shape
 from halfbyte.grids.scalar import IntGrid
-from halfbyte.jobs.job import SKIPPED, Choice, check_patterns, matches
+from halfbyte.jobs.job import AS_ASKED, SKIPPED, Choice, check_patterns, matches
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
 
@@ -42,7 +42,7 @@ def choose(
         elif weight.block is None and not head and wanted is scheme:
             choices.append(Choice(weight, None, "the head, kept unless --head"))
         elif wanted is None:
-            choices.append(Choice(weight, None, "kept as asked"))
+            choices.append(Choice(weight, None, AS_ASKED))
         else:
             wanted = wanted if weight.block else wanted.weight  # what the head reads stays in 16 bits: engines have no other kernels there
             choices.append(fit(weight, container.native(wanted, checkpoint.dtype), container))

@@ -12,7 +12,7 @@ from halfbyte.errors import BadRequest, UnknownName, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.scalar import IntGrid
-from halfbyte.jobs.job import SKIPPED, Choice, Job, check_patterns, keep, matches
+from halfbyte.jobs.job import AS_ASKED, SKIPPED, Choice, Job, check_patterns, keep, matches
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.models.ggufs import Names, translation_of
 from halfbyte.recipe import PARTS, Method, Recipe
@@ -34,7 +34,7 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Meth
         if any(matches(weight, p) for p in recipe.skip):
             choices.append(Choice(weight, None, SKIPPED))
         elif override == "keep" or not places or (type_name in presets.PLAIN and override is None):
-            choices.append(Choice(weight, None, "kept as asked" if override == "keep" else f"stored as {type_name}"))
+            choices.append(Choice(weight, None, AS_ASKED if override == "keep" else f"stored as {type_name}"))
         else:
             choices.append(_fitting(weight, type_name if override is None else _type_named(override)))
     dropped = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}

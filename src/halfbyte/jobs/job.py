@@ -17,7 +17,7 @@ from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.plan import engines
 from halfbyte.recipe import Method, Recipe
 
-SKIPPED = "skipped as asked"
+SKIPPED, AS_ASKED = "skipped as asked", "kept as asked"
 NOTED = 0.1
 """A share of a model's weights whose fate is told in a warning."""
 
@@ -79,6 +79,13 @@ class Job:
     def plain(self) -> str | None:
         """The type of every matrix, where none is quantized."""
         return self.preset if self.preset in presets.PLAIN else None
+
+    @property
+    def wider(self) -> str:
+        """What to do about numbers that the output's 16 bits have not."""
+        if self.recipe.method == "dequantize":
+            return "write --dtype bfloat16 or float32"
+        return "write --grid BF16 or F32, or --skip it" if self.plain else "quantize the model from which this one was made"
 
     @property
     def calibrated(self) -> bool:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 MODELOPT = "hf_quant_config.json"
 """Where Model Optimizer says what it did; older releases of it say nothing in config.json."""
+COARSEST, CHECKED = 2**-8, 1 << 18
+"""Relative error that a tensor in 16 bits may have, that of BF16, over rows of so many numbers in all."""
 NOT_COPIED = ("config.json", MODELOPT, "quantize_config.json", "quant_config.json", "adapter_config.json")
 """They say how the source is quantized, or what is to be added to it; an output that needs such a file gets its own."""
 ADAPTER = re.compile(r"adapter_.*\.safetensors")
@@ -284,6 +286,22 @@ def require_finite(name: str, w: Tensor) -> None:
             raise BadCheckpoint(
                 f"tensor '{name}' holds {bad} NaN or Inf values; no method can round it (mend it, or --skip it with a method that needs no calibration)"
             )
+
+
+def cast(name: str, value: Tensor, dtype: torch.dtype, instead: str) -> Tensor:
+    """A tensor in another precision. Raises Unsupported where that has no such numbers: large ones would become Inf, or small ones 0."""
+    if value.dtype == dtype or not value.is_floating_point():
+        return value.to(dtype)
+    narrow = value.to(dtype)
+    if dtype == torch.float16 and value.numel():
+        rows = value.reshape(-1, value.shape[-1]) if value.dim() else value.view(1, 1)
+        some = slice(0, len(rows), max(1, value.numel() // CHECKED))
+        exact, rounded = (w.reshape(rows.shape)[some].double() for w in (value, narrow))
+        overflows = not torch.isfinite(narrow.sum(dtype=torch.float32)) and torch.isfinite(value.float().abs().amax())
+        if overflows or (rounded - exact).norm() > COARSEST * exact.norm():
+            low, high = (w.item() for w in value.float().abs().aminmax())
+            raise Unsupported(f"'{name}' holds numbers from {low:.3g} to {high:.3g}, and F16 only those from 6e-08 to 65504; {instead}")
+    return narrow
 
 
 def _entries(path: Path) -> dict[str, Entry]:

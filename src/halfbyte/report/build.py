@@ -5,7 +5,7 @@ import platform
 import resource
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from math import prod
@@ -21,6 +21,8 @@ from halfbyte.models.calibrate import Windows
 from halfbyte.plan.engines import Verdict
 
 WORST = 5
+LOST, LOST_ROW = 0.5, 0.75
+"""Relative errors beyond which a weight, or a row of one, says little of what it did; of two bits, usual ones lose .4, and a few rows .6."""
 TITLES = {
     "vllm": "vLLM",
     "sglang": "SGLang",
@@ -40,6 +42,7 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
     stored = sum(spec.size_bytes for w, s in schemes.items() for spec in job.container.plan(s, w.shape).values())
     parameters = counted + sum(prod(source.spec(t).shape) for t in job.kept)
     warnings = [*job.warnings, *([windows.warning] if windows and windows.warning else [])]
+    warnings += lost(rows.values())
     fallbacks = Counter(row.note for row in rows.values() if row.note)
     warnings += [f"{count} weight{'s' if count > 1 else ''}: {note}" for note, count in fallbacks.items()]
     return {
@@ -73,6 +76,19 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": round(seconds, 2),
     }
+
+
+def lost(rows: Iterable[Any]) -> list[str]:
+    """One line of the weights that are hardly those of the source any more, if there are any."""
+    found = [row for row in rows if not (row.error <= LOST and row.worst_row <= LOST_ROW)]  # NaN is not
+    if not found:
+        return []
+    worst = max(found, key=lambda row: max(row.error, row.worst_row))
+    count = f"{len(found)} weights are" if len(found) > 1 else "1 weight is"
+    return [
+        f"NEARLY LOST: {count} hardly what the source has, the worst {worst.name} on {worst.grid} (relative error {worst.error:.2f}, "
+        f"of its worst row {worst.worst_row:.2f}); give it a finer grid with --override, or --skip it"
+    ]
 
 
 def _engine(verdict: Verdict) -> dict[str, Any]:
