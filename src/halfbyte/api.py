@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte import demo, pipeline
 from halfbyte.containers import CONTAINERS
+from halfbyte.containers.place import one_file
 from halfbyte.errors import BadRequest
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.models import calibrate
@@ -161,18 +162,11 @@ def imatrix(
     from halfbyte.models import importance
 
     out = Path(out).expanduser()
-    if out.exists() and not overwrite:
-        raise BadRequest(f"the output {out} exists and is kept; name another file or give --overwrite")
     checkpoint = Checkpoint.open(model)
-    windows = calibrate.calibration(checkpoint, calibration, samples, length, seed)
-    measured = importance.measure(checkpoint, windows, progress)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
+    with one_file(out, overwrite) as partial:
+        windows = calibrate.calibration(checkpoint, calibration, samples, length, seed)
+        measured = importance.measure(checkpoint, windows, progress)
         files.write(partial, measured)
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise BadRequest(f"{out} cannot be written: {error.strerror}") from None
     return {"path": str(out), "matrices": len(measured.tensors), "windows": list(windows.tokens.shape), "source": calibration}
 
 

@@ -359,7 +359,7 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
     if as_json:
         _print_json(report)
         return
-    from halfbyte.containers.folder import is_file
+    from halfbyte.containers.place import is_file
     from halfbyte.recipe import OTHER_COMMANDS
     from halfbyte.report.build import command, size, worst_inputs
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,16 @@ from torch import Tensor, nn
 
 from halfbyte import demo
 from halfbyte.containers import kv as layout
-from halfbyte.containers.folder import Folder, Shard, claim, is_file, kept_on_interrupt
+from halfbyte.containers.folder import Folder, Shard, claim, kept_on_interrupt
 from halfbyte.containers.kv import KVCache, KVGrid
+from halfbyte.containers.place import is_file
 from halfbyte.containers.safetensors import Spec, Writer, read_header
 from halfbyte.errors import BadRequest, BrokenOutput, UnknownName, Unsupported
 from halfbyte.grids.grid import Inputs, Params
 from halfbyte.grids.inputs import RANGES
 from halfbyte.models import calibrate, kv
 from halfbyte.models.checkpoint import INDEX, Checkpoint
+from halfbyte.models.stamp import stamp
 from halfbyte.models.walk import Block, Walk
 from halfbyte.recipe import Calibration
 from halfbyte.report import build
@@ -81,7 +82,9 @@ def attach(
     about = describe(kind, input_range, windows, rows)
     files = _files(checkpoint, tensors)
     shards = {name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in files.items()}
-    folder = Folder(out, shards, xxhash.xxh3_128_hexdigest(repr((version("halfbyte"), about)).encode()))
+    folder = Folder(out, shards, xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode()), overwrite)
+    if folder.is_published:
+        return folder.published("report.json")["kv"]
     with kept_on_interrupt(folder):
         for number, (name, specs) in enumerate(files.items()):
             old = read_header(checkpoint.path / name)
@@ -271,7 +274,7 @@ def _accompany(checkpoint: Checkpoint, folder: Path, config: dict[str, Any], fil
         total = sum(spec.size_bytes for specs in files.values() for spec in specs.values())
         written[INDEX] = {"metadata": {"total_size": total}, "weight_map": {t: name for name, specs in files.items() for t in specs}}
     for name, content in written.items():
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def _verify(checkpoint: Checkpoint, folder: Path, scales: Mapping[str, Tensor]) -> None:

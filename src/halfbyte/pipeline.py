@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import numba
 import torch
 import xxhash
 
-from halfbyte.containers.folder import Folder, claim, is_file, kept_on_interrupt
+from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
 from halfbyte.containers.gguf.container import with_minimum
+from halfbyte.containers.place import is_file
 from halfbyte.editions import edition_of
 from halfbyte.errors import BadRequest, BrokenOutput
 from halfbyte.grids.floats import with_divisor
@@ -21,6 +21,8 @@ from halfbyte.grids.grid import AnyScheme, Quantized
 from halfbyte.jobs import Job, decoding, resolve, transcoding
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight, cast
+from halfbyte.models.stamp import digest as digest_of
+from halfbyte.models.stamp import stamp
 from halfbyte.recipe import Recipe
 from halfbyte.report import build
 from halfbyte.run import SAMPLED, Progress, Run, Squares, apart, digest, note, recall, relative, row_of, silent, squares, with_inputs
@@ -48,7 +50,9 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
         c = job.recipe.calibration
         windows = calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
     edition = edition_of(job)
-    folder = Folder(out, edition.shards(stem_of(out)), identity(job, windows))
+    folder = Folder(out, edition.shards(stem_of(out)), identity(job, windows), overwrite)
+    if folder.is_published:
+        return folder.published("report.json")
     with kept_on_interrupt(folder):
         run = Run(job, edition, folder, progress, windows=windows)
         if windows is None:
@@ -73,7 +77,9 @@ def convert(source: str | Path, out: str | Path, to: str, grid: str | None = Non
     out = Path(out).expanduser()
     _claim(out, job, overwrite)
     edition = edition_of(job)
-    folder = Folder(out, edition.shards(stem_of(out)), identity(job, None))
+    folder = Folder(out, edition.shards(stem_of(out)), identity(job, None), overwrite)
+    if folder.is_published:
+        return folder.published("report.json")
 
     def transcode(_: Weight, q: Quantized, scheme: AnyScheme) -> Quantized:
         for near in (job.container.same(q), with_minimum(q), with_divisor(q)):
@@ -108,7 +114,9 @@ def dequantize(
     job = decoding(str(source), to or ("gguf" if is_file(out) else "safetensors"), dtype, str(adapter) if adapter else None)
     _claim(out, job, overwrite)
     edition = edition_of(job)
-    folder = Folder(out, edition.shards(stem_of(out)), identity(job, None))
+    folder = Folder(out, edition.shards(stem_of(out)), identity(job, None), overwrite)
+    if folder.is_published:
+        return folder.published("report.json")
     with kept_on_interrupt(folder):
         run = Run(job, edition, folder, progress)
         _stream(run, [], job.checkpoint.read_weight, lambda weight, w, scheme: SOLVERS["nearest"](w, scheme.weight, None))
@@ -142,11 +150,10 @@ def stem_of(out: Path) -> str:
 
 
 def identity(job: Job, windows: calibrate.Windows | None) -> str:
-    """Two runs with the same identity write the same bytes."""
-    source = [(n, e.shape, str(e.dtype), e.path.stat().st_size, e.path.stat().st_mtime_ns) for n, e in job.checkpoint.entries.items()]
-    imatrix = job.recipe.imatrix and xxhash.xxh3_128_hexdigest(Path(job.recipe.imatrix).expanduser().read_bytes())
+    """Two runs with the same identity write the same bytes, as far as a file whose size and time are the same has not changed."""
+    imatrix = job.recipe.imatrix and digest_of(Path(job.recipe.imatrix).expanduser())
     adapter = job.checkpoint.adapter and job.checkpoint.adapter.digest
-    return xxhash.xxh3_128_hexdigest(repr((version("halfbyte"), job.recipe.digest, source, adapter, imatrix, windows and windows.digest)).encode())
+    return xxhash.xxh3_128_hexdigest(repr((job.recipe.digest, stamp(job.checkpoint), adapter, imatrix, windows and windows.digest)).encode())
 
 
 def _stream(run: Run, units: list[list[Weight]], read: Callable[[Weight], Any], solve: Callable[[Weight, Any, AnyScheme], Quantized]) -> None:
@@ -227,10 +234,10 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
     report["output"]["file"] = run.edition.entrance(stem_of(run.folder.target))
     if cache:
         report["kv"] = cache
-    run.folder.companion("recipe.yaml").write_text(run.job.recipe.dump(), encoding="utf-8")
+    run.folder.companion("recipe.yaml").write_text(run.job.recipe.dump(), encoding="utf-8", newline="\n")
     report["seconds"] = round(time.perf_counter() - started, 2)
-    run.folder.companion("report.json").write_text(build.as_json(report), encoding="utf-8")
-    run.folder.companion("README.md").write_text(build.card(report, run.folder.target), encoding="utf-8")
+    run.folder.companion("report.json").write_text(build.as_json(report), encoding="utf-8", newline="\n")
+    run.folder.companion("README.md").write_text(build.card(report, run.folder.target), encoding="utf-8", newline="\n")
     return report
 
 

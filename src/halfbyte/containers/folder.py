@@ -1,14 +1,12 @@
-"""An output folder that is whole or not there.
+"""The tensors and files of an output while they are written.
 
-Everything is written to `NAME.partial`, laid out from shapes before the first byte; the finished folder is renamed into
-place. A journal there lists what is done, so that a run that was killed goes on where it stopped.
+Everything is written to a partial folder, laid out from shapes before the first byte; the finished folder is moved into place.
+A journal lists what is done, so that a run that was killed goes on where it stopped.
 """
 
 import errno
-import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,14 +14,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from halfbyte.containers.place import Place, beside, not_through_links, remove
 from halfbyte.containers.safetensors import Entry, Output
 from halfbyte.errors import BadRequest, HalfbyteError
 
-JOURNAL = "halfbyte-journal.jsonl"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-BESIDE = ("report.json", "README.md", "recipe.yaml", "Modelfile")
-"""What is written next to an output that is one file, under that file's name."""
-REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST}
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP}
+WHOLE = {"whole": True}
+"""The last record: all is written and verified, and only moved into place from here on."""
 
 
 class Shard(NamedTuple):
@@ -38,54 +36,61 @@ class Shard(NamedTuple):
 class Folder:
     """Writes the tensors and files of one checkpoint."""
 
-    def __init__(self, target: Path, shards: Mapping[str, Shard], identity: str):
-        """`shards` by their file names."""
+    def __init__(self, target: Path, shards: Mapping[str, Shard], identity: str, overwrite: bool = False):
+        """`shards` by their file names. Raises BadRequest for a target that is in the way, or is being written."""
         self.target = target
-        self.partial, self._old = _beside(target)
+        self.place = Place(target)
+        self.partial = self.place.partial
         self.journal: list[dict[str, Any]] = []
         """Records of an earlier run that was cut off, in order."""
         self.shards = shards
         self.writers: list[Output] = []
+        self.is_published = False
+        """Whether an earlier run of the same command had nothing left to do but to move things into place, which is done now."""
         try:
-            self._lock()
-            resumes = self._resume(identity)
-            self.writers = [shard.lay_out(self.partial / name, resumes) for name, shard in shards.items()]
-            if not resumes:
-                self.record({"identity": identity})
+            self.place.lock()
+            self._file = open(self.place.journal, "a+", encoding="utf-8", newline="\n", opener=not_through_links)  # noqa: SIM115
+            resumes = self._resume(identity, overwrite)
+            if not self.is_published:
+                self._lay_out(identity, resumes)
         except OSError as error:
-            raise self.refusal(error) from error
+            raise self.refusal(error, starting=True) from error
+        except HalfbyteError:
+            self.close()
+            raise
         self.entries: dict[str, Entry] = {name: e for writer in self.writers for name, e in writer.entries.items()}
         self._owner = {name: writer for writer in self.writers for name in writer.entries}
 
-    def _lock(self) -> None:
-        """Two runs that write the same folder would each spoil what the other has done."""
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.partial / JOURNAL, "a+", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise BadRequest(f"another run is writing {self.target}; wait for it, or name another folder") from None
-        except OSError:
-            pass  # a file system without locks
-
-    def _resume(self, identity: str) -> bool:
+    def _resume(self, identity: str, overwrite: bool) -> bool:
         self._file.seek(0)
         try:
             lines = [line for line in self._file.readlines() if line.endswith("\n")]  # not a record that was cut off while it was written
             first, *records = [json.loads(line) for line in lines]
-        except ValueError:
-            lines, first, records = [], {}, []
-        resumes = first.get("identity") == identity and all(self._is_laid_out(name) for name in self.shards)
+            same = first.get("identity") == identity
+        except (ValueError, AttributeError):
+            lines, same, records = [], False, []
+        if WHOLE in records:
+            if same and self.place.is_untouched:
+                self.place.require_free(overwrite)
+            if same:
+                self.publish()
+                return True
+            self.place.settle()
+            self.place.require_free(overwrite)
+        resumes = same and all(self._is_laid_out(name) for name in self.shards)
         if resumes:
             self.journal = records
-            self._file.truncate(len("".join(lines).encode()))
-        else:
-            self._file.truncate(0)
-            for path in self.partial.iterdir():
-                if path.name != JOURNAL:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._file.truncate(len("".join(lines).encode()) if resumes else 0)
         return resumes
+
+    def _lay_out(self, identity: str, resumes: bool) -> None:
+        if not resumes:
+            for path in self.partial.iterdir() if self.partial.exists() else ():
+                remove(path)
+        self.partial.mkdir(exist_ok=True)
+        self.writers = [shard.lay_out(self.partial / name, resumes) for name, shard in self.shards.items()]
+        if not resumes:
+            self.record({"identity": identity})
 
     def _is_laid_out(self, name: str) -> bool:
         path = self.partial / name
@@ -97,8 +102,11 @@ class Folder:
 
     def companion(self, name: str) -> Path:
         """Where a small file of the output is written: next to an output that is one file, it is to bear that file's name."""
-        place = self.target.resolve()
-        return self.partial / (beside(place, name).name if is_file(place) else name)
+        return self.partial / (beside(self.place.final, name).name if self.place.is_file else name)
+
+    def published(self, name: str) -> Any:
+        """A JSON file of the output that is in place."""
+        return json.loads(beside(self.place.final, name).read_text(encoding="utf-8"))
 
     def record(self, record: dict[str, Any]) -> None:
         """Note a step as done. What it wrote has left this process; a later check of every byte covers the rest."""
@@ -111,91 +119,74 @@ class Folder:
             writer.close()
 
     def publish(self) -> None:
-        """Rename into place. What was there is removed only after that; `claim` mends a run that was killed in between."""
-        place = self.target.resolve()
-        if is_file(place):
-            for name in BESIDE:
-                os.replace(self.companion(name), beside(place, name))
-            os.replace(self.partial / place.name, place)
-            shutil.rmtree(self.partial)
-            return
-        if place.exists():
-            os.rename(place, self._old)
-        os.rename(self.partial, place)
-        (place / JOURNAL).unlink()
-        shutil.rmtree(self._old, ignore_errors=True)
+        """Move all into place; the journal goes last."""
+        if not self.is_published:
+            self.record(WHOLE)
+        self.is_published = True
+        self.place.publish()
+        self.close()
 
     def close(self) -> None:
-        """Let go of the files; what is done stays."""
-        for writer in self.writers:
-            writer.abandon()
-        self._file.close()
+        """Let go of the files; what is done stays. A journal of nothing is removed."""
+        with suppress(OSError):  # a full disk may fail the last words to the journal
+            for writer in self.writers:
+                writer.abandon()
+            if hasattr(self, "_file"):
+                self._file.close()
+        self.place.unlock()
+        if self.place.journal.exists() and not self.partial.exists():
+            remove(self.place.journal)
 
     def discard(self) -> None:
         """Leave nothing behind."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        with suppress(OSError):  # a full disk may fail the last words to the journal
-            self.close()
+        for writer in self.writers:
+            writer.abandon()
+        with suppress(OSError):
+            remove(self.partial)
+        self.close()
 
-    def refusal(self, error: OSError) -> HalfbyteError | OSError:
+    def refusal(self, error: OSError, starting: bool = False) -> HalfbyteError | OSError:
         """What to raise when writing failed: of a disk that is full or not ours, the partial folder is removed."""
+        if self.is_published:
+            return BadRequest(f"{self.target} is written, and cannot be moved into place ({error.strerror}): the same command goes on from {self.partial}")
         if error.errno in FULL:
-            reason = f"{os.strerror(error.errno)}: it needs {sum(shard.size_bytes for shard in self.shards.values()) / 1e9:.2f} GB"
-        elif error.errno in REFUSED and Path(error.filename or self.partial).is_relative_to(self.partial):
+            reason = f"{os.strerror(error.errno)}: it needs {_size(sum(shard.size_bytes for shard in self.shards.values()))}"
+        elif error.errno in REFUSED and (starting or self.place.is_ours(Path(error.filename or self.partial))):
             reason = os.strerror(error.errno)
+        elif error.filename and error.strerror:
+            return BadRequest(f"{error.filename}: {error.strerror}; what is done is kept in {self.partial}, and the same command goes on where it stopped")
         else:
             return error
-        if hasattr(self, "_file"):
-            self.discard()
+        self.discard()
         return BadRequest(f"{self.target} cannot be written ({reason}); nothing was left behind")
 
 
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.2f} MB"
+
+
 def claim(target: Path, source: Path, overwrite: bool, files: Collection[Path] = ()) -> None:
-    """Refuse a target that holds something, unless it may be replaced; never the source, one of its `files`, or a folder around it or in it."""
-    place, source_place = target.resolve(), source.resolve()
-    if place == source_place or place in source_place.parents or place in {path.resolve() for path in files}:
-        raise BadRequest(f"the output {target} is or holds the source {source}; name another {'file' if is_file(target) else 'folder'}")
-    if source_place in place.parents:
+    """Refuse a target that holds something, unless it may be replaced; never the source, one of its `files`, or a folder around it or in it.
+
+    This changes nothing: what a killed run has left is mended when the folder is opened again.
+    """
+    place = Place(target)
+    source_place = source.resolve()
+    if place.final == source_place or place.final in source_place.parents or place.final in {path.resolve() for path in files}:
+        raise BadRequest(f"the output {target} is or holds the source {source}; name another {place.kind}")
+    if source_place in place.final.parents:
         raise BadRequest(f"the output {target} lies in the source {source}, whose files are copied; name another folder")
-    partial, old = _beside(target)
-    if old.exists() and not place.exists():
-        os.rename(old, place)  # killed between two renames: the new folder is in `partial`, and is finished below
-    _claim_file(target, place, overwrite) if is_file(place) else _claim_folder(target, place, overwrite)
-    if partial.exists() and not (partial / JOURNAL).exists() and not (partial.is_dir() and not any(partial.iterdir())):
-        raise BadRequest(f"{partial} is in the way and not of halfbyte's making; move it, or name another folder")
+    place.require_own()
+    if not _is_whole(place.journal):
+        place.require_free(overwrite)
 
 
-def _claim_file(target: Path, place: Path, overwrite: bool) -> None:
-    if place.is_dir():
-        raise BadRequest(f"the output {target} is a folder; name a file, or a folder without .gguf")
-    partial, _ = _beside(target)
-    if place.exists() and (partial / JOURNAL).exists() and not (partial / place.name).exists():
-        shutil.rmtree(partial, ignore_errors=True)  # killed when the file was in place and nothing but this was left to do
-    if place.exists() and not overwrite:
-        raise BadRequest(f"the output {target} exists and is kept; name another file or give --overwrite")
-    taken = next((path for name in BESIDE if (path := beside(place, name)).exists()), None)
-    if taken and not overwrite and not place.exists() and not (partial / JOURNAL).exists():
-        raise BadRequest(f"{taken} is in the way of what is written beside {target}; name another file, move it, or give --overwrite")
-
-
-def _claim_folder(target: Path, place: Path, overwrite: bool) -> None:
-    if place.exists() and not place.is_dir():
-        raise BadRequest(f"the output {target} is a file; name a folder")
-    if place.exists() and any(place.iterdir()):
-        if not overwrite:
-            raise BadRequest(f"the output {target} exists and is kept; name another folder or give --overwrite")
-        if not (place / "config.json").exists() and not any(place.glob("*.gguf")):
-            raise BadRequest(f"the output {target} is no checkpoint (it has no config.json and no .gguf), so --overwrite does not replace it")
-
-
-def is_file(target: Path) -> bool:
-    """Whether an output is one file, with its report beside it, and no folder."""
-    return target.suffix == ".gguf"
-
-
-def beside(checkpoint: Path, name: str) -> Path:
-    """A file that belongs to a checkpoint: in its folder, or next to a GGUF under the GGUF's name."""
-    return checkpoint.with_name(f"{checkpoint.stem}.{name}") if is_file(checkpoint) else checkpoint / name
+def _is_whole(journal: Path) -> bool:
+    """Whether a run was killed when only the moving into place was left. It is known by then what may be replaced."""
+    try:
+        return json.dumps(WHOLE) in journal.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
@@ -209,11 +200,4 @@ def kept_on_interrupt(folder: Folder) -> Iterator[None]:
     except OSError as error:
         raise folder.refusal(error) from error
     finally:
-        with suppress(OSError):
-            folder.close()
-
-
-def _beside(target: Path) -> tuple[Path, Path]:
-    """Where the new folder grows, and where the old one waits until it is replaced. Links are followed: rename would replace them."""
-    place = target.resolve()
-    return place.with_name(f"{place.name}.partial"), place.with_name(f"{place.name}.halfbyte-old")
+        folder.close()

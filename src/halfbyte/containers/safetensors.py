@@ -7,17 +7,20 @@ their offsets, so that memory stays at one tensor whatever the file's size: page
 import errno
 import json
 import os
+import shutil
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from halfbyte.containers.place import not_through_links
 from halfbyte.errors import BadCheckpoint, brief
 from halfbyte.files import opened, parse_json
 
@@ -143,11 +146,12 @@ class Output:
         """`head` is what lies before the tensors. With `resume`, the tensors that the file holds already are kept."""
         self.path = path
         self.entries = dict(entries)
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC), 0o644)
+        self.file = open(path, "r+b" if resume else "w+b", buffering=0, opener=not_through_links)  # noqa: SIM115
+        self._turn = Lock()
         self._write(head, 0)
         # Reserve the whole file at once: a disk that is too small says so now, not hours later.
         if size_bytes > len(head):
-            _reserve(self.file, size_bytes)
+            _reserve(self.file.fileno(), path, size_bytes)
 
     def write(self, name: str, tensor: Tensor, at: int | None = None) -> None:
         """The whole tensor, or its rows (of the leading dimension) from `at` on."""
@@ -161,18 +165,18 @@ class Output:
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view, done = memoryview(data), 0
-        while done < len(view):
-            done += os.pwrite(self.file, view[done:], offset + done)
+        with self._turn:  # threads write side by side; where a write begins is the file's, not theirs
+            self.file.seek(offset)
+            while done < len(view):
+                done += self.file.write(view[done:])
 
     def close(self) -> None:
-        os.fsync(self.file)
+        os.fsync(self.file.fileno())
         self.abandon()
 
     def abandon(self) -> None:
         """Let go of the file as it is."""
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
+        self.file.close()
 
 
 class Writer(Output):
@@ -191,10 +195,13 @@ class Writer(Output):
         super().__init__(path, struct.pack("<Q", len(text)) + text, entries, start + offset, resume)
 
 
-def _reserve(file: int, size_bytes: int) -> None:
-    try:
-        os.posix_fallocate(file, 0, size_bytes)
-    except (OSError, AttributeError) as error:  # macOS has no such call, some file systems neither
-        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            raise
-        os.ftruncate(file, size_bytes)
+def _reserve(file: int, path: Path, size_bytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+        try:
+            return os.posix_fallocate(file, 0, size_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # some file systems have it not
+                raise
+    if size_bytes - os.fstat(file).st_size > shutil.disk_usage(path.parent).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    os.ftruncate(file, size_bytes)

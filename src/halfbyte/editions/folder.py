@@ -82,7 +82,7 @@ class FolderEdition(Edition):
             index = {t: name for name, specs in shards.items() for t in specs}
             files["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
         for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
     def _config(self, quantization: Config) -> Config:
         """The source's, with what this output is: what it said of the source's own quantization goes."""

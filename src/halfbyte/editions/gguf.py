@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halfbyte.containers.folder import Shard, beside
+from halfbyte.containers.folder import Shard
 from halfbyte.containers.gguf import families, file, hyperparameters, modelfile, presets, tokenizer
 from halfbyte.containers.gguf.container import GGUF, type_of
 from halfbyte.containers.gguf.families import Place
 from halfbyte.containers.gguf.file import TYPES, Value, row_bytes
 from halfbyte.containers.gguf.settings import settings
+from halfbyte.containers.place import beside
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.editions.edition import Edition, Part, rows_of, split
 from halfbyte.errors import BrokenOutput, Unsupported
@@ -146,7 +147,7 @@ class GGUFEdition(Edition):
     def accompany(self, folder: Path) -> None:
         """What Ollama is told; a GGUF is whole by itself otherwise."""
         first = min(folder.glob("*.gguf"))
-        beside(first, "Modelfile").write_text(modelfile.text(first.name, self.metadata), encoding="utf-8")
+        beside(first, "Modelfile").write_text(modelfile.text(first.name, self.metadata), encoding="utf-8", newline="\n")
 
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
         written = file.read(next(folder.glob("*.gguf")))

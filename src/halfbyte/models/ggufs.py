@@ -135,7 +135,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def save_companions(self, folder: Path) -> None:
         for name, content in tokenizer_files(self.file.metadata).items():
-            (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import json
 import platform
-import resource
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -12,10 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from halfbyte.containers.folder import beside, is_file
+from halfbyte.containers.place import beside, is_file, replace_text
 from halfbyte.jobs import Job
 from halfbyte.models.calibrate import Windows
 from halfbyte.plan.engines import Verdict
@@ -73,7 +74,7 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
         "kept": job.kept,
         "dropped": job.dropped,
         "environment": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "numpy", "numba")}},
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory_bytes(),
         "seconds": round(seconds, 2),
     }
 
@@ -89,6 +90,17 @@ def lost(rows: Iterable[Any]) -> list[str]:
         f"NEARLY LOST: {count} hardly what the source has, the worst {worst.name} on {worst.grid} (relative error {worst.error:.2f}, "
         f"of its worst row {worst.worst_row:.2f}); give it a finer grid with --override, or --skip it"
     ]
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory that this process has had; None where the system does not say (macOS)."""
+    if sys.platform != "linux":
+        return getattr(psutil.Process().memory_info(), "peak_wset", None)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def _engine(verdict: Verdict) -> dict[str, Any]:
@@ -176,6 +188,6 @@ def of_ours(path: Path) -> dict[str, Any] | None:
 
 def _write(report: dict[str, Any], folder: Path, path: Path) -> None:
     """The report, and the card of a model that we quantized."""
-    beside(folder, "report.json").write_text(as_json(report), encoding="utf-8")
+    replace_text(beside(folder, "report.json"), as_json(report))
     if "recipe" in report:
-        beside(folder, "README.md").write_text(card(report, path), encoding="utf-8")
+        replace_text(beside(folder, "README.md"), card(report, path))

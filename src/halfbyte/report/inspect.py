@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from halfbyte.containers.folder import beside
+from halfbyte.containers.place import beside
 from halfbyte.models.checkpoint import Checkpoint
 
 

@@ -3,7 +3,6 @@
 import ctypes
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +16,11 @@ from variants import CASES, distance, transformers_logits
 import halfbyte
 import tiny
 from halfbyte import demo
-from halfbyte.containers.folder import BESIDE, JOURNAL, Folder
+from halfbyte.containers.folder import Folder
 from halfbyte.containers.gguf import file as gguf_file
 from halfbyte.containers.gguf import presets
 from halfbyte.containers.gguf.container import LAYOUTS, READ_ONLY
+from halfbyte.containers.place import BESIDE
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 from models.families import Family
@@ -304,8 +304,8 @@ def test_signals(number, gemma, tmp_path):
     done = subprocess.run([sys.executable, "-c", tiny.CUT, str(int(number)), "2", *map(str, words)], capture_output=True, text=True, env=tiny.ALONE)
     assert "Traceback" not in done.stderr
     assert done.returncode == (130 if number == signal.SIGINT else -number)
-    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf.partial"]
-    assert (tmp_path / "out.gguf.partial" / JOURNAL).read_text().count("\n") >= 3
+    assert not (tmp_path / "out.gguf").exists()
+    assert (tmp_path / "out.gguf.partial.jsonl").read_text().count("\n") >= 3
     assert tiny.halfbyte(*words).code == 0
     assert tiny.halfbyte(*command(gemma, "gptq", tmp_path / "whole.gguf")).code == 0
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
@@ -347,36 +347,4 @@ def test_overwrite_keeps_the_old_file_until_the_new_is_whole(gemma, tmp_path, mo
     assert out.read_bytes() == old
     assert tiny.halfbyte(*words).code == 0
     assert out.read_bytes() != old
-    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", *(f"out.{name}" for name in BESIDE)}
-
-
-@pytest.mark.parametrize("step", range(1, 6))
-def test_killed_while_the_file_moves_into_place(step, gemma, tmp_path, monkeypatch):
-    out, replace, seen = tmp_path / "out.gguf", os.replace, 0
-
-    def killed(*args):
-        nonlocal seen
-        seen += 1
-        if seen == step:
-            raise KeyboardInterrupt
-        replace(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
-        assert tiny.halfbyte(*command(gemma, "nearest", out)).code == 130
-    assert not out.exists()
-    assert tiny.halfbyte(*command(gemma, "nearest", out)).code == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", *(f"out.{name}" for name in BESIDE)}
-
-
-def test_killed_when_all_is_done_but_the_tidying(gemma, tmp_path, monkeypatch):
-    out = tmp_path / "out.gguf"
-
-    def killed(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
-        assert tiny.halfbyte(*command(gemma, "nearest", out)).code == 130
-    tiny.refused(tiny.halfbyte(*command(gemma, "nearest", out)), "exists and is kept")
     assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", *(f"out.{name}" for name in BESIDE)}

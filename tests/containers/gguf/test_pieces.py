@@ -1,12 +1,12 @@
 """A matrix that is written piece after piece is the matrix that is written whole."""
 
-import os
 from typing import Any
 
 import pytest
 
 import halfbyte
 from halfbyte import demo
+from halfbyte.containers.safetensors import Output
 from halfbyte.editions import gguf
 from halfbyte.errors import BrokenOutput
 
@@ -32,13 +32,12 @@ def test_the_bytes_are_the_same(rows, whole, tmp_path, monkeypatch):
 
 def test_a_piece_that_the_disk_spoils_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "PIECE", 1)
-    written = os.pwrite
+    written = Output._write
 
-    def spoil(file, data, offset):
-        data = bytes(data) if len(data) < 1 << 16 else bytes(data[:-1]) + bytes([data[-1] ^ 1])
-        return written(file, data, offset)
+    def spoil(self, data, offset):
+        written(self, data if len(data) < 1 << 16 else bytes(data[:-1]) + bytes([data[-1] ^ 1]), offset)
 
-    monkeypatch.setattr(os, "pwrite", spoil)
+    monkeypatch.setattr(Output, "_write", spoil)
     with pytest.raises(BrokenOutput, match="reads back as something else"):
         halfbyte.quantize(demo.MODEL, tmp_path / "model.gguf", **WORDS)
     assert not list(tmp_path.iterdir())
