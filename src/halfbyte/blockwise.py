@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.errors import BadRequest
+from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids.grid import AnyScheme, Grid, Inputs, Params, Quantized, Seen
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, cast
@@ -31,6 +31,11 @@ def quantize(run: Run, windows: Windows) -> None:
     outside = [unit for unit in job.units if unit[0].tensor not in inside]  # the head, and what the model's forward does not run
     if unseen := next((w for w, s in job.schemes.items() if w.tensor not in inside and s.input and s.input.static), None):
         raise BadRequest(f"the model does not run '{unseen.name}', whose inputs are to have a stored scale; --skip it, or round them per token")
+    if walk.shared and (job.method.transforms or any(s.input for s in job.schemes.values())):
+        raise Unsupported(
+            f"'{source.model_type}' shares weights between blocks, which {job.recipe.method} {job.recipe.grid} would fit to the first of them; "
+            "--method gptq with a grid of weights alone does it"
+        )
     finder = Finder()
     run.progress("embedding", 0, len(walk.blocks))
     walk.start()

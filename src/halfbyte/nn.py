@@ -81,7 +81,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     dtype = dtype or checkpoint.dtype
     model = skeleton.build(checkpoint, dtype)
     places = skeleton.places(model, checkpoint.tensors())
-    skeleton.require_whole(model, checkpoint, places)
+    ties = skeleton.ties(model, places)
+    names = skeleton.inside(model, "")
+    skeleton.require_whole(model, checkpoint, places, names)
     packed: dict[str, str] = {}
     for module in checkpoint.quantized:
         place = places.get(f"{module}.weight")
@@ -91,11 +93,11 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
                 packed[f"{module}.weight"] = home
     for tensor, home in packed.items():
         q, bias = checkpoint.read_quantized(tensor.removesuffix(".weight")), model.get_submodule(home).bias
-        bias = torch.empty_like(bias, device=device) if isinstance(bias, Tensor) else None
-        model.set_submodule(home, QuantLinear(q, bias, dtype))
-    skeleton.materialize(model, device)
-    skeleton.fill(model, checkpoint, places, [t for t in places if t not in packed], device)
-    model.tie_weights()
+        linear = QuantLinear(q, bias if isinstance(bias, Tensor) else None, dtype)
+        for name in (home, *(name.removesuffix(".weight") for name, source in ties.items() if source == f"{home}.weight")):
+            model.set_submodule(name, linear)
+    skeleton.load(model, checkpoint, places, ties, names, device)
+    nn.Module.to(model, device)
     decoded = {
         w: inputs for w in checkpoint.weights() if f"{w.name}.weight" not in packed and w.tensor in places and (inputs := checkpoint.read_inputs(w.name))
     }

@@ -5,21 +5,37 @@ inverts them: it is a view of a parameter in which a tensor of the checkpoint li
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import core_model_loading as loading
+from transformers import initialization
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, require_finite
 
-REFUSALS = (ValueError, KeyError, ImportError, OSError, AttributeError, TypeError, ArithmeticError, StrictDataclassError)
+REFUSALS = (
+    ValueError, LookupError, ImportError, OSError, AttributeError, TypeError, ArithmeticError, AssertionError, RuntimeError, StrictDataclassError,
+)  # fmt: skip
 """What Transformers raises at a config that it cannot read, as seen with broken ones."""
+ATTENTION = ("eager", "sdpa")
+"""Formulas of attention that a config may ask for; any other name makes Transformers fetch a kernel of that name from the hub."""
+MOST_BUFFERS = 1 << 30
+"""Bytes of all that a model computes from its config alone; real ones have a few megabytes of tables and masks."""
+LAYERS = re.compile(r"(num_(hidden_|decoder_|encoder_)?|n_|(en|de)coder_)layers?|depth|num_blocks")
+CHOICES = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING, transformers.MODEL_MAPPING)
+INITIALIZED = "_is_hf_initialized"
+"""Where Transformers marks what it has not to initialize."""
+NO_MODEL = "methods without calibration need no model: --method nearest"
 
 
 @dataclass(frozen=True)
@@ -43,31 +59,103 @@ class Place:
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The model on the meta device, its buffers real. Raises BadCheckpoint for an architecture that nobody knows."""
-    try:
-        config = checkpoint.settings()
-        for part in (config, config.get_text_config(decoder=True)):
-            if hasattr(part, "quantization_config"):
-                delattr(part, "quantization_config")
-        with torch.device("meta"):
-            # Attention is what Transformers takes by default: not every family has SDPA, and some have it in another formula.
-            causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-            kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
-            model = kind.from_config(config, dtype=dtype, experts_implementation="eager", trust_remote_code=False)
-    except REFUSALS as error:
-        reason = " ".join(str(error).split())
-        raise BadCheckpoint(
-            f"Transformers {transformers.__version__} cannot build '{checkpoint.model_type}': {reason} "
-            "(methods without calibration need no model: --method nearest)"
-        ) from None
-    model.eval().requires_grad_(False)
-    _keep_precision(model, dtype)
-    for module in model.modules():
-        lost = [name for name, b in module.named_buffers(recurse=False) if b.is_meta]
-        for name in lost:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if lost:
-            model._init_weights(module)  # Transformers computes every buffer here, as from_pretrained does
+    with refusing(checkpoint, "build"):
+        model = _construct(checkpoint, dtype).eval().requires_grad_(False)
+        _keep_precision(model, dtype)
+        _initialize(model, checkpoint)
     return model
+
+
+@contextmanager
+def refusing(checkpoint: Checkpoint, verb: str, advice: str = f" ({NO_MODEL})") -> Iterator[None]:
+    """What Transformers raises becomes one line."""
+    try:
+        yield
+    except REFUSALS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadCheckpoint(f"Transformers {transformers.__version__} cannot {verb} '{checkpoint.model_type}': {reason}{advice}") from None
+
+
+def outline(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    """The model on the meta device, of the class that config.json names: to be asked and not to be run. Raises BadCheckpoint."""
+    with refusing(checkpoint, "build", ""):
+        return _construct(checkpoint, checkpoint.dtype)
+
+
+def _construct(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """Every tensor on the meta device, none shared: which ones are, the checkpoint decides."""
+    _require_layers(checkpoint)
+    config = checkpoint.settings()
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            delattr(part, "quantization_config")
+    if not all(part._attn_implementation in ATTENTION for part in _parts(config)):
+        # What Transformers takes by default: not every family has SDPA, and some have it in another formula.
+        config._attn_implementation = None
+    kind = architecture(checkpoint, config)
+    with torch.device("meta"), initialization.no_tie_weights():
+        return kind._from_config(config, dtype=dtype, experts_implementation="eager")
+
+
+def _parts(config: transformers.PreTrainedConfig) -> Iterator[transformers.PreTrainedConfig]:
+    yield config
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), transformers.PreTrainedConfig):
+            yield from _parts(part)
+
+
+def _require_layers(checkpoint: Checkpoint) -> None:
+    """Raise BadCheckpoint for more layers than there are tensors, before a list of so many is made."""
+    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
+    for name, count in (item for part in parts for item in part.items()):
+        if isinstance(count, int) and LAYERS.fullmatch(name) and count > len(checkpoint.tensors()):
+            raise BadCheckpoint(f"{checkpoint.path}/config.json has {name} {count}, and the checkpoint only {len(checkpoint.tensors())} tensors")
+
+
+def architecture(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
+    """The class that config.json names, where it is a model of such a config; else the one that Transformers chooses by the config."""
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    kind: Any = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and type(config) is kind.config_class):
+        kind = next((mapping[type(config)] for mapping in CHOICES if type(config) in mapping), None)
+        if kind is None:
+            raise BadCheckpoint(f"Transformers {transformers.__version__} has no language model for '{config.model_type}' ({NO_MODEL})")
+    headless = not checkpoint.tied and not any(map(roles.HEAD.match, checkpoint.tensors()))
+    if headless and kind.can_generate() and not any(t.startswith(f"{kind.base_model_prefix}.") for t in checkpoint.tensors()):
+        kind = transformers.MODEL_MAPPING[type(config)]  # an embedding model, saved without the head that its config speaks of
+    return kind
+
+
+def _initialize(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Give buffers the values that from_pretrained gives them, by the same call. What that leaves is poisoned, to be found."""
+    lost = [(module, name, b) for module in model.modules() for name, b in module.named_buffers(recurse=False) if b.is_meta]
+    size_bytes = sum(b.nbytes for _, _, b in lost)
+    if size_bytes > MOST_BUFFERS:
+        raise BadCheckpoint(f"{checkpoint.path}/config.json describes a model whose tables take {size_bytes / 1e9:.0f} GB; some number in it is wrong")
+    for module, name, b in lost:
+        module._buffers[name] = poison(b)
+    for p in model.parameters():
+        setattr(p, INITIALIZED, True)  # the checkpoint has it
+    for module in model.modules():
+        setattr(module, INITIALIZED, False)
+    model.initialize_weights()
+
+
+def poison(b: Tensor) -> Tensor:
+    """A tensor of the same kind whose values nobody takes for real ones."""
+    if b.dtype == torch.bool:
+        return torch.full_like(b, 255, dtype=torch.uint8, device="cpu").view(torch.bool)
+    value = float("nan") if b.is_floating_point() or b.is_complex() else torch.iinfo(b.dtype).min or torch.iinfo(b.dtype).max
+    return torch.full_like(b, value, device="cpu")
+
+
+def is_poisoned(b: Tensor) -> bool:
+    if b.dtype == torch.bool:
+        return bool((b.view(torch.uint8) == 255).any())
+    if b.is_floating_point() or b.is_complex():
+        return bool(b.isnan().any())
+    return bool((b == (torch.iinfo(b.dtype).min or torch.iinfo(b.dtype).max)).any())
 
 
 def _keep_precision(model: transformers.PreTrainedModel, dtype: torch.dtype) -> None:
@@ -80,20 +168,6 @@ def _keep_precision(model: transformers.PreTrainedModel, dtype: torch.dtype) -> 
         for name, value in model.state_dict(keep_vars=True).items():
             if alternatives.search(name) and value.is_floating_point():
                 value.data = value.data.float()
-
-
-def outline(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
-    """The model on the meta device, of the class that config.json names: to be asked and not to be run. Raises BadCheckpoint."""
-    named = getattr(transformers, str((checkpoint.config.get("architectures") or [""])[0]), None)
-    try:
-        config = checkpoint.settings()
-        with torch.device("meta"):
-            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-                return named(config)
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except REFUSALS as error:
-        reason = " ".join(str(error).split())
-        raise BadCheckpoint(f"Transformers {transformers.__version__} cannot build '{checkpoint.model_type}': {reason}") from None
 
 
 class Names:
@@ -130,10 +204,19 @@ class Names:
         return (stack[0], None) if stack else (None, None)
 
 
-def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dict[str, Place]:
+class Places(dict[str, Place]):
     """Where each tensor of the checkpoint lies; tensors that the model does not use are absent."""
+
+    def __init__(self):
+        super().__init__()
+        self.lost: dict[str, str] = {}
+        """Parameters that are made of the checkpoint in a way that no Place tells, and how."""
+
+
+def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> Places:
+    """Where each tensor of the checkpoint lies."""
     names = Names(model)
-    found: dict[str, Place] = {}
+    found = Places()
     fused: dict[str, dict[str, list[str]]] = {}
     for name in sorted(tensors, key=loading.dot_natural_key):
         target, pattern = names.rename(name)
@@ -145,7 +228,11 @@ def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ..
             found[name] = Place(stack[0], expert=stack[1])
     for target, sources in fused.items():
         converter = next(names.owner[pattern] for pattern in sources)
-        found.update(_fused(target, converter, sources, tensors))
+        merged = _fused(target, converter, sources, tensors, tuple(names.known[target].shape))
+        if merged is None:
+            found.lost[target] = ", ".join(type(operation).__name__ for operation in converter.operations)
+        else:
+            found.update(merged)
     return found
 
 
@@ -153,25 +240,30 @@ def aliases(checkpoint: Checkpoint, modules: list[str]) -> list[str]:
     """What Transformers calls those of the modules that it renames: compressed-tensors looks for kept modules under these names."""
     try:
         found = places(outline(checkpoint), checkpoint.tensors())
-    except (BadCheckpoint, Unsupported):
+    except BadCheckpoint:
         return []
     return sorted({found[f"{m}.weight"].parameter.removesuffix(".weight") for m in modules if f"{m}.weight" in found} - set(modules))
 
 
-def _fused(target: str, converter: loading.WeightConverter, sources: dict[str, list[str]], tensors: dict[str, tuple[int, ...]]) -> dict[str, Place]:
-    """Follow the conversion's operations for the names instead of the numbers."""
+def _fused(
+    target: str,
+    converter: loading.WeightConverter,
+    sources: dict[str, list[str]],
+    tensors: dict[str, tuple[int, ...]],
+    shape: tuple[int, ...],
+) -> dict[str, Place] | None:
+    """Follow the conversion's operations for the names instead of the numbers. None where no view of the parameter is the tensor."""
     merged, dim, transposed = False, None, False
     for operation in converter.operations:
         if isinstance(operation, loading.MergeModulelist) and operation.dim == 0:
             merged = True
         elif isinstance(operation, loading.Concatenate):
             dim = operation.dim - (1 if merged else 0)
-        elif isinstance(operation, loading.Transpose) and {operation.dim0 - merged, operation.dim1 - merged} == {0, 1}:
-            transposed = True
+        elif isinstance(operation, loading.Transpose) and {operation.dim0 - len(shape), operation.dim1 - len(shape)} == {-1, -2}:
+            first = next(iter(sources.values()))[0]
+            transposed = not (operation.check_dims and tensors[first] == shape)
         else:
-            raise Unsupported(
-                f"Transformers makes '{target}' of the checkpoint by {operation!r}, which calibration cannot follow; --method nearest needs no model"
-            )
+            return None
     found, first = {}, 0
     for pattern in converter.source_patterns:
         names = sources.get(pattern, [])
@@ -191,35 +283,85 @@ def tensor(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(home), last).data
 
 
-def require_whole(model: transformers.PreTrainedModel, checkpoint: Checkpoint, found: dict[str, Place]) -> None:
-    """Raise BadCheckpoint for parameters that no tensor of the checkpoint fills."""
-    filled = {place.parameter for place in found.values()} | set(model.all_tied_weights_keys)
-    if missing := [n for n, _ in model.named_parameters() if n not in filled]:
-        raise BadCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors of '{checkpoint.model_type}', the first '{missing[0]}'")
+def ties(model: transformers.PreTrainedModel, found: Places) -> dict[str, str]:
+    """Parameters without a tensor of their own, each with the one whose values it shares, by Transformers' rules."""
+    own = {place.parameter for place in found.values()}
+    groups: dict[str, list[str]] = {}
+    first: dict[int, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):  # a module may stand in several places
+        groups.setdefault(first.setdefault(id(p), name), []).append(name)
+    for name, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, [source]).append(name)
+    tied: dict[str, str] = {}
+    for names in groups.values():
+        if home := next((name for name in names if name in own), None):
+            tied |= {name: home for name in names if name not in own}
+    return tied
 
 
-def materialize(module: nn.Module, device: torch.device | str) -> None:
-    """Give every parameter of the module memory, without values."""
-    for part in module.modules():
-        for name, p in part.named_parameters(recurse=False):
-            if p.is_meta:
-                part._parameters[name] = nn.Parameter(torch.empty_like(p, device=device), requires_grad=False)
+def require_whole(model: transformers.PreTrainedModel, checkpoint: Checkpoint, found: Places, names: Collection[str]) -> None:
+    """Raise BadCheckpoint for parameters and buffers among `names` of which the checkpoint fills not every element."""
+    shapes, tied = checkpoint.tensors(), ties(model, found)
+    filled: dict[str, dict[tuple, int]] = {}
+    for tensor, place in found.items():
+        filled.setdefault(place.parameter, {})[place.expert, place.first] = prod(shapes[tensor])
+    sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+    bare = [name for name in names if name in sizes and sum(filled.get(tied.get(name, name), {}).values()) < sizes[name]]
+    if made := next((name for name in bare if name in found.lost), None):
+        raise Unsupported(f"Transformers makes '{made}' of the checkpoint by {found.lost[made]}, which halfbyte does not follow; {NO_MODEL}")
+    if bare:
+        raise BadCheckpoint(f"{checkpoint.path} lacks {len(bare)} tensors of '{checkpoint.model_type}', or parts of them, the first '{bare[0]}'")
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    if empty := next((name for name in names if name in buffers and name not in filled and is_poisoned(buffers[name])), None):
+        raise BadCheckpoint(
+            f"neither {checkpoint.path} nor Transformers {transformers.__version__} has values for '{empty}' of '{checkpoint.model_type}' ({NO_MODEL})"
+        )
 
 
-def release(module: nn.Module) -> None:
-    """Take the memory of every parameter back."""
-    for part in module.modules():
-        for name, p in part.named_parameters(recurse=False):
-            part._parameters[name] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+def inside(model: nn.Module, prefix: str) -> list[str]:
+    """Names of the parameters and buffers of a part of the model."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return [name for name, _ in named if name.startswith(prefix)]
 
 
-def fill(model: nn.Module, checkpoint: Checkpoint, found: dict[str, Place], names: Iterable[str], device: torch.device | str) -> None:
+def put(model: nn.Module, name: str, p: nn.Parameter) -> None:
+    """Make `p` the parameter of this name."""
+    home, _, last = name.rpartition(".")
+    model.get_submodule(home)._parameters[last] = p
+
+
+def load(model: nn.Module, checkpoint: Checkpoint, found: Places, tied: dict[str, str], names: Iterable[str], device: torch.device | str) -> None:
+    """Give those of the parameters (and buffers that the checkpoint holds) their values, unless they have them; what is tied shares its memory."""
+    state = dict(model.state_dict(keep_vars=True))
+    names = [name for name in names if name in state]
+    fresh = {home for name in names if (home := tied.get(name, name)) in state and (state[home].is_meta or not isinstance(state[home], nn.Parameter))}
+    for name in fresh:
+        if state[name].is_meta:
+            put(model, name, nn.Parameter(torch.empty_like(state[name], device=device), requires_grad=False))
+    fill(model, checkpoint, found, [tensor for tensor, place in found.items() if place.parameter in fresh], device)
+    for name in names:
+        if name in tied:
+            put(model, name, model.get_parameter(tied[name]))
+
+
+def release(model: nn.Module, names: Iterable[str]) -> None:
+    """Take the memory of the parameters back."""
+    for name in names:
+        home, _, last = name.rpartition(".")
+        if (p := model.get_submodule(home)._parameters.get(last)) is not None:
+            put(model, name, nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False))
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint, found: Places, names: Iterable[str], device: torch.device | str) -> None:
     """Read tensors of the checkpoint into the parameters in which they lie."""
     state = dict(model.state_dict(keep_vars=True))
     for name in names:
         value = checkpoint.read(name)
         require_finite(name, value)
         try:
-            found[name].view(state[found[name].parameter].data, tuple(value.shape)).copy_(value.to(device))
-        except RuntimeError:
-            raise BadCheckpoint(f"tensor '{name}' is {list(value.shape)}, which config.json has no place for") from None
+            view = found[name].view(state[found[name].parameter].data, tuple(value.shape))
+        except (RuntimeError, IndexError):
+            view = None
+        if view is None or view.shape != value.shape:
+            raise BadCheckpoint(f"tensor '{name}' is {list(value.shape)}, which config.json has no place for")
+        view.copy_(value.to(device))

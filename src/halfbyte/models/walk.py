@@ -3,22 +3,27 @@
 The model's own forward runs with each block replaced by a stand-in that notes what the block is called with and hands
 its input on. So masks, positions and whatever else a family passes to its blocks come from its own code, and one walk
 serves calibration and evaluation alike. Memory is one block and the hidden states between two blocks.
+
+That is the model's own computation where the blocks run once each, in order, and hand one another what they return, untouched.
+The stand-ins look whether it is so, and a model of another kind is refused by name.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import transformers
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from halfbyte.errors import BadCheckpoint
+from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import Inputs
 from halfbyte.models import kv, roles, skeleton
 from halfbyte.models.checkpoint import Checkpoint, Weight
@@ -43,11 +48,18 @@ class Matrix:
     """None: not to be quantized."""
 
 
+@dataclass(frozen=True)
+class Carried:
+    """An argument that the block before returns beside its hidden states: the one of this number."""
+
+    number: int
+
+
 class Block:
     """One decoder layer. Its parameters hold values between `load` and `free`."""
 
-    def __init__(self, walk: "Walk", module: nn.Module, prefix: str):
-        self.walk, self.module = walk, module
+    def __init__(self, walk: "Walk", module: nn.Module, prefix: str, parameters: list[str]):
+        self.walk, self.module, self.parameters = walk, module, parameters
         self.tensors = [t for t, place in walk.places.items() if place.parameter.startswith(f"{prefix}.")]
         if not self.tensors:
             raise BadCheckpoint(f"the checkpoint has no tensor of {prefix}")
@@ -66,14 +78,23 @@ class Block:
         stated = {getattr(m, name) for m in self.module.modules() for name in ("v_head_dim", "head_dim", "head_size") if hasattr(m, name)}
         return sorted(stated) or [1]
 
+    @property
+    def homes(self) -> set[str]:
+        """Parameters whose memory the block computes with; where blocks share some, they lie in the first of them."""
+        return {self.walk.ties.get(name, name) for name in self.parameters}
+
     def load(self, source: Checkpoint) -> None:
-        skeleton.materialize(self.module, self.walk.device)
-        skeleton.fill(self.walk.model, source, self.walk.places, self.tensors, self.walk.device)
+        skeleton.load(self.walk.model, source, self.walk.places, self.walk.ties, self.parameters, self.walk.device)
         if self.walk.as_served:
             self.inputs = {w: inputs for w in self.weights if (inputs := source.read_inputs(w.name))}
+            if self.inputs and self.walk.shared:
+                raise Unsupported(f"'{source.model_type}' shares weights between blocks, whose rounded inputs are not followed; round weights alone")
 
     def free(self) -> None:
-        skeleton.release(self.module)
+        """Take the memory back, but for what later blocks share."""
+        later = self.walk.blocks[self.walk.blocks.index(self) + 1 :]
+        kept = set().union(*(block.homes for block in later)) & self.walk.shared if self.walk.shared else set()
+        skeleton.release(self.walk.model, {*self.parameters, *self.homes} - kept)
 
     def view(self, tensor: str) -> Tensor:
         """A tensor of the checkpoint, as a view of the parameter in which it lies."""
@@ -121,10 +142,18 @@ class Block:
 
     @torch.no_grad()
     def run(self, hidden: Tensor, batch: int) -> Tensor:
+        return self.outputs(hidden, batch)[0]
+
+    def outputs(self, hidden: Tensor, batch: int) -> Sequence[Any]:
+        """Hidden states, and whatever else the block returns."""
         args, kwargs = self.walk.calls[self.module][batch]
+        args = [self.walk.carried[batch][a.number] if isinstance(a, Carried) else a for a in args]
+        kwargs = {name: self.walk.carried[batch][a.number] if isinstance(a, Carried) else a for name, a in kwargs.items()}
         with Uses(self.matrices(), self._rounded) if self.inputs else nullcontext():
             out = self.module(hidden.to(self.walk.device), *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        out = out if isinstance(out, (tuple, list)) else (out,)
+        self.walk.require_finite(out[0], f"{self.name} computes")
+        return out
 
     def _rounded(self, matrices: list[Matrix], x: Tensor) -> Tensor | None:
         """Matrices of one product are rounded alike: a scheme's inputs are known by what is read, not by who reads."""
@@ -273,8 +302,10 @@ class Walk:
         self.checkpoint, self.device, self.scratch, self.as_served = checkpoint, torch.device(device), scratch, as_served
         self._tokens = windows.numel() * (2 if twin else 1)
         self.model = skeleton.build(checkpoint, dtype)
+        self._require_decoder()
         self.shapes = checkpoint.tensors()
         self.places = skeleton.places(self.model, self.shapes)
+        self.ties = skeleton.ties(self.model, self.places)
         if as_served and checkpoint.kv:
             kv.apply(self.model, self.places, checkpoint.kv)
         self.weights = list(checkpoint.weights())
@@ -282,61 +313,95 @@ class Walk:
         self.batches = [windows[:1, :PROBE_TOKENS], *windows.split(per_batch)]
         """The first is a probe, small enough to be run again and again."""
         stack, modules = self._stack()
-        self.blocks = [Block(self, module, f"{stack}.{i}") for i, module in enumerate(modules)]
-        inside = {t for block in self.blocks for t in block.tensors}
-        self.outside = [t for t in self.places if t not in inside]
+        inside: dict[str, list[str]] = {f"{stack}.{i}": [] for i in range(len(modules))}
+        self.outside = []
+        """Parameters and buffers of what a text runs through before and after the blocks."""
+        for name in skeleton.inside(self.model, ""):
+            block = ".".join(name.split(".")[: stack.count(".") + 2])
+            if block in inside:
+                inside[block].append(name)
+            elif not roles.FOREIGN.search(name):
+                self.outside.append(name)
+        self.blocks = [Block(self, module, prefix, inside[prefix]) for module, prefix in zip(modules, inside, strict=True)]
+        used = Counter(home for block in self.blocks for home in block.homes)
+        self.shared = {home for home, blocks in used.items() if blocks > 1}
+        """Parameters that several blocks compute with."""
         self.calls: dict[nn.Module, list[tuple[tuple, dict[str, Any]]]] = {module: [] for module in modules}
         self.hidden: list[Tensor] = []
         """What the next block reads, by batch."""
         self.original: list[Tensor] | None = [] if twin else None
         """What it would read if nothing had been quantized. `Block.collect` moves it on."""
-        self._returns_tuple = False
+        self.carried: dict[int, Sequence[Any]] = {}
+        """What the last block returned, by batch, where the next one reads more of it than hidden states."""
+        self._returned: Sequence[Any] | None = None
+        """What a block returns beside hidden states, poisoned; None where it returns them alone."""
+
+    def _require_decoder(self) -> None:
+        config = self.model.config
+        if config.is_encoder_decoder or type(self.model) in transformers.MODEL_FOR_MASKED_LM_MAPPING.values():
+            raise Unsupported(f"calibration and eval run decoders on text, and {type(self.model).__name__} is none; {skeleton.NO_MODEL}")
 
     def _stack(self) -> tuple[str, nn.ModuleList]:
-        count = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) == count and not roles.FOREIGN.search(f"{name}."):
-                return name, module
-        raise BadCheckpoint(f"'{self.checkpoint.model_type}' has no list of {count} decoder layers")
+        """The decoder's layers, with their name."""
+        config = self.model.config.get_text_config(decoder=True)
+        counts = {getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")}  # LongCat's layers are two in one
+        decoder = self.model.get_decoder()
+        prefix = next((name for name, module in self.model.named_modules() if module is decoder), "")
+        lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in counts and not roles.FOREIGN.search(f"{n}.")}
+        name = next((n for n in lists if n.rpartition(".")[0] == prefix), next(iter(lists), None))
+        if name is None:
+            raise Unsupported(f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) has no list of decoder layers to walk; {skeleton.NO_MODEL}")
+        return name, lists[name]
 
     @torch.no_grad()
     def start(self) -> None:
         """Run all that comes before the first block."""
-        skeleton.require_whole(self.model, self.checkpoint, self.places)
-        self._load_outside(head=False)
+        base = self.model.base_model
+        needed = [*self.outside, *(name for block in self.blocks for name in block.parameters)]
+        skeleton.require_whole(self.model, self.checkpoint, self.places, needed)
+        self._load(self._outside(base))
         first = self.blocks[0]
         first.load(self.checkpoint)
-        forward = first.module.forward
         for number, tokens in enumerate(self.batches):
-            for block in self.blocks:
-                block.module.forward = self._note(block.module, None if number else forward)
-            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
-        self._restore()
+            with self._standing_in(Notes(self, first.module.forward if number == 0 else None)) as notes, skeleton.refusing(self.checkpoint, "run"):
+                base(input_ids=tokens.to(self.device), use_cache=False)
+            notes.close()
         first.free()
-        self._free_outside()
+        skeleton.release(self.model, self.outside)
         if self.original is not None:
+            if self.carries:
+                raise Unsupported(
+                    f"gptaq runs two models side by side, and '{self.checkpoint.model_type}' hands on more than hidden states; --method gptq does it"
+                )
             self.original = list(self.hidden)
 
-    def _note(self, module: nn.Module, forward: Callable | None) -> Callable:
-        def stand_in(hidden: Tensor, *args, **kwargs):
-            kwargs = {name: value for name, value in kwargs.items() if name not in DROPPED}
-            if module is self.blocks[0].module:
-                self.hidden.append(self.kept(hidden))
-                if forward is not None:
-                    self._returns_tuple = isinstance(forward(hidden, *args, **kwargs), tuple)
-            self.calls[module].append((args, kwargs))
-            return (hidden,) if self._returns_tuple else hidden
+    @contextmanager
+    def _standing_in(self, stand_in: "Callable[[int], Callable] | Notes") -> Iterator[Any]:
+        """While this lasts, something else runs in place of each block."""
+        for number, block in enumerate(self.blocks):
+            block.module.forward = stand_in(number)
+        try:
+            yield stand_in
+        finally:
+            for block in self.blocks:
+                block.module.__dict__.pop("forward", None)
 
-        return stand_in
+    def returned(self, hidden: Tensor) -> Any:
+        """What a block with this output returns."""
+        return hidden if self._returned is None else (hidden, *self._returned)
 
-    def _restore(self) -> None:
-        for block in self.blocks:
-            block.module.__dict__.pop("forward", None)
+    @property
+    def carries(self) -> bool:
+        return any(isinstance(a, Carried) for calls in self.calls.values() for args, kwargs in calls[:1] for a in (*args, *kwargs.values()))
 
     def advance(self, block: Block) -> None:
         """Run the block as it now is: its outputs are what the next one reads."""
+        carries = self.carries
         for batch in range(len(self.batches)):
-            self.hidden[batch] = self.kept(block.run(self.hidden[batch], batch))
+            hidden, *others = block.outputs(self.hidden[batch], batch)
+            self.hidden[batch] = self.kept(hidden)
+            if carries:
+                self.carried[batch] = others
 
     def kept(self, hidden: Tensor) -> Tensor:
         """The same values, in memory or in a file that is gone when the last tensor in it is."""
@@ -346,39 +411,94 @@ class Walk:
             values = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
         return values.view(hidden.shape).copy_(hidden)
 
+    def require_finite(self, hidden: Tensor, who: str) -> None:
+        """Raise BadCheckpoint for hidden states that are no numbers, and for those that no value has gone into."""
+        if hidden.is_meta:
+            raise Unsupported(f"{who} with a part of '{self.checkpoint.model_type}' that belongs to no text; {skeleton.NO_MODEL}")
+        if not torch.isfinite(hidden.sum()) and not torch.isfinite(hidden).all():
+            dtype = str(hidden.dtype).removeprefix("torch.")
+            raise BadCheckpoint(f"{self.checkpoint.path}: {who} NaN or Inf in {dtype}; the model is broken, or needs another dtype ({skeleton.NO_MODEL})")
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model has a head that predicts tokens; reward and embedding models have none."""
+        return self.model.can_generate()
+
+    def logits(self) -> Iterator[tuple[Int64[Tensor, "batch length"], Tensor]]:
+        """After the last block: tokens and what the whole model returns for every batch but the probe, which is logits where it has a head."""
+        for tokens, out in self._finish(self.model):
+            yield tokens, out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+    def states(self) -> Iterator[tuple[Int64[Tensor, "batch length"], Float[Tensor, "batch length width"]]]:
+        """After the last block: tokens and last hidden states of every batch but the probe."""
+        for tokens, out in self._finish(self.model.base_model):
+            yield tokens, out.last_hidden_state
+
     @torch.no_grad()
-    def logits(self) -> Iterator[tuple[Int64[Tensor, "batch length"], Float[Tensor, "batch length vocabulary"]]]:
-        """After the last block: tokens and logits of every batch but the probe."""
-        self._load_outside(head=True)
-        for number, tokens in enumerate(self.batches):
+    def _finish(self, part: nn.Module) -> Iterator[tuple[Tensor, Any]]:
+        self._load(self._outside(part))
+        for hidden, tokens in list(zip(self.hidden, self.batches, strict=True))[1:]:
+            with self._standing_in(lambda _, hidden=hidden: lambda *args, **kwargs: self.returned(hidden)), skeleton.refusing(self.checkpoint, "run"):
+                out = part(input_ids=tokens.to(self.device), use_cache=False)
+            yield tokens, out
+        skeleton.release(self.model, self.outside)
+
+    def _outside(self, part: nn.Module) -> list[str]:
+        prefix = next(f"{name}." if name else "" for name, module in self.model.named_modules() if module is part)
+        return [name for name in self.outside if name.startswith(prefix)]
+
+    def _load(self, names: list[str]) -> None:
+        skeleton.load(self.model, self.checkpoint, self.places, self.ties, names, self.device)
+
+
+class Notes:
+    """Stand-ins for all blocks of one pass: they note what each is called with, and that hidden states are all that passes between them."""
+
+    def __init__(self, walk: Walk, forward: Callable | None):
+        """`forward`: the first block's own, to see what it returns."""
+        self.walk, self.forward, self.done = walk, forward, 0
+        self.handed: Tensor | None = None
+
+    def __call__(self, number: int) -> Callable:
+        def stand_in(hidden: Tensor, *args, **kwargs) -> Any:
+            if number != self.done:
+                self._refuse("calls its blocks in another order than they stand in")
+            self.done += 1
             if number == 0:
-                continue
-            for block in self.blocks:
-                block.module.forward = self._pass(self.hidden[number])
-            yield tokens, self.model(input_ids=tokens.to(self.device), use_cache=False).logits
-        self._restore()
-        self._free_outside()
+                self.walk.require_finite(hidden, "what comes before the first block computes")
+                if self.forward is not None:
+                    self._learn(self.forward(hidden, *args, **{name: value for name, value in kwargs.items() if name not in DROPPED}), hidden)
+                self.walk.hidden.append(self.walk.kept(hidden))
+            elif hidden.shape != self.walk.hidden[-1].shape or self.handed is None or hidden.data_ptr() != self.handed.data_ptr():
+                self._refuse("computes something between its blocks")
+            args = tuple(self._carried(value) for value in args)
+            kwargs = {name: self._carried(value) for name, value in kwargs.items() if name not in DROPPED}
+            self.walk.calls[self.walk.blocks[number].module].append((args, kwargs))
+            self.handed = hidden
+            return self.walk.returned(hidden)
 
-    def _pass(self, final: Tensor) -> Callable:
-        return lambda hidden, *args, **kwargs: (final,) if self._returns_tuple else final
+        return stand_in
 
-    def _load_outside(self, head: bool) -> None:
-        names = [t for t in self.outside if head or not roles.HEAD.match(t)]
-        for name, module in self.model.named_modules():
-            if not self._inside(name):
-                for parameter, p in module.named_parameters(recurse=False):
-                    full = f"{name}.{parameter}" if name else parameter
-                    if p.is_meta and any(self.places[t].parameter == full for t in names):
-                        module._parameters[parameter] = nn.Parameter(torch.empty_like(p, device=self.device), requires_grad=False)
-        skeleton.fill(self.model, self.checkpoint, self.places, names, self.device)
-        self.model.tie_weights()
+    def _learn(self, out: Any, hidden: Tensor) -> None:
+        """What a block returns beside its hidden states is poisoned: where it is used, it shows."""
+        first, *others = out if isinstance(out, (tuple, list)) else [out]
+        if not isinstance(first, Tensor) or first.shape != hidden.shape:
+            self._refuse("has blocks that return something else than hidden states")
+        if isinstance(out, (tuple, list)):
+            self.walk._returned = [skeleton.poison(x) if isinstance(x, Tensor) else None if x is None else Carried(i) for i, x in enumerate(others)]
 
-    def _free_outside(self) -> None:
-        for name, module in self.model.named_modules():
-            if not self._inside(name):
-                for parameter, p in module.named_parameters(recurse=False):
-                    module._parameters[parameter] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    def _carried(self, value: Any) -> Any:
+        """An argument as it is to be noted: what the block before has returned is known when that has run."""
+        for number, other in enumerate(self.walk._returned or ()):
+            if other is not None and other is value:
+                return Carried(number)
+        if self.forward is not None and isinstance(value, Tensor) and skeleton.is_poisoned(value):
+            self._refuse("computes with more than hidden states between its blocks")
+        return value
 
-    def _inside(self, name: str) -> bool:
-        stack, _ = self._stack()
-        return name.startswith(f"{stack}.")
+    def close(self) -> None:
+        if self.done != len(self.walk.blocks):
+            self._refuse(f"runs {self.done} of its {len(self.walk.blocks)} blocks")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise Unsupported(f"'{self.walk.checkpoint.model_type}' {what}, which calibration and eval do not follow; {skeleton.NO_MODEL}")
