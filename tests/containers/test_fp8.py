@@ -167,7 +167,7 @@ def test_a_stored_scale_that_is_not_there_is_a_broken_checkpoint(source, tmp_pat
     config = json.loads((tmp_path / "in" / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["input_activations"] |= {"strategy": "tensor", "dynamic": False}
     (tmp_path / "in" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadCheckpoint, match="input_scale is not stored"):
+    with pytest.raises(BadCheckpoint, match="input_scale' is not stored"):
         Checkpoint.open(tmp_path / "in").read_inputs(MODULE)
 
 

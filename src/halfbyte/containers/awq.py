@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.container import Config, ConfigContainer, commonest, exact_half, fits_half, integer, span_of
-from halfbyte.containers.gptq import scale_held, stored_scale
+from halfbyte.containers.container import Config, ConfigContainer, Has, Part, any_of, commonest, exact_half, fits_half, integer, span_of, stored
+from halfbyte.containers.gptq import SCALE_NAME, scale_held, stored_scale
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import AnyScheme, Quantized, Shape
@@ -49,6 +49,9 @@ class AWQ(ConfigContainer):
             "qzeros": Spec((groups, out // 8), torch.int32),
             "scales": Spec((groups, out), torch.float16),
         }
+
+    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        return {**super().parts(scheme, shape, has), "scales": any_of([self.plan(scheme, shape)["scales"].shape], SCALE_NAME)}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         zero = q.params.get("zero", torch.full_like(q.params["scale"], 8, dtype=torch.uint8))
@@ -88,14 +91,14 @@ class AWQ(ConfigContainer):
         if str(config.get("version", "gemm")).lower() != "gemm":
             raise Unsupported(f"awq version '{config['version']}' is not read; gemm is")
         found: dict[str, tuple[AnyScheme, Shape]] = {}
-        for name, qweight in entries.items():
+        for name in entries:
             if name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")
-                width, out, groups = qweight.shape[0], qweight.shape[1] * 8, entries[f"{module}.scales"].shape[0]
-                symmetric = bool((entries[f"{module}.qzeros"].read() == -0x77777778).all())  # 0x88888888: every zero point 8
-                span = span_of(width, groups, {config.get("group_size")})
-                grid = IntGrid(4, span, symmetric, scale_held(entries[f"{module}.scales"]))
-                found[module] = (grid, (out, width))
+                words, zeros = stored(entries, name, [torch.int32]), stored(entries, f"{module}.qzeros", [torch.int32])
+                scales = stored(entries, f"{module}.scales", SCALE_NAME)
+                symmetric = bool((zeros.read() == -0x77777778).all())  # 0x88888888: every zero point 8
+                span = span_of(module, words.shape[0], scales.shape[0], [config.get("group_size")])
+                found[module] = IntGrid(4, span, symmetric, scale_held(scales)), (words.shape[1] * 8, words.shape[0])
         return found
 
 

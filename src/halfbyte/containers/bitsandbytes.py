@@ -23,9 +23,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from halfbyte.containers.container import Config, ConfigContainer, commonest
+from halfbyte.containers.container import Config, ConfigContainer, Has, Part, commonest, stored
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.files import parse_json
 from halfbyte.grids.absmax import LEVELS, NESTED, AbsmaxGrid, dynamic_map, levels
 from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Scheme, Shape
 from halfbyte.grids.inputs import LLMInt8Inputs
@@ -36,6 +37,9 @@ STATE = "weight.quant_state.bitsandbytes__"
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 LLM_INT8 = Scheme(LLMInt8(), LLMInt8Inputs())
 """Whoever multiplies by these weights rounds what they read, too."""
+STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+"""What bytes of codes are called (bnb_4bit_quant_storage)."""
+LONGEST_STATE = 4096
 ROOM = 32
 """Bytes for the dtype and the offset, whose lengths no shape tells: blanks fill what is left, and JSON does not mind."""
 
@@ -82,6 +86,14 @@ class BitsAndBytes(ConfigContainer):
             specs["weight.nested_quant_map"] = Spec((256,), torch.float32)
         return specs
 
+    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        grid, plan = _held(scheme), self.plan(scheme, shape)
+        known = {suffix: Part((spec,), optional=suffix == "weight_format") for suffix, spec in plan.items() if not suffix.startswith(STATE)}
+        if isinstance(grid, LLMInt8):
+            return known
+        size_bytes = plan["weight"].size_bytes
+        return {**known, "weight": Part(tuple(Spec((size_bytes // dtype.itemsize, 1), dtype) for dtype in STORAGE if size_bytes % dtype.itemsize == 0))}
+
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         grid, params = _held(q.scheme), q.params
         if isinstance(grid, LLMInt8):
@@ -114,7 +126,7 @@ class BitsAndBytes(ConfigContainer):
         params = {"scale": tensors["weight.absmax"].view(1 if width % grid.group else out, -1)}
         if grid.double:
             _require_same("nested_quant_map", tensors["weight.nested_quant_map"], dynamic_map())
-            offset = _said(tensors[STATE + grid.kind])["nested_offset"]
+            offset = _parsed(tensors[STATE + grid.kind])["nested_offset"]
             params |= {"nested": tensors["weight.nested_absmax"], "offset": torch.tensor([offset], dtype=torch.float32)}
         return Quantized(grid, codes, params)
 
@@ -144,15 +156,16 @@ class BitsAndBytes(ConfigContainer):
         for name in entries:
             module, _, kind = name.rpartition(f".{STATE}")
             if module:
-                said = _said(entries[name].read())
+                said = _said(name, entries)
                 self.dtype = next((dtype for dtype, known in DTYPES.items() if known == said["dtype"]), self.dtype)
                 grid = AbsmaxGrid.parse(f"{kind}-g{said['blocksize']}{'-double' if 'nested_blocksize' in said else ''}")
                 if grid.double and said["nested_blocksize"] != NESTED:
                     raise Unsupported(f"{module}: scales that share a scale by {said['nested_blocksize']} are not read; by {NESTED} they are")
                 found[module] = (grid, tuple(said["shape"]))
+                grid.require_width(found[module][1])
             elif name.endswith(".SCB"):
                 module = name.removesuffix(".SCB")
-                found[module] = (LLM_INT8, entries[f"{module}.weight"].shape)
+                found[module] = (LLM_INT8, stored(entries, f"{module}.weight", [torch.int8]).shape)
         return found
 
 
@@ -172,8 +185,21 @@ def _state(grid: AbsmaxGrid, shape: Shape, dtype: str, offset: float | None) -> 
     return json.dumps(said).encode()
 
 
-def _said(state: Tensor) -> Config:
-    return json.loads(state.numpy().tobytes())
+def _said(name: str, entries: Mapping[str, Entry]) -> Config:
+    """What is noted of a matrix. Raises BadCheckpoint for what bitsandbytes would not note."""
+    state = stored(entries, name, [torch.uint8], 1)
+    said = _parsed(state.read()) if state.size_bytes <= LONGEST_STATE else {}
+    shape = said.get("shape")
+    is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and 0 < size < 1 << 31 for size in shape)
+    is_double = "nested_blocksize" in said
+    if not is_shape or type(said.get("blocksize")) is not int or "dtype" not in said or (is_double and type(said.get("nested_offset")) is not float):
+        raise BadCheckpoint(f"'{name}' does not say what block, shape and dtype a matrix has; download it again")
+    return said
+
+
+def _parsed(state: Tensor) -> Config:
+    said = parse_json(state.numpy().tobytes())
+    return said if isinstance(said, dict) else {}
 
 
 def _require_same(name: str, found: Tensor, known: Tensor) -> None:

@@ -6,8 +6,8 @@ A container moves bits and never does arithmetic on weights: `unpack(pack(q), q.
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,23 @@ STORED_INPUTS = {
     "divisor": ("input_global_scale", torch.float32),
 }
 """Suffix and dtype of what is stored of a module's inputs."""
+ONE: tuple[Shape, ...] = ((1,), ())
+"""Shapes of a single number."""
+SCALES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+Has = Callable[[str], bool]
+
+
+class Part(NamedTuple):
+    """What a tensor of a module may be in a file, whoever wrote it."""
+
+    specs: tuple[Spec, ...]
+    optional: bool = False
+
+
+def any_of(shapes: Collection[Shape], dtypes: Collection[torch.dtype], optional: bool = False) -> Part:
+    return Part(tuple(Spec(shape, dtype) for shape in shapes for dtype in dtypes), optional)
 
 
 class Container(ABC):
@@ -55,6 +72,11 @@ class Container(ABC):
     @abstractmethod
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
         """Suffix, shape and dtype of every tensor that `pack` will return."""
+
+    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        """What the tensors of such a module may be, by suffix: those of `plan`, and where others write them otherwise, that. `has` tells
+        whether a module has a tensor of a suffix."""
+        return {suffix: Part((spec,)) for suffix, spec in self.plan(scheme, shape).items()}
 
     @abstractmethod
     def pack(self, q: Quantized) -> dict[str, Tensor]:
@@ -96,6 +118,35 @@ class ConfigContainer(Container):
         return {}
 
 
+def require_parts(module: str, scheme: AnyScheme, shape: Shape, parts: Mapping[str, Part], entries: Mapping[str, Spec]) -> None:
+    """Raise BadCheckpoint unless every tensor of a module is what its container may hold of such a matrix."""
+    if len(shape) != 2 or min(shape) < 1:
+        raise BadCheckpoint(f"{module} is said to be {scheme} of {list(shape)}, which is no matrix")
+    for suffix, part in parts.items():
+        name = f"{module}.{suffix}"
+        if name not in entries:
+            if not part.optional:
+                raise BadCheckpoint(f"'{name}' is not stored, and {module} is said to be {scheme}; the checkpoint is not whole")
+        elif Spec(entries[name].shape, entries[name].dtype) not in part.specs:
+            wanted = part.specs[0]
+            raise BadCheckpoint(f"'{name}' is {told(entries[name])}, and {scheme} of {shape[0]} x {shape[1]} has {told(wanted)} there; download it again")
+
+
+def stored(entries: Mapping[str, Entry], name: str, dtypes: Collection[torch.dtype], dimensions: int = 2) -> Entry:
+    """A tensor that a module of quantized weights cannot do without. Raises BadCheckpoint."""
+    entry = entries.get(name)
+    if entry is None:
+        raise BadCheckpoint(f"'{name}' is not stored; the checkpoint is not whole")
+    if entry.dtype not in dtypes or len(entry.shape) != dimensions or 0 in entry.shape:
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise BadCheckpoint(f"'{name}' is {told(entry)}, which should have {dimensions} dimensions of {kinds}")
+    return entry
+
+
+def told(spec: Spec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+
+
 def weights_only(scheme: AnyScheme, container: str) -> Grid:
     if scheme.input:
         raise Unsupported(f"{container} has no inputs of fewer than 16 bits, such as {scheme}; compressed-tensors has, or leave {scheme.weight} alone")
@@ -114,6 +165,12 @@ def input_specs(grid: InputGrid | None) -> dict[str, Spec]:
     return {STORED_INPUTS[name][0]: Spec((1,), STORED_INPUTS[name][1]) for name in (grid.stored if grid else ())}
 
 
+def input_parts(grid: InputGrid | None) -> dict[str, Part]:
+    """As `input_specs`; others store them without a dimension too, and in the dtype of the model."""
+    kinds = {"zero": (torch.int8,)}
+    return {STORED_INPUTS[name][0]: any_of(ONE, kinds.get(name, SCALES)) for name in (grid.stored if grid else ())}
+
+
 def input_tensors(inputs: Inputs | None) -> dict[str, Tensor]:
     return {STORED_INPUTS[name][0]: value.to(STORED_INPUTS[name][1]) for name, value in (inputs.params if inputs else {}).items()}
 
@@ -127,9 +184,16 @@ def inputs_of(tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs |
     return Inputs(grid, {name: tensors[STORED_INPUTS[name][0]].float().view(1) for name in grid.stored})
 
 
-def span_of(width: int, groups: int, sizes: Collection[int | None]) -> int | str:
-    """What shares a scale, from shapes; a row of one group is a channel unless the config speaks of groups that wide."""
-    return width // groups if groups > 1 or width in sizes else "channel"
+def span_of(module: str, width: int, groups: int, sizes: Collection[Any]) -> int | str:
+    """What shares a scale, from shapes; a row of one group is a channel unless the config speaks of groups that wide.
+
+    Raises BadCheckpoint for groups that do not divide the row, or that are of none of the sizes that the config names.
+    """
+    named = [size for size in sizes if type(size) is int and size > 0]
+    if width % groups or (groups > 1 and named and width // groups not in named):
+        said = f", and config.json has groups of {' and '.join(map(str, named))}" if named else ""
+        raise BadCheckpoint(f"{module} has {groups} scales for each row of {width}{said}; its tensors or its config are of another model")
+    return width // groups if groups > 1 or width in named else "channel"
 
 
 def commonest(schemes: Mapping[str, AnyScheme]) -> AnyScheme:

@@ -14,10 +14,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from halfbyte.containers.container import Config, ConfigContainer, commonest, input_specs, input_tensors, inputs_of
+from halfbyte.containers.container import (
+    ONE,
+    SCALES,
+    Config,
+    ConfigContainer,
+    Has,
+    Part,
+    any_of,
+    commonest,
+    input_parts,
+    input_specs,
+    input_tensors,
+    inputs_of,
+    told,
+)
 from halfbyte.containers.fused import apart
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.floats import FLOAT_GRIDS, SIDE, FloatGrid, e8m0
 from halfbyte.grids.grid import AnyScheme, InputGrid, Inputs, Quantized, Scheme, Shape
 from halfbyte.grids.inputs import INPUT_GRIDS
@@ -65,6 +79,16 @@ class FP8(ConfigContainer):
             return {"weight": weight, "weight_scale": Spec((), torch.float32), **input_specs(scheme.input)}
         return {"weight": weight, "weight_scale_inv": Spec(grid.scales_shape(shape), torch.uint8 if grid.scale == "e8m0" else torch.float32)}
 
+    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        """Either name of the scales, in any of the shapes that `find` knows."""
+        grid, (out, width) = _float(scheme), shape
+        rows, columns = grid.scales_shape(shape)
+        shapes = {"tensor": (*ONE, (1, 1)), "channel": ((out, 1), (out,), (1, out))}.get(str(grid.span), ((rows, columns), (rows, 1, columns, 1)))
+        scale = any_of(shapes, (*SCALES, *BYTES), optional=True)
+        renamed = {"input_scale": "activation_scale"} if has("activation_scale") else {}
+        inputs = {renamed.get(suffix, suffix): part for suffix, part in input_parts(scheme.input).items()}
+        return {"weight": any_of(((out, width), (width, out)), ELEMENTS), "weight_scale": scale, "weight_scale_inv": scale, **inputs}
+
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         grid, scale = _held(q.grid), q.params["scale"]
         weight = q.codes.view(DTYPES[grid.element.name])
@@ -107,27 +131,29 @@ class FP8(ConfigContainer):
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
         found: dict[str, tuple[AnyScheme, Shape]] = {}
         for name, weight in entries.items():
-            if name.endswith(".weight") and weight.dtype in ELEMENTS:
-                module = name.removesuffix(".weight")
-                scale = entries.get(f"{module}.weight_scale_inv") or entries.get(f"{module}.weight_scale")
+            module = name.removesuffix(".weight")
+            scale = entries.get(f"{module}.weight_scale_inv") or entries.get(f"{module}.weight_scale")
+            if module != name and scale and weight.dtype in (*SCALES, torch.float64):
+                raise BadCheckpoint(f"'{name}' is {told(weight)} and has scales beside it, which are for floats of 8 bits; download it again")
+            if module != name and weight.dtype in ELEMENTS:
                 if scale is None:
                     raise Unsupported(f"{name} is FP8 and has no weight_scale_inv or weight_scale beside it")
                 shape = weight.shape[::-1] if _is_transposed(weight.shape, scale.shape) else weight.shape
-                grid = _grid(name, weight, scale)
+                grid = _grid(name, weight, scale, "weight_block_size" in config and f"{module}.weight_scale_inv" in entries)
                 has_scale = f"{module}.input_scale" in entries or f"{module}.activation_scale" in entries
                 is_static = config.get("activation_scheme") == "static" and has_scale
                 found[module] = Scheme(grid, STATIC if is_static else READ[grid.span]), shape
         return found
 
 
-def _grid(name: str, weight: Entry, scale: Entry) -> FloatGrid:
+def _grid(name: str, weight: Entry, scale: Entry, in_blocks: bool) -> FloatGrid:
     """From shapes: what the config says is true of most modules only."""
     element = ELEMENTS[weight.dtype]
-    spans = ("block", "tensor", "channel") if len(scale.shape) > 1 else ("tensor", "channel")
+    spans = ("block",) if in_blocks else ("block", "tensor", "channel") if len(scale.shape) > 1 else ("tensor", "channel")
     grids = [FLOAT_GRIDS[f"fp8-{element}-{span}"] for span in spans]
     if scale.dtype in BYTES and weight.shape[-1] % 32 == 0:
         grids.append(FLOAT_GRIDS[f"mxfp8-{element}"])
-    if _is_transposed(weight.shape, scale.shape):
+    if _is_transposed(weight.shape, scale.shape) and not in_blocks:
         return FLOAT_GRIDS[f"fp8-{element}-channel"]
     shape = {0: (1, 1), 1: (*scale.shape, 1), 4: scale.shape[::2]}.get(len(scale.shape), scale.shape)  # [1], [out], [rows, 1, columns, 1]
     if len(weight.shape) != 2 or not (fits := [g for g in grids if g.scales_shape(weight.shape) == shape]):

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.container import Config, ConfigContainer, commonest, exact_half, fits_half, integer, patterns, span_of
+from halfbyte.containers.container import Config, ConfigContainer, Has, Part, any_of, commonest, exact_half, fits_half, integer, patterns, span_of, stored, told
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import AnyScheme, Quantized, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 # vLLM matches rules against the fused module that it builds of several of the checkpoint's.
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+WIDTHS = (2, 3, 4, 8)
 EVERY_EXPERT = r"\.experts\.\d+"
 
 
@@ -39,7 +40,7 @@ class GPTQ(ConfigContainer):
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         grid, (out, width) = integer(scheme, self.name), shape
-        if grid.bits_per_code not in (2, 3, 4, 8) or grid.span == "tensor":
+        if grid.bits_per_code not in WIDTHS or grid.span == "tensor":
             raise Unsupported(f"gptq holds int2, int3, int4 and int8 per channel or group, not {grid}")
         for what, size in (("in", width), ("out", out)):
             if size * grid.bits_per_code % 32:
@@ -60,6 +61,11 @@ class GPTQ(ConfigContainer):
             "scales": Spec((groups, out), torch.float16),
             "g_idx": Spec((width,), torch.int32),
         }
+
+    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        plan = self.plan(scheme, shape)
+        scales, order = any_of([plan["scales"].shape], SCALE_NAME), any_of([plan["g_idx"].shape], [torch.int32], optional=True)
+        return {**super().parts(scheme, shape, has), "scales": scales, "g_idx": order}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         grid, width = integer(q.grid, self.name), q.shape[1]
@@ -127,19 +133,22 @@ class GPTQ(ConfigContainer):
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
         found: dict[str, tuple[AnyScheme, Shape]] = {}
         versions = set()
-        sizes = {config.get("group_size"), *(rule.get("group_size") for rule in (config.get("dynamic") or {}).values())}
-        for name, qweight in entries.items():
+        sizes = [config.get("group_size"), *(rule.get("group_size") for rule in (config.get("dynamic") or {}).values())]
+        for name in entries:
             if name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")
-                out, words = qweight.shape[1], entries[f"{module}.qzeros"].shape[1]
-                grid_bits = words * 32 // out
-                width, groups = qweight.shape[0] * 32 // grid_bits, entries[f"{module}.scales"].shape[0]
-                stored = bits.unpack(entries[f"{module}.qzeros"].read(), grid_bits, out)
-                middle = 1 << (grid_bits - 1)
-                symmetric = bool((stored == stored[0, 0]).all()) and int(stored[0, 0]) in (middle - 1, middle)
+                words, zeros = stored(entries, name, [torch.int32]), stored(entries, f"{module}.qzeros", [torch.int32])
+                scales = stored(entries, f"{module}.scales", SCALE_NAME)
+                out, grid_bits, groups = words.shape[1], zeros.shape[1] * 32 // words.shape[1], scales.shape[0]
+                if grid_bits not in WIDTHS or zeros.shape != (groups, out * grid_bits // 32):
+                    raise BadCheckpoint(f"{module}: {told(zeros)} zero points are none of {out} out-features in {groups} groups, of 2, 3, 4 or 8 bits")
+                width = words.shape[0] * 32 // grid_bits
+                zero = bits.unpack(zeros.read(), grid_bits, out)
+                first, middle = int(zero[0, 0]), 1 << (grid_bits - 1)
+                symmetric = bool((zero == first).all()) and first in (middle - 1, middle)
                 if symmetric:  # the value is the witness: vLLM had to unlearn trusting the label (its pull request 38966)
-                    versions.add(1 if int(stored[0, 0]) == middle - 1 else 2)
-                grid = IntGrid(grid_bits, span_of(width, groups, sizes), symmetric, scale_held(entries[f"{module}.scales"]))
+                    versions.add(1 if first == middle - 1 else 2)
+                grid = IntGrid(grid_bits, span_of(module, width, groups, sizes), symmetric, scale_held(scales))
                 found[module] = (grid, (out, width))
         self.version = versions.pop() if len(versions) == 1 else 2 if config.get("checkpoint_format") == "gptq_v2" else 1
         return found

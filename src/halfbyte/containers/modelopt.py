@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.compressed.small_floats import unpack
-from halfbyte.containers.container import Config, inputs_of
+from halfbyte.containers.container import ONE, Config, Has, Part, any_of, input_parts, inputs_of
 from halfbyte.containers.fp8 import FP8, STATIC
 from halfbyte.containers.fused import apart
 from halfbyte.containers.read_only import ReadOnly
@@ -59,6 +59,18 @@ class ModelOpt(ReadOnly):
                 read = _inputs_of_nvfp4(config, module) if f"{module}.input_scale" in entries else None
                 found[module] = Scheme(NVFP4_FACTOR, read) if read else NVFP4_FACTOR, _nvfp4_shape(module, entries)
         return found
+
+    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        if scheme.weight != NVFP4_FACTOR:
+            return FP8().parts(scheme, shape, has)
+        out, width = shape
+        inputs = {"input_scale": any_of(ONE, [torch.float32])} if scheme.input == NVFP4_INPUTS else input_parts(scheme.input)
+        return {
+            "weight": any_of(((out, width // 2), (width // 2, out)), [torch.uint8]),
+            "weight_scale": any_of(((out, width // 16), (width // 16, out)), [torch.float8_e4m3fn]),
+            "weight_scale_2": any_of(ONE, [torch.float32]),
+            **inputs,
+        }
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
         if scheme.weight != NVFP4_FACTOR:

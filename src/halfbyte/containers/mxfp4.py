@@ -9,10 +9,11 @@ The unquantized checkpoint has X itself, [experts, in, out].
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from halfbyte.containers.compressed.small_floats import MXFP4 as PACKED
-from halfbyte.containers.container import Config
+from halfbyte.containers.container import Config, Has, Part, any_of
 from halfbyte.containers.fused import apart
 from halfbyte.containers.read_only import ReadOnly
 from halfbyte.containers.safetensors import Entry
@@ -43,6 +44,10 @@ class MXFP4(ReadOnly):
                     raise Unsupported(f"{module}: {tuple(blocks.shape)} blocks and {scales and tuple(scales.shape)} scales are no MXFP4")
                 found[module] = PACKED.grid, (blocks.shape[0], blocks.shape[1] * 32)
         return found
+
+    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        out, groups = shape[0], shape[1] // 32
+        return {"blocks": any_of([(out, groups, 16)], [torch.uint8]), "scales": any_of([(out, groups)], [torch.uint8])}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
         return PACKED.unpack({"weight_packed": tensors["blocks"].flatten(1), "weight_scale": tensors["scales"]}, PACKED.grid, shape)

@@ -1,9 +1,9 @@
 """The checkpoint is the truth: its tensors, its config, and everything else in its folder."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Container, kv
+from halfbyte.containers.container import require_parts, told
 from halfbyte.containers.safetensors import Entry, Spec, read_header
-from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
+from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief
 from halfbyte.files import exists, read_object
 from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Shape
 from halfbyte.models import roles
@@ -31,6 +32,8 @@ NOT_COPIED = ("config.json", MODELOPT, "quantize_config.json", "quant_config.jso
 """They say how the source is quantized, or what is to be added to it; an output that needs such a file gets its own."""
 ADAPTER = re.compile(r"adapter_.*\.safetensors")
 WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|onnx|gguf)$|.*\.index\.json$")
+CODES = (torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
+"""What stands for a weight together with a scale only, in a checkpoint that is quantized."""
 DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -169,9 +172,16 @@ class Checkpoint:
         if self._config_container is None:
             return {}
         try:
-            return self._config_container.find(self._quantization, self.entries)
+            found = self._config_container.find(self._quantization, self.entries)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
-            raise BadCheckpoint(f"{self.path} says that it is {self._config_container.name}, but its tensors are not so: {error!r}") from None
+            raise BadCheckpoint(f"{self.path} says that it is {self._config_container.name}, but its tensors are not so: {brief(error)}") from None
+        for module, (scheme, shape) in found.items():
+            has = partial(_has, self.entries, module)
+            require_parts(module, scheme, shape, self._config_container.parts(scheme, shape, has), self.entries)
+        for name, entry in self.entries.items():
+            if name.endswith(".weight") and entry.dtype in CODES and name.removesuffix(".weight") not in found:
+                raise BadCheckpoint(f"'{name}' is {told(entry)}, and no scale of it is stored; the checkpoint is not whole")
+        return found
 
     @cached_property
     def parts(self) -> dict[str, str]:
@@ -276,6 +286,10 @@ class Checkpoint:
             w = w if weight.expert is None else w[weight.expert]
         require_finite(weight.tensor, w)
         return w.T.contiguous() if weight.transposed else w
+
+
+def _has(entries: Mapping[str, Entry], module: str, suffix: str) -> bool:
+    return f"{module}.{suffix}" in entries
 
 
 def require_finite(name: str, w: Tensor) -> None:

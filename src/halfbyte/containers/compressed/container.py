@@ -11,14 +11,15 @@ from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout
 from halfbyte.containers.compressed.packed import Packed
 from halfbyte.containers.compressed.small_floats import MXFP4, MXFP6, NV4
 from halfbyte.containers.compressed.unpacked import FLOAT, INT, MX8, NAIVE
-from halfbyte.containers.container import Config, ConfigContainer, input_specs, input_tensors, inputs_of, patterns
+from halfbyte.containers.container import Config, ConfigContainer, Has, Part, input_parts, input_specs, input_tensors, inputs_of, patterns
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported, brief
 from halfbyte.grids.floats import FLOAT_GRIDS, NVFP4_FACTOR, FloatGrid
 from halfbyte.grids.grid import AnyScheme, Quantized, Scheme, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
-LAYOUTS: dict[str, Layout] = {layout.format: layout for layout in (Packed(), NAIVE, FLOAT, INT, MX8(), MXFP4, MXFP6, NV4())}
+PACKED = Packed()
+LAYOUTS: dict[str, Layout] = {layout.format: layout for layout in (PACKED, NAIVE, FLOAT, INT, MX8(), MXFP4, MXFP6, NV4())}
 MIXED = "mixed-precision"
 """What the config calls several formats."""
 
@@ -46,13 +47,14 @@ class CompressedTensors(ConfigContainer):
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
         return {**layout_of(scheme).plan(scheme.weight, shape), **input_specs(scheme.input)}
 
+    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        return {**_layout_in_file(scheme, has("weight_packed")).parts(scheme.weight, shape), **input_parts(scheme.input)}
+
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         return {**layout_of(q.scheme).pack(q), **input_tensors(q.input)}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
-        # Others give weights alone the names of those with inputs, and the other way round.
-        layout = layout_of(scheme) if "weight_packed" in tensors or isinstance(scheme.weight, FloatGrid) else INT
-        return layout.unpack(tensors, scheme.weight, shape)._replace(input=inputs_of(tensors, scheme.input))
+        return _layout_in_file(scheme, "weight_packed" in tensors).unpack(tensors, scheme.weight, shape)._replace(input=inputs_of(tensors, scheme.input))
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
         groups: dict[str, Config] = {}
@@ -88,7 +90,7 @@ class CompressedTensors(ConfigContainer):
         formats = {config.get("format"), *(group.get("format") for group in groups.values())}
         if unknown := sorted(f for f in formats - {None, MIXED, "dense"} if f not in LAYOUTS):
             raise Unsupported(f"compressed-tensors format '{unknown[0]}' is not read yet; {', '.join(LAYOUTS)} are")
-        said = [group["weights"] for group in groups.values() if group.get("weights")]
+        said = [_weights(group["weights"]) for group in groups.values() if group.get("weights")]
         found: dict[str, tuple[AnyScheme, Shape]] = {}
         for name in entries:
             module, _, suffix = name.rpartition(".")
@@ -100,6 +102,20 @@ class CompressedTensors(ConfigContainer):
                 read = input_grid(group_of(module, groups).get("input_activations"))
                 found[module] = (Scheme(known[0], read) if read else known[0], known[1])
         return found
+
+
+def _weights(said: Config) -> Config:
+    """QuantizationArgs of weights, as far as they are used here."""
+    if type(said.get("num_bits", 8)) is not int or not isinstance(said.get("group_size") or 1, int) or not isinstance(said.get("type", "int"), str):
+        raise BadCheckpoint(f"config.json says of quantized weights what nobody would: {brief(said)}")
+    return said
+
+
+def _layout_in_file(scheme: AnyScheme, is_packed: bool) -> Layout:
+    """Others give weights alone the names of those with inputs, and the other way round."""
+    if isinstance(scheme.weight, IntGrid):
+        return PACKED if is_packed else INT
+    return layout_of(scheme)
 
 
 def layout_of(scheme: AnyScheme) -> Layout:

@@ -1,10 +1,11 @@
 """How inputs are rounded, as compressed-tensors says it: QuantizationArgs of `input_activations` (quantization/quant_args.py)."""
 
-import re
 from collections.abc import Mapping
 
+import regex
+
 from halfbyte.containers.container import Config
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import InputGrid
 from halfbyte.grids.inputs import INPUT_GRIDS, ScaledInputs
 
@@ -13,6 +14,8 @@ MICRO: dict[str, Config] = {
     "mxfp4": {"num_bits": 4, "strategy": "group", "group_size": 32, "dynamic": True, "scale_dtype": "torch.uint8"},
     "nvfp4": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"},
 }
+PATIENCE = 1.0
+"""Seconds for one pattern and one module."""
 STRATEGIES = {"token": ("token", True), "tensor": ("tensor", True), "static": ("tensor", False)}
 
 
@@ -66,12 +69,20 @@ def input_grid(said: Config | None) -> InputGrid | None:
     return ScaledInputs.parse(f"{number}-{span}{'' if said.get('symmetric', True) or is_float else '-asym'}")
 
 
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a pattern of the config is that of a module; of one that never ends, the end is not waited for."""
+    try:
+        return bool(regex.match(pattern, module, timeout=PATIENCE))
+    except (regex.error, TimeoutError) as error:
+        raise BadCheckpoint(f"config.json has a target 're:{pattern:.80}' that cannot be looked for: {str(error) or 'it takes too long'}") from None
+
+
 def group_of(module: str, groups: Mapping[str, Config]) -> Config:
     """The group of the config that a module is in: the one that names it, or the one that names a class, such as Linear."""
     rest: Config = {}
     for group in groups.values():
         for target in group.get("targets") or []:
-            if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+            if target == module or (target.startswith("re:") and _matches(target[3:], module)):
                 return group
             if target[:1].isupper():  # a class; "lm_head" is a module's name
                 rest = group

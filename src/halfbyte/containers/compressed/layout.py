@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from halfbyte.containers.container import Config
+from halfbyte.containers.container import Config, Part
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
@@ -30,6 +30,9 @@ class Layout(ABC):
 
     @abstractmethod
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]: ...
+
+    def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+        return {suffix: Part((spec,)) for suffix, spec in self.plan(grid, shape).items()}
 
     @abstractmethod
     def pack(self, q: Quantized) -> dict[str, Tensor]: ...
@@ -61,3 +64,9 @@ def arguments(bits: int, kind: str, strategy: str, group: int | None = None, sym
         "observer_kwargs": {},
         **more,
     }
+
+
+def may_be(said: list[Config], word: str, value: object) -> bool:
+    """Whether the config says this of some weights, or nothing of any."""
+    values = [weights[word] for weights in said if weights.get(word) is not None]
+    return not values or value in values

@@ -7,15 +7,16 @@ weight_shape       int64 [2]
 """
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments
-from halfbyte.containers.container import Config, integer, span_of
+from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments, may_be
+from halfbyte.containers.container import ONE, Config, Part, any_of, integer, span_of, stored, told
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
 from halfbyte.grids.inputs import FLOATS, ScaledInputs
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
@@ -48,6 +49,11 @@ class Packed(Layout):
             specs["weight_zero_point"] = Spec((-(-out * grid.bits_per_code // 32), groups), torch.int32)
         return specs
 
+    def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+        known, tensor = super().parts(grid, shape), integer(grid, NAME).span == "tensor"
+        scale = {"weight_scale": any_of((*ONE, (1, 1)), [self.plan(grid, shape)["weight_scale"].dtype])} if tensor else {}
+        return {**known, **scale, "weight_shape": any_of([(2,)], [torch.int64, torch.int32])}
+
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         grid = integer(q.grid, NAME)
         tensors = {
@@ -72,7 +78,10 @@ class Packed(Layout):
             return None
         if f"{module}.weight_g_idx" in entries:
             raise Unsupported(f"{module} is quantized in activation order (weight_g_idx), which is not read yet")
-        out, width = entries[f"{module}.weight_shape"].read().tolist()
+        shape = stored(entries, f"{module}.weight_shape", [torch.int64, torch.int32], 1)
+        if shape.shape != (2,):
+            raise BadCheckpoint(f"'{module}.weight_shape' is {told(shape)}, which should be two numbers")
+        out, width = shape.read().tolist()
         return _grid(entries, module, said, out, width), (out, width)
 
     def arguments(self, grid: Grid) -> Config:
@@ -82,11 +91,16 @@ class Packed(Layout):
 
 def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: int, width: int) -> Grid:
     """The grid as the tensors show it, whatever the label. What was `said` decides where shapes leave a choice."""
-    packed, scale = entries[f"{module}.weight_packed"], entries[f"{module}.weight_scale"]
+    packed, name = stored(entries, f"{module}.weight_packed", [torch.int32]), f"{module}.weight_scale"
+    scale = stored(entries, name, SCALE_NAMES, len(entries[name].shape) if name in entries else 2)
     groups = scale.shape[-1] if len(scale.shape) == 2 else 1
-    named = {weights.get("num_bits") for weights in said}
-    width_bits = min((b for b in range(2, 9) if -(-width * b // 32) == packed.shape[1]), key=lambda b: b not in named, default=None)
-    if width_bits is None or width % groups:
-        raise Unsupported(f"{module}: {tuple(packed.shape)} words and {tuple(scale.shape)} scales are no packing of {out} x {width}")
-    span = "tensor" if scale.shape == (1,) and out > 1 else span_of(width, groups, {weights.get("group_size") for weights in said})
-    return IntGrid(width_bits, span, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype])
+    named = {weights["num_bits"] for weights in said if "num_bits" in weights} or range(2, 9)
+    width_bits = next((b for b in range(2, 9) if b in named and -(-width * b // 32) == packed.shape[1]), None)
+    if width_bits is None or not groups:
+        raise BadCheckpoint(f"{module}: {told(packed)} words and {told(scale)} scales are no packing of {out} x {width} in {' or '.join(map(str, named))} bits")
+    is_tensor = prod(scale.shape) == 1 and out > 1 and may_be(said, "strategy", "tensor")
+    symmetric = f"{module}.weight_zero_point" not in entries
+    if symmetric and not may_be(said, "symmetric", True):
+        raise BadCheckpoint(f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint is not whole")
+    span = "tensor" if is_tensor else span_of(module, width, groups, [weights.get("group_size") for weights in said])
+    return IntGrid(width_bits, span, symmetric, SCALE_NAMES[scale.dtype])

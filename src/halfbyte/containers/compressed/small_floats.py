@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from halfbyte.containers.compressed.layout import Layout, arguments
-from halfbyte.containers.container import Config
+from halfbyte.containers.container import ONE, Config, Part, any_of, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.floats import FLOAT_GRIDS
@@ -67,6 +67,9 @@ class NV4(Layout):
             "weight_global_scale": Spec((1,), torch.float32),
         }
 
+    def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+        return {**super().parts(grid, shape), "weight_global_scale": any_of(ONE, [torch.float32])}
+
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         return {
             "weight_packed": _pack(q.codes, 4),
@@ -82,7 +85,7 @@ class NV4(Layout):
         packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
         if packed is None or scale is None or packed.dtype != torch.uint8 or scale.dtype != torch.float8_e4m3fn:
             return None
-        out, width = packed.shape[0], packed.shape[1] * 2
+        out, width = stored(entries, f"{module}.weight_packed", [torch.uint8]).shape[0], packed.shape[1] * 2
         if scale.shape != (out, width // 16) or f"{module}.weight_global_scale" not in entries:
             raise Unsupported(f"{module}: {tuple(scale.shape)} scales for {out} x {width} weights are no NVFP4")
         return self.grid, (out, width)

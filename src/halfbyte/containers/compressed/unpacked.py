@@ -9,14 +9,15 @@ bits take a byte too where inputs are integers (W4A8), as the readers have it.
 """
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
 
-from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments
-from halfbyte.containers.container import Config, integer, span_of
+from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments, may_be
+from halfbyte.containers.container import ONE, Config, Part, any_of, integer, span_of, stored
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.floats import FLOAT_GRIDS, SIDE, FloatGrid
 from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
@@ -46,6 +47,11 @@ class Unpacked(Layout):
         zero = {} if grid.symmetric else {"weight_zero_point": Spec(scales, torch.int8)}
         return {"weight": Spec(shape, torch.int8), "weight_scale": Spec(scales, SCALE_DTYPES[grid.scale]), **zero}
 
+    def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+        plan, span = self.plan(grid, shape), grid.span if isinstance(grid, FloatGrid) else integer(grid, self.format).span
+        shapes = {"tensor": (*ONE, (1, 1)), "channel": ((shape[0], 1), (shape[0],))}.get(str(span), (plan["weight_scale"].shape,))
+        return {name: Part((spec,)) if name == "weight" else any_of(shapes, [spec.dtype]) for name, spec in plan.items()}
+
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         scale = q.params["scale"].reshape(self.plan(q.grid, q.shape)["weight_scale"].shape)
         if isinstance(q.grid, FloatGrid):
@@ -68,12 +74,17 @@ class Unpacked(Layout):
         weight, scale = entries.get(f"{module}.weight"), entries.get(f"{module}.weight_scale")
         if weight is None or scale is None or weight.dtype not in (torch.int8, torch.float8_e4m3fn) or scale.dtype not in SCALE_NAMES:
             return None
-        out, width = weight.shape
-        rows, groups = scale.shape if len(scale.shape) == 2 else (1, 1)
+        out, width = stored(entries, f"{module}.weight", [weight.dtype]).shape
+        rows, groups = scale.shape if len(scale.shape) == 2 else (prod(scale.shape), 1)
+        spans = [span for span in ("channel", "tensor", "block") if may_be(said, "strategy", span)]
         if weight.dtype == torch.int8:
-            span = "tensor" if rows == 1 and out > 1 else span_of(width, groups, {weights.get("group_size") for weights in said})
+            if (rows, groups) == (1, 1) and out > 1 and "tensor" not in spans:
+                raise BadCheckpoint(f"'{module}.weight_scale' is one number, and config.json says that there are more")
+            if f"{module}.weight_zero_point" not in entries and not may_be(said, "symmetric", True):
+                raise BadCheckpoint(f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint is not whole")
+            span = "tensor" if rows == 1 and out > 1 else span_of(module, width, groups, [weights.get("group_size") for weights in said])
             return IntGrid(_bits(weight, said), span, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype]), (out, width)
-        for span in ("channel", "tensor", "block"):
+        for span in spans:
             grid = FloatGrid(MXFP8.element, span, SCALE_NAMES[scale.dtype])
             if grid.scales_shape((out, width)) == (rows, groups):
                 return grid, (out, width)
@@ -96,7 +107,7 @@ def _unsigned(codes: Tensor, middle: int) -> Tensor:
 
 def _bits(weight: Entry, said: list[Config]) -> int:
     """Of integers in bytes: what the config says, or, where it names several, the fewest that hold these."""
-    named = sorted({weights.get("num_bits", 8) for weights in said if weights.get("type", "int") == "int"} or {8})
+    named = sorted({bits for weights in said if weights.get("type", "int") == "int" and 2 <= (bits := weights.get("num_bits", 8)) <= 8} or {8})
     if len(named) == 1:
         return named[0]
     most = int(weight.read().int().add(0.5).abs().max())  # -8 and 7 both take 4 bits
@@ -127,6 +138,7 @@ class MX8(Layout):
         weight, scale = entries.get(f"{module}.weight"), entries.get(f"{module}.weight_scale")
         if weight is None or scale is None or weight.dtype != torch.float8_e4m3fn or scale.dtype != torch.uint8:
             return None
+        stored(entries, f"{module}.weight", [weight.dtype])
         if scale.shape != MXFP8.scales_shape(weight.shape):
             raise Unsupported(f"{module}: {tuple(scale.shape)} scales for {tuple(weight.shape)} weights are no MXFP8")
         return MXFP8, weight.shape
