@@ -10,7 +10,7 @@ HalfbyteError          a user's request that cannot be met; its text is one line
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LISTED = 12
 """Known names that a message lists where none is near."""
@@ -34,9 +34,10 @@ class BadRequest(HalfbyteError):
 class UnknownName(BadRequest):
     """A name that is in no table."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]):
+    def __init__(self, kind: str, name: str, known: Iterable[str], meant: Sequence[str] = ()):
+        """`meant` are the known names that it most likely stands for, where the caller can tell."""
         known = list(known)
-        near = nearest(name, known)
+        near = meant or nearest(name, known)
         some = known[:: -(-len(known) // LISTED)]
         listed = f"known: {', '.join(known)}" if len(some) == len(known) else f"known are {len(known)}, such as {', '.join(some)}"
         super().__init__(f"unknown {kind} '{name}'; " + (f"did you mean {' or '.join(near)}?" if near else listed))

@@ -7,11 +7,12 @@ import torch
 from halfbyte import grids
 from halfbyte.containers import Container
 from halfbyte.containers.gguf import presets
-from halfbyte.errors import BadRequest, Unsupported
+from halfbyte.errors import BadRequest, UnknownName, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import AnyScheme, Quantized, Scheme, Shape
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.jobs.job import AS_ASKED, SKIPPED, Choice, check_patterns, matches
+from halfbyte.jobs.words import unknown_grid
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
 
@@ -21,7 +22,12 @@ SMALLER_GROUPS = (256, 128, 64, 32)
 def scheme_named(name: str) -> AnyScheme:
     if presets.is_preset(name) and name not in grids.GRIDS and name not in grids.ALIASES:
         raise Unsupported(f"'{name}' is a preset of GGUF, where tensors have several types; write one with --to gguf, or name one grid, such as int4-g128")
-    return schemes.parse(name)
+    try:
+        return schemes.parse(name)
+    except UnknownName:
+        if "/" in name:
+            raise
+        raise unknown_grid(name) from None
 
 
 def choose(

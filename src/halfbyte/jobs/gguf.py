@@ -1,7 +1,6 @@
 """Types for the tensors of a GGUF: those of llama.cpp's presets."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 
 from halfbyte.containers import GGUF
@@ -13,6 +12,7 @@ from halfbyte.grids import schemes
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.jobs.job import AS_ASKED, SKIPPED, Choice, Job, check_patterns, keep, matches
+from halfbyte.jobs.words import unknown_grid
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.models.ggufs import Names, translation_of
 from halfbyte.recipe import PARTS, Method, Recipe
@@ -56,14 +56,14 @@ def _preset_and_type(name: str, pure: bool = False) -> tuple[str | None, str]:
         preset = presets.preset_named(name)
         base = presets.PRESETS[preset].type
         return preset if base in presets.PLAIN or not pure else None, base
-    return None, _type_named(name, "preset or type of GGUF", presets.PRESETS)
+    return None, _type_named(name)
 
 
-def _type_named(name: str, kind: str = "type of GGUF", also: Iterable[str] = ()) -> str:
+def _type_named(name: str) -> str:
     try:
         scheme = schemes.parse(name)
     except UnknownName:
-        raise UnknownName(kind, name, dict.fromkeys((*also, *LAYOUTS))) from None
+        raise unknown_grid(name, ggufs=True) from None
     if scheme.input:
         raise Unsupported(
             f"a GGUF does not say how inputs are rounded, llama.cpp chooses it, and {name} does; write Q8_0 or Q4_K_M, or --to compressed-tensors"
