@@ -378,13 +378,13 @@ CALIBRATION = {
     "binary.txt": (bytes(range(256)) * 50, "is not UTF-8 text"),
     "latin.txt": ("café ".encode("latin1") * 100, "is not UTF-8 text"),
     "zeros.bin": (bytes(5000), "NUL bytes"),
-    "x.parquet": (b"PAR1" + bytes(200) + b"PAR1", "NUL bytes"),
+    "x.parquet": (b"PAR1" + bytes(200) + b"PAR1", ("Parquet", ".jsonl")),
     "empty.jsonl": ("", "is empty"),
     "cut.jsonl": ('{"text": "a"}\n{"te', ("line 2", "a record is")),
     "other.jsonl": ('{"a": 1}', ("line 1", "a record is")),
     "number.jsonl": ("3", ("line 1", "a record is")),
     "null.jsonl": ("null", ("line 1", "a record is")),
-    "list.jsonl": ("[1, 2]", ("line 1", "a record is")),
+    "list.jsonl": ("[1, 2]", ("line 1", "a message is a number")),
     "chat.jsonl": (CHAT, ("line 1", "no chat template", "'text'")),
     "cut.json": ('[{"text"', "is not JSON"),
     "list.json": ('["a", 3]', ("record 2", "a record is")),
@@ -419,7 +419,7 @@ def test_texts_and_chats(tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8")
         result = tiny.halfbyte("quantize", model, "-o", tmp_path / f"{name}-out", "--samples", "2", "--length", "64", "--calibration", tmp_path / name)
         assert result.code == 0, result.err
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": [{"nothing": 1}]}))
+    (tmp_path / "bad.jsonl").write_text(CHAT)
     broken = json.loads((model / "tokenizer_config.json").read_text()) | {"chat_template": "{{ raise_exception('no') }}"}
     (model / "tokenizer_config.json").write_text(json.dumps(broken))
     words = ["quantize", model, "-o", tmp_path / "out", "--samples", "2", "--length", "64", "--calibration", tmp_path / "bad.jsonl"]

@@ -46,13 +46,14 @@ def evaluate(
     text: str = "heldout",
     length: int = 512,
     windows: int | None = None,
-    convention: str = "papers",
+    convention: str = "served",
     kv: Sequence[str] = ("stored",),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Perplexity of `against` and `models`, and what each of `models` diverges from it, on the same tokens.
 
-    `text`: a file, a dataset, or "heldout", the embedded text. `kv`: caches to run each model with; "stored" is the one that it says
+    `text`: a file, a dataset, or "heldout", the embedded text. `convention`: "served", each window begins as the tokenizer begins a text;
+    "papers", none does; "llama.cpp". `kv`: caches to run each model with; "stored" is the one that it says
     it has, "none" one of 16 bits. The result is also written into each model's report.json.
     """
     from halfbyte.evaluation.divergence import compare
@@ -63,15 +64,15 @@ def evaluate(
     kinds = [(model, kind) for model in models for kind in kv]
     checkpoints = [reference, *(with_cache(model, kind, progress) for model, kind in kinds)]
     require_one_vocabulary(reference, checkpoints[1:])
-    taken = calibrate.evaluation(reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows)
-    tokens = rule.prepare(taken.tokens, calibrate.bos(reference) if rule.bos else None)
-    rows = compare(checkpoints, tokens, rule, progress=progress)
+    taken = calibrate.evaluation(reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows, rule.begin)
+    rows = compare(checkpoints, taken.tokens, rule.first(length, len(taken.stream.opening)), progress=progress)
     common = {
         "text": text,
         "length": length,
-        "windows": len(tokens),
+        "windows": len(taken.tokens),
         "tokens_sha256": taken.digest,
         "convention": rule.name,
+        "opening": list(taken.stream.opening_words),
         "reference_path": str(reference.path),
     }
     measured = [{"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, **row} for c, row in zip(checkpoints[1:], rows[1:], strict=True)]
@@ -167,7 +168,7 @@ def imatrix(
         windows = calibrate.calibration(checkpoint, calibration, samples, length, seed)
         measured = importance.measure(checkpoint, windows, progress)
         files.write(partial, measured)
-    return {"path": str(out), "matrices": len(measured.tensors), "windows": list(windows.tokens.shape), "source": calibration}
+    return {"path": str(out), "matrices": len(measured.tensors), **windows.about}
 
 
 def load(path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cpu") -> "PreTrainedModel":

@@ -56,7 +56,10 @@ def quantize(
     ] = None,
     engine: Annotated[str | None, typer.Option(help="vllm, sglang, transformers, tgi, tensorrt-llm, llama.cpp or ollama; its rules are checked first.")] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="A text file, a .jsonl of texts or chats, or a dataset org/name:split.", show_default="the embedded text")
+        str | None,
+        typer.Option(
+            help="A text file, a .jsonl, .json or .csv of texts, instructions or chats, or a dataset org/name:split.", show_default="the embedded text"
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.", show_default="128")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a window.", show_default="512")] = None,
@@ -150,7 +153,7 @@ def kv(
     model: Annotated[str, typer.Argument(help="A folder or a hub id, quantized or not.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     grid: Annotated[str, typer.Option("--kv", help="fp8-e4m3, or fp8-e4m3-head with a scale for each head.")] = "fp8-e4m3",
-    calibration: Annotated[str, typer.Option(help="A text file, a .jsonl, or a dataset.", show_default="the embedded text")] = "default",
+    calibration: Annotated[str, typer.Option(help="A text file, a .jsonl, .json or .csv, or a dataset.", show_default="the embedded text")] = "default",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Which windows are drawn.")] = 0,
@@ -183,7 +186,7 @@ def kv(
 def imatrix(
     model: Annotated[str, typer.Argument(help="A folder, a GGUF, or a hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
-    calibration: Annotated[str, typer.Option(help="A text file, a .jsonl, or a dataset.", show_default="the embedded text")] = "default",
+    calibration: Annotated[str, typer.Option(help="A text file, a .jsonl, .json or .csv, or a dataset.", show_default="the embedded text")] = "default",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Which windows are drawn.")] = 0,
@@ -205,10 +208,10 @@ def imatrix(
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Checkpoints to measure; the second and later are also compared with the first, token by token.")],
     against: Annotated[str, typer.Option(help="The original.")],
-    text: Annotated[str, typer.Option(help="A text file, a .jsonl, a dataset, or 'heldout' for the embedded text.")] = "heldout",
+    text: Annotated[str, typer.Option(help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text.")] = "heldout",
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
-    convention: Annotated[str, typer.Option(help="papers or llama.cpp.")] = "papers",
+    convention: Annotated[str, typer.Option(help="served (windows begin as the tokenizer begins a text), papers (no BOS) or llama.cpp.")] = "served",
     kv: Annotated[
         list[str] | None,
         typer.Option(help="Run the models with this KV cache: fp8-e4m3, int8, int4 ..., none for 16 bits; repeatable.", show_default="as stored"),
@@ -223,7 +226,8 @@ def evaluate(
     if as_json:
         _print_json(result)
         return
-    out.print(f"{result['windows']} windows of {length} tokens of {text}, convention {result['convention']}")
+    begins = f", each begins with {''.join(result['opening'])}" if result["opening"] else ""
+    out.print(f"{result['windows']} windows of {length} tokens of {text}, convention {result['convention']}{begins}", markup=False)
     table = Table("model", "perplexity", "KL to the original", "KL median", "KL p99", "KL max", "same top-1", "Δp rms")
     table.add_row(against, f"{result['reference']['perplexity']:.3f}")
     for row in result["models"]:

@@ -105,7 +105,7 @@ def describe(grid: KVGrid, how: str, windows: calibrate.Windows, rows: list[Row]
     return {
         "grid": str(grid),
         "input_range": how,
-        "calibration": {"source": windows.source, "windows": list(windows.tokens.shape), "tokens_sha256": windows.digest},
+        "calibration": windows.about,
         "rows": [asdict(row) for row in rows],
         "most_clipped": max(max(row.keys_clipped, row.values_clipped) for row in rows),
         "serve": layout.served(grid),

@@ -1,5 +1,6 @@
 """Perplexity and divergence against a plain computation: Transformers' own models, whole, all logits at once."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -27,12 +28,17 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-def windows_of(home: Path) -> torch.Tensor:
-    """Every byte is a token, and the tokenizer's ids are those of byte-level BPE."""
+def windows_of(home: Path, convention: str) -> torch.Tensor:
+    """Every byte is a token, and the tokenizer's ids are those of byte-level BPE; 256 is BOS, which the tokenizer puts before a text."""
     letters = sorted(tiny.pre_tokenizers.ByteLevel.alphabet())
     text = (home / "text.txt").read_text().replace(" ", "Ġ")
     ids = torch.tensor([letters.index(c) for c in text])
-    return ids[: LENGTH * WINDOWS].view(WINDOWS, LENGTH)
+    if convention == "served":
+        return torch.cat([torch.full((WINDOWS, 1), 256), ids[: (LENGTH - 1) * WINDOWS].view(WINDOWS, LENGTH - 1)], 1)
+    windows = ids[: LENGTH * WINDOWS].view(WINDOWS, LENGTH)
+    if convention == "llama.cpp":
+        windows[:, 0] = 256
+    return windows
 
 
 @torch.no_grad()
@@ -50,11 +56,8 @@ def log_probabilities(path: Path, windows: torch.Tensor) -> torch.Tensor:
 
 
 def expected(home: Path, name: str, convention: str) -> dict[str, float]:
-    windows = windows_of(home)
-    first = 0
-    if convention == "llama.cpp":
-        windows[:, 0] = 256
-        first = LENGTH // 2
+    windows = windows_of(home, convention)
+    first = LENGTH // 2 if convention == "llama.cpp" else 0
     p, q = log_probabilities(home / "model", windows), log_probabilities(home / name, windows)
     following = windows[:, first + 1 :, None]
     p, q = p[:, first:-1], q[:, first:-1]
@@ -78,9 +81,11 @@ def test_evaluate(convention, home):
     """5 windows: LENGTH - 1 positions of each, or the second half without its first half's context being scored."""
     found = halfbyte.evaluate([home / "int4", home / "int3"], home / "model", str(home / "text.txt"), LENGTH, WINDOWS, convention)
     assert found["windows"] == WINDOWS
+    assert found["opening"] == ([] if convention == "papers" else [tiny.BOS])
+    assert found["tokens_sha256"] == hashlib.sha256(windows_of(home, convention).to(torch.int32).numpy().tobytes()).hexdigest()
     for row, name in zip(found["models"], ["int4", "int3"], strict=True):
         wanted = expected(home, name, convention)
-        assert row["tokens"] == wanted["tokens"] == WINDOWS * (LENGTH - 1 if convention == "papers" else LENGTH - LENGTH // 2 - 1)
+        assert row["tokens"] == wanted["tokens"] == WINDOWS * (LENGTH - LENGTH // 2 - 1 if convention == "llama.cpp" else LENGTH - 1)
         for key, value in wanted.items():
             assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
     assert found["reference"]["perplexity"] == pytest.approx(expected(home, "model", convention)["perplexity"], rel=1e-4)
@@ -88,9 +93,8 @@ def test_evaluate(convention, home):
 
 
 def test_conventions_differ(home):
-    papers, second_half = (halfbyte.evaluate([home / "int4"], home / "model", str(home / "text.txt"), LENGTH, WINDOWS, c) for c in CONVENTIONS)
-    assert papers["models"][0]["perplexity"] != second_half["models"][0]["perplexity"]
-    assert papers["tokens_sha256"] == second_half["tokens_sha256"]
+    found = [halfbyte.evaluate([home / "int4"], home / "model", str(home / "text.txt"), LENGTH, WINDOWS, c) for c in CONVENTIONS]
+    assert len({one["models"][0]["perplexity"] for one in found}) == len({one["tokens_sha256"] for one in found}) == len(CONVENTIONS)
 
 
 def test_slices_change_nothing(home, monkeypatch):

@@ -92,7 +92,7 @@ def test_what_was_lost(home):
     measured, unmeasured = ((home / name / "README.md").read_text() for name in ("gptq it's", "nearest"))
     evaluation = json.loads((home / "gptq it's" / "report.json").read_text())["evaluation"]
     assert f"| perplexity | {evaluation['reference']['perplexity']:.3f} | {evaluation['model']['perplexity']:.3f} |" in measured
-    assert "3 windows of 64, convention *papers*" in measured
+    assert "3 windows of 64, convention *served*" in measured
     assert "halfbyte eval" not in measured
     assert f"halfbyte eval {home / 'nearest'} --against {home / 'model'}" in unmeasured
     assert "--against ORIGINAL" in (home / "converted" / "README.md").read_text()

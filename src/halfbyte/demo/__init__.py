@@ -6,3 +6,4 @@ FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
 CALIBRATION = FOLDER / "text" / "calibration.txt"
 HELDOUT = FOLDER / "text" / "heldout.txt"
+CHATS = FOLDER / "text" / "chats.jsonl"

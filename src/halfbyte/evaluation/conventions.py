@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Int64
-from torch import Tensor
-
 from halfbyte.errors import UnknownName
+from halfbyte.models.calibrate import Begin
 
 
 @dataclass(frozen=True)
@@ -14,23 +12,18 @@ class Convention:
 
     name: str
     skip: float
-    bos: bool
-    """Whether the first token of each window is overwritten by BOS, where the model's tokenizer adds one."""
+    begin: Begin
     about: str
 
-    def first(self, length: int) -> int:
-        return int(length * self.skip)
-
-    def prepare(self, windows: Int64[Tensor, "windows length"], bos: int | None) -> Int64[Tensor, "windows length"]:
-        if self.bos and bos is not None:
-            windows = windows.clone()
-            windows[:, 0] = bos
-        return windows
+    def first(self, length: int, opening: int) -> int:
+        """The first position whose prediction is scored: no model is asked to predict how a text begins."""
+        return max(int(length * self.skip), opening - 1 if self.begin == "before" else 0)
 
 
 CONVENTIONS = {
-    "papers": Convention("papers", 0.0, False, "non-overlapping windows, every position scored (GPTQ, AWQ and later papers)"),
-    "llama.cpp": Convention("llama.cpp", 0.5, True, "llama-perplexity: the second half of each window scored, BOS first if the tokenizer adds it"),
+    "served": Convention("served", 0.0, "before", "each window begins as the tokenizer begins a text, and every token of the text after it is scored"),
+    "papers": Convention("papers", 0.0, "none", "non-overlapping windows of text alone, every position scored (GPTQ, AWQ and later papers)"),
+    "llama.cpp": Convention("llama.cpp", 0.5, "over", "llama-perplexity: the second half of each window scored, BOS first if the tokenizer adds it"),
 }
 
 

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from halfbyte.evaluation.conventions import Convention
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
 
@@ -35,12 +34,15 @@ class Tokens:
 def compare(
     checkpoints: Sequence[Checkpoint],
     windows: Int64[Tensor, "windows length"],
-    convention: Convention,
+    first: int = 0,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[str, float, float], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
-    """A row of measures for each checkpoint, the first being the reference; rows after the second are also compared with the second, pair by pair."""
-    per_token = measure(checkpoints, windows, convention, dtype, progress)
+    """A row of measures for each checkpoint, the first being the reference; rows after the second are also compared with the second, pair by pair.
+
+    `first`: the first position of each window whose prediction is scored.
+    """
+    per_token = measure(checkpoints, windows, first, dtype, progress)
     rows = [summary(t, reference=i == 0) for i, t in enumerate(per_token)]
     for row, tokens in list(zip(rows, per_token, strict=True))[2:]:
         row["kl_minus_first"] = mean_and_error(tokens.kl - per_token[1].kl)
@@ -48,7 +50,7 @@ def compare(
     return rows
 
 
-def measure(checkpoints: Sequence[Checkpoint], windows: Tensor, convention: Convention, dtype: torch.dtype, progress: Callable) -> list[Tokens]:
+def measure(checkpoints: Sequence[Checkpoint], windows: Tensor, first: int, dtype: torch.dtype, progress: Callable) -> list[Tokens]:
     width = checkpoints[0].text_config.get("hidden_size") or checkpoints[0].text_config.get("n_embd") or 4096
     at_once = max(1, int(HIDDEN_BYTES / (windows.shape[1] * width * dtype.itemsize)))
     parts: list[list[Tokens]] = [[] for _ in checkpoints]
@@ -65,9 +67,9 @@ def measure(checkpoints: Sequence[Checkpoint], windows: Tensor, convention: Conv
                 block.free()
         for batch in zip(*(walk.logits() for walk in walks), strict=True):
             tokens = batch[0][0]
-            reference = _log_probabilities(batch[0][1], convention)
+            reference = _log_probabilities(batch[0][1], first)
             for collected, (_, logits) in zip(parts, batch, strict=True):
-                collected.append(_score(reference, _log_probabilities(logits, convention), tokens[:, convention.first(tokens.shape[1]) + 1 :]))
+                collected.append(_score(reference, _log_probabilities(logits, first), tokens[:, first + 1 :]))
     return [Tokens(*(torch.cat([getattr(t, name) for t in part]) for name in ("nll", "kl", "same_top", "change"))) for part in parts]
 
 
@@ -75,8 +77,8 @@ def block_share(walk: Walk, block) -> float:
     return walk.blocks.index(block) / len(walk.blocks)
 
 
-def _log_probabilities(logits: Tensor, convention: Convention) -> Float32[Tensor, "batch positions vocabulary"]:
-    return logits[:, convention.first(logits.shape[1]) : -1].float().log_softmax(-1)
+def _log_probabilities(logits: Tensor, first: int) -> Float32[Tensor, "batch positions vocabulary"]:
+    return logits[:, first:-1].float().log_softmax(-1)
 
 
 def _score(reference: Tensor, own: Tensor, following: Tensor) -> Tokens:

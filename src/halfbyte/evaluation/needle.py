@@ -45,8 +45,12 @@ class Planted:
 
 def plant(checkpoint: Checkpoint, text: str, length: int, depths: Sequence[float], facts: int, seed: int) -> Planted:
     """Every fact at every depth and nowhere, in a text of its own. Raises BadRequest where a text of this length does not hold a fact."""
-    encode, first = _encoder(checkpoint)
-    stream = calibrate.tokens(checkpoint, text, length).tolist()
+    tokenizer = calibrate.tokenizer_of(checkpoint)
+    first, stream = calibrate.opening(tokenizer), calibrate.read(checkpoint, tokenizer, text, length).tokens.tolist()
+
+    def encode(words: str) -> list[int]:
+        return tokenizer(words, add_special_tokens=False)["input_ids"]
+
     draw = random.Random(seed)
     tokens, answers, where, which = [], [], [], []
     for fact in range(facts):
@@ -68,13 +72,6 @@ def plant(checkpoint: Checkpoint, text: str, length: int, depths: Sequence[float
             where.append(depth)
             which.append(fact)
     return Planted(torch.tensor(tokens), answers, where, which)
-
-
-def _encoder(checkpoint: Checkpoint) -> tuple[Callable[[str], list[int]], list[int]]:
-    """Text to tokens without special ones, and what the tokenizer puts before a text."""
-    tokenizer = calibrate.tokenizer_of(checkpoint)
-    bos = calibrate.bos(checkpoint)
-    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], [] if bos is None else [bos]
 
 
 @torch.no_grad()

@@ -1,31 +1,56 @@
-"""Text to windows of tokens, for calibration and for evaluation."""
+"""Text to windows of tokens, for calibration and for evaluation: each begins as a text begins where the model is served."""
 
 import hashlib
-import json
-import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int64
-from jinja2 import TemplateError
 from torch import Tensor
 
 from halfbyte import demo
 from halfbyte.errors import BadCheckpoint, BadRequest
+from halfbyte.models import chats, texts
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.texts import Record
 
 DEFAULT = "default"
+Begin = Literal["before", "over", "none"]
+"""Where what the tokenizer puts before a text goes: before the text of each window, over its first tokens, or nowhere."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-EXPECTED = "a record is an object with 'text' or 'messages', a string, or a list of messages"
-DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 
 
-class Text(NamedTuple):
-    text: str
-    is_whole: bool
-    """Whether the tokenizer's special tokens belong around it: a chat template has put them already, and a file is cut anyway."""
+@dataclass(frozen=True)
+class Stream:
+    """All tokens of a source, one text after the other."""
+
+    tokens: Int64[Tensor, " tokens"]
+    opening: tuple[int, ...] = ()
+    """What every text begins with where the model is served, and so every window."""
+    opening_words: tuple[str, ...] = ()
+    of_chats: bool = False
+    """As the model's template puts them."""
+    warnings: tuple[str, ...] = ()
+
+    def window(self, start: int, length: int) -> Int64[Tensor, " length"]:
+        """The opening and what follows from `start` on; a text that begins there brings its own."""
+        opening = torch.tensor(self.opening, dtype=self.tokens.dtype)
+        if torch.equal(self.tokens[start : start + len(opening)], opening):
+            return self.tokens[start : start + length]
+        return torch.cat([opening, self.tokens[start : start + length - len(opening)]])
+
+    def consecutive(self, length: int) -> Int64[Tensor, "windows length"]:
+        """Windows without overlap; what is left at the end is dropped."""
+        found, at = [], 0
+        while len(window := self.window(at, length)) == length:
+            found.append(window)
+            at += length if torch.equal(window, self.tokens[at : at + length]) else length - len(self.opening)
+        return torch.stack(found) if found else self.tokens.new_empty(0, length)
+
+    def starts(self, length: int) -> int:
+        """At how many places a window may begin."""
+        return max(0, len(self.tokens) - length + 1)
 
 
 @dataclass(frozen=True)
@@ -34,39 +59,55 @@ class Windows:
 
     tokens: Int64[Tensor, "windows length"]
     source: str
-    warning: str | None = None
+    stream: Stream
+    chats: int = 0
+    """How many of the windows are of chats."""
+    warnings: tuple[str, ...] = ()
+    spoken: Stream | None = None
+    """Where those of chats come from, if not from the same source."""
 
     @property
     def digest(self) -> str:
         """SHA-256 of the tokens as 32-bit integers: two runs with the same digest saw the same calibration."""
         return hashlib.sha256(self.tokens.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "source": self.source,
+            "windows": list(self.tokens.shape),
+            "opening": list(self.stream.opening_words),
+            "chats": self.chats,
+            "chat_opening": list((self.spoken or self.stream).opening_words) if self.chats else None,
+            "tokens_sha256": self.digest,
+        }
+
 
 def calibration(checkpoint: Checkpoint, source: str, samples: int, length: int, seed: int) -> Windows:
-    """`samples` windows drawn without overlap where the text is long enough, else at random."""
-    stream = tokens(checkpoint, source, length)
-    generator = torch.Generator().manual_seed(seed)
-    whole, distinct = len(stream) // length, len(stream) - length + 1
-    if samples > distinct:
-        what = f"{source} has {len(stream)} tokens, from which {samples} windows of {length} cannot be drawn"
-        raise BadRequest(f"{what}; give more text, or smaller --samples or --length")
-    warning = None
-    if source == DEFAULT:
-        warning = "the default calibration text is small and English; --calibration FILE takes text of the kind that the model will see"
-    if whole >= samples:
-        windows = stream[: whole * length].view(whole, length)[torch.randperm(whole, generator=generator)[:samples]]
-    else:
-        starts = torch.randint(0, distinct, (samples,), generator=generator)
-        windows = torch.stack([stream[s : s + length] for s in starts])
-        warning = f"the text fills {whole} windows of {length} tokens, so the {samples} asked for overlap; more text would be better"
-    return Windows(windows, source, warning)
+    """`samples` windows drawn without overlap where the text is long enough, else at random. Some of the default text are chats for a model that chats."""
+    generator, tokenizer = torch.Generator().manual_seed(seed), tokenizer_of(checkpoint)
+    if source != DEFAULT:
+        stream = read(checkpoint, tokenizer, source, length)
+        windows, warnings = _drawn(stream, source, samples, length, generator)
+        return Windows(windows, source, stream, len(windows) * stream.of_chats, (*stream.warnings, *warnings))
+    stream = read(checkpoint, tokenizer, str(demo.CALIBRATION), length)
+    spoken, talks, warnings = _default_chats(checkpoint, tokenizer, samples // 2, length)
+    windows, more = _drawn(stream, source, samples - len(talks), length, generator)
+    kind = "small and mostly English" if len(talks) else "small and English"
+    said = f"the default calibration text is {kind}; --calibration FILE takes text of the kind that the model will see"
+    return Windows(torch.cat([windows, talks]), source, stream, len(talks), (*(more or (said,)), *warnings), spoken)
 
 
-def evaluation(checkpoint: Checkpoint, source: str, length: int, limit: int | None) -> Windows:
+def evaluation(checkpoint: Checkpoint, source: str, length: int, limit: int | None, begin: Begin = "before") -> Windows:
     """Consecutive windows without overlap; what is left at the end is dropped."""
-    stream = tokens(checkpoint, source, length)
-    windows = stream[: len(stream) // length * length].view(-1, length)
-    return Windows(windows[:limit] if limit else windows, source)
+    stream = read(checkpoint, tokenizer_of(checkpoint), source, length)
+    if begin == "none":
+        stream = replace(stream, opening=(), opening_words=())
+    windows = (stream if begin == "before" else replace(stream, opening=())).consecutive(length)[:limit]
+    if begin == "over":
+        windows[:, : len(stream.opening)] = torch.tensor(stream.opening, dtype=windows.dtype)
+    return Windows(windows, source, stream, len(windows) * stream.of_chats, stream.warnings)
 
 
 def longest(checkpoint: Checkpoint, otherwise: int) -> int:
@@ -74,37 +115,22 @@ def longest(checkpoint: Checkpoint, otherwise: int) -> int:
     return next((n for key in POSITIONS if isinstance(n := checkpoint.text_config.get(key), int)), otherwise)
 
 
-def tokens(checkpoint: Checkpoint, source: str, length: int) -> Int64[Tensor, " tokens"]:
+def read(checkpoint: Checkpoint, tokenizer: Any, source: str, length: int) -> Stream:
     """All tokens of a source. Raises BadRequest for one that is empty, unreadable or shorter than one window."""
     if length > (most := longest(checkpoint, length)):
         raise BadRequest(f"the model reads at most {most} tokens at once, not {length}; give a smaller --length")
-    tokenizer = tokenizer_of(checkpoint)
-    path = demo.CALIBRATION if source == DEFAULT else Path(source).expanduser()
-    if path.suffix in (".jsonl", ".json") and path.is_file():
-        texts = _json_lines(path, tokenizer)
-    elif path.is_file():
-        texts = [Text(_read(path), False)]
-    elif DATASET.fullmatch(source) and not path.exists():
-        texts = _dataset(source, tokenizer)
-    else:
-        raise BadRequest(f"there is no text file '{source}'")
-    ids: list[int] = []
-    for text, is_whole in texts:
-        ids.extend(tokenizer(text, add_special_tokens=is_whole, verbose=False)["input_ids"])
-    if len(ids) < length:
-        what = "is empty" if not ids else f"has {len(ids)} tokens, fewer than one window of {length}"
+    stream = _stream(checkpoint, tokenizer, texts.records(source))
+    if not stream.starts(length):
+        count = len(stream.tokens)
+        what = f"has {count} tokens, fewer than one window of {length}" if count else "is empty"
         raise BadRequest(f"{source} {what}; give more text or a smaller --length")
-    vocabulary = checkpoint.text_config.get("vocab_size")
-    if vocabulary and max(ids) >= vocabulary:
-        raise BadCheckpoint(f"the tokenizer of {checkpoint.path} makes token {max(ids)}, but config.json says that there are {vocabulary}")
-    return torch.tensor(ids)
+    return stream
 
 
-def bos(checkpoint: Checkpoint) -> int | None:
-    """The token that the model's tokenizer puts before a text, if it puts one."""
-    tokenizer = tokenizer_of(checkpoint)
-    first = tokenizer("a")["input_ids"][:1]
-    return first[0] if first and first[0] == tokenizer.bos_token_id else None
+def opening(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that a tokenizer puts before a text."""
+    whole, bare = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (True, False))
+    return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)])
 
 
 def tokenizer_of(checkpoint: Checkpoint):
@@ -116,59 +142,62 @@ def tokenizer_of(checkpoint: Checkpoint):
         raise BadRequest(f"Transformers cannot load the tokenizer of {checkpoint.path}: {' '.join(str(error).split())}") from None
 
 
-def _read(path: Path) -> str:
+def _stream(checkpoint: Checkpoint, tokenizer: Any, records: Sequence[Record]) -> Stream:
+    """Records to tokens: chats through the model's template, which puts its special tokens itself."""
+    has_template = chats.template_of(tokenizer) is not None
+    if untold := next((record for record in records if record.text is None and not has_template), None):
+        raise BadRequest(f"{untold.place}: the model's tokenizer has no chat template to make text of a chat; give records with 'text'")
+    talks = [record for record in records if record.messages is not None and has_template]
+    said, warnings = _rendered(tokenizer, talks)
+    begins = opening(tokenizer)
+    if not begins and talks and tokenizer.bos_token and next(text for text in said if text is not None).startswith(tokenizer.bos_token):
+        begins = (tokenizer.bos_token_id,)
+    spoken = iter(said)
+    ids: list[int] = []
+    for record in records:
+        is_chat = record.messages is not None and has_template
+        text = next(spoken) if is_chat else record.text
+        if text is not None:
+            ids.extend(tokenizer(text, add_special_tokens=record.is_whole and not is_chat, verbose=False)["input_ids"])
+    vocabulary = checkpoint.text_config.get("vocab_size")
+    if vocabulary and ids and max(ids) >= vocabulary:
+        raise BadCheckpoint(f"the tokenizer of {checkpoint.path} makes token {max(ids)}, but config.json says that there are {vocabulary}")
+    words = tuple(tokenizer.convert_ids_to_tokens(list(begins)))
+    return Stream(torch.tensor(ids, dtype=torch.int64), begins, words, len(talks) == len(records), warnings)
+
+
+def _rendered(tokenizer: Any, talks: Sequence[Record]) -> tuple[list[str | None], tuple[str, ...]]:
+    """Chats as text, without those that the template does not take. Raises BadRequest if it takes none."""
+    if not talks:
+        return [], ()
+    said, refused = chats.render(tokenizer, [record.messages or [] for record in talks])
+    reasons = [f"{talks[number].place}: the chat template does not take it: {reason}" for number, reason in refused]
+    if len(refused) == len(talks):
+        raise BadRequest(reasons[0])
+    said = [text if text is None else texts.sound(text, record.place) for text, record in zip(said, talks, strict=True)]
+    return said, (f"{len(refused)} of {len(talks)} chats are left out; {reasons[0]}",) if refused else ()
+
+
+def _drawn(stream: Stream, source: str, samples: int, length: int, generator: torch.Generator) -> tuple[Int64[Tensor, "windows length"], tuple[str, ...]]:
+    """Windows without overlap where there are enough, else windows that begin anywhere."""
+    if samples > (distinct := stream.starts(length)):
+        what = f"{source} has {len(stream.tokens)} tokens, from which {samples} windows of {length} cannot be drawn"
+        raise BadRequest(f"{what}; give more text, or smaller --samples or --length")
+    whole = stream.consecutive(length)
+    if len(whole) >= samples:
+        return whole[torch.randperm(len(whole), generator=generator)[:samples]], ()
+    starts = torch.randint(0, distinct, (samples,), generator=generator)
+    warning = f"the text fills {len(whole)} windows of {length} tokens, so the {samples} asked for overlap; more text would be better"
+    return torch.stack([stream.window(int(start), length) for start in starts]), (warning,)
+
+
+def _default_chats(checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int) -> tuple[Stream | None, Tensor, tuple[str, ...]]:
+    """Windows of the embedded chats, at most `samples`; none for a model without a chat template."""
+    none = torch.empty(0, length, dtype=torch.int64)
+    if chats.template_of(tokenizer) is None:
+        return None, none, ()
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadRequest(f"{path} is not UTF-8 text: {error}") from None
-    if "\0" in text:
-        raise BadRequest(f"{path} is not text: it holds NUL bytes")
-    return text
-
-
-def _json_lines(path: Path, tokenizer) -> list[Text]:
-    text = _read(path)
-    if path.suffix == ".json" and text.lstrip().startswith("["):  # one list instead of a record per line
-        try:
-            records = json.loads(text)
-        except ValueError as error:
-            raise BadRequest(f"{path} is not JSON: {error}") from None
-        return [_record(record, tokenizer, f"{path}, record {number}") for number, record in enumerate(records, 1)]
-    texts = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold other kinds of line ends
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise BadRequest(f"{path}, line {number}: {error}; {EXPECTED}") from None
-            texts.append(_record(record, tokenizer, f"{path}, line {number}"))
-    return texts
-
-
-def _record(record, tokenizer, place: str) -> Text:
-    if isinstance(record, dict):
-        record = record["messages"] if "messages" in record else record.get("text")
-    if isinstance(record, str):
-        return Text(record, True)
-    if not isinstance(record, list) or not all(isinstance(message, dict) for message in record):
-        raise BadRequest(f"{place}: {EXPECTED}")
-    if not tokenizer.chat_template:
-        raise BadRequest(f"{place}: the model's tokenizer has no chat template to make text of a chat; give records with 'text'")
-    try:
-        return Text(tokenizer.apply_chat_template(record, tokenize=False), False)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise BadRequest(f"{place}: the chat template does not take it: {' '.join(str(error).split())}") from None
-
-
-def _dataset(source: str, tokenizer) -> list[Text]:
-    """`org/name` or `org/name:split` on the hub; its records have 'text' or 'messages'."""
-    try:
-        import datasets  # pyright: ignore[reportMissingImports] (an extra)
-    except ImportError:
-        raise BadRequest(f"there is no text file '{source}'; to look for it on the hub as a dataset: pip install 'halfbyte[datasets]'") from None
-    name, _, split = source.partition(":")
-    try:
-        records = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, KeyError) as error:
-        raise BadRequest(f"dataset {source} cannot be read: {' '.join(str(error).split())}") from None
-    return [_record(record, tokenizer, f"{source}, record {number}") for number, record in enumerate(records, 1)]
+        stream = _stream(checkpoint, tokenizer, texts.records(demo.CHATS))
+    except (BadRequest, BadCheckpoint) as error:  # a user who asked for no chats need not mend a template
+        return None, none, (f"calibrated without chats: {error}",)
+    return stream, stream.consecutive(length)[:samples], stream.warnings

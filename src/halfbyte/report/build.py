@@ -42,7 +42,7 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
     counted = sum(w.shape[0] * w.shape[1] for w in schemes)
     stored = sum(spec.size_bytes for w, s in schemes.items() for spec in job.container.plan(s, w.shape).values())
     parameters = counted + sum(prod(source.spec(t).shape) for t in job.kept)
-    warnings = [*job.warnings, *([windows.warning] if windows and windows.warning else [])]
+    warnings = [*job.warnings, *(windows.warnings if windows else ())]
     warnings += lost(rows.values())
     fallbacks = Counter(row.note for row in rows.values() if row.note)
     warnings += [f"{count} weight{'s' if count > 1 else ''}: {note}" for note, count in fallbacks.items()]
@@ -65,7 +65,7 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
             "quantized": len(schemes),
             "kept": len(job.kept),
         },
-        "calibration": windows and {"source": windows.source, "windows": list(windows.tokens.shape), "tokens_sha256": windows.digest},
+        "calibration": windows and windows.about,
         "warnings": warnings,
         "engines": [_engine(v) for v in job.verdicts],
         "error_of": "outputs on the calibration tokens" if windows else "weights",
@@ -130,6 +130,7 @@ def card(report: Mapping[str, Any], path: Path) -> str:
     environment = Environment(
         loader=PackageLoader("halfbyte.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    environment.globals["begins"] = begins
     environment.filters |= {"size": size, "quote": shlex.quote, "zip": zip, "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}
     recipe = {name: value for name, value in report["recipe"].items() if value not in ([], {}, False) and (name != "calibration" or report["calibration"])}
     place = path / report["output"]["file"] if report["output"]["file"] and not is_file(path) else path
@@ -152,6 +153,11 @@ def command(engine: Mapping[str, Any], path: Path) -> str:
     """What serves the folder: a line for the shell, or of Python where the path stands in quotes."""
     line = (engine["command"] or "").replace("{modelfile}", shlex.quote(str(beside(path, "Modelfile"))))
     return line.replace('"{path}"', json.dumps(str(path))).replace("{path}", shlex.quote(str(path))).replace("{name}", shlex.quote(path.stem.lower()))
+
+
+def begins(opening: list[str] | None) -> str:
+    """What windows began with, as the end of a sentence."""
+    return f", each begins with `{''.join(opening)}`" if opening else ""
 
 
 def size(size_bytes: float) -> str:

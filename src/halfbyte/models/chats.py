@@ -1,0 +1,78 @@
+"""Chats to text, by the chat template that came with a model.
+
+A template is a stranger's program: Jinja's sandbox bounds what it may reach, but not how long it runs nor how much memory it
+takes. So it runs in a process of its own, which is ended when it takes too much of either.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from halfbyte.errors import BadCheckpoint
+
+SECONDS, SECONDS_PER_CHAT = 4.0, 0.005
+"""Of processor time, of which the start takes one."""
+MEMORY = 1e9
+LOOK = 0.02
+"""Seconds between two looks at what the process takes."""
+
+
+class Rendered(NamedTuple):
+    texts: list[str | None]
+    """None: the template does not take this chat."""
+    refused: list[tuple[int, str]]
+    """Which chats, and why."""
+
+
+def template_of(tokenizer: Any) -> str | None:
+    """The chat template that engines use, if there is one."""
+    found = tokenizer.chat_template
+    return (found.get("default") if isinstance(found, dict) else found) or None
+
+
+def render(tokenizer: Any, chats: list[list[dict[str, Any]]]) -> Rendered:
+    """What the model would read of each chat. Raises BadCheckpoint for a template that never ends, or takes more memory than any should."""
+    words = {"template": template_of(tokenizer), "variables": dict(tokenizer.special_tokens_map), "chats": chats}
+    command = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=surroundings) as child:
+        try:
+            out, err = _watched(child, json.dumps(words, default=str).encode(), SECONDS + SECONDS_PER_CHAT * len(chats))
+        finally:
+            child.kill()
+    if child.returncode:
+        said = err.decode(errors="replace").strip().splitlines()
+        raise BadCheckpoint(f"the model's chat template ends in an error: {said[-1] if said else child.returncode}")
+    found = json.loads(out)
+    return Rendered(found["texts"], [(number, " ".join(reason.split())[:200]) for number, reason in found["refused"]])
+
+
+def _watched(child: subprocess.Popen, words: bytes, seconds: float) -> tuple[bytes, bytes]:
+    """What the process answers."""
+    process, first = psutil.Process(child.pid), words
+    while True:
+        try:
+            return child.communicate(first, timeout=LOOK)
+        except subprocess.TimeoutExpired:
+            first, (taken, used) = None, _taken(process)  # what it began to send, it goes on sending
+        if used > MEMORY:
+            raise BadCheckpoint(f"the model's chat template takes more than {MEMORY / 1e9:.0f} GB of memory; {INSTEAD}")
+        if taken > seconds:
+            raise BadCheckpoint(f"the model's chat template does not end within {seconds:.0f} s; {INSTEAD}")
+
+
+INSTEAD = "give records with 'text', or a .txt, which need no template"
+
+
+def _taken(process: psutil.Process) -> tuple[float, float]:
+    """Seconds of processor time, and bytes."""
+    try:
+        times = process.cpu_times()
+        return times.user + times.system, process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0.0, 0.0

@@ -1,0 +1,31 @@
+"""Run by `chats` as a program of its own: a chat template and chats come in, texts go out, as JSON."""
+
+import json
+import sys
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError)
+"""What a stranger's template may raise; its RecursionError is a RuntimeError."""
+LONGEST = 10_000_000
+"""Characters that a template may make of one chat."""
+
+
+def main() -> None:
+    asked = json.load(sys.stdin)
+    texts, refused = [], []
+    for number, chat in enumerate(asked["chats"]):
+        try:
+            (text,), _ = render_jinja_template(conversations=[chat], chat_template=asked["template"], **asked["variables"])
+            if len(text) > LONGEST:
+                raise ValueError(f"it makes {len(text)} characters of one chat")
+            texts.append(text)
+        except REFUSALS as error:
+            texts.append(None)
+            refused.append((number, f"{error or type(error).__name__}"))
+    json.dump({"texts": texts, "refused": refused}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
