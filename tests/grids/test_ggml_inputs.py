@@ -57,7 +57,7 @@ def test_llama_cpp_loses_as_much_with_such_a_cache(tmp_path):
     from containers.gguf import llamacpp
 
     halfbyte.quantize(MODEL, tmp_path / "out.gguf", grid="F16")
-    tokens = calibrate.evaluation(Checkpoint(MODEL), str(demo.HELDOUT), 256, 3).tokens
+    tokens = calibrate.evaluation(Checkpoint(MODEL), str(demo.HELDOUT), 256, 3, "none").tokens
 
     def log_probabilities(kind: int) -> torch.Tensor:
         return torch.stack([llamacpp.logits(tmp_path / "out.gguf", row.tolist(), kind) for row in tokens]).log_softmax(-1)
@@ -66,5 +66,5 @@ def test_llama_cpp_loses_as_much_with_such_a_cache(tmp_path):
     for name in ("q4_0", "q4_1"):
         theirs = log_probabilities(gguf.GGMLQuantizationType[name.upper()])
         lost = float((exact.exp() * (exact - theirs)).sum(-1)[:, :-1].mean())
-        ours = halfbyte.evaluate([MODEL], MODEL, length=256, windows=3, kv=[name])["models"][0]["kl"]
+        ours = halfbyte.evaluate([MODEL], MODEL, length=256, windows=3, kv=[name], convention="papers")["models"][0]["kl"]
         assert ours == pytest.approx(lost, rel=0.1)
