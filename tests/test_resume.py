@@ -56,13 +56,16 @@ def check(out: Path, expected: dict[str, bytes]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("number", "method"), [*((n, m) for n in (signal.SIGINT, signal.SIGKILL) for m in METHODS), (signal.SIGTERM, "gptq"), (signal.SIGHUP, "nearest")]
+)
 def test_signals(number, method, home, whole, tmp_path):
     command = [*words(home, method), "-o", tmp_path / "out"]
     done = cut_off(command, number, after=2)
-    if number == signal.SIGINT:
-        assert done.returncode == 130
+    if number != signal.SIGKILL:
+        assert done.returncode == 128 + number
+        assert done.stderr.strip().count("\n") == 0
+        assert done.stderr.strip().startswith("halfbyte: interrupted" + ("" if number == signal.SIGINT else f" by {number.name}"))
         assert done.stderr.strip().endswith("the same command goes on where it stopped")
         assert "Traceback" not in done.stderr
     else:

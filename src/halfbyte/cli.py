@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from halfbyte.endings import Stop, hang_up, speak_any_language
 from halfbyte.errors import BadRequest, HalfbyteError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -413,6 +414,8 @@ def main(words: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if words is None else words) or ["--help"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses of a model that are not ours
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch is loaded: threads that spin where they wait for others take a neighbour's time
+    stop = Stop()
+    speak_any_language()
     try:
         if app(args=words, prog_name="halfbyte", standalone_mode=False) == INTERRUPTED:
             raise KeyboardInterrupt  # typer swallows it and returns this number
@@ -422,13 +425,17 @@ def main(words: Sequence[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         _refuse(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'halfbyte'} --help")
     except (KeyboardInterrupt, typer.Abort):
-        goes_on = "; the same command goes on where it stopped" if words[0] in ("quantize", "convert") else ""
-        err.print(f"\nhalfbyte: interrupted after {time.monotonic() - started:.0f} s{goes_on}", soft_wrap=True)
-        sys.exit(INTERRUPTED)
+        goes_on = "; the same command goes on where it stopped" if words[0] in ("quantize", "convert", "dequantize") else ""
+        with suppress(OSError):  # the terminal may be gone
+            err.print(f"\nhalfbyte: {stop.said} after {time.monotonic() - started:.0f} s{goes_on}", soft_wrap=True)
+        sys.exit(stop.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has seen enough
+        hang_up()  # whoever read our output has seen enough
         sys.exit(1)
     except OSError as error:
+        if stop.came:  # with the terminal
+            hang_up()
+            sys.exit(stop.exit_code)
         _refuse(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
 
 

@@ -1,0 +1,58 @@
+"""How a run may be ended from outside: by a signal, or for want of memory."""
+
+import os
+import signal
+import sys
+import threading
+from io import TextIOWrapper
+from types import FrameType
+
+SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK")
+"""Those that mean what Ctrl-C means: batch systems and containers send the first, a terminal that is closed the second, Windows' the third."""
+
+
+class Stop:
+    """Makes of these signals what Ctrl-C is to Python, once: while a run is tidying up, more of them are ignored. One that was ignored stays so (nohup)."""
+
+    def __init__(self) -> None:
+        self.number = int(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self.watched = [number for name in SIGNALS if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) != signal.SIG_IGN]
+        for number in self.watched:
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        for other in self.watched:
+            signal.signal(other, signal.SIG_IGN)
+        self.number = number
+        raise KeyboardInterrupt
+
+    @property
+    def came(self) -> bool:
+        """Whether one of them has ended the run."""
+        return self.number != signal.SIGINT
+
+    @property
+    def exit_code(self) -> int:
+        """As shells have it."""
+        return 128 + self.number
+
+    @property
+    def said(self) -> str:
+        return f"interrupted by {signal.Signals(self.number).name}" if self.came else "interrupted"
+
+
+def speak_any_language() -> None:
+    """Characters that the terminal's encoding has not are replaced, not fatal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def hang_up() -> None:
+    """Nobody reads what we say: what Python still holds for them goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            os.dup2(nowhere, stream.fileno())
