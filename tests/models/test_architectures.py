@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import halfbyte
 import tiny
+from halfbyte.models import experts
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
 from halfbyte.transforms.fold import Finder
@@ -124,17 +125,16 @@ def text(tmp_path_factory):
 def with_decoded(source: Checkpoint, out: Checkpoint, folder: Path) -> Path:
     """A plain checkpoint: the source's tensors with decoded ones in their place."""
     folder.mkdir()
-    tensors = {}
-    weights = {}
+    tensors = {name: entry.read() for name, entry in source.entries.items()}
     for weight in source.weights():
         if weight.name in out.quantized:
-            w = out.read_quantized(weight.name).decode()
-            weights.setdefault(weight.tensor, []).append(w.T if weight.transposed else w)
-    for name, entry in source.entries.items():
-        parts = weights.get(name)
-        value = out.entries[name].read() if parts is None else parts[0] if len(entry.shape) == 2 else torch.stack(parts)
-        assert value.shape == entry.shape
-        tensors[name] = value.to(entry.dtype).contiguous()
+            piece = source.pieces.get(weight.tensor)
+            home = tensors[weight.tensor] if piece is None else tensors[piece.stack][piece.expert]
+            home = home if weight.expert is None else home[weight.expert]
+            home = home.T if weight.transposed or (piece and piece.transposed) else home
+            first = piece.first if piece else 0
+            home[first : first + weight.shape[0]] = out.read_quantized(weight.name).decode()
+    tensors |= {name: out.entries[name].read() for name in source.entries if name in out.entries and name not in out.parts}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(source.config))
     return folder
@@ -144,13 +144,13 @@ def with_decoded(source: Checkpoint, out: Checkpoint, folder: Path) -> Path:
 @pytest.mark.parametrize("method", ["nearest", "awq+gptq"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_exported_computes_what_we_computed(folders, text, tmp_path, family, method):
-    source = Checkpoint.open(folders(family))
+    source = experts.apart(Checkpoint.open(folders(family)))
     calibration = {"source": text, "samples": 4, "length": 32}
     report = halfbyte.quantize(source.path, tmp_path / "out", method=method, grid=GRID, to="compressed-tensors", calibration=calibration)
 
     out = Checkpoint.open(tmp_path / "out")
     weights = [w for w in source.weights() if w.block]
-    assert {w.tensor for w in weights} | set(report["kept"]) == set(source.entries)
+    assert {w.tensor for w in weights} | set(report["kept"]) == set(source.tensors())
     assert not {w.tensor for w in weights} & set(report["kept"])
     assert [row["name"] for row in report["weights"]] == [w.name for w in weights]
     assert {w.name for w in weights} == set(out.quantized)

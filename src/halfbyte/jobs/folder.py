@@ -11,10 +11,11 @@ from halfbyte.errors import BadRequest, UnknownName, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import AnyScheme, Quantized, Scheme, Shape
 from halfbyte.grids.scalar import IntGrid
-from halfbyte.jobs.job import AS_ASKED, SKIPPED, Choice, check_patterns, matches
+from halfbyte.jobs.job import AS_ASKED, SKIPPED, Choice, Job, check_patterns, keep, matches
 from halfbyte.jobs.words import unknown_grid
-from halfbyte.models import roles
+from halfbyte.models import experts, roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.recipe import Method, Recipe
 
 SMALLER_GROUPS = (256, 128, 64, 32)
 
@@ -28,6 +29,21 @@ def scheme_named(name: str) -> AnyScheme:
         if "/" in name:
             raise
         raise unknown_grid(name) from None
+
+
+def job_of(recipe: Recipe, checkpoint: Checkpoint, container: Container, method: Method) -> Job:
+    scheme = scheme_named(recipe.grid)
+    overrides = {p: None if words == "keep" else scheme_named(words) for p, words in recipe.override.items()}
+    apart = experts.apart(checkpoint)
+    choices = choose(apart, container, scheme, overrides, recipe.skip, recipe.head)
+    # Experts that all stay in 16 bits stay as they lie.
+    notes = {piece.stack: "" for piece in apart.pieces.values()}
+    notes |= {apart.pieces[c.weight.tensor].stack: c.note for c in choices if c.weight.tensor in apart.pieces}
+    whole = notes.keys() - {apart.pieces[c.weight.tensor].stack for c in choices if c.scheme and c.weight.tensor in apart.pieces}
+    checkpoint = experts.together(apart, whole)
+    known = {c.weight: c for c in choices}
+    choices = [known.get(w) or Choice(w, None, notes[w.tensor]) for w in checkpoint.weights()]
+    return Job(recipe, checkpoint, container, method, choices, keep(checkpoint, choices))
 
 
 def choose(

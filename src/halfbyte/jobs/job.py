@@ -103,9 +103,9 @@ def keep(checkpoint: Checkpoint, choices: list[Choice]) -> dict[str, str]:
 
 def doubts(checkpoint: Checkpoint) -> list[str]:
     """What is to be known of how linears were told from other tensors."""
-    lie, others, unasked = checkpoint.linears
+    linears, others, unasked = checkpoint.linears
     found = [unasked] if unasked else []
-    kept, taken = (sum(prod(checkpoint.spec(t).shape) for t in tensors) for tensors in (others, lie))
+    kept, taken = (sum(prod(checkpoint.spec(t).shape) for t in tensors) for tensors in (others, linears))
     if kept > NOTED * (kept + taken):
         first, reason = next(iter(others.items()))
         found.append(f"{100 * kept / (kept + taken):.0f}% of the weights in blocks stay as they are, such as '{first}': {reason}")

@@ -14,7 +14,7 @@ from halfbyte.grids.floats import FloatGrid
 from halfbyte.grids.grid import AnyScheme
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.jobs import cache, folder, gguf
-from halfbyte.jobs.job import Job, commonest, doubts, keep
+from halfbyte.jobs.job import Job, commonest, doubts
 from halfbyte.models import adapter, roles
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.models.ggufs import translation_of
@@ -46,10 +46,7 @@ def resolve(recipe: Recipe) -> Job:
     if isinstance(container, GGUF):
         job = gguf.job_of(recipe, checkpoint, container, method)
     else:
-        scheme = folder.scheme_named(recipe.grid)
-        overrides = {p: None if words == "keep" else folder.scheme_named(words) for p, words in recipe.override.items()}
-        choices = folder.choose(checkpoint, container, scheme, overrides, recipe.skip, recipe.head)
-        job = Job(recipe, checkpoint, container, method, choices, keep(checkpoint, choices))
+        job = folder.job_of(recipe, checkpoint, container, method)
     _check_inputs(job)
     cache.plan(job)
     job.warnings += doubts(checkpoint)

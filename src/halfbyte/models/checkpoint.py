@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from halfbyte.models.linears import Linears, linears
 
 if TYPE_CHECKING:
     from halfbyte.models.adapter import Adapter
+    from halfbyte.models.experts import Piece
 
 INDEX = "model.safetensors.index.json"
 MODELOPT = "hf_quant_config.json"
@@ -58,6 +60,8 @@ class Checkpoint:
 
     adapter: "Adapter | None" = None
     """What is merged into its weights as they are read (halfbyte.models.adapter)."""
+    pieces: "Mapping[str, Piece]" = MappingProxyType({})
+    """Linears of single experts that are read out of stacks (halfbyte.models.experts)."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -225,6 +229,8 @@ class Checkpoint:
         return roles.is_transposed(tensor, self.model_type)
 
     def _read(self, tensor: str) -> Tensor:
+        if tensor in self.pieces:
+            return self.pieces[tensor].read(self.entries[self.pieces[tensor].stack])
         if tensor in self.entries and tensor not in self.parts:  # a part may bear the name of the whole
             return self.entries[tensor].read()
         module = tensor.removesuffix(".weight")
@@ -235,6 +241,8 @@ class Checkpoint:
 
     def spec(self, tensor: str) -> Spec:
         """Shape and dtype of a tensor by its name in the unquantized checkpoint; that of the model where it is stored quantized."""
+        if tensor in self.pieces:
+            return Spec(self.pieces[tensor].shape, self.entries[self.pieces[tensor].stack].dtype)
         entry = None if tensor in self.parts else self.entries.get(tensor)
         return Spec(entry.shape, entry.dtype) if entry else Spec(self.tensors()[tensor], self.dtype)
 
@@ -244,18 +252,24 @@ class Checkpoint:
         for module, (_, (out, width)) in self.quantized.items():
             name = f"{module}.weight"
             shapes[name] = (width, out) if roles.is_transposed(name, self.model_type) else (out, width)
-        return shapes
+        apart: dict[str, dict[str, Shape]] = {}
+        for name, piece in self.pieces.items():
+            apart.setdefault(piece.stack, {})[name] = piece.shape
+        return {name: shape for t, own in shapes.items() for name, shape in apart.get(t, {t: own}).items()} if apart else shapes
 
     def weights(self, embedding: bool = False) -> Iterator[Weight]:
         """The matrices inside the blocks that a method may quantize, the head, and the embedding if asked for."""
-        lie = self.linears.lie
+        lies_transposed = self.linears.transposed
         for name, shape in self.tensors().items():
-            if name not in lie:
+            if name in self.pieces:
+                yield Weight(name.removesuffix(".weight"), name, roles.block_of(name), shape)
+                continue
+            if name not in lies_transposed:
                 outside = roles.block_of(name) is None and len(shape) == 2
                 if outside and ((not self.tied and roles.HEAD.match(name)) or (embedding and roles.EMBEDDING.match(name))):
                     yield Weight(name.removesuffix(".weight"), name, None, shape)
                 continue
-            block, transposed = roles.block_of(name, self.has_encoder), lie[name].transposed
+            block, transposed = roles.block_of(name, self.has_encoder), lies_transposed[name]
             out, width = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
             if len(shape) == 2:
                 yield Weight(name.removesuffix(".weight"), name, block, (out, width), transposed)

@@ -17,19 +17,11 @@ if TYPE_CHECKING:
 BY_NAME = "which matrices are linears was told by their names and shapes alone"
 
 
-class Lies(NamedTuple):
-    """How a linear's weight lies, or a stack of the same of all experts."""
-
-    transposed: bool = False
-    """[in, out]."""
-    alternating: bool = False
-    """Where its rows are those of two linears (gate and up), they alternate; otherwise the first half is the first one's."""
-
-
 class Linears(NamedTuple):
     """What is known of the matrices in a checkpoint's blocks."""
 
-    lie: dict[str, Lies]
+    transposed: dict[str, bool]
+    """Of a linear's weight, or of a stack of the same of all experts: whether it lies [in, out]."""
     others: dict[str, str]
     """Tensors that have the shape of one and are none, with the reason."""
     unasked: str | None = None
@@ -38,7 +30,7 @@ class Linears(NamedTuple):
 
 def linears(checkpoint: "Checkpoint") -> Linears:
     found = candidates(checkpoint)
-    by_name = {name: Lies(roles.is_transposed(name, checkpoint.model_type), checkpoint.model_type in roles.ALTERNATING) for name in found}
+    by_name = {name: roles.is_transposed(name, checkpoint.model_type) for name in found}
     if all(map(roles.ORDINARY.search, found)) and not checkpoint.has_encoder:
         return Linears(by_name, {})
     from halfbyte.models import modules, skeleton  # Transformers takes seconds to import
@@ -47,8 +39,8 @@ def linears(checkpoint: "Checkpoint") -> Linears:
         model = skeleton.outline(checkpoint)
     except (BadCheckpoint, Unsupported) as error:
         return Linears(by_name, {}, f"{BY_NAME}: {error}")
-    asked = modules.ask(model, checkpoint, found)
-    return asked if asked.lie else Linears(by_name, {}, f"{BY_NAME}: Transformers' {type(model).__name__} knows none, such as '{next(iter(found))}'")
+    asked = modules.ask(model, found)
+    return asked if asked.transposed else Linears(by_name, {}, f"{BY_NAME}: Transformers' {type(model).__name__} knows none, such as '{next(iter(found))}'")
 
 
 def candidates(checkpoint: "Checkpoint") -> dict[str, Shape]:

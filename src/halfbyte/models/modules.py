@@ -7,15 +7,14 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import BadCheckpoint
 from halfbyte.grids.grid import Shape
-from halfbyte.models import roles, skeleton
-from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.models.linears import Lies, Linears
+from halfbyte.models import skeleton
+from halfbyte.models.linears import Linears
 
 
-def ask(model: PreTrainedModel, checkpoint: Checkpoint, candidates: dict[str, Shape]) -> Linears:
+def ask(model: PreTrainedModel, candidates: dict[str, Shape]) -> Linears:
     """Raises BadCheckpoint for a matrix that lies the other way."""
     names = skeleton.Names(model)
-    lie: dict[str, Lies] = {}
+    transposed: dict[str, bool] = {}
     others: dict[str, str] = {}
     for name, shape in candidates.items():
         parameter, converter = names.find(name)
@@ -28,14 +27,13 @@ def ask(model: PreTrainedModel, checkpoint: Checkpoint, candidates: dict[str, Sh
                 raise BadCheckpoint(
                     f"tensor '{name}' is {list(shape)}, and {type(model).__name__} has it as {list(expected)}; is config.json of another model?"
                 )
-            lie[name] = Lies(transposed=isinstance(home, Conv1D))
+            transposed[name] = isinstance(home, Conv1D)
         elif "Experts" in type(home).__name__:
-            transposed = getattr(home, "is_transposed", roles.is_transposed(name, checkpoint.model_type))
             turned = converter is not None and _turns(converter, shape, expected)
-            lie[name] = Lies(transposed != turned, not getattr(home, "is_concatenated", True))
+            transposed[name] = skeleton.lies_transposed(model, parameter) != turned
         else:
             others[name] = f"{type(home).__name__}, which reads it, is no linear"
-    return Linears(lie, others)
+    return Linears(transposed, others)
 
 
 def _turns(converter: loading.WeightConverter, shape: Shape, expected: Shape) -> bool:

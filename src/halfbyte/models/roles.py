@@ -38,14 +38,23 @@ EMBEDDING = re.compile(r"^(?!.*(vision|visual|audio|image|position))(.*\.)?(embe
 TRANSPOSED = {
     "gpt2": re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$"),
     "gpt_oss": re.compile(r"\.experts\.(\d+\.)?(gate_up_proj|down_proj)(\.weight)?$"),
-    "llama4_text": re.compile(r"\.experts\.(\d+\.)?(gate_up_proj|down_proj)(\.weight)?$"),
-    "llama4": re.compile(r"\.experts\.(\d+\.)?(gate_up_proj|down_proj)(\.weight)?$"),
+    "llama4_text": re.compile(r"\.experts\.(gate_up_proj|down_proj)$"),
+    "llama4": re.compile(r"\.experts\.(gate_up_proj|down_proj)$"),
     "openai-gpt": re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$"),
     "imagegpt": re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$"),
 }
 
-ALTERNATING = {"gpt_oss"}
-"""Families whose fused experts have rows of gate and up by turns."""
+# Stacks of experts, and what engines call the linears of one expert, whose rows the stack has one after the other: vllm
+# model_executor/models/{llama4,qwen3_vl_moe,granitemoe,granitemoehybrid}.py. Stacks of other families are not known to be read apart.
+GATED = {".experts.gate_up_proj": (".experts", ("gate_proj", "up_proj")), ".experts.down_proj": (".experts", ("down_proj",))}
+GRANITE, IN, OUT = ".block_sparse_moe.experts", ".block_sparse_moe.input_linear", ".block_sparse_moe.output_linear"
+STACKS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    **dict.fromkeys(("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_5_moe", "qwen3_5_moe_text"), GATED),
+    # Published apart, and fused where Transformers saved them as it has them.
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "ernie4_5_moe", "olmoe"), GATED),
+    **{family: {IN: (GRANITE, ("w1", "w3")), OUT: (GRANITE, ("w2",))} for family in ("granitemoe", "granitemoeshared")},
+    "granitemoehybrid": {IN: (GRANITE, ("gate_proj", "up_proj")), OUT: (GRANITE, ("down_proj",))},
+}
 
 SMALLEST = 16
 """Matrices with a side below this stay as they are: their scales would outweigh them."""
@@ -61,3 +70,15 @@ def block_of(tensor: str, encoders: bool = False) -> str | None:
 def is_transposed(tensor: str, model_type: str) -> bool:
     pattern = TRANSPOSED.get(model_type)
     return bool(pattern and pattern.search(tensor))
+
+
+def parts_of(stack: str, model_type: str) -> list[tuple[str, str]]:
+    """What a stack of experts is apart: of each linear the list of experts and, after the expert's number, its name."""
+    name = stack.removesuffix(".weight")
+    return [(name.removesuffix(end) + home, part) for end, (home, parts) in STACKS.get(model_type, {}).items() if name.endswith(end) for part in parts]
+
+
+def stacks_of(home: str, part: str, model_type: str) -> list[tuple[str, int]]:
+    """The inverse: stacks in which the linear of that name may lie, each with the number of parts before it."""
+    known = STACKS.get(model_type, {}).items()
+    return [(home.removesuffix(own) + end, parts.index(part)) for end, (own, parts) in known if home.endswith(own) and part in parts]

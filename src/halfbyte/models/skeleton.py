@@ -174,6 +174,7 @@ class Names:
     """What Transformers calls the tensors of a checkpoint."""
 
     def __init__(self, model: transformers.PreTrainedModel):
+        self.model = model
         transforms = get_model_conversion_mapping(model)
         self.renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
         self.converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
@@ -186,13 +187,16 @@ class Names:
         target, pattern = loading.rename_source_key(name, self.renamings, self.converters, self.prefix, self.known)
         return (name, None) if target not in self.known and name in self.known else (target, pattern)
 
-    def stack(self, name: str) -> tuple[str, int] | None:
-        """The fused tensor in which one expert lies that we quantized by itself, and its number."""
-        if split := re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", name):
-            for stack in (f"{split[1]}.{split[3]}", f"{split[1]}.{split[3]}.weight"):
-                target, pattern = self.rename(stack)
-                if target in self.known and pattern is None:
-                    return target, int(split[2])
+    def stack(self, name: str, rows: int = 0) -> Place | None:
+        """Where a linear of one expert lies in a fused tensor, though Transformers has no rule that puts it there: we wrote it apart."""
+        if not (split := re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", name)):
+            return None
+        kind = self.model.config.get_text_config(decoder=True).model_type
+        for stack, number in [(f"{split[1]}.{split[3]}", 0), *roles.stacks_of(split[1], split[3], kind)]:
+            for target, _ in map(self.rename, (stack, f"{stack}.weight")):
+                if target in self.known:
+                    turned = lies_transposed(self.model, target) != roles.is_transposed(name, kind)
+                    return Place(target, int(split[2]), number * rows, transposed=turned)
         return None
 
     def find(self, name: str) -> tuple[str | None, loading.WeightConverter | None]:
@@ -201,7 +205,13 @@ class Names:
         if target in self.known:
             return target, None if pattern is None else self.owner[pattern]
         stack = self.stack(name)
-        return (stack[0], None) if stack else (None, None)
+        return (stack.parameter, None) if stack else (None, None)
+
+
+def lies_transposed(model: transformers.PreTrainedModel, stack: str) -> bool:
+    """Whether a parameter that holds experts is [experts, in, out]."""
+    home, kind = model.get_submodule(stack.rpartition(".")[0]), model.config.get_text_config(decoder=True).model_type
+    return getattr(home, "is_transposed", roles.is_transposed(stack, kind))
 
 
 class Places(dict[str, Place]):
@@ -224,8 +234,8 @@ def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ..
             fused.setdefault(target, {}).setdefault(pattern, []).append(name)
         elif target in names.known:
             found[name] = Place(target)
-        elif stack := names.stack(name):
-            found[name] = Place(stack[0], expert=stack[1])
+        elif stack := names.stack(name, tensors[name][0]):
+            found[name] = stack
     for target, sources in fused.items():
         converter = next(names.owner[pattern] for pattern in sources)
         merged = _fused(target, converter, sources, tensors, tuple(names.known[target].shape))

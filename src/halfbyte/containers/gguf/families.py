@@ -56,6 +56,7 @@ GRANITE_EXPERTS: Names = {
     "block_sparse_moe.input_linear": ("ffn_gate_exps", "ffn_up_exps"),
     "block_sparse_moe.output_linear": "ffn_down_exps",
     **{name.replace("mlp", "block_sparse_moe"): ggml for name, ggml in EXPERTS.items()},
+    **{f"block_sparse_moe.experts.{{e}}.{w}": f"ffn_{part}_exps" for w, part in (("w1", "gate"), ("w3", "up"), ("w2", "down"))},
 }
 GPT_OSS: Names = {
     **ATTENTION,

@@ -1,0 +1,65 @@
+"""Experts that lie in one tensor, read one linear at a time under the names that engines know.
+
+Engines look for gate, up and down of each expert when these are quantized. So a checkpoint that stacks them is read as one
+that spells them apart, and what is written is the same from either.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from halfbyte.containers.safetensors import Entry
+from halfbyte.grids.grid import Shape
+from halfbyte.models import roles
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.ggufs import GGUFCheckpoint
+
+
+class Piece(NamedTuple):
+    """One linear of one expert."""
+
+    stack: str
+    """The tensor that it lies in."""
+    expert: int
+    first: int
+    """Of its rows, in the expert's."""
+    shape: Shape
+    """[out, in]."""
+    transposed: bool
+    """Whether the stack is [experts, in, out]."""
+
+    def read(self, stack: Entry) -> Tensor:
+        own, last = stack.at(self.expert), self.first + self.shape[0]
+        return own.read()[:, self.first : last].T.contiguous() if self.transposed else own.read(self.first, last)
+
+
+def apart(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint, its experts apart wherever there are names for that. A GGUF's stacks are as llama.cpp has them."""
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return checkpoint
+    transposed, shapes = checkpoint.linears.transposed, checkpoint.tensors()
+    stacks = [t for t in transposed if len(shapes[t]) == 3 and t in checkpoint.entries]
+    parts = {t: roles.parts_of(t, checkpoint.model_type) for t in stacks}
+    return _reading(checkpoint, {name: piece for t in stacks for name, piece in _pieces(t, shapes[t], transposed[t], parts[t]).items()})
+
+
+def together(checkpoint: Checkpoint, stacks: set[str]) -> Checkpoint:
+    """The checkpoint with these stacks whole again."""
+    return _reading(checkpoint, {name: piece for name, piece in checkpoint.pieces.items() if piece.stack not in stacks})
+
+
+def _pieces(stack: str, shape: Shape, transposed: bool, parts: list[tuple[str, str]]) -> dict[str, Piece]:
+    experts, out, width = (shape[0], shape[2], shape[1]) if transposed else shape
+    return {
+        f"{home}.{expert}.{part}.weight": Piece(stack, expert, out // len(parts) * number, (out // len(parts), width), transposed)
+        for expert in range(experts)
+        for number, (home, part) in enumerate(parts)
+    }
+
+
+def _reading(checkpoint: Checkpoint, pieces: Mapping[str, Piece]) -> Checkpoint:
+    found = copy.copy(checkpoint)
+    found.pieces = pieces
+    return found
