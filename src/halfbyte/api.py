@@ -15,7 +15,7 @@ from halfbyte.pipeline import convert, dequantize
 from halfbyte.recipe import Recipe
 from halfbyte.report import build
 from halfbyte.report.inspect import inspect
-from halfbyte.run import Progress, silent
+from halfbyte.run import Progress, require_callable, silent
 
 if TYPE_CHECKING:
     import torch
@@ -162,6 +162,7 @@ def imatrix(
     from halfbyte.containers.gguf import imatrix as files
     from halfbyte.models import importance
 
+    require_callable(progress)
     out = Path(out).expanduser()
     checkpoint = Checkpoint.open(model)
     with one_file(out, overwrite) as partial:

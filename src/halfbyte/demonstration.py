@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte import api, demo
+from halfbyte.errors import BadRequest
 
 RUNS = [
     ("minmax", "int4-g128", "compressed-tensors"),
@@ -25,8 +26,18 @@ RUNS = [
 ]
 
 
+def require_own(folder: Path) -> None:
+    """Raise BadRequest for a folder that holds anything but what an earlier demonstration has left there."""
+    ours = {
+        f"{method}-{grid}-{container}{end}" for method, grid, container in RUNS for end in ("", ".partial", ".partial.jsonl", ".partial.lock", ".halfbyte-old")
+    }
+    if folder.exists() and not (folder.is_dir() and all(path.name in ours for path in folder.iterdir())):
+        raise BadRequest(f"{folder} holds other things than a demonstration's folders; name one that is new or empty")
+
+
 def rows(folder: Path, samples: int, windows: int, progress: Callable[[str, float, float], None]) -> list[dict[str, Any]]:
     """Quantize with every method, then measure them all in one pass over the held-out text."""
+    require_own(folder)
     reports = []
     for number, (method, grid, container) in enumerate(RUNS):
         progress(f"{method} {grid}", number, len(RUNS) + 1)

@@ -27,6 +27,13 @@ def exists(path: Path) -> bool:
     return os.path.exists(path)
 
 
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder, links followed; for a snapshot of the hub's cache, which has links to its blobs: in these."""
+    place = folder.resolve()
+    places = [place, place.parent.parent / "blobs"] if place.parent.name == "snapshots" else [place]
+    return any(path.resolve().is_relative_to(home) for home in places)
+
+
 def opened(path: Path, error: type[HalfbyteError] = BadCheckpoint) -> BufferedReader:
     """A file, to be read. Of pipes and devices nobody knows when they end, or whether they begin."""
     try:

@@ -29,7 +29,7 @@ from halfbyte.models.stamp import stamp
 from halfbyte.models.walk import Block, Walk
 from halfbyte.recipe import Calibration
 from halfbyte.report import build
-from halfbyte.run import Progress, Run, digest, silent
+from halfbyte.run import Progress, Run, digest, require_callable, silent
 
 CHECKED = 16
 """Windows of held-out text on which values beyond the scales are counted."""
@@ -63,6 +63,7 @@ def attach(
 
     Raises HalfbyteError, with nothing half-written left behind.
     """
+    require_callable(progress)
     started = time.perf_counter()
     if input_range not in RANGES:
         raise UnknownName("range of scales", input_range, RANGES)
@@ -80,6 +81,7 @@ def attach(
     cache, rows = find_scales(checkpoint, kind, windows.tokens, input_range, progress)
     tensors = cache.tensors()
     about = describe(kind, input_range, windows, rows)
+    about["warnings"] += checkpoint.left_out
     files = _files(checkpoint, tensors)
     shards = {name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in files.items()}
     folder = Folder(out, shards, xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode()), overwrite)

@@ -25,7 +25,7 @@ from halfbyte.models.stamp import digest as digest_of
 from halfbyte.models.stamp import stamp
 from halfbyte.recipe import Recipe
 from halfbyte.report import build
-from halfbyte.run import SAMPLED, Progress, Run, Squares, apart, digest, note, recall, relative, row_of, silent, squares, with_inputs
+from halfbyte.run import SAMPLED, Progress, Run, Squares, apart, digest, note, recall, relative, require_callable, row_of, silent, squares, with_inputs
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
 
@@ -38,6 +38,7 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
 
     Raises HalfbyteError, with nothing half-written left behind. A run that is killed is taken up again by the same call.
     """
+    require_callable(progress)
     started = time.perf_counter()
     out = Path(out).expanduser()
     if is_file(out) and not recipe.to and not recipe.engine:
@@ -72,6 +73,7 @@ def convert(source: str | Path, out: str | Path, to: str, grid: str | None = Non
 
     The report's errors are those against the quantized source: 0 where nothing was rounded.
     """
+    require_callable(progress)
     started = time.perf_counter()
     job = transcoding(str(source), to, grid)
     out = Path(out).expanduser()
@@ -109,6 +111,7 @@ def dequantize(
     `dtype` is bfloat16, float16 or float32 (by default what the checkpoint says); `adapter` the folder of one to merge.
     Raises HalfbyteError, with nothing half-written left behind.
     """
+    require_callable(progress)
     started = time.perf_counter()
     out = Path(out).expanduser()
     job = decoding(str(source), to or ("gguf" if is_file(out) else "safetensors"), dtype, str(adapter) if adapter else None)
@@ -150,10 +153,14 @@ def stem_of(out: Path) -> str:
 
 
 def identity(job: Job, windows: calibrate.Windows | None) -> str:
-    """Two runs with the same identity write the same bytes, as far as a file whose size and time are the same has not changed."""
+    """Two runs with the same identity write the same bytes, as far as a file whose size and time are the same has not changed.
+
+    With calibration they depend on the number of threads too: factors of Hessians and sums over many values differ in their last bits.
+    """
     imatrix = job.recipe.imatrix and digest_of(Path(job.recipe.imatrix).expanduser())
     adapter = job.checkpoint.adapter and job.checkpoint.adapter.digest
-    return xxhash.xxh3_128_hexdigest(repr((job.recipe.digest, stamp(job.checkpoint), adapter, imatrix, windows and windows.digest)).encode())
+    calibration = windows and (windows.digest, torch.get_num_threads())
+    return xxhash.xxh3_128_hexdigest(repr((job.recipe.digest, stamp(job.checkpoint), adapter, imatrix, calibration)).encode())
 
 
 def _stream(run: Run, units: list[list[Weight]], read: Callable[[Weight], Any], solve: Callable[[Weight, Any, AnyScheme], Quantized]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from halfbyte.containers.folder import Folder
 from halfbyte.editions import Edition
+from halfbyte.errors import BadRequest
 from halfbyte.grids.grid import AnyScheme, Inputs, Params, Quantized, Seen, same_rows, split_rows
 from halfbyte.jobs import SKIPPED, Job
 from halfbyte.models.calibrate import Windows
@@ -35,6 +36,12 @@ class Squares(NamedTuple):
 
 def silent(what: str, done: float, total: float) -> None:
     """No progress shown."""
+
+
+def require_callable(progress: object) -> None:
+    """Raise BadRequest before anything is written, not when the first step is told."""
+    if not callable(progress):
+        raise BadRequest(f"progress is {progress!r}, and has to be a function of what is being done, how much of it is done, and of how much")
 
 
 @dataclass

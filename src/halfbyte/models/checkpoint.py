@@ -16,7 +16,7 @@ from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Containe
 from halfbyte.containers.container import require_parts, told
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief
-from halfbyte.files import exists, read_object
+from halfbyte.files import exists, is_within, read_object
 from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Shape
 from halfbyte.models import roles
 from halfbyte.models.linears import Linears, linears
@@ -115,7 +115,19 @@ class Checkpoint:
 
     @property
     def other_files(self) -> list[Path]:
-        """Every file that is neither a weight nor says how the weights are quantized."""
+        """Every file that is neither a weight nor says how the weights are quantized; what lies elsewhere is nobody's to publish."""
+        return [path for path in self._files if is_within(path, self.path)]
+
+    @property
+    def left_out(self) -> list[str]:
+        """What is to be said of files that are links out of the folder."""
+        out = [str(path.relative_to(self.path)) for path in self._files if not is_within(path, self.path)]
+        return [f"left out, as links out of the source's folder: {', '.join(out)}; if they belong to the model, put the files there"] if out else []
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        if not self.path.is_dir():
+            return []
         files = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
         return [self.path / p for p in files if not WEIGHT_FILE.fullmatch(p.name) and str(p) not in NOT_COPIED and not _hidden(p)]
 
@@ -350,7 +362,12 @@ def _entries(path: Path) -> dict[str, Entry]:
         raise BadCheckpoint(f"{path} is no checkpoint: it has no safetensors{hint}")
     entries: dict[str, Entry] = {}
     for shard in shards:
-        entries.update(read_header(path / shard))
+        for name, entry in read_header(path / shard).items():
+            counts = index["weight_map"].get(name) if index else None
+            if name in entries and counts is None:
+                raise BadCheckpoint(f"{path}: '{name}' is in {entries[name].path.name} and in {shard}, and no {INDEX} says which of them counts")
+            if counts in (None, shard):
+                entries[name] = entry
     if index:
         lost = [name for name in index["weight_map"] if name not in entries]
         if lost:

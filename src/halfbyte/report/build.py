@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -42,7 +43,7 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
     counted = sum(w.shape[0] * w.shape[1] for w in schemes)
     stored = sum(spec.size_bytes for w, s in schemes.items() for spec in job.container.plan(s, w.shape).values())
     parameters = counted + sum(prod(source.spec(t).shape) for t in job.kept)
-    warnings = [*job.warnings, *(windows.warnings if windows else ())]
+    warnings = [*job.warnings, *job.checkpoint.left_out, *(windows.warnings if windows else ())]
     warnings += lost(rows.values())
     fallbacks = Counter(row.note for row in rows.values() if row.note)
     warnings += [f"{count} weight{'s' if count > 1 else ''}: {note}" for note, count in fallbacks.items()]
@@ -73,7 +74,12 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
         "folds": folds,
         "kept": job.kept,
         "dropped": job.dropped,
-        "environment": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "numpy", "numba")}},
+        "environment": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("torch", "transformers", "numpy", "numba")},
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        },
         "peak_memory_bytes": peak_memory_bytes(),
         "seconds": round(seconds, 2),
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 from halfbyte.containers.gguf.file import Value
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.files import read_object, read_text
+from halfbyte.files import is_within, read_object, read_text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """llama.cpp's kinds of tokens: `enum llama_token_type`."""
@@ -243,11 +243,11 @@ def _templates(about: Mapping[str, Any], folder: Path) -> dict[str, Value]:
         named = {entry["name"]: entry["template"] for entry in said}
     elif isinstance(said, str):
         named = {"default": said}
-    if (folder / "chat_template.jinja").exists():
+    if (folder / "chat_template.jinja").exists() and is_within(folder / "chat_template.jinja", folder):
         named["default"] = read_text(folder / "chat_template.jinja")
     elif "default" not in named and isinstance(said := read_object(folder / "chat_template.json").get("chat_template"), str):
         named["default"] = said
-    named |= {p.stem: read_text(p) for p in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    named |= {p.stem: read_text(p) for p in sorted((folder / "additional_chat_templates").glob("*.jinja")) if is_within(p, folder)}
     found = {f"tokenizer.chat_template.{name}": Value("string", text) for name, text in named.items() if name != "default"}
     if found:
         found["tokenizer.chat_templates"] = Value("string[]", [name for name in named if name != "default"])

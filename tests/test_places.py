@@ -1,0 +1,145 @@
+"""Odd places and things that lie about: links, other people's files, a tensor that is there twice, two runs at once."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import halfbyte
+import tiny
+from halfbyte.containers.gguf import file as gguf
+from halfbyte.errors import BadCheckpoint, BadRequest
+from halfbyte.models.checkpoint import INDEX, Checkpoint
+
+SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
+NEAREST = ["--method", "nearest", "--grid", "int4-g32"]
+SECRET = "a key that nobody is to see"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("places")
+    tiny.make(home / "model", **SMALL)
+    tiny.text(home / "text.txt")
+    return home
+
+
+@pytest.fixture
+def model(home, tmp_path) -> Path:
+    return Path(shutil.copytree(home / "model", tmp_path / "model"))
+
+
+def split(model: Path) -> dict[str, torch.Tensor]:
+    """The model in two shards, each of which has up_proj; another one in the first."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    twice = "model.layers.0.mlp.up_proj.weight"
+    names = sorted(tensors)
+    parts = {"a.safetensors": {n: tensors[n] for n in names[::2]}, "b.safetensors": {n: tensors[n] for n in names[1::2]}}
+    index = {name: shard for shard, part in parts.items() for name in part}
+    other = "b.safetensors" if index[twice] == "a.safetensors" else "a.safetensors"
+    parts[other][twice] = -tensors[twice]
+    for shard, part in parts.items():
+        save_file(part, model / shard, {"format": "pt"})
+    (model / INDEX).write_text(json.dumps({"weight_map": index}))
+    return {twice: tensors[twice]}
+
+
+def test_the_index_says_which_of_two_counts(model):
+    for name, tensor in split(model).items():
+        assert torch.equal(Checkpoint(model).read(name), tensor)
+        index = json.loads((model / INDEX).read_text())
+        index["weight_map"][name] = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}[index["weight_map"][name]]
+        (model / INDEX).write_text(json.dumps(index))
+        assert torch.equal(Checkpoint(model).read(name), -tensor)
+
+
+def test_two_without_an_index_are_refused(model):
+    split(model)
+    (model / INDEX).unlink()
+    with pytest.raises(BadCheckpoint, match=r"is in a.safetensors and in b.safetensors"):
+        Checkpoint(model)
+
+
+def test_links_out_of_the_source_are_not_followed(model, tmp_path):
+    (tmp_path / "secret").write_text(SECRET)
+    (model / "notes.txt").symlink_to(tmp_path / "secret")
+    (model / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    (model / "within.txt").symlink_to(model / "tokenizer_config.json")
+    report = halfbyte.quantize(model, tmp_path / "out", method="nearest", grid="int4-g32")
+    assert {p.name for p in (tmp_path / "out").iterdir()} & {"notes.txt", "chat_template.jinja", "within.txt"} == {"within.txt"}
+    assert any("chat_template.jinja, notes.txt" in warning for warning in report["warnings"])
+    report = halfbyte.quantize(model, tmp_path / "out.gguf", method="nearest", grid="Q4_0")
+    assert "tokenizer.chat_template" not in gguf.read(tmp_path / "out.gguf").metadata
+    assert any("chat_template.jinja" in warning for warning in report["warnings"])
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_symlink() and p.name != "secret" and SECRET.encode() in p.read_bytes()]
+
+
+def test_the_hubs_cache_is_made_of_links(model, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(model.iterdir()):
+        shutil.move(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    report = halfbyte.quantize(snapshot, tmp_path / "out", method="nearest", grid="int4-g32")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    assert not any("left out" in warning for warning in report["warnings"])
+
+
+@pytest.mark.parametrize("end", ["", ".jsonl", ".lock"])
+def test_prepared_links_are_not_written_through(end, home, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir() if not end else victim.write_text("mine")
+    if not end:
+        (victim / "thesis").write_text("mine")
+        (tmp_path / "out.partial.jsonl").write_text("{}\n")
+    (tmp_path / f"out.partial{end}").symlink_to(victim)
+    tiny.refused(tiny.halfbyte("quantize", home / "model", "-o", tmp_path / "out", *NEAREST), f"out.partial{end} is a link")
+    assert (victim if end else victim / "thesis").read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="gives a folder to another user")
+def test_what_another_user_prepared_is_refused(home, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    os.chown(tmp_path / "out.partial", 65534, 65534)
+    tiny.refused(tiny.halfbyte("quantize", home / "model", "-o", tmp_path / "out", *NEAREST), "out.partial belongs to another user")
+
+
+def test_an_importance_matrix_is_written_once_and_not_through_links(home, tmp_path):
+    command = ["imatrix", home / "model", "-o", tmp_path / "i.gguf", "--calibration", home / "text.txt", "--samples", "1", "--length", "32"]
+    with filelock.FileLock(tmp_path / "i.gguf.partial.lock"):
+        tiny.refused(tiny.halfbyte(*command), "another run is writing")
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "i.gguf.partial").symlink_to(tmp_path / "victim")
+    tiny.refused(tiny.halfbyte(*command), "i.gguf.partial is a link")
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_demonstration_does_not_write_into_a_checkpoint(home, tmp_path):
+    before = sorted((home / "model").iterdir())
+    tiny.refused(tiny.halfbyte("demo", "--keep", home / "model"), "name one that is new or empty")
+    assert sorted((home / "model").iterdir()) == before
+
+
+@pytest.mark.parametrize("run", ["quantize", "kv", "imatrix"])
+def test_a_progress_that_cannot_be_called(run, home, tmp_path):
+    words = {"method": "nearest"} if run == "quantize" else {}
+    with pytest.raises(BadRequest, match="progress is 1"):
+        getattr(halfbyte, run)(home / "model", tmp_path / "out", progress=1, **words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_journal_says_with_how_many_threads_it_goes_on(home, tmp_path, monkeypatch):
+    """Factors of Hessians and long sums differ in their last bits: a run that is taken up with other threads would be a mixture."""
+    words = {"method": "gptq", "grid": "int4-g32", "calibration": {"source": str(home / "text.txt"), "samples": 2, "length": 32}}
+    report = halfbyte.quantize(home / "model", tmp_path / "out", **words)
+    assert report["environment"]["threads"] == torch.get_num_threads()
+    assert report["environment"]["instructions"] == torch.backends.cpu.get_cpu_capability()
