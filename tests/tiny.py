@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import numba
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -17,7 +16,6 @@ from halfbyte import cli
 
 # Tests run side by side: on matrices this small, threads that wait for each other cost ten times what they save.
 torch.set_num_threads(1)
-numba.set_num_threads(1)
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 """The environment of a process of its own."""
 

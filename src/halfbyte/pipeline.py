@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numba
 import torch
 import xxhash
 
@@ -210,19 +209,15 @@ def _workers(largest: int) -> Iterator[Executor]:
 
     There is one thread more than that takes, since some wait for the disk.
     """
-    cores, torch_threads = numba.get_num_threads(), torch.get_num_threads()
+    cores = torch.get_num_threads()
     together = max(1, min(cores, SIDE_BY_SIDE // largest))
 
-    def share() -> None:
-        numba.set_num_threads(cores // together)
-        torch.set_num_threads(max(1, torch_threads // together))
-
-    with ThreadPoolExecutor(together + 1, initializer=share) as pool:
+    with ThreadPoolExecutor(together + 1, initializer=torch.set_num_threads, initargs=(cores // together,)) as pool:
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(torch_threads)
+            torch.set_num_threads(cores)
 
 
 def _finish(run: Run, started: float) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numba
 import pytest
 import torch
 import transformers
@@ -210,9 +209,7 @@ FAMILIES = {
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Such small products are slower on several."""
-    before = torch.get_num_threads(), numba.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    numba.set_num_threads(1)
     yield
-    torch.set_num_threads(before[0])
-    numba.set_num_threads(before[1])
+    torch.set_num_threads(before)

@@ -1,14 +1,14 @@
 """The accelerated twin of absmax.py for CPUs: the same candidates in the same order, one pass over each block."""
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.grids import absmax as reference
+from halfbyte.grids.compiled import in_threads, inline, loose, loose_kernel, strict, strict_kernel
 from halfbyte.grids.levels import CELLS, inverse
-from halfbyte.grids.tiles_numba import F, loose, loose_inline, loose_jit, raw, strict, strict_jit, widen
+from halfbyte.grids.tiles_numba import F, raw, widen
 
 PIECE = 4096  # weights handled at once by one thread
 FINITE = F(1e38)  # weights whose squares are not keep their absmax
@@ -21,33 +21,39 @@ def fit(grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], importance: Fl
         h = np.resize(h, grid.blocks(w.shape) * grid.group)
     scale = np.empty(grid.blocks(w.shape), np.float32)
     tries = np.array(reference.TRIES if search else (), np.float32)
-    _fit(raw(w).reshape(-1), h, grid.group, reference.cells(grid.kind).numpy(), tries, scale)
+    in_threads(_fit, _tasks(len(scale), grid.group), raw(w).reshape(-1), h, grid.group, reference.cells(grid.kind).numpy(), tries, scale)
     return torch.from_numpy(scale)
 
 
 def encode(grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, " blocks"]) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.numel(), np.uint8)
     order = np.array(reference.ASCENDING[grid.kind], np.uint8)
-    _encode(raw(w).reshape(-1), inverse(scales).numpy(), tuple(reference.borders(grid.kind).numpy()), order, list(order) != sorted(order), grid.group, codes)
+    table = tuple(reference.borders(grid.kind).numpy()), order, list(order) != sorted(order)
+    in_threads(_encode, _tasks(scales.numel(), grid.group), raw(w).reshape(-1), inverse(scales).numpy(), *table, grid.group, codes)
     return torch.from_numpy(codes).view(w.shape)
 
 
 def decode(grid: "reference.AbsmaxGrid", codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, " blocks"]) -> Float32[Tensor, "out in"]:
     w = np.empty(codes.numel(), np.float32)
-    _decode(codes.contiguous().view(-1).numpy(), scales.contiguous().numpy(), reference.levels(grid.kind).numpy(), grid.group, w)
+    in_threads(_decode, scales.numel(), codes.contiguous().view(-1).numpy(), scales.contiguous().numpy(), reference.levels(grid.kind).numpy(), grid.group, w)
     return torch.from_numpy(w).view(codes.shape)
 
 
-@loose_inline
+def _tasks(blocks: int, group: int) -> int:
+    """PIECE weights each."""
+    return -(-blocks // max(1, PIECE // group))
+
+
+@inline
 def _cell(x):
     # The mask keeps a weight that is not a number inside the table.
     return np.uint32(np.int32(min(max(HALF * x + HALF, F(0)), LAST))) & np.uint32(CELLS - 1)
 
 
-@loose_jit
-def _fit(w, h, group, values, tries, scale):
+@loose_kernel
+def _fit(first, last, w, h, group, values, tries, scale):
     per_task = max(1, PIECE // group)
-    for task in numba.prange((scale.size + per_task - 1) // per_task):
+    for task in range(first, last):
         x, largest = np.zeros((per_task, group), np.float32), np.empty(per_task, np.float32)
         widen(w[task * x.size : (task + 1) * x.size], x.reshape(-1))
         _largest(x.view(np.int32), largest.view(np.int32))
@@ -79,7 +85,7 @@ def _search(x, h, values, tries, largest):
     return scale
 
 
-@loose_inline
+@inline
 def _moments(x, h, by, values):
     """sum(h w q) and sum(h q q), 32 at a time: a loop of known length is all vectors."""
     wq, qq = F(0), F(0)
@@ -94,10 +100,10 @@ def _moments(x, h, by, values):
 
 
 # Exact, and all vectors: of ascending levels, the nearest is the one with as many borders below the weight.
-@strict_jit
-def _encode(w, inverse, borders, order, reordered, group, codes):
+@strict_kernel
+def _encode(first, last, w, inverse, borders, order, reordered, group, codes):
     per_task = max(1, PIECE // group)
-    for task in numba.prange((inverse.size + per_task - 1) // per_task):
+    for task in range(first, last):
         x = np.empty(per_task * group, np.float32)
         out = codes[task * x.size : (task + 1) * x.size]
         widen(w[task * x.size : (task + 1) * x.size], x)
@@ -123,9 +129,9 @@ def _count(x, b, out):
         out[i] = np.uint8(low + middle + high)
 
 
-@strict_jit
-def _decode(codes, scales, levels, group, w):
-    for b in numba.prange(scales.size):
+@strict_kernel
+def _decode(first, last, codes, scales, levels, group, w):
+    for b in range(first, last):
         at = b * group
         read, out = codes[at : at + group], w[at : at + group]
         for i in range(out.size):

@@ -2,14 +2,14 @@
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.grids import floats
-from halfbyte.grids.tiles_numba import F, inline, jit, loose, loose_inline, part, raw, widen
+from halfbyte.grids.compiled import in_threads, inline, kernel, loose, part
+from halfbyte.grids.tiles_numba import F, raw, widen
 
 PIECE = 4096  # in-features that one thread handles before it reads on
 I = np.int32  # noqa: E741
@@ -32,7 +32,7 @@ def bits_of(element: "floats.Element") -> Bits:
 
 def largest(w: Float[Tensor, "out in"], size: int) -> Float32[Tensor, "out groups"]:
     found = np.empty((w.shape[0], -(-w.shape[1] // size)), np.float32)
-    _largest(raw(w), size, found)
+    in_threads(_largest, len(w), raw(w), size, found)
     return torch.from_numpy(found)
 
 
@@ -41,19 +41,19 @@ def moments(
 ) -> tuple[Float32[Tensor, "out groups tries"], Float32[Tensor, "out groups tries"]]:
     h = np.ones((1, w.shape[1]), np.float32) if importance is None else importance.reshape(-1, w.shape[1]).contiguous().numpy()
     wq, qq = np.zeros(scales.shape, np.float32), np.zeros(scales.shape, np.float32)
-    _moments(raw(w), h, scales.reciprocal().contiguous().numpy(), size, bits_of(element), wq, qq)
+    in_threads(_moments, len(w), raw(w), h, scales.reciprocal().contiguous().numpy(), size, bits_of(element), wq, qq)
     return torch.from_numpy(wq), torch.from_numpy(qq)
 
 
 def encode(element: "floats.Element", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
-    _encode(raw(w), scales.contiguous().numpy(), size, bits_of(element), codes)
+    in_threads(_encode, len(w), raw(w), scales.contiguous().numpy(), size, bits_of(element), codes)
     return torch.from_numpy(codes)
 
 
 def decode(element: "floats.Element", codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int) -> Float32[Tensor, "out in"]:
     w = np.empty(codes.shape, np.float32)
-    _decode(codes.contiguous().numpy(), floats.values(element).numpy(), scales.contiguous().numpy(), size, w)
+    in_threads(_decode, len(codes), codes.contiguous().numpy(), floats.values(element).numpy(), scales.contiguous().numpy(), size, w)
     return torch.from_numpy(w)
 
 
@@ -86,15 +86,15 @@ def code_of(x, exponent, steps, e):
     return np.uint8((((exponent - e.low) >> e.dropped) + steps) | sign)
 
 
-@jit
-def _largest(w, size, found):
-    for row in numba.prange(w.shape[0]):
+@kernel
+def _largest(start, stop, w, size, found):
+    for row in range(start, stop):
         x = np.empty(PIECE, np.float32)
         for g in range(found.shape[1]):
             last, most = min((g + 1) * size, w.shape[1]), F(0)
-            for start in range(g * size, last, PIECE):
-                piece = x[: min(PIECE, last - start)]
-                widen(w[row, start : start + piece.size], piece)
+            for at in range(g * size, last, PIECE):
+                piece = x[: min(PIECE, last - at)]
+                widen(w[row, at : at + piece.size], piece)
                 most = max(most, _most(piece))
             found[row, g] = most
 
@@ -109,16 +109,16 @@ def _most(x):
     return _as_float(most)
 
 
-@jit
-def _moments(w, h, inverse, size, e, wq, qq):
-    for row in numba.prange(w.shape[0]):
+@kernel
+def _moments(start, stop, w, h, inverse, size, e, wq, qq):
+    for row in range(start, stop):
         x = np.empty(PIECE, np.float32)
         for g in range(inverse.shape[1]):
             last = min((g + 1) * size, w.shape[1])
-            for start in range(g * size, last, PIECE):
-                piece = x[: min(PIECE, last - start)]
-                widen(w[row, start : start + piece.size], piece)
-                weight = (h[0] if h.shape[0] == 1 else h[row])[start : start + piece.size]
+            for at in range(g * size, last, PIECE):
+                piece = x[: min(PIECE, last - at)]
+                widen(w[row, at : at + piece.size], piece)
+                weight = (h[0] if h.shape[0] == 1 else h[row])[at : at + piece.size]
                 for t in range(inverse.shape[2]):
                     a, b = _sums(piece, weight, inverse[row, g, t], e)
                     wq[row, g, t] += a
@@ -131,7 +131,7 @@ def _sums(x, h, inverse, e):
     return _sums_of(x, h, inverse, e, 16) if x.size == 16 else _sums_of(x, h, inverse, e, x.size)  # a known length is all vectors
 
 
-@loose_inline
+@inline
 def _sums_of(x, h, inverse, e, count):
     wq, qq = F(0), F(0)
     for i in range(count):
@@ -144,16 +144,16 @@ def _sums_of(x, h, inverse, e, count):
     return wq, qq
 
 
-@jit
-def _encode(w, scales, size, e, codes):
-    for row in numba.prange(w.shape[0]):
+@kernel
+def _encode(start, stop, w, scales, size, e, codes):
+    for row in range(start, stop):
         x = np.empty(PIECE, np.float32)
         for g in range(scales.shape[1]):
             last = min((g + 1) * size, w.shape[1])
-            for start in range(g * size, last, PIECE):
-                piece = x[: min(PIECE, last - start)]
-                widen(w[row, start : start + piece.size], piece)
-                _encode_piece(piece, scales[row, g], e, codes[row, start : start + piece.size])
+            for at in range(g * size, last, PIECE):
+                piece = x[: min(PIECE, last - at)]
+                widen(w[row, at : at + piece.size], piece)
+                _encode_piece(piece, scales[row, g], e, codes[row, at : at + piece.size])
 
 
 @part
@@ -163,9 +163,9 @@ def _encode_piece(x, scale, e, codes):
         codes[i] = code_of(x[i], exponent, steps, e)
 
 
-@jit
-def _decode(codes, values, scales, size, w):
-    for row in numba.prange(codes.shape[0]):
+@kernel
+def _decode(start, stop, codes, values, scales, size, w):
+    for row in range(start, stop):
         for g in range(scales.shape[1]):
             own, out = codes[row, g * size : (g + 1) * size], w[row, g * size : (g + 1) * size]
             for i in range(own.size):

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.grids import kquant_search
+from halfbyte.grids.compiled import in_threads, kernel, part, strict
 from halfbyte.grids.kquant_search import Effort, usable
-from halfbyte.grids.tiles_numba import LANES, F, half, jit, load, part, raw, rounded, strict, widen
+from halfbyte.grids.tiles_numba import LANES, F, half, load, raw, rounded, widen
 
 if TYPE_CHECKING:
     from halfbyte.grids.kquant import KQuant
 
-TILES = 8  # handled one after another by one thread, in the same memory
 STRETCH = 4096  # weights encoded at once by one thread
 FLAT, FEWEST, SURE = F(kquant_search.FLAT), F(kquant_search.FEWEST), F(kquant_search.SURE)
 
@@ -44,7 +43,8 @@ def fit(
     low, high = grid.scales or (0, 0)
     limits = F(-grid.middle), F(grid.top - grid.middle), F(low), F(high)
     tried = np.array(effort.coarse, np.float32).reshape(-1, 2), np.array(effort.scales, np.float32), np.array(effort.minima, np.float32)
-    _fit(raw(w).reshape(-1), h, grid.group, grid.block // grid.group, limits, *tried, d, dmin, scale, minimum)
+    tiles = -(-w.numel() // (grid.group * LANES))
+    in_threads(_fit, tiles, raw(w).reshape(-1), h, grid.group, grid.block // grid.group, limits, *tried, d, dmin, scale, minimum)
     d, dmin, scale, minimum = (torch.from_numpy(array).view(out, -1) for array in (d, dmin, scale, minimum))
     return d, dmin, scale, minimum
 
@@ -54,7 +54,9 @@ def encode(
 ) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
     offset = torch.zeros_like(scale) if offset is None else offset
-    _encode(raw(w).reshape(-1), _flat(usable(scale)), _flat(offset), F(grid.middle), F(grid.top), codes.reshape(-1))
+    per_task = max(1, STRETCH // grid.group)
+    given = raw(w).reshape(-1), _flat(usable(scale)), _flat(offset), F(grid.middle), F(grid.top)
+    in_threads(_encode, -(-scale.numel() // per_task), *given, codes.reshape(-1), grid.group, per_task)
     return torch.from_numpy(codes)
 
 
@@ -271,21 +273,16 @@ def _quadratic(d, dmin, ss, sm, mm, sx, mx):
     return d * d * ss - 2 * d * dmin * sm + dmin * dmin * mm - 2 * d * sx + 2 * dmin * mx
 
 
-@jit
-def _fit(w, h, size, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum):
-    tasks = -(-w.size // (size * LANES * TILES))
-    for task in numba.prange(tasks):
-        _fit_tiles(w, h, size, task * LANES * TILES, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum)
-
-
-@part
-def _fit_tiles(w, h, size, start, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum):
+@kernel
+def _fit(start, stop, w, h, size, per_block, limits, candidates, near_scale, near_min, d, dmin, scale, minimum):
+    """Tiles from number `start` on."""
     bottom, top, scale_low, scale_high = limits
     groups = w.size // size
     line, m = np.empty(size * LANES, np.float32), np.zeros(ROWS * LANES, np.float32)
     x = np.empty((size, LANES), np.float32)
     weight = None if h is None else np.empty((size, LANES), np.float32)
-    for first in range(start, min(start + LANES * TILES, groups), LANES):
+    for tile in range(start, stop):
+        first = tile * LANES
         load(w, h, size, first, line, x, weight)
         _extent(x, weight, m)
         if bottom == 0:
@@ -312,20 +309,15 @@ def _fit_tiles(w, h, size, start, per_block, limits, candidates, near_scale, nea
             scale[first + lane], minimum[first + lane], d[block], dmin[block] = m[SCALE + lane], m[MIN + lane], m[D + lane], m[DMIN + lane]
 
 
-@jit
-def _encode(w, scale, offset, zero, top, codes):
-    groups, size = scale.size, codes.size // scale.size
-    per_task = max(1, STRETCH // size)
-    for task in numba.prange((groups + per_task - 1) // per_task):
-        _encode_stretch(w, scale, offset, zero, top, codes, size, task * per_task, min((task + 1) * per_task, groups))
-
-
-@part
-def _encode_stretch(w, scale, offset, zero, top, codes, size, first, last):
-    x = np.empty((last - first) * size, np.float32)
-    widen(w[first * size : last * size], x)
-    for g in range(first, last):
-        inverse, base = F(1) / scale[g], offset[g]
-        group, out = x[(g - first) * size : (g - first + 1) * size], codes[g * size : (g + 1) * size]
-        for i in range(size):
-            out[i] = np.uint8(np.int32(min(max(np.rint((group[i] - base) * inverse) + zero, F(0)), top)))
+@kernel
+def _encode(start, stop, w, scale, offset, zero, top, codes, size, per_task):
+    """Stretches of `per_task` groups, from number `start` on."""
+    x = np.empty(per_task * size, np.float32)
+    for task in range(start, stop):
+        first, last = task * per_task, min((task + 1) * per_task, scale.size)
+        widen(w[first * size : last * size], x)
+        for g in range(first, last):
+            inverse, base = F(1) / scale[g], offset[g]
+            group, out = x[(g - first) * size : (g - first + 1) * size], codes[g * size : (g + 1) * size]
+            for i in range(size):
+                out[i] = np.uint8(np.int32(min(max(np.rint((group[i] - base) * inverse) + zero, F(0)), top)))

@@ -9,13 +9,13 @@ Magnitudes are found by truncating twice the scaled weight: borders between them
 
 from functools import lru_cache
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from halfbyte.grids import lattice as reference
+from halfbyte.grids.compiled import in_threads, inline, kernel_with, part_with
 from halfbyte.grids.rounding_numba import _store
 from halfbyte.grids.tiles_numba import F, raw, widen
 
@@ -27,9 +27,7 @@ CELLS = 128
 HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see rounding_numba._store
 NONE = np.uint16(0xFFFF)
 MATH = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}  # weights are finite, and so is what is made of them
-fast = numba.njit(cache=True, forceinline=True, fastmath=MATH, error_model="numpy", nogil=True)
-inline = numba.njit(cache=True, fastmath=MATH, error_model="numpy", nogil=True, inline="always")
-parallel = numba.njit(cache=True, parallel=True, fastmath=MATH, error_model="numpy", nogil=True)
+kernel, part = kernel_with(MATH), part_with(MATH)
 
 
 @lru_cache
@@ -55,7 +53,7 @@ def fit(
     rows, width = w.shape
     d, scale = np.empty((rows, width // reference.SUPER), np.float32), np.empty((rows, width // grid.group), np.uint8)
     h, shape = _weights(width, importance), (grid.group, grid.dimension, grid.parity)
-    _fit(raw(w), h, tables(grid), *shape, F(grid.unit), F(grid.spread), PATIENCE + (importance is not None) if search else 0, d, scale)
+    in_threads(_fit, rows, raw(w), h, tables(grid), *shape, F(grid.unit), F(grid.spread), PATIENCE + (importance is not None) if search else 0, d, scale)
     return torch.from_numpy(d), torch.from_numpy(scale)
 
 
@@ -64,7 +62,7 @@ def encode(
 ) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
     shape, book = (grid.group, grid.dimension, grid.parity), reference.codebook(grid.name).numpy()
-    _encode(raw(w), _weights(w.shape[1], importance), tables(grid), *shape, book, scales.contiguous().numpy(), codes)
+    in_threads(_encode, len(w), raw(w), _weights(w.shape[1], importance), tables(grid), *shape, book, scales.contiguous().numpy(), codes)
     return torch.from_numpy(codes)
 
 
@@ -80,7 +78,7 @@ def _cell(a):
     return np.uint32(np.int32(min(max(F(2) * a, F(0)), F(CELLS - 1)))) & np.uint32(CELLS - 1)
 
 
-@fast
+@part
 def _scaled(x, inverse, digits, a, digit):
     """Scaled magnitudes of eights, and the index of the nearest magnitude of the grid."""
     for v in range(x.shape[0]):
@@ -90,7 +88,7 @@ def _scaled(x, inverse, digits, a, digit):
             digit[v, i] = digits[_cell(y)]
 
 
-@fast
+@part
 def _make_even(x, h, first, magnitudes, a, digit, flipped):
     """Turn one weight around where the number of negative ones is odd; `flipped` says which, 8 for none."""
     for v in range(x.shape[0]):
@@ -137,12 +135,12 @@ def _entries_of(a, h, first, digit, values, near, exact, listed, cost, entry, ra
     return wq, qq
 
 
-@fast
+@part
 def _entries_of_8(a, h, first, digit, values, near, exact, listed, cost, entry):
     return _entries_of(a, h, first, digit, values, near, exact, listed, cost, entry, 3, 8)
 
 
-@fast
+@part
 def _entries_of_4(a, h, first, digit, values, near, exact, listed, cost, entry):
     return _entries_of(a, h, first, digit, values, near, exact, listed, cost, entry, 8, 4)
 
@@ -166,7 +164,7 @@ def _group(inverse, h, first, parity, dimension, digits, magnitudes, values, nea
     return _entries_of_4(a, h, first, digit, values, near, exact, listed, cost, entry)
 
 
-@fast
+@part
 def _half(scale):
     return _store(scale, HALF_PRECISION)
 
@@ -176,13 +174,13 @@ def _inverse(scale):
     return F(0) if scale == 0 else min(F(1) / scale, F(1e38))
 
 
-@parallel
-def _fit(w, h, table, group, dimension, parity, unit, spread, patience, d, scale):
-    for row in numba.prange(w.shape[0]):
+@kernel
+def _fit(start, stop, w, h, table, group, dimension, parity, unit, spread, patience, d, scale):
+    for row in range(start, stop):
         _fit_row(w[row], h[row % h.shape[0]], table, group, dimension, parity, unit, spread, patience, d[row], scale[row])
 
 
-@fast
+@part
 def _fit_row(w, h, table, group, dimension, parity, unit, spread, patience, d, scale):
     # Tuples are taken apart once, not in each group: numba counts a reference for each array.
     digits, magnitudes, values, near, exact, listed = table
@@ -221,7 +219,7 @@ def _fit_row(w, h, table, group, dimension, parity, unit, spread, patience, d, s
         d[b] = _half(wqs / (qqs * unit)) if wqs > 0 else above
 
 
-@fast
+@part
 def _deviation(x, h, first):
     """Root of the mean square, weighted."""
     squares, weights = F(0), F(0)
@@ -232,7 +230,7 @@ def _deviation(x, h, first):
     return np.sqrt(squares / weights) if weights > 0 else F(0)
 
 
-@fast
+@part
 def _largest(x):
     top = x[0]
     for i in range(x.size):
@@ -240,13 +238,13 @@ def _largest(x):
     return top
 
 
-@parallel
-def _encode(w, h, table, group, dimension, parity, book, scales, codes):
-    for row in numba.prange(w.shape[0]):
+@kernel
+def _encode(start, stop, w, h, table, group, dimension, parity, book, scales, codes):
+    for row in range(start, stop):
         _encode_row(w[row], h[row % h.shape[0]], table, group, dimension, parity, book, scales[row], codes[row].reshape(-1, 8))
 
 
-@fast
+@part
 def _encode_row(w, h, table, group, dimension, parity, book, scales, codes):
     digits, magnitudes, values, near, exact, listed = table
     x, a, digit, entry, flipped, cost = _scratch(group, dimension)
@@ -282,17 +280,17 @@ def round_block(
     codes = np.empty(wanted.shape, np.uint8)
     book, own = reference.codebook(grid.name).numpy(), scales[:, columns[:: grid.step] // grid.group]  # of each run
     arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), own.contiguous().numpy()
-    _round_block(*arrays, tables(grid), grid.step, grid.dimension, grid.parity, book, codes)
+    in_threads(_round_block, len(wanted), *arrays, tables(grid), grid.step, grid.dimension, grid.parity, book, codes)
     return torch.from_numpy(codes)
 
 
-@parallel
-def _round_block(wanted, target, error, coupling, scales, table, step, dimension, parity, book, codes):
-    for row in numba.prange(wanted.shape[0]):
+@kernel
+def _round_block(start, stop, wanted, target, error, coupling, scales, table, step, dimension, parity, book, codes):
+    for row in range(start, stop):
         _round_row(wanted[row], target[row], error[row], coupling, scales[row], table, step, dimension, parity, book, codes[row])
 
 
-@fast
+@part
 def _round_row(wanted, target, error, coupling, scales, table, step, dimension, parity, book, codes):
     digits, magnitudes, values, near, _, listed = table
     y, z, m, left, weight = np.zeros(8, np.float32), np.zeros(8, np.float32), np.zeros(8, np.float32), np.zeros(8, np.float32), np.zeros(8, np.float32)
@@ -329,13 +327,13 @@ def _round_row(wanted, target, error, coupling, scales, table, step, dimension, 
             _pass_on(wanted[:at], coupling[at + j, :at], y[j])
 
 
-@fast
+@part
 def _pass_on(wanted, coupling, change):
     for k in range(wanted.size):
         wanted[k] += change * coupling[k]
 
 
-@fast
+@part
 def _aim(wanted, target, error, c, inverse, y):
     """Scaled weights that would leave nothing of the errors of the columns after this run, were they rounded to themselves."""
     for k in range(wanted.size - 1, -1, -1):
@@ -346,7 +344,7 @@ def _aim(wanted, target, error, c, inverse, y):
         y[k] = min(max((target[k] + y[k]) * inverse, F(-1e18)), F(1e18))
 
 
-@fast
+@part
 def _signs(y, c, weight, parity, step, digits, magnitudes, m, sign):
     """Signs of a run whose columns are rounded one after another; where parity asks for it, one is turned around."""
     odd, least, at = False, F(np.inf), 0
@@ -390,11 +388,11 @@ def _weighted(z, left, c, weight, first, digits, magnitudes, near, listed, m, co
     return near[key, best]
 
 
-@fast
+@part
 def _weighted_8(z, left, c, weight, first, digits, magnitudes, near, listed, m, cost):
     return _weighted(z, left, c, weight, first, digits, magnitudes, near, listed, m, cost, 3, 8)
 
 
-@fast
+@part
 def _weighted_4(z, left, c, weight, first, digits, magnitudes, near, listed, m, cost):
     return _weighted(z, left, c, weight, first, digits, magnitudes, near, listed, m, cost, 8, 4)

@@ -1,14 +1,14 @@
 """The accelerated twin of levels.py for CPUs: the same candidates in the same order, one pass over each group."""
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.grids import levels as reference
+from halfbyte.grids.compiled import in_threads, inline, loose, loose_kernel, part_with, strict
 from halfbyte.grids.rounding_numba import _store
-from halfbyte.grids.tiles_numba import F, loose, loose_inline, loose_jit, raw, strict, widen
+from halfbyte.grids.tiles_numba import F, raw, widen
 
 FP16, BYTE, FREE = 0, 1, 2
 HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see rounding_numba._store; here a scale may be zero
@@ -27,32 +27,32 @@ def fit(
     table, borders = np.zeros(1, np.float32), np.zeros(0, np.float32)
     if kind == BYTE:
         table, borders = reference.byte_scales(grid.scale).numpy(), reference.borders(grid.scale).numpy()
-    _fit(raw(w), h, grid.group, values, F(grid.reach), np.array(grid.tries if search else (), np.int64), kind, table, borders, scale)
+    in_threads(_fit, rows, raw(w), h, grid.group, values, F(grid.reach), np.array(grid.tries if search else (), np.int64), kind, table, borders, scale)
     if kind != FREE:
         return torch.from_numpy(scale), None
     top, sub = np.empty((rows, width // reference.SUPER), np.float32), np.empty(scale.shape, np.uint8)
-    _two_levels(raw(w), h, grid.group, values, search, scale, top, sub)
+    in_threads(_two_levels, rows, raw(w), h, grid.group, values, search, scale, top, sub)
     return torch.from_numpy(top), torch.from_numpy(sub)
 
 
 def encode(grid: "reference.LevelGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"]) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
-    _encode(raw(w), reference.inverse(scales).contiguous().numpy(), reference.cells(grid.levels)[0].int().numpy(), grid.group, codes)
+    in_threads(_encode, len(w), raw(w), reference.inverse(scales).contiguous().numpy(), reference.cells(grid.levels)[0].int().numpy(), grid.group, codes)
     return torch.from_numpy(codes)
 
 
-@loose_inline
+@inline
 def cell_of(x):
     # The mask keeps a weight that is not a number inside the table.
     return np.uint32(np.int32(min(max(F(2) * x + MIDDLE, F(0)), CELLS))) & np.uint32(reference.CELLS - 1)
 
 
-@loose_inline
+@inline
 def inverse_of(scale):
     return F(0) if scale == 0 else min(max(F(1) / scale, F(-1e38)), F(1e38))
 
 
-@loose_inline
+@inline
 def _moments_of(x, h, scale, values, count):
     inverse, wq, qq = inverse_of(scale), F(0), F(0)
     for i in range(count):
@@ -75,7 +75,7 @@ def _half(scale):
 
 
 # Weights are finite. Where LLVM does not know that, it makes no vectors of a maximum.
-@numba.njit(cache=True, forceinline=True, fastmath={"reassoc", "nsz", "nnan", "ninf"}, error_model="numpy", nogil=True)
+@part_with({"reassoc", "nsz", "nnan", "ninf"})
 def _largest(x):
     """The value of the largest magnitude."""
     low, high = F(0), F(0)
@@ -84,9 +84,9 @@ def _largest(x):
     return low if -low > high else high
 
 
-@loose_jit
-def _fit(w, h, group, values, reach, tries, kind, table, borders, scale):
-    for row in numba.prange(w.shape[0]):
+@loose_kernel
+def _fit(start, stop, w, h, group, values, reach, tries, kind, table, borders, scale):
+    for row in range(start, stop):
         _fit_row(w[row], h[row % h.shape[0]], group, values, reach, tries, kind, table, borders, scale[row])
 
 
@@ -103,7 +103,7 @@ def _fit_row(w, h, group, values, reach, tries, kind, table, borders, scale):
             scale[g] = _half(found) if kind == FP16 else found
 
 
-@loose_inline
+@inline
 def _search(x, h, values, reach, tries):
     largest = _largest(x)
     scale, best = largest / reach, F(0)
@@ -116,7 +116,7 @@ def _search(x, h, values, reach, tries):
     return scale
 
 
-@loose_inline
+@inline
 def _search_byte(x, h, values, reach, tries, table, borders):
     middle, best = np.searchsorted(borders, abs(_largest(x)) / reach, side="right"), F(0)
     scale = table[middle]
@@ -129,11 +129,11 @@ def _search_byte(x, h, values, reach, tries, table, borders):
     return scale
 
 
-@loose_jit
-def _two_levels(w, h, group, values, search, scale, top, sub):
-    rows, supers = top.shape
+@loose_kernel
+def _two_levels(start, stop, w, h, group, values, search, scale, top, sub):
+    supers = top.shape[1]
     per = scale.shape[1] // supers
-    for row in numba.prange(rows):
+    for row in range(start, stop):
         x, weight = np.empty(group, np.float32), h[row % h.shape[0]]
         for s in range(supers):
             own = scale[row, s * per : (s + 1) * per]
@@ -161,13 +161,13 @@ def _two_levels(w, h, group, values, search, scale, top, sub):
             top[row, s] = refined if better and search else above
 
 
-@loose_jit
-def _encode(w, inverse, code, group, codes):
-    for row in numba.prange(w.shape[0]):
+@loose_kernel
+def _encode(start, stop, w, inverse, code, group, codes):
+    for row in range(start, stop):
         _encode_row(w[row], inverse[row], code, group, codes[row])
 
 
-@strict
+@loose
 def _encode_row(w, inverse, code, group, codes):
     x = np.empty(group, np.float32)
     for g in range(inverse.size):

@@ -6,16 +6,16 @@ compiled for each of these types, with the function that `_nearest` picks for it
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from numba.extending import overload
 from torch import Tensor
 
+from halfbyte.grids.compiled import ORDERED, in_threads, inline, kernel
 from halfbyte.grids.floats_numba import code_of, steps_of, value_of
 from halfbyte.grids.levels_numba import cell_of, inverse_of
-from halfbyte.grids.tiles_numba import ORDERED, F, inline, jit
+from halfbyte.grids.tiles_numba import F
 
 
 class Even(NamedTuple):
@@ -58,7 +58,8 @@ def round_block(
     """Grid.round_block, where `size` in-features share parameters; None: all do. Rows are independent: each stays in the cache."""
     codes, group = np.empty(wanted.shape, np.uint8), columns // size if size else torch.zeros_like(columns)
     arrays = {name: field.contiguous().numpy() for name, field in levels._asdict().items() if isinstance(field, Tensor)}
-    _round_block(wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), group.numpy(), levels._replace(**arrays), codes)
+    matrices = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy()
+    in_threads(_round_block, -(-len(wanted) // 4), *matrices, group.numpy(), levels._replace(**arrays), codes)
     return torch.from_numpy(codes)
 
 
@@ -101,12 +102,14 @@ def _round(wanted, target, error, group, levels, codes, row, k):
     return change
 
 
-@jit
-def _round_block(wanted, target, error, coupling, group, levels, codes):
+@kernel
+def _round_block(start, stop, wanted, target, error, coupling, group, levels, codes):
     # Four rows at a time: each is a chain of round, subtract, pass on, and while one waits the others go on.
     rows, width = wanted.shape
-    for four in numba.prange(rows // 4):
+    for four in range(start, stop):
         a, b, c, d = 4 * four, 4 * four + 1, 4 * four + 2, 4 * four + 3
+        if d >= rows:
+            continue
         for k in range(width - 1, -1, -1):
             change_a = _round(wanted, target, error, group, levels, codes, a, k)
             change_b = _round(wanted, target, error, group, levels, codes, b, k)
@@ -119,7 +122,7 @@ def _round_block(wanted, target, error, coupling, group, levels, codes):
                 wanted[b, j] += change_b * by
                 wanted[c, j] += change_c * by
                 wanted[d, j] += change_d * by
-    for row in range(rows - rows % 4, rows):
+    for row in range(max(4 * start, rows - rows % 4), min(4 * stop, rows)):
         for k in range(width - 1, -1, -1):
             change = _round(wanted, target, error, group, levels, codes, row, k)
             for j in range(k):

@@ -4,18 +4,16 @@ The torch reference moves every weight through memory some hundred times, this r
 are read; nothing of the size of the matrix is allocated but the codes.
 """
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.grids import tiles_numba as tiles
+from halfbyte.grids.compiled import in_threads, inline, kernel, loose_kernel, part, strict
 from halfbyte.grids.rounding import CLIPPED, FURTHEST, NORMAL_STEP, TRIED, limits, reach, store
 from halfbyte.grids.tiles_numba import LANES, F, fold, load, raw, rounded, spread, widen
 
-PIECE = 4096  # in-features encoded at once by one thread when a row holds several groups
-TILES = 8  # handled one after another by one thread, in the same memory
 DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of the 23 that float32 has
 
 # What is known of the groups of a tile: rows of one flat array, at offsets that the compiler knows, so that it sees that they do not
@@ -36,8 +34,9 @@ def fit(
     zero = np.zeros((rows, 0 if symmetric else width // group), np.uint8)
     held = F(2 ** DROPPED_BITS[dtype] + 1), *(F(limit) for limit in limits(dtype))
     row = (TRIED[bits], *(F(value) for value in (*reach(bits), CLIPPED / NORMAL_STEP[bits]))) if search else None
-    shape = tiles.lanes_per_group(group), tiles.steps_per_lane(group)
-    _fit(raw(w).reshape(-1), h, group, *shape, F((1 << bits) - 1), symmetric, row, held, scale.reshape(-1), zero.reshape(-1))
+    lanes, steps = tiles.lanes_per_group(group), tiles.steps_per_lane(group)
+    tasks = -(-scale.size * lanes // LANES)
+    in_threads(_fit, tasks, raw(w).reshape(-1), h, group, lanes, steps, F((1 << bits) - 1), symmetric, row, held, scale.reshape(-1), zero.reshape(-1))
     return store(torch.from_numpy(scale), dtype), None if symmetric else torch.from_numpy(zero)
 
 
@@ -50,11 +49,11 @@ def encode(
 ) -> UInt8[Tensor, "rows width"]:
     codes = np.empty(w.shape, np.uint8)
     offset = np.zeros((scale.shape[0], 0), np.uint8) if zero is None else zero.numpy()
-    _encode(raw(w), scale.contiguous().numpy(), offset, group, bits, codes)
+    in_threads(_encode, len(w), raw(w), scale.contiguous().numpy(), offset, group, bits, codes)
     return torch.from_numpy(codes)
 
 
-@tiles.strict
+@strict
 def _store(scale, held):
     """rounding.store for a positive scale, as float32. Without branches, so that vectors can be made of it."""
     splitter, smallest, largest = held
@@ -64,20 +63,15 @@ def _store(scale, held):
     return fixed if (splitter == F(2**13 + 1)) & (scale < F(2**-14)) else high - (high - scale)
 
 
-@tiles.jit
-def _fit(w, h, size, lanes, steps, top, symmetric, row, held, scale, zero):
-    per_task = TILES * LANES // lanes
-    for task in numba.prange((scale.size + per_task - 1) // per_task):
-        _fit_tiles(w, h, size, lanes, steps, task * per_task, min((task + 1) * per_task, scale.size), top, symmetric, row, held, scale, zero)
-
-
-@tiles.part
-def _fit_tiles(w, h, size, lanes, steps, start, stop, top, symmetric, row, held, scale, zero):
+@kernel
+def _fit(start, stop, w, h, size, lanes, steps, top, symmetric, row, held, scale, zero):
+    """Tiles from number `start` on."""
     groups = LANES // lanes
     line, m = np.zeros(groups * size, np.float32), np.zeros(ROWS * LANES, np.float32)
     x = np.zeros((steps, LANES), np.float32)
     weight = None if h is None else np.zeros((steps, LANES), np.float32)
-    for first in range(start, stop, groups):
+    for tile in range(start, stop):
+        first = tile * groups
         load(w, h, size, first, line, x, weight)
         _span(x, m, groups, top, symmetric, held)
         if row is not None:
@@ -86,14 +80,13 @@ def _fit_tiles(w, h, size, lanes, steps, start, stop, top, symmetric, row, held,
             for k in range(tried):
                 _try(x, weight, m, groups, top, symmetric, held)
                 _next(m, groups, F(k), k == tried - 2)
-        count = min(groups, stop - first)
-        scale[first : first + count] = m[SCALE : SCALE + count]
-        if not symmetric:
-            for g in range(count):
+        for g in range(min(groups, scale.size - first)):
+            scale[first + g] = m[SCALE + g]
+            if not symmetric:
                 zero[first + g] = np.uint8(np.int32(m[ZERO + g]))
 
 
-@tiles.part
+@part
 def _span(x, m, groups, top, symmetric, held):
     """Min-max: the step that spans all weights, and the code of zero; the codes of zero to try."""
     m[LOW : LOW + 2 * LANES] = 0
@@ -117,7 +110,7 @@ def _span(x, m, groups, top, symmetric, held):
         m[MIDDLE + g], m[BELOW + g], m[ABOVE + g] = middle, max(middle - F(1), F(0)), min(middle + F(1), top)
 
 
-@tiles.part
+@part
 def _row(x, m, groups, size, symmetric, row):
     """Where the reciprocals of the scales to try begin, and how they grow."""
     m[TOTAL : TOTAL + 2 * LANES] = 0
@@ -141,7 +134,7 @@ def _row(x, m, groups, size, symmetric, row):
     spread(m[ABOVE : ABOVE + LANES], groups)
 
 
-@tiles.part
+@part
 def _try(x, h, m, groups, top, symmetric, held):
     """One candidate, with every code of zero."""
     spread(m[INVERSE : INVERSE + LANES], groups)
@@ -156,7 +149,7 @@ def _try(x, h, m, groups, top, symmetric, held):
     _better(m, groups, BELOW, XQ_BELOW, QQ_BELOW, held, F(-1) if symmetric else F(1))
 
 
-@tiles.part
+@part
 def _next(m, groups, k, last):
     """The k-th candidate of the row, or the last: the best scale so far."""
     for g in range(groups):
@@ -164,7 +157,7 @@ def _next(m, groups, k, last):
         m[INVERSE + g] = F(1) / abs(m[SCALE + g]) if last else m[FIRST + g] * (root * root) * (root * root)
 
 
-@tiles.part
+@part
 def _sums_of_zeros(x, h, m, top, above):
     """Sums for each code of zero. Where `above` is None, the one above is left out, when this is compiled."""
     for i in range(0, x.shape[0], 2):
@@ -187,7 +180,7 @@ def _sums_of_zeros(x, h, m, top, above):
                 m[QQ_ABOVE + lane] += qq
 
 
-@tiles.part
+@part
 def _sums(x0, x1, r0, r1, h0, h1, zero, top):
     """Of two weights, to add to memory less often: the weighted sums of x q and q^2, where q is r within the codes there are."""
     q0, q1 = min(max(r0, -zero), top - zero), min(max(r1, -zero), top - zero)
@@ -195,7 +188,7 @@ def _sums(x0, x1, r0, r1, h0, h1, zero, top):
     return p0 * x0 + p1 * x1, p0 * q0 + p1 * q1
 
 
-@tiles.inline
+@inline
 def _better(m, groups, zero, xq, qq, held, sign):
     fold(m[xq : xq + LANES], groups)
     fold(m[qq : qq + LANES], groups)
@@ -210,16 +203,13 @@ def _better(m, groups, zero, xq, qq, held, sign):
         m[ZERO + g] = tried if better else zero_before
 
 
-@tiles.loose_jit
-def _encode(w, scale, zero, group, bits, codes):
-    rows, groups = scale.shape
+@loose_kernel
+def _encode(start, stop, w, scale, zero, group, bits, codes):
+    """Rows from number `start` on."""
     top, half = F((1 << bits) - 1), F(1 << (bits - 1))
-    per_task = max(1, PIECE // group)
-    tasks_per_row = (groups + per_task - 1) // per_task
-    for task in numba.prange(rows * tasks_per_row):
-        row, first = task // tasks_per_row, (task % tasks_per_row) * per_task
-        x = np.empty(group, np.float32)
-        for g in range(first, min(first + per_task, groups)):
+    x = np.empty(group, np.float32)
+    for row in range(start, stop):
+        for g in range(scale.shape[1]):
             widen(w[row, g * group : (g + 1) * group], x)
             inverse = F(1) / scale[row, g]
             offset = half if zero.shape[1] == 0 else F(zero[row, g])

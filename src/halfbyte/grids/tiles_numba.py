@@ -11,24 +11,11 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
+from halfbyte.grids.compiled import part, strict
+
 LANES = 128
 STEPS = 32  # weights of a group in one lane, where it has more: 128 times that are half of a first-level cache
 F = np.float32
-
-# How functions are compiled: loops whose turns run in threads (jit), what they call (part), and what becomes part of its caller and
-# takes its rules of arithmetic (inline). Without reassoc, sums are taken in the order written; another order would undo splittings
-# such as the one in `half`. Loose ones leave the order to LLVM, which can then add up in vectors; strict ones round each operation.
-# What is called is always inlined (forceinline). If not, LLVM would optimise it once by itself and again in each caller, with sums in
-# another order, and a process would use the copy loaded first: not the same one when it compiles and when it reads the cache.
-ORDERED, LOOSE = {"contract", "nsz"}, {"reassoc", "contract", "nsz", "arcp"}
-jit = numba.njit(cache=True, parallel=True, fastmath=ORDERED, error_model="numpy", nogil=True)
-part = numba.njit(cache=True, forceinline=True, fastmath=ORDERED, error_model="numpy", nogil=True)
-inline = numba.njit(cache=True, fastmath=ORDERED, error_model="numpy", nogil=True, inline="always")
-loose_jit = numba.njit(cache=True, parallel=True, fastmath=LOOSE, error_model="numpy", nogil=True)
-loose = numba.njit(cache=True, forceinline=True, fastmath=LOOSE, error_model="numpy", nogil=True)
-loose_inline = numba.njit(cache=True, fastmath=LOOSE, error_model="numpy", nogil=True, inline="always")
-strict_jit = numba.njit(cache=True, parallel=True, error_model="numpy", nogil=True)
-strict = numba.njit(cache=True, forceinline=True, error_model="numpy", nogil=True)
 
 
 def raw(w: Tensor) -> np.ndarray:
@@ -56,18 +43,15 @@ def _widen_float(raw, x):
 
 
 def _widen_bfloat(raw, x):
-    bits = x.view(np.int32)
     for i in range(raw.size):
-        bits[i] = np.int32(raw[i]) << np.int32(16)
+        x[i] = np.int32(np.int32(raw[i]) << np.int32(16)).view(np.float32)
 
 
 def _widen_half(raw, x):
-    bits = x.view(np.uint32)
     for i in range(raw.size):
         half = np.uint32(raw[i])
-        bits[i] = (half & np.uint32(0x8000)) << np.uint32(16) | (half & np.uint32(0x7FFF)) << np.uint32(13)
-    for i in range(raw.size):  # the exponent moves by 112; the product does it for subnormal numbers too
-        x[i] *= F(2.0**112)
+        bits = (half & np.uint32(0x8000)) << np.uint32(16) | (half & np.uint32(0x7FFF)) << np.uint32(13)
+        x[i] = np.uint32(bits).view(np.float32) * F(2.0**112)  # the exponent moves by 112; the product does it for subnormal numbers too
 
 
 @part
@@ -111,7 +95,8 @@ def load(w, h, size, first, line, x, weight):
     if h is not None:
         for g in range(count):
             at = (first + g) * size % h.size
-            line[g * size : (g + 1) * size] = h[at : at + size]
+            for i in range(size):
+                line[g * size + i] = h[at + i]
         _transpose(line, size, weight)
 
 
