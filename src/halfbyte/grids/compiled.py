@@ -7,19 +7,21 @@ in Python, not by the compiler: compiled code for threads takes three times as l
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
 
 import numba
 import torch
 
 # Without reassoc, sums are taken in the order written; another order would undo splittings such as the one in `tiles_numba.half`.
 ORDERED, LOOSE = {"contract", "nsz"}, {"reassoc", "contract", "nsz", "arcp"}
+COMMON: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
 SHARES = 4
 """Pieces that each thread gets, one after another: one that is held up does not keep the others waiting."""
 
 
 def kernel_with(fastmath: set[str] | bool) -> Callable:
     """What Python calls, and the only thing that is cached."""
-    return numba.njit(cache=True, fastmath=fastmath, error_model="numpy", nogil=True, no_cfunc_wrapper=True)
+    return numba.njit(cache=True, fastmath=fastmath, **COMMON)
 
 
 def part_with(fastmath: set[str] | bool) -> Callable:
@@ -28,10 +30,10 @@ def part_with(fastmath: set[str] | bool) -> Callable:
     If not, LLVM would optimise it once by itself and again in each caller, with sums in another order, and a process would use the copy
     loaded first: not the same one when it compiles and when it reads the cache.
     """
-    return numba.njit(forceinline=True, fastmath=fastmath, error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    return numba.njit(forceinline=True, no_cpython_wrapper=True, fastmath=fastmath, **COMMON)
 
 
-inline = numba.njit(error_model="numpy", nogil=True, inline="always")
+inline = numba.njit(inline="always", **COMMON)
 """What becomes part of its callers before they are compiled, and takes their rules of arithmetic."""
 kernel, part = kernel_with(ORDERED), part_with(ORDERED)
 loose_kernel, loose = kernel_with(LOOSE), part_with(LOOSE)
