@@ -15,6 +15,7 @@ import torch
 # Without reassoc, sums are taken in the order written; another order would undo splittings such as the one in `tiles_numba.half`.
 ORDERED, LOOSE = {"contract", "nsz"}, {"reassoc", "contract", "nsz", "arcp"}
 COMMON: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
+CALLED: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True}
 SHARES = 4
 """Pieces that each thread gets, one after another: one that is held up does not keep the others waiting."""
 
@@ -30,7 +31,7 @@ def part_with(fastmath: set[str] | bool) -> Callable:
     If not, LLVM would optimise it once by itself and again in each caller, with sums in another order, and a process would use the copy
     loaded first: not the same one when it compiles and when it reads the cache.
     """
-    return numba.njit(forceinline=True, no_cpython_wrapper=True, fastmath=fastmath, **COMMON)
+    return numba.njit(fastmath=fastmath, **COMMON, **CALLED)
 
 
 inline = numba.njit(inline="always", **COMMON)
