@@ -1,10 +1,11 @@
 """Types for the tensors of a GGUF: those of llama.cpp's presets."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 from halfbyte.containers import GGUF
-from halfbyte.containers.gguf import presets
+from halfbyte.containers.gguf import families, hyperparameters, presets
 from halfbyte.containers.gguf.container import LAYOUTS, type_of
 from halfbyte.containers.gguf.file import TYPES
 from halfbyte.errors import BadRequest, UnknownName, Unsupported
@@ -14,7 +15,7 @@ from halfbyte.grids.scalar import IntGrid
 from halfbyte.jobs.job import AS_ASKED, SKIPPED, Choice, Job, check_patterns, keep, matches
 from halfbyte.jobs.words import unknown_grid
 from halfbyte.models.checkpoint import Checkpoint, Weight
-from halfbyte.models.ggufs import Names, translation_of
+from halfbyte.models.ggufs import GGUFCheckpoint, Names, translation_of
 from halfbyte.recipe import PARTS, Method, Recipe
 
 MISFIT = "neither"
@@ -45,9 +46,23 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Meth
     elif not any(c.scheme for c in choices):
         raise BadRequest(f"nothing is left to quantize: {next((c.note for c in choices), 'the model has no matrix')}")
     job = Job(recipe, checkpoint, container, method, choices, kept, dropped=dropped, preset=preset)
+    job.warnings += remarks_on(checkpoint, dropped)
     misfits = Counter(c.note for c in choices if c.note.startswith(MISFIT))
     job.warnings += [f"{count} matri{'ces' if count > 1 else 'x'} kept as in the source: {note}" for note, count in misfits.items()]
     return job
+
+
+def remarks_on(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> list[str]:
+    """What a GGUF of a checkpoint has not, or llama.cpp does in another way."""
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return []
+    said = hyperparameters.remarks(checkpoint.config)
+    if foreign := [tensor for tensor, reason in dropped.items() if reason == families.ELSEWHERE]:
+        said.append(
+            f"this is the text model alone: {len(foreign)} tensors of encoders of images or sound, such as {foreign[0]}, are left out, "
+            "and no mmproj file is made of them (llama.cpp's convert_hf_to_gguf.py --mmproj makes one)"
+        )
+    return said
 
 
 def _preset_and_type(name: str, pure: bool = False) -> tuple[str | None, str]:

@@ -7,13 +7,14 @@ publishes comes first: a GGUF is read under it. Facts as in llama.cpp's conversi
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from halfbyte.containers.gguf.entries import unanswered
 from halfbyte.containers.gguf.settings import settings
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
@@ -164,23 +165,40 @@ class Family:
     """The file holds a head even where the model has none but the embedding."""
     windowed: bool = False
     """Layers attend to a window by turns, where another row with the same `arch` has none."""
+    turns_part: bool = False
+    """Rotary embeddings may leave a part of each head as it is."""
+    two_bases: bool = False
+    """Layers with a window may turn heads from another base than the others."""
+    loses_window: bool = False
+    """All layers may attend to a window of tokens, which llama.cpp does not do."""
     ropes: tuple[str, ...] = PLAIN_ROPE
     assumed: Mapping[str, Any] = field(default_factory=dict)
-    """What llama.cpp computes whatever the file says, by the config's names: a value, or a function of the config."""
+    """What llama.cpp computes whatever the file says, by the config's names: a value, several that are the same to it, or a function of the config."""
 
 
 LLAMA_LIKE = Family("llama", rows=PAIRED, ropes=(*PLAIN_ROPE, "llama3"), assumed={"hidden_act": "silu"})
-QWEN = {"use_sliding_window": False, "hidden_act": "silu"}
+UNBIASED = {"hidden_act": "silu", "attention_bias": False}
+QWEN = {**UNBIASED, "use_sliding_window": False}
 SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": [], "hidden_act": "silu"}
-TANH = {"hidden_activation": "gelu_pytorch_tanh"}
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "use_bidirectional_attention": (False, None)}
+GELU = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")
+"""Which llama.cpp looks up in a table of 16 bits, further from each than they are from one another."""
 GRANITE_ROWS: dict[str, Any] = {"rows": PAIRED, "ropes": (*PLAIN_ROPE, "llama3"), "assumed": {"hidden_act": "silu"}}
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA_LIKE,
-    "mistral": LLAMA_LIKE,
-    "mixtral": Family("llama", {**ATTENTION, **FFN_NORM, **MIXTRAL_EXPERTS}, rows=PAIRED, assumed={"hidden_act": "silu"}),
+    "mistral": replace(LLAMA_LIKE, loses_window=True),
+    "mixtral": Family("llama", {**ATTENTION, **FFN_NORM, **MIXTRAL_EXPERTS}, rows=PAIRED, loses_window=True, assumed={"hidden_act": "silu"}),
     "smollm3": Family(
-        "smollm3", rows=PAIRED, assumed={"no_rope_layers": lambda s: [int((i + 1) % 4 != 0) for i in range(s.num_hidden_layers)], "use_sliding_window": False}
+        "smollm3",
+        rows=PAIRED,
+        assumed={
+            "no_rope_layers": lambda s: [int((i + 1) % 4 != 0) for i in range(s.num_hidden_layers)],
+            "use_sliding_window": False,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
     ),
     "granite": Family("granite", **GRANITE_ROWS),
     "granitemoe": Family("granitemoe", {**ATTENTION, **FFN_NORM, **GRANITE_EXPERTS}, **GRANITE_ROWS),
@@ -188,22 +206,33 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family("qwen2moe", {**ATTENTION, **FFN_NORM, **EXPERTS, **SHARED_EXPERT}, own_head=True, assumed={**QWEN, **SPARSE, "norm_topk_prob": False}),
     "qwen3": Family("qwen3", {**LLAMA, **HEAD_NORMS}, assumed=QWEN),
     "qwen3_moe": Family("qwen3moe", {**ATTENTION, **HEAD_NORMS, **FFN_NORM, **EXPERTS}, assumed={**QWEN, **SPARSE, "norm_topk_prob": True}),
-    "gemma": Family("gemma", adds_one=True, assumed={"tie_word_embeddings": True}),
+    "gemma": Family(
+        "gemma",
+        adds_one=True,
+        assumed={"tie_word_embeddings": True, "hidden_act": GELU, "attention_bias": False, "use_bidirectional_attention": (False, None)},
+    ),
     "gemma2": Family(
         "gemma2",
         {**ATTENTION, **SANDWICH, **GATED},
         adds_one=True,
-        assumed={**TANH, "tie_word_embeddings": True, "query_pre_attn_scalar": _gemma_scale(46)},
+        assumed={
+            **GEMMA,
+            "tie_word_embeddings": True,
+            "query_pre_attn_scalar": _gemma_scale(46),
+            "attn_logit_softcapping": lambda s: s.attn_logit_softcapping or 50.0,  # where the file says none, too
+            "final_logit_softcapping": lambda s: s.final_logit_softcapping or 30.0,
+        },
     ),
     "gemma3_text": Family(
         "gemma3",
         {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED},
         adds_one=True,
-        assumed={**TANH, "attn_logit_softcapping": None, "query_pre_attn_scalar": _gemma_scale(62)},
+        two_bases=True,
+        assumed={**GEMMA, "attn_logit_softcapping": None, "query_pre_attn_scalar": _gemma_scale(62)},
     ),
-    "phi3": Family("phi3", PHI3, ropes=("default", "longrope"), assumed={"hidden_act": "silu"}),
-    "olmo2": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, assumed={"hidden_act": "silu"}),
-    "olmo3": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, windowed=True, assumed={"hidden_act": "silu"}),
+    "phi3": Family("phi3", PHI3, turns_part=True, loses_window=True, ropes=("default", "longrope"), assumed={"hidden_act": "silu"}),
+    "olmo2": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, assumed=UNBIASED),
+    "olmo3": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, windowed=True, assumed=UNBIASED),
     "gpt_oss": Family(
         "gpt-oss",
         GPT_OSS,
@@ -211,13 +240,20 @@ FAMILIES: dict[str, Family] = {
         alternating=True,
         bare=("self_attn.sinks", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
         windowed=True,
-        assumed={"hidden_act": "silu", "attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        assumed={
+            "layer_types": lambda s: s.layer_types if "sliding_attention" in s.layer_types else "some that attend to a window",
+            "tie_word_embeddings": False,
+            "hidden_act": "silu",
+            "attention_bias": True,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
     ),
     "olmoe": Family(
         "olmoe",
         {**ATTENTION, **HEAD_NORMS, **FFN_NORM, **EXPERTS},
         own_head=True,
-        assumed={"norm_topk_prob": False, "clip_qkv": None, "hidden_act": "silu", "num_key_value_heads": lambda s: s.num_attention_heads},
+        assumed={"norm_topk_prob": False, "clip_qkv": None, **UNBIASED, "num_key_value_heads": lambda s: s.num_attention_heads},
     ),
     "gpt2": Family(
         "gpt2",
@@ -230,9 +266,10 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(
         "starcoder2",
         {**ATTENTION, **FFN_NORM, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+        loses_window=True,
         assumed={"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
     ),
-    "stablelm": Family("stablelm", own_head=True, assumed={"hidden_act": "silu", "qk_layernorm": False}),
+    "stablelm": Family("stablelm", own_head=True, turns_part=True, assumed={"hidden_act": "silu", "qk_layernorm": False}),
     "gpt_neox": Family(
         "gptneox",
         NEOX,
@@ -240,7 +277,8 @@ FAMILIES: dict[str, Family] = {
         ("gpt_neox.", "layers"),
         rows={"attn_qkv": _thirds},
         own_head=True,
-        assumed={"attention_bias": True},
+        turns_part=True,
+        assumed={"attention_bias": True, "hidden_act": ("gelu", *GELU)},
     ),
     "falcon": Family(
         "falcon",
@@ -250,12 +288,14 @@ FAMILIES: dict[str, Family] = {
         rows={"attn_qkv": _groups},
         assumed={"alibi": False, "parallel_attn": True, "bias": False},
     ),
-    "cohere": Family("command-r", assumed={"use_qk_norm": False, "tie_word_embeddings": True}),
+    "cohere": Family("command-r", assumed={"use_qk_norm": False, "tie_word_embeddings": True, **UNBIASED}),
 }
 """Transformers' `model_type` to its row."""
 
 WRAPPERS = re.compile(r"^((model|transformer|gpt_neox|language_model)\.)+")
-FOREIGN = re.compile(r"(^|\.)(vision|visual|image|audio|multi_modal|mm_projector|mtp)[^.]*\.")
+FOREIGN = re.compile(r"(^|\.)(vision|visual|image|audio|multi_modal|mm_projector)[^.]*\.")
+AHEAD = re.compile(r"(^|\.)mtp[^.]*\.")
+ELSEWHERE = "not of the text decoder"
 BUFFERS = re.compile(r"rotary_emb\.|\.rotary\.|(^|\.)attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")
 PLAIN = re.compile(r"\.bias$|norm(_2)?\.weight$|^position_embd|_gate_inp(_shexp)?\.weight$")
 """Tensors that llama.cpp wants in 32 bits: biases, norms, positions, and what chooses experts."""
@@ -302,14 +342,33 @@ def family_of(config: Mapping[str, Any]) -> Family:
     family, s = FAMILIES[kind], settings(config)
     for name, wanted in family.assumed.items():
         wanted = wanted(s) if callable(wanted) else wanted
-        if getattr(s, name, wanted) != wanted:
-            raise Unsupported(
-                f"llama.cpp computes '{family.arch}' with {name} = {wanted}, but config.json says {getattr(s, name)}: a GGUF of it would go wrong"
-            )
-    rope = rope_of(s).get("rope_type", "default")
-    if rope not in family.ropes:
-        raise Unsupported(f"llama.cpp computes '{family.arch}' without rotary scaling of type '{rope}'; it has {', '.join(family.ropes)}")
+        if getattr(s, name, None) not in wanted if isinstance(wanted, tuple) else getattr(s, name, wanted) != wanted:
+            known = " or ".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
+            raise Unsupported(f"llama.cpp computes '{family.arch}' with {name} = {known}, but config.json says {getattr(s, name)}: a GGUF of it would go wrong")
+    if found := next(unanswered(s, family.assumed), None):
+        raise Unsupported(
+            f"config.json says {found[0]} = {found[1]}, and what llama.cpp's '{family.arch}' makes of that is not known: a GGUF of it might go wrong"
+        )
+    _require_ropes(family, s)
     return family
+
+
+def _require_ropes(family: Family, s: Any) -> None:
+    """Raise Unsupported for rotary embeddings that llama.cpp has not."""
+    by_layers = [rope for rope in (getattr(s, "rope_parameters", None) or {}).values() if isinstance(rope, dict)]
+    sliding = (getattr(s, "rope_parameters", None) or {}).get("sliding_attention") or {}
+    kind = rope_of(s).get("rope_type", "default")
+    if kind not in family.ropes:
+        raise Unsupported(f"llama.cpp computes '{family.arch}' without rotary scaling of type '{kind}'; it has {', '.join(family.ropes)}")
+    for name, known in (("beta_fast", 32), ("beta_slow", 1)):  # which it reads from its command line, and from files of one other architecture
+        if kind == "yarn" and (said := rope_of(s).get(name) or known) != known:
+            raise Unsupported(f"llama.cpp computes yarn with {name} = {known} alone, and config.json says {said}: a GGUF of it would go wrong")
+    if sliding.get("rope_type", "default") != "default":
+        raise Unsupported(f"llama.cpp stretches no rotary embeddings of layers with a window, and config.json does: {sliding['rope_type']}")
+    if sliding and not family.two_bases and sliding["rope_theta"] != rope_of(s)["rope_theta"]:
+        raise Unsupported(f"llama.cpp turns all layers of '{family.arch}' from one base, and config.json says {sliding['rope_theta']} for those with a window")
+    if not family.turns_part and any(rope.get("partial_rotary_factor", 1.0) != 1.0 for rope in by_layers or [rope_of(s)]):
+        raise Unsupported(f"llama.cpp turns whole heads of '{family.arch}', and config.json says partial_rotary_factor = {rope_of(s)['partial_rotary_factor']}")
 
 
 def family_named(arch: str, experts: int = 0, windowed: bool = False) -> tuple[str, Family]:
@@ -332,6 +391,11 @@ def rope_of(s: Any) -> dict[str, Any]:
     """Rotary parameters of the layers that attend to everything."""
     parameters = getattr(s, "rope_parameters", None) or {}
     return parameters.get("full_attention", parameters)
+
+
+def lost_window(s: Any) -> int | None:
+    """The tokens that every layer attends to, where llama.cpp attends to all."""
+    return getattr(s, "sliding_window", None) if FAMILIES[s.model_type].loses_window else None
 
 
 def head_dim(s: Any) -> int:
@@ -366,7 +430,9 @@ class Translation:
     def dropped(self, tensor: str) -> str | None:
         """Why the GGUF has no such tensor; None if it has."""
         if FOREIGN.search(tensor):
-            return "not of the text decoder"
+            return ELSEWHERE
+        if AHEAD.search(tensor):
+            return "for predicting several tokens at once"
         if BUFFERS.search(tensor):
             return "computed from the config"
         name, _, block = self._split(tensor)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfbyte.containers.gguf.families import Family, family_named, head_dim, llama3_factors, rope_of
+from halfbyte.containers.gguf.families import Family, family_named, head_dim, llama3_factors, lost_window, rope_of
 from halfbyte.containers.gguf.file import Value
 from halfbyte.containers.gguf.settings import settings
 from halfbyte.errors import Unsupported
@@ -55,13 +55,28 @@ def _rope_scaling(s: Any) -> str | None:
     return kind if kind in ("linear", "yarn", "longrope") else None
 
 
-def _attention_factor(s: Any) -> float | None:
-    """What longrope multiplies sine and cosine with."""
+def _stretch(s: Any) -> float | None:
+    """By how much the context is longer than the one that was trained first."""
     rope = rope_of(s)
-    if rope.get("rope_type") != "longrope":
-        return None
-    known, stretch = rope["original_max_position_embeddings"], s.max_position_embeddings / rope["original_max_position_embeddings"]
-    return rope.get("attention_factor") or (sqrt(1 + log(stretch) / log(known)) if stretch > 1 else 1.0)
+    known = rope.get("original_max_position_embeddings")
+    return rope.get("factor") or (s.max_position_embeddings / known if known else None)
+
+
+def _yarn_factor(stretch: float, share: float = 1.0) -> float:
+    """What YaRN multiplies sine and cosine with by default."""
+    return 0.1 * share * log(stretch) + 1 if stretch > 1 else 1.0
+
+
+def _attention_factor(s: Any) -> float | None:
+    """What llama.cpp multiplies sine and cosine with, beside what it does by itself: all of it for longrope, the rest for yarn."""
+    rope, stretch = rope_of(s), _stretch(s)
+    given, shares = rope.get("attention_factor"), [share for name in ("mscale", "mscale_all_dim") if (share := rope.get(name))]
+    if rope.get("rope_type") == "longrope" and stretch:
+        return given or (sqrt(1 + log(stretch) / log(rope["original_max_position_embeddings"])) if stretch > 1 else 1.0)
+    if rope.get("rope_type") == "yarn" and stretch and (given is not None or len(shares) == 2):
+        wanted = given if given is not None else _yarn_factor(stretch, shares[0]) / _yarn_factor(stretch, shares[1])
+        return wanted / _yarn_factor(stretch)
+    return None
 
 
 def _sliding_layers(s: Any) -> list[bool] | None:
@@ -72,6 +87,12 @@ def _sliding_layers(s: Any) -> list[bool] | None:
 def _window(s: Any) -> int | None:
     """Only families with full and sliding layers by turns: llama.cpp has no window in the others, nor have their later models."""
     return s.sliding_window if _sliding_layers(s) else None
+
+
+def _context(s: Any) -> int:
+    """As far as llama.cpp computes what the model does; Falcon's config may not say how far that goes."""
+    longest = getattr(s, "max_position_embeddings", None) or 2048
+    return min(longest, lost_window(s) or longest)
 
 
 class Key(NamedTuple):
@@ -85,7 +106,7 @@ class Key(NamedTuple):
 
 KEYS: dict[str, Key] = {
     "block_count": Key("uint32", ("num_hidden_layers",)),
-    "context_length": Key("uint32", ("max_position_embeddings",), lambda s: getattr(s, "max_position_embeddings", None) or 2048),  # Falcon's may not say
+    "context_length": Key("uint32", ("max_position_embeddings",), _context),
     "embedding_length": Key("uint32", ("hidden_size",)),
     "feed_forward_length": Key("uint32", INNER, _inner),
     "vocab_size": Key("uint32", ("vocab_size",)),
@@ -108,11 +129,9 @@ KEYS: dict[str, Key] = {
     "rope.freq_base": Key("float32", (), _rope("rope_theta")),
     "rope.freq_base_swa": Key("float32", (), lambda s: (getattr(s, "rope_parameters", None) or {}).get("sliding_attention", {}).get("rope_theta")),
     "rope.scaling.type": Key("string", (), _rope_scaling),
-    "rope.scaling.factor": Key("float32", (), _rope("factor", ("linear", "yarn"))),
+    "rope.scaling.factor": Key("float32", (), lambda s: _stretch(s) if _rope_scaling(s) in ("linear", "yarn") else None),
     "rope.scaling.original_context_length": Key("uint32", (), _rope("original_max_position_embeddings", ("yarn", "longrope"))),
     "rope.scaling.attn_factor": Key("float32", (), _attention_factor),
-    "rope.scaling.yarn_ext_factor": Key("float32", (), _rope("extrapolation_factor", ("yarn",))),
-    "rope.scaling.yarn_attn_factor": Key("float32", (), _rope("attention_factor", ("yarn",))),
     "rope.scaling.yarn_beta_fast": Key("float32", (), _rope("beta_fast", ("yarn",))),
     "rope.scaling.yarn_beta_slow": Key("float32", (), _rope("beta_slow", ("yarn",))),
     "expert_count": Key("uint32", ("num_local_experts", "num_experts")),
@@ -143,6 +162,26 @@ def metadata(config: Mapping[str, Any], family: Family, folder: Path) -> dict[st
     return said
 
 
+def remarks(config: Mapping[str, Any]) -> list[str]:
+    """What is to be said of how llama.cpp computes a model of this config."""
+    s = settings(config)
+    rope, window = rope_of(s), lost_window(s)
+    known = rope.get("original_max_position_embeddings")
+    said = []
+    if window and window < s.max_position_embeddings:
+        said.append(
+            f"every layer attends to the last {window} tokens, which llama.cpp does not do for '{s.model_type}': the GGUF says a context of {window} "
+            f"tokens in place of {s.max_position_embeddings}, up to which both compute the same"
+        )
+    if rope.get("rope_type") == "yarn" and rope.get("truncate") is False:
+        said.append(
+            "llama.cpp rounds the limits between which YaRN stretches to whole pairs of in-features, which this model does not: long texts differ a little"
+        )
+    if rope.get("rope_type") == "longrope":
+        said.append(f"llama.cpp takes the rotary factors for long texts wherever its context (-c) is above {known}, Transformers where the text is that long")
+    return said
+
+
 def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Mapping[str, Tensor]) -> dict[str, Any]:
     """The config.json of a GGUF that has none beside it; what a GGUF does not say is Transformers' default for the family.
 
@@ -159,7 +198,7 @@ def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Ma
         raise Unsupported(f"a GGUF of '{arch}' with two norms before the attention is not read yet")
     default = transformers.AutoConfig.for_model(kind)
     known = {*default.to_dict(), *default.attribute_map}
-    found: dict[str, Any] = {name: value for name, value in family.assumed.items() if not callable(value)}
+    found: dict[str, Any] = {name: value[0] if isinstance(value, tuple) else value for name, value in family.assumed.items() if not callable(value)}
     for name, key in KEYS.items():
         called = next((n for n in key.names if n in known), None)
         if called and name in said:
@@ -207,8 +246,9 @@ def _rope_parameters(said: Mapping[str, Any], rope: Mapping[str, Tensor], width:
     if found["rope_type"] in ("yarn", "longrope"):
         found["original_max_position_embeddings"] = said["rope.scaling.original_context_length"]
     if found["rope_type"] == "yarn":
-        names = {"attention_factor": "yarn_attn_factor", "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
-        found |= {name: said[f"rope.scaling.{key}"] for name, key in names.items() if f"rope.scaling.{key}" in said}
+        found |= {name: said[f"rope.scaling.yarn_{name}"] for name in ("beta_fast", "beta_slow") if f"rope.scaling.yarn_{name}" in said}
+        if "rope.scaling.attn_factor" in said:
+            found["attention_factor"] = said["rope.scaling.attn_factor"] * _yarn_factor(found["factor"])
     if not by_layers:
         return found
     return {"full_attention": found, "sliding_attention": {"rope_type": "default", "rope_theta": said.get("rope.freq_base_swa", 10000.0)}}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from halfbyte.containers.gguf.entries import IDLE, SAID
 from halfbyte.errors import BadCheckpoint
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -18,10 +19,26 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {**RMS, "num_key_value_heads": 8},
     "granite": {**RMS, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0},
     "qwen2": {**RMS, "num_key_value_heads": 32, "use_sliding_window": False},
-    "qwen3": {**RMS, "num_key_value_heads": 32, "use_sliding_window": False, "head_dim": 128},
-    "gemma": {**RMS, "num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
-    "olmo2": {**RMS, "rms_norm_eps": 1e-5},
-    "cohere": {**COMMON, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "use_qk_norm": False, "tie_word_embeddings": True, "rope_theta": 500000.0},
+    "qwen3": {**RMS, "num_key_value_heads": 32, "use_sliding_window": False, "head_dim": 128, "attention_bias": False},
+    "gemma": {
+        **RMS,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "use_bidirectional_attention": None,
+    },
+    "olmo2": {**RMS, "rms_norm_eps": 1e-5, "attention_bias": False},
+    "cohere": {
+        **COMMON,
+        "layer_norm_eps": 1e-5,
+        "logit_scale": 0.0625,
+        "use_qk_norm": False,
+        "tie_word_embeddings": True,
+        "rope_theta": 500000.0,
+        "attention_bias": False,
+    },
 }
 """What it means that config.json lacks a name, by `model_type`: families for which Transformers derives nothing else that a GGUF says."""
 ROPES = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
@@ -39,9 +56,15 @@ def settings(config: Mapping[str, Any]) -> Any:
 
 
 def from_table(config: Mapping[str, Any]) -> SimpleNamespace | None:
-    """None where it takes Transformers to know or to refuse: a family that is in no row, a size that is left out, a value of another kind."""
+    """None where it takes Transformers to know or to refuse: a family that is in no row, another entry, a size that is left out, a value of another kind."""
     defaults = DEFAULTS.get(config.get("model_type", ""))
-    if defaults is None or any(name in config for name in UNCOMMON) or not all(type(config.get(name)) is int and config[name] > 0 for name in SIZES):
+    known = {*(defaults or ()), *SIZES} | SAID | IDLE
+    if (
+        defaults is None
+        or not known.issuperset(config)
+        or any(name in config for name in UNCOMMON)
+        or not all(type(config.get(name)) is int and config[name] > 0 for name in SIZES)
+    ):
         return None
     s = SimpleNamespace(**{**defaults, **config})
     usual = all(_alike(getattr(s, name), default) for name, default in defaults.items())
