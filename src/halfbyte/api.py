@@ -15,6 +15,7 @@ from halfbyte.pipeline import convert, dequantize
 from halfbyte.recipe import Recipe
 from halfbyte.report import build
 from halfbyte.report.inspect import inspect
+from halfbyte.report.numbers import require_finite
 from halfbyte.run import Progress, require_callable, silent
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def evaluate(
         "opening": list(taken.stream.opening_words),
         "reference_path": str(reference.path),
     }
+    require_finite(rows, "evaluation")
     measured = [{"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, **row} for c, row in zip(checkpoints[1:], rows[1:], strict=True)]
     for (model, kind), row in zip(kinds, measured, strict=True):
         if kind == "stored":
@@ -115,6 +117,7 @@ def needle(
         "reference_path": str(reference.path),
         "reference": rows[0],
     }
+    require_finite(rows, "needle")
     measured = [{"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, "rows": own} for c, own in zip(checkpoints, rows[1:], strict=True)]
     for (_, kind), row in zip(kinds, measured, strict=True):
         if kind == "stored":

@@ -405,7 +405,9 @@ def _show_worst(rows: list[dict[str, Any]], error_of: str | None) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    from halfbyte.report.numbers import require_finite
+
+    print(json.dumps(require_finite(value), indent=2, ensure_ascii=False))
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -91,7 +91,7 @@ def _score(reference: Tensor, own: Tensor, following: Tensor) -> Tokens:
 def summary(tokens: Tokens, reference: bool) -> dict[str, Any]:
     nll, nll_error = mean_and_error(tokens.nll)
     perplexity = float(torch.tensor(nll).exp())
-    row = {"tokens": tokens.nll.numel(), "nll": nll, "perplexity": perplexity, "perplexity_error": perplexity * nll_error}
+    row = {"tokens": tokens.nll.numel(), "nll": nll, "perplexity": perplexity, "perplexity_error": nll_error and perplexity * nll_error}
     if not reference:
         kl, kl_error = mean_and_error(tokens.kl)
         flat = tokens.kl.flatten().double().sort().values
@@ -105,11 +105,11 @@ def summary(tokens: Tokens, reference: bool) -> dict[str, Any]:
     return row
 
 
-def mean_and_error(values: Float32[Tensor, "windows positions"]) -> tuple[float, float]:
-    """Mean and its standard error. Tokens of one window hang together, so windows are what is counted."""
+def mean_and_error(values: Float32[Tensor, "windows positions"]) -> tuple[float, float | None]:
+    """Mean and its standard error, which nobody knows of one token. Tokens of one window hang together, so windows are what is counted."""
     values = values.double()
     units = values.mean(1) if values.shape[0] > 1 else values.flatten()
-    return float(values.mean()), float(units.std() / len(units) ** 0.5) if len(units) > 1 else float("nan")
+    return float(values.mean()), float(units.std() / len(units) ** 0.5) if len(units) > 1 else None
 
 
 def _quantile(sorted_values: Tensor, share: float) -> float:

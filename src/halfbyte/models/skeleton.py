@@ -94,7 +94,9 @@ def _construct(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTr
         config._attn_implementation = None
     kind = architecture(checkpoint, config)
     with torch.device("meta"), initialization.no_tie_weights():
-        return kind._from_config(config, dtype=dtype, experts_implementation="eager")
+        model = kind._from_config(config, dtype=dtype, experts_implementation="eager")
+    release(model, [name for name, p in model.named_parameters(remove_duplicate=False) if not p.is_meta])  # torch.FloatTensor and torch.normal pay no heed
+    return model
 
 
 def _parts(config: transformers.PreTrainedConfig) -> Iterator[transformers.PreTrainedConfig]:
@@ -352,6 +354,13 @@ def load(model: nn.Module, checkpoint: Checkpoint, found: Places, tied: dict[str
     for name in names:
         if name in tied:
             put(model, name, model.get_parameter(tied[name]))
+
+
+def blind(model: nn.Module, names: Iterable[str]) -> None:
+    """Poison in place of the parameters, which takes no memory: they may be looked at (of which kind, on which device), and not be computed with."""
+    for name in names:
+        p = model.get_parameter(name)
+        put(model, name, nn.Parameter(poison(p.flatten()[:1]).expand(p.numel()).view(p.shape), requires_grad=False))
 
 
 def release(model: nn.Module, names: Iterable[str]) -> None:

@@ -316,12 +316,15 @@ class Walk:
         inside: dict[str, list[str]] = {f"{stack}.{i}": [] for i in range(len(modules))}
         self.outside = []
         """Parameters and buffers of what a text runs through before and after the blocks."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name in skeleton.inside(self.model, ""):
             block = ".".join(name.split(".")[: stack.count(".") + 2])
             if block in inside:
                 inside[block].append(name)
             elif not roles.FOREIGN.search(name):
                 self.outside.append(name)
+            elif name in parameters:
+                skeleton.blind(self.model, [name])
         self.blocks = [Block(self, module, prefix, inside[prefix]) for module, prefix in zip(modules, inside, strict=True)]
         used = Counter(home for block in self.blocks for home in block.homes)
         self.shared = {home for home, blocks in used.items() if blocks > 1}
@@ -412,9 +415,7 @@ class Walk:
         return values.view(hidden.shape).copy_(hidden)
 
     def require_finite(self, hidden: Tensor, who: str) -> None:
-        """Raise BadCheckpoint for hidden states that are no numbers, and for those that no value has gone into."""
-        if hidden.is_meta:
-            raise Unsupported(f"{who} with a part of '{self.checkpoint.model_type}' that belongs to no text; {skeleton.NO_MODEL}")
+        """Raise BadCheckpoint for hidden states that are no numbers."""
         if not torch.isfinite(hidden.sum()) and not torch.isfinite(hidden).all():
             dtype = str(hidden.dtype).removeprefix("torch.")
             raise BadCheckpoint(f"{self.checkpoint.path}: {who} NaN or Inf in {dtype}; the model is broken, or needs another dtype ({skeleton.NO_MODEL})")

@@ -21,6 +21,7 @@ from halfbyte.containers.place import beside, is_file, replace_text
 from halfbyte.jobs import Job
 from halfbyte.models.calibrate import Windows
 from halfbyte.plan.engines import Verdict
+from halfbyte.report.numbers import require_finite
 
 WORST = 5
 LOST, LOST_ROW = 0.5, 0.75
@@ -171,7 +172,8 @@ def size(size_bytes: float) -> str:
 
 
 def as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Raises BrokenOutput for NaN and infinities."""
+    return json.dumps(require_finite(value), indent=2, ensure_ascii=False) + "\n"
 
 
 def add(path: Path, **measured: Any) -> None:
