@@ -1,11 +1,13 @@
 """Models side by side on the same tokens: perplexity, KL divergence from the first, top-1 agreement.
 
 All models walk through the text together, a slice of windows at a time, and their logits meet batch by batch: memory holds
-hidden states and one batch of logits for each, however long the text is. Per token a few numbers are kept.
+hidden states and the logits of a few positions, however long the text is and however many words the models know: 1 GB in all,
+beside a block or two heads. Per token a few numbers are kept.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
 
-HIDDEN_BYTES = 256e6
-"""Hidden states kept at once for each model; a longer text is walked in slices."""
+HIDDEN_BYTES = 512e6
+"""Hidden states of all models kept at once; a longer text is walked in slices."""
+LOGITS_BYTES, COPIES = 512e6, 4
+"""Predictions in memory, and how many of one size there are at a time: the logits of two models and what is made of them."""
 
 
 @dataclass
@@ -52,40 +56,73 @@ def compare(
 
 def measure(checkpoints: Sequence[Checkpoint], windows: Tensor, first: int, dtype: torch.dtype, progress: Callable) -> list[Tokens]:
     width = checkpoints[0].text_config.get("hidden_size") or checkpoints[0].text_config.get("n_embd") or 4096
-    at_once = max(1, int(HIDDEN_BYTES / (windows.shape[1] * width * dtype.itemsize)))
+    at_once = max(1, int(HIDDEN_BYTES / (len(checkpoints) * windows.shape[1] * width * dtype.itemsize)))
     parts: list[list[Tokens]] = [[] for _ in checkpoints]
     slices = windows.split(at_once)
     for number, part in enumerate(slices):
         walks = [Walk(c, part, dtype, as_served=True) for c in checkpoints]
         for index, walk in enumerate(walks):
             walk.start()
-            for block in walk.blocks:
-                done = (index + block_share(walk, block)) / len(walks)
-                progress("running the models", number + done, len(slices))
+            for at, block in enumerate(walk.blocks):
+                progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))
                 block.load(walk.checkpoint)
                 walk.advance(block)
                 block.free()
-        for batch in zip(*(walk.logits() for walk in walks), strict=True):
-            tokens = batch[0][0]
-            reference = _log_probabilities(batch[0][1], first)
-            for collected, (_, logits) in zip(parts, batch, strict=True):
-                collected.append(_score(reference, _log_probabilities(logits, first), tokens[:, first + 1 :]))
-    return [Tokens(*(torch.cat([getattr(t, name) for t in part]) for name in ("nll", "kl", "same_top", "change"))) for part in parts]
+            walk.finish()
+        progress("comparing predictions", number + 1, len(slices))
+        for collected, found in zip(parts, _scores(walks, first), strict=True):
+            collected.append(found)
+    return [_joined(part) for part in parts]
 
 
-def block_share(walk: Walk, block) -> float:
-    return walk.blocks.index(block) / len(walk.blocks)
+def _scores(walks: Sequence[Walk], first: int) -> list[Tokens]:
+    """Of every walk against the first. Those whose head is the first's are compared in one go, the others each by itself: two heads are in memory at most."""
+    alike = [walk for walk in walks if walk is walks[0] or walk.same_head(walks[0])]
+    found = dict(zip(map(id, alike), _compared(alike, first, shared=True), strict=True))
+    for walk in walks:
+        if id(walk) not in found:
+            found[id(walk)] = _compared([walks[0], walk], first, shared=False)[1]
+    return [found[id(walk)] for walk in walks]
 
 
-def _log_probabilities(logits: Tensor, first: int) -> Float32[Tensor, "batch positions vocabulary"]:
-    return logits[:, first:-1].float().log_softmax(-1)
+def _compared(walks: Sequence[Walk], first: int, shared: bool) -> list[Tokens]:
+    parts: list[list[Tokens]] = [[] for _ in walks]
+    with ExitStack() as heads:
+        predict = [heads.enter_context(walk.head(walks[0] if shared and walk is not walks[0] else None)) for walk in walks]
+        for batch in range(1, len(walks[0].batches)):
+            tokens = walks[0].batches[batch]
+            rows: list[list[Tokens]] = [[] for _ in walks]
+            for positions in _positions(walks[0], tokens.shape, first):
+                following = tokens[:, positions.start + 1 : positions.stop + 1]
+                reference = predict[0](batch, positions).float().log_softmax(-1)
+                for collected, own in zip(rows, predict, strict=True):
+                    said = reference if own is predict[0] else own(batch, positions).float().log_softmax(-1)
+                    collected.append(_score(reference, said, following))
+            for collected, row in zip(parts, rows, strict=True):
+                collected.append(_joined(row, dim=1))
+    return [_joined(part) for part in parts]
+
+
+def _positions(walk: Walk, shape: Sequence[int], first: int) -> Iterator[slice]:
+    """The scored positions of a batch, few enough at a time for the logits' share of the memory."""
+    words = walk.model.config.get_text_config(decoder=True).vocab_size
+    step = max(1, int(LOGITS_BYTES / (COPIES * 4 * words * shape[0])))
+    last = shape[1] - 1
+    return (slice(start, min(start + step, last)) for start in range(first, last, step))
+
+
+def _joined(parts: Sequence[Tokens], dim: int = 0) -> Tokens:
+    return Tokens(*(torch.cat([getattr(part, field.name) for part in parts], dim) for field in fields(Tokens)))
 
 
 def _score(reference: Tensor, own: Tensor, following: Tensor) -> Tokens:
     following = following[..., None].to(own.device)
     chosen, was = own.gather(-1, following)[..., 0], reference.gather(-1, following)[..., 0]
-    kl = (reference.exp() * (reference - own)).sum(-1).clamp(min=0)
-    return Tokens(-chosen, kl, (own.argmax(-1) == reference.argmax(-1)).float(), chosen.exp() - was.exp())
+    if own is reference:
+        return Tokens(-chosen, torch.zeros_like(chosen), torch.ones_like(chosen), torch.zeros_like(chosen))
+    same_top = (own.argmax(-1) == reference.argmax(-1)).float()
+    kl = (reference.exp() * own.sub_(reference).neg_()).sum(-1).clamp(min=0)  # in place: what is large here is the vocabulary
+    return Tokens(-chosen, kl, same_top, chosen.exp() - was.exp())
 
 
 def summary(tokens: Tokens, reference: bool) -> dict[str, Any]:

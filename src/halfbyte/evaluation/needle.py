@@ -84,14 +84,16 @@ def score(checkpoint: Checkpoint, planted: Planted, dtype: torch.dtype = torch.f
         block.load(checkpoint)
         walk.advance(block)
         block.free()
+    walk.finish()
     likely, found = [], []
-    sizes = iter(planted.answers)
-    for tokens, logits in walk.logits():
-        for row, row_logits in zip(tokens, logits, strict=True):
-            size = next(sizes)
-            answer, said = row[-size:], row_logits[-size - 1 : -1].float().log_softmax(-1)
-            likely.append(said.gather(-1, answer[:, None]).mean())
-            found.append((said.argmax(-1) == answer).all())
+    sizes, last, longest = iter(planted.answers), planted.tokens.shape[1] - 1, max(planted.answers)
+    with walk.head() as predict:
+        for number, tokens in list(enumerate(walk.batches))[1:]:
+            for row, row_logits in zip(tokens, predict(number, slice(last - longest, last)), strict=True):
+                size = next(sizes)
+                answer, said = row[-size:], row_logits[-size:].float().log_softmax(-1)
+                likely.append(said.gather(-1, answer[:, None]).mean())
+                found.append((said.argmax(-1) == answer).all())
     return torch.stack(likely), torch.stack(found).float()
 
 

@@ -251,6 +251,13 @@ class Checkpoint:
             return w.T.contiguous() if roles.is_transposed(tensor, self.model_type) else w
         raise BadCheckpoint(f"{self.path} has no tensor '{tensor}'")
 
+    def same(self, tensor: str, other: "Checkpoint") -> bool:
+        """Whether both store this tensor, unquantized, and the same bits in it."""
+        mine, its = (None if tensor in c.parts else c.entries.get(tensor) for c in (self, other))
+        if mine is None or its is None or (mine.shape, mine.dtype) != (its.shape, its.dtype):
+            return False
+        return mine == its or torch.equal(mine.read().view(torch.uint8), its.read().view(torch.uint8))
+
     def spec(self, tensor: str) -> Spec:
         """Shape and dtype of a tensor by its name in the unquantized checkpoint; that of the model where it is stored quantized."""
         if tensor in self.pieces:

@@ -11,6 +11,7 @@ The stand-ins look whether it is so, and a model of another kind is refused by n
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -336,6 +337,8 @@ class Walk:
         """What it would read if nothing had been quantized. `Block.collect` moves it on."""
         self.carried: dict[int, Sequence[Any]] = {}
         """What the last block returned, by batch, where the next one reads more of it than hidden states."""
+        self._before_head: Any = None
+        """What the model returned that the head reads, for one of the batches."""
         self._returned: Sequence[Any] | None = None
         """What a block returns beside hidden states, poisoned; None where it returns them alone."""
 
@@ -427,13 +430,67 @@ class Walk:
 
     def logits(self) -> Iterator[tuple[Int64[Tensor, "batch length"], Tensor]]:
         """After the last block: tokens and what the whole model returns for every batch but the probe, which is logits where it has a head."""
-        for tokens, out in self._finish(self.model):
-            yield tokens, out.logits if hasattr(out, "logits") else out.last_hidden_state
+        if self._ends_in_head:
+            self.finish()
+            with self.head() as predict:
+                for number, tokens in list(enumerate(self.batches))[1:]:
+                    yield tokens, predict(number, slice(None))
+        else:
+            for tokens, out in self._finish(self.model):
+                yield tokens, out.logits if hasattr(out, "logits") else out.last_hidden_state
 
     def states(self) -> Iterator[tuple[Int64[Tensor, "batch length"], Float[Tensor, "batch length width"]]]:
         """After the last block: tokens and last hidden states of every batch but the probe."""
         for tokens, out in self._finish(self.model.base_model):
             yield tokens, out.last_hidden_state
+
+    @property
+    def _ends_in_head(self) -> bool:
+        return self.predicts and self.model.base_model is not self.model
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the last block: what the head reads takes the place of hidden states. Raises Unsupported for a model without a head."""
+        if not self._ends_in_head:
+            raise Unsupported(f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) predicts no tokens, and predictions are what is compared")
+        for number, (_, out) in enumerate(self._finish(self.model.base_model), 1):
+            self.hidden[number] = out.last_hidden_state
+            self._before_head = out
+
+    @contextmanager
+    def head(self, like: "Walk | None" = None) -> Iterator[Callable[[int, slice], Float[Tensor, "batch positions vocabulary"]]]:
+        """While this lasts: the logits of a batch at some positions, after `finish`. `like`: a walk whose head is in memory and is the same."""
+        if like is None:
+            self._load(self._of_head)
+        else:
+            for name in self._of_head:
+                skeleton.put(self.model, name, like.model.get_parameter(name))
+        base = self.model.base_model
+
+        @torch.no_grad()
+        def logits(batch: int, positions: slice) -> Tensor:
+            out = copy(self._before_head)
+            out.last_hidden_state = self.hidden[batch][:, positions]
+            base.forward = lambda *args, **kwargs: out
+            return self.model(input_ids=self.batches[batch][:, positions].to(self.device), use_cache=False).logits
+
+        try:
+            yield logits
+        finally:
+            base.__dict__.pop("forward", None)
+            skeleton.release(self.model, self.outside)
+
+    def same_head(self, other: "Walk") -> bool:
+        """Whether this model's head is, bit for bit, that of another, whose tensors bear the same names."""
+        homes = {self.ties.get(name, name) for name in self._of_head}
+        tensors = [tensor for tensor, place in self.places.items() if place.parameter in homes]
+        return self._of_head == other._of_head and bool(tensors) and all(self.checkpoint.same(tensor, other.checkpoint) for tensor in tensors)
+
+    @property
+    def _of_head(self) -> list[str]:
+        """Parameters of what comes after the model that the family calls its base."""
+        base = set(self._outside(self.model.base_model))
+        return [name for name in self.outside if name not in base]
 
     @torch.no_grad()
     def _finish(self, part: nn.Module) -> Iterator[tuple[Tensor, Any]]:
