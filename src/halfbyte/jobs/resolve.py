@@ -15,7 +15,7 @@ from halfbyte.grids.grid import AnyScheme
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.jobs import cache, folder, gguf
 from halfbyte.jobs.job import Job, commonest, doubts
-from halfbyte.models import adapter, roles
+from halfbyte.models import adapter, heads, roles
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.models.ggufs import translation_of
 from halfbyte.plan import engines
@@ -70,6 +70,7 @@ def resolve(recipe: Recipe) -> Job:
 def source_of(recipe: Recipe) -> Checkpoint:
     """The checkpoint that a recipe names, with its adapter."""
     checkpoint = Checkpoint.open(recipe.model)
+    heads.settle(checkpoint)
     return adapter.merged(checkpoint, recipe.adapter) if recipe.adapter else checkpoint
 
 
@@ -158,6 +159,7 @@ def _with_importance(method: Method, recipe: Recipe) -> Method:
 def transcoding(source: str, to: str, grid: str | None = None) -> Job:
     """The job of moving a quantized checkpoint into another container, every grid as it is where the container holds its values."""
     checkpoint = Checkpoint.open(source)
+    heads.settle(checkpoint)
     if checkpoint.container is None:
         raise BadRequest(f"{source} is not quantized; to quantize it: halfbyte quantize {source} -o OUT --to {to}")
     container = container_named(to)

@@ -107,11 +107,12 @@ class Checkpoint:
         floats = [e.dtype for e in self.entries.values() if e.dtype in DTYPE_NAMES.values()]
         return max(set(floats), key=floats.count) if floats else torch.float32
 
-    @property
+    @cached_property
     def tied(self) -> bool:
-        """Whether the head shares the embedding's tensor. Old configs do not say, but then no head is stored."""
-        said = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
-        return not any(roles.HEAD.match(name) for name in self.entries) if said is None else bool(said)
+        """Whether the head shares the embedding's values, whatever config.json says: as Transformers reads it."""
+        from halfbyte.models import heads  # which reads checkpoints
+
+        return heads.is_tied(self)
 
     @property
     def other_files(self) -> list[Path]:
@@ -285,7 +286,7 @@ class Checkpoint:
                 continue
             if name not in lies_transposed:
                 outside = roles.block_of(name) is None and len(shape) == 2
-                if outside and ((not self.tied and roles.HEAD.match(name)) or (embedding and roles.EMBEDDING.match(name))):
+                if outside and ((roles.is_head(name) and not self.tied) or (embedding and roles.EMBEDDING.match(name))):
                     yield Weight(name.removesuffix(".weight"), name, None, shape)
                 continue
             block, transposed = roles.block_of(name, self.has_encoder), lies_transposed[name]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,7 +67,7 @@ class GGUFCheckpoint(Checkpoint):
         floats = [e.dtype for n, e in self.entries.items() if e.dtype in (torch.bfloat16, torch.float16) and len(e.shape) > 1]
         return max(set(floats), key=floats.count) if floats else torch.float16 if self._quantized else torch.float32
 
-    @property
+    @cached_property
     def tied(self) -> bool:
         return "output.weight" not in self.file.tensors
 

@@ -32,6 +32,25 @@ ORDINARY = re.compile(
 
 HEAD = re.compile(r"^(.*\.)?(lm_head|embed_out|output_projection|output)\.weight$")
 
+# Families whose head is the embedding where config.json says nothing of it; others are asked.
+TIED = {
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "falcon",
+    "bloom",
+    "mpt",
+    "opt",
+    "mamba",
+    "cohere",
+    "cohere2",
+    "starcoder2",
+}
+
 EMBEDDING = re.compile(r"^(?!.*(vision|visual|audio|image|position))(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|token_embd)\.weight$")
 
 # Checkpoints that store [in, out]: GPT-2's Conv1D, and the fused experts of gpt-oss and Llama 4.
@@ -65,6 +84,11 @@ def block_of(tensor: str, encoders: bool = False) -> str | None:
     match = BLOCK.match(tensor)
     inside = match is not None and "." in tensor[match.end() :]  # what is numbered itself is a list of matrices, and no block
     return match[1] if match and inside and (encoders or not FOREIGN.search(f"{match[1]}.")) else None
+
+
+def is_head(tensor: str) -> bool:
+    """Whether a tensor is the weight of the language model's head."""
+    return bool(HEAD.match(tensor)) and not BLOCK.match(tensor) and not FOREIGN.search(tensor)
 
 
 def is_transposed(tensor: str, model_type: str) -> bool:
