@@ -3,18 +3,26 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import pytest
 import torch
+from numba.core import caching
 from safetensors.torch import load_file, save_file
 
 import halfbyte
 import tiny
 from halfbyte.containers.gguf import file as gguf
 from halfbyte.errors import BadCheckpoint, BadRequest
+from halfbyte.grids import compiled
+from halfbyte.jobs import resolve
 from halfbyte.models.checkpoint import INDEX, Checkpoint
+from halfbyte.pipeline import identity
+from halfbyte.recipe import Recipe
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
 NEAREST = ["--method", "nearest", "--grid", "int4-g32"]
@@ -137,9 +145,46 @@ def test_a_progress_that_cannot_be_called(run, home, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_journal_says_with_how_many_threads_it_goes_on(home, tmp_path, monkeypatch):
-    """Factors of Hessians and long sums differ in their last bits: a run that is taken up with other threads would be a mixture."""
-    words = {"method": "gptq", "grid": "int4-g32", "calibration": {"source": str(home / "text.txt"), "samples": 2, "length": 32}}
-    report = halfbyte.quantize(home / "model", tmp_path / "out", **words)
-    assert report["environment"]["threads"] == torch.get_num_threads()
-    assert report["environment"]["instructions"] == torch.backends.cpu.get_cpu_capability()
+def test_another_number_of_threads_is_another_run(home, monkeypatch):
+    """Where it changes last bits: a run that is taken up with other threads would be a mixture."""
+    job, windows = resolve(Recipe.of(model=str(home / "model"), method="gptq", grid="int4-g32")), SimpleNamespace(digest="0")
+    before = [identity(job, None), identity(job, windows)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    after = [identity(job, None), identity(job, windows)]
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+
+
+def test_kernels_without_a_place_for_their_cache(monkeypatch):
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    assert compiled.kernel(lambda x: x + 1)(1) == 2
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+
+package = os.path.dirname(sys.argv.pop(1))
+
+def refuse(event, args):
+    writes = event == "os.mkdir" or (event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR))
+    if writes and str(args[0]).startswith(package):
+        raise PermissionError(13, "Permission denied", args[0])
+
+sys.addaudithook(refuse)
+from halfbyte import cli
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_an_installation_that_is_read_only_without_a_home(home, tmp_path):
+    """As a container's image is run under any user's number; the folder for Numba's cache cannot be made either, and its threads are those of old systems."""
+    nowhere = "/proc/none"
+    env = {**tiny.ALONE, "HOME": nowhere, "XDG_CACHE_HOME": nowhere, "NUMBA_CACHE_DIR": nowhere, "NUMBA_THREADING_LAYER": "workqueue"}
+    command = ["quantize", home / "model", *NEAREST, "-o"]
+    words = [sys.executable, "-c", READ_ONLY, halfbyte.__file__, *command, tmp_path / "out"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env={**env, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr
+    assert tiny.halfbyte(*command, tmp_path / "here").code == 0
+    assert tiny.weights(tmp_path / "out") == tiny.weights(tmp_path / "here")

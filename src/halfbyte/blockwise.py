@@ -26,7 +26,7 @@ def quantize(run: Run, windows: Windows) -> None:
     """Walk the model once; what is done already is read back instead of solved."""
     job = run.job
     source = job.checkpoint
-    walk = Walk(source, windows.tokens, source.dtype, twin=job.method.twin, scratch=run.folder.partial)
+    walk = Walk(source, windows.tokens, source.dtype, twin=job.method.twin, scratch=run.folder.partial.parent)
     inside = {t for block in walk.blocks for t in block.tensors}
     outside = [unit for unit in job.units if unit[0].tensor not in inside]  # the head, and what the model's forward does not run
     if unseen := next((w for w, s in job.schemes.items() if w.tensor not in inside and s.input and s.input.static), None):

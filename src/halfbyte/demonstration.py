@@ -28,10 +28,8 @@ RUNS = [
 
 def require_own(folder: Path) -> None:
     """Raise BadRequest for a folder that holds anything but what an earlier demonstration has left there."""
-    ours = {
-        f"{method}-{grid}-{container}{end}" for method, grid, container in RUNS for end in ("", ".partial", ".partial.jsonl", ".partial.lock", ".halfbyte-old")
-    }
-    if folder.exists() and not (folder.is_dir() and all(path.name in ours for path in folder.iterdir())):
+    ours = tuple(f"{method}-{grid}-{container}" for method, grid, container in RUNS)
+    if folder.exists() and not (folder.is_dir() and all(path.name.startswith(ours) for path in folder.iterdir())):
         raise BadRequest(f"{folder} holds other things than a demonstration's folders; name one that is new or empty")
 
 

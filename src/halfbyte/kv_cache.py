@@ -123,7 +123,7 @@ def complete(run: Run) -> dict[str, Any] | None:
         checkpoint, c = Checkpoint(run.folder.partial), job.recipe.calibration
         checkpoint.kv = None
         windows = run.windows or calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
-        cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.input_range, run.progress, run.folder.partial)
+        cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.input_range, run.progress, run.folder.partial.parent)
         about = describe(job.kv, job.recipe.input_range, windows, rows)
     else:
         cache = job.checkpoint.kv

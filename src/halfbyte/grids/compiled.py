@@ -21,8 +21,15 @@ SHARES = 4
 
 
 def kernel_with(fastmath: set[str] | bool) -> Callable:
-    """What Python calls, and the only thing that is cached."""
-    return numba.njit(cache=True, fastmath=fastmath, **COMMON)
+    """What Python calls, and the only thing that is cached, if there is a place where this may be written: beside the package, or in a home."""
+
+    def compiled(function: Callable) -> Callable:
+        try:
+            return numba.njit(cache=True, fastmath=fastmath, **COMMON)(function)
+        except (RuntimeError, OSError):  # Numba looks for the place now; it compiles later
+            return numba.njit(fastmath=fastmath, **COMMON)(function)
+
+    return compiled
 
 
 def part_with(fastmath: set[str] | bool) -> Callable:

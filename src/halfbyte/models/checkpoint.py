@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -356,7 +356,7 @@ def _entries(path: Path) -> dict[str, Entry]:
     index = read_object(path / INDEX) if exists(path / INDEX) else None
     if index is not None:
         weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(s, str) and ".." not in s and not s.startswith("/") for s in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(isinstance(s, str) and ".." not in s and not PureWindowsPath(s).anchor for s in weight_map.values()):
             raise BadCheckpoint(f"{path / INDEX} maps no tensors to files of the folder")
         shards = sorted(set(weight_map.values()))
         missing = [s for s in shards if not exists(path / s)]

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 import torch
@@ -413,9 +414,11 @@ class Walk:
         """The same values, in memory or in a file that is gone when the last tensor in it is."""
         if self.scratch is None or self._tokens * hidden.shape[-1] * hidden.dtype.itemsize <= BUDGET:
             return hidden
-        with NamedTemporaryFile(dir=self.scratch) as file:
-            values = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
-        return values.view(hidden.shape).copy_(hidden)
+        with TemporaryFile(dir=self.scratch) as file:
+            file.write(hidden.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            values = torch.frombuffer(mmap(file.fileno(), 0), dtype=hidden.dtype)
+        return values.view(hidden.shape)
 
     def require_finite(self, hidden: Tensor, who: str) -> None:
         """Raise BadCheckpoint for hidden states that are no numbers."""
