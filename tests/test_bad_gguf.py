@@ -114,7 +114,7 @@ REQUESTS = {
     "inputs": (["-o", "out.gguf", "--grid", "w8a8"], ("how inputs are rounded", "Q8_0", "--to compressed-tensors")),
     "type that is not written": (["-o", "out.gguf", "--grid", "IQ1_S"], ("iq1_s is read from gguf files, not written", "iq2_xxs")),
     "parts in a file": (["-o", "out.gguf", "--shard-gb", "0.001"], ("parts of a GGUF need a folder", "--shard-gb")),
-    "unknown override": (["-o", "out.gguf", "--override", "layers.0.*=q9"], ("unknown preset or type of GGUF 'q9'", "Q8_0")),
+    "unknown override": (["-o", "out.gguf", "--override", "layers.0.*=q9"], ("unknown preset or type of GGUF 'q9'", "Q4_1")),
     "pattern": (["-o", "out.gguf", "--override", "blk.0.*=q8_0"], ("'blk.0.*' matches no weight", "model.layers.0.")),
     "nothing left": (["-o", "out.gguf", "--skip", "*"], "nothing is left to quantize: skipped as asked"),
     "pure elsewhere": (["-o", "out", "--pure"], ("pure is for GGUF", "compressed-tensors")),
