@@ -1,7 +1,14 @@
 """halfbyte makes large language models small enough to run.
 
-import halfbyte
-report = halfbyte.quantize("path/to/model", "out", method="gptq", grid="int4-g128", to="compressed-tensors")
+>>> import halfbyte
+>>> report = halfbyte.quantize("org/model", "model-int4", method="gptq", grid="int4-g128", engine="vllm", progress=True)
+>>> report
+<Report: gptq int4-g128 as compressed-tensors, ...>
+>>> halfbyte.evaluate(["model-int4"], against="org/model")
+>>> model = halfbyte.load("model-int4")
+
+quantize, convert, dequantize and kv write checkpoints; evaluate, needle and inspect measure them; imatrix writes an importance
+matrix; load gives a Transformers model. Whatever is wrong with a request is a HalfbyteError, whose text is one line.
 """
 
 from importlib import import_module
@@ -10,14 +17,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.api import convert, dequantize, evaluate, imatrix, inspect, kv, load, needle, quantize
     from halfbyte.errors import HalfbyteError
-    from halfbyte.recipe import Recipe
+    from halfbyte.recipe import Calibration, Recipe
 
-__all__ = ["HalfbyteError", "Recipe", "convert", "dequantize", "evaluate", "imatrix", "inspect", "kv", "load", "needle", "quantize"]
-_HOMES = {"HalfbyteError": "halfbyte.errors", "Recipe": "halfbyte.recipe"}
+    __version__: str
+
+_HOMES = {"HalfbyteError": "halfbyte.errors", "Recipe": "halfbyte.recipe", "Calibration": "halfbyte.recipe"}
+__all__ = ["Calibration", "HalfbyteError", "Recipe", "convert", "dequantize", "evaluate", "imatrix", "inspect", "kv", "load", "needle", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
     # Names are found when they are used: importing halfbyte must not import torch, or `halfbyte --help` takes seconds.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("halfbyte")
     if name not in __all__:
         raise AttributeError(f"module 'halfbyte' has no attribute '{name}'")
     return getattr(import_module(_HOMES.get(name, "halfbyte.api")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted((*__all__, "__version__"))

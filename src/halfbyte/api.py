@@ -1,6 +1,6 @@
 """The public functions: what the command line calls, and nothing more."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,34 +11,107 @@ from halfbyte.errors import BadRequest
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.pipeline import convert, dequantize
-from halfbyte.recipe import Recipe
+from halfbyte.progress import Progress, shown
+from halfbyte.recipe import Calibration, Recipe
 from halfbyte.report import build
 from halfbyte.report.inspect import inspect
 from halfbyte.report.numbers import require_finite
-from halfbyte.run import Progress, require_callable, silent
+from halfbyte.report.summary import Report
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
-def quantize(model: str | Path | Recipe, out: str | Path, *, overwrite: bool = False, progress: Progress = silent, **recipe: Any) -> dict[str, Any]:
+def quantize(
+    model: str | Path | Recipe,
+    out: str | Path,
+    *,
+    method: str | None = None,
+    grid: str | None = None,
+    to: str | None = None,
+    engine: str | None = None,
+    adapter: str | Path | None = None,
+    requantize: bool | None = None,
+    calibration: str | Path | Mapping[str, Any] | Calibration | None = None,
+    input_range: str | None = None,
+    kv: str | None = None,
+    alpha: float | None = None,
+    skip: str | Sequence[str] | None = None,
+    override: Mapping[str, str] | None = None,
+    head: bool | None = None,
+    pure: bool | None = None,
+    imatrix: str | Path | None = None,
+    pre: str | None = None,
+    shard_gb: float | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | bool = False,
+) -> Report:
     """Quantize `model` (a folder, a GGUF, a hub id, or a whole Recipe) into `out`, a folder or a .gguf file; returns the report.
 
-    `recipe` takes the entries of Recipe: adapter, requantize, method, grid, to, engine, calibration, skip, override, input_range,
-    alpha, kv, head, pure, imatrix, pre, shard_gb.
-    Raises HalfbyteError.
+    What is None is as the recipe has it, or the default of `Recipe`.
+
+    method: minmax, nearest, imatrix, gptq (the default), gptaq, awq, smoothquant; or awq+gptq, smoothquant+gptq.
+    grid: of weights, such as int4-g128 (the default) or nf4; with inputs, such as int8-channel/int8-token; a preset, such as w8a8 or Q4_K_M.
+    to: the container; by default the engine's, or one that holds the grid.
+    engine: which engine is to load it; its rules are checked first.
+    adapter: the folder of a LoRA adapter that is merged into the model as it is read.
+    requantize: take the values of a model that is quantized already as the original.
+    calibration: a text file, .jsonl, .json or .csv, a dataset org/name:split, or a Calibration with `source`, `samples`, `length`, `seed`.
+    input_range: what stored scales of inputs span: max (the default), percentile or mse.
+    kv: a KV cache whose scales are found and stored too: fp8-e4m3 or fp8-e4m3-head.
+    alpha: how much of the inputs' range smoothquant moves into the weights, 0 to 1; searched if None.
+    skip: patterns of weights that stay in 16 bits. override: pattern to grid, or to "keep". head: quantize lm_head too.
+    pure, pre: of GGUF: one type for all tensors; llama.cpp's name of the pre-tokenizer.
+    imatrix: an importance matrix of llama.cpp in place of calibration.
+    shard_gb: files above this size are split (5 by default; a GGUF is one file).
+    overwrite: replace an output that exists. dry_run: return the plan, a report without results, and write nothing.
+    progress: True for a bar, or a function of (what, done, total).
+
+    Raises HalfbyteError, with nothing half-written left behind.
     """
-    words = model.model_dump(exclude_unset=True) if isinstance(model, Recipe) else {"model": str(model)}
-    whole = Recipe.of(**{**words, **recipe})
-    if whole.method == "convert":
-        if whole.to is None:
-            raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}")
-        return convert(whole.model, out, whole.to, overwrite=overwrite, progress=progress)
-    if whole.method == "dequantize":
-        return dequantize(whole.model, out, whole.to, whole.grid, whole.adapter, overwrite, progress)
-    return pipeline.quantize(whole, out, overwrite=overwrite, progress=progress)
+    given = {name: value for name, value in locals().items() if name in Recipe.model_fields and name != "model" and value is not None}
+    asked = model.model_dump(exclude_unset=True) if isinstance(model, Recipe) else {"model": str(model)}
+    recipe = Recipe.of(**{**asked, **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()}})
+    if dry_run:
+        return Report(pipeline.plan(recipe, out, overwrite=overwrite))
+    with shown(progress) as show:
+        if recipe.method == "convert":
+            if recipe.to is None:
+                raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}")
+            return Report(pipeline.convert(recipe.model, out, recipe.to, overwrite=overwrite, progress=show))
+        if recipe.method == "dequantize":
+            return Report(pipeline.dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, show))
+        return Report(pipeline.quantize(recipe, out, overwrite=overwrite, progress=show))
+
+
+def convert(source: str | Path, out: str | Path, to: str, grid: str | None = None, overwrite: bool = False, progress: Progress | bool = False) -> Report:
+    """Move a quantized checkpoint into another container: bit for bit where it holds the same grid, else by rounding again; returns the report.
+
+    `to` is the container, `grid` what to round to where it does not hold the source's. The report's errors are those against the quantized
+    source: 0 where nothing was rounded. Raises HalfbyteError.
+    """
+    with shown(progress) as show:
+        return Report(pipeline.convert(source, out, to, grid, overwrite, show))
+
+
+def dequantize(
+    source: str | Path,
+    out: str | Path,
+    to: str | None = None,
+    dtype: str | None = None,
+    adapter: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | bool = False,
+) -> Report:
+    """Write a quantized checkpoint in 16 bits, with its tokenizer, template and config: a folder of safetensors, or a GGUF if `out` is called so.
+
+    `dtype` is bfloat16, float16 or float32 (by default what the checkpoint says); `adapter` the folder of a LoRA adapter to merge.
+    Raises HalfbyteError, with nothing half-written left behind.
+    """
+    with shown(progress) as show:
+        return Report(pipeline.dequantize(source, out, to, dtype, adapter, overwrite, show))
 
 
 def evaluate(
@@ -49,7 +122,7 @@ def evaluate(
     windows: int | None = None,
     convention: str = "served",
     kv: Sequence[str] = ("stored",),
-    progress: Progress = silent,
+    progress: Progress | bool = False,
 ) -> dict[str, Any]:
     """Perplexity of `against` and `models`, and what each of `models` diverges from it, on the same tokens.
 
@@ -63,10 +136,11 @@ def evaluate(
     rule = convention_named(convention)
     reference = Checkpoint.open(against)
     kinds = [(model, kind) for model in models for kind in kv]
-    checkpoints = [reference, *(with_cache(model, kind, progress) for model, kind in kinds)]
-    require_one_vocabulary(reference, checkpoints[1:])
-    taken = calibrate.evaluation(reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows, rule.begin)
-    rows = compare(checkpoints, taken.tokens, rule.first(length, len(taken.stream.opening)), progress=progress)
+    with shown(progress) as show:
+        checkpoints = [reference, *(with_cache(model, kind, show) for model, kind in kinds)]
+        require_one_vocabulary(reference, checkpoints[1:])
+        taken = calibrate.evaluation(reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows, rule.begin)
+        rows = compare(checkpoints, taken.tokens, rule.first(length, len(taken.stream.opening)), progress=show)
     common = {
         "text": text,
         "length": length,
@@ -94,7 +168,7 @@ def needle(
     facts: int = 8,
     seed: int = 0,
     kv: Sequence[str] = ("stored",),
-    progress: Progress = silent,
+    progress: Progress | bool = False,
 ) -> dict[str, Any]:
     """How well `against` and `models` read back a fact that is planted in texts of these lengths, at `depths` places from beginning to end.
 
@@ -105,9 +179,10 @@ def needle(
     from halfbyte.kv_cache import with_cache
 
     kinds = [(model, kind) for model in models for kind in kv]
-    reference, *checkpoints = [Checkpoint.open(against), *(with_cache(model, kind, progress) for model, kind in kinds)]
-    require_one_vocabulary(reference, checkpoints)
-    rows = measure([reference, *checkpoints], str(demo.HELDOUT) if text == "heldout" else text, lengths, depths, facts, seed, progress)
+    with shown(progress) as show:
+        reference, *checkpoints = [Checkpoint.open(against), *(with_cache(model, kind, show) for model, kind in kinds)]
+        require_one_vocabulary(reference, checkpoints)
+        rows = measure([reference, *checkpoints], str(demo.HELDOUT) if text == "heldout" else text, lengths, depths, facts, seed, show)
     common = {
         "text": text,
         "lengths": list(lengths),
@@ -142,13 +217,13 @@ def kv(
     seed: int = 0,
     input_range: str = "max",
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress | bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint, quantized or not, into `out` with the scales of a quantized KV cache; returns the report of it."""
     from halfbyte.kv_cache import attach
-    from halfbyte.recipe import Calibration
 
-    return attach(model, out, grid, Calibration(source=calibration, samples=samples, length=length, seed=seed), input_range, overwrite, progress)
+    with shown(progress) as show:
+        return attach(model, out, grid, Calibration(source=calibration, samples=samples, length=length, seed=seed), input_range, overwrite, show)
 
 
 def imatrix(
@@ -159,18 +234,18 @@ def imatrix(
     length: int = 512,
     seed: int = 0,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress | bool = False,
 ) -> dict[str, Any]:
     """Measure an importance matrix of a model and write it in llama.cpp's format; returns what was measured."""
     from halfbyte.containers.gguf import imatrix as files
     from halfbyte.models import importance
 
-    require_callable(progress)
     out = Path(out).expanduser()
     checkpoint = Checkpoint.open(model)
     with one_file(out, overwrite) as partial:
         windows = calibrate.calibration(checkpoint, calibration, samples, length, seed)
-        measured = importance.measure(checkpoint, windows, progress)
+        with shown(progress) as show:
+            measured = importance.measure(checkpoint, windows, show)
         files.write(partial, measured)
     return {"path": str(out), "matrices": len(measured.tensors), **windows.about}
 

@@ -11,6 +11,7 @@ from halfbyte.grids.grid import AnyScheme, Grid, Inputs, Params, Quantized, Seen
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.walk import Block, Walk
+from halfbyte.progress import RESUMING
 from halfbyte.recipe import Method
 from halfbyte.run import Run, apart, digest, note, recall, relative, row_of, squares, tell, with_inputs
 from halfbyte.solvers import SOLVERS
@@ -40,6 +41,8 @@ def quantize(run: Run, windows: Windows) -> None:
     run.progress("embedding", 0, len(walk.blocks))
     walk.start()
     records = {record["block"]: record for record in run.folder.journal if "block" in record}
+    if records:
+        run.progress(f"{RESUMING} from block {len(records) + 1} of {len(walk.blocks)}", len(records), len(walk.blocks))
     for number, block in enumerate(walk.blocks):
         run.progress(block.name, number, len(walk.blocks))
         block.load(source)

@@ -6,21 +6,23 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from halfbyte.endings import Stop, hang_up, speak_any_language
 from halfbyte.errors import BadRequest, HalfbyteError
+from halfbyte.progress import shown
+from halfbyte.recipe import OTHER_COMMANDS
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 INTERRUPTED = 130
 UsageError: Any = typer.BadParameter.__mro__[1]  # of click, which some versions of typer bear within themselves
 out = Console(width=None if sys.stdout.isatty() else 180)
@@ -83,6 +85,7 @@ def quantize(
     requantize: Annotated[bool | None, typer.Option("--requantize", help="Take the values of a model that is quantized already as the original.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these; options win over it.")] = None,
     overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint into a folder, or a GGUF, that an engine loads.
@@ -91,7 +94,7 @@ def quantize(
 
     halfbyte quantize org/model -o model-Q4_K_M.gguf --grid Q4_K_M
     """
-    from halfbyte.recipe import OTHER_COMMANDS, Recipe, method_named
+    from halfbyte.recipe import Recipe, method_named
 
     words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None,
              "input_range": input_range, "alpha": alpha, "adapter": adapter, "requantize": requantize,
@@ -109,8 +112,10 @@ def quantize(
         method_named(asked.method)
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
 
-    with _progress(as_json) as progress:
-        report = run(asked, output, overwrite=overwrite, progress=progress)
+    report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not as_json)
+    if dry_run:
+        _show_plan(report, output, as_json)
+        return
     _show_report(report, output, as_json)
 
 
@@ -126,8 +131,7 @@ def convert(
     """Move a quantized checkpoint into another container, exactly where the grids coincide."""
     from halfbyte.api import convert as run
 
-    with _progress(as_json) as progress:
-        report = run(path, output, to, grid, overwrite=overwrite, progress=progress)
+    report = run(path, output, to, grid, overwrite=overwrite, progress=not as_json)
     _show_report(report, output, as_json)
 
 
@@ -144,8 +148,7 @@ def dequantize(
     """Write a quantized checkpoint in 16 bits, for tools that read nothing else."""
     from halfbyte.api import dequantize as run
 
-    with _progress(as_json) as progress:
-        report = run(path, output, to, dtype, adapter, overwrite, progress)
+    report = run(path, output, to, dtype, adapter, overwrite, progress=not as_json)
     _show_report(report, output, as_json)
 
 
@@ -165,8 +168,7 @@ def kv(
     """Add the scales of a quantized KV cache to a checkpoint; all else is copied byte for byte."""
     from halfbyte.api import kv as run
 
-    with _progress(as_json) as progress:
-        found = run(model, output, grid, calibration, samples, length, seed, input_range, overwrite, progress)
+    found = run(model, output, grid, calibration, samples, length, seed, input_range, overwrite, progress=not as_json)
     if as_json:
         _print_json(found)
         return
@@ -197,8 +199,7 @@ def imatrix(
     """Measure an importance matrix, in the format of llama.cpp's own tools."""
     from halfbyte.api import imatrix as run
 
-    with _progress(as_json) as progress:
-        made = run(model, output, calibration, samples, length, seed, overwrite, progress)
+    made = run(model, output, calibration, samples, length, seed, overwrite, progress=not as_json)
     if as_json:
         _print_json(made)
     else:
@@ -222,8 +223,7 @@ def evaluate(
     """Perplexity, and divergence from the original on the same tokens."""
     from halfbyte.api import evaluate as run
 
-    with _progress(as_json) as progress:
-        result = run(models, against, text, length, windows, convention, kv or ["stored"], progress)
+    result = run(models, against, text, length, windows, convention, kv or ["stored"], progress=not as_json)
     if as_json:
         _print_json(result)
         return
@@ -260,8 +260,7 @@ def needle(
     sizes = [int(size) for size in lengths.split(",") if size.strip().isdigit()]
     if len(sizes) != len(lengths.split(",")):
         raise BadRequest(f"--lengths takes numbers of tokens, such as 256,1024, not '{lengths}'")
-    with _progress(as_json) as progress:
-        result = run(models, against, text, sizes, depths, facts, seed, kv or ["stored"], progress)
+    result = run(models, against, text, sizes, depths, facts, seed, kv or ["stored"], progress=not as_json)
     if as_json:
         _print_json(result)
         return
@@ -318,7 +317,7 @@ def demo(
     """Quantize the embedded model with several methods and print what each one lost. Works offline."""
     from halfbyte.demonstration import rows
 
-    with tempfile.TemporaryDirectory() as scratch, _progress(as_json) as progress:
+    with tempfile.TemporaryDirectory() as scratch, shown(not as_json) as progress:
         table_rows = rows(keep or Path(scratch), samples, windows, progress)
     if as_json:
         _print_json(table_rows)
@@ -351,13 +350,28 @@ def _pair(text: str) -> tuple[str, str]:
     return pattern, grid
 
 
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    """A bar with the time left, on standard error; nothing where nobody looks."""
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+def _show_plan(report: dict[str, Any], output: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json(report)
+        return
+    from halfbyte.report.summary import headline, size
+
+    o = report["output"]
+    out.print(f"{output} would be: {headline(report)}")
+    for kind, count in Counter(row["grid"] for row in report["weights"]).most_common():
+        out.print(f"  {count} matrices on {kind}")
+    for reason, count in Counter(report["kept"].values()).most_common():
+        out.print(f"  {count} tensors kept: {reason}")
+    for reason, count in Counter(report["dropped"].values()).most_common():
+        out.print(f"  {count} tensors left out: {reason}")
+    out.print(f"  {len(o['files'])} file{'s' if len(o['files']) > 1 else ''} of tensors, {size(o['size_bytes'])}: {', '.join(o['files'][:3])}"
+              f"{' ...' if len(o['files']) > 3 else ''}")  # fmt: skip
+    for warning in report["warnings"]:
+        out.print(f"note: {warning}", markup=False)
+    for engine in report["engines"]:
+        reason = "" if engine["loads"] else f": {engine['reasons'][0]}"
+        out.print(f"{engine['engine']} {'loads it' if engine['loads'] else 'does not load it'}{reason}", markup=False, soft_wrap=True)
+    out.print("nothing was written", highlight=False)
 
 
 def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
@@ -365,16 +379,12 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
         _print_json(report)
         return
     from halfbyte.containers.place import is_file
-    from halfbyte.recipe import OTHER_COMMANDS
-    from halfbyte.report.build import command, size, worst_inputs
+    from halfbyte.report.build import command, worst_inputs
+    from halfbyte.report.summary import headline
 
     o, r = report["output"], report["recipe"]
     place = output / o["file"] if o["file"] and not is_file(output) else output
-    per_weight = f"{o['bits_per_weight']:.3f} bits per quantized weight, " if o["quantized"] else ""
-    out.print(f"{output}: {r['method']} {r['grid']} as {o['container']}, "
-              f"{size(o['size_bytes'])} (was {size(report['source']['size_bytes'])}), "
-              f"{per_weight}{o['bits_per_parameter']:.3f} bits per parameter, {report['seconds']:.1f} s; "
-              "read back and verified")  # fmt: skip
+    out.print(f"{output}: {headline(report)}, {report['seconds']:.1f} s; read back and verified")
     _show_worst(sorted(report["weights"], key=lambda row: -row["error"])[:5], report["error_of"])
     for row in worst_inputs(report, 1):
         i = row["input"]

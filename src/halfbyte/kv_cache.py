@@ -27,9 +27,10 @@ from halfbyte.models import calibrate, kv
 from halfbyte.models.checkpoint import INDEX, Checkpoint
 from halfbyte.models.stamp import stamp
 from halfbyte.models.walk import Block, Walk
+from halfbyte.progress import Progress, silent
 from halfbyte.recipe import Calibration
 from halfbyte.report import build
-from halfbyte.run import Progress, Run, digest, require_callable, silent
+from halfbyte.run import Run, digest
 
 CHECKED = 16
 """Windows of held-out text on which values beyond the scales are counted."""
@@ -63,7 +64,6 @@ def attach(
 
     Raises HalfbyteError, with nothing half-written left behind.
     """
-    require_callable(progress)
     started = time.perf_counter()
     if input_range not in RANGES:
         raise UnknownName("range of scales", input_range, RANGES)

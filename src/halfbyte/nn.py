@@ -1,5 +1,6 @@
 """load(): any checkpoint that we can read, as a Transformers model that runs."""
 
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
@@ -20,10 +21,11 @@ class QuantLinear(nn.Module):
     """A linear whose weight stays on its grid, and whose input is rounded as engines do; the reference: decode, then multiply."""
 
     codes: Tensor
+    like: Tensor
 
     def __init__(self, q: Quantized, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
-        self.grid, self.dtype, self.names = q.grid, dtype, list(q.params)
+        self.grid, self.names = q.grid, list(q.params)
         self.input, self.stored = (q.input.grid, list(q.input.params)) if q.input else (None, [])
         self.register_buffer("codes", q.codes)
         for name, value in q.params.items():
@@ -31,6 +33,22 @@ class QuantLinear(nn.Module):
         for name, value in (q.input.params if q.input else {}).items():
             self.register_buffer(f"input_{name}", value)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That it computes in."""
+        return self.like.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        """As all modules do, but for what is stored: `.half()` changes what it computes in, and no scale."""
+        stored = {name: b for name, b in self._buffers.items() if name != "like" and b is not None}
+        super()._apply(fn, recurse)
+        for name, before in stored.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype != before.dtype:
+                self._buffers[name] = before.to(now.device)
+        return self
 
     @property
     def params(self) -> Params:

@@ -22,9 +22,10 @@ from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.stamp import digest as digest_of
 from halfbyte.models.stamp import stamp
-from halfbyte.recipe import Recipe
+from halfbyte.progress import RESUMING, Progress, silent
+from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report import build
-from halfbyte.run import SAMPLED, Progress, Run, Squares, apart, digest, note, recall, relative, require_callable, row_of, silent, squares, with_inputs
+from halfbyte.run import SAMPLED, Run, Squares, apart, digest, note, recall, relative, row_of, squares, with_inputs
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
 
@@ -37,12 +38,9 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
 
     Raises HalfbyteError, with nothing half-written left behind. A run that is killed is taken up again by the same call.
     """
-    require_callable(progress)
     started = time.perf_counter()
     out = Path(out).expanduser()
-    if is_file(out) and not recipe.to and not recipe.engine:
-        recipe = recipe.model_copy(update={"to": "gguf"})
-    job = resolve(recipe)
+    job = _job(recipe, out)
     _claim(out, job, overwrite)
     known = _importance(job)
     windows = None
@@ -67,12 +65,32 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
     return report
 
 
+def _job(recipe: Recipe, out: Path) -> Job:
+    """What a recipe means for an output that is called so."""
+    if is_file(out) and not recipe.to and not recipe.engine:
+        recipe = recipe.model_copy(update={"to": "gguf"})
+    return resolve(recipe)
+
+
+def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
+    """What `quantize` would do, as a report without results; nothing is written and no weight is read. Raises what `quantize` would."""
+    if recipe.method in OTHER_COMMANDS:
+        raise BadRequest(f"a recipe of {recipe.method} has no plan before the values are read; plan those of quantize")
+    out = Path(out).expanduser()
+    job = _job(recipe, out)
+    _claim(out, job, overwrite)
+    edition = edition_of(job)
+    shards = edition.shards(stem_of(out))
+    found = build.planned(job, sum(shard.size_bytes for shard in shards.values()))
+    found["output"] |= {"file": edition.entrance(stem_of(out)), "files": list(shards)}
+    return found
+
+
 def convert(source: str | Path, out: str | Path, to: str, grid: str | None = None, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
     """Move a quantized checkpoint into another container: bit for bit where it holds the same grid, else by rounding again.
 
     The report's errors are those against the quantized source: 0 where nothing was rounded.
     """
-    require_callable(progress)
     started = time.perf_counter()
     job = transcoding(str(source), to, grid)
     out = Path(out).expanduser()
@@ -110,7 +128,6 @@ def dequantize(
     `dtype` is bfloat16, float16 or float32 (by default what the checkpoint says); `adapter` the folder of one to merge.
     Raises HalfbyteError, with nothing half-written left behind.
     """
-    require_callable(progress)
     started = time.perf_counter()
     out = Path(out).expanduser()
     job = decoding(str(source), to or ("gguf" if is_file(out) else "safetensors"), dtype, str(adapter) if adapter else None)
@@ -167,6 +184,8 @@ def _stream(run: Run, units: list[list[Weight]], read: Callable[[Weight], Any], 
     job = run.job
     for record in run.folder.journal:
         recall(run, record)
+    if run.rows:
+        run.progress(f"{RESUMING}: {len(run.rows)} of {len(job.schemes)} matrices are done", len(run.rows), len(job.schemes))
     notes = {c.weight: c.note for c in job.choices}
     todo = [unit for unit in units if any(w.name not in run.rows for w in unit)]
     cut = [[unit] if len(unit) > 1 else [[piece] for piece in run.edition.pieces(unit[0])] for unit in todo]

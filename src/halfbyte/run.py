@@ -1,6 +1,6 @@
 """A job under way: where its results go, and what is known of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, NamedTuple
@@ -11,14 +11,12 @@ from torch import Tensor
 
 from halfbyte.containers.folder import Folder
 from halfbyte.editions import Edition
-from halfbyte.errors import BadRequest
 from halfbyte.grids.grid import AnyScheme, Inputs, Params, Quantized, Seen, same_rows, split_rows
 from halfbyte.jobs import SKIPPED, Job
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, require_finite
+from halfbyte.progress import Progress
 
-Progress = Callable[[str, float, float], None]
-"""(what is being done, done so far, of how much)"""
 SAMPLED = 1 << 18
 """Weights that the error of a matrix without calibration is taken over."""
 
@@ -32,16 +30,6 @@ class Squares(NamedTuple):
     """Of the weights."""
     worst: float = 0.0
     """The largest relative error of a row, those among them that are likeliest to have overflown or vanished."""
-
-
-def silent(what: str, done: float, total: float) -> None:
-    """No progress shown."""
-
-
-def require_callable(progress: object) -> None:
-    """Raise BadRequest before anything is written, not when the first step is told."""
-    if not callable(progress):
-        raise BadRequest(f"progress is {progress!r}, and has to be a function of what is being done, how much of it is done, and of how much")
 
 
 @dataclass

@@ -22,6 +22,7 @@ from halfbyte.jobs import Job
 from halfbyte.models.calibrate import Windows
 from halfbyte.plan.engines import Verdict
 from halfbyte.report.numbers import require_finite
+from halfbyte.report.summary import Report, size
 
 WORST = 5
 LOST, LOST_ROW = 0.5, 0.75
@@ -37,23 +38,20 @@ TITLES = {
 }
 
 
-def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Windows | None, size_bytes: int, seconds: float) -> dict[str, Any]:
-    """All that is known of a run, ready for JSON; `size_bytes` of all tensors of the output."""
+def planned(job: Job, size_bytes: int) -> dict[str, Any]:
+    """All that is known of a run before it, ready for JSON; `size_bytes` of all tensors of the output."""
     source = job.checkpoint
     schemes = job.schemes
     counted = sum(w.shape[0] * w.shape[1] for w in schemes)
     stored = sum(spec.size_bytes for w, s in schemes.items() for spec in job.container.plan(s, w.shape).values())
     parameters = counted + sum(prod(source.spec(t).shape) for t in job.kept)
-    warnings = [*job.warnings, *job.checkpoint.left_out, *(windows.warnings if windows else ())]
-    warnings += lost(rows.values())
-    fallbacks = Counter(row.note for row in rows.values() if row.note)
-    warnings += [f"{count} weight{'s' if count > 1 else ''}: {note}" for note, count in fallbacks.items()]
+    notes = {c.weight: c.note for c in job.choices}
     return {
         "halfbyte": version("halfbyte"),
         "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
         "source": {
             "path": str(source.path),
-            "hub": None if Path(job.recipe.model).expanduser().is_dir() else job.recipe.model,
+            "hub": None if Path(job.recipe.model).expanduser().exists() else job.recipe.model,
             "model_type": source.model_type,
             "dtype": str(source.dtype).removeprefix("torch."),
             "size_bytes": sum(e.size_bytes for e in source.entries.values()),
@@ -67,23 +65,39 @@ def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Window
             "quantized": len(schemes),
             "kept": len(job.kept),
         },
-        "calibration": windows and windows.about,
-        "warnings": warnings,
+        "warnings": [*job.warnings, *source.left_out],
         "engines": [_engine(v) for v in job.verdicts],
-        "error_of": "outputs on the calibration tokens" if windows else "weights",
-        "weights": [vars(rows[w.name]) for w in schemes],
-        "folds": folds,
+        "weights": [
+            {"name": w.name, "grid": str(s), "shape": list(w.shape), "bits_per_weight": s.weight.bits(w.shape), "note": notes[w]} for w, s in schemes.items()
+        ],
         "kept": job.kept,
         "dropped": job.dropped,
-        "environment": {
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("torch", "transformers", "numpy", "numba")},
-            "threads": torch.get_num_threads(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-        },
-        "peak_memory_bytes": peak_memory_bytes(),
-        "seconds": round(seconds, 2),
     }
+
+
+def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Windows | None, size_bytes: int, seconds: float) -> Report:
+    """All that is known of a run after it, ready for JSON."""
+    fallbacks = Counter(row.note for row in rows.values() if row.note)
+    warnings = [*job.warnings, *job.checkpoint.left_out, *(windows.warnings if windows else ()), *lost(rows.values())]
+    warnings += [f"{count} weight{'s' if count > 1 else ''}: {note}" for note, count in fallbacks.items()]
+    return Report(
+        planned(job, size_bytes)
+        | {
+            "warnings": warnings,
+            "calibration": windows and windows.about,
+            "error_of": "outputs on the calibration tokens" if windows else "weights",
+            "weights": [vars(rows[w.name]) for w in job.schemes],
+            "folds": folds,
+            "environment": {
+                "python": platform.python_version(),
+                **{p: version(p) for p in ("torch", "transformers", "numpy", "numba")},
+                "threads": torch.get_num_threads(),
+                "instructions": torch.backends.cpu.get_cpu_capability(),
+            },
+            "peak_memory_bytes": peak_memory_bytes(),
+            "seconds": round(seconds, 2),
+        }
+    )
 
 
 def lost(rows: Iterable[Any]) -> list[str]:
@@ -165,10 +179,6 @@ def command(engine: Mapping[str, Any], path: Path) -> str:
 def begins(opening: list[str] | None) -> str:
     """What windows began with, as the end of a sentence."""
     return f", each begins with `{''.join(opening)}`" if opening else ""
-
-
-def size(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.2f} MB"
 
 
 def as_json(value: Any) -> str:

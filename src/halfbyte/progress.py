@@ -1,0 +1,48 @@
+"""How far long work is: what a caller is told, and a bar on standard error."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from halfbyte.errors import BadRequest
+
+Progress = Callable[[str, float, float], None]
+"""(what is being done, done so far, of how much)"""
+RESUMING = "resuming"
+"""How a message begins that is worth a line of its own."""
+
+
+def silent(what: str, done: float, total: float) -> None:
+    """No progress shown."""
+
+
+@contextmanager
+def shown(progress: Progress | bool) -> Iterator[Progress]:
+    """What is to be called: the function itself, a bar on standard error for True (one that nobody looks at is not drawn), nothing for False."""
+    if progress is True:
+        with _bar() as show:
+            yield show
+    elif progress is False:
+        yield silent
+    elif callable(progress):
+        yield progress
+    else:
+        raise BadRequest(f"progress is True, False, or a function of (what, done, total), not {progress!r}")
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TimeRemainingColumn()
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(what: str, done: float, total: float) -> None:
+            if what.startswith(RESUMING):
+                console.print(what, markup=False, highlight=False, soft_wrap=True)
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield show

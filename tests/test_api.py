@@ -1,0 +1,84 @@
+"""halfbyte in Python: what a user finds with dir(), help() and a notebook."""
+
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import halfbyte
+from halfbyte.recipe import Recipe
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    tiny.make(home / "model")
+    halfbyte.quantize(home / "model", home / "int4", method="nearest", grid="int4-g32")
+    return home
+
+
+def test_dir_and_version_need_no_torch():
+    code = "import halfbyte, sys; print(dir(halfbyte), halfbyte.__version__); assert 'torch' not in sys.modules"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=tiny.ALONE)
+    assert all(name in made.stdout for name in ("quantize", "evaluate", "load", "__version__"))
+
+
+def test_every_word_of_a_recipe_is_a_documented_argument():
+    taken = inspect.signature(halfbyte.quantize).parameters
+    assert Recipe.model_fields.keys() <= taken.keys()
+    for name in Recipe.model_fields:
+        assert name in halfbyte.quantize.__doc__
+    assert not any(p.kind is p.VAR_KEYWORD for p in taken.values())
+
+
+@pytest.mark.parametrize("name", [name for name in halfbyte.__all__ if name not in ("Calibration", "HalfbyteError", "Recipe")])
+def test_every_function_has_a_docstring_and_types(name):
+    function = getattr(halfbyte, name)
+    assert len(function.__doc__) > 60
+    assert all(p.annotation is not p.empty for p in inspect.signature(function).parameters.values())
+
+
+def test_a_report_is_short_in_a_terminal_and_a_table_in_a_notebook(home, tmp_path):
+    report = halfbyte.quantize(home / "model", tmp_path / "out", method="nearest", grid="int4-g32")
+    assert repr(report).startswith("<Report: nearest int4-g32 as compressed-tensors, ")
+    assert len(repr(report)) < 200
+    assert "<th>worst weight</th>" in report._repr_html_()
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == dict(report)
+
+
+def test_a_dry_run_plans_what_the_run_writes_and_writes_nothing(home, tmp_path):
+    words = {"method": "gptq", "grid": "int4-g32", "skip": "layers.0.*"}
+    planned = halfbyte.quantize(home / "model", tmp_path / "out", dry_run=True, **words)
+    assert list(tmp_path.iterdir()) == []
+    calibration = {"source": str(tiny.text(tmp_path / "text.txt")), "samples": 2, "length": 64}
+    made = halfbyte.quantize(home / "model", tmp_path / "out", calibration=calibration, **words)
+    assert planned["output"]["size_bytes"] == made["output"]["size_bytes"]
+    assert planned["kept"] == made["kept"]
+    assert [row["name"] for row in planned["weights"]] == [row["name"] for row in made["weights"]]
+    result = tiny.halfbyte("quantize", home / "model", "-o", tmp_path / "other", "--dry-run")
+    assert result.code == 0
+    assert "nothing was written" in result.out
+    assert not (tmp_path / "other").exists()
+
+
+def test_progress_is_true_false_or_a_function(home, tmp_path):
+    seen = []
+    halfbyte.quantize(home / "model", tmp_path / "a", method="nearest", progress=lambda *step: seen.append(step))
+    assert seen
+    halfbyte.quantize(home / "model", tmp_path / "b", method="nearest", progress=True)
+    with pytest.raises(halfbyte.HalfbyteError, match="progress is True, False, or a function"):
+        halfbyte.quantize(home / "model", tmp_path / "c", method="nearest", progress=3)
+    assert not list(tmp_path.glob("c*"))
+
+
+@pytest.mark.parametrize("grid", ["int4-g32", "int8-channel/int8-token"])
+def test_a_loaded_model_changes_its_precision_and_keeps_its_weights(home, tmp_path, grid):
+    halfbyte.quantize(home / "model", tmp_path / "out", method="nearest", grid=grid)
+    ids = torch.arange(30)[None]
+    wanted = halfbyte.load(tmp_path / "out", torch.float32)(ids).logits
+    assert torch.equal(halfbyte.load(tmp_path / "out").float()(ids).logits, wanted)
+    assert halfbyte.load(tmp_path / "out", torch.float32).to(torch.bfloat16)(ids).logits.dtype == torch.bfloat16
