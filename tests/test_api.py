@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from tests import tiny
 
 import halfbyte
 from halfbyte.recipe import Recipe
-from tests import tiny
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import halfbyte
 
 ROOT = Path(halfbyte.__file__).parent
 LAYERS = [
-    ["errors", "endings"], ["files"], ["recipe", "grids"], ["solvers", "containers"], ["demo"], ["models"], ["transforms", "nn", "evaluation", "plan"],
-    ["jobs"], ["report", "editions"], ["run"], ["blockwise", "kv_cache"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
+    ["errors", "endings", "terminal"], ["files", "progress"], ["recipe", "grids"], ["solvers", "containers"], ["demo"], ["models"],
+    ["transforms", "nn", "evaluation", "plan"], ["jobs"], ["report", "editions"], ["run"],
+    ["blockwise", "kv_cache"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -1,11 +1,11 @@
 """The command line: each command parses, calls one function, and prints."""
 
-import json
 import os
 import shlex
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from halfbyte.endings import Stop, hang_up, speak_any_language
-from halfbyte.errors import BadRequest, HalfbyteError
+from halfbyte.errors import BadRequest, HalfbyteError, brief
 from halfbyte.progress import shown
 from halfbyte.recipe import OTHER_COMMANDS
+from halfbyte.terminal import Terminal, as_json
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
-INTERRUPTED = 130
+INTERRUPTED, BUG = 130, 70
 UsageError: Any = typer.BadParameter.__mro__[1]  # of click, which some versions of typer bear within themselves
-out = Console(width=None if sys.stdout.isatty() else 180)
-err = Console(stderr=True)
+out = Terminal(width=None if sys.stdout.isatty() else 180)
+err = Terminal(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
@@ -228,7 +228,7 @@ def evaluate(
         _print_json(result)
         return
     begins = f", each begins with {''.join(result['opening'])}" if result["opening"] else ""
-    out.print(f"{result['windows']} windows of {length} tokens of {text}, convention {result['convention']}{begins}", markup=False)
+    out.print(f"{result['windows']} windows of {length} tokens of {text}, convention {result['convention']}{begins}")
     table = Table("model", "perplexity", "KL to the original", "KL median", "KL p99", "KL max", "same top-1", "Δp rms")
     table.add_row(against, f"{result['reference']['perplexity']:.3f}")
     for row in result["models"]:
@@ -367,10 +367,10 @@ def _show_plan(report: dict[str, Any], output: Path, as_json: bool) -> None:
     out.print(f"  {len(o['files'])} file{'s' if len(o['files']) > 1 else ''} of tensors, {size(o['size_bytes'])}: {', '.join(o['files'][:3])}"
               f"{' ...' if len(o['files']) > 3 else ''}")  # fmt: skip
     for warning in report["warnings"]:
-        out.print(f"note: {warning}", markup=False)
+        out.print(f"note: {warning}")
     for engine in report["engines"]:
         reason = "" if engine["loads"] else f": {engine['reasons'][0]}"
-        out.print(f"{engine['engine']} {'loads it' if engine['loads'] else 'does not load it'}{reason}", markup=False, soft_wrap=True)
+        out.print(f"{engine['engine']} {'loads it' if engine['loads'] else 'does not load it'}{reason}", soft_wrap=True)
     out.print("nothing was written", highlight=False)
 
 
@@ -397,10 +397,10 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
         out.print(f"note: {warning}")
     for engine in report["engines"]:
         if engine["loads"] and (engine["engine"] == r.get("engine") or "engine" not in r):
-            out.print(f"{engine['engine']}: {command(engine, place)}", soft_wrap=True, markup=False)
+            out.print(f"{engine['engine']}: {command(engine, place)}", soft_wrap=True)
     if r["method"] not in OTHER_COMMANDS:
         merged = f" --adapter {shlex.quote(r['adapter'])}" if "adapter" in r else ""
-        out.print(f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}{merged}", soft_wrap=True, markup=False)
+        out.print(f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}{merged}", soft_wrap=True)
 
 
 def _show_worst(rows: list[dict[str, Any]], error_of: str | None) -> None:
@@ -417,11 +417,12 @@ def _show_worst(rows: list[dict[str, Any]], error_of: str | None) -> None:
 def _print_json(value: Any) -> None:
     from halfbyte.report.numbers import require_finite
 
-    print(json.dumps(require_finite(value), indent=2, ensure_ascii=False))
+    print(as_json(require_finite(value)))
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Entry point. A request that cannot be met is one line and exit code 2; an interrupted run says how to go on."""
+    """Entry point. A request that cannot be met is one line and exit code 2; an interrupted run says how to go on; a bug of ours is one
+    line and exit code 70, unless HALFBYTE_DEBUG is set and it is a traceback."""
     started = time.monotonic()
     words = list(sys.argv[1:] if words is None else words) or ["--help"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses of a model that are not ours
@@ -449,8 +450,24 @@ def main(words: Sequence[str] | None = None) -> None:
             hang_up()
             sys.exit(stop.exit_code)
         _refuse(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except Exception as error:
+        if os.environ.get("HALFBYTE_DEBUG"):
+            raise
+        _admit(error)
+
+
+def _admit(error: Exception) -> NoReturn:
+    """The last net: what no reader and no check foresaw is a fault of ours, and all that is known of it goes into a file."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="backslashreplace", prefix="halfbyte-", suffix=".txt", delete=False) as file:
+        file.write(f"halfbyte {metadata.version('halfbyte')}, {' '.join(map(shlex.quote, sys.argv[1:]))}\n\n")
+        file.writelines(traceback.format_exception(error))
+    err.print(
+        f"halfbyte: this is a bug of halfbyte ({brief(error)}); please report it with {file.name}, which says where it happened",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    sys.exit(BUG)
 
 
 def _refuse(reason: str) -> NoReturn:
-    err.print("halfbyte: " + " ".join(reason.split()), markup=False, highlight=False, soft_wrap=True)
+    err.print("halfbyte: " + " ".join(reason.split()), highlight=False, soft_wrap=True)
     sys.exit(2)

@@ -31,18 +31,19 @@ def shown(progress: Progress | bool) -> Iterator[Progress]:
 
 @contextmanager
 def _bar() -> Iterator[Progress]:
-    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
+    from halfbyte.terminal import Terminal, plain
+
+    console = Terminal(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TimeRemainingColumn()
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
         def show(what: str, done: float, total: float) -> None:
             if what.startswith(RESUMING):
-                console.print(what, markup=False, highlight=False, soft_wrap=True)
-            bar.update(task, description=what, completed=done, total=total)
+                console.print(what, highlight=False, soft_wrap=True)
+            bar.update(task, description=plain(what), completed=done, total=total)
 
         yield show

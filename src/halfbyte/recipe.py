@@ -8,7 +8,22 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from halfbyte.errors import BadRequest, UnknownName
+from halfbyte.errors import BadRequest, UnknownName, brief
+from halfbyte.files import read_text
+
+MOST = 1 << 20
+"""Bytes of a recipe."""
+REFUSALS = (yaml.YAMLError, ValueError, KeyError, AttributeError, IndexError, TypeError, RecursionError)
+"""What PyYAML raises: all but the first where a value is not of the kind that its tag says."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases, of which nine lines can make more values than fit into memory."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name), and a recipe has no use for one; write the value out")
+        return super().compose_node(parent, index)
 
 
 class Calibration(BaseModel):
@@ -63,9 +78,9 @@ class Recipe(BaseModel):
     def load(cls, path: Path, **changes) -> "Recipe":
         """A recipe from a YAML file; `changes` win."""
         try:
-            words = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BadRequest(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+            words = yaml.load(read_text(path, BadRequest, MOST), _Loader)
+        except REFUSALS as error:
+            raise BadRequest(f"recipe {path} cannot be read: {' '.join(str(error).split()) or 'it nests too deep'}") from None
         if not isinstance(words, dict) or not all(isinstance(name, str) for name in words):
             raise BadRequest(f"recipe {path} is no mapping of names to values")
         return cls.of(**{**words, **changes})
@@ -82,7 +97,7 @@ class Recipe(BaseModel):
                 raise UnknownName("recipe entry", name, known) from None
             if first["type"] == "missing":
                 raise BadRequest(f"the recipe has no {name}") from None
-            raise BadRequest(f"recipe entry {name}: {first['msg'].lower()}, not {first.get('input')!r}") from None
+            raise BadRequest(f"recipe entry {name}: {first['msg'].lower()}, not {brief(first.get('input'))}") from None
 
     def dump(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

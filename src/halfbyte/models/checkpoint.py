@@ -1,5 +1,6 @@
 """The checkpoint is the truth: its tensors, its config, and everything else in its folder."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Container, kv
+from halfbyte.containers.config import require_sound
 from halfbyte.containers.container import require_parts, told
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief
 from halfbyte.files import exists, is_within, read_object
 from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Shape
-from halfbyte.models import roles
+from halfbyte.models import roles, tokenizers
 from halfbyte.models.linears import Linears, linears
 
 if TYPE_CHECKING:
@@ -66,9 +68,7 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path = path
         self.config = read_object(path / "config.json", missing=f"{path} is no checkpoint: it has no config.json{_adapter_hint(path)}")
-        for part in ("text_config", "quantization_config"):
-            if not isinstance(self.config.get(part) or {}, dict):
-                raise BadCheckpoint(f"{path}/config.json: {part} is no object")
+        require_sound(self.config, path / "config.json")
         self.entries = _entries(path)
         if self._config_container:
             self.entries = self._config_container.apart(self.entries)
@@ -78,7 +78,7 @@ class Checkpoint:
         """A folder, a GGUF file, or the id of a repository on the Hugging Face hub (org/name or org/name@revision)."""
         from halfbyte.models.ggufs import GGUFCheckpoint, is_gguf  # one of its kinds
 
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
         if exists(path) and is_gguf(path):
             return GGUFCheckpoint(path)
         if exists(path) and path.is_dir():
@@ -140,9 +140,7 @@ class Checkpoint:
 
     def tokenizer(self):
         """As Transformers reads it."""
-        import transformers
-
-        return transformers.AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        return tokenizers.load(self.path)
 
     def save_companions(self, folder: Path) -> None:
         """Write files that belong beside a checkpoint's safetensors and that this one holds in another form."""

@@ -10,13 +10,17 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from halfbyte.containers.config import require_sound
 from halfbyte.containers.gguf import file, hyperparameters
+from halfbyte.containers.gguf.checked import require_hyperparameters, require_tokenizer
 from halfbyte.containers.gguf.container import GGUF, LAYOUTS
 from halfbyte.containers.gguf.families import FAMILIES, Place, Translation, checkpoint_shapes, family_named, family_of, together
+from halfbyte.containers.gguf.tokenizer import SPECIAL
 from halfbyte.containers.gguf.tokenizer_files import tokenizer_files
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import AnyScheme, Quantized, Shape, same_rows
+from halfbyte.models import tokenizers
 from halfbyte.models.checkpoint import Checkpoint
 
 
@@ -35,8 +39,10 @@ class GGUFCheckpoint(Checkpoint):
             experts = self.file.get(f"{arch}.expert_count", 0)
             _, family = family_named(arch, experts if isinstance(experts, int) else 0, f"{arch}.attention.sliding_window" in self.file.metadata)
         except Unsupported:
+            require_sound({"num_hidden_layers": self.file.get(f"{arch}.block_count")}, path)
             self.config = {"model_type": arch, "num_hidden_layers": self.file.get(f"{arch}.block_count")}
         else:
+            require_hyperparameters(self.file.metadata, arch)
             rope = {name: self.file.tensors[name].entry.read() for name in stored if name.startswith("rope_")}
             self.config = hyperparameters.config(self.file.metadata, stored, rope)
             self.shapes = checkpoint_shapes(family, stored)
@@ -128,13 +134,13 @@ class GGUFCheckpoint(Checkpoint):
 
     def tokenizer(self):
         """Transformers' reading of what the file says of its tokenizer."""
-        import transformers
 
         with TemporaryDirectory() as folder:
             self.save_companions(Path(folder))
-            return transformers.AutoTokenizer.from_pretrained(folder)
+            return tokenizers.load(Path(folder))
 
     def save_companions(self, folder: Path) -> None:
+        require_tokenizer(self.file.metadata, SPECIAL.values())
         for name, content in tokenizer_files(self.file.metadata).items():
             (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 

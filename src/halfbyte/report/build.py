@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
 from halfbyte.containers.place import beside, is_file, replace_text
 from halfbyte.jobs import Job
@@ -23,8 +23,11 @@ from halfbyte.models.calibrate import Windows
 from halfbyte.plan.engines import Verdict
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.summary import Report, size
+from halfbyte.report.written import read
 
 WORST = 5
+UNREADABLE = (TemplateError, KeyError, TypeError, AttributeError, ValueError)
+"""What making a card of some other text than a report of ours raises."""
 LOST, LOST_ROW = 0.5, 0.75
 """Relative errors beyond which a weight, or a row of one, says little of what it did; of two bits, usual ones lose .4, and a few rows .6."""
 TITLES = {
@@ -203,11 +206,13 @@ def add_kv(source: Path, folder: Path, path: Path, about: dict[str, Any]) -> Non
 
 def of_ours(path: Path) -> dict[str, Any] | None:
     """The report beside a checkpoint that this version wrote: that of another has other entries."""
-    try:
-        written = json.loads(beside(path, "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    found = read(path)
+    if found.get("halfbyte") != version("halfbyte"):
         return None
-    return written if isinstance(written, dict) and written.get("halfbyte") == version("halfbyte") else None
+    try:
+        return found if "recipe" not in found or card(found, path) else None
+    except UNREADABLE:
+        return None  # somebody has changed it beyond what a card can be made of
 
 
 def _write(report: dict[str, Any], folder: Path, path: Path) -> None:

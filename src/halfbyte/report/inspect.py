@@ -1,11 +1,10 @@
 """What is in a checkpoint: tensors, grids, bits per weight, sizes, and, where a report lies beside it, the worst layers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from halfbyte.containers.place import beside
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.report import written
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -20,7 +19,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     for row in kinds.values():
         row["bits_per_weight"] = 8 * row["size_bytes"] / max(row["weights"], 1)
     total = sum(row["size_bytes"] for row in kinds.values())
-    report = _report(checkpoint.path)
+    report = written.read(checkpoint.path)
     return {
         "path": str(checkpoint.path),
         "model_type": checkpoint.model_type,
@@ -41,11 +40,3 @@ def _count(kinds: dict[str, dict[str, Any]], kind: str, weights: int, size_bytes
     row["tensors"] += 1
     row["weights"] += weights
     row["size_bytes"] += size_bytes
-
-
-def _report(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(beside(path, "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # another tool's checkpoint has no report of ours
-    return value if isinstance(value, dict) and isinstance(value.get("weights"), list) else {}

@@ -5,6 +5,7 @@ one at a time at their offsets, as in `containers.safetensors`. A header is not 
 compared with what the file can hold before anything of that size is made.
 """
 
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -18,12 +19,13 @@ import torch
 
 from halfbyte.containers.safetensors import HEADER_LIMIT, LARGEST, Entry, Output
 from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.files import opened
 from halfbyte.grids.grid import Shape
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT = 32  # bytes, where general.alignment does not say otherwise
 MOST_DIMENSIONS, LONGEST_NAME = 4, 63  # of a tensor, in ggml
-MOST_ELEMENTS, MOST_TENSORS, MOST_KEYS = 1 << 24, 1 << 17, 1 << 16  # far beyond any real file, and few enough to hold in memory
+MOST_ELEMENTS, MOST_TENSORS, MOST_KEYS = 1 << 22, 1 << 17, 1 << 16  # far beyond any real file, and few enough to hold in memory
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -180,8 +182,8 @@ class _CutShort(Exception):
 
 def _read_part(path: Path) -> File:
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
             return File((path,), *_header(file, size, path))
     except OSError as error:
         raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
@@ -263,6 +265,8 @@ class _Cursor:
 
     def __init__(self, data: bytes, size: int):
         self.data, self.size, self.at = data, size, 0
+        self.left = MOST_ELEMENTS
+        """Elements of arrays that may follow."""
 
     def take(self, count: int) -> bytes:
         end = self.at + count
@@ -289,8 +293,9 @@ class _Cursor:
         if number not in VALUE_NAMES:
             what = "an array of arrays" if number == ARRAY else f"of type {number}"
             raise _Malformed(f"{key!r} is {what}, which is not known")
-        if count is not None and count > MOST_ELEMENTS:
-            raise _Malformed(f"{key!r} counts {count} elements; at most {MOST_ELEMENTS} are read")
+        self.left -= count or 0
+        if self.left < 0:
+            raise _Malformed(f"{key!r} counts {count} elements; at most {MOST_ELEMENTS} in all are read")
         name, wanted = VALUE_NAMES[number], 1 if count is None else count
         items = self.strings(wanted) if number == STRING else self.numbers(name, wanted)
         return Value(name, items[0]) if count is None else Value(f"{name}[]", items)

@@ -1,0 +1,36 @@
+"""What is printed: texts of anybody's making, of which nothing is an instruction to the terminal or to rich."""
+
+import json
+import unicodedata
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+COMMANDS = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+"""Unicode's categories of what controls a terminal, turns the direction of what follows, or is no character."""
+
+
+def plain(text: str) -> str:
+    """The text with such characters written out, as \\x1b; the ends of its lines stay."""
+    return "".join(ascii(c)[1:-1] if _commands(c) else c for c in text)
+
+
+def as_json(value: Any) -> str:
+    """JSON that means what it did, without any such character in it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return "".join(json.dumps(c)[1:-1] if _commands(c) else c for c in text)
+
+
+def _commands(c: str) -> bool:
+    return c != "\n" and unicodedata.category(c) in COMMANDS
+
+
+class Terminal(Console):
+    """A console on which strings, those in tables too, are only ever text."""
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(plain(text), **options)
