@@ -80,7 +80,8 @@ def quantize(
         if recipe.method == "convert":
             if recipe.to is None:
                 raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}")
-            return Report(pipeline.convert(recipe.model, out, recipe.to, overwrite=overwrite, progress=show))
+            rounded = recipe.grid if "grid" in recipe.model_fields_set else None
+            return Report(pipeline.convert(recipe.model, out, recipe.to, rounded, overwrite=overwrite, progress=show))
         if recipe.method == "dequantize":
             return Report(pipeline.dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, show))
         return Report(pipeline.quantize(recipe, out, overwrite=overwrite, progress=show))

@@ -19,6 +19,7 @@ from halfbyte.models.ggufs import GGUFCheckpoint, Names, translation_of
 from halfbyte.recipe import PARTS, Method, Recipe
 
 MISFIT = "neither"
+PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def job_of(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Method) -> Job:
@@ -45,11 +46,21 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Meth
         recipe, method = recipe.model_copy(update={"method": "nearest"}), PARTS["nearest"]
     elif not any(c.scheme for c in choices):
         raise BadRequest(f"nothing is left to quantize: {next((c.note for c in choices), 'the model has no matrix')}")
-    job = Job(recipe, checkpoint, container, method, choices, kept, dropped=dropped, preset=preset)
+    job = Job(recipe, checkpoint, container, method, choices, kept, dropped=dropped, preset=preset if _is_mostly(preset, choices, wanted, names) else None)
+    if preset and not job.preset:
+        job.warnings.append(f"most of this is {job.label}, not {preset}, and the file says so")
     job.warnings += remarks_on(checkpoint, dropped)
     misfits = Counter(c.note for c in choices if c.note.startswith(MISFIT))
     job.warnings += [f"{count} matri{'ces' if count > 1 else 'x'} kept as in the source: {note}" for note, count in misfits.items()]
     return job
+
+
+def _is_mostly(preset: str | None, choices: list[Choice], wanted: Mapping[str, str], names: Names) -> bool:
+    """Whether most matrices have the types that a preset gives them, whatever else was asked or fits."""
+    if preset is None or preset in presets.PLAIN:
+        return True
+    same = [type_of(c.scheme.weight) in {wanted.get(place.name) for place in names.places(c.weight.tensor)} for c in choices if c.scheme]
+    return 2 * sum(same) >= len(same)
 
 
 def remarks_on(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> list[str]:
@@ -114,20 +125,25 @@ def _fitting(weight: Weight, type_name: str) -> Choice:
     return Choice(weight, LAYOUTS[fits].grid, note)
 
 
-def transcode(checkpoint: Checkpoint, container: GGUF, weights: list[Weight], names: Names, grid: str | None) -> list[Choice]:
-    """As it is, or rounded to what is asked for; by default to the type of as many bits."""
-    wanted = _types(*_preset_and_type(grid), weights, names, checkpoint, imatrix=False) if grid else {}
+def transcode(checkpoint: Checkpoint, container: GGUF, weights: list[Weight], names: Names, grid: str | None) -> tuple[list[Choice], str | None]:
+    """Rounded to what is asked for, and the preset that it is then; else as it is, or to the type of as many bits where a GGUF does not hold that."""
+    preset, base = _preset_and_type(grid) if grid else (None, "")
+    if preset in presets.PLAIN:
+        raise BadRequest(f"{preset} does not quantize: write it with halfbyte dequantize {checkpoint.path} -o OUT.gguf --dtype {PLAIN_DTYPES[preset]}")
+    wanted = _types(preset, base, weights, names, checkpoint, imatrix=False) if grid else {}
     choices = []
     for weight in weights:
         own, read = checkpoint.quantized[weight.name][0].weight, checkpoint.quantized[weight.name][0].input
         remark = f"a GGUF does not say how inputs are rounded: no longer to {read}" if read else ""
-        if same := container.same(checkpoint.read_quantized(weight.name)):
+        asked = _fitting(weight, wanted[names.places(weight.tensor)[0].name]) if grid else None
+        same = container.same(checkpoint.read_quantized(weight.name))
+        if same and (asked is None or same.grid == asked.scheme):
             choices.append(Choice(weight, same.grid, remark))
         else:
-            type_name = wanted[names.places(weight.tensor)[0].name] if grid else _type_like(own)
-            choice = _fitting(weight, type_name)
-            choices.append(replace(choice, note="; ".join(filter(None, (f"gguf does not hold {own} value for value: rounded again", remark, choice.note)))))
-    return choices
+            choice = asked or _fitting(weight, _type_like(own))
+            again = f"{own} rounded again, as asked" if same else f"gguf does not hold {own} value for value: rounded again"
+            choices.append(replace(choice, note="; ".join(filter(None, (again, remark, choice.note)))))
+    return choices, preset if _is_mostly(preset, choices, wanted, names) else None
 
 
 def _type_like(grid: Grid) -> str:

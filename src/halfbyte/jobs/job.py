@@ -9,6 +9,7 @@ import torch
 
 from halfbyte.containers import Container
 from halfbyte.containers.gguf import presets
+from halfbyte.containers.gguf.container import type_of
 from halfbyte.containers.kv import KVGrid
 from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import BadRequest
@@ -79,6 +80,16 @@ class Job:
     def plain(self) -> str | None:
         """The type of every matrix, where none is quantized."""
         return self.preset if self.preset in presets.PLAIN else None
+
+    @property
+    def label(self) -> str:
+        """What most of the output is: of a GGUF its preset, or the commonest type."""
+        if self.preset:
+            return self.preset
+        if self.container.name != "gguf" and self.recipe.method != "convert":
+            return self.recipe.grid
+        named = [type_of(s.weight) if self.container.name == "gguf" else str(s) for s in self.schemes.values()]
+        return max(named, key=named.count) if named else self.recipe.grid
 
     @property
     def wider(self) -> str:

@@ -167,19 +167,26 @@ def transcoding(source: str, to: str, grid: str | None = None) -> Job:
         raise BadRequest(
             f"{source} is a GGUF already, whose types convert keeps; to round it to others: halfbyte quantize {source} -o OUT.gguf --grid {grid} --requantize"
         )
+    own = commonest(checkpoint.quantized.values())
+    grid = None if grid == own else grid
     weights = [Weight(m, f"{m}.weight", roles.block_of(f"{m}."), shape) for m, (_, shape) in checkpoint.quantized.items()]
     gone: dict[str, str] = {}
+    preset = None
     if isinstance(container, GGUF):
         names = translation_of(checkpoint)
         gone = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
-        choices = gguf.transcode(checkpoint, container, [w for w in weights if w.tensor not in gone], names, grid)
+        choices, preset = gguf.transcode(checkpoint, container, [w for w in weights if w.tensor not in gone], names, grid)
     else:
         choices, container = folder.transcode(checkpoint, container, weights, grid)
-    recipe = Recipe(model=source, method="convert", grid=grid or commonest(checkpoint.quantized.values()), to=container.name)
+    recipe = Recipe(model=source, method="convert", grid=grid or own, to=container.name)
     quantized = {c.weight.tensor for c in choices if c.scheme}
     reasons = {c.weight.tensor: c.note for c in choices}
     kept = {t: reasons.get(t, "not quantized in the source") for t in checkpoint.tensors() if t not in quantized and t not in gone}
-    job = Job(recipe, checkpoint, container, Method((), "nearest", calibrated=False), choices, kept, dropped=gone)
+    job = Job(recipe, checkpoint, container, Method((), "nearest", calibrated=False), choices, kept, dropped=gone, preset=preset)
+    if grid and not any(str(s).startswith(grid.lower()) for s in job.schemes.values()) and grid.upper() != (preset or job.label):
+        job.warnings.append(f"most of this is {job.label}, not {grid}: {container.name} holds what the source has as it is")
+    if isinstance(container, GGUF):
+        job.warnings += gguf.remarks_on(checkpoint, gone)
     cache.plan(job)
     job.verdicts = engines.verdicts(container.name, {c.weight: c.scheme for c in choices}, checkpoint.model_type)
     return job

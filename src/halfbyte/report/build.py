@@ -62,6 +62,7 @@ def planned(job: Job, size_bytes: int) -> dict[str, Any]:
         },
         "output": {
             "container": job.container.name,
+            "grid": job.label,
             "size_bytes": size_bytes,
             "bits_per_weight": 8 * stored / counted if counted else None,
             "bits_per_parameter": 8 * size_bytes / parameters,

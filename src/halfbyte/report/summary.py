@@ -30,7 +30,8 @@ def headline(report: dict[str, Any]) -> str:
     output, recipe = report["output"], report["recipe"]
     per_weight = f"{output['bits_per_weight']:.3f} bits per quantized weight, " if output["quantized"] else ""
     return (
-        f"{recipe['method']} {recipe['grid']} as {output['container']}, {size(output['size_bytes'])} (was {size(report['source']['size_bytes'])}), "
+        f"{recipe['method']} {output.get('grid', recipe['grid'])} as {output['container']}, "
+        f"{size(output['size_bytes'])} (was {size(report['source']['size_bytes'])}), "
         f"{per_weight}{output['bits_per_parameter']:.3f} bits per parameter"
     )
 

@@ -143,7 +143,7 @@ def test_k_quants_are_rounded_to_the_grid_that_is_named(to, mixed, home):
 
 
 def test_without_a_grid_it_is_said_what_is_missing(mixed, home):
-    with pytest.raises(Unsupported, match="--grid int4-g128"):
+    with pytest.raises(Unsupported, match="--grid int4-g"):
         halfbyte.convert(mixed, home / "nothing", "awq")
     assert not (home / "nothing").exists()
 
@@ -178,3 +178,32 @@ def test_experts_of_a_stack_come_apart_and_together(tmp_path):
     was, now = decoded(tmp_path / "folder"), decoded(tmp_path / "back")
     assert was.keys() == now.keys()
     assert all(torch.equal(was[m], now[m]) for m in was)
+
+
+@pytest.mark.parametrize(("grid", "kind"), [("Q4_K_M", 15), ("Q5_K_S", 16), ("q8_0", 7)])
+def test_a_type_that_is_asked_for_is_written_and_named_by_what_is_written(grid, kind, home, tmp_path):
+    """Q4_0 would hold the values as they are, and is not what was asked for; the recipe makes the same file again."""
+    out = tmp_path / "out.gguf"
+    report = convert(folder(home, "int4-g128", "gptq"), out, "--to", "gguf", "--grid", grid)
+    found = types(out)
+    assert found == {"q8_0": {"Q8_0"}, "Q4_K_M": {"Q4_K", "Q6_K"}, "Q5_K_S": {"Q5_K"}}[grid]
+    assert gguf_file.read(out).metadata["general.file_type"].value == kind
+    assert report["output"]["grid"] == grid.upper()
+    assert f"gguf, {grid.upper()}]" in (tmp_path / "out.README.md").read_text().replace(",  ", ", ")
+    assert all("rounded again, as asked" in row["note"] for row in report["weights"] if grid != "q8_0")
+    assert tiny.halfbyte("quantize", "--recipe", tmp_path / "out.recipe.yaml", "-o", tmp_path / "again.gguf").code == 0
+    assert (tmp_path / "again.gguf").read_bytes() == out.read_bytes()
+
+
+def test_without_a_type_the_label_is_what_is_written(home, tmp_path):
+    report = convert(folder(home, "int4-g128", "gptq"), tmp_path / "out.gguf", "--to", "gguf")
+    assert report["output"]["grid"] == "Q4_0"
+    assert gguf_file.read(tmp_path / "out.gguf").metadata["general.file_type"].value == 2
+
+
+def test_a_preset_that_most_matrices_do_not_fit_is_not_the_label(tmp_path):
+    model = tiny.make(tmp_path / "model", hidden_size=192, intermediate_size=256)
+    report = halfbyte.quantize(model, tmp_path / "out.gguf", grid="Q4_K_M", method="nearest")
+    assert report["output"]["grid"] == "Q5_0"
+    assert gguf_file.read(tmp_path / "out.gguf").metadata["general.file_type"].value == 8
+    assert any("most of this is Q5_0, not Q4_K_M" in warning for warning in report["warnings"])
