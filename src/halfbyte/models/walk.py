@@ -338,8 +338,8 @@ class Walk:
         """What it would read if nothing had been quantized. `Block.collect` moves it on."""
         self.carried: dict[int, Sequence[Any]] = {}
         """What the last block returned, by batch, where the next one reads more of it than hidden states."""
-        self._before_head: Any = None
-        """What the model returned that the head reads, for one of the batches."""
+        self._before_head: dict[nn.Module, Any] = {}
+        """What the parts returned that a head may read, for one of the batches."""
         self._returned: Sequence[Any] | None = None
         """What a block returns beside hidden states, poisoned; None where it returns them alone."""
 
@@ -456,9 +456,12 @@ class Walk:
         """After the last block: what the head reads takes the place of hidden states. Raises Unsupported for a model without a head."""
         if not self._ends_in_head:
             raise Unsupported(f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) predicts no tokens, and predictions are what is compared")
-        for number, (_, out) in enumerate(self._finish(self.model.base_model), 1):
+        base, decoder = self.model.base_model, self.model.get_submodule(self._stack()[0].rpartition(".")[0])
+        hook = decoder.register_forward_hook(lambda module, args, out: self._before_head.update({module: out} if hasattr(out, "last_hidden_state") else {}))
+        for number, (_, out) in enumerate(self._finish(base), 1):
             self.hidden[number] = out.last_hidden_state
-            self._before_head = out
+            self._before_head[base] = out
+        hook.remove()
 
     @contextmanager
     def head(self, like: "Walk | None" = None) -> Iterator[Callable[[int, slice], Float[Tensor, "batch positions vocabulary"]]]:
@@ -468,19 +471,20 @@ class Walk:
         else:
             for name in self._of_head:
                 skeleton.put(self.model, name, like.model.get_parameter(name))
-        base = self.model.base_model
 
         @torch.no_grad()
         def logits(batch: int, positions: slice) -> Tensor:
-            out = copy(self._before_head)
-            out.last_hidden_state = self.hidden[batch][:, positions]
-            base.forward = lambda *args, **kwargs: out
+            for module, whole in self._before_head.items():  # most heads ask the base for hidden states, or (OPT's) the decoder in it
+                out = copy(whole)
+                out.last_hidden_state = self.hidden[batch][:, positions]
+                module.forward = lambda *args, out=out, **kwargs: out
             return self.model(input_ids=self.batches[batch][:, positions].to(self.device), use_cache=False).logits
 
         try:
             yield logits
         finally:
-            base.__dict__.pop("forward", None)
+            for module in self._before_head:
+                module.__dict__.pop("forward", None)
             skeleton.release(self.model, self.outside)
 
     def same_head(self, other: "Walk") -> bool:
