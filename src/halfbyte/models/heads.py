@@ -67,8 +67,9 @@ def _require_head(checkpoint: Checkpoint) -> None:
     head = model.get_output_embeddings()
     names = skeleton.Names(model)
     read = {names.find(tensor)[0] for tensor in checkpoint.tensors()}
-    if head is not None and not any(p is head.weight and name in read for name, p in model.named_parameters(remove_duplicate=False)):
+    called = [name for name, p in model.named_parameters(remove_duplicate=False) if head is not None and p is head.weight]
+    if called and not read.intersection(called):
         raise BadCheckpoint(
-            f"{checkpoint.path} lacks the head: config.json says that it is not the embedding ({TIE} is false), and no tensor is one, so that "
-            f"Transformers would fill it at random; set {TIE} to true if the model was made so"
+            f"{checkpoint.path} lacks the head: config.json says that it is not the embedding ({TIE} is false), and there is no '{called[0]}', which "
+            f"Transformers would fill at random; set {TIE} to true if the model was made so"
         )
