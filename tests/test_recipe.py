@@ -135,12 +135,25 @@ def test_an_engine_gets_a_container_in_which_it_reads_the_grid(engine, grid, con
 
 def test_smaller_groups_where_a_row_is_no_multiple(tmp_path):
     tiny.make(tmp_path / "model", intermediate_size=160)
-    report = halfbyte.quantize(tmp_path / "model", tmp_path / "q", method="nearest", grid="int4-g64")
+    words = {"method": "nearest", "grid": "int4-g64"}
+    with pytest.raises(Unsupported, match=r"does not divide the 160 in-features of .*down_proj; groups of 32 would fit \(--smaller-groups takes 32"):
+        halfbyte.quantize(tmp_path / "model", tmp_path / "q", **words)
+    with pytest.raises(Unsupported, match=r"int4-g100.* does not divide the 160 in-features .*groups of 32 would fit"):
+        halfbyte.quantize(tmp_path / "model", tmp_path / "q", method="nearest", grid="int4-g100")
+    report = halfbyte.quantize(tmp_path / "model", tmp_path / "q", smaller_groups=True, **words)
     grids = {row["grid"] for row in report["weights"] if "down_proj" in row["name"]}
     assert grids == {"int4-g32-bf16"}
     assert report["warnings"] == ["2 weights: int4-g64-bf16 does not divide 160 in-features"]
     with pytest.raises(Unsupported, match=r"does not divide the 160 in-features of .*awq holds one grid for all; groups of 32 would fit"):
-        halfbyte.quantize(tmp_path / "model", tmp_path / "a", method="nearest", grid="int4-g64", to="awq")
+        halfbyte.quantize(tmp_path / "model", tmp_path / "a", to="awq", smaller_groups=True, **words)
+
+
+def test_smaller_groups_where_no_grid_was_named(tmp_path):
+    tiny.make(tmp_path / "model", intermediate_size=160)
+    report = halfbyte.quantize(tmp_path / "model", tmp_path / "q", method="nearest")
+    assert {row["grid"] for row in report["weights"]} == {"int4-g128-bf16", "int4-g32-bf16"}
+    halfbyte.quantize(Recipe.load(tmp_path / "q" / "recipe.yaml"), tmp_path / "again")
+    assert tiny.weights(tmp_path / "again") == tiny.weights(tmp_path / "q")
 
 
 def test_names_of_the_package():

@@ -37,6 +37,7 @@ def quantize(
     input_range: str | None = None,
     kv: str | None = None,
     alpha: float | None = None,
+    smaller_groups: bool | None = None,
     skip: str | Sequence[str] | None = None,
     override: Mapping[str, str] | None = None,
     head: bool | None = None,
@@ -62,6 +63,7 @@ def quantize(
     input_range: what stored scales of inputs span: max (the default), percentile or mse.
     kv: a KV cache whose scales are found and stored too: fp8-e4m3 or fp8-e4m3-head.
     alpha: how much of the inputs' range smoothquant moves into the weights, 0 to 1; searched if None.
+    smaller_groups: whether rows that the grid's groups do not divide get smaller ones, or are refused (the default where a grid is named).
     skip: patterns of weights that stay in 16 bits. override: pattern to grid, or to "keep". head: quantize lm_head too.
     pure, pre: of GGUF: one type for all tensors; llama.cpp's name of the pre-tokenizer.
     imatrix: an importance matrix of llama.cpp in place of calibration.

@@ -77,6 +77,10 @@ def quantize(
         float | None, typer.Option(help="smoothquant: how much of the inputs' range moves into the weights, 0 to 1.", show_default="searched for each fold")
     ] = None,
     head: Annotated[bool | None, typer.Option("--head/--no-head", help="Quantize lm_head too (a GGUF's preset decides by itself).", show_default="no")] = None,
+    smaller_groups: Annotated[
+        bool | None,
+        typer.Option("--smaller-groups", help="Rows that the grid's groups do not divide get smaller groups; else they are refused.", show_default=False),
+    ] = None,
     pure: Annotated[bool | None, typer.Option("--pure", help="GGUF: one type for all tensors, whatever the preset says.")] = None,
     imatrix: Annotated[str | None, typer.Option(help="An importance matrix of llama.cpp, in place of calibration (methods nearest and imatrix).")] = None,
     pre: Annotated[str | None, typer.Option(help="GGUF: llama.cpp's name of the pre-tokenizer, where it is not recognised.")] = None,
@@ -98,7 +102,7 @@ def quantize(
 
     words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None,
              "input_range": input_range, "alpha": alpha, "adapter": adapter, "requantize": requantize,
-             "pure": pure, "imatrix": imatrix, "kv": kv, "pre": pre, "shard_gb": shard_gb}  # fmt: skip
+             "pure": pure, "imatrix": imatrix, "kv": kv, "smaller_groups": smaller_groups, "pre": pre, "shard_gb": shard_gb}  # fmt: skip
     words = {name: value for name, value in words.items() if value is not None}
     if override:
         words["override"] = dict(_pair(pair) for pair in override)

@@ -58,6 +58,8 @@ class Recipe(BaseModel):
     """How much of the inputs' range smoothquant moves into the weights; None: searched."""
     skip: tuple[str, ...] = ()
     override: dict[str, str] = {}
+    smaller_groups: bool | None = None
+    """Whether rows that the grid's groups do not divide get smaller ones; None: where no grid is named."""
     head: bool = False
     pure: bool = False
     imatrix: str | None = None

@@ -18,6 +18,7 @@ from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.recipe import Method, Recipe
 
 SMALLER_GROUPS = (256, 128, 64, 32)
+SMALLER = "--smaller-groups"
 
 
 def scheme_named(name: str) -> AnyScheme:
@@ -35,7 +36,9 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint, container: Container, method:
     scheme = scheme_named(recipe.grid)
     overrides = {p: None if words == "keep" else scheme_named(words) for p, words in recipe.override.items()}
     apart = experts.apart(checkpoint)
-    choices = choose(apart, container, scheme, overrides, recipe.skip, recipe.head)
+    if recipe.smaller_groups is None and "grid" not in recipe.model_fields_set:
+        recipe = recipe.model_copy(update={"smaller_groups": True})  # said, so that the written recipe, which names the grid, does the same
+    choices = choose(apart, container, scheme, overrides, recipe.skip, recipe.head, bool(recipe.smaller_groups))
     # Experts that all stay in 16 bits stay as they lie.
     notes = {piece.stack: "" for piece in apart.pieces.values()}
     notes |= {apart.pieces[c.weight.tensor].stack: c.note for c in choices if c.weight.tensor in apart.pieces}
@@ -47,7 +50,13 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint, container: Container, method:
 
 
 def choose(
-    checkpoint: Checkpoint, container: Container, scheme: AnyScheme, overrides: dict[str, AnyScheme | None], skip: Iterable[str], head: bool
+    checkpoint: Checkpoint,
+    container: Container,
+    scheme: AnyScheme,
+    overrides: dict[str, AnyScheme | None],
+    skip: Iterable[str],
+    head: bool,
+    smaller_groups: bool,
 ) -> list[Choice]:
     """A scheme for every weight. Raises for patterns that match nothing and for shapes that no fallback fits."""
     weights = list(checkpoint.weights())
@@ -67,7 +76,7 @@ def choose(
             choices.append(Choice(weight, None, AS_ASKED))
         else:
             wanted = wanted if weight.block else wanted.weight  # what the head reads stays in 16 bits: engines have no other kernels there
-            choices.append(fit(weight, container.native(wanted, checkpoint.dtype), container))
+            choices.append(fit(weight, container.native(wanted, checkpoint.dtype), container, smaller_groups))
     _check_fused(choices)
     _check_mixed(choices, container)
     if not any(c.scheme for c in choices):
@@ -75,16 +84,17 @@ def choose(
     return choices
 
 
-def fit(weight: Weight, scheme: AnyScheme, container: Container, note: str = "") -> Choice:
-    """The scheme, or one with smaller groups where the row is no multiple of the group."""
+def fit(weight: Weight, scheme: AnyScheme, container: Container, smaller_groups: bool, note: str = "") -> Choice:
+    """The scheme, or one with smaller groups where the row is no multiple of the group and that is asked for."""
     width, grid = weight.shape[1], scheme.weight
     if isinstance(grid, IntGrid) and grid.block and width % grid.block:
-        smaller = next((g for g in SMALLER_GROUPS if g < grid.block and width % g == 0), None)
-        if smaller is None or not container.mixes:
-            fits = [g for g in SMALLER_GROUPS if width % g == 0]
+        fits = [g for g in SMALLER_GROUPS if width % g == 0]
+        smaller = next((g for g in fits if g < grid.block), None)
+        if smaller is None or not container.mixes or not smaller_groups:
             hint = f"groups of {' or '.join(map(str, fits))} would fit" if fits else f"{grid.with_span('channel')} would fit"
             alone = "" if container.mixes else f", and {container.name} holds one grid for all"
-            raise Unsupported(f"{grid} does not divide the {width} in-features of {weight.name}{alone}; {hint}, or --skip it")
+            taken = f" ({SMALLER} takes {smaller} where {grid.block} does not)" if smaller and container.mixes else ""
+            raise Unsupported(f"{grid} does not divide the {width} in-features of {weight.name}{alone}; {hint}{taken}, or --skip it")
         note = f"{grid} does not divide {width} in-features"
         grid = grid.with_span(smaller)
         scheme = Scheme(grid, scheme.input) if scheme.input else grid
@@ -113,7 +123,7 @@ def transcode(checkpoint: Checkpoint, container: Container, weights: list[Weight
                 wanted = container.native(scheme_named(grid) if grid else own, checkpoint.dtype)
                 if wanted.input and wanted.input.static and wanted.input != own.input:
                     raise Unsupported(f"{wanted.input} inputs have a stored scale, which calibration finds: halfbyte quantize the original instead")
-                choices.append(fit(weight, wanted, container, f"{container.name} does not hold {own} value for value: rounded again"))
+                choices.append(fit(weight, wanted, container, not grid, f"{container.name} does not hold {own} value for value: rounded again"))
             except Unsupported as error:
                 hint = "" if grid else f"; to round it again, name what it should be, such as --grid {_like(own, container, weight.shape)}"
                 raise Unsupported(f"{error}{hint}") from None
