@@ -10,6 +10,7 @@ import torch
 from tests import tiny
 
 import halfbyte
+import tiny
 from halfbyte.recipe import Recipe
 
 
