@@ -10,7 +10,6 @@ import torch
 from tests import tiny
 
 import halfbyte
-import tiny
 from halfbyte.recipe import Recipe
 
 
