@@ -68,7 +68,7 @@ def test_quantize_says_what_comes_next(home, tmp_path):
     assert said.err == ""
     assert f"{out}: nearest int4-g64 as compressed-tensors, 0.29 MB (was 0.73 MB), 4.256 bits per quantized weight" in said.out
     assert "read back and verified" in said.out
-    assert f"vllm: vllm serve '{out}'" in said.out
+    assert f"vllm (documented there): vllm serve '{out}'" in said.out
     assert f"what was lost: halfbyte eval '{out}' --against {home / 'model'}" in said.out
 
 

@@ -16,6 +16,7 @@ WORDS = {
     "method": "gptq",
     "grid": "int4-g64-asym",
     "to": "gptq",
+    "engine": "none",  # which reads several grids with zero points from gptq
     "skip": ["layers.1.mlp.up_proj"],
     "override": {"layers.0.mlp.*": "int8-channel"},
     "head": True,

@@ -56,7 +56,7 @@ def quantize(
     method: minmax, nearest, imatrix, gptq (the default), gptaq, awq, smoothquant; or awq+gptq, smoothquant+gptq.
     grid: of weights, such as int4-g128 (the default) or nf4; with inputs, such as int8-channel/int8-token; a preset, such as w8a8 or Q4_K_M.
     to: the container; by default the engine's, or one that holds the grid.
-    engine: which engine is to load it; its rules are checked first.
+    engine: which engine is to load it; its rules are checked first. "none" writes what no engine loads.
     adapter: the folder of a LoRA adapter that is merged into the model as it is read.
     requantize: take the values of a model that is quantized already as the original.
     calibration: a text file, .jsonl, .json or .csv, a dataset org/name:split, or a Calibration with `source`, `samples`, `length`, `seed`.
@@ -83,20 +83,28 @@ def quantize(
             if recipe.to is None:
                 raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}")
             rounded = recipe.grid if "grid" in recipe.model_fields_set else None
-            return Report(pipeline.convert(recipe.model, out, recipe.to, rounded, overwrite=overwrite, progress=show))
+            return Report(pipeline.convert(recipe.model, out, recipe.to, rounded, recipe.engine, overwrite=overwrite, progress=show))
         if recipe.method == "dequantize":
             return Report(pipeline.dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, show))
         return Report(pipeline.quantize(recipe, out, overwrite=overwrite, progress=show))
 
 
-def convert(source: str | Path, out: str | Path, to: str, grid: str | None = None, overwrite: bool = False, progress: Progress | bool = False) -> Report:
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    grid: str | None = None,
+    engine: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | bool = False,
+) -> Report:
     """Move a quantized checkpoint into another container: bit for bit where it holds the same grid, else by rounding again; returns the report.
 
-    `to` is the container, `grid` what to round to where it does not hold the source's. The report's errors are those against the quantized
-    source: 0 where nothing was rounded. Raises HalfbyteError.
+    `to` is the container, `grid` what to round to where it does not hold the source's, `engine` one that has to load it (or "none": write
+    what no engine loads). The report's errors are those against the quantized source: 0 where nothing was rounded. Raises HalfbyteError.
     """
     with shown(progress) as show:
-        return Report(pipeline.convert(source, out, to, grid, overwrite, show))
+        return Report(pipeline.convert(source, out, to, grid, engine, overwrite, show))
 
 
 def dequantize(

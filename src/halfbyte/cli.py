@@ -57,7 +57,13 @@ def quantize(
     to: Annotated[
         str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, fp8 or gguf.", show_default="the engine's, else what holds the grid")
     ] = None,
-    engine: Annotated[str | None, typer.Option(help="vllm, sglang, transformers, tgi, tensorrt-llm, llama.cpp or ollama; its rules are checked first.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="vllm, sglang, transformers, tgi, tensorrt-llm, llama.cpp, ollama, lm-studio, jan or mlx; its rules are checked first. "
+            "none: write it although no engine loads it."
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -129,13 +135,14 @@ def convert(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")],
     to: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, fp8 or gguf.")],
     grid: Annotated[str | None, typer.Option(help="What to round to where the container does not hold the source's grid.", show_default="as it is")] = None,
+    engine: Annotated[str | None, typer.Option(help="As in quantize: its rules are checked first; none: write it although no engine loads it.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Move a quantized checkpoint into another container, exactly where the grids coincide."""
     from halfbyte.api import convert as run
 
-    report = run(path, output, to, grid, overwrite=overwrite, progress=not as_json)
+    report = run(path, output, to, grid, engine, overwrite=overwrite, progress=not as_json)
     _show_report(report, output, as_json)
 
 
@@ -334,11 +341,11 @@ def demo(
 
 
 @app.command()
-def support() -> None:
-    """Which grids each container holds, found by trying."""
-    from halfbyte.plan.support import markdown
+def support(engine: Annotated[str | None, typer.Option(help="What this engine loads, as a list.", show_default="all, as tables of Markdown")] = None) -> None:
+    """Which grids each container holds, found by trying, and what engines load."""
+    from halfbyte.plan import support
 
-    print(markdown())
+    print(support.of_engine(engine) if engine else support.markdown())
 
 
 def _print_version(asked: bool) -> None:
@@ -383,7 +390,8 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
         _print_json(report)
         return
     from halfbyte.containers.place import is_file
-    from halfbyte.report.build import command, worst_inputs
+    from halfbyte.recipe import OTHER_COMMANDS
+    from halfbyte.report.build import command, original_of, worst_inputs
     from halfbyte.report.summary import headline
 
     o, r = report["output"], report["recipe"]
@@ -400,8 +408,10 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
     for warning in (*report["warnings"], *(cache["warnings"] if cache else ())):
         out.print(f"note: {warning}")
     for engine in report["engines"]:
-        if engine["loads"] and (engine["engine"] == r.get("engine") or "engine" not in r):
-            out.print(f"{engine['engine']}: {command(engine, place)}", soft_wrap=True)
+        if engine["loads"] and r.get("engine") in (None, "none", engine["engine"]):
+            out.print(f"{engine['engine']} ({engine['word']}): {command(engine, place, original_of(report))}", soft_wrap=True)
+    if report["engines"] and not any(engine["loads"] for engine in report["engines"]):
+        out.print("note: no engine is known to load it; halfbyte.load does, and report.json says of each engine why it does not", soft_wrap=True)
     if r["method"] not in OTHER_COMMANDS:
         merged = f" --adapter {shlex.quote(r['adapter'])}" if "adapter" in r else ""
         out.print(f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}{merged}", soft_wrap=True)

@@ -67,7 +67,7 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
 
 def _job(recipe: Recipe, out: Path) -> Job:
     """What a recipe means for an output that is called so."""
-    if is_file(out) and not recipe.to and not recipe.engine:
+    if is_file(out) and not recipe.to and recipe.engine in (None, "none"):
         recipe = recipe.model_copy(update={"to": "gguf"})
     return resolve(recipe)
 
@@ -86,13 +86,22 @@ def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> dict[str, 
     return found
 
 
-def convert(source: str | Path, out: str | Path, to: str, grid: str | None = None, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    grid: str | None = None,
+    engine: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """Move a quantized checkpoint into another container: bit for bit where it holds the same grid, else by rounding again.
 
+    `engine`: one that has to load it, or "none" to write what no engine loads.
     The report's errors are those against the quantized source: 0 where nothing was rounded.
     """
     started = time.perf_counter()
-    job = transcoding(str(source), to, grid)
+    job = transcoding(str(source), to, grid, engine)
     out = Path(out).expanduser()
     _claim(out, job, overwrite)
     edition = edition_of(job)

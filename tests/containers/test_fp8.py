@@ -76,7 +76,7 @@ def test_transformers_decodes_what_we_decode(source, blocks):
 
 
 def test_a_whole_matrix_may_have_one_scale(source, tmp_path):
-    report = halfbyte.quantize(source, tmp_path / "out", method="minmax", grid="fp8-e5m2-tensor")
+    report = halfbyte.quantize(source, tmp_path / "out", method="minmax", grid="fp8-e5m2-tensor", engine="none")
     assert report["output"]["container"] == "fp8"
     entries = Checkpoint.open(tmp_path / "out").entries
     assert entries[f"{MODULE}.weight"].dtype == torch.float8_e5m2

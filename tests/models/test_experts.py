@@ -13,7 +13,7 @@ import tiny
 from halfbyte.models.checkpoint import Checkpoint
 from models.families import FAMILIES
 
-WORDS = {"grid": "int4-g16", "to": "compressed-tensors"}
+WORDS = {"grid": "int4-g16", "to": "compressed-tensors", "engine": "none"}
 TOKENS = torch.randint(0, 250, (2, 32), generator=torch.Generator().manual_seed(1))
 
 

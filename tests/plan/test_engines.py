@@ -7,7 +7,8 @@ from halfbyte.containers import CONTAINERS
 from halfbyte.errors import UnknownName
 from halfbyte.grids.schemes import PRESETS, parse
 from halfbyte.models.checkpoint import Weight
-from halfbyte.plan.engines import ENGINES, check, default_container, verdicts
+from halfbyte.plan.engines import ENGINES
+from halfbyte.plan.verdicts import check, default_container, verdicts
 
 SHAPES = {  # Llama-3 8B
     "self_attn.q_proj": (4096, 4096),
@@ -29,9 +30,17 @@ def place(grid, shapes=SHAPES, head=None, **others):
     return {weight: parse(g) if g else None for weight, g in placed.items()}
 
 
-def judge(engine, container, placed, model_type="llama"):
+def model(architecture="LlamaForCausalLM", model_type="llama", **settings):
+    return {"architectures": [architecture], "model_type": model_type, **settings}
+
+
+LLAMA, GPT2, GPT_OSS = model(), model("GPT2LMHeadModel", "gpt2"), model("GptOssForCausalLM", "gpt_oss")
+QWEN3_MOE = model("Qwen3MoeForCausalLM", "qwen3_moe")
+
+
+def judge(engine, container, placed, config=LLAMA):
     native = CONTAINERS[container]().native  # what a run asks of: the container's own scales, and inputs where it always rounds them
-    verdict = check(engine, container, {w: native(s, torch.bfloat16) if s else None for w, s in placed.items()}, model_type)
+    verdict = check(engine, container, {w: native(s, torch.bfloat16) if s else None for w, s in placed.items()}, config)
     assert verdict.loads == (not verdict.reasons) == (verdict.command is not None)
     assert verdict.loads or verdict.tensor_parallel == ()
     return verdict
@@ -181,7 +190,12 @@ def test_small_shapes_are_padded_by_vllm_alone():
         ("sglang", "compressed-tensors", place("int8-channel/int8-token", down_proj="fp8-e4m3-channel/fp8-e4m3-token"), "one kernel"),
         ("vllm", "compressed-tensors", place("int8-channel/int8-token", v_proj="int8-channel"), "fuses"),
         ("vllm", "gptq", place(None, MOE) | place("int4-g128"), "experts"),
-        ("transformers", "compressed-tensors", place("int4-g128", MOE), "experts"),
+        ("transformers", "compressed-tensors", place("int4-g128-asym", MOE), "experts"),
+        ("transformers", "compressed-tensors", place("int8-channel/int8-token", MOE), "experts"),
+        ("transformers", "compressed-tensors", place("int4-g128") | place(None, MOE), "quantize the experts too"),
+        ("transformers", "compressed-tensors", place("int4-g128-asym", v_proj="int8-g128"), "use one grid"),
+        ("mlx", "awq", place("int4-channel"), "no kernel"),
+        ("mlx", "gptq", place("int4-g128"), "mlx_lm.convert"),
     ],
 )
 def test_refused(engine, container, placed, word):
@@ -197,6 +211,10 @@ def test_refused(engine, container, placed, word):
         ("transformers", "compressed-tensors", place("int4-g128", v_proj="int8-g128", head="int8-channel")),
         ("sglang", "awq", place("int4-g128-asym", down_proj=None)),
         ("vllm", "compressed-tensors", place("int4-g128", MOE)),
+        ("transformers", "compressed-tensors", place("int4-g128", MOE)),
+        ("transformers", "compressed-tensors", place("int3-g64", SHAPES | MOE, gate_proj="int3-g64")),
+        ("transformers", "compressed-tensors", place("int8-g128", SHAPES) | place("int4-g128", MOE)),
+        ("mlx", "awq", place("int4-g64-asym")),
         ("vllm", "compressed-tensors", place("int8-channel/int8-token", MOE)),
         ("vllm", "compressed-tensors", place("nvfp4-global/nvfp4", down_proj="fp8-e4m3-channel/fp8-e4m3-token")),
         ("vllm", "compressed-tensors", place(None)),
@@ -208,32 +226,32 @@ def test_accepted(engine, container, placed):
 
 def test_conv1d():
     placed = {Weight("h.0.mlp.c_fc", "h.0.mlp.c_fc.weight", "h.0", (3072, 768), transposed=True): parse("int4-g128")}
-    refused = judge("transformers", "compressed-tensors", placed, "gpt2")
+    refused = judge("transformers", "compressed-tensors", placed, GPT2)
     assert "of gpt2 is a Conv1D" in refused.reasons[0]
-    assert judge("transformers", "gptq", placed, "gpt2").loads
-    assert judge("vllm", "compressed-tensors", placed, "gpt2").loads
-    assert not judge("vllm", "compressed-tensors", dict.fromkeys(placed, parse("int8-channel/int8-token")), "gpt2").loads
+    assert judge("transformers", "gptq", placed, GPT2).loads
+    assert judge("vllm", "compressed-tensors", placed, GPT2).loads
+    assert not judge("vllm", "compressed-tensors", dict.fromkeys(placed, parse("int8-channel/int8-token")), GPT2).loads
 
 
 def test_experts_of_a_3d_tensor():
     block = "model.layers.0"
     experts = [Weight(f"{block}.mlp.experts.{e}.down_proj", f"{block}.mlp.experts.down_proj", block, (2880, 2880), False, e) for e in range(2)]
     for engine in ENGINES:
-        assert not judge(engine, "compressed-tensors", dict.fromkeys(experts, parse("int4-g32")), "gpt_oss").loads
-    kept = judge("vllm", "compressed-tensors", place("int4-g128") | dict.fromkeys(experts), "gpt_oss")
+        assert not judge(engine, "compressed-tensors", dict.fromkeys(experts, parse("int4-g32")), GPT_OSS).loads
+    kept = judge("vllm", "compressed-tensors", place("int4-g128") | dict.fromkeys(experts), GPT_OSS)
     assert kept.loads
     assert any("not verified" in note for note in kept.notes)
 
 
 def test_every_engine_answers():
-    assert [v.engine for v in verdicts("gptq", place("int4-g128"), "llama")] == list(ENGINES)
+    assert [v.engine for v in verdicts("gptq", place("int4-g128"), LLAMA)] == list(ENGINES)
     assert all(default_container(engine) in CONTAINERS for engine in ENGINES)
     assert all(set(engine.reads) <= set(CONTAINERS) for engine in ENGINES.values())
 
 
 def test_unknown_engine_suggests():
     with pytest.raises(UnknownName, match="did you mean vllm"):
-        check("vlm", "gptq", {}, "llama")
+        check("vlm", "gptq", {}, LLAMA)
 
 
 def test_blocks_of_fp8_are_split_whole():

@@ -69,8 +69,10 @@ def test_commands(name, home):
     card, path = (home / name / "README.md").read_text(), home / name
     report = json.loads((path / "report.json").read_text())
     for engine in report["engines"]:
-        assert (f"### {build.TITLES[engine['engine']]}\n" in card) == engine["loads"]
-        assert (f"- {build.TITLES[engine['engine']]}: " in card) != engine["loads"]
+        title = engines.ENGINES[engine["engine"]].title
+        assert (f"### {title}\n" in card) == engine["loads"] == (engine["word"] != "refused")
+        assert (f"- {title}: " in card) != engine["loads"]
+        assert f"- {engine['word']}: {engine['source']}\n" in card or not engine["loads"]
     for block in re.findall(r"```bash\n(.*?)```", card, flags=re.S):
         words = shlex.split(block)
         assert str(path) in words or words[:2] == ["halfbyte", "quantize"]
@@ -105,10 +107,6 @@ def test_base_model_of_the_hub(home):
     front, _ = parts(build.card(report, Path("out")))
     assert front["base_model"] == "org/name"
     assert front["base_model_relation"] == "quantized"
-
-
-def test_every_engine_has_a_title():
-    assert build.TITLES.keys() == engines.ENGINES.keys()
 
 
 def test_size():

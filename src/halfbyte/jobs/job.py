@@ -15,7 +15,8 @@ from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import BadRequest
 from halfbyte.grids.grid import AnyScheme
 from halfbyte.models.checkpoint import Checkpoint, Weight
-from halfbyte.plan import engines
+from halfbyte.plan.engines import FUSED
+from halfbyte.plan.verdicts import Verdict
 from halfbyte.recipe import Method, Recipe
 
 SKIPPED, AS_ASKED = "skipped as asked", "kept as asked"
@@ -43,7 +44,7 @@ class Job:
     choices: list[Choice]
     kept: dict[str, str]
     """Tensor to the reason why it is copied as it is."""
-    verdicts: list[engines.Verdict] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     """Tensor to the reason why the output has none such."""
     preset: str | None = None
@@ -67,7 +68,7 @@ class Job:
         units: dict[tuple, list[Weight]] = {}
         for weight, scheme in schemes.items():
             home, _, last = weight.name.rpartition(".")
-            fused = next((f for f in engines.FUSED if last in f), None) if scheme.weight.spans_rows else None
+            fused = next((f for f in FUSED if last in f), None) if scheme.weight.spans_rows else None
             units.setdefault((home, fused, scheme) if fused else (weight.name,), []).append(weight)
         return list(units.values())
 

@@ -18,7 +18,8 @@ from halfbyte.jobs.job import Job, commonest, doubts
 from halfbyte.models import adapter, heads, roles
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.models.ggufs import translation_of
-from halfbyte.plan import engines
+from halfbyte.plan import verdicts
+from halfbyte.plan.engines import ENGINES, NOBODY, engine_named
 from halfbyte.recipe import Method, Recipe, method_named
 
 DEFAULT_PRESET = "Q4_K_M"
@@ -32,8 +33,7 @@ def resolve(recipe: Recipe) -> Job:
     if (preset := schemes.PRESETS.get(recipe.grid.lower())) and "method" not in recipe.model_fields_set:
         recipe = recipe.model_copy(update={"method": preset.method})
     method = method_named(recipe.method)
-    if recipe.engine and recipe.engine not in engines.ENGINES:
-        raise UnknownName("engine", recipe.engine, engines.ENGINES)
+    recipe = recipe.model_copy(update={"engine": _engine(recipe.engine)})
     container = container_named(recipe.to or _container_for(recipe))
     recipe = _completed(recipe, container)
     checkpoint = source_of(recipe)
@@ -59,11 +59,7 @@ def resolve(recipe: Recipe) -> Job:
             "those against it, and what it had lost comes on top; quantize the original if you can"
         )
     job.warnings += _of_adapter(checkpoint)
-    job.verdicts = engines.verdicts(container.name, {c.weight: c.scheme for c in job.choices}, checkpoint.model_type)
-    asked = next((v for v in job.verdicts if v.engine == recipe.engine), None)
-    if asked and not asked.loads:
-        others = [v.engine for v in job.verdicts if v.loads]
-        raise Unsupported(f"{recipe.engine} will not load this: {asked.reasons[0]}" + (f" (as it is, it loads in {', '.join(others)})" if others else ""))
+    _judge(job)
     return job
 
 
@@ -84,6 +80,25 @@ def _of_adapter(checkpoint: Checkpoint) -> list[str]:
     return []
 
 
+def _engine(words: str | None) -> str | None:
+    """The engine that is meant, or that none is. Raises UnknownName."""
+    return words if words in (None, NOBODY) else engine_named(words)
+
+
+def _judge(job: Job) -> None:
+    """Ask every engine. Raises Unsupported where the one that was asked for will not load the output, or where none will and that was not asked for."""
+    engine = job.recipe.engine
+    job.verdicts = verdicts.verdicts(job.container.name, {c.weight: c.scheme for c in job.choices}, job.checkpoint.config)
+    others = [v.engine for v in job.verdicts if v.loads]
+    asked = next((v for v in job.verdicts if v.engine == engine), None)
+    if asked and not asked.loads:
+        raise Unsupported(f"{engine} will not load this: {asked.reasons[0]}" + (f" (as it is, it loads in {', '.join(others)})" if others else ""))
+    if not others and engine != NOBODY:
+        raise Unsupported(
+            f"no engine is known to load this ({verdicts.nobody_loads(job.container.name, job.verdicts)}); --engine {NOBODY} writes it all the same"
+        )
+
+
 def _completed(recipe: Recipe, container: Container) -> Recipe:
     """With what the container implies. Raises BadRequest for what it has no use for."""
     if isinstance(container, GGUF):
@@ -99,11 +114,11 @@ def _container_for(recipe: Recipe) -> str:
         scheme = schemes.parse(recipe.grid.lower())
     except UnknownName:
         scheme = None
-    if recipe.engine:
-        own = engines.default_container(recipe.engine)
-        read = {own: container_named(own)} | {name: container_named(name) for name in CONTAINERS if name in engines.ENGINES[recipe.engine].reads}
+    if recipe.engine and recipe.engine != NOBODY:
+        own = verdicts.default_container(recipe.engine)
+        read = {own: container_named(own)} | {name: container_named(name) for name in CONTAINERS if name in ENGINES[recipe.engine].reads}
         holding = {name: c.native(scheme, torch.bfloat16) for name, c in read.items() if scheme and _takes(c, scheme)}
-        return next((name for name, s in holding.items() if engines.multiplies(recipe.engine, name, s)), next(iter(holding), own))
+        return next((name for name, s in holding.items() if verdicts.multiplies(recipe.engine, name, s)), next(iter(holding), own))
     if scheme is None:
         return "gguf" if presets.is_preset(recipe.grid) else next(iter(CONTAINERS))
     if presets.is_preset(recipe.grid) or (scheme in TYPE_OF and not isinstance(scheme, IntGrid)):
@@ -156,7 +171,7 @@ def _with_importance(method: Method, recipe: Recipe) -> Method:
     return replace(method, calibrated=False)
 
 
-def transcoding(source: str, to: str, grid: str | None = None) -> Job:
+def transcoding(source: str, to: str, grid: str | None = None, engine: str | None = None) -> Job:
     """The job of moving a quantized checkpoint into another container, every grid as it is where the container holds its values."""
     checkpoint = Checkpoint.open(source)
     heads.settle(checkpoint)
@@ -178,7 +193,7 @@ def transcoding(source: str, to: str, grid: str | None = None) -> Job:
         choices, preset = gguf.transcode(checkpoint, container, [w for w in weights if w.tensor not in gone], names, grid)
     else:
         choices, container = folder.transcode(checkpoint, container, weights, grid)
-    recipe = Recipe(model=source, method="convert", grid=grid or own, to=container.name)
+    recipe = Recipe(model=source, method="convert", grid=grid or own, to=container.name, engine=_engine(engine))
     quantized = {c.weight.tensor for c in choices if c.scheme}
     reasons = {c.weight.tensor: c.note for c in choices}
     kept = {t: reasons.get(t, "not quantized in the source") for t in checkpoint.tensors() if t not in quantized and t not in gone}
@@ -188,7 +203,7 @@ def transcoding(source: str, to: str, grid: str | None = None) -> Job:
     if isinstance(container, GGUF):
         job.warnings += gguf.remarks_on(checkpoint, gone)
     cache.plan(job)
-    job.verdicts = engines.verdicts(container.name, {c.weight: c.scheme for c in choices}, checkpoint.model_type)
+    _judge(job)
     return job
 
 
@@ -210,7 +225,7 @@ def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Job
     if to == GGUF.name:
         job = gguf.job_of(recipe.model_copy(update={"grid": presets.PLAIN_NAMES[DTYPE_NAMES[recipe.grid]]}), checkpoint, GGUF(), method_named("nearest"))
         job.recipe, job.plain_dtype = recipe, torch.float32  # the edition rounds what it is given, once
-        job.verdicts = engines.verdicts(job.container.name, {}, checkpoint.model_type)
+        job.verdicts = verdicts.verdicts(job.container.name, {}, checkpoint.config)
     else:
         kept = dict.fromkeys(checkpoint.tensors(), "decoded" if checkpoint.container else "as in the source")
         job = Job(recipe, checkpoint, Plain(), method_named("nearest"), [], kept, plain_dtype=DTYPE_NAMES[recipe.grid])

@@ -1,25 +1,17 @@
-"""Which inference engines will load a checkpoint: checked before a run, from names, grids and shapes alone.
+"""What each engine loads, as data: one row per engine and container.
 
-The rules are data, one row per engine and container, each with the file it was read in (public snapshots, 2025-10 to
-2026-11; nothing was executed but Transformers with compressed-tensors, and vLLM's CPU build: benchmarks/results/vllm.md). A rule that
-could not be verified refuses, and so does one that says an engine would round inputs otherwise than the scheme has it, but for finer scales.
+The rules were read in the engines' own sources (vLLM 0.33, SGLang 0.5.23, TGI 3.3, TensorRT-LLM, mlx-lm 0.32, Transformers 5.23 and
+earlier snapshots of them); each row names its file, and which test or benchmark of this repository runs part of it. A rule that could
+not be verified refuses, and so does one that says an engine would round inputs otherwise than the scheme has it, but for finer scales.
 """
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from halfbyte.errors import UnknownName
-from halfbyte.grids.absmax import AbsmaxGrid
-from halfbyte.grids.floats import SIDE, FloatGrid
-from halfbyte.grids.grid import AnyScheme
-from halfbyte.grids.levels import LevelGrid
-from halfbyte.grids.scalar import IntGrid
-from halfbyte.models.checkpoint import Weight
+from halfbyte.errors import UnknownName, nearest
 
-Placed = Mapping[Weight, AnyScheme | None]
 Code = tuple[int, bool]  # bits, and whether symmetric
 
 
@@ -42,6 +34,14 @@ def named(pattern: str, offer: str, note: str = "", tiles: tuple[tuple[int, int]
     return Kernel(NONE, frozenset(), tiles, note, named=pattern, offer=offer, whole_tiles=whole_tiles)
 
 
+class Tested(NamedTuple):
+    """What a test or a benchmark of this repository runs in an engine."""
+
+    by: str
+    schemes: str  # a pattern of their names
+    models: str = r"Llama\w*"  # a pattern of architectures
+
+
 @dataclass(frozen=True)
 class Reads:
     """How an engine reads one container."""
@@ -60,36 +60,25 @@ class Reads:
     head: bool = False  # a quantized lm_head
     transposed: bool = False  # GPT-2's Conv1D
     everything: bool = False  # whatever the container holds, wherever it is
+    numbered_kept: bool = True  # numbered experts may stay in 16 bits
+    decodes: bool = False  # packed zero points, and models whose code reads weights, load if all is decoded on the way
+    parallel: bool = True  # whether it is known over how many GPUs matrices split
     notes: tuple[str, ...] = ()
+    command: str = ""  # instead of the engine's
+    models: str = ""  # those it knows, in architectures.yaml; empty: all that the container is written of
+    source: str = ""  # where the rules were read
+    tested: tuple[Tested, ...] = ()
 
 
 @dataclass(frozen=True)
 class Engine:
+    title: str
     command: str
     default: str
     reads: Mapping[str, Reads]
     otherwise: str  # what would work, said of a container that is not in `reads`
     parallel: bool = True
-
-
-@dataclass(frozen=True)
-class Verdict:
-    engine: str
-    loads: bool
-    reasons: tuple[str, ...]  # why not, and what would work; empty when it loads
-    notes: tuple[str, ...]  # true either way
-    tensor_parallel: tuple[int, ...]  # of 1, 2, 4, 8: what groups, packing and tiles permit; the number of heads may permit fewer
-    command: str | None  # serves the folder {path}
-
-
-class Layout(NamedTuple):
-    """What tensor parallelism asks of a matrix."""
-
-    scheme: AnyScheme
-    row: bool
-    out: int
-    width: int
-    together: int  # out-features of the matrix that it is fused into
+    names: tuple[str, ...] = ()  # what else people call it
 
 
 DEGREES = (1, 2, 4, 8)
@@ -129,6 +118,12 @@ W4A8_INT = "int4 under int8 inputs runs on Arm CPUs and Intel GPUs only; on Hopp
 FP8_EXPERTS = ("fp8-e4m3-block/fp8-e4m3-g128", "fp8-e4m3-tensor/fp8-e4m3-token", "fp8-e4m3-tensor/fp8-e4m3-static")
 INPUTS_IN_INT8 = "products of int8 run on GPUs of compute capability 7.5 or later"
 MAINTAINED = ("TGI is in maintenance mode", "computes in float16")
+# vllm_gguf_plugin/quantization/utils.py and SGLang's (quantization)/gguf.py list the same types.
+GGUF_INTEGERS = frozenset({(4, True), (5, True), (8, True)})
+GGUF_TYPES = named(r"q4_1|q5_1|q[2-6]_k|iq[1-4]_\w+", "q4_1, q5_1, q2_k to q6_k, iq1_s to iq4_xs")
+BY_LLAMA_CPP = "runs it through llama.cpp, which the tests here load it in; an older copy of that may lack new types and models"
+CPU_RUNS = "benchmarks/vllm_cpu.py"
+GPTQMODEL_RUNS = "tests/containers/test_gptqmodel_oracle.py"
 
 # What engines fuse: packed_modules_mapping of vllm model_executor/models/{llama,mixtral,qwen3_5}.py.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"))
@@ -176,18 +171,66 @@ VLLM = {
         ),
         pads=True,
         transposed=True,
+        models="vllm",
+        source="vLLM 0.33.0, model_executor/layers/quantization/compressed_tensors",
+        tested=(Tested(CPU_RUNS, r"int4-(g128|channel)(-asym)?|int8-(channel|tensor)/int8-token(-asym)?"),),
     ),
     # (quantization)/auto_gptq.py TYPE_MAP; utils/gptq_utils.py get_dynamic_override (experts have one name, mlp.experts). Pull request
     # 38288 (mid-2026) took away gptq.py, whose exllama kernel ran zero points, 2 and 3 bits.
-    "gptq": Reads((Kernel(SYMMETRIC, SPANS, TILES),), experts=SYMMETRIC, pads=True, base_experts=True, head=True, transposed=True, notes=(TURING,)),
+    "gptq": Reads(
+        (Kernel(SYMMETRIC, SPANS, TILES),),
+        experts=SYMMETRIC,
+        pads=True,
+        base_experts=True,
+        head=True,
+        transposed=True,
+        notes=(TURING,),
+        models="vllm",
+        source="vLLM 0.33.0, model_executor/layers/quantization/auto_gptq.py",
+        tested=(Tested(CPU_RUNS, "int4-g128"),),
+    ),
     # (quantization)/auto_awq.py. lm_head: only if the config says "lm_head", which ours does not.
-    "awq": Reads((Kernel(INT4, SPANS, TILES),), experts=INT4, pads=True, mixes=False, base_experts=True, transposed=True, notes=(TURING,)),
+    "awq": Reads(
+        (Kernel(INT4, SPANS, TILES),),
+        experts=INT4,
+        pads=True,
+        mixes=False,
+        base_experts=True,
+        transposed=True,
+        notes=(TURING,),
+        models="vllm",
+        source="vLLM 0.33.0, model_executor/layers/quantization/auto_awq.py",
+        tested=(Tested(CPU_RUNS, "int4-g128(-asym)?"),),
+    ),
     # (quantization)/fp8.py Fp8Config, Fp8LinearMethod, Fp8MoEMethod; per tensor, a fused matrix is rounded again to the largest scale.
-    "fp8": Reads((FP8_LOADED,), named_experts=FP8_EXPERTS, mixes=False),
-    # model_executor/model_loader/bitsandbytes_loader.py: _verify_model_compatibility, _fuse_moe_quant_states (NF4 only);
-    # (quantization)/bitsandbytes.py: is_layer_skipped_bnb looks for the kept names in fused names. Found without flags since pull
-    # request 16027 (April 2025).
-    "bitsandbytes": Reads((BLOCKS_AND_BYTES,), named_experts=("nf4-.*",), mixes=False, keeps="unfused", whole=True, notes=(BITSANDBYTES,)),
+    "fp8": Reads((FP8_LOADED,), named_experts=FP8_EXPERTS, mixes=False, models="vllm", source="vLLM 0.33.0, model_executor/layers/quantization/fp8.py"),
+    # vllm_bnb_plugin/bitsandbytes_loader.py: _verify_model_compatibility, _fuse_moe_quant_states (NF4 only); bitsandbytes.py:
+    # is_layer_skipped_bnb looks for the kept names in fused names. Found without flags since pull request 16027 (April 2025), out of
+    # the tree since 43529 (0.27.2).
+    "bitsandbytes": Reads(
+        (BLOCKS_AND_BYTES,),
+        named_experts=("nf4-.*",),
+        mixes=False,
+        keeps="unfused",
+        whole=True,
+        notes=(BITSANDBYTES, "vLLM 0.27.2 and later need the package vllm-bnb-plugin too"),
+        models="vllm",
+        source="vllm-bnb-plugin, bitsandbytes_loader.py (before 0.27.2 in vLLM itself)",
+    ),
+    # vllm_gguf_plugin/quantization/utils.py DEQUANT_TYPES; loader.py. config.json and the tokenizer are looked for beside the file.
+    "gguf": Reads(
+        (Kernel(GGUF_INTEGERS, frozenset({32})), GGUF_TYPES),
+        named_experts=(".*",),
+        experts=GGUF_INTEGERS,
+        fuses=False,
+        head=True,
+        transposed=True,
+        parallel=False,
+        notes=("needs the package vllm-gguf-plugin, and takes config.json and tokenizer from the original; its authors call it experimental",),
+        command="vllm serve {path} --hf-config-path {original} --tokenizer {original} --dtype float16",
+        models="vllm-gguf",
+        source="vllm-gguf-plugin 0.0.5, quantization/utils.py, and vLLM's docs/features/quantization/gguf.md",
+    ),
 }
 SGLANG = {
     # (quantization)/compressed_tensors/schemes/compressed_tensors_wNa16.py; a quantized lm_head gave noise in silence (issue 35358).
@@ -205,6 +248,8 @@ SGLANG = {
         experts=SYMMETRIC,
         named_experts=("fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-tensor/fp8-e4m3-static", "nvfp4-global/nvfp4"),
         one_kernel=True,
+        models="sglang",
+        source="SGLang, srt/layers/quantization/compressed_tensors",
     ),
     # (quantization)/gptq/gptq.py: GPTQMarlinConfig, or else GPTQConfig (float16, no experts); gptq/schemes/gptq_linear.py.
     "gptq": Reads(
@@ -213,15 +258,36 @@ SGLANG = {
         one_kernel=True,
         base_experts=True,
         head=True,
+        models="sglang",
+        source="SGLang, srt/layers/quantization/gptq",
     ),
     # (quantization)/fp8.py Fp8Config, Fp8LinearMethod.
-    "fp8": Reads((FP8_LOADED,), named_experts=FP8_EXPERTS, mixes=False),
+    "fp8": Reads((FP8_LOADED,), named_experts=FP8_EXPERTS, mixes=False, models="sglang", source="SGLang, srt/layers/quantization/fp8.py"),
     # (quantization)/awq/awq.py: is_layer_skipped_awq looks for the kept names in fused names.
-    "awq": Reads((Kernel(INT4, SPANS, TILES[:1], AMPERE),), experts=INT4, mixes=False, base_experts=True, keeps="unfused"),
+    "awq": Reads(
+        (Kernel(INT4, SPANS, TILES[:1], AMPERE),),
+        experts=INT4,
+        mixes=False,
+        base_experts=True,
+        keeps="unfused",
+        models="sglang",
+        source="SGLang, srt/layers/quantization/awq",
+    ),
+    # (quantization)/gguf.py; model_loader/loader.py GGUFModelLoader; found by the file's first bytes (arg_groups/overrides.py).
+    "gguf": Reads(
+        (Kernel(GGUF_INTEGERS, frozenset({32})), GGUF_TYPES),
+        fuses=False,
+        head=True,
+        parallel=False,
+        notes=("needs an NVIDIA GPU",),
+        models="sglang-gguf",
+        source="SGLang 0.5.23, srt/layers/quantization/gguf.py and model_loader/loader.py",
+    ),
 }
 TRANSFORMERS = {
     # transformers/quantizers/quantizer_compressed_tensors.py; compressed_tensors/quantization/lifecycle/apply.py: nn.Linear only.
-    # Experts are 3-D parameters (models/qwen3_moe/modeling_qwen3_moe.py).
+    # Experts become 3-D parameters, decoded on the way (integrations/compressed_tensors.py CompressedTensorsDequantize: no zero points,
+    # no blocks, none in 16 bits where others are quantized, and one scheme for whatever is called experts).
     "compressed-tensors": Reads(
         (
             Kernel(ANY, SPANS | {"any group", "tensor"}),
@@ -233,21 +299,75 @@ TRANSFORMERS = {
                 "inputs are rounded, and multiplied in 16 bits",
             ),
         ),
+        experts=frozenset((bits, True) for bits in range(2, 9)),
+        named_experts=("fp8-e4m3-(channel|tensor)",),
+        numbered_kept=False,
+        decodes=True,
         fuses=False,
         head=True,
         notes=("needs the package compressed-tensors, which decompresses the weights: it saves no memory or time at run time",),
+        models="transformers",
+        source="Transformers 5.23.0, quantizers/quantizer_compressed_tensors.py",
+        tested=(Tested("tests/plan/test_transformers.py", ".*", ".*"),),
     ),
     # transformers/quantizers/quantizer_gptq.py, huggingface/optimum optimum/gptq/quantizer.py convert_model: all layers of the blocks
     # get one setting (`dynamic` is not read), lm_head none; Conv1D is replaced too.
-    "gptq": Reads((Kernel(PACKED, SPANS),), fuses=False, mixes=False, keeps="none", transposed=True, notes=("needs gptqmodel and optimum",)),
+    "gptq": Reads(
+        (Kernel(PACKED, SPANS),),
+        fuses=False,
+        mixes=False,
+        keeps="none",
+        transposed=True,
+        notes=("needs gptqmodel and optimum",),
+        models="transformers-linears",
+        source="Transformers 5.23.0, quantizers/quantizer_gptq.py",
+        tested=(Tested(GPTQMODEL_RUNS, r"int4-g128(-asym)?|int2-g32-asym|int3-g64(-asym)?|int8-(g64|channel)"),),
+    ),
     # transformers/quantizers/quantizer_awq.py, integrations/awq.py: nn.Linear only, and not the head.
-    "awq": Reads((Kernel(INT4, SPANS),), fuses=False, mixes=False, notes=("needs the packages gptqmodel and accelerate; float16 on GPUs",)),
+    "awq": Reads(
+        (Kernel(INT4, SPANS),),
+        fuses=False,
+        mixes=False,
+        notes=("needs the packages gptqmodel and accelerate; float16 on GPUs",),
+        models="transformers-linears",
+        source="Transformers 5.23.0, quantizers/quantizer_awq.py",
+        tested=(Tested(GPTQMODEL_RUNS, r"int4-g128|int4-(g64|channel)-asym"),),
+    ),
     # transformers/quantizers/quantizer_finegrained_fp8.py, integrations/finegrained_fp8.py: nn.Linear, and experts that it fuses itself.
     # Without a GPU it decodes them.
-    "fp8": Reads((FP8_BLOCKS,), named_experts=(FP8_BLOCKS.named,), fuses=False, mixes=False),
+    "fp8": Reads(
+        (FP8_BLOCKS,),
+        named_experts=(FP8_BLOCKS.named,),
+        fuses=False,
+        mixes=False,
+        models="transformers-linears",
+        source="Transformers 5.23.0, quantizers/quantizer_finegrained_fp8.py",
+        tested=(Tested("tests/containers/test_fp8.py", ".*"),),
+    ),
     # transformers/quantizers/quantizer_bnb_{4,8}bit.py, integrations/bitsandbytes.py: nn.Linear and Conv1D, and the head if it is not
     # among the skipped modules.
-    "bitsandbytes": Reads((BLOCKS_AND_BYTES,), fuses=False, mixes=False, head=True, transposed=True, spanned=SPANNED, notes=(BITSANDBYTES,)),
+    "bitsandbytes": Reads(
+        (BLOCKS_AND_BYTES,),
+        fuses=False,
+        mixes=False,
+        head=True,
+        transposed=True,
+        spanned=SPANNED,
+        notes=(BITSANDBYTES,),
+        models="transformers-linears",
+        source="Transformers 5.23.0, quantizers/quantizer_bnb_4bit.py and quantizer_bnb_8bit.py",
+        tested=(Tested("tests/containers/test_bitsandbytes.py", ".*"),),
+    ),
+    # transformers/modeling_gguf_pytorch_utils.py, with the package gguf's decoders of every type.
+    "gguf": Reads(
+        (),
+        everything=True,
+        notes=("needs the package gguf, which decodes the weights: it saves no memory or time at run time",),
+        command='AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{file}", dtype="auto", device_map="auto")',
+        models="transformers-gguf",
+        source="Transformers 5.23.0, modeling_gguf_pytorch_utils.py",
+        tested=(Tested("tests/plan/test_transformers.py", ".*", ".*"),),
+    ),
 }
 TGI = {
     # layers/compressed_tensors/{loader,wna16_int}.py (zero points are looked for as .qzeros); the head: layers/tensor_parallel.py.
@@ -261,6 +381,8 @@ TGI = {
         ),
         one_kernel=True,
         notes=MAINTAINED[:1],
+        models="tgi",
+        source="TGI 3.3, server/text_generation_server/layers/compressed_tensors",
     ),
     # utils/quantization.py (no `dynamic`), layers/marlin/gptq.py, layers/gptq/triton.py (2, 4, 8 bits).
     "gptq": Reads(
@@ -268,224 +390,129 @@ TGI = {
         mixes=False,
         keeps="none",
         notes=MAINTAINED,
+        models="tgi",
+        source="TGI 3.3, server/text_generation_server/layers/gptq",
     ),
     # layers/marlin/gptq.py: GPTQMarlinWeightsLoader knows no kept modules, and divides by the group size, -1 for channels.
-    "awq": Reads((Kernel(INT4, GROUPS, TILES, AMPERE),), mixes=False, keeps="none", notes=MAINTAINED),
+    "awq": Reads(
+        (Kernel(INT4, GROUPS, TILES, AMPERE),),
+        mixes=False,
+        keeps="none",
+        notes=MAINTAINED,
+        models="tgi",
+        source="TGI 3.3, server/text_generation_server/layers/marlin/gptq.py",
+    ),
 }
+# mlx_lm/utils.py _transform_awq_weights: 4 bits per group alone; it refuses GPTQ's g_idx, and looks for compressed-tensors' parts under
+# names that they do not have. mx.quantize knows these groups.
+MLX = {
+    "awq": Reads(
+        (Kernel(INT4, GROUPS),),
+        fuses=False,
+        mixes=False,
+        parallel=False,
+        notes=("Apple silicon; computes in float16",),
+        models="mlx",
+        source="mlx-lm 0.32.2, utils.py",
+    ),
+}
+LLAMA_CPP = Tested("tests/containers/gguf/test_llamacpp_families.py", ".*", ".*")
 ENGINES: dict[str, Engine] = {
-    "vllm": Engine("vllm serve {path}", "compressed-tensors", VLLM, "write compressed-tensors, gptq or awq"),
-    "sglang": Engine("python -m sglang.launch_server --model-path {path}", "gptq", SGLANG, "write gptq, compressed-tensors or awq"),
+    "vllm": Engine("vLLM", "vllm serve {path}", "compressed-tensors", VLLM, "write compressed-tensors, gptq or awq"),
+    "sglang": Engine("SGLang", "python -m sglang.launch_server --model-path {path}", "gptq", SGLANG, "write gptq, compressed-tensors or awq"),
     "transformers": Engine(
-        'AutoModelForCausalLM.from_pretrained("{path}", device_map="auto")',
+        "Transformers",
+        '{auto}.from_pretrained("{path}", device_map="auto"{asks})',
         "compressed-tensors",
         TRANSFORMERS,
         "write compressed-tensors, gptq or awq",
         parallel=False,
+        names=("hf", "huggingface", "hftransformers"),
     ),
-    "tgi": Engine("text-generation-launcher --model-id {path}", "gptq", TGI, "write gptq, compressed-tensors or awq"),
+    "tgi": Engine(
+        "Text Generation Inference",
+        "text-generation-launcher --model-id {path}",
+        "gptq",
+        TGI,
+        "write gptq, compressed-tensors or awq",
+        names=("textgenerationinference",),
+    ),
     # NVIDIA/TensorRT-LLM tensorrt_llm/_torch/model_config.py load_hf_quant_config; the scripts that converted AutoGPTQ and AutoAWQ
     # files went with its TensorRT backend.
     "tensorrt-llm": Engine(
+        "TensorRT-LLM",
         "trtllm-serve {path}",
         "compressed-tensors",
         {
             # models/quant_config_utils.py: FP8 per channel and token or in blocks, no integers. Its NVFP4 and MXFP4 are for models that
             # rename weight_packed themselves.
-            "compressed-tensors": Reads((named(r"fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-channel/fp8-e4m3-token", INPUTS_IN_FP8, SIXTEENS), FP8_BLOCKS)),
+            "compressed-tensors": Reads(
+                (named(r"fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-channel/fp8-e4m3-token", INPUTS_IN_FP8, SIXTEENS), FP8_BLOCKS),
+                models="tensorrt-llm",
+                source="TensorRT-LLM, tensorrt_llm/_torch/model_config.py",
+            ),
             # model_config.py load_hf_quant_config: DeepSeek's blocks, whatever the config says of modules that are kept.
-            "fp8": Reads((FP8_BLOCKS,), mixes=False, keeps="none"),
+            "fp8": Reads((FP8_BLOCKS,), mixes=False, keeps="none", models="tensorrt-llm", source="TensorRT-LLM, tensorrt_llm/_torch/model_config.py"),
         },
         "it loads FP8, NVFP4, MXFP4 and ModelOpt checkpoints; serve integer weights with vllm or sglang",
+        names=("trtllm", "tensorrt"),
     ),
     # src/llama-model-loader.cpp: every type of ggml, whichever tensor has it.
-    "llama.cpp": Engine("llama-server -m {path}", "gguf", {"gguf": Reads((), everything=True)}, "write gguf", parallel=False),
+    "llama.cpp": Engine(
+        "llama.cpp",
+        "llama-server -m {path}",
+        "gguf",
+        {"gguf": Reads((), everything=True, source="llama.cpp, src/llama-model-loader.cpp", tested=(LLAMA_CPP,))},
+        "write gguf",
+        parallel=False,
+        names=("llamacpp", "llamaserver", "ggml", "gguf"),
+    ),
     # The Modelfile is written beside the GGUF.
-    "ollama": Engine("ollama create {name} -f {modelfile}", "gguf", {"gguf": Reads((), everything=True)}, "write gguf", parallel=False),
+    "ollama": Engine(
+        "Ollama",
+        "ollama create {name} -f {modelfile}",
+        "gguf",
+        {"gguf": Reads((), everything=True, notes=(BY_LLAMA_CPP,), source="ollama's docs/import.md")},
+        "write gguf",
+        parallel=False,
+    ),
+    "lm-studio": Engine(
+        "LM Studio",
+        "lms import {path}",
+        "gguf",
+        {"gguf": Reads((), everything=True, notes=(BY_LLAMA_CPP,), source="lmstudio.ai/docs/advanced/sideload")},
+        "write gguf",
+        parallel=False,
+        names=("lmstudio", "lms"),
+    ),
+    "jan": Engine(
+        "Jan",
+        "# in Jan: Settings > Llama.cpp > Import, then choose {path}",
+        "gguf",
+        {"gguf": Reads((), everything=True, notes=(BY_LLAMA_CPP,), source="janhq/jan, docs/src/pages/docs/desktop/manage-models.mdx")},
+        "write gguf",
+        parallel=False,
+    ),
+    "mlx": Engine(
+        "MLX",
+        "mlx_lm.server --model {path}",
+        "awq",
+        MLX,
+        "of what is written here it reads awq; its own format is made of the original in 16 bits, by mlx_lm.convert",
+        parallel=False,
+        names=("mlxlm", "applemlx"),
+    ),
 }
+NOBODY = "none"
+"""In place of an engine: write it although none loads it."""
 
 
-def default_container(engine: str) -> str:
-    """The container that the engine loads best. Raises UnknownName."""
-    return _engine(engine).default
-
-
-def multiplies(engine: str, container: str, scheme: AnyScheme) -> bool:
-    """Whether the engine has a kernel for a scheme from a container, for some shapes. Raises UnknownName."""
-    reads = _engine(engine).reads.get(container)
-    return reads is not None and (reads.everything or _kernel(reads, scheme) is not None)
-
-
-def verdicts(container: str, placed: Placed, model_type: str) -> list[Verdict]:
-    return [check(engine, container, placed, model_type) for engine in ENGINES]
-
-
-def check(engine: str, container: str, placed: Placed, model_type: str) -> Verdict:
-    """Whether `engine` loads these weights on these grids (None: kept in 16 bits). Raises UnknownName."""
-    spec = _engine(engine)
-    reads = spec.reads.get(container)
-    if reads is None:
-        what = "does not read" if container in ("compressed-tensors", "gptq", "awq") else "was not seen to load"
-        return Verdict(engine, False, (f"{engine} {what} {container}: {spec.otherwise}",), (), (), None)
-    if reads.everything:
-        return Verdict(engine, True, (), reads.notes, (), spec.command)
-    quantized = {w: g for w, g in placed.items() if g is not None}
-    reasons = [*_grids(engine, container, reads, quantized), *_places(engine, container, reads, placed, model_type)]
-    reasons += _experts(engine, container, reads, placed)
-    kernels = [k for k in reads.kernels if any(_kernel(reads, g) is k for g in set(quantized.values()))]
-    notes = [*reads.notes, *(k.note for k in kernels if k.note)]
-    if reads.spanned and (odd := [w for w, g in quantized.items() if isinstance(g.weight, AbsmaxGrid) and w.shape[1] % g.weight.group]):
-        notes.append(f"{odd[0].name} ({odd[0].shape[0]} x {odd[0].shape[1]}, {len(odd)} such): {reads.spanned}")
-    if any(w.expert is not None and g is None for w, g in placed.items()):
-        notes.append(f"experts that are one 3-D tensor stay in 16 bits; that {engine} finds them so was not verified")
-    degrees: list[int] = []
-    if not reasons:
-        layouts = _layouts(reads, quantized)
-        whole = {d: _misfit(reads, layouts, d, tiles=False) for d in DEGREES}
-        tiled = {d: _misfit(reads, layouts, d, tiles=True) for d in DEGREES}
-        if whole[1] or (tiled[1] and not reads.pads):
-            reasons.append(f"{whole[1] or tiled[1]}, which {engine} cannot hold: choose another group size, or keep it in 16 bits")
-        elif tiled[1]:
-            notes.append(f"{tiled[1]}: vLLM pads such shapes since pull request 45295 (June 2026), older releases refuse them")
-        degrees = [1] if reads.whole else [d for d, misfit in (whole if tiled[1] else tiled).items() if misfit is None]
-    if reasons:
-        return Verdict(engine, False, tuple(reasons), tuple(notes), (), None)
-    return Verdict(engine, True, (), tuple(notes), tuple(degrees) if spec.parallel else (), spec.command + "".join(k.flag for k in kernels))
-
-
-def _engine(name: str) -> Engine:
-    if name not in ENGINES:
-        raise UnknownName("engine", name, ENGINES)
-    return ENGINES[name]
-
-
-def _name(scheme: AnyScheme) -> str:
-    """The name of a scheme without the precision of its scales, which containers choose."""
-    return re.sub(r"-(bf16|fp16|fp32)(?=/|$)", "", str(scheme))
-
-
-def _kernel(reads: Reads, scheme: AnyScheme) -> Kernel | None:
-    grid = scheme.weight
-    if scheme.input or not isinstance(grid, IntGrid):
-        return next((k for k in reads.kernels if k.named and re.fullmatch(k.named, _name(scheme))), None)
-    spans = {grid.span, "any group"} if grid.block else {grid.span}
-    return next((k for k in reads.kernels if (grid.bits_per_code, grid.symmetric) in k.codes and spans & k.spans), None)
-
-
-def _grids(engine: str, container: str, reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> Iterator[str]:
-    """What is wrong with the grids, wherever they are."""
-    grids = sorted(set(quantized.values()), key=str)
-    for grid in grids:
-        if _kernel(reads, grid) is None:
-            yield f"{engine} has no kernel for {grid} in {container}; it takes {_offer(reads)}"
-    if len(grids) > 1 and not reads.mixes:
-        yield f"{engine} reads one grid from {container}, not {', '.join(map(str, grids))}: use one, or write compressed-tensors"
-    kernels = {_kernel(reads, grid) for grid in grids} - {None}
-    if reads.one_kernel and len(kernels) > 1:
-        yield f"{engine} runs all of a {container} checkpoint on one kernel, which does not exist for {', '.join(map(str, grids))}: use one grid"
-
-
-def _offer(reads: Reads) -> str:
-    offers = []
-    offers += [kernel.offer for kernel in reads.kernels if kernel.offer]
-    for kernel in (k for k in reads.kernels if k.codes):
-        codes = [f"int{b}" + ("" if (b, False) in kernel.codes else " (symmetric)") for b in sorted({b for b, _ in kernel.codes})]
-        spans = sorted(s for s in kernel.spans if isinstance(s, int)) + sorted(s for s in kernel.spans if isinstance(s, str))
-        offers.append(f"{', '.join(codes)} per {', '.join(f'g{s}' if isinstance(s, int) else s for s in spans)}")
-    return "; or ".join(offers)
-
-
-def _places(engine: str, container: str, reads: Reads, placed: Placed, model_type: str) -> Iterator[str]:
-    """What is wrong with where the grids are."""
-    quantized = [w for w, g in placed.items() if g is not None]
-    if fused := [w.name for w in quantized if w.expert is not None]:
-        yield f"{engine} holds fused experts as one 3-D tensor and knows no '{fused[0]}' ({len(fused)} such): keep the experts in 16 bits"
-    if heads := [w.name for w in quantized if w.block is None and not reads.head]:
-        yield f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
-    # vLLM turns what is called .weight, as all of 8 bits is but integers under 16-bit inputs (models/gpt2.py).
-    conv1d = {w.name: g for w, g in placed.items() if g and w.transposed and w.expert is None}
-    turned = [name for name, g in conv1d.items() if not reads.transposed or isinstance(g.weight, FloatGrid) or g.input]
-    if turned:
-        yield f"{turned[0]} of {model_type} is a Conv1D, which {engine} is not known to load from {container}: keep it in 16 bits, or use vllm"
-    for names, grids in _siblings(placed).values():
-        if reads.fuses and len(set(grids)) > 1:
-            found = ", ".join(f"{n}: {g or '16 bits'}" for n, g in zip(names, grids, strict=True))
-            yield f"{engine} fuses these into one matrix, so they need one grid, or all 16 bits ({found})"
-            break
-    kept = [w for w, g in placed.items() if g is None and w.block is not None]
-    if reads.keeps == "unfused":
-        kept = [w for w in kept if any(w.name.rpartition(".")[2] in names for names in FUSED)]
-    if quantized and kept and reads.keeps != "any":
-        yield f"{engine} does not see in {container} that {kept[0].name} is kept ({len(kept)} such): quantize it, or write compressed-tensors"
-
-
-def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Iterator[str]:
-    experts = {w: g for w, g in placed.items() if EXPERT.search(w.name)}
-    grids = Counter(g for g in placed.values() if g is not None)
-    if not experts or not grids:
-        return
-    main = grids.most_common(1)[0][0]
-    known = ["int{}{}".format(bits, "" if symmetric else "-asym") for bits, symmetric in sorted(reads.experts)]
-    known += [name.removesuffix("-.*") for name in reads.named_experts]
-    for w, g in experts.items():
-        if w.expert is None and g is not None and not _is_expert(reads, g):
-            instead = f"use {' or '.join(known)}" if known else "keep the experts in 16 bits"
-            yield f"{engine} is not known to load {w.name} on {g} from {container}: {instead}"
-            break
-    if reads.base_experts and (odd := [w for w, g in experts.items() if g != main]):
-        yield f"{engine} takes all experts in {container} to be {main}, unlike {odd[0].name}: make them so, or write compressed-tensors"
-    blocks: defaultdict[str | None, set[AnyScheme | None]] = defaultdict(set)
-    for w, g in experts.items():
-        blocks[w.block].add(g)
-    if uneven := [block for block, found in blocks.items() if len(found) > 1]:
-        yield f"{engine} loads the experts of {uneven[0]} as one tensor, so they need one grid, or all 16 bits"
-
-
-def _is_expert(reads: Reads, scheme: AnyScheme) -> bool:
-    grid = scheme.weight
-    if isinstance(grid, IntGrid) and not scheme.input:
-        return (grid.bits_per_code, grid.symmetric) in reads.experts
-    return any(re.fullmatch(name, _name(scheme)) for name in reads.named_experts)
-
-
-def _siblings(placed: Placed) -> dict[tuple[str, int], tuple[list[str], list[AnyScheme | None]]]:
-    """Names and grids of each set of matrices that engines fuse."""
-    sets: dict[tuple[str, int], tuple[list[str], list[AnyScheme | None]]] = {}
-    for weight, grid in placed.items():
-        prefix, _, last = weight.name.rpartition(".")
-        for index, names in enumerate(FUSED):
-            if last in names:
-                found, grids = sets.setdefault((prefix, index), ([], []))
-                found.append(weight.name)
-                grids.append(grid)
-    return sets
-
-
-def _layouts(reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> dict[Layout, str]:
-    """Every kind of matrix there is, and the first that is so."""
-    sizes = {w.name: w.shape[0] for w in quantized}
-    together = {name: sum(sizes[n] for n in names) for names, _ in _siblings(quantized).values() for name in names} if reads.fuses else {}
-    found: dict[Layout, str] = {}
-    for w, scheme in quantized.items():
-        if isinstance(scheme.weight, IntGrid | FloatGrid | LevelGrid):
-            out, width = w.shape
-            found.setdefault(Layout(scheme, bool(ROW.search(w.name)), out, width, together.get(w.name, out)), w.name)
-    return found
-
-
-def _misfit(reads: Reads, layouts: Mapping[Layout, str], degree: int, tiles: bool) -> str | None:
-    """The first matrix that cannot be split over `degree` devices, and why: groups and packing, and tiles if asked."""
-    for (scheme, row, out, width, together), name in layouts.items():
-        grid = scheme.weight
-        split = width if row else out
-        if split % degree or (degree > 1 and isinstance(grid, IntGrid) and not scheme.input and split // degree * grid.bits_per_code % 32):
-            return f"{name} ({out} x {width}) does not split into {degree} parts of whole 32-bit words"
-        if isinstance(grid, FloatGrid) and grid.span == "block" and (degree > 1 or together != out) and split // degree % SIDE:
-            return f"{name} ({out} x {width}) does not split into {degree} parts of whole blocks of {SIDE} x {SIDE}"
-        width, together = (width // degree, together) if row else (width, together // degree)
-        if grid.block and width % grid.block:
-            return f"{name} has {width} in-features, no multiple of the group {grid.block}"
-        kernel = _kernel(reads, scheme)
-        shapes = kernel.tiles if kernel and (tiles or kernel.whole_tiles) else ()
-        if shapes and all(width % a or together % b for a, b in shapes):
-            return f"{name} ({together} x {width} as fused) is no multiple of {' or '.join(f'{b} x {a}' for a, b in shapes)} (out x in)"
-    return None
+def engine_named(name: str) -> str:
+    """The key of an engine under any spelling. Raises UnknownName, with the one that may be meant."""
+    plain = re.sub(r"[^a-z]", "", name.lower())
+    found = next((key for key, engine in ENGINES.items() if plain in (re.sub(r"[^a-z]", "", key), *engine.names)), None)
+    if found:
+        return found
+    near = nearest(plain, [*ENGINES, NOBODY, *(other for engine in ENGINES.values() for other in engine.names)])
+    meant = list(dict.fromkeys(next((key for key, engine in ENGINES.items() if n in engine.names), n) for n in near))
+    raise UnknownName("engine", name, meant or [*ENGINES, NOBODY])

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shlex
 import sys
 from collections import Counter
@@ -20,7 +21,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from halfbyte.containers.place import beside, is_file, replace_text
 from halfbyte.jobs import Job
 from halfbyte.models.calibrate import Windows
-from halfbyte.plan.engines import Verdict
+from halfbyte.plan.engines import ENGINES
+from halfbyte.plan.verdicts import Verdict
+from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.summary import Report, size
 from halfbyte.report.written import read
@@ -30,15 +33,6 @@ UNREADABLE = (TemplateError, KeyError, TypeError, AttributeError, ValueError)
 """What making a card of some other text than a report of ours raises."""
 LOST, LOST_ROW = 0.5, 0.75
 """Relative errors beyond which a weight, or a row of one, says little of what it did; of two bits, usual ones lose .4, and a few rows .6."""
-TITLES = {
-    "vllm": "vLLM",
-    "sglang": "SGLang",
-    "transformers": "Transformers",
-    "tgi": "Text Generation Inference",
-    "tensorrt-llm": "TensorRT-LLM",
-    "llama.cpp": "llama.cpp",
-    "ollama": "Ollama",
-}
 
 
 def planned(job: Job, size_bytes: int) -> dict[str, Any]:
@@ -132,6 +126,8 @@ def _engine(verdict: Verdict) -> dict[str, Any]:
     return {
         "engine": verdict.engine,
         "loads": verdict.loads,
+        "word": verdict.word.value,
+        "source": verdict.source,
         "reasons": list(verdict.reasons),
         "notes": list(verdict.notes),
         "tensor_parallel": list(verdict.tensor_parallel),
@@ -159,12 +155,14 @@ def card(report: Mapping[str, Any], path: Path) -> str:
     environment.filters |= {"size": size, "quote": shlex.quote, "zip": zip, "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}
     recipe = {name: value for name, value in report["recipe"].items() if value not in ([], {}, False) and (name != "calibration" or report["calibration"])}
     place = path / report["output"]["file"] if report["output"]["file"] and not is_file(path) else path
-    served = [{**e, "title": TITLES[e["engine"]], "command": command(e, place)} for e in report["engines"]]
+    original = original_of(report)
+    served = [{**e, "title": ENGINES[e["engine"]].title, "code": code(e, place, original)} for e in report["engines"]]
     return environment.get_template("card.md.jinja").render(
         r=report,
         name=path.resolve().name,
         is_file=is_file(path),
         path=str(path),
+        original=shlex.quote(original),
         recipe=recipe,
         recipe_file=beside(path, "recipe.yaml").name,
         engines=served,
@@ -174,10 +172,31 @@ def card(report: Mapping[str, Any], path: Path) -> str:
     )
 
 
-def command(engine: Mapping[str, Any], path: Path) -> str:
-    """What serves the folder: a line for the shell, or of Python where the path stands in quotes."""
-    line = (engine["command"] or "").replace("{modelfile}", shlex.quote(str(beside(path, "Modelfile"))))
-    return line.replace('"{path}"', json.dumps(str(path))).replace("{path}", shlex.quote(str(path))).replace("{name}", shlex.quote(path.stem.lower()))
+def original_of(report: Mapping[str, Any]) -> str:
+    """The model in 16 bits; a word for it where only its quantized offspring is known."""
+    return "ORIGINAL" if report["recipe"]["method"] in OTHER_COMMANDS else report["recipe"]["model"]
+
+
+def command(engine: Mapping[str, Any], path: Path, original: str) -> str:
+    """What serves the folder or file: a line for the shell, or of Python, whose strings stand in quotes."""
+    return _filled(engine["command"] or "", path, original)
+
+
+def code(engine: Mapping[str, Any], path: Path, original: str) -> str:
+    """The same with what Python needs around it."""
+    line = engine["command"] or ""
+    if "AutoModel" not in line:
+        return _filled(line, path, original)
+    needed = sorted({"AutoTokenizer", *re.findall(r"\bAutoModel\w*|\bCompressedTensorsConfig\b", line)})
+    place = '"{folder}", gguf_file="{file}"' if "gguf_file" in line else '"{path}"'
+    return _filled(f"from transformers import {', '.join(needed)}\n\nmodel = {line}\ntokenizer = AutoTokenizer.from_pretrained({place})", path, original)
+
+
+def _filled(text: str, path: Path, original: str) -> str:
+    said = {"path": path, "folder": path.parent, "file": path.name, "modelfile": beside(path, "Modelfile"), "name": path.stem.lower(), "original": original}
+    for name, value in said.items():
+        text = text.replace(f'"{{{name}}}"', json.dumps(str(value))).replace(f"{{{name}}}", shlex.quote(str(value)))
+    return text
 
 
 def begins(opening: list[str] | None) -> str:
