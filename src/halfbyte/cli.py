@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.table import Table
 
+from halfbyte import display
 from halfbyte.endings import Stop, hang_up, speak_any_language
 from halfbyte.errors import BadRequest, HalfbyteError, brief
 from halfbyte.progress import shown
@@ -183,14 +184,7 @@ def kv(
     if as_json:
         _print_json(found)
         return
-    table = Table("attention", "largest scale of keys", "of values", "keys beyond it", "values beyond it")
-    for row in found["rows"]:
-        table.add_row(
-            row["module"],
-            *(f"{row[f'{part}_scale']:.5f}" for part in ("key", "value")),
-            *(f"{100 * row[f'{part}_clipped']:.4f}%" for part in ("keys", "values")),
-        )
-    out.print(table)
+    _show(display.cached(found))
     out.print(f"{output}: the KV cache in {found['grid']}; read back and verified. {found['serve']}", soft_wrap=True)
     for warning in found["warnings"]:
         out.print(f"note: {warning}")
@@ -240,17 +234,7 @@ def evaluate(
         return
     begins = f", each begins with {''.join(result['opening'])}" if result["opening"] else ""
     out.print(f"{result['windows']} windows of {length} tokens of {text}, convention {result['convention']}{begins}")
-    table = Table("model", "perplexity", "KL to the original", "KL median", "KL p99", "KL max", "same top-1", "Δp rms")
-    table.add_row(against, f"{result['reference']['perplexity']:.3f}")
-    for row in result["models"]:
-        table.add_row(
-            _with_cache(row), f"{row['perplexity']:.3f} ± {row['perplexity_error']:.3f}", f"{row['kl']:.5f} ± {row['kl_error']:.5f}",
-            f"{row['kl_median']:.5f}", f"{row['kl_p99']:.4f}", f"{row['kl_max']:.3f}", f"{100 * row['same_top']:.2f}%", f"{row['probability_change_rms']:.4f}",
-        )  # fmt: skip
-    out.print(table)
-    for row in result["models"][1:]:
-        difference, error = row["kl_minus_first"]
-        out.print(f"KL of {_with_cache(row)} minus that of {_with_cache(result['models'][0])}: {difference:+.5f} ± {error:.5f}")
+    _show(display.evaluated(result))
 
 
 @app.command()
@@ -275,20 +259,7 @@ def needle(
     if as_json:
         _print_json(result)
         return
-    out.print(f"What having read the fact adds to the log-probability of its answer, nats per token: {against} → the model; {facts} facts at each place")
-    for model in result["models"]:
-        table = Table(_with_cache(model), *(f"depth {100 * row['depth']:.0f}%" for row in model["rows"][:depths]), "found")
-        for number, size in enumerate(sizes):
-            part = slice(number * depths, (number + 1) * depths)
-            before, after = result["reference"][part], model["rows"][part]
-            found = [sum(row["found"] for row in rows) / depths for rows in (before, after)]
-            table.add_row(f"{size} tokens", *(f"{b['gain']:.2f} → {a['gain']:.2f}" for b, a in zip(before, after, strict=True)),
-                          " → ".join(f"{100 * share:.0f}%" for share in found))  # fmt: skip
-        out.print(table)
-
-
-def _with_cache(row: dict[str, Any]) -> str:
-    return f"{row['path']}, KV cache {row['kv']}" if row["kv"] else row["path"]
+    _show(display.needles(result, sizes, depths))
 
 
 @app.command()
@@ -304,15 +275,7 @@ def inspect(
     if as_json:
         _print_json(found)
         return
-    out.print(f"{found['path']}: {found['model_type']}, {found['container'] or 'not quantized'}, {found['size_bytes'] / 1e6:.2f} MB, "
-              f"{found['parameters'] / 1e6:.2f} M parameters, {found['bits_per_parameter']:.3f} bits per parameter")  # fmt: skip
-    table = Table("stored as", "matrices or tensors", "weights", "MB", "bits per weight")
-    for kind, row in found["grids"].items():
-        table.add_row(kind, str(row["tensors"]), f"{row['weights']:,}", f"{row['size_bytes'] / 1e6:.2f}", f"{row['bits_per_weight']:.3f}")
-    out.print(table)
-    _show_worst(found["weights"][:worst], found["error_of"])
-    for warning in found["warnings"]:
-        out.print(f"- {warning}")
+    _show(display.inspected(found, worst))
     if found["evaluation"]:
         model, was = found["evaluation"]["model"], found["evaluation"]["reference"]["perplexity"]
         out.print(f"KL to the original {model['kl']:.5f} ± {model['kl_error']:.5f}, perplexity {model['perplexity']:.3f} (was {was:.3f})")
@@ -333,11 +296,7 @@ def demo(
     if as_json:
         _print_json(table_rows)
         return
-    table = Table("method", "grid", "format", "bits/weight", "MB", "KL to the original", "perplexity", "same top-1", "seconds")
-    for r in table_rows:
-        table.add_row(r["method"], r["grid"], r["container"], f"{r['bits_per_weight']:.3f}", f"{r['size_bytes'] / 1e6:.2f}",
-                      f"{r['kl']:.5f}", f"{r['perplexity']:.3f}", f"{100 * r['same_top']:.2f}%", f"{r['seconds']:.1f}")  # fmt: skip
-    out.print(table)
+    _show(display.demonstrated(table_rows))
 
 
 @app.command()
@@ -397,7 +356,7 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
     o, r = report["output"], report["recipe"]
     place = output / o["file"] if o["file"] and not is_file(output) else output
     out.print(f"{output}: {headline(report)}, {report['seconds']:.1f} s; read back and verified")
-    _show_worst(sorted(report["weights"], key=lambda row: -row["error"])[:5], report["error_of"])
+    _show(display.worst(sorted(report["weights"], key=lambda row: -row["error"])[:5], report["error_of"]))
     for row in worst_inputs(report, 1):
         i = row["input"]
         out.print(f"inputs: {i['grid']}, the largest error {i['error']:.4f} where {row['name']} reads from {i['low']:.3g} to {i['high']:.3g}; "
@@ -417,15 +376,9 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
         out.print(f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}{merged}", soft_wrap=True)
 
 
-def _show_worst(rows: list[dict[str, Any]], error_of: str | None) -> None:
-    if rows and rows[0]["error"] == 0:
-        out.print("every weight is bit for bit that of the source")
-    elif rows:
-        notes = any(row["note"] for row in rows)
-        table = Table("weight", "grid", "bits/weight", f"relative error of the {error_of}", *(["note"] if notes else []))
-        for row in rows:
-            table.add_row(row["name"], row["grid"], f"{row['bits_per_weight']:.3f}", f"{row['error']:.4f}", *([row["note"]] if notes else []))
-        out.print(table)
+def _show(parts: Sequence[Table | str]) -> None:
+    for part in parts:
+        out.print(part)
 
 
 def _print_json(value: Any) -> None:

@@ -1,0 +1,161 @@
+"""What the command line shows: tables of at most 80 columns that cut neither a number nor a name, and sentences about them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from math import expm1
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Table:
+    """The first `words` columns are names, which go on in the next line where they are long; the rest are numbers, which are never broken."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, header in enumerate(headers):
+        is_name = number < words
+        made.add_column(header, overflow="fold", no_wrap=not is_name, justify="left" if is_name else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def without_prefix(names: Sequence[str], separator: str = ".") -> tuple[str, list[str]]:
+    """The parts that all names begin with, and the rest of each."""
+    parts = list(zip(*(name.split(separator)[:-1] for name in names), strict=False)) if len(names) > 1 else []
+    same = next((i for i, part in enumerate(parts) if len(set(part)) > 1), len(parts))
+    shared = "".join(part[0] + separator for part in parts[:same])
+    return shared, [name.removeprefix(shared) for name in names]
+
+
+def worst(rows: Sequence[dict[str, Any]], error_of: str | None) -> list[Table | str]:
+    """The weights that lost most, and what is to be said of them."""
+    if not rows:
+        return []
+    if rows[0]["error"] == 0:
+        return ["every weight is bit for bit that of the source"]
+    shared, names = without_prefix([row["name"] for row in rows])
+    cells = [(n, r["grid"], f"{r['bits_per_weight']:.3f}", f"{r['error']:.4f}") for n, r in zip(names, rows, strict=True)]
+    notes = Counter(row["note"] for row in rows if row["note"])
+    said = f"lost most: relative error of the {error_of}{f'; names begin with {shared}' if shared else ''}"
+    return [said, table(["weight", "grid", "bits", "error"], cells, words=2), *(f"{count} of these: {note}" for note, count in notes.items())]
+
+
+def inspected(found: dict[str, Any], count: int) -> list[Table | str]:
+    rows = [(k, str(r["tensors"]), f"{r['weights']:,}", f"{r['size_bytes'] / 1e6:.2f}", f"{r['bits_per_weight']:.3f}") for k, r in found["grids"].items()]
+    return [
+        f"{found['path']}: {found['model_type']}, {found['container'] or 'not quantized'}",
+        f"{found['size_bytes'] / 1e6:.2f} MB, {found['parameters'] / 1e6:.2f} M parameters, {found['bits_per_parameter']:.3f} bits per parameter",
+        table(["stored as", "tensors", "weights", "MB", "bits"], rows),
+        *worst(found["weights"][:count], found["error_of"]),
+        *(f"- {warning}" for warning in found["warnings"]),
+    ]
+
+
+def evaluated(result: dict[str, Any]) -> list[Table | str]:
+    """The models of an evaluation beside their original, and what that means in a sentence for each."""
+    models = result["models"]
+    names = short_names(models)
+    rows = [(f"original: {Path(result['reference_path']).name}", "", "", f"{result['reference']['perplexity']:.3f}", "")]
+    for name, row in zip(names, models, strict=True):
+        size = f"{row['size_bytes'] / 1e6:.1f}" if row.get("size_bytes") else ""
+        rows.append((name, size, _with_error(row["kl"], row["kl_error"], 5), f"{row['perplexity']:.3f}", f"{100 * row['same_top']:.2f} %"))
+    tails = [
+        (name, f"{r['kl_median']:.5f}", f"{r['kl_p99']:.4f}", f"{r['kl_max']:.3f}", f"{100 * r['probability_change_rms']:.2f} %")
+        for name, r in zip(names, models, strict=True)
+    ]
+    shown: list[Table | str] = [
+        table(["model", "MB", "KL, nats", "perplexity", "same word"], rows),
+        "KL by token: of half the tokens at most, of 99 in 100, of all; how far the chance of the right word moves (root mean square)",
+        table(["model", "half", "99 %", "all", "chance"], tails),
+        *(verdict(name, row) for name, row in zip(names, models, strict=True)),
+    ]
+    for name, row in list(zip(names, models, strict=True))[1:]:
+        difference, error = row["kl_minus_first"]
+        shown.append(f"KL of {name} minus that of {names[0]}: {_signed(difference, error, 5)}")
+    return shown
+
+
+def verdict(name: str, row: dict[str, Any]) -> str:
+    """What a model lost, in a sentence."""
+    said = f"{name}: the original's most likely next word is also its own in {100 * row['same_top']:.1f} % of places; it loses {row['kl']:.4f} nats a token"
+    if paired := row.get("nll_minus_original"):
+        difference, error = paired
+        change = f"{100 * expm1(difference):+.2f} %"
+        said += f", and its perplexity is {change}{'' if error is None else f' ± {100 * error:.2f} %'} from the original's"
+    return said
+
+
+def short_names(models: Sequence[dict[str, Any]]) -> list[str]:
+    """The last part of each path, or the whole where two would be called alike; and the KV cache."""
+    lasts = Counter(Path(row["path"]).name for row in models if not row["kv"])
+    names = [name if lasts[name := Path(row["path"]).name] < 2 else row["path"] for row in models]
+    return [f"{name}, KV cache {row['kv']}" if row["kv"] else name for name, row in zip(names, models, strict=True)]
+
+
+def needles(result: dict[str, Any], sizes: Sequence[int], depths: int) -> list[Table | str]:
+    """A table for each model: a row for each length, before and after."""
+    shown: list[Table | str] = ["What having read the fact adds to the log-probability of its answer, nats per token: the original → the model"]
+    for name, model in zip(short_names(result["models"]), result["models"], strict=True):
+        rows = []
+        for number, size in enumerate(sizes):
+            part = slice(number * depths, (number + 1) * depths)
+            before, after = result["reference"][part], model["rows"][part]
+            found = [sum(row["found"] for row in rows) / depths for rows in (before, after)]
+            gains = [f"{b['gain']:.2f} → {a['gain']:.2f}" for b, a in zip(before, after, strict=True)]
+            rows.append((str(size), *gains, " → ".join(f"{100 * share:.0f} %" for share in found)))
+        headers = ["tokens", *(f"at {100 * row['depth']:.0f} %" for row in model["rows"][:depths]), "found"]
+        shown += [f"{name}; {result['facts']} facts at each place, from the beginning of the text (0 %) to its end", *_parts(headers, rows)]
+    return shown
+
+
+def _parts(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Table]:
+    """A table wider than 80 columns as several, each with the first column."""
+    widths = [2 + max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
+    runs: list[list[int]] = [[]]
+    room = 0
+    for i in range(1, len(headers)):
+        if room + widths[i] > 80 - widths[0] and runs[-1]:
+            runs.append([])
+            room = 0
+        runs[-1].append(i)
+        room += widths[i]
+    return [table([headers[0], *(headers[i] for i in run)], [[row[0], *(row[i] for i in run)] for row in rows], words=0) for run in runs]
+
+
+def demonstrated(rows: Sequence[dict[str, Any]]) -> list[Table | str]:
+    cells = [
+        (
+            f"{r['method']} {r['grid']}".strip(), f"{r['bits_per_weight']:.3f}", f"{r['size_bytes'] / 1e6:.2f}", _with_error(r["kl"], r.get("kl_error"), 5),
+            f"{r['perplexity']:.2f}", f"{100 * r['same_top']:.1f}", f"{r['seconds']:.1f}",
+        )
+        for r in rows
+    ]  # fmt: skip
+    return [
+        table(["method and grid", "bits", "MB", "KL, nats", "perpl.", "same %", "s"], cells),
+        "bits: of a quantized weight, scales counted; KL: what a token's prediction differs from the original's, ± its standard error;",
+        "same: how often the most likely next word is the original's; s: seconds of quantizing",
+    ]
+
+
+def cached(found: dict[str, Any]) -> list[Table | str]:
+    shared, names = without_prefix([row["module"] for row in found["rows"]])
+    cells = [
+        (
+            name,
+            *(f"{row[f'{part}_scale']:.5f}" if row[f"{part}_scale"] is not None else "" for part in ("key", "value")),
+            *(f"{100 * row[f'{part}_clipped']:.4f} %" for part in ("keys", "values")),
+        )
+        for name, row in zip(names, found["rows"], strict=True)
+    ]
+    said = f"scales of the KV cache (the largest of heads), and what lies beyond them on other text{f'; names begin with {shared}' if shared else ''}"
+    return [said, table(["attention", "keys", "values", "keys cut", "values cut"], cells)]
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _signed(value: float, error: float | None, digits: int) -> str:
+    return f"{value:+.{digits}f}" if error is None else f"{value:+.{digits}f} ± {error:.{digits}f}"

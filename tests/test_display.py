@@ -1,0 +1,75 @@
+"""Tables in 80 columns: neither a number nor a name is cut."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from halfbyte import display
+
+LONG = "a-model-whose-name-is-as-long-as-those-of-real-models-are-Instruct-v0.3-Q4_K_M.gguf"
+
+
+def rendered(parts) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    for part in parts:
+        console.print(part, markup=False, highlight=False)
+    return console.file.getvalue()
+
+
+def model(path, kv=None) -> dict:
+    numbers = {"kl": 0.123456, "kl_error": 0.0123456, "kl_median": 0.01234, "kl_p99": 12.3456, "kl_max": 123.456, "perplexity": 12345.678}
+    return {"path": path, "kv": kv, **numbers, "same_top": 0.98765, "probability_change_rms": 0.12345, "size_bytes": 123_456.7e6, "kl_minus_first": (0.1, 0.2)}
+
+
+def weight(name, note="") -> dict:
+    return {"name": name, "grid": "int8-channel/int8-token", "bits_per_weight": 8.125, "error": 0.123456, "note": note}
+
+
+EVALUATION = {
+    "reference": {"perplexity": 12345.678},
+    "reference_path": f"/home/{LONG}",
+    "models": [model(f"/models/{LONG}"), model("/models/b", "fp8-e4m3-head")],
+}
+PARTS = {
+    "eval": (display.evaluated(EVALUATION), ["0.12346 ± 0.01235", "12345.678", "98.77 %", "12.3456", "123.456", "123456.7"]),
+    "worst": (display.worst([weight(f"model.layers.{i}.block_sparse_moe.experts.127.down_projection") for i in (1, 2)], "outputs"), ["0.1235", "8.125"]),
+    "demo": (
+        display.demonstrated([{"method": "smoothquant+gptq", "grid": "int4-g128-asym", "bits_per_weight": 4.157, "seconds": 123.4, **model(LONG)}]),
+        ["0.12346 ± 0.01235", "12345.68", "123456.70", "123.4"],
+    ),
+    "needle": (
+        display.needles(
+            {"models": [{"path": LONG, "kv": None, "rows": [{"depth": i / 9, "gain": -12.34, "found": 1.0} for i in range(10)]}], "facts": 8,
+             "reference": [{"depth": i / 9, "gain": -12.34, "found": 1.0} for i in range(10)]}, [131072], 10,
+        ),
+        ["-12.34 → -12.34", "131072", "100 % → 100 %"],
+    ),
+    "cache": (
+        display.cached({"rows": [{"module": f"model.layers.{i}.self_attn", "key_scale": 12.34567, "value_scale": None,
+                                  "keys_clipped": 1.0, "values_clipped": 0.0} for i in (1, 2)]}),
+        ["12.34567", "100.0000 %"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_nothing_is_cut(name):
+    parts, numbers = PARTS[name]
+    text = rendered(parts)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for number in numbers:
+        assert number in text
+
+
+def test_a_long_name_goes_on_in_the_next_line():
+    text = rendered([display.table(["model", "MB", "rest"], [[LONG, "123.45", "x" * 40]])])
+    assert LONG in "".join(line.split("123.45")[0].strip() for line in text.splitlines()[2:])
+
+
+def test_what_all_names_share_is_said_once():
+    shared, names = display.without_prefix(["model.layers.0.mlp.up_proj", "model.layers.11.mlp.up_proj"])
+    assert (shared, names) == ("model.layers.", ["0.mlp.up_proj", "11.mlp.up_proj"])
+    assert display.without_prefix(["lm_head"]) == ("", ["lm_head"])
+    assert display.without_prefix(["lm_head", "model.layers.0.q"]) == ("", ["lm_head", "model.layers.0.q"])
