@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -17,11 +18,13 @@ from halfbyte.containers.gguf.settings import settings
 from halfbyte.containers.place import beside
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.editions.edition import Edition, Part, rows_of, split
+from halfbyte.editions.origin import FALSE_OF_ANOTHER, origin
 from halfbyte.errors import BrokenOutput, Unsupported
 from halfbyte.grids.grid import AnyScheme, Quantized, Shape, same_rows
 from halfbyte.jobs import AS_ASKED, SKIPPED, Job
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.ggufs import GGUFCheckpoint, translation_of
+from halfbyte.models.provenance import provenance_of
 
 PIECE, HEADS_ROWS = 1 << 20, 256
 """Weights of a piece: few enough for a core's cache. Rows of it come in multiples of a few heads', whose order may differ."""
@@ -186,7 +189,9 @@ def metadata_of(job: Job) -> dict[str, Value]:
     """What the file says of the model."""
     source = job.checkpoint
     if isinstance(source, GGUFCheckpoint):
-        return {**source.file.metadata, "general.quantization_version": Value("uint32", hyperparameters.QUANTIZATION_VERSION)}
+        kept = {k: v for k, v in source.file.metadata.items() if job.recipe.method == "convert" or not FALSE_OF_ANOTHER.fullmatch(k)}
+        return {**kept, "general.quantization_version": Value("uint32", hyperparameters.QUANTIZATION_VERSION)}
     family = families.family_of(source.config)
-    said = hyperparameters.metadata(source.config, family, source.path)
+    parameters = sum(prod(shape) for tensor, shape in source.tensors().items() if tensor not in job.dropped)
+    said = hyperparameters.metadata(source.config, family, source.path) | origin(provenance_of(source, job.recipe.model), parameters)
     return {**said, **tokenizer.tokenizer_metadata(source.path, settings(source.config).vocab_size, job.recipe.pre)}
