@@ -139,7 +139,8 @@ def evaluate(
 
     `text`: a file, a dataset, or "heldout", the embedded text. `convention`: "served", each window begins as the tokenizer begins a text;
     "papers", none does; "llama.cpp". `kv`: caches to run each model with; "stored" is the one that it says
-    it has, "none" one of 16 bits. The result is also written into each model's report.json.
+    it has, "none" one of 16 bits. The result is also put into each model's report.json, beside those of other conditions; its card shows
+    the longest against the source.
     """
     from halfbyte.evaluation.divergence import compare
     from halfbyte.kv_cache import with_cache
@@ -166,7 +167,7 @@ def evaluate(
     for (model, kind), row in zip(kinds, measured, strict=True):
         if kind == "stored":
             others = [other for (same, _), other in zip(kinds, measured, strict=True) if same == model and other["kv"] != row["kv"]]
-            build.add(Path(row["path"]), evaluation={**common, "reference": rows[0], "model": row, "other_caches": others})
+            build.add_evaluation(Path(row["path"]), {**common, "reference": rows[0], "model": row, "other_caches": others})
     return {**common, "reference": rows[0], "models": measured}
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -122,6 +123,9 @@ def test_paired_difference(home):
     difference, error = second["kl_minus_first"]
     assert difference == pytest.approx(second["kl"] - first["kl"])
     assert 0 < error < (first["kl_error"] ** 2 + second["kl_error"] ** 2) ** 0.5
+    change, error = second["perplexity_minus_reference"]
+    assert 0 < error < second["perplexity_error"]
+    assert change == pytest.approx(second["perplexity"] * (1 - np.exp(-second["nll_minus_reference"][0])), rel=1e-3)
     assert second["nll_minus_first"][0] == pytest.approx(second["nll"] - first["nll"])
 
 
@@ -152,6 +156,18 @@ def test_the_measurement_is_written_into_the_folder(home):
     assert f"{written['model']['kl']:.5f}" in (home / "int4" / "README.md").read_text()
     assert f"KL to the original {written['model']['kl']:.5f}" in tiny.halfbyte("inspect", home / "int4").out
     assert not (home / "model" / "report.json").exists()
+
+
+def test_a_shorter_run_and_another_reference_do_not_replace_what_the_card_shows(home, tmp_path):
+    halfbyte.quantize(home / "model", tmp_path / "out", method="nearest", grid="int4-g64")
+    text = str(home / "text.txt")
+    for reference, windows in ((home / "model", 5), (home / "model", 2), (home / "int4", 9), (home / "model", 5)):
+        halfbyte.evaluate([tmp_path / "out"], reference, text, LENGTH, windows)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert sorted((e["windows"], Path(e["reference_path"]).name) for e in report["evaluations"]) == [(2, "model"), (5, "model"), (9, "int4")]
+    assert report["evaluation"]["windows"] == 5
+    assert report["evaluation"]["model"]["kl"] > 0
+    assert f"{report['evaluation']['model']['kl']:.5f}" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_report_of_another_version_stays_as_it_is(home, tmp_path):

@@ -48,6 +48,10 @@ def compare(
     """
     per_token = measure(checkpoints, windows, first, dtype, progress)
     rows = [summary(t, reference=i == 0) for i, t in enumerate(per_token)]
+    for row, tokens in list(zip(rows, per_token, strict=True))[1:]:
+        difference, error = mean_and_error(tokens.nll - per_token[0].nll)
+        row["nll_minus_reference"] = difference, error
+        row["perplexity_minus_reference"] = row["perplexity"] - rows[0]["perplexity"], error and row["perplexity"] * error
     for row, tokens in list(zip(rows, per_token, strict=True))[2:]:
         row["kl_minus_first"] = mean_and_error(tokens.kl - per_token[1].kl)
         row["nll_minus_first"] = mean_and_error(tokens.nll - per_token[1].nll)

@@ -217,10 +217,25 @@ def add(path: Path, **measured: Any) -> None:
             _write(written | measured, path, path)
 
 
+CONDITIONS = ("reference_path", "text", "windows", "length", "convention", "tokens_sha256")
+
+
+def add_evaluation(path: Path, measured: dict[str, Any]) -> None:
+    """Put a measurement beside those under other conditions. `evaluation`, which the card shows, is the longest against the source."""
+    written = of_ours(path) or {}
+    before = written.get("evaluations") or [written.get("evaluation")]  # reports had one, once
+    known = [e for e in before if isinstance(e, dict) and isinstance(e.get("model"), dict)]
+    kept = [e for e in known if any(e.get(name) != measured[name] for name in CONDITIONS) or e["model"].get("kv") != measured["model"]["kv"]]
+    evaluations = [*kept, measured]
+    source = (written.get("source") or {}).get("path")
+    of_source = [e for e in evaluations if e.get("reference_path") == source]
+    add(path, evaluations=evaluations, evaluation=max(of_source or evaluations, key=lambda e: e["model"].get("tokens", 0)))
+
+
 def add_kv(source: Path, folder: Path, path: Path, about: dict[str, Any]) -> None:
     """Write the report of a cache into `folder`, which is to be `path`; where we wrote the source, beside what its report says."""
     written = of_ours(source) or {"halfbyte": version("halfbyte")}
-    measured = ("evaluation", "needle")  # of the model before
+    measured = ("evaluation", "evaluations", "needle")  # of the model before
     _write({name: value for name, value in written.items() if name not in measured} | {"kv": about}, folder, path)
 
 
