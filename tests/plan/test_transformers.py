@@ -14,6 +14,7 @@ from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.experts import apart
 from halfbyte.plan.architectures import architecture_of, registry
+from halfbyte.plan.engines import LOADED
 from halfbyte.report import build
 from models.families import FAMILIES, Family
 from models.test_architectures import with_decoded
@@ -141,6 +142,10 @@ def test_every_model_loads_by_the_printed_command(name, tmp_path):
     expected = type(model).from_pretrained(with_decoded(apart(Checkpoint.open(source)), Checkpoint.open(tmp_path / "out"), tmp_path / "decoded"), dtype="auto")
     assert theirs.std() > 0.01
     assert difference(theirs, outputs(expected)) < 1e-5
+
+
+def test_what_is_said_to_be_tested_is_what_is_loaded_here():
+    assert {architecture for architecture, _ in FOUND.values() if CLAIMED.knows({"architectures": [architecture]})} == set(LOADED.split("|"))
 
 
 READ = {
