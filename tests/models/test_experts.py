@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import halfbyte
 import tiny
+from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
 from models.families import FAMILIES
 
@@ -71,3 +72,13 @@ def test_stacks_that_stay_stay_whole(tmp_path):
     entries, before = Checkpoint.open(tmp_path / "out").entries, Checkpoint.open(source).entries
     assert torch.equal(entries["model.layers.0.feed_forward.experts.down_proj"].read(), before["model.layers.0.feed_forward.experts.down_proj"].read())
     assert halfbyte.load(tmp_path / "out")(TOKENS).logits.isfinite().all()
+
+
+def test_experts_that_would_be_random_are_not_decoded_apart(tmp_path):
+    for family in ("llama4", "qwen3_5_moe"):
+        halfbyte.quantize(FAMILIES[family].save(tmp_path / family), tmp_path / f"{family}-out", method="nearest", **WORDS)
+    with pytest.raises(Unsupported, match=r"experts\.0\..*out of one tensor of all experts"):
+        halfbyte.dequantize(tmp_path / "llama4-out", tmp_path / "a")
+    halfbyte.dequantize(tmp_path / "qwen3_5_moe-out", tmp_path / "b")
+    _, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not loading["missing_keys"]

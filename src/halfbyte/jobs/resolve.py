@@ -1,5 +1,6 @@
 """Words to a Job: every check that needs no weight happens here, before quantize() reads any. What convert() can keep, values decide."""
 
+import re
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,7 @@ from halfbyte.containers import CONTAINERS, GGUF, Container, container_named
 from halfbyte.containers.gguf import presets
 from halfbyte.containers.gguf.container import TYPE_OF
 from halfbyte.containers.plain import Plain
-from halfbyte.errors import BadRequest, UnknownName, Unsupported
+from halfbyte.errors import BadCheckpoint, BadRequest, UnknownName, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.floats import FloatGrid
 from halfbyte.grids.grid import AnyScheme
@@ -68,6 +69,21 @@ def source_of(recipe: Recipe) -> Checkpoint:
     checkpoint = Checkpoint.open(recipe.model)
     heads.settle(checkpoint)
     return adapter.merged(checkpoint, recipe.adapter) if recipe.adapter else checkpoint
+
+
+def _require_names(checkpoint: Checkpoint) -> None:
+    """Raise Unsupported for experts that lie apart and that no one looks for so in 16 bits: Transformers would fill its stacks at random."""
+    numbered = [m for m in checkpoint.quantized if re.search(r"\.\d+\.[^.]+$", m) and "expert" in m]
+    if not numbered:
+        return
+    from halfbyte.models import modules, skeleton  # Transformers takes seconds to import
+
+    try:
+        model = skeleton.outline(checkpoint)
+    except BadCheckpoint:
+        return
+    if lost := modules.read_in_stacks(model, numbered):
+        raise Unsupported(f"in 16 bits Transformers reads '{lost}' out of one tensor of all experts, which is not put together yet; take the original model")
 
 
 def _of_adapter(checkpoint: Checkpoint) -> list[str]:
@@ -227,6 +243,7 @@ def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Job
         job.recipe, job.plain_dtype = recipe, torch.float32  # the edition rounds what it is given, once
         job.verdicts = verdicts.verdicts(job.container.name, {}, checkpoint.config)
     else:
+        _require_names(checkpoint)
         kept = dict.fromkeys(checkpoint.tensors(), "decoded" if checkpoint.container else "as in the source")
         job = Job(recipe, checkpoint, Plain(), method_named("nearest"), [], kept, plain_dtype=DTYPE_NAMES[recipe.grid])
     cache.plan(job)

@@ -1,5 +1,7 @@
 """What the modules of a model say of the tensors that they read."""
 
+from collections.abc import Iterable
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import core_model_loading as loading
@@ -34,6 +36,12 @@ def ask(model: PreTrainedModel, candidates: dict[str, Shape]) -> Linears:
         else:
             others[name] = f"{type(home).__name__}, which reads it, is no linear"
     return Linears(transposed, others)
+
+
+def read_in_stacks(model: PreTrainedModel, modules: Iterable[str]) -> str | None:
+    """The first of some modules that Transformers reads as a part of a stack alone, and not under its own name."""
+    names = skeleton.Names(model)
+    return next((m for m in modules if names.rename(f"{m}.weight")[0] not in names.known and names.stack(f"{m}.weight")), None)
 
 
 def _turns(converter: loading.WeightConverter, shape: Shape, expected: Shape) -> bool:
