@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import numba
 import pytest
 
-from halfbyte import demo
+from halfbyte import demo, surroundings
+from halfbyte.grids import compiled
+from halfbyte.progress import told_of_kernels
 
 COMMAND = """
 import os, sys
@@ -42,3 +45,29 @@ def test_wrong_words_are_refused_without_torch(words, said):
 
 def test_help_needs_no_torch():
     assert start("--help") == (0, ["False PASSIVE"])
+
+
+def test_kernels_are_kept_in_the_users_cache_if_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = surroundings.kernels()
+    assert place is not None
+    assert place.parent == tmp_path / "halfbyte"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
+    assert surroundings.kernels() is None
+
+
+def test_who_waits_for_a_kernel_to_be_compiled_is_told():
+    told: list[bool] = []
+    double = numba.njit(lambda x: 2 * x)
+    with told_of_kernels(lambda: told.append(True)):
+        assert double(2) == 4
+        before = len(told)
+        assert before > 0
+        assert double(3) == 6
+    assert len(told) == before
+
+
+def test_threads_share_all_tasks_out():
+    done = []
+    compiled.in_threads(lambda first, last: done.extend(range(first, last)), 37)
+    assert sorted(done) == list(range(37))

@@ -21,6 +21,7 @@ from halfbyte.endings import Stop, hang_up, speak_any_language
 from halfbyte.errors import BadRequest, HalfbyteError, brief
 from halfbyte.progress import shown
 from halfbyte.recipe import OTHER_COMMANDS
+from halfbyte.surroundings import arrange
 from halfbyte.terminal import Terminal, as_json
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -283,8 +284,8 @@ def inspect(
 
 @app.command()
 def demo(
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens.")] = 64,
-    windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens.")] = 16,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 8,
     keep: Annotated[Path | None, typer.Option(help="Keep the quantized folders here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -392,8 +393,7 @@ def main(words: Sequence[str] | None = None) -> None:
     line and exit code 70, unless HALFBYTE_DEBUG is set and it is a traceback."""
     started = time.monotonic()
     words = list(sys.argv[1:] if words is None else words) or ["--help"]
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses of a model that are not ours
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch is loaded: threads that spin where they wait for others take a neighbour's time
+    arrange()
     stop = Stop()
     speak_any_language()
     try:

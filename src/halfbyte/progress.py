@@ -1,7 +1,7 @@
 """How far long work is: what a caller is told, and a bar on standard error."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from halfbyte.errors import BadRequest
 
@@ -46,4 +46,21 @@ def _bar() -> Iterator[Progress]:
                 console.print(what, highlight=False, soft_wrap=True)
             bar.update(task, description=plain(what), completed=done, total=total)
 
-        yield show
+        with told_of_kernels(lambda: bar.update(task, description="compiling kernels, once")) if console.is_terminal else nullcontext():
+            yield show
+
+
+@contextmanager
+def told_of_kernels(tell: Callable[[], None]) -> Iterator[None]:
+    """Calls `tell` whenever a kernel has to be compiled, which takes seconds."""
+    from numba.core.event import Event, Listener, install_listener
+
+    class Told(Listener):
+        def on_start(self, event: Event) -> None:
+            tell()
+
+        def on_end(self, event: Event) -> None:
+            pass
+
+    with install_listener("numba:compile", Told()):
+        yield

@@ -1,0 +1,44 @@
+"""What a start costs: whole processes on a small model, with an empty cache of compiled kernels and with a full one.
+
+    python benchmarks/start.py
+
+Processor seconds: wall seconds of a start depend on who else is there.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from measure import Cost, machine, run
+
+from halfbyte import demo
+
+RUNS = [("nearest", "int4-g128", "out"), ("nearest", "Q4_K_M", "out.gguf"), ("gptq", "int4-g128", "out")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "start.md")
+    a = parser.parse_args()
+    rows: list[tuple[str, Cost, Cost]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method, grid, name in RUNS:
+            command = [sys.executable, "-m", "halfbyte", "quantize", str(demo.MODEL), "-o", f"{folder}/{name}", "--method", method, "--grid", grid]
+            cold, warm = (run([*command, "--samples", "8", "--overwrite", "--json"], NUMBA_CACHE_DIR=f"{folder}/{method}-{grid}") for _ in range(2))
+            rows.append((f"quantize --method {method} --grid {grid}", cold, warm))
+    lines = [
+        "# What a start costs",
+        "",
+        f"`python benchmarks/start.py` on {machine()}; bookworm-6m, 8 calibration windows of 512 tokens. Processor seconds of whole processes.",
+        "",
+        "| | no kernel compiled yet | compiled before | compiling |",
+        "|---|---:|---:|---:|",
+        *(f"| {name} | {cold.cpu:.1f} | {warm.cpu:.1f} | {cold.cpu - warm.cpu:.1f} |" for name, cold, warm in rows),
+    ]
+    a.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

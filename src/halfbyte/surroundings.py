@@ -1,0 +1,32 @@
+"""What libraries are told through the environment where halfbyte is the program. They read it as they are loaded, so it is said before."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+
+def arrange() -> None:
+    """What the user says goes first."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses of a model that are not ours
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin where they wait for others take a neighbour's time
+    if place := kernels():
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(place))
+
+
+def kernels() -> Path | None:
+    """Where compiled kernels are kept, in the user's cache: they outlive an installation, and it need not be one that can be written to.
+
+    None where the user has no cache: it is left to Numba to find another place, or to do without.
+
+    It is named after all of their sources: Numba compares the one file that a kernel is in, and kernels contain what they call in others.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "halfbyte"
+    sources = [*sorted(Path(__file__).parent.glob("*/**/*_numba.py")), Path(__file__).parent / "grids" / "compiled.py"]
+    name = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError:
+        return None
+    return home / name
