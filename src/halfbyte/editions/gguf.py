@@ -89,7 +89,8 @@ class GGUFEdition(Edition):
         said = metadata_of(self.job)
         if self.job.recipe.method == "convert" and "general.file_type" in said:
             return said
-        commonest = self.job.preset or max(presets.PRESETS, key=lambda name: sum(kind == presets.PRESETS[name].type for kind, _ in self.tensors.values()))
+        label, kinds = self.job.label, [kind for kind, shape in self.tensors.values() if len(shape) > 1]
+        commonest = label if label in presets.PRESETS else max(presets.PRESETS, key=lambda name: kinds.count(presets.PRESETS[name].type))
         return {**said, "general.file_type": Value("uint32", presets.PRESETS[commonest].file_type)}
 
     def pieces(self, weight: Weight) -> list[Weight]:
