@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from tests import tiny
 
 import halfbyte
+import tiny
 from halfbyte.recipe import Recipe
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import halfbyte
 import tiny
+from halfbyte import pipeline
 from halfbyte.containers.gguf import file as gguf
 from halfbyte.errors import BadCheckpoint, BadRequest
 from halfbyte.grids import compiled
@@ -140,7 +141,7 @@ def test_a_demonstration_does_not_write_into_a_checkpoint(home, tmp_path):
 @pytest.mark.parametrize("run", ["quantize", "kv", "imatrix"])
 def test_a_progress_that_cannot_be_called(run, home, tmp_path):
     words = {"method": "nearest"} if run == "quantize" else {}
-    with pytest.raises(BadRequest, match="progress is 1"):
+    with pytest.raises(BadRequest, match=r"not 1$"):
         getattr(halfbyte, run)(home / "model", tmp_path / "out", progress=1, **words)
     assert not list(tmp_path.iterdir())
 
@@ -188,3 +189,17 @@ def test_an_installation_that_is_read_only_without_a_home(home, tmp_path):
     assert done.returncode == 0, done.stderr
     assert tiny.halfbyte(*command, tmp_path / "here").code == 0
     assert tiny.weights(tmp_path / "out") == tiny.weights(tmp_path / "here")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread"), ImportError("libtorch.so: failed to map segment from shared object")])
+def test_too_little_memory_is_one_line(error, home, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(pipeline, "verify", fail)
+    command = ["quantize", home / "model", "-o", tmp_path / "out", *NEAREST]
+    tiny.refused(tiny.halfbyte(*command), "too little memory", "give the same command again")
+    monkeypatch.undo()
+    assert (tmp_path / "out.partial.jsonl").exists()
+    assert tiny.halfbyte(*command).code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -17,7 +17,7 @@ import typer
 from rich.table import Table
 
 from halfbyte import display
-from halfbyte.endings import Stop, hang_up, speak_any_language
+from halfbyte.endings import Stop, hang_up, is_want_of_memory, speak_any_language
 from halfbyte.errors import BadRequest, HalfbyteError, brief
 from halfbyte.progress import shown
 from halfbyte.recipe import OTHER_COMMANDS
@@ -420,6 +420,8 @@ def main(words: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("HALFBYTE_DEBUG"):
             raise
+        if is_want_of_memory(error):
+            _refuse(f"there is too little memory ({brief(error)}); close other programs or raise the limit, and give the same command again")
         _admit(error)
 
 

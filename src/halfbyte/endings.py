@@ -10,6 +10,9 @@ from types import FrameType
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK")
 """Those that mean what Ctrl-C means: batch systems and containers send the first, a terminal that is closed the second, Windows' the third."""
 
+WANT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "can't start new thread", "failed to map segment", "not enough memory")
+"""What torch, Python's threads and the system's loader say then, in errors of other kinds."""
+
 
 class Stop:
     """Makes of these signals what Ctrl-C is to Python, once: while a run is tidying up, more of them are ignored. One that was ignored stays so (nohup)."""
@@ -56,3 +59,8 @@ def hang_up() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             os.dup2(nowhere, stream.fileno())
+
+
+def is_want_of_memory(error: BaseException) -> bool:
+    """Whether there is too little memory, and no fault in what was asked."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in WANT_OF_MEMORY)
