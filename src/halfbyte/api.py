@@ -44,6 +44,7 @@ def quantize(
     pure: bool | None = None,
     imatrix: str | Path | None = None,
     pre: str | None = None,
+    repository: str | None = None,
     shard_gb: float | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -67,6 +68,7 @@ def quantize(
     skip: patterns of weights that stay in 16 bits. override: pattern to grid, or to "keep". head: quantize lm_head too.
     pure, pre: of GGUF: one type for all tensors; llama.cpp's name of the pre-tokenizer.
     imatrix: an importance matrix of llama.cpp in place of calibration.
+    repository: where it will be published, org/name: the card's commands name it.
     shard_gb: files above this size are split (5 by default; a GGUF is one file).
     overwrite: replace an output that exists. dry_run: return the plan, a report without results, and write nothing.
     progress: True for a bar, or a function of (what, done, total).

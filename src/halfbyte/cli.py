@@ -95,6 +95,7 @@ def quantize(
     shard_gb: Annotated[float | None, typer.Option(help="Split files above this size.", show_default="5; a GGUF is one file")] = None,
     adapter: Annotated[str | None, typer.Option(help="A LoRA adapter's folder, merged into the model as it is read.")] = None,
     requantize: Annotated[bool | None, typer.Option("--requantize", help="Take the values of a model that is quantized already as the original.")] = None,
+    repository: Annotated[str | None, typer.Option(help="Where it will be published, org/name: the card's commands name it.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these; options win over it.")] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
@@ -110,7 +111,8 @@ def quantize(
 
     words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None,
              "input_range": input_range, "alpha": alpha, "adapter": adapter, "requantize": requantize,
-             "pure": pure, "imatrix": imatrix, "kv": kv, "smaller_groups": smaller_groups, "pre": pre, "shard_gb": shard_gb}  # fmt: skip
+             "pure": pure, "imatrix": imatrix, "kv": kv, "smaller_groups": smaller_groups, "pre": pre, "shard_gb": shard_gb,
+             "repository": repository}  # fmt: skip
     words = {name: value for name, value in words.items() if value is not None}
     if override:
         words["override"] = dict(_pair(pair) for pair in override)

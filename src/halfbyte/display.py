@@ -80,7 +80,7 @@ def evaluated(result: dict[str, Any]) -> list[Table | str]:
 def verdict(name: str, row: dict[str, Any]) -> str:
     """What a model lost, in a sentence."""
     said = f"{name}: the original's most likely next word is also its own in {100 * row['same_top']:.1f} % of places; it loses {row['kl']:.4f} nats a token"
-    if paired := row.get("nll_minus_original"):
+    if paired := row.get("nll_minus_reference"):
         difference, error = paired
         change = f"{100 * expm1(difference):+.2f} %"
         said += f", and its perplexity is {change}{'' if error is None else f' ± {100 * error:.2f} %'} from the original's"

@@ -64,6 +64,8 @@ class Recipe(BaseModel):
     pure: bool = False
     imatrix: str | None = None
     pre: str | None = None
+    repository: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Where it will be published, org/name: the card's commands name it."""
     shard_gb: float | None = Field(default=None, gt=0)
 
     @field_validator("calibration", mode="before")

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from halfbyte.files import exists, read_object
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.ggufs import GGUFCheckpoint
 
@@ -56,6 +57,14 @@ def provenance_of(checkpoint: Checkpoint, asked: str) -> Provenance:
         tags=_texts(said.get("tags")),
         languages=_texts(said.get("language")),
     )
+
+
+def has_chat_template(checkpoint: Checkpoint) -> bool:
+    """Whether the tokenizer says how a chat is written."""
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return "tokenizer.chat_template" in checkpoint.file.metadata
+    beside = (checkpoint.path / name for name in ("chat_template.jinja", "chat_template.json"))
+    return any(map(exists, beside)) or bool(read_object(checkpoint.path / "tokenizer_config.json").get("chat_template"))
 
 
 def _of_gguf(said: Mapping[str, Any], path: Path) -> Provenance:

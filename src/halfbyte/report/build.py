@@ -1,6 +1,7 @@
 """The report of a run, and the model card that is made of it."""
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -8,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -21,6 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from halfbyte.containers.place import beside, is_file, replace_text
 from halfbyte.jobs import Job
 from halfbyte.models.calibrate import Windows
+from halfbyte.models.provenance import has_chat_template, provenance_of
 from halfbyte.plan.engines import ENGINES
 from halfbyte.plan.verdicts import Verdict
 from halfbyte.recipe import OTHER_COMMANDS
@@ -49,6 +52,8 @@ def planned(job: Job, size_bytes: int) -> dict[str, Any]:
         "source": {
             "path": str(source.path),
             "hub": None if Path(job.recipe.model).expanduser().exists() else job.recipe.model,
+            "provenance": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(provenance_of(source, job.recipe.model)).items()},
+            "has_chat_template": has_chat_template(source),
             "model_type": source.model_type,
             "dtype": str(source.dtype).removeprefix("torch."),
             "size_bytes": sum(e.size_bytes for e in source.entries.values()),
@@ -147,29 +152,55 @@ def worst_inputs(report: Mapping[str, Any], count: int = WORST) -> list[dict[str
 
 
 def card(report: Mapping[str, Any], path: Path) -> str:
-    """The model card: README.md of the output."""
+    """The model card: README.md of the output. It is to be published, so of this machine's files it says the names only."""
     environment = Environment(
         loader=PackageLoader("halfbyte.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.globals["begins"] = begins
     environment.filters |= {"size": size, "quote": shlex.quote, "zip": zip, "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}
+    report = without_paths(report, local_paths(report, path))
     recipe = {name: value for name, value in report["recipe"].items() if value not in ([], {}, False) and (name != "calibration" or report["calibration"])}
-    place = path / report["output"]["file"] if report["output"]["file"] and not is_file(path) else path
+    place = Path(report["recipe"].get("repository") or path.resolve().name)
+    file = report["output"]["file"]
+    served = place / file if file and not is_file(path) else place if not file else Path(file)
     original = original_of(report)
-    served = [{**e, "title": ENGINES[e["engine"]].title, "code": code(e, place, original)} for e in report["engines"]]
+    engines = [{**e, "title": ENGINES[e["engine"]].title, "code": code(e, served, original)} for e in report["engines"]]
     return environment.get_template("card.md.jinja").render(
         r=report,
+        provenance=report["source"].get("provenance", {}),
         name=path.resolve().name,
         is_file=is_file(path),
-        path=str(path),
+        path=str(place),
         original=shlex.quote(original),
         recipe=recipe,
         recipe_file=beside(path, "recipe.yaml").name,
-        engines=served,
+        engines=engines,
         worst=worst(report),
         worst_inputs=worst_inputs(report),
         evaluation=report.get("evaluation"),
     )
+
+
+def local_paths(report: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Every file of this machine that a report speaks of, and its name alone."""
+    recipe, measured, needle = report["recipe"], report.get("evaluation") or {}, report.get("needle") or {}
+    said = [path, path.resolve(), report["source"]["path"], recipe.get("adapter"), recipe.get("imatrix"), (recipe.get("calibration") or {}).get("source")]
+    said += [measured.get("reference_path"), measured.get("text"), needle.get("reference_path"), needle.get("text")]
+    said += [] if report["source"]["hub"] else [recipe["model"]]
+    paths = {str(one): Path(one).expanduser().resolve().name for one in said if one and os.sep in str(one)}
+    return dict(sorted(paths.items(), key=lambda item: -len(item[0])))
+
+
+def without_paths(value: Any, names: Mapping[str, str]) -> Any:
+    """The same with every path in a text replaced by a name."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(one, names) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_paths(one, names) for one in value]
+    if isinstance(value, str):
+        for path, name in names.items():
+            value = value.replace(path, name)
+    return value
 
 
 def original_of(report: Mapping[str, Any]) -> str:
