@@ -137,14 +137,15 @@ def evaluate(
     kv: Sequence[str] = ("stored",),
     progress: Progress | bool = False,
 ) -> dict[str, Any]:
-    """Perplexity of `against` and `models`, and what each of `models` diverges from it, on the same tokens.
+    """Perplexity of `against` and `models`, and what each of `models` diverges from it, on the same tokens; of models without a head that
+    predicts tokens (reward, embedding), how far their last hidden states are from those of `against`. `compared` says which.
 
     `text`: a file, a dataset, or "heldout", the embedded text. `convention`: "served", each window begins as the tokenizer begins a text;
     "papers", none does; "llama.cpp". `kv`: caches to run each model with; "stored" is the one that it says
     it has, "none" one of 16 bits. The result is also put into each model's report.json, beside those of other conditions; its card shows
     the longest against the source.
     """
-    from halfbyte.evaluation.divergence import compare
+    from halfbyte.evaluation import divergence, states
     from halfbyte.kv_cache import with_cache
 
     rule = convention_named(convention)
@@ -154,8 +155,13 @@ def evaluate(
         checkpoints = [reference, *(with_cache(model, kind, show) for model, kind in kinds)]
         require_one_vocabulary(reference, checkpoints[1:])
         taken = calibrate.evaluation(reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows, rule.begin)
-        rows = compare(checkpoints, taken.tokens, rule.first(length, len(taken.stream.opening)), progress=show)
+        predicts = states.predicts(checkpoints)
+        if predicts:
+            rows = divergence.compare(checkpoints, taken.tokens, rule.first(length, len(taken.stream.opening)), progress=show)
+        else:
+            rows = states.compare(checkpoints, taken.tokens, progress=show)
     common = {
+        "compared": "predictions" if predicts else "last hidden states",
         "text": text,
         "length": length,
         "windows": len(taken.tokens),
@@ -169,7 +175,8 @@ def evaluate(
     for (model, kind), row in zip(kinds, measured, strict=True):
         if kind == "stored":
             others = [other for (same, _), other in zip(kinds, measured, strict=True) if same == model and other["kv"] != row["kv"]]
-            build.add_evaluation(Path(row["path"]), {**common, "reference": rows[0], "model": row, "other_caches": others})
+            found = {**common, "reference": rows[0], "model": row, "other_caches": others}
+            build.add_evaluation(Path(row["path"]), found) if predicts else build.add(Path(row["path"]), states=found)
     return {**common, "reference": rows[0], "models": measured}
 
 

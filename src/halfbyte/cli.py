@@ -237,7 +237,7 @@ def evaluate(
         return
     begins = f", each begins with {''.join(result['opening'])}" if result["opening"] else ""
     out.print(f"{result['windows']} windows of {length} tokens of {text}, convention {result['convention']}{begins}")
-    _show(display.evaluated(result))
+    _show(display.evaluated(result) if result["compared"] == "predictions" else display.states(result))
 
 
 @app.command()

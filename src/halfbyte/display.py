@@ -77,6 +77,22 @@ def evaluated(result: dict[str, Any]) -> list[Table | str]:
     return shown
 
 
+def states(result: dict[str, Any]) -> list[Table | str]:
+    """A row for each model that predicts no tokens."""
+    rows = [
+        [
+            name,
+            _with_error(row["state_error"], row["state_error_error"], 4),
+            f"{row['state_error_max']:.3f}",
+            f"{row['cosine']:.5f}",
+            f"{row['cosine_min']:.4f}",
+        ]
+        for name, row in zip(short_names(result["models"]), result["models"], strict=True)
+    ]
+    said = "the model predicts no tokens: last hidden states are compared, each with the original's of the same token"
+    return [said, table(["model", "relative error", "largest", "cosine", "smallest"], rows)]
+
+
 def verdict(name: str, row: dict[str, Any]) -> str:
     """What a model lost, in a sentence."""
     said = f"{name}: the original's most likely next word is also its own in {100 * row['same_top']:.1f} % of places; it loses {row['kl']:.4f} nats a token"

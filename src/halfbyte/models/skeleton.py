@@ -123,7 +123,7 @@ def architecture(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) 
         kind = next((mapping[type(config)] for mapping in CHOICES if type(config) in mapping), None)
         if kind is None:
             raise BadCheckpoint(f"Transformers {transformers.__version__} has no language model for '{config.model_type}' ({NO_MODEL})")
-    headless = not checkpoint.tied and not any(map(roles.HEAD.match, checkpoint.tensors()))
+    headless = not checkpoint.tied and not any(map(roles.is_head, checkpoint.tensors()))
     if headless and kind.can_generate() and not any(t.startswith(f"{kind.base_model_prefix}.") for t in checkpoint.tensors()):
         kind = transformers.MODEL_MAPPING[type(config)]  # an embedding model, saved without the head that its config speaks of
     return kind

@@ -266,7 +266,7 @@ def add_evaluation(path: Path, measured: dict[str, Any]) -> None:
 def add_kv(source: Path, folder: Path, path: Path, about: dict[str, Any]) -> None:
     """Write the report of a cache into `folder`, which is to be `path`; where we wrote the source, beside what its report says."""
     written = of_ours(source) or {"halfbyte": version("halfbyte")}
-    measured = ("evaluation", "evaluations", "needle")  # of the model before
+    measured = ("evaluation", "evaluations", "states", "needle")  # of the model before
     _write({name: value for name, value in written.items() if name not in measured} | {"kv": about}, folder, path)
 
 
