@@ -3,9 +3,10 @@
 import re
 
 import pytest
-from tests import tiny
 
+import actorder
 import halfbyte
+import tiny
 from halfbyte import demo
 
 COMMAND = re.compile(r"halfbyte (?:quantize|convert|dequantize) [^;,()]+")
@@ -16,6 +17,8 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     tiny.make(home / "model")
     halfbyte.quantize(home / "model", home / "int4", method="nearest", grid="int4-g32")
+    halfbyte.quantize(home / "model", home / "actorder", method="nearest", grid="int4-g32", to="gptq")
+    actorder.shuffle(home / "actorder")
     halfbyte.quantize(home / "model", home / "nf4", method="nearest", grid="nf4")
     halfbyte.quantize(demo.MODEL, home / "q4.gguf", method="nearest", grid="Q4_K_M")
     return home
@@ -30,6 +33,8 @@ REFUSED = {
     "convert of a GGUF to a GGUF": ["convert", "q4.gguf", "-o", "out.gguf", "--to", "gguf", "--grid", "Q8_0"],
     "convert of a GGUF without a grid": ["convert", "q4.gguf", "-o", "out", "--to", "compressed-tensors"],
     "convert to another tool's grid": ["convert", "nf4", "-o", "out", "--to", "gptq"],
+    "convert of activation order": ["convert", "actorder", "-o", "out", "--to", "gptq"],
+    "quantize of activation order": ["quantize", "actorder", "-o", "out", "--method", "nearest", "--grid", "int4-g32", "--to", "gptq"],
     "convert to bitsandbytes": ["convert", "int4", "-o", "out", "--to", "bitsandbytes"],
     "convert to fp8": ["convert", "int4", "-o", "out", "--to", "fp8"],
     "a file's name for a folder": ["quantize", "model", "-o", "out.gguf", "--to", "gptq", "--method", "nearest", "--grid", "int4-g32"],

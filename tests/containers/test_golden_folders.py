@@ -1,13 +1,14 @@
 """Folders that GPTQModel and compressed-tensors wrote, and what they themselves read from them (tests/goldens/make_folders.py)."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import halfbyte
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.models.checkpoint import Checkpoint
 
 FOLDERS = Path(__file__).parents[1] / "goldens" / "folders"
@@ -17,6 +18,7 @@ GRIDS = {
     "gptq-v1-asym": "int4-g32-asym",
     "gptq-v1-int3-asym": "int3-g32-asym",
     "gptq-v2-asym": "int4-g32-asym",
+    "gptq-desc-act": "int4-g32-actorder",
     "awq-gemm": "int4-g32-asym-bf16",
     "ct-int4-g32": "int4-g32-bf16",
     "ct-int3-g64-asym": "int3-g64-asym-bf16",
@@ -44,13 +46,20 @@ def test_zero_points_of_zero_are_among_them(name):
     assert int(zero.max()) < 16
 
 
-def test_activation_order_is_refused():
-    with pytest.raises(Unsupported, match="activation order"):
-        Checkpoint.open(FOLDERS / "gptq-desc-act").read_quantized(MODULE)
+@pytest.mark.parametrize("wrong", [{0: 1}, {0: 4}, {0: -1}], ids=["unequal groups", "a group too many", "a negative group"])
+def test_groups_that_are_no_order_of_columns_are_refused(wrong, tmp_path):
+    folder = Path(shutil.copytree(FOLDERS / "gptq-desc-act", tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    order = tensors[f"{MODULE}.g_idx"]
+    for group, other in wrong.items():
+        order[(order == group).nonzero()[0]] = other
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(BadCheckpoint, match="each of 4 groups 32 of 128"):
+        Checkpoint.open(folder).quantized  # noqa: B018
 
 
 @pytest.mark.parametrize("to", ["gptq", "awq", "compressed-tensors"])
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if "actorder" not in grid])
 def test_they_convert_without_loss_or_not_at_all(name, to, tmp_path):
     grid = GRIDS[name]
     if to == "awq" and not grid.startswith("int4"):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from halfbyte.containers import AWQ, GPTQ
 from halfbyte.containers.container import Container
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint
 from halfbyte.grids import parse
 
 GOLDEN = load_file(Path(__file__).parents[1] / "goldens" / "gptqmodel.safetensors")
@@ -38,10 +38,10 @@ def test_we_write_the_bytes_that_were_decoded(kind, grid):
     assert all(torch.equal(packed[name], tensors[name]) for name in packed)
 
 
-def test_activation_order_is_refused_by_name():
+def test_groups_in_another_order_are_not_read_as_neighbours():
     container, tensors, _ = case("theirs", "int4-g32")
     tensors["g_idx"] = tensors["g_idx"].flip(0)
-    with pytest.raises(Unsupported, match="activation order"):
+    with pytest.raises(BadCheckpoint, match="activation order"):
         container.unpack(tensors, parse("int4-g32"), SHAPE)
 
 

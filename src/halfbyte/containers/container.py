@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.grids.actorder import ActOrderGrid
 from halfbyte.grids.grid import AnyScheme, Grid, InputGrid, Inputs, Quantized, Shape
 from halfbyte.grids.scalar import IntGrid
 
@@ -155,6 +156,8 @@ def weights_only(scheme: AnyScheme, container: str) -> Grid:
 
 def integer(scheme: AnyScheme, container: str) -> IntGrid:
     grid = weights_only(scheme, container)
+    if isinstance(grid, ActOrderGrid):
+        raise Unsupported(f"{container} is written with groups of neighbouring in-features only, not with those of {grid}")
     if not isinstance(grid, IntGrid):
         raise Unsupported(f"{container} holds integer grids only, not {grid}")
     return grid

@@ -3,7 +3,7 @@
     qweight  int32 [in * bits / 32, out], packed along in
     qzeros   int32 [groups, out * bits / 32], packed along out
     scales   fp16  [groups, out]
-    g_idx    int32 [in], the group of each in-feature
+    g_idx    int32 [in], the group of each in-feature: i // group unless columns were sorted before scales were fitted (desc_act), which is read only
 
 Version 1 (`checkpoint_format: gptq`) stores zero - 1 and its readers add 1, so it cannot hold a zero point of 0;
 version 2 (`gptq_v2`) stores the zero point itself. A fresh quantization never needs version 2: see IntGrid.fit.
@@ -18,6 +18,7 @@ from halfbyte.containers import bits
 from halfbyte.containers.container import Config, ConfigContainer, Has, Part, any_of, commonest, exact_half, fits_half, integer, patterns, span_of, stored, told
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.grids.actorder import ActOrderGrid
 from halfbyte.grids.grid import AnyScheme, Quantized, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
@@ -53,7 +54,7 @@ class GPTQ(ConfigContainer):
         return GPTQ(2) if "zero" in q.params and not q.params["zero"].all() else self
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
-        grid, (out, width) = integer(scheme, self.name), shape
+        grid, (out, width) = _integers(scheme), shape
         groups = grid.groups(width)
         return {
             "qweight": Spec((width * grid.bits_per_code // 32, out), torch.int32),
@@ -82,16 +83,18 @@ class GPTQ(ConfigContainer):
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
-        grid, (out, width) = integer(scheme, self.name), shape
-        if "g_idx" in tensors and not torch.equal(tensors["g_idx"], _order(width, grid)):
-            raise Unsupported("this gptq file groups its in-features in activation order (g_idx), which is not read yet")
+        grid, (out, width) = _integers(scheme), shape
+        if scheme == grid and "g_idx" in tensors and not torch.equal(tensors["g_idx"], _order(width, grid)):
+            raise BadCheckpoint(f"in-features are grouped in activation order (g_idx), and not as {grid} has them")
         zero = self._zero_points(tensors["qzeros"], grid.bits_per_code, out).T.contiguous()
         params = {"scale": tensors["scales"].T.contiguous().to(SCALE_DTYPES[grid.scale])}
         if not grid.symmetric:
             params["zero"] = zero
         elif not (zero == grid.midpoint).all():
             raise Unsupported(f"zero points differ from {grid.midpoint} in a file that is called symmetric")
-        return Quantized(grid, bits.unpack(tensors["qweight"].T, grid.bits_per_code, width), params)
+        if scheme != grid:
+            params["g_idx"] = tensors["g_idx"][None]
+        return Quantized(scheme.weight, bits.unpack(tensors["qweight"].T, grid.bits_per_code, width), params)
 
     def _zero_points(self, words: Tensor, width_bits: int, out: int) -> Tensor:
         """Version 1 wraps a zero point of 0 around. GPTQModel, which writes such files, takes 1 from whole words, with borrow,
@@ -149,7 +152,7 @@ class GPTQ(ConfigContainer):
                 if symmetric:  # the value is the witness: vLLM had to unlearn trusting the label (its pull request 38966)
                     versions.add(1 if first == middle - 1 else 2)
                 grid = IntGrid(grid_bits, span_of(module, width, groups, sizes), symmetric, scale_held(scales))
-                found[module] = (grid, (out, width))
+                found[module] = (_as_ordered(module, grid, width, entries), (out, width))
         self.version = versions.pop() if len(versions) == 1 else 2 if config.get("checkpoint_format") == "gptq_v2" else 1
         return found
 
@@ -170,6 +173,22 @@ SCALE_NAME = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 def _order(width: int, grid: IntGrid) -> Tensor:
     return torch.arange(width, dtype=torch.int32) // (grid.block or width)
+
+
+def _as_ordered(module: str, grid: IntGrid, width: int, entries: Mapping[str, Entry]) -> IntGrid | ActOrderGrid:
+    """The grid, as the columns' groups make it. Raises BadCheckpoint for groups of unequal size, and for such as have no scale."""
+    entry, plain = entries.get(f"{module}.g_idx"), _order(width, grid)
+    if entry is None or (entry.shape, entry.dtype) != (plain.shape, plain.dtype) or torch.equal(order := entry.read(), plain):
+        return grid  # what is of another shape, `parts` refuses
+    if not torch.equal(order.sort().values, plain):
+        groups = grid.groups(width)
+        raise BadCheckpoint(f"{module}.g_idx does not give each of {groups} groups {width // groups} of {width} in-features; download it again")
+    return ActOrderGrid(grid)
+
+
+def _integers(scheme: AnyScheme) -> IntGrid:
+    """What the codes are, in whichever order the columns are grouped."""
+    return scheme.weight.integers if isinstance(scheme.weight, ActOrderGrid) else integer(scheme, GPTQ.name)
 
 
 def _settings(grid: IntGrid) -> Config:

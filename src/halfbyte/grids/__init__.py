@@ -1,7 +1,9 @@
 """Which numbers a weight can be. To add a scalar grid: one line here, and a layout in each container that can hold it."""
 
 from halfbyte.errors import UnknownName
+from halfbyte.grids import actorder
 from halfbyte.grids.absmax import AbsmaxGrid
+from halfbyte.grids.actorder import ActOrderGrid
 from halfbyte.grids.floats import FLOAT_GRIDS, FloatGrid
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.kquant import KQUANTS
@@ -32,8 +34,8 @@ ALIASES = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32", "nf4": "n
 def parse(name: str) -> Grid:
     """The grid of a name: `str(parse(name)) == name` for every canonical name."""
     name = ALIASES.get(name, name)
-    if IntGrid.pattern.fullmatch(name):
-        return IntGrid.parse(name)
+    if IntGrid.pattern.fullmatch(name.removesuffix(actorder.SUFFIX)):
+        return (ActOrderGrid if name.endswith(actorder.SUFFIX) else IntGrid).parse(name)
     if AbsmaxGrid.pattern.fullmatch(name):
         return AbsmaxGrid.parse(name)
     if FloatGrid.pattern.fullmatch(name):

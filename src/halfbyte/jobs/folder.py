@@ -125,7 +125,8 @@ def transcode(checkpoint: Checkpoint, container: Container, weights: list[Weight
                     raise Unsupported(f"{wanted.input} inputs have a stored scale, which calibration finds: halfbyte quantize the original instead")
                 choices.append(fit(weight, wanted, container, not grid, f"{container.name} does not hold {own} value for value: rounded again"))
             except Unsupported as error:
-                hint = "" if grid else f"; to round it again, name what it should be, such as --grid {_like(own, container, weight.shape)}"
+                again = f"; to round it again, name what it should be, such as --grid {_like(own, container, weight.shape)}"
+                hint = "" if grid else f"{again}; in 16 bits: halfbyte dequantize {checkpoint.path} -o OUT"
                 raise Unsupported(f"{error}{hint}") from None
     _check_mixed(choices, container)
     return choices, container

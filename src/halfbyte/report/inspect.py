@@ -8,7 +8,7 @@ from halfbyte.report import written
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """Read headers only, and the zero points where only they tell a grid."""
+    """Read headers only, and zero points and orders where only they tell a grid."""
     checkpoint = Checkpoint.open(path)
     kinds: dict[str, dict[str, Any]] = {}
     for module, (grid, shape) in checkpoint.quantized.items():

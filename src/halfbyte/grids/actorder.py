@@ -1,0 +1,63 @@
+"""Integer grids whose groups are not runs of in-features: what GPTQ leaves where it sorts columns before it fits their scales (`desc_act`).
+
+    int4-g128-actorder     as int4-g128, and which group a column is of is a parameter
+
+Read and never written: here columns are sorted once the scales are fitted, which needs no order in a file.
+"""
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from halfbyte.errors import Unsupported
+from halfbyte.grids.grid import Codes, Grid, Params, Shape
+from halfbyte.grids.scalar import IntGrid
+
+SUFFIX = "-actorder"
+
+
+@dataclass(frozen=True)
+class ActOrderGrid(Grid):
+    """`g_idx` [1, in] is the group of each in-feature, and all groups are of one size; other parameters are those of the integers."""
+
+    integers: IntGrid
+
+    step = 1
+
+    @classmethod
+    def parse(cls, name: str) -> "ActOrderGrid":
+        return cls(IntGrid.parse(name.removesuffix(SUFFIX)))
+
+    def __str__(self) -> str:
+        return f"{self.integers}{SUFFIX}"
+
+    @property
+    def block(self) -> int | None:
+        return self.integers.block
+
+    @property
+    def spans_rows(self) -> bool:
+        return True
+
+    def bits(self, shape: Shape) -> float:
+        return self.integers.bits(shape) + 32 / shape[0]
+
+    def refuse(self) -> NoReturn:
+        raise Unsupported(f"{self} is read, not written; {self.integers} is")
+
+    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
+        self.refuse()
+
+    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+        self.refuse()
+
+    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+        self.refuse()
+
+    def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
+        columns = torch.argsort(params["g_idx"][0], stable=True)
+        values = self.integers.decode(codes[:, columns], {name: p for name, p in params.items() if name != "g_idx"})
+        return values[:, torch.argsort(columns)]
