@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 from halfbyte.containers.gguf import file as gguf_file
-from halfbyte.containers.gguf import imatrix
+from halfbyte.containers.gguf import imatrix, tokenizer
 from halfbyte.containers.safetensors import read_header
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import calibrate
@@ -111,12 +111,20 @@ def read_gguf(path: Path) -> None:
         checkpoint.read(name)
 
 
+def read_vocabulary(path: Path) -> None:
+    """The tokenizer as it is written into a GGUF."""
+    said = tokenizer.tokenizer_metadata(path.parent, 264)
+    gguf_file.Writer(path.parent / "vocabulary.gguf", {"general.architecture": gguf_file.Value("string", "llama"), **said}, {}).close()
+
+
 READERS: dict[str, tuple[str, str, Callable[[bytes, random.Random], bytes], Callable[[Path], object]]] = {
     "safetensors": ("model", "model.safetensors", of_bytes, read_safetensors),
     "config": ("model", "config.json", of_json, read_folder),
     "index": ("model", "model.safetensors.index.json", of_json, read_folder),
     "quantized": ("quantized", "config.json", of_json, read_folder),
     "tokenizer": ("model", "tokenizer.json", of_json, lambda path: calibrate.tokenizer_of(Checkpoint.open(path.parent))),
+    "vocabulary": ("model", "tokenizer.json", of_json, read_vocabulary),
+    "specials": ("model", "tokenizer_config.json", of_json, read_vocabulary),
     "report": ("quantized", "report.json", of_json, lambda path: (written.read(path.parent), inspect.inspect(path.parent))),
     "recipe": ("quantized", "recipe.yaml", of_bytes, Recipe.load),
     "gguf": ("gguf", "model.gguf", of_bytes, read_gguf),
@@ -127,7 +135,7 @@ READERS: dict[str, tuple[str, str, Callable[[bytes, random.Random], bytes], Call
 
 def make(home: Path) -> Path:
     """A whole file for each reader."""
-    tiny.make(home / "model", num_hidden_layers=1)
+    tiny.make(home / "model", chat=True, adds_bos=True, num_hidden_layers=1)
     names = read_header(home / "model" / "model.safetensors")
     (home / "model" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}))
     (home / "gguf").mkdir()

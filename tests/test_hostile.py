@@ -173,3 +173,30 @@ def test_a_bug_is_one_line_and_a_file(monkeypatch, home):
     monkeypatch.setenv("HALFBYTE_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         cli.main(["inspect", str(home / "model")])
+
+
+VOCABULARIES = {
+    "ids that are no int": ("tokenizer.json", lambda t: t["added_tokens"][0].update(id="256")),
+    "a negative id": ("tokenizer.json", lambda t: t["model"]["vocab"].update({"!": -1})),
+    "tokens that are no list": ("tokenizer.json", lambda t: t.update(added_tokens="x")),
+    "a token that is no text": ("tokenizer.json", lambda t: t["added_tokens"][0].update(content=5)),
+    "a merge of nothing": ("tokenizer.json", lambda t: t["model"].update(merges=[[]])),
+    "no model": ("tokenizer.json", lambda t: t.update(model=[])),
+    "no pre-tokenizers": ("tokenizer.json", lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": 5})),
+    "no special id": ("tokenizer.json", lambda t: t["post_processor"].update(special_tokens={tiny.BOS: {"id": tiny.BOS, "ids": [], "tokens": []}})),
+    "a special id too high": ("tokenizer.json", lambda t: t["post_processor"]["special_tokens"][tiny.BOS].update(ids=[99999])),
+    "templates of nothing": ("tokenizer_config.json", lambda t: t.update(chat_template=[None])),
+    "a template that is a number": ("tokenizer_config.json", lambda t: t.update(chat_template=[{"name": "a", "template": 5}])),
+    "an end that is a list": ("tokenizer_config.json", lambda t: t.update(eos_token=[])),
+    "an end of no content": ("tokenizer_config.json", lambda t: t.update(eos_token={"content": None})),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), VOCABULARIES.values(), ids=VOCABULARIES)
+def test_a_gguf_of_a_broken_tokenizer_is_refused_by_the_files_name(name, change, model, tmp_path):
+    tiny.tokenizer(adds_bos=True).save(str(model / "tokenizer.json"))
+    changed = json.loads((model / name).read_text())
+    change(changed)
+    (model / name).write_text(json.dumps(changed))
+    tiny.refused(tiny.halfbyte("quantize", model, "-o", tmp_path / "x.gguf", "--method", "nearest", "--grid", "Q8_0"), name)
+    assert not (tmp_path / "x.gguf").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.containers.gguf.file import Value
-from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported, brief
 from halfbyte.files import is_within, read_object, read_text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -73,6 +73,39 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre: str | None = None) ->
         raise BadCheckpoint(
             f"{folder} has no tokenizer.json, which a GGUF holds; save one with transformers' AutoTokenizer.from_pretrained(...).save_pretrained"
         )
+    _require_read(folder / "tokenizer.json")
+    _require_texts(about, folder / "tokenizer_config.json")
+    try:
+        return _said(tokenizer, about, folder, vocab_size, pre)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise BadCheckpoint(f"{folder}/tokenizer.json is not as tokenizers are: {brief(error)}; download it again") from None
+
+
+def _require_read(path: Path) -> None:
+    """Raise BadCheckpoint for what the tokenizers package, whose file it is, does not read."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:
+        if type(error) is not Exception:  # which is all that the package ever raises
+            raise
+        raise BadCheckpoint(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _require_texts(about: Mapping[str, Any], place: Path) -> None:
+    """Raise BadCheckpoint, naming the entry, for a special token or a chat template that is no text."""
+    for name in (f"{special}_token" for special in SPECIAL):
+        token = about.get(name)
+        if token is not None and not isinstance(token.get("content") if isinstance(token, dict) else token, str):
+            raise BadCheckpoint(f"{place}: {name} is {brief(token)}, which should be a text")
+    said = about.get("chat_template")
+    named = said if isinstance(said, list) else [] if said is None else [{"name": "default", "template": said}]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str) for entry in named):
+        raise BadCheckpoint(f"{place}: chat_template is {brief(said)}, which should be a text, or a list of texts with names")
+
+
+def _said(tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Path, vocab_size: int, pre: str | None) -> dict[str, Value]:
     model = tokenizer["model"]
     kind = "Unigram" if model.get("type") == "Unigram" else "SPM" if model.get("byte_fallback") else "BPE" if "merges" in model else str(model.get("type"))
     if kind == "BPE":
@@ -213,11 +246,13 @@ def _special(tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Pat
         number = numbers.get(text["content"] if isinstance(text, dict) else text) if text else None
         number = config.get(f"{name}_token_id") if number is None else number
         number = number[0] if isinstance(number, list) and number else number
-        if isinstance(number, int) and 0 <= number < vocab_size:
+        if type(number) is int and 0 <= number < vocab_size:
             found[name] = number
             said[f"tokenizer.ggml.{key}_token_id"] = Value("uint32", number)
     first, last = _template_ends(tokenizer, numbers)
     for name, number in (("bos", first), ("eos", last)):
+        if number is not None and number >= vocab_size:
+            raise BadCheckpoint(f"{folder}/tokenizer.json puts token {number} around a text, of a vocabulary of {vocab_size}; download it again")
         adds = number is not None if tokenizer.get("post_processor") else bool(about.get(f"add_{name}_token"))
         if number is not None and number != found.get(name):
             said[f"tokenizer.ggml.{name}_token_id"] = Value("uint32", number)
