@@ -51,12 +51,17 @@ class QuantLinear(nn.Module):
         return self
 
     @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """Decoded, for models whose code looks at it. Changing it changes nothing."""
+        return self.grid.decode(self.codes, self.params).to(self.dtype)
+
+    @property
     def params(self) -> Params:
         return {name: getattr(self, name) for name in self.names}
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.input is None or not x.numel():  # of no tokens, such as those of an idle expert, there is no largest
-            return functional.linear(x, self.grid.decode(self.codes, self.params).to(self.dtype), self.bias)
+            return functional.linear(x, self.weight, self.bias)
         params = self.input.params(x, {name: getattr(self, f"input_{name}") for name in self.stored})
         y = integer_product(x, self.input, params, Quantized(self.grid, self.codes, self.params))
         if y is None:
@@ -89,11 +94,15 @@ def int8_product(x: Int8[Tensor, "rows in"], w: Int8[Tensor, "out in"]) -> Int32
     return torch._int_mm(x, w.T)[:rows, :out]
 
 
+RESCALED = {"rwkv"}
+"""Models whose code divides the weights of linears in place before they run."""
+
+
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"):
     """The model in `dtype` (the checkpoint's own by default), on `device`.
 
-    Linears that are quantized stay so in memory; fused experts and transposed matrices are decoded. A KV cache that is quantized
-    holds the values that an engine would read from it, in 16 bits.
+    Linears that are quantized stay so in memory, but for models that rescale them; fused experts and transposed matrices are decoded.
+    A KV cache that is quantized holds the values that an engine would read from it, in 16 bits.
     """
     checkpoint = Checkpoint.open(path)
     dtype = dtype or checkpoint.dtype
@@ -103,7 +112,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     names = skeleton.inside(model, "")
     skeleton.require_whole(model, checkpoint, places, names)
     packed: dict[str, str] = {}
-    for module in checkpoint.quantized:
+    for module in checkpoint.quantized if checkpoint.model_type not in RESCALED else ():
         place = places.get(f"{module}.weight")
         if place and place.expert is None and not place.transposed:
             home = place.parameter.removesuffix(".weight")

@@ -26,7 +26,7 @@ SIZES = {
     r"(num|swa_num|num_global)_key_value_heads|num_kv_heads|num_query_groups|attention_groups|kv_n_heads": 2,
     r"(global_|swa_|linear_|dim_|attention_)*head_(dim|size)|kv_channels|dim_head|d_kv|d_head|index_head_dim": 16,
     r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length|max_(target|source)_positions": 128,
-    r"num_experts|n_routed_experts|(num_local|moe_num|num_moe|n)_experts": 4,
+    r"num_experts|n_routed_experts|(num_local|moe_num|num_moe|n)_experts|zero_expert_num": 4,
     r"num_experts_per_tok(en)?|moe_(k|topk|top_k)|top_k_experts|num_selected_experts|n_group|num_expert_group": 2,
     r"topk_group|(n|num|moe_num)_shared_experts|pretraining_tp|first_k_dense_replace|num_dense_layers|moe_layer_(start|end)_index": 1,
     r"(q|kv|o)_lora_rank|index_topk|sliding_window|attention_window_size|window_size|chunk_size|mamba_chunk_size|(attention_)?chunk_size": 32,

@@ -243,6 +243,13 @@ def test_experts_of_a_3d_tensor():
     assert any("not verified" in note for note in kept.notes)
 
 
+def test_experts_that_are_no_linears_stay_and_are_not_promised_to_vllm():
+    dbrx = model("DbrxForCausalLM", "dbrx")
+    attention = {"attn.Wqkv": (8192, 6144), "attn.out_proj": (6144, 6144)}
+    assert [e for e in ENGINES if judge(e, "compressed-tensors", place("int4-g128", attention), dbrx).loads] == ["sglang", "transformers"]
+    assert "use transformers or sglang" in judge("vllm", "compressed-tensors", place("int4-g128", attention), dbrx).reasons[0]
+
+
 def test_every_engine_answers():
     assert [v.engine for v in verdicts("gptq", place("int4-g128"), LLAMA)] == list(ENGINES)
     assert all(default_container(engine) in CONTAINERS for engine in ENGINES)

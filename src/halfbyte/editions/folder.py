@@ -17,6 +17,7 @@ from halfbyte.editions.edition import Edition, Part, split
 from halfbyte.errors import BrokenOutput
 from halfbyte.grids.grid import AnyScheme, Quantized
 from halfbyte.jobs import Job
+from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
 
 SHARD_GB = 5.0
@@ -100,9 +101,8 @@ class FolderEdition(Edition):
         """Modules left in 16 bits that engines would take to be quantized if config.json did not name them."""
         job, source = self.job, self.job.checkpoint
         weights = {c.weight.tensor for c in job.choices}
-        routers = [
-            t.removesuffix(".weight") for t in job.kept if t.endswith(".weight") and t not in weights and len(source.spec(t).shape) == 2 and "embed" not in t
-        ]
+        matrices = (t for t in job.kept if t.endswith(".weight") and t not in weights and len(source.spec(t).shape) == 2)
+        routers = [t.removesuffix(".weight") for t in matrices if not roles.EMBEDDING.match(t)]
         kept = [c.weight.name for c in job.choices if not c.scheme] + routers
         if all(w.block for w in job.schemes) and "lm_head" not in kept:
             kept.append("lm_head")  # a head that is tied, or has another name in the file, is a linear to engines all the same

@@ -28,6 +28,8 @@ class Registry:
     """Those of whose linears some read inputs that are not [batch, tokens, features]."""
     stacked: frozenset[str] = frozenset()
     """Those whose experts it reads from one tensor only, which nothing quantized is written as."""
+    uneven: frozenset[str] = frozenset()
+    """Those whose experts it takes to be quantized as the rest is, though they are no linears and stay in 16 bits."""
     settings: Mapping[str, Mapping[str, list]] | None = None
     """Where the engine does not look at a model's settings: by name, each setting and the values that it takes for granted."""
 
@@ -57,9 +59,9 @@ def decoder_of(config: Config) -> Config:
 @cache
 def registry(name: str) -> Registry:
     row = _rows()[name]
-    words = {field: str(row.get(field, "")).split() for field in ("names", "dequantized", "reshaped", "stacked", "derived")}
+    words = {field: str(row.get(field, "")).split() for field in ("names", "dequantized", "reshaped", "stacked", "uneven", "derived")}
     names = frozenset(words["names"]) | (registry(row["includes"]).names if "includes" in row else frozenset())
-    lists = {field: frozenset(words[field]) for field in ("dequantized", "reshaped", "stacked")}
+    lists = {field: frozenset(words[field]) for field in ("dequantized", "reshaped", "stacked", "uneven")}
     return Registry(row["source"], row["by"], names, tuple(words["derived"]), **lists, settings=row.get("settings"))
 
 

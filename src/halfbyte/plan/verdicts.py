@@ -203,6 +203,8 @@ def _stacks(engine: str, known: Registry, quantized: Mapping[Weight, AnyScheme],
     name, numbered = known.name_of(config), [w for w in quantized if EXPERT.search(w.name)]
     if numbered and name in known.stacked:
         yield f"{engine} does not read numbered experts of {name}, such as {numbered[0].name}: keep them in 16 bits, with {_skipping(numbered)}"
+    if quantized and name in known.uneven:
+        yield f"{engine} takes the experts of {name} to be quantized with the rest, and they stay in 16 bits: use transformers or sglang"
 
 
 def _notes(engine: str, reads: Reads, placed: Placed) -> Iterator[str]:
