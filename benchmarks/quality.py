@@ -104,7 +104,7 @@ def main() -> None:
         np.save(tokens, calibrate.calibration(Checkpoint.open(demo.MODEL), "default", a.samples, 512, 0).tokens.numpy())
         for grid in a.grids:
             folders = folders_of(grid, model, Path(scratch), tokens, a)
-            measured = halfbyte.evaluate(list(folders.values()), demo.MODEL, windows=a.windows)
+            measured = halfbyte.evaluate(list(folders.values()), demo.MODEL, windows=a.windows, foreign=a.outliers)
             for (name, folder), row in zip(folders.items(), measured["models"], strict=True):
                 size = min(k["bits_per_weight"] for k in halfbyte.inspect(folder)["grids"].values())  # the rest is in 16 bits
                 loss = f"{row['kl']:.5f} ± {row['kl_error']:.5f} | {row['perplexity']:.3f} | {100 * row['same_top']:.2f}%"

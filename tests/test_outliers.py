@@ -28,7 +28,7 @@ def kl(outliers, tmp_path_factory):
         if key not in done:
             out = tmp_path_factory.mktemp("out") / "model"
             halfbyte.quantize(of, out, method=method, grid=grid, calibration=CALIBRATION, **recipe)
-            done[key] = halfbyte.evaluate([out], demo.MODEL, windows=WINDOWS)["models"][0]["kl"]
+            done[key] = halfbyte.evaluate([out], demo.MODEL, windows=WINDOWS, foreign=of != demo.MODEL)["models"][0]["kl"]
         return done[key]
 
     return measure

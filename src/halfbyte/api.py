@@ -9,12 +9,14 @@ from halfbyte.containers import CONTAINERS
 from halfbyte.containers.place import one_file
 from halfbyte.errors import BadRequest
 from halfbyte.evaluation.conventions import convention_named
+from halfbyte.models import adapter as adapters
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.stamp import origin
 from halfbyte.progress import Progress, shown
 from halfbyte.recipe import Calibration, Recipe
-from halfbyte.report import build
-from halfbyte.report.inspect import inspect
+from halfbyte.report import build, lineage
+from halfbyte.report.inspect import counted, inspect
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.summary import Report
 
@@ -135,6 +137,8 @@ def evaluate(
     windows: int | None = None,
     convention: str = "served",
     kv: Sequence[str] = ("stored",),
+    adapter: str | Path | None = None,
+    foreign: bool = False,
     progress: Progress | bool = False,
 ) -> dict[str, Any]:
     """Perplexity of `against` and `models`, and what each of `models` diverges from it, on the same tokens; of models without a head that
@@ -142,18 +146,21 @@ def evaluate(
 
     `text`: a file, a dataset, or "heldout", the embedded text. `convention`: "served", each window begins as the tokenizer begins a text;
     "papers", none does; "llama.cpp". `kv`: caches to run each model with; "stored" is the one that it says
-    it has, "none" one of 16 bits. The result is also put into each model's report.json, beside those of other conditions; its card shows
-    the longest against the source.
+    it has, "none" one of 16 bits. `adapter`: the folder of a LoRA adapter that is merged into `against`. The result is also put into each
+    model's report.json, beside those of other conditions; its card shows the longest against the source.
+
+    `foreign`: compare a model with another than its report names as its source too, or with one whose tokenizer has other tokens; else
+    that raises BadRequest. The card never shows such a comparison.
     """
     from halfbyte.evaluation import divergence, states
     from halfbyte.kv_cache import with_cache
 
     rule = convention_named(convention)
-    reference = Checkpoint.open(against)
+    reference = _reference(against, adapter)
     kinds = [(model, kind) for model in models for kind in kv]
+    strangers = _strangers(reference, models, foreign)
     with shown(progress) as show:
         checkpoints = [reference, *(with_cache(model, kind, show) for model, kind in kinds)]
-        require_one_vocabulary(reference, checkpoints[1:])
         taken = calibrate.evaluation(reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows, rule.begin)
         predicts = states.predicts(checkpoints)
         if predicts:
@@ -168,15 +175,19 @@ def evaluate(
         "tokens_sha256": taken.digest,
         "convention": rule.name,
         "opening": list(taken.stream.opening_words),
-        "reference_path": str(reference.path),
+        **_about(reference),
     }
     require_finite(rows, "evaluation")
+    for checkpoint, row in zip(checkpoints, rows, strict=True):
+        size = counted(checkpoint)
+        row |= {name: size[name] for name in ("size_bytes", "bits_per_parameter")}
     measured = [{"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, **row} for c, row in zip(checkpoints[1:], rows[1:], strict=True)]
     for (model, kind), row in zip(kinds, measured, strict=True):
         if kind == "stored":
             others = [other for (same, _), other in zip(kinds, measured, strict=True) if same == model and other["kv"] != row["kv"]]
-            found = {**common, "reference": rows[0], "model": row, "other_caches": others}
-            build.add_evaluation(Path(row["path"]), found) if predicts else build.add(Path(row["path"]), states=found)
+            found = {**common, "foreign": model in strangers, "reference": rows[0], "model": row, "other_caches": others}
+            name = "foreign_states" if model in strangers else "states"
+            build.add_evaluation(Path(row["path"]), found) if predicts else build.add(Path(row["path"]), **{name: found})
     return {**common, "reference": rows[0], "models": measured}
 
 
@@ -189,20 +200,23 @@ def needle(
     facts: int = 8,
     seed: int = 0,
     kv: Sequence[str] = ("stored",),
+    adapter: str | Path | None = None,
+    foreign: bool = False,
     progress: Progress | bool = False,
 ) -> dict[str, Any]:
     """How well `against` and `models` read back a fact that is planted in texts of these lengths, at `depths` places from beginning to end.
 
     For each length and depth: `gain`, how much likelier its having been told makes the answer, in nats per token; `found`, the share of
-    answers that greedy decoding gives. `kv` is as in `evaluate`. The result is also written into each model's report.json.
+    answers that greedy decoding gives. `kv`, `adapter` and `foreign` are as in `evaluate`. The result is also written into each model's report.json.
     """
     from halfbyte.evaluation.needle import measure
     from halfbyte.kv_cache import with_cache
 
+    reference = _reference(against, adapter)
     kinds = [(model, kind) for model in models for kind in kv]
+    strangers = _strangers(reference, models, foreign)
     with shown(progress) as show:
-        reference, *checkpoints = [Checkpoint.open(against), *(with_cache(model, kind, show) for model, kind in kinds)]
-        require_one_vocabulary(reference, checkpoints)
+        checkpoints = [with_cache(model, kind, show) for model, kind in kinds]
         rows = measure([reference, *checkpoints], str(demo.HELDOUT) if text == "heldout" else text, lengths, depths, facts, seed, show)
     common = {
         "text": text,
@@ -210,22 +224,50 @@ def needle(
         "depths": depths,
         "facts": facts,
         "seed": seed,
-        "reference_path": str(reference.path),
+        **_about(reference),
         "reference": rows[0],
     }
     require_finite(rows, "needle")
     measured = [{"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, "rows": own} for c, own in zip(checkpoints, rows[1:], strict=True)]
-    for (_, kind), row in zip(kinds, measured, strict=True):
+    for (model, kind), row in zip(kinds, measured, strict=True):
         if kind == "stored":
-            build.add(Path(row["path"]), needle={**common, "model": row})
+            build.add(Path(row["path"]), **{"foreign_needle" if model in strangers else "needle": {**common, "model": row}})
     return {**common, "models": measured}
 
 
-def require_one_vocabulary(reference: Checkpoint, others: Sequence[Checkpoint]) -> None:
-    """Raise BadRequest for models whose predictions cannot be compared."""
-    for checkpoint in others:
+def _reference(against: str | Path, adapter: str | Path | None) -> Checkpoint:
+    reference = Checkpoint.open(against)
+    return adapters.merged(reference, adapter) if adapter else reference
+
+
+def _about(reference: Checkpoint) -> dict[str, Any]:
+    """For the report."""
+    merged = str(reference.adapter.path) if reference.adapter else None
+    return {"reference_path": str(reference.path), "reference_adapter": merged, "reference_xxh3_128": origin(reference)}
+
+
+def _strangers(reference: Checkpoint, models: Sequence[str | Path], foreign: bool) -> set[str | Path]:
+    """Those of the models that were made of another than this reference, or have other tokens, if that was asked for.
+
+    Raises BadRequest where it was not, and for models whose predictions cannot be compared at all.
+    """
+    from halfbyte.evaluation import vocabulary
+
+    found, given = set(), lineage.told(reference.path, reference.adapter and reference.adapter.path)
+    for model in models:
+        checkpoint = Checkpoint.open(model)
         if checkpoint.text_config.get("vocab_size") != reference.text_config.get("vocab_size"):
             raise BadRequest(f"{checkpoint.path} and {reference.path} have different vocabularies; their predictions cannot be compared")
+        reasons = []
+        if source := lineage.stranger(checkpoint.path, reference):
+            reasons.append(f"{checkpoint.path} was made of {source}, as its report says, and not of {given}")
+        if odd := vocabulary.difference(reference, checkpoint):
+            reasons.append(f"the tokenizers differ: {odd}; predictions of other tokens cannot be compared")
+        if reasons and not foreign:
+            raise BadRequest(f"{reasons[0]}; name the source, or compare them all the same with --foreign (foreign=True)")
+        if reasons:
+            found.add(model)
+    return found
 
 
 def kv(

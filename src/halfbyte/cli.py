@@ -31,6 +31,8 @@ out = Terminal(width=None if sys.stdout.isatty() else 180)
 err = Terminal(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Adapter = Annotated[str | None, typer.Option(help="A LoRA adapter's folder, merged into the original.")]
+Foreign = Annotated[bool, typer.Option("--foreign", help="Compare with another model than the source, or one with other tokens, too.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
 
 
@@ -226,12 +228,14 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Run the models with this KV cache: fp8-e4m3, int8, int4 ..., none for 16 bits; repeatable.", show_default="as stored"),
     ] = None,
+    adapter: Adapter = None,
+    foreign: Foreign = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity, and divergence from the original on the same tokens."""
     from halfbyte.api import evaluate as run
 
-    result = run(models, against, text, length, windows, convention, kv or ["stored"], progress=not as_json)
+    result = run(models, against, text, length, windows, convention, kv or ["stored"], adapter, foreign, progress=not as_json)
     if as_json:
         _print_json(result)
         return
@@ -250,6 +254,8 @@ def needle(
     facts: Annotated[int, typer.Option(min=1, help="Facts at each place, of which the mean is shown.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Which facts and texts are drawn.")] = 0,
     kv: Annotated[list[str] | None, typer.Option(help="Run the models with this KV cache, as in eval; repeatable.", show_default="as stored")] = None,
+    adapter: Adapter = None,
+    foreign: Foreign = False,
     as_json: Json = False,
 ) -> None:
     """Is a fact that was planted in a long text read back? By depth and length, before and after."""
@@ -258,7 +264,7 @@ def needle(
     sizes = [int(size) for size in lengths.split(",") if size.strip().isdigit()]
     if len(sizes) != len(lengths.split(",")):
         raise BadRequest(f"--lengths takes numbers of tokens, such as 256,1024, not '{lengths}'")
-    result = run(models, against, text, sizes, depths, facts, seed, kv or ["stored"], progress=not as_json)
+    result = run(models, against, text, sizes, depths, facts, seed, kv or ["stored"], adapter, foreign, progress=not as_json)
     if as_json:
         _print_json(result)
         return

@@ -57,10 +57,9 @@ def evaluated(result: dict[str, Any]) -> list[Table | str]:
     """The models of an evaluation beside their original, and what that means in a sentence for each."""
     models = result["models"]
     names = short_names(models)
-    rows = [(f"original: {Path(result['reference_path']).name}", "", "", f"{result['reference']['perplexity']:.3f}", "")]
+    rows = [(f"original: {Path(result['reference_path']).name}", _megabytes(result["reference"]), "", f"{result['reference']['perplexity']:.3f}", "")]
     for name, row in zip(names, models, strict=True):
-        size = f"{row['size_bytes'] / 1e6:.1f}" if row.get("size_bytes") else ""
-        rows.append((name, size, _with_error(row["kl"], row["kl_error"], 5), f"{row['perplexity']:.3f}", f"{100 * row['same_top']:.2f} %"))
+        rows.append((name, _megabytes(row), _with_error(row["kl"], row["kl_error"], 5), f"{row['perplexity']:.3f}", f"{100 * row['same_top']:.2f} %"))
     tails = [
         (name, f"{r['kl_median']:.5f}", f"{r['kl_p99']:.4f}", f"{r['kl_max']:.3f}", f"{100 * r['probability_change_rms']:.2f} %")
         for name, r in zip(names, models, strict=True)
@@ -167,6 +166,10 @@ def cached(found: dict[str, Any]) -> list[Table | str]:
     ]
     said = f"scales of the KV cache (the largest of heads), and what lies beyond them on other text{f'; names begin with {shared}' if shared else ''}"
     return [said, table(["attention", "keys", "values", "keys cut", "values cut"], cells)]
+
+
+def _megabytes(row: dict[str, Any]) -> str:
+    return f"{row['size_bytes'] / 1e6:.1f}" if row.get("size_bytes") else ""
 
 
 def _with_error(value: float, error: float | None, digits: int) -> str:

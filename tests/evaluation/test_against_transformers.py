@@ -148,6 +148,15 @@ def test_other_vocabulary(home, tmp_path):
     )
 
 
+def test_the_size_stands_beside_the_loss(home):
+    found = halfbyte.evaluate([home / "int4"], home / "model", str(home / "text.txt"), LENGTH, WINDOWS)
+    for row, name in ((found["reference"], "model"), (found["models"][0], "int4")):
+        counts = halfbyte.inspect(home / name)
+        assert (row["size_bytes"], row["bits_per_parameter"]) == (counts["size_bytes"], counts["bits_per_parameter"])
+    said = tiny.halfbyte("eval", home / "int4", "--against", home / "model", "--text", home / "text.txt", "--length", LENGTH)
+    assert all(f"{row['size_bytes'] / 1e6:.1f}" in said.out for row in (found["reference"], found["models"][0]))
+
+
 def test_the_measurement_is_written_into_the_folder(home):
     said = tiny.halfbyte("eval", home / "int4", "--against", home / "model", "--text", home / "text.txt", "--length", LENGTH)
     assert said.code == 0, said.err
@@ -162,7 +171,7 @@ def test_a_shorter_run_and_another_reference_do_not_replace_what_the_card_shows(
     halfbyte.quantize(home / "model", tmp_path / "out", method="nearest", grid="int4-g64")
     text = str(home / "text.txt")
     for reference, windows in ((home / "model", 5), (home / "model", 2), (home / "int4", 9), (home / "model", 5)):
-        halfbyte.evaluate([tmp_path / "out"], reference, text, LENGTH, windows)
+        halfbyte.evaluate([tmp_path / "out"], reference, text, LENGTH, windows, foreign=reference == home / "int4")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert sorted((e["windows"], Path(e["reference_path"]).name) for e in report["evaluations"]) == [(2, "model"), (5, "model"), (9, "int4")]
     assert report["evaluation"]["windows"] == 5

@@ -1,6 +1,7 @@
 """LoRA adapters, merged as peft merges them."""
 
 import json
+import shlex
 import shutil
 
 import peft
@@ -142,3 +143,20 @@ def test_an_adapter_of_another_model_is_refused(base, tmp_path):
     save_file({name.replace("q_proj", "query"): t for name, t in load_file(path).items()}, path)
     with pytest.raises(HalfbyteError, match=r"adapts 'model.layers.0.self_attn.query'.* which .* has no matrix of"):
         halfbyte.quantize(base, tmp_path / "out", method="nearest", grid="int4-g32", adapter=str(tmp_path / "adapter"))
+
+
+def test_the_loss_is_measured_against_the_model_with_its_adapter(base, tmp_path):
+    """The line that quantize prints works as it stands."""
+    adapt(base, tmp_path / "adapter")
+    text = tiny.text(tmp_path / "text.txt")
+    made = tiny.halfbyte("quantize", base, "-o", tmp_path / "q", "--adapter", tmp_path / "adapter", "--method", "nearest", "--grid", "int8-channel")
+    line = next(line for line in made.out.splitlines() if line.startswith("what was lost: halfbyte ")).removeprefix("what was lost: halfbyte ")
+    assert "--against model --adapter adapter" in (tmp_path / "q" / "README.md").read_text()
+    short = "--text", text, "--length", "32", "--windows", "4"
+    assert tiny.halfbyte(*shlex.split(line), *short).code == 0
+    shown = json.loads((tmp_path / "q" / "report.json").read_text())["evaluation"]
+    assert shown["reference_adapter"] == str(tmp_path / "adapter")
+    halfbyte.dequantize(base, tmp_path / "merged", adapter=tmp_path / "adapter", dtype="bfloat16")
+    merged_first = halfbyte.evaluate([tmp_path / "q"], tmp_path / "merged", str(text), 32, 4, foreign=True)["models"][0]
+    assert shown["model"]["kl"] == pytest.approx(merged_first["kl"], rel=1e-4)
+    tiny.refused(tiny.halfbyte("eval", tmp_path / "q", "--against", base, *short), "with the adapter", f"not of {base}")

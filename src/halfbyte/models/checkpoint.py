@@ -251,7 +251,9 @@ class Checkpoint:
         raise BadCheckpoint(f"{self.path} has no tensor '{tensor}'")
 
     def same(self, tensor: str, other: "Checkpoint") -> bool:
-        """Whether both store this tensor, unquantized, and the same bits in it."""
+        """Whether both store this tensor, unquantized, and the same bits in it, and nothing adds to them."""
+        if self.adapter or other.adapter:
+            return False
         mine, its = (None if tensor in c.parts else c.entries.get(tensor) for c in (self, other))
         if mine is None or its is None or (mine.shape, mine.dtype) != (its.shape, its.dtype):
             return False

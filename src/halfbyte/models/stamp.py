@@ -1,5 +1,7 @@
-"""What a run's identity says of its source: another model, or the same with another config or tokenizer, is another run."""
+"""Which model it is: to a run that is taken up again, where every file counts, and to a report, where folders may have moved."""
 
+import json
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import xxhash
 
 from halfbyte.models.checkpoint import NOT_COPIED, Checkpoint
 
+SAMPLED = 256
+"""Bytes of each tensor that tell a model from others of its shape: whoever trains one further changes all rows."""
 TOOLS = ("halfbyte", "torch", "transformers", "numpy", "numba")
 
 
@@ -19,6 +23,24 @@ def stamp(checkpoint: Checkpoint) -> list[tuple]:
     said = [checkpoint.path / name for name in NOT_COPIED] if checkpoint.path.is_dir() else []
     files = [(path.name, digest(path)) for path in (*said, *checkpoint.other_files) if path.is_file()]
     return [*tensors, *stats, *files, *((tool, version(tool)) for tool in TOOLS), (torch.backends.cpu.get_cpu_capability(),)]
+
+
+def origin(checkpoint: Checkpoint) -> str:
+    """Of a model wherever it lies: its config, its tensors' names, shapes and first bytes, and what an adapter adds to them."""
+    hasher = xxhash.xxh3_128(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
+    files = defaultdict(list)
+    for name, entry in checkpoint.entries.items():
+        files[entry.path].append((entry.offset, name, entry))
+    found = []
+    for path, places in files.items():
+        with open(path, "rb") as file:
+            for offset, name, entry in sorted(places, key=lambda place: place[:2]):
+                file.seek(offset)
+                found.append((name, entry.shape, str(entry.dtype), file.read(min(SAMPLED, entry.size_bytes))))
+    for one in sorted(found):
+        hasher.update(repr(one).encode())
+    hasher.update((checkpoint.adapter.digest if checkpoint.adapter else "").encode())
+    return hasher.hexdigest()
 
 
 def digest(path: Path) -> str:

@@ -27,6 +27,7 @@ from halfbyte.models.provenance import has_chat_template, provenance_of
 from halfbyte.plan.engines import ENGINES
 from halfbyte.plan.verdicts import Verdict
 from halfbyte.recipe import OTHER_COMMANDS
+from halfbyte.report.lineage import source_of
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.summary import Report, size
 from halfbyte.report.written import read
@@ -50,7 +51,7 @@ def planned(job: Job, size_bytes: int) -> dict[str, Any]:
         "halfbyte": version("halfbyte"),
         "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
         "source": {
-            "path": str(source.path),
+            **source_of(source),
             "hub": None if Path(job.recipe.model).expanduser().exists() else job.recipe.model,
             "provenance": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(provenance_of(source, job.recipe.model)).items()},
             "has_chat_template": has_chat_template(source),
@@ -164,6 +165,7 @@ def card(report: Mapping[str, Any], path: Path) -> str:
     file = report["output"]["file"]
     served = place / file if file and not is_file(path) else place if not file else Path(file)
     original = original_of(report)
+    against = shlex.quote(original) + (f" --adapter {shlex.quote(recipe['adapter'])}" if recipe.get("adapter") else "")
     engines = [{**e, "title": ENGINES[e["engine"]].title, "code": code(e, served, original)} for e in report["engines"]]
     return environment.get_template("card.md.jinja").render(
         r=report,
@@ -171,7 +173,7 @@ def card(report: Mapping[str, Any], path: Path) -> str:
         name=path.resolve().name,
         is_file=is_file(path),
         path=str(place),
-        original=shlex.quote(original),
+        against=against,
         recipe=recipe,
         recipe_file=beside(path, "recipe.yaml").name,
         engines=engines,
@@ -248,25 +250,27 @@ def add(path: Path, **measured: Any) -> None:
             _write(written | measured, path, path)
 
 
-CONDITIONS = ("reference_path", "text", "windows", "length", "convention", "tokens_sha256")
+CONDITIONS = ("reference_path", "reference_xxh3_128", "text", "windows", "length", "convention", "tokens_sha256")
 
 
 def add_evaluation(path: Path, measured: dict[str, Any]) -> None:
-    """Put a measurement beside those under other conditions. `evaluation`, which the card shows, is the longest against the source."""
+    """Put a measurement beside those under other conditions. `evaluation`, which the card shows, is the longest against the source,
+    and never one against a foreign model."""
     written = of_ours(path) or {}
     before = written.get("evaluations") or [written.get("evaluation")]  # reports had one, once
     known = [e for e in before if isinstance(e, dict) and isinstance(e.get("model"), dict)]
     kept = [e for e in known if any(e.get(name) != measured[name] for name in CONDITIONS) or e["model"].get("kv") != measured["model"]["kv"]]
     evaluations = [*kept, measured]
-    source = (written.get("source") or {}).get("path")
-    of_source = [e for e in evaluations if e.get("reference_path") == source]
-    add(path, evaluations=evaluations, evaluation=max(of_source or evaluations, key=lambda e: e["model"].get("tokens", 0)))
+    source = written.get("source") or {}
+    own = [e for e in evaluations if not e.get("foreign")]
+    of_source = [e for e in own if e.get("reference_xxh3_128", "") == source.get("xxh3_128") or e.get("reference_path") == source.get("path")]
+    add(path, evaluations=evaluations, evaluation=max(of_source or own, key=lambda e: e["model"].get("tokens", 0), default=None))
 
 
 def add_kv(source: Path, folder: Path, path: Path, about: dict[str, Any]) -> None:
     """Write the report of a cache into `folder`, which is to be `path`; where we wrote the source, beside what its report says."""
     written = of_ours(source) or {"halfbyte": version("halfbyte")}
-    measured = ("evaluation", "evaluations", "states", "needle")  # of the model before
+    measured = ("evaluation", "evaluations", "states", "needle", "foreign_states", "foreign_needle")  # of the model before
     _write({name: value for name, value in written.items() if name not in measured} | {"kv": about}, folder, path)
 
 

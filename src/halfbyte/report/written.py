@@ -38,8 +38,25 @@ class Evaluation(Part):
     reference: Reference
 
 
+class Origin(Part):
+    path: str
+    xxh3_128: str | None = None
+
+
+class Source(Origin):
+    made_of: list[Origin] | None = None
+
+
+class Asked(Part):
+    method: str | None = None
+    adapter: str | None = None
+
+
 class Written(Part):
     """What is shown of a report."""
+
+    source: Source | None = None
+    recipe: Asked | None = None
 
     weights: list[Row] = []
     warnings: list[str] = []

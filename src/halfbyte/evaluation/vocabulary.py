@@ -1,0 +1,42 @@
+"""Whether models mean the same words by their tokens: predictions of different tokens cannot be compared, however alike the numbers look."""
+
+from pathlib import Path
+
+from halfbyte.containers.gguf.checked import require_tokenizer
+from halfbyte.containers.gguf.tokenizer import SPECIAL
+from halfbyte.models import calibrate
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.ggufs import GGUFCheckpoint
+from halfbyte.models.stamp import digest
+
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "tokenizer_config.json")
+
+
+def difference(reference: Checkpoint, other: Checkpoint) -> str | None:
+    """A token that is another in the other model, in words; None where there is none, or one of them has no tokenizer."""
+    if reference.path == other.path or not _has(reference) or not _has(other) or _files(reference) == _files(other) != {}:
+        return None
+    words, others = _words(reference), _words(other)
+    odd = next((token for token in sorted(words.keys() & others.keys()) if words[token] != others[token]), None)
+    return None if odd is None else f"token {odd} is {others[odd][:40]!r} in {other.path} and {words[odd][:40]!r} in {reference.path}"
+
+
+def _has(checkpoint: Checkpoint) -> bool:
+    return "tokenizer.ggml.tokens" in checkpoint.file.metadata if isinstance(checkpoint, GGUFCheckpoint) else bool(_files(checkpoint))
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, str]:
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return {}
+    paths: list[Path] = [checkpoint.path / name for name in FILES]
+    return {path.name: digest(path) for path in paths if path.is_file()}
+
+
+def _words(checkpoint: Checkpoint) -> dict[int, str]:
+    """Every token as it is written; a GGUF has blanks in place of the signs for them in tokens that were added."""
+    if isinstance(checkpoint, GGUFCheckpoint):
+        require_tokenizer(checkpoint.file.metadata, SPECIAL.values())
+        words = dict(enumerate(checkpoint.file.metadata["tokenizer.ggml.tokens"].value))
+    else:
+        words = {token: word for word, token in calibrate.tokenizer_of(checkpoint).get_vocab().items()}
+    return {token: word.replace("\u2581", " ") for token, word in words.items()}
