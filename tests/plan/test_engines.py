@@ -7,7 +7,7 @@ from halfbyte.containers import CONTAINERS
 from halfbyte.errors import UnknownName
 from halfbyte.grids.schemes import PRESETS, parse
 from halfbyte.models.checkpoint import Weight
-from halfbyte.plan.engines import ENGINES
+from halfbyte.plan.engines import ENGINES, engine_named
 from halfbyte.plan.verdicts import check, default_container, verdicts
 
 SHAPES = {  # Llama-3 8B
@@ -254,6 +254,33 @@ def test_every_engine_answers():
     assert [v.engine for v in verdicts("gptq", place("int4-g128"), LLAMA)] == list(ENGINES)
     assert all(default_container(engine) in CONTAINERS for engine in ENGINES)
     assert all(set(engine.reads) <= set(CONTAINERS) for engine in ENGINES.values())
+
+
+SPELLINGS = {
+    "lm-studio": ["LM Studio", "lm-studio", "LMStudio", "lm_studio", "lms"],
+    "llama.cpp": ["llama.cpp", "Llama.cpp", "llama-cpp", "llamacpp", "llama_cpp", "llama-server"],
+    "tensorrt-llm": ["TensorRT-LLM", "trtllm", "TensorRT LLM"],
+    "transformers": ["Transformers", "HF", "Hugging Face", "hf-transformers"],
+    "tgi": ["TGI", "text-generation-inference"],
+    "vllm": ["vLLM", "VLLM", "v-llm"],
+    "sglang": ["SGLang", "sg-lang"],
+    "mlx": ["MLX", "mlx-lm", "mlx_lm"],
+    "ollama": ["Ollama", "OLLAMA"],
+    "jan": ["Jan", "JAN"],
+}
+
+
+def test_an_engine_is_found_under_every_spelling():
+    assert set(SPELLINGS) == set(ENGINES)
+    assert {spelling: engine_named(spelling) for spellings in SPELLINGS.values() for spelling in spellings} == {
+        spelling: engine for engine, spellings in SPELLINGS.items() for spelling in spellings
+    }
+
+
+@pytest.mark.parametrize(("name", "meant"), [("olama", "ollama"), ("lmstudo", "lm-studio"), ("jam", "jan"), ("llamacp", "llama.cpp"), ("", "vllm")])
+def test_what_is_none_is_told_which_may_be_meant(name, meant):
+    with pytest.raises(UnknownName, match=meant):
+        engine_named(name)
 
 
 def test_unknown_engine_suggests():

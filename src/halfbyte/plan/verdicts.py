@@ -104,7 +104,7 @@ def check(engine: str, container: str, placed: Placed, config: Config) -> Verdic
     if known and reads.decodes:
         reasons += _inputs(engine, known, quantized, config)
     if known:
-        reasons += _stacks(engine, known, quantized, config)
+        reasons += _stacks(engine, known, reads, quantized, config)
     if decoded:
         reasons += _decoding(engine, quantized)
     reasons += _model(engine, known, config)
@@ -199,10 +199,10 @@ def _inputs(engine: str, known: Registry, quantized: Mapping[Weight, AnyScheme],
         yield f"{engine} finds other scales than those of tokens where linears of {name} read reshaped inputs, unlike {by_token}: use w8a8-static, or vllm"
 
 
-def _stacks(engine: str, known: Registry, quantized: Mapping[Weight, AnyScheme], config: Config) -> Iterator[str]:
+def _stacks(engine: str, known: Registry, reads: Reads, quantized: Mapping[Weight, AnyScheme], config: Config) -> Iterator[str]:
     name, numbered = known.name_of(config), [w for w in quantized if EXPERT.search(w.name)]
     if numbered and name in known.stacked:
-        yield f"{engine} does not read numbered experts of {name}, such as {numbered[0].name}: keep them in 16 bits, with {_skipping(numbered)}"
+        yield f"{engine} does not read numbered experts of {name}, such as {numbered[0].name}: keep them in 16 bits, with {_skipping(numbered, reads)}"
     if quantized and name in known.uneven:
         yield f"{engine} takes the experts of {name} to be quantized with the rest, and they stay in 16 bits: use transformers or sglang"
 
@@ -222,7 +222,8 @@ def _split(engine: str, reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> 
     tiled = {d: _misfit(reads, layouts, d, tiles=True) for d in DEGREES}
     degrees = [1] if reads.whole else [d for d, misfit in (whole if tiled[1] else tiled).items() if misfit is None]
     if whole[1] or (tiled[1] and not reads.pads):
-        return [f"{whole[1] or tiled[1]}, which {engine} cannot hold: choose another group size, or keep it in 16 bits"], [], []
+        instead = "choose another group size" if whole[1] else "take another engine"
+        return [f"{whole[1] or tiled[1]}, which {engine} cannot hold: {instead}, or keep it in 16 bits"], [], []
     return [], [f"{tiled[1]}: vLLM pads such shapes since pull request 45295 (June 2026), older releases refuse them"] if tiled[1] else [], degrees
 
 
@@ -266,7 +267,7 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, config: C
     """What is wrong with where the grids are."""
     quantized = [w for w, g in placed.items() if g is not None]
     if fused := [w for w in quantized if w.expert is not None or (w.name.endswith(".gate_up_proj") and EXPERT.search(w.name))]:
-        yield f"{engine} holds fused experts as one tensor and knows no '{fused[0].name}' ({len(fused)} such): keep them in 16 bits, with {_skipping(fused)}"
+        yield f"{engine} holds fused experts in one tensor, not as '{fused[0].name}' ({len(fused)} such): keep them in 16 bits, with {_skipping(fused, reads)}"
     if heads := [w.name for w in quantized if w.block is None and not reads.head]:
         yield f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
     # vLLM turns what is called .weight, as all of 8 bits is but integers under 16-bit inputs (models/gpt2.py).
@@ -287,10 +288,10 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, config: C
         yield f"{engine} does not see in {container} that {kept[0].name} is kept ({len(kept)} such): quantize it, or write compressed-tensors"
 
 
-def _skipping(weights: Iterable[Weight]) -> str:
-    """The options that keep weights of all blocks in 16 bits."""
+def _skipping(weights: Iterable[Weight], reads: Reads) -> str:
+    """The options that keep weights of all blocks in 16 bits, in a container where the engine sees that experts are."""
     patterns = {re.sub(r"\.\d+\.", ".*.", w.tensor.removeprefix(f"{w.block}.")) for w in weights}
-    return " ".join(f"--skip '{pattern}'" for pattern in sorted(patterns))
+    return " ".join([*(f"--skip '{pattern}'" for pattern in sorted(patterns)), *(["--to compressed-tensors"] if reads.base_experts else [])])
 
 
 def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Iterator[str]:
