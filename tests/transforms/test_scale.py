@@ -104,3 +104,14 @@ def test_smoothquant_leaves_folds_alone_whose_readers_inputs_stay_in_16_bits(tmp
     of = {w: schemes.parse("int8-channel/int8-token" if "self_attn" in w.name else "int8-channel") for w in block.weights}
     done = TRANSFORMS["smoothquant"](block, Finder(), of, block.collect(set(of)), Settings(0.5))
     assert sorted(fold["producer"].split(".", 3)[-1] for fold in done) == ["input_layernorm.weight", "self_attn.v_proj.weight"]
+
+
+def test_the_search_for_alpha_runs_the_block_six_times_for_a_fold_and_once_for_all(tmp_path, monkeypatch):
+    block = uneven_block("llama", tmp_path)
+    of = dict.fromkeys(block.weights, schemes.parse("int8-tensor/int8-static"))
+    statistics = block.collect(set(of))
+    sites = [Site(block, fold, of, statistics, reference) for reference in ([],) for fold in Finder().find(block)]
+    runs, run = [], block.run
+    monkeypatch.setattr(block, "run", lambda hidden, batch: runs.append(batch) or run(hidden, batch))
+    assert all(0.4 <= smoothquant(site, Settings()).about["alpha"] <= 1 for site in sites)
+    assert len(runs) == 6 * len(sites) + 1

@@ -1,7 +1,7 @@
 """A scale for each channel, folded wherever the block has room for one. AWQ and SmoothQuant differ in how they choose it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -45,6 +45,8 @@ class Site:
     fold: Fold
     schemes: Mapping[Weight, AnyScheme]
     statistics: Mapping[Weight, Statistics]
+    reference: list[Tensor] = field(default_factory=list)
+    """What the block returns before anything is rounded, once a search has run it: folds leave it as it is, so all of a block share it."""
 
     @cached_property
     def readers(self) -> list[Weight]:
@@ -108,9 +110,9 @@ def scaled(
     block: Block, finder: Finder, schemes: Mapping[Weight, AnyScheme], statistics: Mapping[Weight, Statistics], settings: Settings, choose: Choose
 ) -> list[dict]:
     """Fold what `choose` chooses wherever it is worth it. Returns what was done."""
-    done = []
+    done, reference = [], []
     for fold in finder.find(block):
-        site = Site(block, fold, schemes, statistics)
+        site = Site(block, fold, schemes, statistics, reference)
         if site.readers and (chosen := choose(site, settings)) and chosen.about.get("error", 0.0) < WORTH:
             site.apply(chosen.scale)
             done.append({"producer": fold.producer.tensor, "readers": [m.tensor for m in fold.readers], **chosen.about})
