@@ -82,3 +82,34 @@ def test_a_loaded_model_changes_its_precision_and_keeps_its_weights(home, tmp_pa
     wanted = halfbyte.load(tmp_path / "out", torch.float32)(ids).logits
     assert torch.equal(halfbyte.load(tmp_path / "out").float()(ids).logits, wanted)
     assert halfbyte.load(tmp_path / "out", torch.float32).to(torch.bfloat16)(ids).logits.dtype == torch.bfloat16
+
+
+def test_texts_calibrate_as_a_file_of_them_does_and_the_recipe_holds_them(home, tmp_path):
+    texts = [f"{tiny.text(tmp_path / 'text.txt', 400, seed).read_text()}: «{seed}»\n" for seed in range(4)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    words = {"method": "gptq", "grid": "int4-g32"}
+    sampling = {"samples": 4, "length": 64}
+    given = halfbyte.quantize(home / "model", tmp_path / "given", calibration={"source": texts, **sampling}, **words)
+    filed = halfbyte.quantize(home / "model", tmp_path / "filed", calibration={"source": str(tmp_path / "texts.jsonl"), **sampling}, **words)
+    assert given["calibration"]["source"] == "4 texts given"
+    assert given["calibration"]["tokens_sha256"] == filed["calibration"]["tokens_sha256"]
+    assert tiny.weights(tmp_path / "given") == tiny.weights(tmp_path / "filed")
+    recipe = Recipe.load(tmp_path / "given" / "recipe.yaml")
+    assert recipe.calibration.source == tuple(texts)
+    halfbyte.quantize(recipe, tmp_path / "again")
+    assert tiny.weights(tmp_path / "again") == tiny.weights(tmp_path / "given")
+
+
+def test_a_list_is_a_calibration_by_itself_and_bad_ones_are_one_line(home, tmp_path):
+    assert halfbyte.Recipe.of(model="m", calibration=["a", "b"]).calibration.source == ("a", "b")
+    for wrong, said in (
+        ([], "a list of texts"),
+        (["a", 3], "a list of texts"),
+        (["a" * 600_000], "write them into a .jsonl file"),
+        (["\ud800"], "surrogates not allowed"),
+        (["a/b"], "1 text given: the text has 3 tokens"),
+    ):
+        with pytest.raises(halfbyte.HalfbyteError, match=said) as caught:
+            halfbyte.quantize(home / "model", tmp_path / "out", calibration=wrong)
+        assert len(str(caught.value)) < 300
+    assert not list(tmp_path.iterdir())

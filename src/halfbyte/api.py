@@ -35,7 +35,7 @@ def quantize(
     engine: str | None = None,
     adapter: str | Path | None = None,
     requantize: bool | None = None,
-    calibration: str | Path | Mapping[str, Any] | Calibration | None = None,
+    calibration: str | Path | Sequence[str] | Mapping[str, Any] | Calibration | None = None,
     input_range: str | None = None,
     kv: str | None = None,
     alpha: float | None = None,
@@ -62,7 +62,8 @@ def quantize(
     engine: which engine is to load it; its rules are checked first. "none" writes what no engine loads.
     adapter: the folder of a LoRA adapter that is merged into the model as it is read.
     requantize: take the values of a model that is quantized already as the original.
-    calibration: a text file, .jsonl, .json or .csv, a dataset org/name:split, or a Calibration with `source`, `samples`, `length`, `seed`.
+    calibration: a text file, .jsonl, .json or .csv, a dataset org/name:split, a list of whole texts (which the recipe then holds), or a
+        Calibration with `source`, `samples`, `length`, `seed`.
     input_range: what stored scales of inputs span: max (the default), percentile or mse.
     kv: a KV cache whose scales are found and stored too: fp8-e4m3 or fp8-e4m3-head.
     alpha: how much of the inputs' range smoothquant moves into the weights, 0 to 1; searched if None.

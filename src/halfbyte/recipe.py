@@ -30,10 +30,22 @@ class Calibration(BaseModel):
     """Which text to run through the model, and how much of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    source: str = "default"
+    source: str | tuple[str, ...] = "default"
+    """A file, a dataset, or the texts themselves."""
     samples: int = Field(default=128, ge=1)
     length: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _texts(cls, words: object) -> object:
+        if not isinstance(words, list | tuple):
+            return words
+        if not words or not all(isinstance(text, str) for text in words):
+            raise ValueError("is a file, a dataset, or a list of texts")
+        if sum(len(text.encode()) for text in words) > MOST // 2:
+            raise ValueError(f"takes {MOST // 2} bytes of texts at most; write them into a .jsonl file, and give its name")
+        return tuple(words)
 
 
 class Recipe(BaseModel):
@@ -71,7 +83,7 @@ class Recipe(BaseModel):
     @field_validator("calibration", mode="before")
     @classmethod
     def _source(cls, words: object) -> object:
-        return {"source": words} if isinstance(words, str) else words
+        return {"source": words} if isinstance(words, str | list | tuple) else words
 
     @field_validator("skip", mode="before")
     @classmethod
@@ -101,7 +113,7 @@ class Recipe(BaseModel):
                 raise UnknownName("recipe entry", name, known) from None
             if first["type"] == "missing":
                 raise BadRequest(f"the recipe has no {name}") from None
-            raise BadRequest(f"recipe entry {name}: {first['msg'].lower()}, not {brief(first.get('input'))}") from None
+            raise BadRequest(f"recipe entry {name}: {first['msg'].lower().removeprefix('value error, ')}, not {brief(first.get('input'))}") from None
 
     def dump(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

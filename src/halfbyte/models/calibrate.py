@@ -84,13 +84,13 @@ class Windows:
         }
 
 
-def calibration(checkpoint: Checkpoint, source: str, samples: int, length: int, seed: int) -> Windows:
+def calibration(checkpoint: Checkpoint, source: str | tuple[str, ...], samples: int, length: int, seed: int) -> Windows:
     """`samples` windows drawn without overlap where the text is long enough, else at random. Some of the default text are chats for a model that chats."""
     generator, tokenizer = torch.Generator().manual_seed(seed), tokenizer_of(checkpoint)
-    if source != DEFAULT:
+    if isinstance(source, tuple) or source != DEFAULT:
         stream = read(checkpoint, tokenizer, source, length)
-        windows, warnings = _drawn(stream, source, samples, length, generator)
-        return Windows(windows, source, stream, len(windows) * stream.of_chats, (*stream.warnings, *warnings))
+        windows, warnings = _drawn(stream, texts.called(source), samples, length, generator)
+        return Windows(windows, texts.called(source), stream, len(windows) * stream.of_chats, (*stream.warnings, *warnings))
     stream = read(checkpoint, tokenizer, str(demo.CALIBRATION), length)
     spoken, talks, warnings = _default_chats(checkpoint, tokenizer, samples // 2, length)
     windows, more = _drawn(stream, source, samples - len(talks), length, generator)
@@ -115,7 +115,7 @@ def longest(checkpoint: Checkpoint, otherwise: int) -> int:
     return next((n for key in POSITIONS if isinstance(n := checkpoint.text_config.get(key), int)), otherwise)
 
 
-def read(checkpoint: Checkpoint, tokenizer: Any, source: str, length: int) -> Stream:
+def read(checkpoint: Checkpoint, tokenizer: Any, source: str | tuple[str, ...], length: int) -> Stream:
     """All tokens of a source. Raises BadRequest for one that is empty, unreadable or shorter than one window."""
     if length > (most := longest(checkpoint, length)):
         raise BadRequest(f"the model reads at most {most} tokens at once, not {length}; give a smaller --length")
@@ -123,7 +123,7 @@ def read(checkpoint: Checkpoint, tokenizer: Any, source: str, length: int) -> St
     if not stream.starts(length):
         count = len(stream.tokens)
         what = f"has {count} tokens, fewer than one window of {length}" if count else "is empty"
-        raise BadRequest(f"{source} {what}; give more text or a smaller --length")
+        raise BadRequest(f"{texts.called(source)}: the text {what}; give more text or a smaller --length")
     return stream
 
 

@@ -38,8 +38,18 @@ class Record(NamedTuple):
     """Whether the tokenizer's special tokens belong around it: a file of text is cut anyway."""
 
 
-def records(source: str | Path) -> list[Record]:
-    """All that a file or a dataset holds. Raises BadRequest for one that is not there, cannot be read, or holds records of another shape."""
+def called(source: str | Path | tuple[str, ...]) -> str:
+    """A source of text in messages and reports."""
+    return f"{len(source)} text{'s' if len(source) > 1 else ''} given" if isinstance(source, tuple) else str(source)
+
+
+def records(source: str | Path | tuple[str, ...]) -> list[Record]:
+    """All that a file or a dataset holds, or texts that are given.
+
+    Raises BadRequest for one that is not there, cannot be read, or holds records of another shape.
+    """
+    if isinstance(source, tuple):
+        return [Record(f"text {number}", sound(text, f"text {number}")) for number, text in enumerate(source, 1)]
     path = Path(source).expanduser()
     if path.is_file():
         return _of_file(path)

@@ -189,7 +189,7 @@ def local_paths(report: Mapping[str, Any], path: Path) -> dict[str, str]:
     said = [path, path.resolve(), report["source"]["path"], recipe.get("adapter"), recipe.get("imatrix"), (recipe.get("calibration") or {}).get("source")]
     said += [measured.get("reference_path"), measured.get("text"), needle.get("reference_path"), needle.get("text")]
     said += [] if report["source"]["hub"] else [recipe["model"]]
-    paths = {str(one): Path(one).expanduser().resolve().name for one in said if one and os.sep in str(one)}
+    paths = {str(one): Path(one).expanduser().resolve().name for one in said if isinstance(one, str | Path) and os.sep in str(one)}
     return dict(sorted(paths.items(), key=lambda item: -len(item[0])))
 
 
