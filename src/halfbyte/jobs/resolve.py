@@ -16,7 +16,7 @@ from halfbyte.grids.grid import AnyScheme
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.jobs import cache, folder, gguf
 from halfbyte.jobs.job import Job, commonest, doubts
-from halfbyte.models import adapter, heads, roles
+from halfbyte.models import adapter, heads, roles, sizes
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.models.ggufs import translation_of
 from halfbyte.plan import verdicts
@@ -68,6 +68,7 @@ def source_of(recipe: Recipe) -> Checkpoint:
     """The checkpoint that a recipe names, with its adapter."""
     checkpoint = Checkpoint.open(recipe.model)
     heads.settle(checkpoint)
+    sizes.require(checkpoint)
     return adapter.merged(checkpoint, recipe.adapter) if recipe.adapter else checkpoint
 
 
@@ -191,6 +192,7 @@ def transcoding(source: str, to: str, grid: str | None = None, engine: str | Non
     """The job of moving a quantized checkpoint into another container, every grid as it is where the container holds its values."""
     checkpoint = Checkpoint.open(source)
     heads.settle(checkpoint)
+    sizes.require(checkpoint)
     if checkpoint.container is None:
         raise BadRequest(f"{source} is not quantized; to quantize it: halfbyte quantize {source} -o OUT --to {to}")
     container = container_named(to)
