@@ -32,7 +32,8 @@ def require(checkpoint: Checkpoint) -> None:
         expected = tuple(skeleton.tensor(model, place.parameter).shape)
         whole = filled[place.parameter] == 1 and place == skeleton.Place(place.parameter)  # and no part of what Transformers fuses
         if whole and shapes[tensor] != expected:
-            raise BadCheckpoint(f"tensor '{tensor}' is {list(shapes[tensor])}, and {type(model).__name__} has it as {list(expected)}; download it again")
+            its = f"{type(model).__name__} has it as {list(expected)}"
+            raise BadCheckpoint(f"tensor '{tensor}' is {list(shapes[tensor])}, and {its}; it is not whole, or config.json is of another model")
 
 
 def _odd(checkpoint: Checkpoint) -> Iterator[str]:
