@@ -144,19 +144,20 @@ def test_broken_checkpoint(name, model, home, tmp_path):
     damage, says = BROKEN[name]
     damage(model)
     refused(tmp_path, "quantize", model, "-o", tmp_path / "out", *NEAREST, says=says)
-    refused(tmp_path, "quantize", model, "-o", tmp_path / "out", *calibrated(home), says=says)
+    refused(tmp_path, "quantize", model, "-o", tmp_path / "out", "--engine", "none", *calibrated(home), says=says)
 
 
 @pytest.mark.parametrize("name", BROKEN_FOR_CALIBRATION)
 def test_broken_for_calibration(name, model, home, tmp_path):
     damage, says = BROKEN_FOR_CALIBRATION[name]
     damage(model)
-    refused(tmp_path, "quantize", model, "-o", tmp_path / "out", *calibrated(home), says=says)
+    refused(tmp_path, "quantize", model, "-o", tmp_path / "out", "--engine", "none", *calibrated(home), says=says)
 
 
 def test_an_unknown_architecture_needs_no_calibration(model, tmp_path):
     configured(model_type="gronk", architectures=["GronkForCausalLM"])(model)
-    assert tiny.halfbyte("quantize", model, "-o", tmp_path / "out", *NEAREST).code == 0
+    refused(tmp_path, "quantize", model, "-o", tmp_path / "out", *NEAREST, says=("no engine is known to load this", "--engine none"))
+    assert tiny.halfbyte("quantize", model, "-o", tmp_path / "out", *NEAREST, "--engine", "none").code == 0
 
 
 def test_nan_can_be_skipped(model, tmp_path):

@@ -42,7 +42,7 @@ def _bar() -> Iterator[Progress]:
         task = bar.add_task("", total=None)
 
         def show(what: str, done: float, total: float) -> None:
-            if what.startswith(RESUMING):
+            if what.startswith(RESUMING) and console.is_terminal:
                 console.print(what, highlight=False, soft_wrap=True)
             bar.update(task, description=plain(what), completed=done, total=total)
 

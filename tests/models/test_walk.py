@@ -45,7 +45,7 @@ def zamba(tmp_path_factory):
 
 
 def test_a_shared_block_is_quantized_once_and_runs_so_wherever_it_stands(zamba, text, tmp_path):
-    report = halfbyte.quantize(zamba, tmp_path / "out", method="gptq", grid="int4-g32", to="compressed-tensors", calibration=few(text))
+    report = halfbyte.quantize(zamba, tmp_path / "out", method="gptq", grid="int4-g32", to="compressed-tensors", engine="none", calibration=few(text))
     assert any("shared_transf" in row["name"] for row in report["weights"])
     model = halfbyte.load(tmp_path / "out", torch.float32)
     layers = model.model.layers
@@ -57,7 +57,7 @@ def test_a_shared_block_is_quantized_once_and_runs_so_wherever_it_stands(zamba, 
 @pytest.mark.parametrize("recipe", [{"method": "awq+gptq", "grid": "int4-g32"}, {"method": "gptq", "grid": "w8a8"}])
 def test_what_suits_the_first_of_shared_blocks_alone_is_refused(zamba, text, tmp_path, recipe):
     with pytest.raises(Unsupported, match=r"shares weights between blocks.*--method gptq with a grid of weights alone"):
-        halfbyte.quantize(zamba, tmp_path / "out", to="compressed-tensors", calibration=few(text), **recipe)
+        halfbyte.quantize(zamba, tmp_path / "out", to="compressed-tensors", engine="none", calibration=few(text), **recipe)
     assert not list(tmp_path.iterdir())
 
 
@@ -83,9 +83,6 @@ def test_a_tensor_of_another_shape_is_not_spread_over_its_place(tmp_path):
 @pytest.mark.parametrize("changes", [{"head_dim": 10**9}, {"num_hidden_layers": 2**31}, {"pad_token_id": 10**6}, {"dtype": [None]}, {"architectures": [5]}])
 def test_numbers_that_no_model_has_are_refused_before_memory_is_taken(tmp_path, changes):
     folder = changed(tiny.make(tmp_path / "model"), **changes)
-    if changes.get("architectures"):
-        halfbyte.load(folder)
-        return
     with pytest.raises(BadCheckpoint) as refusal:
         halfbyte.load(folder)
     assert "\n" not in str(refusal.value)

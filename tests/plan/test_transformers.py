@@ -74,7 +74,7 @@ WEIGHTS = [
 INPUTS = {
     **dict.fromkeys(("int8-channel/int8-token-asym", "int8-channel/int8-static", "int8-channel-asym/int8-static-asym", "int4-g32-asym/int8-token-asym"), 0.02),
     **dict.fromkeys(("int8-channel/int8-token", "int4-g32/int8-token", "fp8", "fp8-static", "fp8-block"), 0.05),
-    "w4a4-nvfp4": 0.2,
+    "w4a4-nvfp4": 0.3,
 }
 """Relative differences: where a value lies between two steps, the last bit of a scale decides; and theirs of int8 tokens span 127.5 steps, ours 127."""
 
@@ -97,7 +97,8 @@ def test_every_kind_of_weights_loads(llama, text, tmp_path, scheme):
 @pytest.mark.parametrize("scheme", INPUTS)
 def test_every_kind_of_rounded_inputs_loads(in_32_bits, text, tmp_path, scheme):
     report = written(in_32_bits, tmp_path / "out", scheme, text)
-    theirs, ours = outputs(run(report, tmp_path / "out", torch.float32)), outputs(halfbyte.load(tmp_path / "out", torch.float32))
+    dtype = torch.bfloat16 if scheme == "w4a4-nvfp4" else torch.float32  # compressed-tensors 0.20 decodes NVFP4 to bfloat16 alone
+    theirs, ours = outputs(run(report, tmp_path / "out", dtype)), outputs(halfbyte.load(tmp_path / "out", dtype))
     assert difference(theirs, ours) < INPUTS[scheme]
 
 
