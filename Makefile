@@ -36,6 +36,7 @@ bench: $(VENV)/.ready
 # The package alone, for the demo. Modules are compiled as they are first imported: pip would compile all of torch's and Transformers'.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch
 	$(BIN)/pip install -q --no-compile -c constraints.txt -e .
 	touch $@
 
