@@ -32,13 +32,25 @@ HERE = Path(__file__).parent
 
 def llama_quantize(python: str, source: Path, target: Path, preset: str, matrix: Path | None = None) -> Cost:
     options = [str(matrix)] if matrix else []
-    return run([python, str(HERE / "peers" / "llama_cpp_run.py"), str(source), str(target), str(PRESETS[preset].file_type), str(THREADS), *options])
+    return run(
+        [
+            python,
+            str(HERE / "peers" / "llama_cpp_run.py"),
+            str(source),
+            str(target),
+            str(PRESETS[preset].file_type),
+            str(THREADS),
+            *options,
+        ]
+    )
 
 
 def speed(peer: str | None, presets: list[str], layers: int, scratch: Path) -> Iterator[str]:
     """Rows of the table of costs, as they come."""
     model, out, whole = scratch / "model", scratch / "out.gguf", scratch / "bf16.gguf"
-    run([sys.executable, str(HERE / "synthetic.py"), str(model), "--layers", str(layers)])  # a process of its own: a child's peak starts at its parent's
+    run(
+        [sys.executable, str(HERE / "synthetic.py"), str(model), "--layers", str(layers)]
+    )  # a process of its own: a child's peak starts at its parent's
 
     def row(name: str, cost: Cost) -> str:
         size = f"{out.stat().st_size / 1e6:.0f}" if out.exists() else ""
@@ -46,12 +58,29 @@ def speed(peer: str | None, presets: list[str], layers: int, scratch: Path) -> I
         return f"| {name} | {size} | {cost.wall:.1f} | {cost.cpu:.1f} | {cost.peak_mb:.0f} |"
 
     def ours(preset: str, target: Path, method: str = "nearest") -> Cost:
-        words = ["quantize", str(model), "-o", str(target), "--to", "gguf", "--grid", preset, "--method", method, "--json"]
-        return run([sys.executable, "-m", "halfbyte", *words], NUMBA_NUM_THREADS=str(THREADS), OMP_NUM_THREADS=str(THREADS))
+        words = [
+            "quantize",
+            str(model),
+            "-o",
+            str(target),
+            "--to",
+            "gguf",
+            "--grid",
+            preset,
+            "--method",
+            method,
+            "--json",
+        ]
+        return run(
+            [sys.executable, "-m", "halfbyte", *words], NUMBA_NUM_THREADS=str(THREADS), OMP_NUM_THREADS=str(THREADS)
+        )
 
     ours(presets[0], out)  # compiles what Numba then has in its cache
     out.unlink()
-    yield row("bytes read and written, nothing else", run([sys.executable, "-c", COPY, str(model), str(scratch / "copy"), "4.5"]))
+    yield row(
+        "bytes read and written, nothing else",
+        run([sys.executable, "-c", COPY, str(model), str(scratch / "copy"), "4.5"]),
+    )
     (scratch / "copy").unlink()
     yield row("python that imports torch, numba, transformers", run([sys.executable, "-c", START]))
     if peer:
@@ -95,7 +124,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gguf.md")
     a = parser.parse_args()
-    lines = ["# GGUF, side by side with llama-quantize", "", f"`python benchmarks/gguf.py` with llama.cpp as in llama-cpp-python 0.3.36, on {machine()}."]
+    lines = [
+        "# GGUF, side by side with llama-quantize",
+        "",
+        f"`python benchmarks/gguf.py` with llama.cpp as in llama-cpp-python 0.3.36, on {machine()}.",
+    ]
 
     def table(title: str, about: list[str], header: list[str], rows: Iterator[str]) -> None:
         left = header.index("MB")  # columns before it are words
@@ -114,7 +147,12 @@ def main() -> None:
                 f"{a.layers} layers of a 1-billion-parameter Llama. Whole processes of {THREADS} threads, one run each, one after the other; halfbyte reads",
                 "safetensors, llama-quantize a BF16 GGUF that was made before.",
             ]
-            table("Time and memory", about, ["what", "MB", "wall s", "processor s", "peak MB"], speed(a.llama_cpp, list(a.speed), a.layers, scratch))
+            table(
+                "Time and memory",
+                about,
+                ["what", "MB", "wall s", "processor s", "peak MB"],
+                speed(a.llama_cpp, list(a.speed), a.layers, scratch),
+            )
         if a.quality:
             about = [
                 f"bookworm-6m; KL in nats to the bf16 model, {a.windows} windows of 512 held-out tokens, weights in float32; calibration {a.samples} windows",

@@ -27,7 +27,9 @@ def run(command: list[str], **environment: str) -> Cost:
     """Raises CalledProcessError with the command's own words if it fails."""
     started = time.perf_counter()
     starter = [sys.executable, "-S", "-c", STARTER, *command]
-    done = subprocess.run(starter, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment}, check=False)
+    done = subprocess.run(
+        starter, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment}, check=False
+    )
     wall = time.perf_counter() - started
     if done.returncode:
         sys.stderr.write(done.stdout.decode(errors="replace")[-2000:])
@@ -38,5 +40,7 @@ def run(command: list[str], **environment: str) -> Cost:
 
 def machine() -> str:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
-        model = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown processor")
+        model = next(
+            (line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown processor"
+        )
     return f"{os.cpu_count()} cores of {model}, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB, no GPU"

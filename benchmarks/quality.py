@@ -36,7 +36,9 @@ class Methods(NamedTuple):
 
 
 WEIGHTS = Methods(("minmax", "nearest", "imatrix", "awq", "gptq", "awq+gptq", "gptaq"), ("rtn", "gptq"), ("gptq",))
-INTEGERS = Methods(("nearest", "gptq", "smoothquant", "smoothquant+gptq"), ("rtn", "gptq", "smoothquant+rtn", "smoothquant+gptq"))
+INTEGERS = Methods(
+    ("nearest", "gptq", "smoothquant", "smoothquant+gptq"), ("rtn", "gptq", "smoothquant+rtn", "smoothquant+gptq")
+)
 FLOATS = Methods(("nearest", "gptq"), ("rtn",))
 CELLS: dict[str, Methods] = {
     **dict.fromkeys(("int4-g128", "int4-g128-asym", "int3-g128-asym", "int2-g128-asym"), WEIGHTS),
@@ -47,7 +49,9 @@ CELLS: dict[str, Methods] = {
 
 def peer(command: list[str]) -> bool:
     environment = {"GPTQMODEL_CPU_WORKERS": "2", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tempfile.gettempdir(), check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tempfile.gettempdir(), check=False
+    )
     if done.returncode:
         sys.stderr.write(f"{' '.join(command)}\n{done.stdout[-500:]}{done.stderr[-1500:]}\n")
     return done.returncode == 0
@@ -62,7 +66,9 @@ def folders_of(grid: str, model: Path, scratch: Path, tokens: Path, a: argparse.
         halfbyte.quantize(model, out, method=method, grid=grid, calibration={"samples": a.samples})
     for method in methods.llmcompressor if a.llmcompressor else ():
         out = place / f"llmcompressor-{method}"
-        if peer([a.llmcompressor, str(PEERS / "llmcompressor_run.py"), str(model), str(out), method, grid, str(tokens)]):
+        if peer(
+            [a.llmcompressor, str(PEERS / "llmcompressor_run.py"), str(model), str(out), method, grid, str(tokens)]
+        ):
             folders[f"llm-compressor 0.14 {method}"] = out
     for method in methods.gptqmodel if a.gptqmodel else ():
         out = place / f"gptqmodel-{method}"
@@ -77,7 +83,9 @@ def main() -> None:
     parser.add_argument("--llmcompressor", help="a python that has it")
     parser.add_argument("--gptqmodel", help="a python that has it")
     parser.add_argument("--grids", nargs="*", default=list(CELLS), choices=list(CELLS))
-    parser.add_argument("--outliers", action="store_true", help="on the model's twin with outlier channels (tests/outliers.py)")
+    parser.add_argument(
+        "--outliers", action="store_true", help="on the model's twin with outlier channels (tests/outliers.py)"
+    )
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "quality.md")
@@ -106,8 +114,12 @@ def main() -> None:
             folders = folders_of(grid, model, Path(scratch), tokens, a)
             measured = halfbyte.evaluate(list(folders.values()), demo.MODEL, windows=a.windows, foreign=a.outliers)
             for (name, folder), row in zip(folders.items(), measured["models"], strict=True):
-                size = min(k["bits_per_weight"] for k in halfbyte.inspect(folder)["grids"].values())  # the rest is in 16 bits
-                loss = f"{row['kl']:.5f} ± {row['kl_error']:.5f} | {row['perplexity']:.3f} | {100 * row['same_top']:.2f}%"
+                size = min(
+                    k["bits_per_weight"] for k in halfbyte.inspect(folder)["grids"].values()
+                )  # the rest is in 16 bits
+                loss = (
+                    f"{row['kl']:.5f} ± {row['kl_error']:.5f} | {row['perplexity']:.3f} | {100 * row['same_top']:.2f}%"
+                )
                 line = f"| {grid} | {name} | {size:.3f} | {loss} |"
                 print(line, flush=True)
                 lines.append(line)

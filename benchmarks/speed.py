@@ -37,7 +37,12 @@ writer.close()
 START = "import torch, numba, transformers"
 INT4, FP8, NF4 = "int4-g128", "fp8-e4m3-channel/fp8-e4m3-token", "nf4-g64"
 BITS = {INT4: 4.125, FP8: 8.0, NF4: 4.5}
-OURS = [(method, INT4) for method in ("minmax", "nearest", "gptq", "awq", "gptaq")] + [("minmax", FP8), ("nearest", FP8), ("minmax", NF4), ("nearest", NF4)]
+OURS = [(method, INT4) for method in ("minmax", "nearest", "gptq", "awq", "gptaq")] + [
+    ("minmax", FP8),
+    ("nearest", FP8),
+    ("minmax", NF4),
+    ("nearest", NF4),
+]
 LLM_COMPRESSOR = [("rtn", INT4), ("gptq", INT4), ("rtn", FP8)]
 
 
@@ -45,7 +50,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llmcompressor", help="a python that has it")
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--methods", nargs="*", default=["minmax", "nearest", "gptq", "awq", "gptaq", "rtn"], help="of ours and of peers")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        default=["minmax", "nearest", "gptq", "awq", "gptaq", "rtn"],
+        help="of ours and of peers",
+    )
     parser.add_argument("--grids", nargs="*", default=list(BITS), choices=list(BITS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed.md")
     a = parser.parse_args()
@@ -66,15 +76,43 @@ def main() -> None:
         np.save(tokens, calibrate.calibration(Checkpoint.open(model), "default", 16, 512, 0).tokens.numpy())
         measure("python that imports torch, numba, transformers", [sys.executable, "-c", START])
         for grid in a.grids:
-            measure(f"bytes of {grid} read and written, nothing else", [sys.executable, "-c", COPY, str(model), str(scratch / "copy"), str(BITS[grid])])
+            measure(
+                f"bytes of {grid} read and written, nothing else",
+                [sys.executable, "-c", COPY, str(model), str(scratch / "copy"), str(BITS[grid])],
+            )
             for method in (m for m, g in OURS if g == grid and is_asked(m, g)):
                 out = ["-o", str(scratch / "out"), "--overwrite", "--samples", "16", "--json"]
-                measure(f"halfbyte {method} {grid}", [sys.executable, "-m", "halfbyte", "quantize", str(model), "--method", method, "--grid", grid, *out])
+                measure(
+                    f"halfbyte {method} {grid}",
+                    [
+                        sys.executable,
+                        "-m",
+                        "halfbyte",
+                        "quantize",
+                        str(model),
+                        "--method",
+                        method,
+                        "--grid",
+                        grid,
+                        *out,
+                    ],
+                )
             for method in (m for m, g in LLM_COMPRESSOR if a.llmcompressor and g == grid and is_asked(m, g)):
-                command = [a.llmcompressor, str(PEERS / "llmcompressor_run.py"), str(model), str(scratch / "peer"), method, grid, str(tokens)]
+                command = [
+                    a.llmcompressor,
+                    str(PEERS / "llmcompressor_run.py"),
+                    str(model),
+                    str(scratch / "peer"),
+                    method,
+                    grid,
+                    str(tokens),
+                ]
                 measure(f"llm-compressor 0.14 {method} {grid}", command)
             if grid == NF4:
-                measure("bitsandbytes 0.50 nf4, through Transformers", [sys.executable, str(PEERS / "bitsandbytes_run.py"), str(model), str(scratch / "peer")])
+                measure(
+                    "bitsandbytes 0.50 nf4, through Transformers",
+                    [sys.executable, str(PEERS / "bitsandbytes_run.py"), str(model), str(scratch / "peer")],
+                )
     lines = [
         f"# Time and memory, {a.layers} layers of a 1-billion-parameter Llama",
         "",

@@ -24,8 +24,23 @@ def main() -> None:
     rows: list[tuple[str, Cost, Cost]] = []
     with tempfile.TemporaryDirectory() as folder:
         for method, grid, name in RUNS:
-            command = [sys.executable, "-m", "halfbyte", "quantize", str(demo.MODEL), "-o", f"{folder}/{name}", "--method", method, "--grid", grid]
-            cold, warm = (run([*command, "--samples", "8", "--overwrite", "--json"], NUMBA_CACHE_DIR=f"{folder}/{method}-{grid}") for _ in range(2))
+            command = [
+                sys.executable,
+                "-m",
+                "halfbyte",
+                "quantize",
+                str(demo.MODEL),
+                "-o",
+                f"{folder}/{name}",
+                "--method",
+                method,
+                "--grid",
+                grid,
+            ]
+            cold, warm = (
+                run([*command, "--samples", "8", "--overwrite", "--json"], NUMBA_CACHE_DIR=f"{folder}/{method}-{grid}")
+                for _ in range(2)
+            )
             rows.append((f"quantize --method {method} --grid {grid}", cold, warm))
     lines = [
         "# What a start costs",

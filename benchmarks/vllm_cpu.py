@@ -112,13 +112,20 @@ def make(case: Case, out: Path, samples: int) -> Path:
 
 
 def theirs(
-    python: str, folder: Path, prompts: Int64[Tensor, "prompts length"], new_tokens: int, environment: Mapping[str, str], scratch: Path
+    python: str,
+    folder: Path,
+    prompts: Int64[Tensor, "prompts length"],
+    new_tokens: int,
+    environment: Mapping[str, str],
+    scratch: Path,
 ) -> dict[str, Any]:
     """What vLLM finds, or, under "failed", its last words."""
     given, out = scratch / "prompts.json", scratch / "found.pt"
     given.write_text(json.dumps(prompts.tolist()))
     command = [python, str(HERE / "peers" / "vllm_run.py"), str(out), str(given), str(new_tokens), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "VLLM_CPU_INT4_W4A8": "0", **environment})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "VLLM_CPU_INT4_W4A8": "0", **environment}
+    )
     said = done.stdout + done.stderr
     if done.returncode:
         errors = [line.strip() for line in said.splitlines() if "Error" in line]
@@ -156,7 +163,14 @@ def read_as(model: nn.Module, inputs: InputGrid | None) -> nn.Module:
     return model
 
 
-def rows(python: str, cases: list[Case], prompts: Int64[Tensor, "prompts length"], new_tokens: int, samples: int, scratch: Path) -> Iterator[str]:
+def rows(
+    python: str,
+    cases: list[Case],
+    prompts: Int64[Tensor, "prompts length"],
+    new_tokens: int,
+    samples: int,
+    scratch: Path,
+) -> Iterator[str]:
     plain = logprobs(halfbyte.load(demo.MODEL, torch.float32), prompts)[:, :-1]
     for number, case in enumerate(cases):
         own = scratch / str(number)
@@ -168,7 +182,9 @@ def rows(python: str, cases: list[Case], prompts: Int64[Tensor, "prompts length"
             continue
         model, rough = (halfbyte.load(folder, dtype) for dtype in (torch.float32, torch.bfloat16))
         if case.computes:
-            model, rough = (read_as(m, None if case.computes == "16 bits" else INPUT_GRIDS[case.computes]) for m in (model, rough))
+            model, rough = (
+                read_as(m, None if case.computes == "16 bits" else INPUT_GRIDS[case.computes]) for m in (model, rough)
+            )
         # The greedy tokens are judged on vLLM's own text: after the first tie that falls otherwise, continuations would be strangers.
         greedy = torch.tensor(found["greedy"])
         ours = logprobs(model, torch.cat([prompts, greedy], 1))
@@ -208,7 +224,9 @@ def main() -> None:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     with tempfile.TemporaryDirectory() as name:
-        for row in rows(a.vllm, [c for c in CASES if re.search(a.only, c.name)], prompts, a.new_tokens, a.samples, Path(name)):
+        for row in rows(
+            a.vllm, [c for c in CASES if re.search(a.only, c.name)], prompts, a.new_tokens, a.samples, Path(name)
+        ):
             print(row, flush=True)
             lines.append(row)
             a.out.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -16,7 +16,9 @@ def shuffle(folder: Path, bits_per_code: int = 4) -> dict[str, torch.Tensor]:
         for module in [name.removesuffix(".g_idx") for name in tensors if name.endswith(".g_idx")]:
             words, groups = tensors[f"{module}.qweight"], tensors[f"{module}.g_idx"]
             orders[module] = order = torch.randperm(len(groups), generator=generator)
-            tensors[f"{module}.qweight"] = bits.pack(bits.unpack(words.T, bits_per_code, len(groups))[:, order], bits_per_code).T.contiguous()
+            tensors[f"{module}.qweight"] = bits.pack(
+                bits.unpack(words.T, bits_per_code, len(groups))[:, order], bits_per_code
+            ).T.contiguous()
             tensors[f"{module}.g_idx"] = groups[order]
         save_file(tensors, path, {"format": "pt"})
     return orders

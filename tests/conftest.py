@@ -6,6 +6,12 @@ from jaxtyping import install_import_hook
 
 # Module by module: the checks wrap functions, and those of *_numba.py are compiled.
 SOURCE = Path(__file__).parent.parent / "src"
-FILES = [path for part in ("grids", "solvers", "containers", "evaluation") for path in (SOURCE / "halfbyte" / part).rglob("*.py")]
-CHECKED = [".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in FILES if not path.stem.endswith("_numba")]
+FILES = [
+    path
+    for part in ("grids", "solvers", "containers", "evaluation")
+    for path in (SOURCE / "halfbyte" / part).rglob("*.py")
+]
+CHECKED = [
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in FILES if not path.stem.endswith("_numba")
+]
 install_import_hook(CHECKED, "beartype.beartype")

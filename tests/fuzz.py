@@ -35,8 +35,40 @@ from halfbyte.recipe import Recipe
 from halfbyte.report import inspect, written
 
 SECONDS = 5
-WORDS = (None, True, -1, 0, 1 << 31, 1 << 64, 10**400, 1e308, float("nan"), "", "x", "[/b]\x1b[2J", [], [1], {}, {"a": 1}, "9" * 5000)
-EXTREMES = (0, 1, 31, 255, 256, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
+WORDS = (
+    None,
+    True,
+    -1,
+    0,
+    1 << 31,
+    1 << 64,
+    10**400,
+    1e308,
+    float("nan"),
+    "",
+    "x",
+    "[/b]\x1b[2J",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    "9" * 5000,
+)
+EXTREMES = (
+    0,
+    1,
+    31,
+    255,
+    256,
+    1 << 16,
+    (1 << 31) - 1,
+    1 << 31,
+    (1 << 32) - 1,
+    1 << 40,
+    (1 << 63) - 1,
+    1 << 63,
+    (1 << 64) - 1,
+)
 HEAD = 4096
 """Bytes at the beginning of a file, where what is parsed lies."""
 
@@ -74,7 +106,9 @@ def of_json(data: bytes, rng: random.Random) -> bytes:
         if rng.random() < 0.2 and key != "":
             del parent[key]
         else:
-            parent[key] = copy.deepcopy(rng.choice(WORDS) if rng.random() < 0.8 else (lambda p: p[0][p[1]])(rng.choice(places)))
+            parent[key] = copy.deepcopy(
+                rng.choice(WORDS) if rng.random() < 0.8 else (lambda p: p[0][p[1]])(rng.choice(places))
+            )
     return json.dumps(root[""]).encode()
 
 
@@ -93,7 +127,9 @@ def read_safetensors(path: Path) -> None:
     except SafetensorError as error:
         raise AssertionError(f"the safetensors package refuses it: {error}") from None
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[n].flatten().view(torch.uint8), t.flatten().view(torch.uint8)) for n, t in theirs.items())
+    assert all(
+        torch.equal(ours[n].flatten().view(torch.uint8), t.flatten().view(torch.uint8)) for n, t in theirs.items()
+    )
 
 
 def read_folder(path: Path) -> None:
@@ -114,7 +150,9 @@ def read_gguf(path: Path) -> None:
 def read_vocabulary(path: Path) -> None:
     """The tokenizer as it is written into a GGUF."""
     said = tokenizer.tokenizer_metadata(path.parent, 264)
-    gguf_file.Writer(path.parent / "vocabulary.gguf", {"general.architecture": gguf_file.Value("string", "llama"), **said}, {}).close()
+    gguf_file.Writer(
+        path.parent / "vocabulary.gguf", {"general.architecture": gguf_file.Value("string", "llama"), **said}, {}
+    ).close()
 
 
 READERS: dict[str, tuple[str, str, Callable[[bytes, random.Random], bytes], Callable[[Path], object]]] = {
@@ -122,10 +160,20 @@ READERS: dict[str, tuple[str, str, Callable[[bytes, random.Random], bytes], Call
     "config": ("model", "config.json", of_json, read_folder),
     "index": ("model", "model.safetensors.index.json", of_json, read_folder),
     "quantized": ("quantized", "config.json", of_json, read_folder),
-    "tokenizer": ("model", "tokenizer.json", of_json, lambda path: calibrate.tokenizer_of(Checkpoint.open(path.parent))),
+    "tokenizer": (
+        "model",
+        "tokenizer.json",
+        of_json,
+        lambda path: calibrate.tokenizer_of(Checkpoint.open(path.parent)),
+    ),
     "vocabulary": ("model", "tokenizer.json", of_json, read_vocabulary),
     "specials": ("model", "tokenizer_config.json", of_json, read_vocabulary),
-    "report": ("quantized", "report.json", of_json, lambda path: (written.read(path.parent), inspect.inspect(path.parent))),
+    "report": (
+        "quantized",
+        "report.json",
+        of_json,
+        lambda path: (written.read(path.parent), inspect.inspect(path.parent)),
+    ),
     "recipe": ("quantized", "recipe.yaml", of_bytes, Recipe.load),
     "gguf": ("gguf", "model.gguf", of_bytes, read_gguf),
     "imatrix": ("gguf", "imatrix.gguf", of_bytes, imatrix.read),
@@ -137,11 +185,26 @@ def make(home: Path) -> Path:
     """A whole file for each reader."""
     tiny.make(home / "model", chat=True, adds_bos=True, num_hidden_layers=1)
     names = read_header(home / "model" / "model.safetensors")
-    (home / "model" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}))
+    (home / "model" / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")})
+    )
     (home / "gguf").mkdir()
-    assert tiny.halfbyte("quantize", home / "model", "-o", home / "quantized", "--method", "nearest", "--grid", "int4-g64").code == 0
-    assert tiny.halfbyte("quantize", home / "model", "-o", home / "gguf" / "model.gguf", "--method", "nearest", "--grid", "Q8_0").code == 0
-    squares = {name: imatrix.Squares(torch.rand(experts, 8), torch.full((experts,), 7.0)) for name, experts in (("a.weight", 1), ("b.weight", 3))}
+    assert (
+        tiny.halfbyte(
+            "quantize", home / "model", "-o", home / "quantized", "--method", "nearest", "--grid", "int4-g64"
+        ).code
+        == 0
+    )
+    assert (
+        tiny.halfbyte(
+            "quantize", home / "model", "-o", home / "gguf" / "model.gguf", "--method", "nearest", "--grid", "Q8_0"
+        ).code
+        == 0
+    )
+    squares = {
+        name: imatrix.Squares(torch.rand(experts, 8), torch.full((experts,), 7.0))
+        for name, experts in (("a.weight", 1), ("b.weight", 3))
+    }
     imatrix.write(home / "gguf" / "imatrix.gguf", imatrix.Importance(squares, ("text",), 2, 512))
     return home
 
@@ -185,4 +248,7 @@ if __name__ == "__main__":
         for reader in asked.reader:
             started = time.monotonic()
             found = fuzz(reader, home, asked.cases, asked.seed)
-            print(f"{reader}: {found['read']} read, {found['refused']} refused, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{reader}: {found['read']} read, {found['refused']} refused, {time.monotonic() - started:.0f} s",
+                flush=True,
+            )

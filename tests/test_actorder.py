@@ -38,18 +38,34 @@ def test_it_runs_as_what_it_decodes_to_runs(home):
 
 def test_it_is_told_and_taken_as_a_source(home):
     assert "int4-g32-asym-bf16-actorder" in inspect(home / "ordered")["grids"]
-    report = halfbyte.quantize(home / "ordered", home / "rounded", method="nearest", grid="int8-channel", requantize=True)
+    report = halfbyte.quantize(
+        home / "ordered", home / "rounded", method="nearest", grid="int8-channel", requantize=True
+    )
     assert 0 < max(row["error"] for row in report["weights"]) < 0.02
 
 
 @pytest.mark.parametrize("to", ["gptq", "compressed-tensors", "awq"])
 def test_no_container_is_written_in_such_an_order(home, to):
     tiny.refused(
-        tiny.halfbyte("convert", home / "ordered", "-o", home / f"to-{to}", "--to", to), "int4-g32-asym-bf16-actorder", "halfbyte dequantize", "--grid"
+        tiny.halfbyte("convert", home / "ordered", "-o", home / f"to-{to}", "--to", to),
+        "int4-g32-asym-bf16-actorder",
+        "halfbyte dequantize",
+        "--grid",
     )
     assert not (home / f"to-{to}").exists()
 
 
 def test_it_is_no_grid_to_quantize_to(home):
-    words = ["quantize", home / "model", "-o", home / "out", "--method", "nearest", "--grid", "int4-g32-actorder", "--to", "gptq"]
+    words = [
+        "quantize",
+        home / "model",
+        "-o",
+        home / "out",
+        "--method",
+        "nearest",
+        "--grid",
+        "int4-g32-actorder",
+        "--to",
+        "gptq",
+    ]
     tiny.refused(tiny.halfbyte(*words), "neighbouring in-features only", "int4-g32-actorder")

@@ -35,7 +35,9 @@ def test_every_word_of_a_recipe_is_a_documented_argument():
     assert not any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
-@pytest.mark.parametrize("name", [name for name in halfbyte.__all__ if name not in ("Calibration", "HalfbyteError", "Recipe")])
+@pytest.mark.parametrize(
+    "name", [name for name in halfbyte.__all__ if name not in ("Calibration", "HalfbyteError", "Recipe")]
+)
 def test_every_function_has_a_docstring_and_types(name):
     function = getattr(halfbyte, name)
     assert len(function.__doc__) > 60
@@ -90,7 +92,9 @@ def test_texts_calibrate_as_a_file_of_them_does_and_the_recipe_holds_them(home, 
     words = {"method": "gptq", "grid": "int4-g32"}
     sampling = {"samples": 4, "length": 64}
     given = halfbyte.quantize(home / "model", tmp_path / "given", calibration={"source": texts, **sampling}, **words)
-    filed = halfbyte.quantize(home / "model", tmp_path / "filed", calibration={"source": str(tmp_path / "texts.jsonl"), **sampling}, **words)
+    filed = halfbyte.quantize(
+        home / "model", tmp_path / "filed", calibration={"source": str(tmp_path / "texts.jsonl"), **sampling}, **words
+    )
     assert given["calibration"]["source"] == "4 texts given"
     assert given["calibration"]["tokens_sha256"] == filed["calibration"]["tokens_sha256"]
     assert tiny.weights(tmp_path / "given") == tiny.weights(tmp_path / "filed")

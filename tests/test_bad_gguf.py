@@ -23,7 +23,12 @@ def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("bad")
     tiny.make(home / "model", **WIDE)
     assert tiny.halfbyte("quantize", home / "model", "-o", home / "q4.gguf", *NEAREST).code == 0
-    assert tiny.halfbyte("quantize", home / "model", "-o", home / "parts", *NEAREST, "--grid", "BF16", "--shard-gb", "0.001").code == 0
+    assert (
+        tiny.halfbyte(
+            "quantize", home / "model", "-o", home / "parts", *NEAREST, "--grid", "BF16", "--shard-gb", "0.001"
+        ).code
+        == 0
+    )
     return home
 
 
@@ -81,21 +86,35 @@ def test_a_damaged_source_is_named(damage, command, home, tmp_path):
     change, says = SOURCES[damage]
     path = tmp_path / "broken.gguf"
     path.write_bytes(change((home / "q4.gguf").read_bytes()))
-    options = {"quantize": ["-o", tmp_path / "out.gguf"], "convert": ["-o", tmp_path / "out", "--to", "gptq"], "eval": ["--against", home / "model"]}
-    refused(tmp_path, command, path, *options.get(command, []), says=(str(path), *([says] if isinstance(says, str) else says)))
+    options = {
+        "quantize": ["-o", tmp_path / "out.gguf"],
+        "convert": ["-o", tmp_path / "out", "--to", "gptq"],
+        "eval": ["--against", home / "model"],
+    }
+    refused(
+        tmp_path,
+        command,
+        path,
+        *options.get(command, []),
+        says=(str(path), *([says] if isinstance(says, str) else says)),
+    )
 
 
 def test_a_missing_part_is_named(home, tmp_path):
     parts = Path(shutil.copytree(home / "parts", tmp_path / "parts"))
     sorted(parts.glob("*.gguf"))[1].unlink()
-    refused(tmp_path, "quantize", parts, "-o", tmp_path / "out.gguf", says=("parts, and 1 are missing", "parts-00002-of-"))
+    refused(
+        tmp_path, "quantize", parts, "-o", tmp_path / "out.gguf", says=("parts, and 1 are missing", "parts-00002-of-")
+    )
 
 
 @pytest.mark.slow
 def test_a_lost_tensor_is_named(home, tmp_path):
     whole = gguf_file.read(home / "q4.gguf")
     left = {name: stored for name, stored in whole.tensors.items() if name != "blk.1.ffn_gate.weight"}
-    writer = gguf_file.Writer(tmp_path / "lost.gguf", whole.metadata, {name: (s.type, s.shape) for name, s in left.items()})
+    writer = gguf_file.Writer(
+        tmp_path / "lost.gguf", whole.metadata, {name: (s.type, s.shape) for name, s in left.items()}
+    )
     for name, stored in left.items():
         writer.write(name, stored.entry.read())
     writer.close()
@@ -106,15 +125,30 @@ def test_a_lost_tensor_is_named(home, tmp_path):
 
 REQUESTS = {
     "unknown preset": (["-o", "out.gguf", "--grid", "Q4_K_X"], ("Q4_K_X", "did you mean Q4_K_S or Q4_K_M")),
-    "preset elsewhere": (["-o", "out", "--grid", "Q4_K_M", "--to", "gptq"], ("Q4_K_M", "is a preset of GGUF", "--to gguf", "int4-g128")),
-    "preset for an engine without GGUF": (["-o", "out", "--grid", "Q4_K_M", "--engine", "sglang"], ("Q4_K_M", "is a preset of GGUF")),
+    "preset elsewhere": (
+        ["-o", "out", "--grid", "Q4_K_M", "--to", "gptq"],
+        ("Q4_K_M", "is a preset of GGUF", "--to gguf", "int4-g128"),
+    ),
+    "preset for an engine without GGUF": (
+        ["-o", "out", "--grid", "Q4_K_M", "--engine", "sglang"],
+        ("Q4_K_M", "is a preset of GGUF"),
+    ),
     "type elsewhere": (["-o", "out", "--grid", "q4_k", "--to", "gptq"], "gptq holds integer grids only, not q4_k"),
     "file elsewhere": (["-o", "out.gguf", "--grid", "int4-g128", "--to", "gptq"], ("gptq needs a folder", "out.gguf")),
-    "grid that GGUF has not": (["-o", "out.gguf", "--grid", "int4-g128"], ("gguf has no type for int4-g128", "q4_0", "q4_k")),
+    "grid that GGUF has not": (
+        ["-o", "out.gguf", "--grid", "int4-g128"],
+        ("gguf has no type for int4-g128", "q4_0", "q4_k"),
+    ),
     "inputs": (["-o", "out.gguf", "--grid", "w8a8"], ("how inputs are rounded", "Q8_0", "--to compressed-tensors")),
-    "type that is not written": (["-o", "out.gguf", "--grid", "IQ1_S"], ("iq1_s is read from gguf files, not written", "iq2_xxs")),
+    "type that is not written": (
+        ["-o", "out.gguf", "--grid", "IQ1_S"],
+        ("iq1_s is read from gguf files, not written", "iq2_xxs"),
+    ),
     "parts in a file": (["-o", "out.gguf", "--shard-gb", "0.001"], ("parts of a GGUF need a folder", "--shard-gb")),
-    "unknown override": (["-o", "out.gguf", "--override", "layers.0.*=q9"], ("unknown preset or type of GGUF 'q9'", "Q4_1")),
+    "unknown override": (
+        ["-o", "out.gguf", "--override", "layers.0.*=q9"],
+        ("unknown preset or type of GGUF 'q9'", "Q4_1"),
+    ),
     "pattern": (["-o", "out.gguf", "--override", "blk.0.*=q8_0"], ("'blk.0.*' matches no weight", "model.layers.0.")),
     "nothing left": (["-o", "out.gguf", "--skip", "*"], "nothing is left to quantize: skipped as asked"),
     "pure elsewhere": (["-o", "out", "--pure"], ("pure is for GGUF", "compressed-tensors")),
@@ -130,7 +164,16 @@ def test_a_request_that_makes_no_sense(request_, home, tmp_path, monkeypatch):
 
 
 def test_a_plain_gguf_is_sent_to_quantize(home, tmp_path):
-    refused(tmp_path, "convert", home / "parts", "-o", tmp_path / "out", "--to", "gptq", says=("is not quantized", "halfbyte quantize"))
+    refused(
+        tmp_path,
+        "convert",
+        home / "parts",
+        "-o",
+        tmp_path / "out",
+        "--to",
+        "gptq",
+        says=("is not quantized", "halfbyte quantize"),
+    )
 
 
 def test_a_quantized_gguf_is_quantized_again_only_if_asked(home, tmp_path):
@@ -153,7 +196,15 @@ def test_convert_does_not_round_a_gguf_to_other_types(home, tmp_path):
 
 def test_an_output_that_exists_is_kept(home, tmp_path):
     (tmp_path / "out.gguf").write_bytes(b"precious")
-    refused(tmp_path, "quantize", home / "model", "-o", tmp_path / "out.gguf", *NEAREST, says=("exists and is kept", "--overwrite"))
+    refused(
+        tmp_path,
+        "quantize",
+        home / "model",
+        "-o",
+        tmp_path / "out.gguf",
+        *NEAREST,
+        says=("exists and is kept", "--overwrite"),
+    )
 
 
 def test_a_part_of_the_source_is_never_replaced(home, tmp_path):
@@ -167,7 +218,15 @@ def test_a_part_of_the_source_is_never_replaced(home, tmp_path):
 def test_what_another_program_keeps_under_our_partial_name_is_left_alone(home, tmp_path):
     (tmp_path / "out.gguf.partial").mkdir()
     (tmp_path / "out.gguf.partial" / "thesis.txt").write_text("years of work")
-    refused(tmp_path, "quantize", home / "model", "-o", tmp_path / "out.gguf", *NEAREST, says=("out.gguf.partial", "not of halfbyte's making"))
+    refused(
+        tmp_path,
+        "quantize",
+        home / "model",
+        "-o",
+        tmp_path / "out.gguf",
+        *NEAREST,
+        says=("out.gguf.partial", "not of halfbyte's making"),
+    )
 
 
 # Models -------------------------------------------------------------------------------------------------------------
@@ -193,7 +252,11 @@ def strange_pattern(model: Path) -> None:
 
 def strange_tensor(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
-    save_file({**tensors, "model.layers.0.self_attn.extra.weight": torch.zeros(32, 32)}, model / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "model.layers.0.self_attn.extra.weight": torch.zeros(32, 32)},
+        model / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def poisoned(model: Path) -> None:
@@ -224,8 +287,22 @@ def test_a_model_that_no_gguf_can_hold(change, model, tmp_path):
 
 def importance(path: Path, **widths: int) -> Path:
     """Of a model of one block."""
-    names = {"attn_q": 256, "attn_k": 256, "attn_v": 256, "attn_output": 256, "ffn_gate": 256, "ffn_up": 256, "ffn_down": 512, **widths}
-    squares = {f"blk.{b}.{n}.weight": imatrix.Squares(torch.rand(1, w), torch.ones(1)) for b in range(2) for n, w in names.items() if w}
+    names = {
+        "attn_q": 256,
+        "attn_k": 256,
+        "attn_v": 256,
+        "attn_output": 256,
+        "ffn_gate": 256,
+        "ffn_up": 256,
+        "ffn_down": 512,
+        **widths,
+    }
+    squares = {
+        f"blk.{b}.{n}.weight": imatrix.Squares(torch.rand(1, w), torch.ones(1))
+        for b in range(2)
+        for n, w in names.items()
+        if w
+    }
     imatrix.write(path, imatrix.Importance(squares))
     return path
 
@@ -248,11 +325,23 @@ def test_an_importance_matrix_that_is_none(home, tmp_path):
     words = ["quantize", home / "model", "-o", tmp_path / "out.gguf", "--imatrix"]
     refused(tmp_path, *words, tmp_path / "gone.gguf", *NEAREST, says=("gone.gguf", "No such file"))
     refused(tmp_path, *words, home / "q4.gguf", *NEAREST, says=("q4.gguf", "no importance matrix"))
-    refused(tmp_path, *words, importance(tmp_path / "good.gguf"), "--method", "gptq", says=("gptq needs more than an importance matrix", "--method imatrix"))
+    refused(
+        tmp_path,
+        *words,
+        importance(tmp_path / "good.gguf"),
+        "--method",
+        "gptq",
+        says=("gptq needs more than an importance matrix", "--method imatrix"),
+    )
 
 
 def test_experts_of_a_block_have_one_type(tmp_path):
-    shape = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 2, "num_hidden_layers": 1}
+    shape = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 2,
+        "num_hidden_layers": 1,
+    }
     tiny.make(tmp_path / "model", **WIDE, **shape)
     name = next(n for n in load_file(tmp_path / "model" / "model.safetensors") if "experts" in n)
     pattern = f"*{name.split('experts')[0]}experts.0.*"

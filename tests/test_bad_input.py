@@ -125,8 +125,14 @@ BROKEN = {
     "quantized by a stranger": (configured(quantization_config={"quant_method": "exl3"}), ("quantized with 'exl3'", "known: compressed-tensors")),
 }  # fmt: skip
 BROKEN_FOR_CALIBRATION = {
-    "unknown architecture": (configured(model_type="gronk", architectures=["GronkForCausalLM"]), ("gronk", "--method nearest")),
-    "code of its own": (configured(model_type="gronk", auto_map={"AutoConfig": "configuration_gronk.Config"}), "--method nearest"),
+    "unknown architecture": (
+        configured(model_type="gronk", architectures=["GronkForCausalLM"]),
+        ("gronk", "--method nearest"),
+    ),
+    "code of its own": (
+        configured(model_type="gronk", auto_map={"AutoConfig": "configuration_gronk.Config"}),
+        "--method nearest",
+    ),
     "too few layers": (configured(num_hidden_layers=5), "model.layers.2"),
     "layers in words": (configured(num_hidden_layers="two"), "num_hidden_layers"),
     "no heads": (configured(num_attention_heads=0), "zero"),
@@ -156,13 +162,23 @@ def test_broken_for_calibration(name, model, home, tmp_path):
 
 def test_an_unknown_architecture_needs_no_calibration(model, tmp_path):
     configured(model_type="gronk", architectures=["GronkForCausalLM"])(model)
-    refused(tmp_path, "quantize", model, "-o", tmp_path / "out", *NEAREST, says=("no engine is known to load this", "--engine none"))
+    refused(
+        tmp_path,
+        "quantize",
+        model,
+        "-o",
+        tmp_path / "out",
+        *NEAREST,
+        says=("no engine is known to load this", "--engine none"),
+    )
     assert tiny.halfbyte("quantize", model, "-o", tmp_path / "out", *NEAREST, "--engine", "none").code == 0
 
 
 def test_nan_can_be_skipped(model, tmp_path):
     poisoned(UP, float("nan"))(model)
-    assert tiny.halfbyte("quantize", model, "-o", tmp_path / "out", *NEAREST, "--skip", "layers.1.mlp.up_proj").code == 0
+    assert (
+        tiny.halfbyte("quantize", model, "-o", tmp_path / "out", *NEAREST, "--skip", "layers.1.mlp.up_proj").code == 0
+    )
     assert load_file(tmp_path / "out" / "model.safetensors")[UP].isnan().sum() == 1
 
 
@@ -187,7 +203,16 @@ def test_quantized_already(home, tmp_path):
         tmp_path / "out",
         says=("quantized already (compressed-tensors, int4-g64", "halfbyte convert", "--to gptq"),
     )
-    refused(tmp_path, "convert", home / "model", "-o", tmp_path / "out", "--to", "gptq", says=("is not quantized", "halfbyte quantize"))
+    refused(
+        tmp_path,
+        "convert",
+        home / "model",
+        "-o",
+        tmp_path / "out",
+        "--to",
+        "gptq",
+        says=("is not quantized", "halfbyte quantize"),
+    )
 
 
 @pytest.mark.parametrize(("damage", "says"), [
@@ -198,7 +223,11 @@ def test_quantized_already(home, tmp_path):
 def test_broken_quantized_checkpoint(damage, says, home, tmp_path):
     model = shutil.copytree(home / "quantized", tmp_path / "model")
     damage(model)
-    for words in (["inspect", model], ["convert", model, "-o", tmp_path / "out", "--to", "gptq"], ["eval", model, "--against", home / "model"]):
+    for words in (
+        ["inspect", model],
+        ["convert", model, "-o", tmp_path / "out", "--to", "gptq"],
+        ["eval", model, "--against", home / "model"],
+    ):
         refused(tmp_path, *words, says=says)
 
 
@@ -254,7 +283,9 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_header(name, tmp_path):
-    path = file_of(tmp_path / "x.safetensors", MALFORMED[name], bytes(65 if name == "a hole" else 33 if "before" in name else 32))
+    path = file_of(
+        tmp_path / "x.safetensors", MALFORMED[name], bytes(65 if name == "a hole" else 33 if "before" in name else 32)
+    )
     with pytest.raises(SafetensorError):
         safe_open(path, "pt").keys()
     with pytest.raises(BadCheckpoint):
@@ -263,7 +294,11 @@ def test_malformed_header(name, tmp_path):
 
 def test_a_header_that_counts_too_much(tmp_path):
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    for header in ({f"{i}": empty for i in range(200_000)}, {"__metadata__": {f"{i}": "" for i in range(1_100_000)}}, {"a" * 2000: empty}):
+    for header in (
+        {f"{i}": empty for i in range(200_000)},
+        {"__metadata__": {f"{i}": "" for i in range(1_100_000)}},
+        {"a" * 2000: empty},
+    ):
         with pytest.raises(BadCheckpoint, match="has a malformed safetensors header"):
             read_header(file_of(tmp_path / "x.safetensors", header, b""))
 
@@ -276,12 +311,31 @@ def test_header_length(length, tmp_path):
 
 def test_fuzzed_headers(tmp_path):
     """Whatever the bytes: the tensors lie in the file and can be read, or it is a BadCheckpoint."""
-    good = {"__metadata__": {"format": "pt"}, "a": entry(), "b": entry(shape=(4,), dtype="BF16", offsets=(32, 40)), "c": entry(shape=(0, 3), offsets=(40, 40))}
+    good = {
+        "__metadata__": {"format": "pt"},
+        "a": entry(),
+        "b": entry(shape=(4,), dtype="BF16", offsets=(32, 40)),
+        "c": entry(shape=(0, 3), offsets=(40, 40)),
+    }
     file_of(tmp_path / "good", good, bytes(40))
     assert set(read_header(tmp_path / "good")) == {"a", "b", "c"}
     original = (tmp_path / "good").read_bytes()
     rng = random.Random(0)
-    words = [b"-1", b"1e400", b"null", b"[]", b"{}", b'"', b"99999999999999999999", b"true", b"\xff", b"\0", b"NaN", b"F16", b"I64"]
+    words = [
+        b"-1",
+        b"1e400",
+        b"null",
+        b"[]",
+        b"{}",
+        b'"',
+        b"99999999999999999999",
+        b"true",
+        b"\xff",
+        b"\0",
+        b"NaN",
+        b"F16",
+        b"I64",
+    ]
     refusals = 0
     for _ in range(2000):
         data = bytearray(original)
@@ -320,17 +374,32 @@ REQUESTS = {
     "twice": (["--method", "awq+awq"], "twice"),
     "container": (["--to", "gguff"], "unknown container 'gguff'; did you mean gguf?"),
     "engine": (["--engine", "vlm"], "unknown engine 'vlm'; did you mean vllm"),
-    "alpha of another method": (["--grid", "w8a8", "--method", "gptq", "--alpha", "0.5"], ("alpha is for smoothquant", "method is gptq")),
+    "alpha of another method": (
+        ["--grid", "w8a8", "--method", "gptq", "--alpha", "0.5"],
+        ("alpha is for smoothquant", "method is gptq"),
+    ),
     "range of nothing": (["--grid", "w8a8", "--input-range", "mse"], ("scales that the file stores", "w8a8-static")),
-    "engine without the inputs": (["--grid", "w8a8-static", "--engine", "sglang"], ("sglang will not load this", "it takes fp8-e4m3", "it loads in vllm")),
+    "engine without the inputs": (
+        ["--grid", "w8a8-static", "--engine", "sglang"],
+        ("sglang will not load this", "it takes fp8-e4m3", "it loads in vllm"),
+    ),
     "engine that does not": (["--engine", "tensorrt-llm"], ("tensorrt-llm will not load this", "it loads in vllm")),
     "grid for awq": (["--to", "awq", "--grid", "int8-g128"], ("awq holds int4", "not int8-g128")),
-    "grid for gptq": (["--to", "gptq", "--grid", "int5-g128"], ("gptq holds int2, int3, int4 and int8", "not int5-g128")),
-    "two grids for awq": (["--to", "awq", "--override", "layers.0.*=int4-g64"], ("awq holds one scheme", "compressed-tensors and gptq mix them")),
+    "grid for gptq": (
+        ["--to", "gptq", "--grid", "int5-g128"],
+        ("gptq holds int2, int3, int4 and int8", "not int5-g128"),
+    ),
+    "two grids for awq": (
+        ["--to", "awq", "--override", "layers.0.*=int4-g64"],
+        ("awq holds one scheme", "compressed-tensors and gptq mix them"),
+    ),
     "override without grid": (["--override", "layers.0.*"], "PATTERN=GRID"),
     "override without pattern": (["--override", "=int4-g64"], "PATTERN=GRID"),
     "override with no grid": (["--override", "layers.0.*=int44"], "unknown grid 'int44'"),
-    "override of nothing": (["--override", "layers.9.*=int4-g64"], ("pattern 'layers.9.*' matches no weight", "model.layers.0.")),
+    "override of nothing": (
+        ["--override", "layers.9.*=int4-g64"],
+        ("pattern 'layers.9.*' matches no weight", "model.layers.0."),
+    ),
     "skip of nothing": (["--skip", "nothing"], "pattern 'nothing' matches no weight"),
     "skip of all": (["--skip", "*"], "nothing to quantize"),
     "samples": (["--samples", "0"], ("calibration.samples", "not 0")),
@@ -357,14 +426,34 @@ def test_bad_commands(home, tmp_path):
     refused(tmp_path, "convert", home / "quantized", "-o", tmp_path / "out", says="--to")
     refused(tmp_path, "convert", home / "quantized", "-o", tmp_path / "out", "--to", "gpt", says="did you mean gptq")
     refused(tmp_path, "eval", home / "quantized", says="--against")
-    refused(tmp_path, "eval", home / "quantized", "--against", home / "model", "--convention", "paper", says="did you mean papers")
-    refused(tmp_path, "eval", home / "quantized", "--against", home / "model", "--text", "gone", says="there is no text file 'gone'")
+    refused(
+        tmp_path,
+        "eval",
+        home / "quantized",
+        "--against",
+        home / "model",
+        "--convention",
+        "paper",
+        says="did you mean papers",
+    )
+    refused(
+        tmp_path,
+        "eval",
+        home / "quantized",
+        "--against",
+        home / "model",
+        "--text",
+        "gone",
+        says="there is no text file 'gone'",
+    )
     refused(tmp_path, "eval", home / "quantized", "--against", home / "model", "--windows", "0", says="--windows")
     refused(tmp_path, "inspect", tmp_path / "gone", says="there is no folder")
 
 
 def test_nearest_names_come_first():
-    assert "did you mean int4-g32 or int4-g64" in str(UnknownName("grid", "int4", [f"int{b}-g{g}" for b in range(2, 9) for g in (32, 64)]))
+    assert "did you mean int4-g32 or int4-g64" in str(
+        UnknownName("grid", "int4", [f"int{b}-g{g}" for b in range(2, 9) for g in (32, 64)])
+    )
     assert str(UnknownName("thing", "zzz", ["a", "b"])) == "unknown thing 'zzz'; known: a, b"
     assert "known are 63, such as" in str(UnknownName("thing", "zzz", map(str, range(63))))
 
@@ -396,7 +485,20 @@ CALIBRATION = {
 def test_bad_calibration(name, home, tmp_path):
     data, says = CALIBRATION[name]
     (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    refused(tmp_path, "quantize", home / "model", "-o", tmp_path / "out", "--samples", "4", "--length", "64", "--calibration", tmp_path / name, says=says)
+    refused(
+        tmp_path,
+        "quantize",
+        home / "model",
+        "-o",
+        tmp_path / "out",
+        "--samples",
+        "4",
+        "--length",
+        "64",
+        "--calibration",
+        tmp_path / name,
+        says=says,
+    )
 
 
 def test_no_calibration(home, tmp_path):
@@ -404,26 +506,70 @@ def test_no_calibration(home, tmp_path):
     refused(tmp_path, *words, "gone.txt", says="there is no text file 'gone.txt'")
     refused(tmp_path, *words, tmp_path, says="there is no text file")
     refused(tmp_path, *words, "", says="there is no text file ''")
-    refused(tmp_path, "quantize", home / "model", "-o", tmp_path / "out", "--length", "1024", says="reads at most 512 tokens")
-    refused(tmp_path, "eval", home / "quantized", "--against", home / "model", "--length", "1024", says="reads at most 512 tokens")
+    refused(
+        tmp_path,
+        "quantize",
+        home / "model",
+        "-o",
+        tmp_path / "out",
+        "--length",
+        "1024",
+        says="reads at most 512 tokens",
+    )
+    refused(
+        tmp_path,
+        "eval",
+        home / "quantized",
+        "--against",
+        home / "model",
+        "--length",
+        "1024",
+        says="reads at most 512 tokens",
+    )
 
 
 def test_texts_and_chats(tmp_path):
     model = tiny.make(tmp_path / "model", chat=True)
     files = {
         "chats.jsonl": "\n".join([CHAT, json.dumps([{"role": "user", "content": "hello " * 90}])]),
-        "texts.jsonl": "\n".join(json.dumps(record) for record in ({"text": "hello \u2028 world " * 30}, "hello world " * 30)),
+        "texts.jsonl": "\n".join(
+            json.dumps(record) for record in ({"text": "hello \u2028 world " * 30}, "hello world " * 30)
+        ),
         "texts.json": json.dumps([{"text": "hello " * 80}, "hello " * 80], indent=2),
         "marked.txt": "\ufeff" + "hello " * 90,
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-        result = tiny.halfbyte("quantize", model, "-o", tmp_path / f"{name}-out", "--samples", "2", "--length", "64", "--calibration", tmp_path / name)
+        result = tiny.halfbyte(
+            "quantize",
+            model,
+            "-o",
+            tmp_path / f"{name}-out",
+            "--samples",
+            "2",
+            "--length",
+            "64",
+            "--calibration",
+            tmp_path / name,
+        )
         assert result.code == 0, result.err
     (tmp_path / "bad.jsonl").write_text(CHAT)
-    broken = json.loads((model / "tokenizer_config.json").read_text()) | {"chat_template": "{{ raise_exception('no') }}"}
+    broken = json.loads((model / "tokenizer_config.json").read_text()) | {
+        "chat_template": "{{ raise_exception('no') }}"
+    }
     (model / "tokenizer_config.json").write_text(json.dumps(broken))
-    words = ["quantize", model, "-o", tmp_path / "out", "--samples", "2", "--length", "64", "--calibration", tmp_path / "bad.jsonl"]
+    words = [
+        "quantize",
+        model,
+        "-o",
+        tmp_path / "out",
+        "--samples",
+        "2",
+        "--length",
+        "64",
+        "--calibration",
+        tmp_path / "bad.jsonl",
+    ]
     refused(tmp_path, *words, says=("line 1", "the chat template does not take it"))
 
 
@@ -452,7 +598,15 @@ def test_the_source_is_not_replaced(model, tmp_path):
 def test_what_lies_beside_the_output_is_kept(home, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").write_text("x")
-    refused(tmp_path, "quantize", home / "model", "-o", tmp_path / "out", *NEAREST, says=("out.partial is in the way", "move it"))
+    refused(
+        tmp_path,
+        "quantize",
+        home / "model",
+        "-o",
+        tmp_path / "out",
+        *NEAREST,
+        says=("out.partial is in the way", "move it"),
+    )
 
 
 def test_overwrite_and_links(home, tmp_path):

@@ -23,12 +23,28 @@ def home(tmp_path_factory) -> Path:
     tiny.make(home / "model")
     tiny.text(home / "text.txt")
     for container in CONTAINERS:
-        assert tiny.halfbyte("quantize", home / "model", "-o", home / container, "--method", "nearest", "--grid", "int4-g64", "--to", container).code == 0
+        assert (
+            tiny.halfbyte(
+                "quantize",
+                home / "model",
+                "-o",
+                home / container,
+                "--method",
+                "nearest",
+                "--grid",
+                "int4-g64",
+                "--to",
+                container,
+            ).code
+            == 0
+        )
     return home
 
 
 def process(*words: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "halfbyte", *map(str, words)], capture_output=True, text=True, env=tiny.ALONE)
+    return subprocess.run(
+        [sys.executable, "-m", "halfbyte", *map(str, words)], capture_output=True, text=True, env=tiny.ALONE
+    )
 
 
 def test_help_is_quick():
@@ -52,7 +68,15 @@ def test_help(command):
 
 def test_help_names_the_defaults():
     said = " ".join(tiny.halfbyte("quantize", "--help").out.replace("│", " ").split())
-    for words in ("(the preset's, or gptq)", "(int4-g128)", "(the engine's, else what holds the grid)", "(the embedded text)", "(128)", "(512)", "--no-head"):
+    for words in (
+        "(the preset's, or gptq)",
+        "(int4-g128)",
+        "(the engine's, else what holds the grid)",
+        "(the embedded text)",
+        "(128)",
+        "(512)",
+        "--no-head",
+    ):
         assert words in said
     assert all(command in tiny.halfbyte("--help").out for command in COMMANDS)
 
@@ -66,7 +90,10 @@ def test_quantize_says_what_comes_next(home, tmp_path):
     said = tiny.halfbyte("quantize", home / "model", "-o", out, "--method", "nearest", "--grid", "int4-g64")
     assert said.code == 0
     assert said.err == ""
-    assert f"{out}: nearest int4-g64 as compressed-tensors, 0.29 MB (was 0.73 MB), 4.256 bits per quantized weight" in said.out
+    assert (
+        f"{out}: nearest int4-g64 as compressed-tensors, 0.29 MB (was 0.73 MB), 4.256 bits per quantized weight"
+        in said.out
+    )
     assert "read back and verified" in said.out
     assert f"vllm (documented there): vllm serve '{out}'" in said.out
     assert f"what was lost: halfbyte eval '{out}' --against {home / 'model'}" in said.out
@@ -74,10 +101,35 @@ def test_quantize_says_what_comes_next(home, tmp_path):
 
 def test_json_is_all_there_is(home, tmp_path):
     commands = {
-        "quantize": ["quantize", home / "model", "-o", tmp_path / "q", "--calibration", home / "text.txt", "--samples", "4", "--length", "64", "--json"],
+        "quantize": [
+            "quantize",
+            home / "model",
+            "-o",
+            tmp_path / "q",
+            "--calibration",
+            home / "text.txt",
+            "--samples",
+            "4",
+            "--length",
+            "64",
+            "--json",
+        ],
         "convert": ["convert", home / "gptq", "-o", tmp_path / "c", "--to", "awq", "--json"],
         "inspect": ["inspect", home / "awq", "--json"],
-        "eval": ["eval", home / "awq", home / "gptq", "--against", home / "model", "--text", home / "text.txt", "--length", "64", "--windows", "2", "--json"],
+        "eval": [
+            "eval",
+            home / "awq",
+            home / "gptq",
+            "--against",
+            home / "model",
+            "--text",
+            home / "text.txt",
+            "--length",
+            "64",
+            "--windows",
+            "2",
+            "--json",
+        ],
     }
     found = {name: json.loads(tiny.halfbyte(*words).out) for name, words in commands.items()}
     assert found["quantize"] == json.loads((tmp_path / "q" / "report.json").read_text())
@@ -88,10 +140,34 @@ def test_json_is_all_there_is(home, tmp_path):
 
 @pytest.mark.slow
 def test_json_of_a_whole_process(home, tmp_path):
-    done = process("quantize", home / "model", "-o", tmp_path / "q", "--calibration", home / "text.txt", "--samples", "4", "--length", "64", "--json")
+    done = process(
+        "quantize",
+        home / "model",
+        "-o",
+        tmp_path / "q",
+        "--calibration",
+        home / "text.txt",
+        "--samples",
+        "4",
+        "--length",
+        "64",
+        "--json",
+    )
     assert json.loads(done.stdout)["output"]["quantized"] == 14
     assert done.stderr == ""
-    done = process("eval", tmp_path / "q", "--against", home / "model", "--text", home / "text.txt", "--length", "64", "--windows", "2", "--json")
+    done = process(
+        "eval",
+        tmp_path / "q",
+        "--against",
+        home / "model",
+        "--text",
+        home / "text.txt",
+        "--length",
+        "64",
+        "--windows",
+        "2",
+        "--json",
+    )
     assert json.loads(done.stdout)["windows"] == 2
     assert done.stderr == ""
     done = process("inspect", tmp_path / "q", "--json")
@@ -104,7 +180,12 @@ def test_inspect_of_the_original(home):
     assert found["container"] is None
     assert found["bits_per_parameter"] == 16
     assert found["grids"].keys() == {"bfloat16"}
-    assert found["parameters"] == sum(len(data) for data in tiny.weights(home / "model").values()) // 2 - 8 // 2 - header_bytes(home / "model") // 2
+    assert (
+        found["parameters"]
+        == sum(len(data) for data in tiny.weights(home / "model").values()) // 2
+        - 8 // 2
+        - header_bytes(home / "model") // 2
+    )
     said = tiny.halfbyte("inspect", home / "model").out
     assert "llama, not quantized\n0.73 MB" in said
 
@@ -119,7 +200,11 @@ def test_inspect(container, home):
     found = json.loads(tiny.halfbyte("inspect", path, "--json").out)
     report = json.loads((path / "report.json").read_text())
     assert found["container"] == container
-    assert found["size_bytes"] == report["output"]["size_bytes"] == len((path / "model.safetensors").read_bytes()) - 8 - header_bytes(path)
+    assert (
+        found["size_bytes"]
+        == report["output"]["size_bytes"]
+        == len((path / "model.safetensors").read_bytes()) - 8 - header_bytes(path)
+    )
     grid = next(name for name in found["grids"] if name.startswith("int4-g64"))
     assert found["grids"][grid]["tensors"] == 14
     assert found["grids"][grid]["bits_per_weight"] == pytest.approx(report["output"]["bits_per_weight"])
@@ -151,8 +236,21 @@ def test_convert(home, tmp_path):
 
 
 def test_overrides(home, tmp_path):
-    words = ["--override", "layers.0.*=int8-g64", "--override", "layers.1.mlp.*=keep", "--skip", "layers.1.self_attn.o_proj", "--head"]
-    assert tiny.halfbyte("quantize", home / "model", "-o", tmp_path / "q", "--method", "nearest", "--grid", "int4-g64", *words).code == 0
+    words = [
+        "--override",
+        "layers.0.*=int8-g64",
+        "--override",
+        "layers.1.mlp.*=keep",
+        "--skip",
+        "layers.1.self_attn.o_proj",
+        "--head",
+    ]
+    assert (
+        tiny.halfbyte(
+            "quantize", home / "model", "-o", tmp_path / "q", "--method", "nearest", "--grid", "int4-g64", *words
+        ).code
+        == 0
+    )
     report = json.loads((tmp_path / "q" / "report.json").read_text())
     grids = {row["name"].removeprefix("model."): row["grid"].removesuffix("-bf16") for row in report["weights"]}
     assert grids == {

@@ -102,11 +102,19 @@ def test_quantizing_again_is_quantizing_the_decoded_values(home, tmp_path, conta
 def test_what_is_not_quantized_is_said_to_be_so(home, tmp_path):
     result = tiny.halfbyte("dequantize", home / "model", "-o", tmp_path / "out")
     tiny.refused(result, "is not quantized", "--adapter")
-    tiny.refused(tiny.halfbyte("dequantize", home / "awq", "-o", tmp_path / "out", "--dtype", "int8"), "unknown dtype", "bfloat16")
-    tiny.refused(tiny.halfbyte("dequantize", home / "awq", "-o", tmp_path / "out", "--to", "awq"), "safetensors or gguf")
+    tiny.refused(
+        tiny.halfbyte("dequantize", home / "awq", "-o", tmp_path / "out", "--dtype", "int8"),
+        "unknown dtype",
+        "bfloat16",
+    )
+    tiny.refused(
+        tiny.halfbyte("dequantize", home / "awq", "-o", tmp_path / "out", "--to", "awq"), "safetensors or gguf"
+    )
 
 
-@pytest.mark.parametrize("command", [["dequantize"], ["convert", "--to", "compressed-tensors"]], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command", [["dequantize"], ["convert", "--to", "compressed-tensors"]], ids=lambda command: command[0]
+)
 def test_the_recipe_that_is_written_makes_it_again(home, tmp_path, command):
     made = tiny.halfbyte(*command, home / "gptq", "-o", tmp_path / "a")
     assert made.code == 0, made.err

@@ -18,8 +18,23 @@ def rendered(parts) -> str:
 
 
 def model(path, kv=None) -> dict:
-    numbers = {"kl": 0.123456, "kl_error": 0.0123456, "kl_median": 0.01234, "kl_p99": 12.3456, "kl_max": 123.456, "perplexity": 12345.678}
-    return {"path": path, "kv": kv, **numbers, "same_top": 0.98765, "probability_change_rms": 0.12345, "size_bytes": 123_456.7e6, "kl_minus_first": (0.1, 0.2)}
+    numbers = {
+        "kl": 0.123456,
+        "kl_error": 0.0123456,
+        "kl_median": 0.01234,
+        "kl_p99": 12.3456,
+        "kl_max": 123.456,
+        "perplexity": 12345.678,
+    }
+    return {
+        "path": path,
+        "kv": kv,
+        **numbers,
+        "same_top": 0.98765,
+        "probability_change_rms": 0.12345,
+        "size_bytes": 123_456.7e6,
+        "kl_minus_first": (0.1, 0.2),
+    }
 
 
 def weight(name, note="") -> dict:

@@ -12,20 +12,45 @@ import halfbyte
 import tiny
 
 SOURCES = sorted(Path(halfbyte.__file__).parent.rglob("*.py"))
-UNIX = {"fcntl", "resource", "pwd", "grp", "termios", "os.pwrite", "os.pread", "os.fork", "os.mkfifo", "os.getuid", "signal.SIGHUP", "signal.SIGKILL"}
+UNIX = {
+    "fcntl",
+    "resource",
+    "pwd",
+    "grp",
+    "termios",
+    "os.pwrite",
+    "os.pread",
+    "os.fork",
+    "os.mkfifo",
+    "os.getuid",
+    "signal.SIGHUP",
+    "signal.SIGKILL",
+}
 TEXT = {"write_text": {"encoding", "newline"}, "read_text": {"encoding"}}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(SOURCES[0].parent)))
 def test_nothing_of_one_system_alone(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         names += [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
         assert not UNIX & set(names), f"line {node.lineno}"
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.expr):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.expr)
+        ):
             said = {keyword.arg for keyword in node.keywords}
             own = ast.unparse(node.func) == "files.read_text"
-            assert own or TEXT.get(node.func.attr, set()) <= said, f"line {node.lineno} leaves encoding or newline to the system"
+            assert own or TEXT.get(node.func.attr, set()) <= said, (
+                f"line {node.lineno} leaves encoding or newline to the system"
+            )
 
 
 def elsewhere(after: int, *commands: list[object]) -> subprocess.CompletedProcess:
@@ -58,10 +83,32 @@ def test_all_that_a_user_does(tmp_path):
         [*gptq, home / "out", "--overwrite", "--seed", "1"],
         [*gptq, home / "out", "--overwrite"],
         ["convert", home / "out", "--to", "gptq", "-o", home / "gptq"],
-        ["eval", home / "out", "--against", home / "model", "--text", home / "text.txt", "--length", "32", "--windows", "2"],
+        [
+            "eval",
+            home / "out",
+            "--against",
+            home / "model",
+            "--text",
+            home / "text.txt",
+            "--length",
+            "32",
+            "--windows",
+            "2",
+        ],
         ["inspect", home / "gptq"],
         ["imatrix", home / "model", "-o", home / "i.gguf", *sampling],
-        ["quantize", home / "model", "--grid", "Q4_0", "--method", "imatrix", "--imatrix", home / "i.gguf", "-o", home / "out.gguf"],
+        [
+            "quantize",
+            home / "model",
+            "--grid",
+            "Q4_0",
+            "--method",
+            "imatrix",
+            "--imatrix",
+            home / "i.gguf",
+            "-o",
+            home / "out.gguf",
+        ],
         ["quantize", home / "model", "--grid", "Q8_0", "--method", "nearest", "-o", home / "out.gguf", "--overwrite"],
         ["kv", home / "out", "-o", home / "kv", *sampling],
         ["dequantize", home / "out.gguf", "-o", home / "plain"],

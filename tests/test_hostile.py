@@ -23,7 +23,12 @@ def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("hostile")
     tiny.make(home / "model", num_hidden_layers=1)
     tiny.text(home / "text.txt")
-    assert tiny.halfbyte("quantize", home / "model", "-o", home / "quantized", "--method", "nearest", "--grid", "int4-g64").code == 0
+    assert (
+        tiny.halfbyte(
+            "quantize", home / "model", "-o", home / "quantized", "--method", "nearest", "--grid", "int4-g64"
+        ).code
+        == 0
+    )
     return home
 
 
@@ -49,18 +54,38 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in CONFIGS.items() for value in values], ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in CONFIGS.items() for value in values],
+    ids=lambda v: str(v)[:20],
+)
 def test_a_config_of_absurd_values_is_refused_by_name(name, value, model):
     (model / "config.json").write_text(json.dumps(tiny.config(num_hidden_layers=1) | {name: value}))
     tiny.refused(tiny.halfbyte("inspect", model), "config.json")
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "hf_quant_config.json", "x.gguf"])
-@pytest.mark.parametrize("make", [os.mkfifo, lambda p: p.symlink_to("/dev/zero"), lambda p: p.mkdir()], ids=["pipe", "device", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "hf_quant_config.json",
+        "x.gguf",
+    ],
+)
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda p: p.symlink_to("/dev/zero"), lambda p: p.mkdir()], ids=["pipe", "device", "folder"]
+)
 def test_what_is_no_file_is_not_waited_for(name, make, model):
     (model / name).unlink(missing_ok=True)
     make(model / name)
-    words = ["eval", model, "--against", model, "--length", "64"] if name.startswith("tokenizer") else ["inspect", model / name if name == "x.gguf" else model]
+    words = (
+        ["eval", model, "--against", model, "--length", "64"]
+        if name.startswith("tokenizer")
+        else ["inspect", model / name if name == "x.gguf" else model]
+    )
     tiny.refused(tiny.halfbyte(*words), name)
 
 
@@ -74,7 +99,17 @@ def test_a_file_of_nothing_but_size_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 3000, '{"a":' * 100 + "1" + "}" * 100, '{"\\ud800": 1}', "[" + "[]," * (1 << 22), '{"a": ' + "9" * 5000 + "}", "[1]", "\ufeff{}", ""]
+    "text",
+    [
+        "[" * 3000,
+        '{"a":' * 100 + "1" + "}" * 100,
+        '{"\\ud800": 1}',
+        "[" + "[]," * (1 << 22),
+        '{"a": ' + "9" * 5000 + "}",
+        "[1]",
+        "\ufeff{}",
+        "",
+    ],
 )
 def test_json_that_nobody_wrote_is_refused(text, tmp_path):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
@@ -88,7 +123,10 @@ def test_json_that_people_write_is_read():
 
 
 RECIPES = {
-    "a bomb": "a: &a [x,x]\n" + "".join(f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    "a bomb": "a: &a [x,x]\n"
+    + "".join(
+        f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    ),
     "a date that is none": "model: 2001-99-99",
     "a truth that is none": "model: !!bool x",
     "a time that is none": "model: !!timestamp x",
@@ -135,13 +173,20 @@ def test_a_report_that_came_with_the_download_is_shown_or_ignored(name, home, tm
     shown = tiny.halfbyte("inspect", model)
     assert (shown.code, shown.err) == (0, "")
     assert not any(c in shown.out for c in "\x1b\x9b\u202e")
-    measured = tiny.halfbyte("eval", model, "--against", home / "model", "--text", home / "text.txt", "--length", "64", "--windows", "1")
+    measured = tiny.halfbyte(
+        "eval", model, "--against", home / "model", "--text", home / "text.txt", "--length", "64", "--windows", "1"
+    )
     assert measured.code == 0, measured.err
 
 
 def test_texts_of_a_checkpoint_do_not_command_the_terminal(model):
     (model / "config.json").write_text(json.dumps(tiny.config(num_hidden_layers=1, model_type=ESCAPES)))
-    for words in (["inspect", model], ["inspect", model, "--json"], ["eval", model, "--against", model], ["inspect", f"{model}/{ESCAPES}"]):
+    for words in (
+        ["inspect", model],
+        ["inspect", model, "--json"],
+        ["eval", model, "--against", model],
+        ["inspect", f"{model}/{ESCAPES}"],
+    ):
         shown = tiny.halfbyte(*words)
         assert not any(c in shown.out + shown.err for c in "\x1b\x9b\u202e")
         assert "[/b]" in shown.out + shown.err
@@ -165,7 +210,9 @@ def test_a_bug_is_one_line_and_a_file(monkeypatch, home):
     monkeypatch.delenv("HALFBYTE_DEBUG", raising=False)
     result = tiny.halfbyte("inspect", home / "model")
     assert (result.code, result.out) == (70, "")
-    assert result.err.startswith("halfbyte: this is a bug of halfbyte (ZeroDivisionError('of ours')); please report it with ")
+    assert result.err.startswith(
+        "halfbyte: this is a bug of halfbyte (ZeroDivisionError('of ours')); please report it with "
+    )
     assert result.err.count("\n") == 1
     account = Path(result.err.partition("report it with ")[2].partition(",")[0])
     assert "in broken" in account.read_text()
@@ -183,10 +230,19 @@ VOCABULARIES = {
     "a merge of nothing": ("tokenizer.json", lambda t: t["model"].update(merges=[[]])),
     "no model": ("tokenizer.json", lambda t: t.update(model=[])),
     "no pre-tokenizers": ("tokenizer.json", lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": 5})),
-    "no special id": ("tokenizer.json", lambda t: t["post_processor"].update(special_tokens={tiny.BOS: {"id": tiny.BOS, "ids": [], "tokens": []}})),
-    "a special id too high": ("tokenizer.json", lambda t: t["post_processor"]["special_tokens"][tiny.BOS].update(ids=[99999])),
+    "no special id": (
+        "tokenizer.json",
+        lambda t: t["post_processor"].update(special_tokens={tiny.BOS: {"id": tiny.BOS, "ids": [], "tokens": []}}),
+    ),
+    "a special id too high": (
+        "tokenizer.json",
+        lambda t: t["post_processor"]["special_tokens"][tiny.BOS].update(ids=[99999]),
+    ),
     "templates of nothing": ("tokenizer_config.json", lambda t: t.update(chat_template=[None])),
-    "a template that is a number": ("tokenizer_config.json", lambda t: t.update(chat_template=[{"name": "a", "template": 5}])),
+    "a template that is a number": (
+        "tokenizer_config.json",
+        lambda t: t.update(chat_template=[{"name": "a", "template": 5}]),
+    ),
     "an end that is a list": ("tokenizer_config.json", lambda t: t.update(eos_token=[])),
     "an end of no content": ("tokenizer_config.json", lambda t: t.update(eos_token={"content": None})),
 }
@@ -198,5 +254,7 @@ def test_a_gguf_of_a_broken_tokenizer_is_refused_by_the_files_name(name, change,
     changed = json.loads((model / name).read_text())
     change(changed)
     (model / name).write_text(json.dumps(changed))
-    tiny.refused(tiny.halfbyte("quantize", model, "-o", tmp_path / "x.gguf", "--method", "nearest", "--grid", "Q8_0"), name)
+    tiny.refused(
+        tiny.halfbyte("quantize", model, "-o", tmp_path / "x.gguf", "--method", "nearest", "--grid", "Q8_0"), name
+    )
     assert not (tmp_path / "x.gguf").exists()

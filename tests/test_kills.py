@@ -40,9 +40,15 @@ class Killer:
     def _changes(self, event: str, args: tuple) -> bool:
         if event == "open":
             path, mode, flags = args
-            writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)) if isinstance(flags, int) else "r" not in (mode or "r")
+            writes = (
+                bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+                if isinstance(flags, int)
+                else "r" not in (mode or "r")
+            )
             return writes and self._inside(path) and flags & getattr(os, "O_TMPFILE", 0) != getattr(os, "O_TMPFILE", -1)
-        return event in CHANGES and (self._inside(args[0]) or (isinstance(args[-1], int) and args[-1] >= 0))  # or by a folder's descriptor
+        return event in CHANGES and (
+            self._inside(args[0]) or (isinstance(args[-1], int) and args[-1] >= 0)
+        )  # or by a folder's descriptor
 
     def _inside(self, path: object) -> bool:
         return isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(self.folder)
@@ -73,7 +79,11 @@ def killer(tmp_path_factory) -> Killer:
 def place(killer, request, monkeypatch) -> Path:
     """A folder under the killer's eyes; locks of a run that was killed are let go, as the system does."""
     held, acquire = [], filelock.FileLock.acquire
-    monkeypatch.setattr(filelock.FileLock, "acquire", lambda lock, *args, **kwargs: (held.append(lock), acquire(lock, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        filelock.FileLock,
+        "acquire",
+        lambda lock, *args, **kwargs: (held.append(lock), acquire(lock, *args, **kwargs))[1],
+    )
     killer.release = lambda: [lock.release(force=True) for lock in held if lock.is_locked]
     folder = Path(killer.folder) / request.node.name.replace("/", "-")
     folder.mkdir()
@@ -87,7 +97,14 @@ def contents(path: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in files if p.is_file() and not p.name.endswith(timed)}
 
 
-def sweep(killer: Killer, place: Path, command: list[object], prepare: Callable[[], object], check: Callable[[bool], None], first: int = 1) -> int:
+def sweep(
+    killer: Killer,
+    place: Path,
+    command: list[object],
+    prepare: Callable[[], object],
+    check: Callable[[bool], None],
+    first: int = 1,
+) -> int:
     """Kill the command before its first change, its second, and so on, until it ends; each time run it again. How many changes it has."""
     for number in range(first, 200):
         for path in sorted(place.rglob("*"), reverse=True):
@@ -109,7 +126,9 @@ def sweep(killer: Killer, place: Path, command: list[object], prepare: Callable[
 
 
 def words_of(home: Path, what: str) -> list[object]:
-    method, grid = {"folder": ("nearest", "int4-g32"), "calibrated": ("gptq", "int4-g32"), "gguf": ("nearest", "Q4_0")}[what]
+    method, grid = {"folder": ("nearest", "int4-g32"), "calibrated": ("gptq", "int4-g32"), "gguf": ("nearest", "Q4_0")}[
+        what
+    ]
     sampling = ["--calibration", home / "text.txt", "--samples", "2", "--length", "32"] if what == "calibrated" else []
     return ["quantize", home / "model", "--method", method, "--grid", grid, *sampling]
 
@@ -124,10 +143,15 @@ def test_a_new_output(what, home, killer, place, tmp_path):
     def check(done: bool) -> None:
         out = place / name
         if done or out.exists():
-            assert contents(out)["out.gguf" if what == "gguf" else "model.safetensors"] == new["out.gguf" if what == "gguf" else "model.safetensors"]
+            assert (
+                contents(out)["out.gguf" if what == "gguf" else "model.safetensors"]
+                == new["out.gguf" if what == "gguf" else "model.safetensors"]
+            )
         if done:
             assert contents(out) == new
-            assert {p.name for p in place.iterdir()} == ({name, *(f"out.{end}" for end in BESIDE)} if what == "gguf" else {name})
+            assert {p.name for p in place.iterdir()} == (
+                {name, *(f"out.{end}" for end in BESIDE)} if what == "gguf" else {name}
+            )
 
     assert sweep(killer, place, [*command, "-o", place / name], lambda: None, check) > 10
 
@@ -163,7 +187,9 @@ def test_an_output_that_is_replaced(what, last, home, killer, place, tmp_path):
         if done:
             assert found == new
             assert report.exists()
-            assert {p.name for p in place.iterdir()} == ({name, *(f"out.{end}" for end in BESIDE)} if what == "gguf" else {name})
+            assert {p.name for p in place.iterdir()} == (
+                {name, *(f"out.{end}" for end in BESIDE)} if what == "gguf" else {name}
+            )
 
     words = [*command, "-o", place / name, "--overwrite"]
     prepare()
@@ -201,4 +227,13 @@ def test_an_importance_matrix(home, killer, place, tmp_path):
             assert [p.name for p in place.iterdir()] == ["i.gguf"]
 
     assert sweep(killer, place, [*command, "-o", place / "i.gguf"], lambda: None, check) >= 3
-    assert sweep(killer, place, [*command, "-o", place / "i.gguf", "--overwrite"], lambda: (place / "i.gguf").write_bytes(b"old"), check) >= 3
+    assert (
+        sweep(
+            killer,
+            place,
+            [*command, "-o", place / "i.gguf", "--overwrite"],
+            lambda: (place / "i.gguf").write_bytes(b"old"),
+            check,
+        )
+        >= 3
+    )

@@ -36,4 +36,6 @@ def test_imports_point_down(path: Path):
 
 
 def test_every_module_has_its_layer():
-    assert {p.name.removesuffix(".py") for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()} == set(RANK)
+    assert {
+        p.name.removesuffix(".py") for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    } == set(RANK)

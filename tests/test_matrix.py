@@ -22,4 +22,6 @@ def test_every_triple_round_trips_or_says_why_not():
 def test_the_documentation_shows_the_table():
     page = (Path(__file__).parents[1] / "docs/support.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- support -->")[2].partition("<!-- /support -->")[0].strip()
-    assert shown == support.markdown(), "docs/support.md is behind: put the output of `halfbyte support` between its markers"
+    assert shown == support.markdown(), (
+        "docs/support.md is behind: put the output of `halfbyte support` between its markers"
+    )

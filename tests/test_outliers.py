@@ -28,7 +28,9 @@ def kl(outliers, tmp_path_factory):
         if key not in done:
             out = tmp_path_factory.mktemp("out") / "model"
             halfbyte.quantize(of, out, method=method, grid=grid, calibration=CALIBRATION, **recipe)
-            done[key] = halfbyte.evaluate([out], demo.MODEL, windows=WINDOWS, foreign=of != demo.MODEL)["models"][0]["kl"]
+            done[key] = halfbyte.evaluate([out], demo.MODEL, windows=WINDOWS, foreign=of != demo.MODEL)["models"][0][
+                "kl"
+            ]
         return done[key]
 
     return measure
@@ -38,7 +40,9 @@ def kl(outliers, tmp_path_factory):
 def test_the_twin_computes_what_the_model_does(outliers, dtype):
     tokens = torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        own, other = (AutoModelForCausalLM.from_pretrained(m, dtype=dtype)(tokens).logits for m in (demo.MODEL, outliers))
+        own, other = (
+            AutoModelForCausalLM.from_pretrained(m, dtype=dtype)(tokens).logits for m in (demo.MODEL, outliers)
+        )
     assert torch.equal(own, other)
 
 
@@ -63,7 +67,9 @@ def test_plain_w8a8_per_tensor_is_ruined(kl):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "recipe"), [("smoothquant", {}), ("smoothquant", {"alpha": 0.5}), ("smoothquant+gptq", {})])
+@pytest.mark.parametrize(
+    ("method", "recipe"), [("smoothquant", {}), ("smoothquant", {"alpha": 0.5}), ("smoothquant+gptq", {})]
+)
 def test_smoothquant_brings_back_what_is_lost(kl, method, recipe):
     lost = kl("nearest", PER_TENSOR) - kl("nearest", PER_TENSOR, demo.MODEL)
     assert kl("nearest", PER_TENSOR) - kl(method, PER_TENSOR, **recipe) > 0.95 * lost

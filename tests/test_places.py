@@ -49,7 +49,10 @@ def split(model: Path) -> dict[str, torch.Tensor]:
     (model / "model.safetensors").unlink()
     twice = "model.layers.0.mlp.up_proj.weight"
     names = sorted(tensors)
-    parts = {"a.safetensors": {n: tensors[n] for n in names[::2]}, "b.safetensors": {n: tensors[n] for n in names[1::2]}}
+    parts = {
+        "a.safetensors": {n: tensors[n] for n in names[::2]},
+        "b.safetensors": {n: tensors[n] for n in names[1::2]},
+    }
     index = {name: shard for shard, part in parts.items() for name in part}
     other = "b.safetensors" if index[twice] == "a.safetensors" else "a.safetensors"
     parts[other][twice] = -tensors[twice]
@@ -63,7 +66,9 @@ def test_the_index_says_which_of_two_counts(model):
     for name, tensor in split(model).items():
         assert torch.equal(Checkpoint(model).read(name), tensor)
         index = json.loads((model / INDEX).read_text())
-        index["weight_map"][name] = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}[index["weight_map"][name]]
+        index["weight_map"][name] = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}[
+            index["weight_map"][name]
+        ]
         (model / INDEX).write_text(json.dumps(index))
         assert torch.equal(Checkpoint(model).read(name), -tensor)
 
@@ -81,12 +86,18 @@ def test_links_out_of_the_source_are_not_followed(model, tmp_path):
     (model / "chat_template.jinja").symlink_to(tmp_path / "secret")
     (model / "within.txt").symlink_to(model / "tokenizer_config.json")
     report = halfbyte.quantize(model, tmp_path / "out", method="nearest", grid="int4-g32")
-    assert {p.name for p in (tmp_path / "out").iterdir()} & {"notes.txt", "chat_template.jinja", "within.txt"} == {"within.txt"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} & {"notes.txt", "chat_template.jinja", "within.txt"} == {
+        "within.txt"
+    }
     assert any("chat_template.jinja, notes.txt" in warning for warning in report["warnings"])
     report = halfbyte.quantize(model, tmp_path / "out.gguf", method="nearest", grid="Q4_0")
     assert "tokenizer.chat_template" not in gguf.read(tmp_path / "out.gguf").metadata
     assert any("chat_template.jinja" in warning for warning in report["warnings"])
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_symlink() and p.name != "secret" and SECRET.encode() in p.read_bytes()]
+    assert not [
+        p
+        for p in tmp_path.rglob("*")
+        if p.is_file() and not p.is_symlink() and p.name != "secret" and SECRET.encode() in p.read_bytes()
+    ]
 
 
 def test_the_hubs_cache_is_made_of_links(model, tmp_path):
@@ -110,7 +121,9 @@ def test_prepared_links_are_not_written_through(end, home, tmp_path):
         (victim / "thesis").write_text("mine")
         (tmp_path / "out.partial.jsonl").write_text("{}\n")
     (tmp_path / f"out.partial{end}").symlink_to(victim)
-    tiny.refused(tiny.halfbyte("quantize", home / "model", "-o", tmp_path / "out", *NEAREST), f"out.partial{end} is a link")
+    tiny.refused(
+        tiny.halfbyte("quantize", home / "model", "-o", tmp_path / "out", *NEAREST), f"out.partial{end} is a link"
+    )
     assert (victim if end else victim / "thesis").read_text() == "mine"
     assert not (tmp_path / "out").exists()
 
@@ -119,11 +132,25 @@ def test_prepared_links_are_not_written_through(end, home, tmp_path):
 def test_what_another_user_prepared_is_refused(home, tmp_path):
     (tmp_path / "out.partial").mkdir()
     os.chown(tmp_path / "out.partial", 65534, 65534)
-    tiny.refused(tiny.halfbyte("quantize", home / "model", "-o", tmp_path / "out", *NEAREST), "out.partial belongs to another user")
+    tiny.refused(
+        tiny.halfbyte("quantize", home / "model", "-o", tmp_path / "out", *NEAREST),
+        "out.partial belongs to another user",
+    )
 
 
 def test_an_importance_matrix_is_written_once_and_not_through_links(home, tmp_path):
-    command = ["imatrix", home / "model", "-o", tmp_path / "i.gguf", "--calibration", home / "text.txt", "--samples", "1", "--length", "32"]
+    command = [
+        "imatrix",
+        home / "model",
+        "-o",
+        tmp_path / "i.gguf",
+        "--calibration",
+        home / "text.txt",
+        "--samples",
+        "1",
+        "--length",
+        "32",
+    ]
     with filelock.FileLock(tmp_path / "i.gguf.partial.lock"):
         tiny.refused(tiny.halfbyte(*command), "another run is writing")
     (tmp_path / "victim").write_text("mine")
@@ -148,7 +175,10 @@ def test_a_progress_that_cannot_be_called(run, home, tmp_path):
 
 def test_another_number_of_threads_is_another_run(home, monkeypatch):
     """Where it changes last bits: a run that is taken up with other threads would be a mixture."""
-    job, windows = resolve(Recipe.of(model=str(home / "model"), method="gptq", grid="int4-g32")), SimpleNamespace(digest="0")
+    job, windows = (
+        resolve(Recipe.of(model=str(home / "model"), method="gptq", grid="int4-g32")),
+        SimpleNamespace(digest="0"),
+    )
     before = [identity(job, None), identity(job, windows)]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     after = [identity(job, None), identity(job, windows)]
@@ -182,7 +212,13 @@ cli.main(sys.argv[1:])
 def test_an_installation_that_is_read_only_without_a_home(home, tmp_path):
     """As a container's image is run under any user's number; the folder for Numba's cache cannot be made either, and its threads are those of old systems."""
     nowhere = "/proc/none"
-    env = {**tiny.ALONE, "HOME": nowhere, "XDG_CACHE_HOME": nowhere, "NUMBA_CACHE_DIR": nowhere, "NUMBA_THREADING_LAYER": "workqueue"}
+    env = {
+        **tiny.ALONE,
+        "HOME": nowhere,
+        "XDG_CACHE_HOME": nowhere,
+        "NUMBA_CACHE_DIR": nowhere,
+        "NUMBA_THREADING_LAYER": "workqueue",
+    }
     command = ["quantize", home / "model", *NEAREST, "-o"]
     words = [sys.executable, "-c", READ_ONLY, halfbyte.__file__, *command, tmp_path / "out"]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env={**env, "OMP_NUM_THREADS": "2"})
@@ -191,7 +227,14 @@ def test_an_installation_that_is_read_only_without_a_home(home, tmp_path):
     assert tiny.weights(tmp_path / "out") == tiny.weights(tmp_path / "here")
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread"), ImportError("libtorch.so: failed to map segment from shared object")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        ImportError("libtorch.so: failed to map segment from shared object"),
+    ],
+)
 def test_too_little_memory_is_one_line(error, home, tmp_path, monkeypatch):
     def fail(*_):
         raise error

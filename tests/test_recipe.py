@@ -55,7 +55,19 @@ def test_a_conversion_has_a_recipe_too(home, tmp_path):
 def test_options_win_over_the_recipe(home, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump({"model": "elsewhere", "head": True, **WORDS, **calibrated(home)}))
-    options = ["--method", "nearest", "--grid", "int8-g64", "--seed", "7", "--no-head", "--skip", "layers.0.*", "--override", "layers.1.mlp.*=int4-g64"]
+    options = [
+        "--method",
+        "nearest",
+        "--grid",
+        "int8-g64",
+        "--seed",
+        "7",
+        "--no-head",
+        "--skip",
+        "layers.0.*",
+        "--override",
+        "layers.1.mlp.*=int4-g64",
+    ]
     said = tiny.halfbyte("quantize", home / "model", "--recipe", recipe, "-o", tmp_path / "q", *options)
     assert said.code == 0, said.err
     assert yaml.safe_load((tmp_path / "q" / "recipe.yaml").read_text()) == {
@@ -102,13 +114,17 @@ def test_shorthands():
 }.items())  # fmt: skip
 def test_bad_recipes(text, says, home, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
-    tiny.refused(tiny.halfbyte("quantize", home / "model", "--recipe", tmp_path / "r.yaml", "-o", tmp_path / "out"), says)
+    tiny.refused(
+        tiny.halfbyte("quantize", home / "model", "--recipe", tmp_path / "r.yaml", "-o", tmp_path / "out"), says
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
 
 def test_a_recipe_without_a_model(tmp_path):
     (tmp_path / "r.yaml").write_text("method: nearest")
-    tiny.refused(tiny.halfbyte("quantize", "--recipe", tmp_path / "r.yaml", "-o", tmp_path / "out"), "the recipe has no model")
+    tiny.refused(
+        tiny.halfbyte("quantize", "--recipe", tmp_path / "r.yaml", "-o", tmp_path / "out"), "the recipe has no model"
+    )
 
 
 def test_every_refusal_is_of_one_tree(home):
@@ -133,13 +149,19 @@ def test_every_refusal_is_of_one_tree(home):
     ],
 )
 def test_an_engine_gets_a_container_in_which_it_reads_the_grid(engine, grid, container, home):
-    assert resolve(Recipe(model=str(home / "model"), engine=engine, grid=grid, method="nearest")).container.name == container
+    assert (
+        resolve(Recipe(model=str(home / "model"), engine=engine, grid=grid, method="nearest")).container.name
+        == container
+    )
 
 
 def test_smaller_groups_where_a_row_is_no_multiple(tmp_path):
     tiny.make(tmp_path / "model", intermediate_size=160)
     words = {"method": "nearest", "grid": "int4-g64"}
-    with pytest.raises(Unsupported, match=r"does not divide the 160 in-features of .*down_proj; groups of 32 would fit \(--smaller-groups takes 32"):
+    with pytest.raises(
+        Unsupported,
+        match=r"does not divide the 160 in-features of .*down_proj; groups of 32 would fit \(--smaller-groups takes 32",
+    ):
         halfbyte.quantize(tmp_path / "model", tmp_path / "q", **words)
     with pytest.raises(Unsupported, match=r"int4-g100.* does not divide the 160 in-features .*groups of 32 would fit"):
         halfbyte.quantize(tmp_path / "model", tmp_path / "q", method="nearest", grid="int4-g100")
@@ -147,7 +169,10 @@ def test_smaller_groups_where_a_row_is_no_multiple(tmp_path):
     grids = {row["grid"] for row in report["weights"] if "down_proj" in row["name"]}
     assert grids == {"int4-g32-bf16"}
     assert report["warnings"] == ["2 weights: int4-g64-bf16 does not divide 160 in-features"]
-    with pytest.raises(Unsupported, match=r"does not divide the 160 in-features of .*awq holds one grid for all; groups of 32 would fit"):
+    with pytest.raises(
+        Unsupported,
+        match=r"does not divide the 160 in-features of .*awq holds one grid for all; groups of 32 would fit",
+    ):
         halfbyte.quantize(tmp_path / "model", tmp_path / "a", to="awq", smaller_groups=True, **words)
 
 

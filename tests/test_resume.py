@@ -42,11 +42,29 @@ def whole(home) -> dict[str, dict[str, bytes]]:
 def words(home: Path, method: str) -> list[object]:
     shards = home / "shards.yaml"  # shards so small that there are several
     shards.write_text("shard_gb: 0.0001\ngrid: int4-g32\n")
-    return ["quantize", home / "model", "--recipe", shards, "--method", method, "--calibration", home / "text.txt", "--samples", "3", "--length", "64"]
+    return [
+        "quantize",
+        home / "model",
+        "--recipe",
+        shards,
+        "--method",
+        method,
+        "--calibration",
+        home / "text.txt",
+        "--samples",
+        "3",
+        "--length",
+        "64",
+    ]
 
 
 def cut_off(command: list[object], number: int, after: int) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", tiny.CUT, str(number), str(after), *map(str, command)], capture_output=True, text=True, env=tiny.ALONE)
+    return subprocess.run(
+        [sys.executable, "-c", tiny.CUT, str(number), str(after), *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=tiny.ALONE,
+    )
 
 
 def check(out: Path, expected: dict[str, bytes]) -> None:
@@ -57,7 +75,12 @@ def check(out: Path, expected: dict[str, bytes]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "method"), [*((n, m) for n in (signal.SIGINT, signal.SIGKILL) for m in METHODS), (signal.SIGTERM, "gptq"), (signal.SIGHUP, "nearest")]
+    ("number", "method"),
+    [
+        *((n, m) for n in (signal.SIGINT, signal.SIGKILL) for m in METHODS),
+        (signal.SIGTERM, "gptq"),
+        (signal.SIGHUP, "nearest"),
+    ],
 )
 def test_signals(number, method, home, whole, tmp_path):
     command = [*words(home, method), "-o", tmp_path / "out"]
@@ -65,7 +88,9 @@ def test_signals(number, method, home, whole, tmp_path):
     if number != signal.SIGKILL:
         assert done.returncode == 128 + number
         assert done.stderr.strip().count("\n") == 0
-        assert done.stderr.strip().startswith("halfbyte: interrupted" + ("" if number == signal.SIGINT else f" by {number.name}"))
+        assert done.stderr.strip().startswith(
+            "halfbyte: interrupted" + ("" if number == signal.SIGINT else f" by {number.name}")
+        )
         assert done.stderr.strip().endswith("the same command goes on where it stopped")
         assert "Traceback" not in done.stderr
     else:
@@ -79,7 +104,9 @@ def test_signals(number, method, home, whole, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_from_outside(home, whole, tmp_path):
     command = [*words(home, "gptq"), "-o", tmp_path / "out"]
-    process = subprocess.Popen([sys.executable, "-m", "halfbyte", *map(str, command)], stderr=subprocess.PIPE, text=True, env=tiny.ALONE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "halfbyte", *map(str, command)], stderr=subprocess.PIPE, text=True, env=tiny.ALONE
+    )
     journal = tmp_path / "out.partial.jsonl"
     while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 1):
         time.sleep(0.005)
@@ -147,7 +174,9 @@ def test_a_torn_journal(damage, home, whole, tmp_path, monkeypatch):
     command = interrupt(home, tmp_path / "out", monkeypatch)
     journal = tmp_path / "out.partial.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes({"half a record": b"".join(lines)[:-40], "no record": b"", "garbage": lines[0] + b"\xff{\n" + lines[1]}[damage])
+    journal.write_bytes(
+        {"half a record": b"".join(lines)[:-40], "no record": b"", "garbage": lines[0] + b"\xff{\n" + lines[1]}[damage]
+    )
     assert tiny.halfbyte(*command).code == 0
     check(tmp_path / "out", whole["gptq"])
 

@@ -63,7 +63,10 @@ def test_what_f16_has_not_is_refused_by_name_and_the_advice_helps(factor, tmp_pa
 def test_what_f16_has_not_is_refused_of_a_dequantized_model_too(tmp_path):
     model = tiny.make(tmp_path / "model")
     change(model, lambda w: w.mul_(3e6))
-    assert tiny.halfbyte("quantize", model, "-o", tmp_path / "q", "--grid", "int8-channel", "--method", "nearest").code == 0
+    assert (
+        tiny.halfbyte("quantize", model, "-o", tmp_path / "q", "--grid", "int8-channel", "--method", "nearest").code
+        == 0
+    )
     words = ["dequantize", tmp_path / "q", "-o"]
     for out in ("out.gguf", "out"):
         tiny.refused(tiny.halfbyte(*words, tmp_path / out, "--dtype", "float16"), DOWN, "--dtype bfloat16")

@@ -40,7 +40,26 @@ cli.main(sys.argv[3:])
 
 BOS, EOS = "<bos>", "<eos>"
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "boil", "quaint", "black", "jugs", "of", "wax"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "boil",
+    "quaint",
+    "black",
+    "jugs",
+    "of",
+    "wax",
+]
 
 
 def config(**changes) -> dict:
@@ -57,15 +76,26 @@ def make(folder: Path, seed: int = 0, chat: bool = False, adds_bos: bool = False
     settings = config(**changes)
     (folder / "config.json").write_text(json.dumps(settings))
     tokenizer(adds_bos).save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, **({"chat_template": CHAT} if chat else {})}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        **({"chat_template": CHAT} if chat else {}),
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
+    )
     for p in model.parameters():  # louder than the usual 0.02, so that rounding is seen in the logits
         if p.dim() == 2:
             p.data.mul_(4)
     tied = {"lm_head.weight"} if settings["tie_word_embeddings"] else set()
-    save_file({n: t.contiguous() for n, t in model.state_dict().items() if n not in tied}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n: t.contiguous() for n, t in model.state_dict().items() if n not in tied},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     return folder
 
 

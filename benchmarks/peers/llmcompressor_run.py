@@ -32,7 +32,13 @@ def integers(grid: str) -> dict:
     size = {"strategy": "group", "group_size": int(span[1:])} if span.startswith("g") else {"strategy": span}
     group = {"targets": ["Linear"], "weights": {"num_bits": int(bits), "type": "int", "symmetric": symmetric, **size}}
     if read == "int8-static":
-        group["input_activations"] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+        group["input_activations"] = {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "tensor",
+            "dynamic": False,
+        }
     return {"config_groups": {"group_0": group}}
 
 
@@ -46,5 +52,7 @@ recipe = [SmoothQuantModifier(smoothing_strength=STRENGTH)] if method.startswith
 recipe.append(quantizer(ignore=["lm_head"], **scheme))
 data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": np.ones_like(windows).tolist()})
 needs_text = method != "rtn" or grid.endswith(("static", "/nvfp4"))
-text = {"dataset": data, "max_seq_length": windows.shape[1], "num_calibration_samples": len(windows)} if needs_text else {}
+text = (
+    {"dataset": data, "max_seq_length": windows.shape[1], "num_calibration_samples": len(windows)} if needs_text else {}
+)
 oneshot(model=model, tokenizer=tokenizer, recipe=recipe, output_dir=out, **text)

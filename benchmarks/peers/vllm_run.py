@@ -11,7 +11,9 @@ import json
 import os
 import sys
 
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1"
+)
 
 import torch
 from vllm import LLM, SamplingParams
@@ -24,14 +26,27 @@ def watch(model: torch.nn.Module) -> None:
     """Note what each linear reads and makes of it, once."""
     for name, module in model.named_modules():
         if isinstance(module, LinearBase):
-            module.register_forward_hook(lambda _, read, made, name=name: linears.setdefault(name, (read[0].clone(), made[0].clone())) and None)
+            module.register_forward_hook(
+                lambda _, read, made, name=name: linears.setdefault(name, (read[0].clone(), made[0].clone())) and None
+            )
 
 
 out, prompts, new_tokens, folder = sys.argv[1:]
 with open(prompts, encoding="utf-8") as file:
     tokens = json.load(file)
-llm = LLM(folder, dtype="bfloat16", max_model_len=512, enforce_eager=True, max_logprobs=-1, max_num_seqs=4, enable_prefix_caching=False, seed=0)
-sampling = SamplingParams(temperature=0, max_tokens=int(new_tokens), ignore_eos=True, prompt_logprobs=-1, detokenize=False)
+llm = LLM(
+    folder,
+    dtype="bfloat16",
+    max_model_len=512,
+    enforce_eager=True,
+    max_logprobs=-1,
+    max_num_seqs=4,
+    enable_prefix_caching=False,
+    seed=0,
+)
+sampling = SamplingParams(
+    temperature=0, max_tokens=int(new_tokens), ignore_eos=True, prompt_logprobs=-1, detokenize=False
+)
 llm.apply_model(watch)
 found = {"logprobs": [], "greedy": [], "linears": linears}
 for request in llm.generate([{"prompt_token_ids": prompt} for prompt in tokens], sampling, use_tqdm=False):

@@ -22,7 +22,20 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {"HalfbyteError": "halfbyte.errors", "Recipe": "halfbyte.recipe", "Calibration": "halfbyte.recipe"}
-__all__ = ["Calibration", "HalfbyteError", "Recipe", "convert", "dequantize", "evaluate", "imatrix", "inspect", "kv", "load", "needle", "quantize"]
+__all__ = [
+    "Calibration",
+    "HalfbyteError",
+    "Recipe",
+    "convert",
+    "dequantize",
+    "evaluate",
+    "imatrix",
+    "inspect",
+    "kv",
+    "load",
+    "needle",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

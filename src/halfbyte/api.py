@@ -78,19 +78,33 @@ def quantize(
 
     Raises HalfbyteError, with nothing half-written left behind.
     """
-    given = {name: value for name, value in locals().items() if name in Recipe.model_fields and name != "model" and value is not None}
+    given = {
+        name: value
+        for name, value in locals().items()
+        if name in Recipe.model_fields and name != "model" and value is not None
+    }
     asked = model.model_dump(exclude_unset=True) if isinstance(model, Recipe) else {"model": str(model)}
-    recipe = Recipe.of(**{**asked, **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()}})
+    recipe = Recipe.of(
+        **{**asked, **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()}}
+    )
     if dry_run:
         return Report(pipeline.plan(recipe, out, overwrite=overwrite))
     with shown(progress) as show:
         if recipe.method == "convert":
             if recipe.to is None:
-                raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}")
+                raise BadRequest(
+                    f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}"
+                )
             rounded = recipe.grid if "grid" in recipe.model_fields_set else None
-            return Report(pipeline.convert(recipe.model, out, recipe.to, rounded, recipe.engine, overwrite=overwrite, progress=show))
+            return Report(
+                pipeline.convert(
+                    recipe.model, out, recipe.to, rounded, recipe.engine, overwrite=overwrite, progress=show
+                )
+            )
         if recipe.method == "dequantize":
-            return Report(pipeline.dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, show))
+            return Report(
+                pipeline.dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, show)
+            )
         return Report(pipeline.quantize(recipe, out, overwrite=overwrite, progress=show))
 
 
@@ -162,10 +176,14 @@ def evaluate(
     strangers = _strangers(reference, models, foreign)
     with shown(progress) as show:
         checkpoints = [reference, *(with_cache(model, kind, show) for model, kind in kinds)]
-        taken = calibrate.evaluation(reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows, rule.begin)
+        taken = calibrate.evaluation(
+            reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows, rule.begin
+        )
         predicts = states.predicts(checkpoints)
         if predicts:
-            rows = divergence.compare(checkpoints, taken.tokens, rule.first(length, len(taken.stream.opening)), progress=show)
+            rows = divergence.compare(
+                checkpoints, taken.tokens, rule.first(length, len(taken.stream.opening)), progress=show
+            )
         else:
             rows = states.compare(checkpoints, taken.tokens, progress=show)
     common = {
@@ -182,13 +200,28 @@ def evaluate(
     for checkpoint, row in zip(checkpoints, rows, strict=True):
         size = counted(checkpoint)
         row |= {name: size[name] for name in ("size_bytes", "bits_per_parameter")}
-    measured = [{"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, **row} for c, row in zip(checkpoints[1:], rows[1:], strict=True)]
+    measured = [
+        {"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, **row}
+        for c, row in zip(checkpoints[1:], rows[1:], strict=True)
+    ]
     for (model, kind), row in zip(kinds, measured, strict=True):
         if kind == "stored":
-            others = [other for (same, _), other in zip(kinds, measured, strict=True) if same == model and other["kv"] != row["kv"]]
-            found = {**common, "foreign": model in strangers, "reference": rows[0], "model": row, "other_caches": others}
+            others = [
+                other
+                for (same, _), other in zip(kinds, measured, strict=True)
+                if same == model and other["kv"] != row["kv"]
+            ]
+            found = {
+                **common,
+                "foreign": model in strangers,
+                "reference": rows[0],
+                "model": row,
+                "other_caches": others,
+            }
             name = "foreign_states" if model in strangers else "states"
-            build.add_evaluation(Path(row["path"]), found) if predicts else build.add(Path(row["path"]), **{name: found})
+            build.add_evaluation(Path(row["path"]), found) if predicts else build.add(
+                Path(row["path"]), **{name: found}
+            )
     return {**common, "reference": rows[0], "models": measured}
 
 
@@ -218,7 +251,15 @@ def needle(
     strangers = _strangers(reference, models, foreign)
     with shown(progress) as show:
         checkpoints = [with_cache(model, kind, show) for model, kind in kinds]
-        rows = measure([reference, *checkpoints], str(demo.HELDOUT) if text == "heldout" else text, lengths, depths, facts, seed, show)
+        rows = measure(
+            [reference, *checkpoints],
+            str(demo.HELDOUT) if text == "heldout" else text,
+            lengths,
+            depths,
+            facts,
+            seed,
+            show,
+        )
     common = {
         "text": text,
         "lengths": list(lengths),
@@ -229,10 +270,15 @@ def needle(
         "reference": rows[0],
     }
     require_finite(rows, "needle")
-    measured = [{"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, "rows": own} for c, own in zip(checkpoints, rows[1:], strict=True)]
+    measured = [
+        {"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, "rows": own}
+        for c, own in zip(checkpoints, rows[1:], strict=True)
+    ]
     for (model, kind), row in zip(kinds, measured, strict=True):
         if kind == "stored":
-            build.add(Path(row["path"]), **{"foreign_needle" if model in strangers else "needle": {**common, "model": row}})
+            build.add(
+                Path(row["path"]), **{"foreign_needle" if model in strangers else "needle": {**common, "model": row}}
+            )
     return {**common, "models": measured}
 
 
@@ -258,14 +304,18 @@ def _strangers(reference: Checkpoint, models: Sequence[str | Path], foreign: boo
     for model in models:
         checkpoint = Checkpoint.open(model)
         if checkpoint.text_config.get("vocab_size") != reference.text_config.get("vocab_size"):
-            raise BadRequest(f"{checkpoint.path} and {reference.path} have different vocabularies; their predictions cannot be compared")
+            raise BadRequest(
+                f"{checkpoint.path} and {reference.path} have different vocabularies; their predictions cannot be compared"
+            )
         reasons = []
         if source := lineage.stranger(checkpoint.path, reference):
             reasons.append(f"{checkpoint.path} was made of {source}, as its report says, and not of {given}")
         if odd := vocabulary.difference(reference, checkpoint):
             reasons.append(f"the tokenizers differ: {odd}; predictions of other tokens cannot be compared")
         if reasons and not foreign:
-            raise BadRequest(f"{reasons[0]}; name the source, or compare them all the same with --foreign (foreign=True)")
+            raise BadRequest(
+                f"{reasons[0]}; name the source, or compare them all the same with --foreign (foreign=True)"
+            )
         if reasons:
             found.add(model)
     return found
@@ -287,7 +337,15 @@ def kv(
     from halfbyte.kv_cache import attach
 
     with shown(progress) as show:
-        return attach(model, out, grid, Calibration(source=calibration, samples=samples, length=length, seed=seed), input_range, overwrite, show)
+        return attach(
+            model,
+            out,
+            grid,
+            Calibration(source=calibration, samples=samples, length=length, seed=seed),
+            input_range,
+            overwrite,
+            show,
+        )
 
 
 def imatrix(

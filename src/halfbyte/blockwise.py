@@ -29,9 +29,15 @@ def quantize(run: Run, windows: Windows) -> None:
     source = job.checkpoint
     walk = Walk(source, windows.tokens, source.dtype, twin=job.method.twin, scratch=run.folder.partial.parent)
     inside = {t for block in walk.blocks for t in block.tensors}
-    outside = [unit for unit in job.units if unit[0].tensor not in inside]  # the head, and what the model's forward does not run
-    if unseen := next((w for w, s in job.schemes.items() if w.tensor not in inside and s.input and s.input.static), None):
-        raise BadRequest(f"the model does not run '{unseen.name}', whose inputs are to have a stored scale; --skip it, or round them per token")
+    outside = [
+        unit for unit in job.units if unit[0].tensor not in inside
+    ]  # the head, and what the model's forward does not run
+    if unseen := next(
+        (w for w, s in job.schemes.items() if w.tensor not in inside and s.input and s.input.static), None
+    ):
+        raise BadRequest(
+            f"the model does not run '{unseen.name}', whose inputs are to have a stored scale; --skip it, or round them per token"
+        )
     if walk.shared and (job.method.transforms or any(s.input for s in job.schemes.values())):
         raise Unsupported(
             f"'{source.model_type}' shares weights between blocks, which {job.recipe.method} {job.recipe.grid} would fit to the first of them; "
@@ -64,7 +70,9 @@ def quantize(run: Run, windows: Windows) -> None:
             part = with_inputs(part, scheme)
             run.put(weight, part)
             run.digests[weight.name] = digest(part)
-            run.rows[weight.name] = row_of(weight, scheme, relative([squares(w, part)]), None, "outside of the blocks: rounded to nearest")
+            run.rows[weight.name] = row_of(
+                weight, scheme, relative([squares(w, part)]), None, "outside of the blocks: rounded to nearest"
+            )
     for tensor in job.kept:
         if tensor not in inside:
             run.keep(tensor, source.read(tensor))
@@ -77,7 +85,9 @@ def _solve(run: Run, block: Block, finder: Finder) -> None:
     statistics = block.collect(set(schemes))
     folds = []
     for name in job.method.transforms:
-        folds += TRANSFORMS[name](block, finder, schemes, statistics, Settings(job.recipe.alpha, job.recipe.input_range))
+        folds += TRANSFORMS[name](
+            block, finder, schemes, statistics, Settings(job.recipe.alpha, job.recipe.input_range)
+        )
     stored, told = inputs_of(block, schemes, statistics, job.recipe.input_range)
     rows, digests = [], {}
     for unit in job.units:
@@ -105,10 +115,14 @@ def _solve(run: Run, block: Block, finder: Finder) -> None:
             # A fold may have changed it; if none has, the source's own bytes go out, whatever their precision.
             run.keep(
                 tensor,
-                value if torch.equal(value.to(now.dtype), now) else cast(tensor, now, value.dtype, "use a method that moves no scales into it, such as gptq"),
+                value
+                if torch.equal(value.to(now.dtype), now)
+                else cast(tensor, now, value.dtype, "use a method that moves no scales into it, such as gptq"),
             )
             digests[tensor] = run.digests[tensor]
-            now.copy_(run.edition.restored(run.folder.entries, tensor))  # what a run that is taken up again goes on with
+            now.copy_(
+                run.edition.restored(run.folder.entries, tensor)
+            )  # what a run that is taken up again goes on with
     run.folds += folds
     note(run, rows, digests, block=block.name, folds=folds)
 
@@ -155,7 +169,9 @@ def solve(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) 
     if statistics is None:
         return SOLVERS["nearest"](w, grid, None), "no calibration token reached it: rounded to nearest"
     if statistics.tokens < FEWEST_TOKENS:
-        return SOLVERS["nearest"](w, grid, None), f"only {statistics.tokens} calibration tokens reached it: rounded to nearest"
+        return SOLVERS["nearest"](
+            w, grid, None
+        ), f"only {statistics.tokens} calibration tokens reached it: rounded to nearest"
     try:
         return SOLVERS[method.solver](w, grid, statistics), ""
     except NotPositive:

@@ -32,13 +32,20 @@ err = Terminal(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Adapter = Annotated[str | None, typer.Option(help="A LoRA adapter's folder, merged into the original.")]
-Foreign = Annotated[bool, typer.Option("--foreign", help="Compare with another model than the source, or one with other tokens, too.")]
+Foreign = Annotated[
+    bool, typer.Option("--foreign", help="Compare with another model than the source, or one with other tokens, too.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
 
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=lambda asked: _print_version(asked), is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=lambda asked: _print_version(asked), is_eager=True, help="Print the version."
+        ),
+    ] = False,
 ) -> None:
     """Make large language models small enough to run."""
 
@@ -49,7 +56,10 @@ def quantize(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="minmax, nearest, imatrix, gptq, gptaq, awq, smoothquant, awq+gptq, smoothquant+gptq.", show_default="the preset's, or gptq"),
+        typer.Option(
+            help="minmax, nearest, imatrix, gptq, gptaq, awq, smoothquant, awq+gptq, smoothquant+gptq.",
+            show_default="the preset's, or gptq",
+        ),
     ] = None,
     grid: Annotated[
         str | None,
@@ -59,7 +69,11 @@ def quantize(
         ),
     ] = None,
     to: Annotated[
-        str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, fp8 or gguf.", show_default="the engine's, else what holds the grid")
+        str | None,
+        typer.Option(
+            help="compressed-tensors, gptq, awq, bitsandbytes, fp8 or gguf.",
+            show_default="the engine's, else what holds the grid",
+        ),
     ] = None,
     engine: Annotated[
         str | None,
@@ -71,33 +85,74 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="A text file, a .jsonl, .json or .csv of texts, instructions or chats, or a dataset org/name:split.", show_default="the embedded text"
+            help="A text file, a .jsonl, .json or .csv of texts, instructions or chats, or a dataset org/name:split.",
+            show_default="the embedded text",
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.", show_default="128")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a window.", show_default="512")] = None,
     seed: Annotated[int | None, typer.Option(help="Which windows are drawn.", show_default="0")] = None,
-    kv: Annotated[str | None, typer.Option(help="Find and store the scales of a KV cache too: fp8-e4m3 or fp8-e4m3-head.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Keep weights that match this pattern in 16 bits; repeatable.")] = None,
-    override: Annotated[list[str] | None, typer.Option(help="PATTERN=GRID, such as 'layers.0.*=int8-channel', or PATTERN=keep; repeatable.")] = None,
+    kv: Annotated[
+        str | None, typer.Option(help="Find and store the scales of a KV cache too: fp8-e4m3 or fp8-e4m3-head.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Keep weights that match this pattern in 16 bits; repeatable.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="PATTERN=GRID, such as 'layers.0.*=int8-channel', or PATTERN=keep; repeatable."),
+    ] = None,
     input_range: Annotated[
-        str | None, typer.Option(help="What stored scales of inputs span: max, percentile (99.99) or mse (the least error).", show_default="max")
+        str | None,
+        typer.Option(
+            help="What stored scales of inputs span: max, percentile (99.99) or mse (the least error).",
+            show_default="max",
+        ),
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="smoothquant: how much of the inputs' range moves into the weights, 0 to 1.", show_default="searched for each fold")
+        float | None,
+        typer.Option(
+            help="smoothquant: how much of the inputs' range moves into the weights, 0 to 1.",
+            show_default="searched for each fold",
+        ),
     ] = None,
-    head: Annotated[bool | None, typer.Option("--head/--no-head", help="Quantize lm_head too (a GGUF's preset decides by itself).", show_default="no")] = None,
+    head: Annotated[
+        bool | None,
+        typer.Option(
+            "--head/--no-head", help="Quantize lm_head too (a GGUF's preset decides by itself).", show_default="no"
+        ),
+    ] = None,
     smaller_groups: Annotated[
         bool | None,
-        typer.Option("--smaller-groups", help="Rows that the grid's groups do not divide get smaller groups; else they are refused.", show_default=False),
+        typer.Option(
+            "--smaller-groups",
+            help="Rows that the grid's groups do not divide get smaller groups; else they are refused.",
+            show_default=False,
+        ),
     ] = None,
-    pure: Annotated[bool | None, typer.Option("--pure", help="GGUF: one type for all tensors, whatever the preset says.")] = None,
-    imatrix: Annotated[str | None, typer.Option(help="An importance matrix of llama.cpp, in place of calibration (methods nearest and imatrix).")] = None,
-    pre: Annotated[str | None, typer.Option(help="GGUF: llama.cpp's name of the pre-tokenizer, where it is not recognised.")] = None,
-    shard_gb: Annotated[float | None, typer.Option(help="Split files above this size.", show_default="5; a GGUF is one file")] = None,
-    adapter: Annotated[str | None, typer.Option(help="A LoRA adapter's folder, merged into the model as it is read.")] = None,
-    requantize: Annotated[bool | None, typer.Option("--requantize", help="Take the values of a model that is quantized already as the original.")] = None,
-    repository: Annotated[str | None, typer.Option(help="Where it will be published, org/name: the card's commands name it.")] = None,
+    pure: Annotated[
+        bool | None, typer.Option("--pure", help="GGUF: one type for all tensors, whatever the preset says.")
+    ] = None,
+    imatrix: Annotated[
+        str | None,
+        typer.Option(help="An importance matrix of llama.cpp, in place of calibration (methods nearest and imatrix)."),
+    ] = None,
+    pre: Annotated[
+        str | None, typer.Option(help="GGUF: llama.cpp's name of the pre-tokenizer, where it is not recognised.")
+    ] = None,
+    shard_gb: Annotated[
+        float | None, typer.Option(help="Split files above this size.", show_default="5; a GGUF is one file")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="A LoRA adapter's folder, merged into the model as it is read.")
+    ] = None,
+    requantize: Annotated[
+        bool | None,
+        typer.Option("--requantize", help="Take the values of a model that is quantized already as the original."),
+    ] = None,
+    repository: Annotated[
+        str | None, typer.Option(help="Where it will be published, org/name: the card's commands name it.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these; options win over it.")] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
@@ -122,7 +177,10 @@ def quantize(
         raise BadRequest("quantize needs a model and an output folder: halfbyte quantize MODEL -o OUT")
     base = Recipe.load(recipe, **words).model_dump(exclude_unset=True) if recipe else words
     sampling = {"source": calibration, "samples": samples, "length": length, "seed": seed}
-    base["calibration"] = {**base.get("calibration", {}), **{name: value for name, value in sampling.items() if value is not None}}
+    base["calibration"] = {
+        **base.get("calibration", {}),
+        **{name: value for name, value in sampling.items() if value is not None},
+    }
     asked = Recipe.of(**base)
     if asked.method not in OTHER_COMMANDS:
         method_named(asked.method)
@@ -140,8 +198,16 @@ def convert(
     path: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")],
     to: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, fp8 or gguf.")],
-    grid: Annotated[str | None, typer.Option(help="What to round to where the container does not hold the source's grid.", show_default="as it is")] = None,
-    engine: Annotated[str | None, typer.Option(help="As in quantize: its rules are checked first; none: write it although no engine loads it.")] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="What to round to where the container does not hold the source's grid.", show_default="as it is"
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="As in quantize: its rules are checked first; none: write it although no engine loads it."),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -157,7 +223,10 @@ def dequantize(
     path: Annotated[str, typer.Argument(help="A quantized checkpoint, or one to merge an adapter into.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")],
     to: Annotated[str | None, typer.Option(help="safetensors or gguf.", show_default="as the output is called")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.", show_default="the checkpoint's; bfloat16 for a GGUF")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32.", show_default="the checkpoint's; bfloat16 for a GGUF"),
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="A LoRA adapter's folder, merged into the model.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -173,8 +242,12 @@ def dequantize(
 def kv(
     model: Annotated[str, typer.Argument(help="A folder or a hub id, quantized or not.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    grid: Annotated[str, typer.Option("--kv", help="fp8-e4m3, or fp8-e4m3-head with a scale for each head.")] = "fp8-e4m3",
-    calibration: Annotated[str, typer.Option(help="A text file, a .jsonl, .json or .csv, or a dataset.", show_default="the embedded text")] = "default",
+    grid: Annotated[
+        str, typer.Option("--kv", help="fp8-e4m3, or fp8-e4m3-head with a scale for each head.")
+    ] = "fp8-e4m3",
+    calibration: Annotated[
+        str, typer.Option(help="A text file, a .jsonl, .json or .csv, or a dataset.", show_default="the embedded text")
+    ] = "default",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Which windows are drawn.")] = 0,
@@ -199,7 +272,9 @@ def kv(
 def imatrix(
     model: Annotated[str, typer.Argument(help="A folder, a GGUF, or a hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
-    calibration: Annotated[str, typer.Option(help="A text file, a .jsonl, .json or .csv, or a dataset.", show_default="the embedded text")] = "default",
+    calibration: Annotated[
+        str, typer.Option(help="A text file, a .jsonl, .json or .csv, or a dataset.", show_default="the embedded text")
+    ] = "default",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Which windows are drawn.")] = 0,
@@ -213,20 +288,34 @@ def imatrix(
     if as_json:
         _print_json(made)
     else:
-        out.print(f"{output}: {made['matrices']} matrices, measured on {made['windows'][0]} windows of {made['windows'][1]} tokens of {calibration}")
+        out.print(
+            f"{output}: {made['matrices']} matrices, measured on {made['windows'][0]} windows of {made['windows'][1]} tokens of {calibration}"
+        )
 
 
 @app.command("eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Checkpoints to measure; the second and later are also compared with the first, token by token.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Checkpoints to measure; the second and later are also compared with the first, token by token."
+        ),
+    ],
     against: Annotated[str, typer.Option(help="The original.")],
-    text: Annotated[str, typer.Option(help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text.")] = "heldout",
+    text: Annotated[
+        str, typer.Option(help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text.")
+    ] = "heldout",
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
-    convention: Annotated[str, typer.Option(help="served (windows begin as the tokenizer begins a text), papers (no BOS) or llama.cpp.")] = "served",
+    convention: Annotated[
+        str, typer.Option(help="served (windows begin as the tokenizer begins a text), papers (no BOS) or llama.cpp.")
+    ] = "served",
     kv: Annotated[
         list[str] | None,
-        typer.Option(help="Run the models with this KV cache: fp8-e4m3, int8, int4 ..., none for 16 bits; repeatable.", show_default="as stored"),
+        typer.Option(
+            help="Run the models with this KV cache: fp8-e4m3, int8, int4 ..., none for 16 bits; repeatable.",
+            show_default="as stored",
+        ),
     ] = None,
     adapter: Adapter = None,
     foreign: Foreign = False,
@@ -235,7 +324,9 @@ def evaluate(
     """Perplexity, and divergence from the original on the same tokens."""
     from halfbyte.api import evaluate as run
 
-    result = run(models, against, text, length, windows, convention, kv or ["stored"], adapter, foreign, progress=not as_json)
+    result = run(
+        models, against, text, length, windows, convention, kv or ["stored"], adapter, foreign, progress=not as_json
+    )
     if as_json:
         _print_json(result)
         return
@@ -248,12 +339,17 @@ def evaluate(
 def needle(
     models: Annotated[list[str], typer.Argument(help="Checkpoints to measure.")],
     against: Annotated[str, typer.Option(help="The original.")],
-    text: Annotated[str, typer.Option(help="Where the fact is hidden: a text file, a .jsonl, a dataset, or 'heldout'.")] = "heldout",
+    text: Annotated[
+        str, typer.Option(help="Where the fact is hidden: a text file, a .jsonl, a dataset, or 'heldout'.")
+    ] = "heldout",
     lengths: Annotated[str, typer.Option(help="Tokens of the texts.")] = "256,512,1024",
     depths: Annotated[int, typer.Option(min=1, help="Places from the beginning to the end.")] = 5,
     facts: Annotated[int, typer.Option(min=1, help="Facts at each place, of which the mean is shown.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Which facts and texts are drawn.")] = 0,
-    kv: Annotated[list[str] | None, typer.Option(help="Run the models with this KV cache, as in eval; repeatable.", show_default="as stored")] = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(help="Run the models with this KV cache, as in eval; repeatable.", show_default="as stored"),
+    ] = None,
     adapter: Adapter = None,
     foreign: Foreign = False,
     as_json: Json = False,
@@ -264,7 +360,9 @@ def needle(
     sizes = [int(size) for size in lengths.split(",") if size.strip().isdigit()]
     if len(sizes) != len(lengths.split(",")):
         raise BadRequest(f"--lengths takes numbers of tokens, such as 256,1024, not '{lengths}'")
-    result = run(models, against, text, sizes, depths, facts, seed, kv or ["stored"], adapter, foreign, progress=not as_json)
+    result = run(
+        models, against, text, sizes, depths, facts, seed, kv or ["stored"], adapter, foreign, progress=not as_json
+    )
     if as_json:
         _print_json(result)
         return
@@ -287,7 +385,9 @@ def inspect(
     _show(display.inspected(found, worst))
     if found["evaluation"]:
         model, was = found["evaluation"]["model"], found["evaluation"]["reference"]["perplexity"]
-        out.print(f"KL to the original {model['kl']:.5f} ± {model['kl_error']:.5f}, perplexity {model['perplexity']:.3f} (was {was:.3f})")
+        out.print(
+            f"KL to the original {model['kl']:.5f} ± {model['kl_error']:.5f}, perplexity {model['perplexity']:.3f} (was {was:.3f})"
+        )
 
 
 @app.command()
@@ -309,7 +409,11 @@ def demo(
 
 
 @app.command()
-def support(engine: Annotated[str | None, typer.Option(help="What this engine loads, as a list.", show_default="all, as tables of Markdown")] = None) -> None:
+def support(
+    engine: Annotated[
+        str | None, typer.Option(help="What this engine loads, as a list.", show_default="all, as tables of Markdown")
+    ] = None,
+) -> None:
     """Which grids each container holds, found by trying, and what engines load."""
     from halfbyte.plan import support
 
@@ -377,12 +481,20 @@ def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
         out.print(f"note: {warning}")
     for engine in report["engines"]:
         if engine["loads"] and r.get("engine") in (None, "none", engine["engine"]):
-            out.print(f"{engine['engine']} ({engine['word']}): {command(engine, place, original_of(report))}", soft_wrap=True)
+            out.print(
+                f"{engine['engine']} ({engine['word']}): {command(engine, place, original_of(report))}", soft_wrap=True
+            )
     if report["engines"] and not any(engine["loads"] for engine in report["engines"]):
-        out.print("note: no engine is known to load it; halfbyte.load does, and report.json says of each engine why it does not", soft_wrap=True)
+        out.print(
+            "note: no engine is known to load it; halfbyte.load does, and report.json says of each engine why it does not",
+            soft_wrap=True,
+        )
     if r["method"] not in OTHER_COMMANDS:
         merged = f" --adapter {shlex.quote(r['adapter'])}" if "adapter" in r else ""
-        out.print(f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}{merged}", soft_wrap=True)
+        out.print(
+            f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}{merged}",
+            soft_wrap=True,
+        )
 
 
 def _show(parts: Sequence[Table | str]) -> None:
@@ -413,7 +525,9 @@ def main(words: Sequence[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         _refuse(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'halfbyte'} --help")
     except (KeyboardInterrupt, typer.Abort):
-        goes_on = "; the same command goes on where it stopped" if words[0] in ("quantize", "convert", "dequantize") else ""
+        goes_on = (
+            "; the same command goes on where it stopped" if words[0] in ("quantize", "convert", "dequantize") else ""
+        )
         with suppress(OSError):  # the terminal may be gone
             err.print(f"\nhalfbyte: {stop.said} after {time.monotonic() - started:.0f} s{goes_on}", soft_wrap=True)
         sys.exit(stop.exit_code)
@@ -429,13 +543,17 @@ def main(words: Sequence[str] | None = None) -> None:
         if os.environ.get("HALFBYTE_DEBUG"):
             raise
         if is_want_of_memory(error):
-            _refuse(f"there is too little memory ({brief(error)}); close other programs or raise the limit, and give the same command again")
+            _refuse(
+                f"there is too little memory ({brief(error)}); close other programs or raise the limit, and give the same command again"
+            )
         _admit(error)
 
 
 def _admit(error: Exception) -> NoReturn:
     """The last net: what no reader and no check foresaw is a fault of ours, and all that is known of it goes into a file."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="backslashreplace", prefix="halfbyte-", suffix=".txt", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", errors="backslashreplace", prefix="halfbyte-", suffix=".txt", delete=False
+    ) as file:
         file.write(f"halfbyte {metadata.version('halfbyte')}, {' '.join(map(shlex.quote, sys.argv[1:]))}\n\n")
         file.writelines(traceback.format_exception(error))
     err.print(

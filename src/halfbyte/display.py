@@ -36,14 +36,23 @@ def worst(rows: Sequence[dict[str, Any]], error_of: str | None) -> list[Table | 
     if rows[0]["error"] == 0:
         return ["every weight is bit for bit that of the source"]
     shared, names = without_prefix([row["name"] for row in rows])
-    cells = [(n, r["grid"], f"{r['bits_per_weight']:.3f}", f"{r['error']:.4f}") for n, r in zip(names, rows, strict=True)]
+    cells = [
+        (n, r["grid"], f"{r['bits_per_weight']:.3f}", f"{r['error']:.4f}") for n, r in zip(names, rows, strict=True)
+    ]
     notes = Counter(row["note"] for row in rows if row["note"])
     said = f"lost most: relative error of the {error_of}{f'; names begin with {shared}' if shared else ''}"
-    return [said, table(["weight", "grid", "bits", "error"], cells, words=2), *(f"{count} of these: {note}" for note, count in notes.items())]
+    return [
+        said,
+        table(["weight", "grid", "bits", "error"], cells, words=2),
+        *(f"{count} of these: {note}" for note, count in notes.items()),
+    ]
 
 
 def inspected(found: dict[str, Any], count: int) -> list[Table | str]:
-    rows = [(k, str(r["tensors"]), f"{r['weights']:,}", f"{r['size_bytes'] / 1e6:.2f}", f"{r['bits_per_weight']:.3f}") for k, r in found["grids"].items()]
+    rows = [
+        (k, str(r["tensors"]), f"{r['weights']:,}", f"{r['size_bytes'] / 1e6:.2f}", f"{r['bits_per_weight']:.3f}")
+        for k, r in found["grids"].items()
+    ]
     return [
         f"{found['path']}: {found['model_type']}, {found['container'] or 'not quantized'}",
         f"{found['size_bytes'] / 1e6:.2f} MB, {found['parameters'] / 1e6:.2f} M parameters, {found['bits_per_parameter']:.3f} bits per parameter",
@@ -57,11 +66,33 @@ def evaluated(result: dict[str, Any]) -> list[Table | str]:
     """The models of an evaluation beside their original, and what that means in a sentence for each."""
     models = result["models"]
     names = short_names(models)
-    rows = [(f"original: {Path(result['reference_path']).name}", _megabytes(result["reference"]), "", f"{result['reference']['perplexity']:.3f}", "")]
+    rows = [
+        (
+            f"original: {Path(result['reference_path']).name}",
+            _megabytes(result["reference"]),
+            "",
+            f"{result['reference']['perplexity']:.3f}",
+            "",
+        )
+    ]
     for name, row in zip(names, models, strict=True):
-        rows.append((name, _megabytes(row), _with_error(row["kl"], row["kl_error"], 5), f"{row['perplexity']:.3f}", f"{100 * row['same_top']:.2f} %"))
+        rows.append(
+            (
+                name,
+                _megabytes(row),
+                _with_error(row["kl"], row["kl_error"], 5),
+                f"{row['perplexity']:.3f}",
+                f"{100 * row['same_top']:.2f} %",
+            )
+        )
     tails = [
-        (name, f"{r['kl_median']:.5f}", f"{r['kl_p99']:.4f}", f"{r['kl_max']:.3f}", f"{100 * r['probability_change_rms']:.2f} %")
+        (
+            name,
+            f"{r['kl_median']:.5f}",
+            f"{r['kl_p99']:.4f}",
+            f"{r['kl_max']:.3f}",
+            f"{100 * r['probability_change_rms']:.2f} %",
+        )
         for name, r in zip(names, models, strict=True)
     ]
     shown: list[Table | str] = [
@@ -98,7 +129,9 @@ def verdict(name: str, row: dict[str, Any]) -> str:
     if paired := row.get("nll_minus_reference"):
         difference, error = paired
         change = f"{100 * expm1(difference):+.2f} %"
-        said += f", and its perplexity is {change}{'' if error is None else f' ± {100 * error:.2f} %'} from the original's"
+        said += (
+            f", and its perplexity is {change}{'' if error is None else f' ± {100 * error:.2f} %'} from the original's"
+        )
     return said
 
 
@@ -111,7 +144,9 @@ def short_names(models: Sequence[dict[str, Any]]) -> list[str]:
 
 def needles(result: dict[str, Any], sizes: Sequence[int], depths: int) -> list[Table | str]:
     """A table for each model: a row for each length, before and after."""
-    shown: list[Table | str] = ["What having read the fact adds to the log-probability of its answer, nats per token: the original → the model"]
+    shown: list[Table | str] = [
+        "What having read the fact adds to the log-probability of its answer, nats per token: the original → the model"
+    ]
     for name, model in zip(short_names(result["models"]), result["models"], strict=True):
         rows = []
         for number, size in enumerate(sizes):
@@ -121,7 +156,10 @@ def needles(result: dict[str, Any], sizes: Sequence[int], depths: int) -> list[T
             gains = [f"{b['gain']:.2f} → {a['gain']:.2f}" for b, a in zip(before, after, strict=True)]
             rows.append((str(size), *gains, " → ".join(f"{100 * share:.0f} %" for share in found)))
         headers = ["tokens", *(f"at {100 * row['depth']:.0f} %" for row in model["rows"][:depths]), "found"]
-        shown += [f"{name}; {result['facts']} facts at each place, from the beginning of the text (0 %) to its end", *_parts(headers, rows)]
+        shown += [
+            f"{name}; {result['facts']} facts at each place, from the beginning of the text (0 %) to its end",
+            *_parts(headers, rows),
+        ]
     return shown
 
 
@@ -136,7 +174,10 @@ def _parts(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Table]
             room = 0
         runs[-1].append(i)
         room += widths[i]
-    return [table([headers[0], *(headers[i] for i in run)], [[row[0], *(row[i] for i in run)] for row in rows], words=0) for run in runs]
+    return [
+        table([headers[0], *(headers[i] for i in run)], [[row[0], *(row[i] for i in run)] for row in rows], words=0)
+        for run in runs
+    ]
 
 
 def demonstrated(rows: Sequence[dict[str, Any]]) -> list[Table | str]:

@@ -10,7 +10,13 @@ from types import FrameType
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK")
 """Those that mean what Ctrl-C means: batch systems and containers send the first, a terminal that is closed the second, Windows' the third."""
 
-WANT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "can't start new thread", "failed to map segment", "not enough memory")
+WANT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "can't start new thread",
+    "failed to map segment",
+    "not enough memory",
+)
 """What torch, Python's threads and the system's loader say then, in errors of other kinds."""
 
 
@@ -21,7 +27,11 @@ class Stop:
         self.number = int(signal.SIGINT)
         if threading.current_thread() is not threading.main_thread():
             return
-        self.watched = [number for name in SIGNALS if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) != signal.SIG_IGN]
+        self.watched = [
+            number
+            for name in SIGNALS
+            if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) != signal.SIG_IGN
+        ]
         for number in self.watched:
             signal.signal(number, self._interrupt)
 

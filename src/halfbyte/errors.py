@@ -39,7 +39,11 @@ class UnknownName(BadRequest):
         known = list(known)
         near = meant or nearest(name, known)
         some = known[:: -(-len(known) // LISTED)]
-        listed = f"known: {', '.join(known)}" if len(some) == len(known) else f"known are {len(known)}, such as {', '.join(some)}"
+        listed = (
+            f"known: {', '.join(known)}"
+            if len(some) == len(known)
+            else f"known are {len(known)}, such as {', '.join(some)}"
+        )
         super().__init__(f"unknown {kind} '{name}'; " + (f"did you mean {' or '.join(near)}?" if near else listed))
 
 
@@ -61,7 +65,9 @@ def brief(value: object) -> str:
     try:
         shown = cut.repr(value)
     except ValueError:  # of a number of thousands of digits
-        shown = f"a number near 2^{int(value).bit_length()}" if isinstance(value, int) else f"some {type(value).__name__}"
+        shown = (
+            f"a number near 2^{int(value).bit_length()}" if isinstance(value, int) else f"some {type(value).__name__}"
+        )
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
 
 

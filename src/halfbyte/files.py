@@ -19,7 +19,13 @@ MOST_VALUES = 1 << 22
 """Values in one text of JSON, twice as many as the largest tokenizer.json has: the smallest of them take 60 bytes of memory for each byte of the file."""
 DEEPEST = 64
 """Objects and arrays in one another."""
-KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def exists(path: Path) -> bool:
@@ -111,5 +117,10 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def _nests_deeper(value: Any, levels: int) -> bool:
     at = [value] if isinstance(value, dict | list) else []
     for _ in range(levels):
-        at = [child for parent in at for child in (parent.values() if isinstance(parent, dict) else parent) if isinstance(child, dict | list)]
+        at = [
+            child
+            for parent in at
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
     return bool(at)

@@ -73,7 +73,9 @@ def attach(
         raise Unsupported(f"a GGUF stores nothing of a KV cache: llama.cpp chooses it as it starts, {layout.LLAMA_CPP}")
     if is_file(out):
         raise BadRequest(f"a checkpoint is a folder, and {out} is called like a file; name it without .gguf")
-    config = layout.config(checkpoint.config.get("quantization_config") or checkpoint.text_config.get("quantization_config"), kind)
+    config = layout.config(
+        checkpoint.config.get("quantization_config") or checkpoint.text_config.get("quantization_config"), kind
+    )
     claim(out, checkpoint.path, overwrite)
     checkpoint.kv = None  # what it had is replaced
     c = calibration or Calibration()
@@ -83,7 +85,9 @@ def attach(
     about = describe(kind, input_range, windows, rows)
     about["warnings"] += checkpoint.left_out
     files = _files(checkpoint, tensors)
-    shards = {name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in files.items()}
+    shards = {
+        name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in files.items()
+    }
     folder = Folder(out, shards, xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode()), overwrite)
     if folder.is_published:
         return folder.published("report.json")["kv"]
@@ -123,7 +127,9 @@ def complete(run: Run) -> dict[str, Any] | None:
         checkpoint, c = Checkpoint(run.folder.partial), job.recipe.calibration
         checkpoint.kv = None
         windows = run.windows or calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
-        cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.input_range, run.progress, run.folder.partial.parent)
+        cache, rows = find_scales(
+            checkpoint, job.kv, windows.tokens, job.recipe.input_range, run.progress, run.folder.partial.parent
+        )
         about = describe(job.kv, job.recipe.input_range, windows, rows)
     else:
         cache = job.checkpoint.kv
@@ -148,7 +154,9 @@ def find_scales(
     """
     walk = Walk(checkpoint, windows, checkpoint.dtype, scratch=scratch, as_served=True)
     found_on = range(1, len(walk.batches))
-    walk.batches += calibrate.evaluation(checkpoint, str(demo.HELDOUT), windows.shape[1], CHECKED).tokens.split(len(walk.batches[-1]))
+    walk.batches += calibrate.evaluation(checkpoint, str(demo.HELDOUT), windows.shape[1], CHECKED).tokens.split(
+        len(walk.batches[-1])
+    )
     checked_on = range(found_on.stop, len(walk.batches))
     keys, values, rows, latent = {}, {}, [], False
     walk.start()
@@ -240,7 +248,9 @@ def _require_heads(checkpoint: Checkpoint, grid: KVGrid, keys: kv.Heads) -> None
     text = checkpoint.text_config
     said = text.get("num_key_value_heads", len(keys.low))
     if "-head" in str(grid) and len(keys.low) != said:
-        raise Unsupported(f"{checkpoint.model_type} caches {len(keys.low)} heads where its config has {said}, so scales of heads fit no engine; write fp8-e4m3")
+        raise Unsupported(
+            f"{checkpoint.model_type} caches {len(keys.low)} heads where its config has {said}, so scales of heads fit no engine; write fp8-e4m3"
+        )
 
 
 def warnings(rows: list[Row]) -> list[str]:
@@ -249,7 +259,9 @@ def warnings(rows: list[Row]) -> list[str]:
     share = max(most.keys_clipped, most.values_clipped)
     if share <= CLIPPED:
         return []
-    return [f"{100 * share:.2f}% of the cache of {most.module} lies beyond its scale on other text; calibrate on text of the kind that the model will see"]
+    return [
+        f"{100 * share:.2f}% of the cache of {most.module} lies beyond its scale on other text; calibrate on text of the kind that the model will see"
+    ]
 
 
 def _files(checkpoint: Checkpoint, scales: Mapping[str, Tensor]) -> dict[str, dict[str, Spec]]:
@@ -266,7 +278,9 @@ def _writer(specs: Mapping[str, Spec], path: Path, resume: bool) -> Writer:
     return Writer(path, specs, resume)
 
 
-def _accompany(checkpoint: Checkpoint, folder: Path, config: dict[str, Any], files: Mapping[str, Mapping[str, Spec]]) -> None:
+def _accompany(
+    checkpoint: Checkpoint, folder: Path, config: dict[str, Any], files: Mapping[str, Mapping[str, Spec]]
+) -> None:
     for path in checkpoint.other_files:
         place = folder / path.relative_to(checkpoint.path)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -274,9 +288,14 @@ def _accompany(checkpoint: Checkpoint, folder: Path, config: dict[str, Any], fil
     written = {"config.json": config}
     if len(files) > 1:
         total = sum(spec.size_bytes for specs in files.values() for spec in specs.values())
-        written[INDEX] = {"metadata": {"total_size": total}, "weight_map": {t: name for name, specs in files.items() for t in specs}}
+        written[INDEX] = {
+            "metadata": {"total_size": total},
+            "weight_map": {t: name for name, specs in files.items() for t in specs},
+        }
     for name, content in written.items():
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+        (folder / name).write_text(
+            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+        )
 
 
 def _verify(checkpoint: Checkpoint, folder: Path, scales: Mapping[str, Tensor]) -> None:

@@ -70,7 +70,9 @@ class QuantLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def integer_product(x: Float[Tensor, "... in"], read: InputGrid, params: Params, q: Quantized) -> Float32[Tensor, "... out"] | None:
+def integer_product(
+    x: Float[Tensor, "... in"], read: InputGrid, params: Params, q: Quantized
+) -> Float32[Tensor, "... out"] | None:
     """int8 times int8 in int32, scaled afterwards, as engines have it. None where a row or a token has several scales, or floats."""
     grid = q.grid
     if not isinstance(grid, IntGrid) or grid.block or not grid.symmetric:
@@ -116,17 +118,25 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
         place = places.get(f"{module}.weight")
         if place and place.expert is None and not place.transposed:
             home = place.parameter.removesuffix(".weight")
-            if isinstance(model.get_submodule(home), nn.Linear) and model.get_parameter(place.parameter).shape == checkpoint.quantized[module][1]:
+            if (
+                isinstance(model.get_submodule(home), nn.Linear)
+                and model.get_parameter(place.parameter).shape == checkpoint.quantized[module][1]
+            ):
                 packed[f"{module}.weight"] = home
     for tensor, home in packed.items():
         q, bias = checkpoint.read_quantized(tensor.removesuffix(".weight")), model.get_submodule(home).bias
         linear = QuantLinear(q, bias if isinstance(bias, Tensor) else None, dtype)
-        for name in (home, *(name.removesuffix(".weight") for name, source in ties.items() if source == f"{home}.weight")):
+        for name in (
+            home,
+            *(name.removesuffix(".weight") for name, source in ties.items() if source == f"{home}.weight"),
+        ):
             model.set_submodule(name, linear)
     skeleton.load(model, checkpoint, places, ties, names, device)
     nn.Module.to(model, device)
     decoded = {
-        w: inputs for w in checkpoint.weights() if f"{w.name}.weight" not in packed and w.tensor in places and (inputs := checkpoint.read_inputs(w.name))
+        w: inputs
+        for w in checkpoint.weights()
+        if f"{w.name}.weight" not in packed and w.tensor in places and (inputs := checkpoint.read_inputs(w.name))
     }
     if decoded:
         _round_inputs(model, checkpoint, places, decoded)
@@ -135,11 +145,17 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     return model
 
 
-def _round_inputs(model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton.Place], inputs: dict[Weight, Inputs]) -> None:
+def _round_inputs(
+    model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton.Place], inputs: dict[Weight, Inputs]
+) -> None:
     """Have the model round what matrices read that are no QuantLinear."""
     shapes = checkpoint.tensors()
-    views = {w: places[w.tensor].view(skeleton.tensor(model, places[w.tensor].parameter), shapes[w.tensor]) for w in inputs}
-    matrices = [(Matrix(w.tensor, w.expert, w), view if w.expert is None else view[w.expert]) for w, view in views.items()]
+    views = {
+        w: places[w.tensor].view(skeleton.tensor(model, places[w.tensor].parameter), shapes[w.tensor]) for w in inputs
+    }
+    matrices = [
+        (Matrix(w.tensor, w.expert, w), view if w.expert is None else view[w.expert]) for w, view in views.items()
+    ]
     forward = model.forward
 
     def read(matrices: list[Matrix], x: Tensor) -> Tensor:

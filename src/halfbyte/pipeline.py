@@ -55,7 +55,12 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
         run = Run(job, edition, folder, progress, windows=windows)
         if windows is None:
             solver = SOLVERS[job.method.solver]
-            _stream(run, job.units, job.checkpoint.read_weight, lambda weight, w, scheme: solver(w, scheme.weight, known.get(weight)))
+            _stream(
+                run,
+                job.units,
+                job.checkpoint.read_weight,
+                lambda weight, w, scheme: solver(w, scheme.weight, known.get(weight)),
+            )
         else:
             from halfbyte import blockwise  # Transformers takes seconds to import, and only calibration needs the model
 
@@ -113,11 +118,18 @@ def convert(
         for near in (job.container.same(q), with_minimum(q), with_divisor(q)):
             if near and near.scheme == scheme:
                 return near
-        return SOLVERS["nearest"](q.decode(), scheme.weight, None)._replace(input=q.input if q.scheme.input == scheme.input else None)
+        return SOLVERS["nearest"](q.decode(), scheme.weight, None)._replace(
+            input=q.input if q.scheme.input == scheme.input else None
+        )
 
     with kept_on_interrupt(folder):
         run = Run(job, edition, folder, progress)
-        _stream(run, [[weight] for weight in job.schemes], lambda weight: job.checkpoint.read_quantized(weight.name), transcode)
+        _stream(
+            run,
+            [[weight] for weight in job.schemes],
+            lambda weight: job.checkpoint.read_quantized(weight.name),
+            transcode,
+        )
         report = _finish(run, started)
         folder.publish()
     return report
@@ -139,7 +151,9 @@ def dequantize(
     """
     started = time.perf_counter()
     out = Path(out).expanduser()
-    job = decoding(str(source), to or ("gguf" if is_file(out) else "safetensors"), dtype, str(adapter) if adapter else None)
+    job = decoding(
+        str(source), to or ("gguf" if is_file(out) else "safetensors"), dtype, str(adapter) if adapter else None
+    )
     _claim(out, job, overwrite)
     edition = edition_of(job)
     folder = Folder(out, edition.shards(stem_of(out)), identity(job, None), overwrite)
@@ -147,7 +161,9 @@ def dequantize(
         return folder.published("report.json")
     with kept_on_interrupt(folder):
         run = Run(job, edition, folder, progress)
-        _stream(run, [], job.checkpoint.read_weight, lambda weight, w, scheme: SOLVERS["nearest"](w, scheme.weight, None))
+        _stream(
+            run, [], job.checkpoint.read_weight, lambda weight, w, scheme: SOLVERS["nearest"](w, scheme.weight, None)
+        )
         report = _finish(run, started)
         folder.publish()
     return report
@@ -156,9 +172,13 @@ def dequantize(
 def _claim(out: Path, job: Job, overwrite: bool) -> None:
     """Refuse an output that is in the way, or is called like a file and is none: only a GGUF that is not split is one file."""
     if is_file(out) and job.container.name != "gguf":
-        raise BadRequest(f"{job.container.name} needs a folder, and {out} is called like a file; name it without .gguf, or write one file with --to gguf")
+        raise BadRequest(
+            f"{job.container.name} needs a folder, and {out} is called like a file; name it without .gguf, or write one file with --to gguf"
+        )
     if is_file(out) and job.recipe.shard_gb:
-        raise BadRequest(f"parts of a GGUF need a folder, and {out} is called like a file; name it without .gguf, or leave out --shard-gb")
+        raise BadRequest(
+            f"parts of a GGUF need a folder, and {out} is called like a file; name it without .gguf, or leave out --shard-gb"
+        )
     claim(out, job.checkpoint.path, overwrite, {entry.path for entry in job.checkpoint.entries.values()})
 
 
@@ -185,16 +205,25 @@ def identity(job: Job, windows: calibrate.Windows | None) -> str:
     imatrix = job.recipe.imatrix and digest_of(Path(job.recipe.imatrix).expanduser())
     adapter = job.checkpoint.adapter and job.checkpoint.adapter.digest
     calibration = windows and (windows.digest, torch.get_num_threads())
-    return xxhash.xxh3_128_hexdigest(repr((job.recipe.digest, stamp(job.checkpoint), adapter, imatrix, calibration)).encode())
+    return xxhash.xxh3_128_hexdigest(
+        repr((job.recipe.digest, stamp(job.checkpoint), adapter, imatrix, calibration)).encode()
+    )
 
 
-def _stream(run: Run, units: list[list[Weight]], read: Callable[[Weight], Any], solve: Callable[[Weight, Any, AnyScheme], Quantized]) -> None:
+def _stream(
+    run: Run,
+    units: list[list[Weight]],
+    read: Callable[[Weight], Any],
+    solve: Callable[[Weight, Any, AnyScheme], Quantized],
+) -> None:
     """Without calibration: piece after piece at the disk's speed, as many side by side as there are cores."""
     job = run.job
     for record in run.folder.journal:
         recall(run, record)
     if run.rows:
-        run.progress(f"{RESUMING}: {len(run.rows)} of {len(job.schemes)} matrices are done", len(run.rows), len(job.schemes))
+        run.progress(
+            f"{RESUMING}: {len(run.rows)} of {len(job.schemes)} matrices are done", len(run.rows), len(job.schemes)
+        )
     notes = {c.weight: c.note for c in job.choices}
     todo = [unit for unit in units if any(w.name not in run.rows for w in unit)]
     cut = [[unit] if len(unit) > 1 else [[piece] for piece in run.edition.pieces(unit[0])] for unit in todo]
@@ -214,11 +243,16 @@ def _stream(run: Run, units: list[list[Weight]], read: Callable[[Weight], Any], 
         run.keep(tensor, cast(tensor, job.checkpoint.read(tensor), job.spec(tensor).dtype, job.wider))
 
     with _workers(max((_size(pieces) for tasks in cut for pieces in tasks), default=1)) as pool:
-        written = [[pool.submit(write, unit, pieces, SAMPLED // len(tasks)) for pieces in tasks] for unit, tasks in zip(todo, cut, strict=True)]
+        written = [
+            [pool.submit(write, unit, pieces, SAMPLED // len(tasks)) for pieces in tasks]
+            for unit, tasks in zip(todo, cut, strict=True)
+        ]
         for unit, tasks in zip(todo, written, strict=True):
             rows, digests = [], {}
             for weight, parts in zip(unit, zip(*(task.result() for task in tasks), strict=True), strict=True):
-                rows.append(row_of(weight, job.schemes[weight], relative(part for part, _ in parts), None, notes[weight]))
+                rows.append(
+                    row_of(weight, job.schemes[weight], relative(part for part, _ in parts), None, notes[weight])
+                )
                 digests[weight.name] = " ".join(found for _, found in parts)
             note(run, rows, digests, module=unit[0].name)
             seen += _size(unit)
@@ -298,4 +332,6 @@ def verify(run: Run) -> None:
         for number, (name, again) in enumerate(zip(run.digests, pool.map(read_again, run.digests), strict=True)):
             run.progress("checking what was written", number, len(run.digests))
             if again != run.digests[name]:
-                raise BrokenOutput(f"'{name}' reads back as something else than was written; the disk or {run.job.container.name}'s reader is broken")
+                raise BrokenOutput(
+                    f"'{name}' reads back as something else than was written; the disk or {run.job.container.name}'s reader is broken"
+                )

@@ -37,7 +37,13 @@ def _bar() -> Iterator[Progress]:
     from halfbyte.terminal import Terminal, plain
 
     console = Terminal(stderr=True)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
@@ -46,7 +52,11 @@ def _bar() -> Iterator[Progress]:
                 console.print(what, highlight=False, soft_wrap=True)
             bar.update(task, description=plain(what), completed=done, total=total)
 
-        with told_of_kernels(lambda: bar.update(task, description="compiling kernels, once")) if console.is_terminal else nullcontext():
+        with (
+            told_of_kernels(lambda: bar.update(task, description="compiling kernels, once"))
+            if console.is_terminal
+            else nullcontext()
+        ):
             yield show
 
 

@@ -44,7 +44,9 @@ class Calibration(BaseModel):
         if not words or not all(isinstance(text, str) for text in words):
             raise ValueError("is a file, a dataset, or a list of texts")
         if sum(len(text.encode()) for text in words) > MOST // 2:
-            raise ValueError(f"takes {MOST // 2} bytes of texts at most; write them into a .jsonl file, and give its name")
+            raise ValueError(
+                f"takes {MOST // 2} bytes of texts at most; write them into a .jsonl file, and give its name"
+            )
         return tuple(words)
 
 
@@ -96,7 +98,9 @@ class Recipe(BaseModel):
         try:
             words = yaml.load(read_text(path, BadRequest, MOST), _Loader)
         except REFUSALS as error:
-            raise BadRequest(f"recipe {path} cannot be read: {' '.join(str(error).split()) or 'it nests too deep'}") from None
+            raise BadRequest(
+                f"recipe {path} cannot be read: {' '.join(str(error).split()) or 'it nests too deep'}"
+            ) from None
         if not isinstance(words, dict) or not all(isinstance(name, str) for name in words):
             raise BadRequest(f"recipe {path} is no mapping of names to values")
         return cls.of(**{**words, **changes})
@@ -113,7 +117,9 @@ class Recipe(BaseModel):
                 raise UnknownName("recipe entry", name, known) from None
             if first["type"] == "missing":
                 raise BadRequest(f"the recipe has no {name}") from None
-            raise BadRequest(f"recipe entry {name}: {first['msg'].lower().removeprefix('value error, ')}, not {brief(first.get('input'))}") from None
+            raise BadRequest(
+                f"recipe entry {name}: {first['msg'].lower().removeprefix('value error, ')}, not {brief(first.get('input'))}"
+            ) from None
 
     def dump(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
@@ -159,4 +165,9 @@ def method_named(name: str) -> Method:
     chosen = [PARTS[part] for part in parts]
     if len(chosen) > 1 and any(m.transforms == () for m in chosen[:-1]):
         raise BadRequest(f"method '{name}' has two solvers; put transforms first and one solver last, such as awq+gptq")
-    return Method(sum((m.transforms for m in chosen), ()), chosen[-1].solver, any(m.calibrated for m in chosen), any(m.twin for m in chosen))
+    return Method(
+        sum((m.transforms for m in chosen), ()),
+        chosen[-1].solver,
+        any(m.calibrated for m in chosen),
+        any(m.twin for m in chosen),
+    )

@@ -130,10 +130,19 @@ def with_inputs(q: Quantized, scheme: AnyScheme, params: Params | None = None) -
     return q._replace(input=Inputs(scheme.input, params or {})) if scheme.input and not q.input else q
 
 
-def row_of(weight: Weight, scheme: AnyScheme, errors: tuple[float, float], tokens: int | None, note: str, read: dict[str, Any] | None = None) -> Row:
+def row_of(
+    weight: Weight,
+    scheme: AnyScheme,
+    errors: tuple[float, float],
+    tokens: int | None,
+    note: str,
+    read: dict[str, Any] | None = None,
+) -> Row:
     """`errors`: of the matrix, and of the worst of its rows."""
     error, worst = errors
-    return Row(weight.name, str(scheme), list(weight.shape), scheme.weight.bits(weight.shape), error, tokens, note, read, worst)
+    return Row(
+        weight.name, str(scheme), list(weight.shape), scheme.weight.bits(weight.shape), error, tokens, note, read, worst
+    )
 
 
 def tell(inputs: Inputs, seen: Seen) -> dict[str, Any]:

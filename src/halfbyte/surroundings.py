@@ -9,7 +9,9 @@ from pathlib import Path
 def arrange() -> None:
     """What the user says goes first."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses of a model that are not ours
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin where they wait for others take a neighbour's time
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads that spin where they wait for others take a neighbour's time
     if place := kernels():
         os.environ.setdefault("NUMBA_CACHE_DIR", str(place))
 

@@ -15,13 +15,21 @@ for folder in sys.argv[2:]:
     config = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
     sizes = {"bits": config["bits"], "group_size": config["group_size"]}
     # The reference kernels: others are compiled as they are first used, for minutes.
-    kernel = AwqConfig(backend="torch_awq", **sizes) if config["quant_method"] == "awq" else GPTQConfig(backend="gptq_torch", **sizes)
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float16, quantization_config=kernel)
+    kernel = (
+        AwqConfig(backend="torch_awq", **sizes)
+        if config["quant_method"] == "awq"
+        else GPTQConfig(backend="gptq_torch", **sizes)
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map="cpu", dtype=torch.float16, quantization_config=kernel
+    )
     linears = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
     with torch.no_grad():
         logits = model(torch.arange(5, 69)[None]).logits
         decoded = {
-            name: m.dequantize_weight() if hasattr(m, "dequantize_weight") else m._dequantize_weight_for_inference(logits, dtype=torch.float16)
+            name: m.dequantize_weight()
+            if hasattr(m, "dequantize_weight")
+            else m._dequantize_weight_for_inference(logits, dtype=torch.float16)
             for name, m in linears.items()
         }
     found[Path(folder).name] = {"logits": logits, "decoded": {name: w.T for name, w in decoded.items()}}

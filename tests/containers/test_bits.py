@@ -10,7 +10,9 @@ WIDTHS = (1, 2, 3, 7, 8, 15, 16, 31, 32, 33, 63, 64, 65, 97, 160)
 
 
 def codes_of(width_bits, rows, width, seed=0):
-    return torch.randint(0, 1 << width_bits, (rows, width), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    return torch.randint(0, 1 << width_bits, (rows, width), generator=torch.Generator().manual_seed(seed)).to(
+        torch.uint8
+    )
 
 
 def words_by_hand(row, width_bits):

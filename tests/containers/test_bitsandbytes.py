@@ -16,7 +16,9 @@ from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.run import with_inputs
 from halfbyte.solvers.nearest import nearest
 
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is the oracle: pip install -c constraints.txt bitsandbytes")
+bitsandbytes = pytest.importorskip(
+    "bitsandbytes", reason="bitsandbytes is the oracle: pip install -c constraints.txt bitsandbytes"
+)
 functional, modules = bitsandbytes.functional, bitsandbytes.nn
 
 GRIDS = ["nf4-g64", "fp4-g64", "nf4-g64-double", "int8-channel"]
@@ -27,7 +29,10 @@ def asked(grid):
     if grid == "int8-channel":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=grid[:3], bnb_4bit_use_double_quant="double" in grid, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type=grid[:3],
+        bnb_4bit_use_double_quant="double" in grid,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
 
 
@@ -51,7 +56,9 @@ def grid(request):
 def saved(grid, tmp_path_factory):
     """A folder that Transformers saved."""
     out = tmp_path_factory.mktemp("theirs") / grid
-    AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.bfloat16, quantization_config=asked(grid)).save_pretrained(out)
+    AutoModelForCausalLM.from_pretrained(
+        demo.MODEL, dtype=torch.bfloat16, quantization_config=asked(grid)
+    ).save_pretrained(out)
     return out
 
 
@@ -71,14 +78,18 @@ def test_the_files_of_both_hold_the_same_tensors(grid, saved, written):
     for name, tensor in theirs.items():
         if "quant_state" in name:
             assert json.loads(ours[name].numpy().tobytes()) == json.loads(tensor.numpy().tobytes())
-        elif grid == "nf4-g64-double" and name.endswith(("weight", "absmax")):  # codes suit the scales as stored; see the tests of the grids
+        elif grid == "nf4-g64-double" and name.endswith(
+            ("weight", "absmax")
+        ):  # codes suit the scales as stored; see the tests of the grids
             assert (ours[name] == tensor).float().mean() > 0.95
         else:
             assert torch.equal(ours[name], tensor), name
 
 
 def test_the_config_says_what_theirs_says(saved, written):
-    theirs, ours = (json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (saved, written))
+    theirs, ours = (
+        json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (saved, written)
+    )
     told = {key: value for key, value in theirs.items() if not key.startswith("_") and value is not None}
     assert told.items() <= {**ours, "bnb_4bit_compute_dtype": told["bnb_4bit_compute_dtype"]}.items()
     assert ours["llm_int8_skip_modules"] == ["lm_head"]
@@ -91,18 +102,34 @@ def test_a_folder_that_transformers_saved_reads_as_bitsandbytes_decodes_it(saved
     assert len(theirs) == 42
     for module, w in theirs.items():
         assert torch.equal(checkpoint.read_quantized(module).decode().to(w.dtype), w)
-    assert checkpoint.spec("model.layers.0.mlp.up_proj.weight").shape == checkpoint.quantized["model.layers.0.mlp.up_proj"][1]
+    assert (
+        checkpoint.spec("model.layers.0.mlp.up_proj.weight").shape
+        == checkpoint.quantized["model.layers.0.mlp.up_proj"][1]
+    )
 
 
 @pytest.mark.parametrize("method", ["nearest", "gptq"])
 def test_transformers_computes_what_our_decode_computes(grid, method, tmp_path):
-    halfbyte.quantize(demo.MODEL, tmp_path / "out", method=method, grid=grid, to="bitsandbytes", calibration={"samples": 4, "length": 64})
-    checkpoint, model = Checkpoint.open(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    halfbyte.quantize(
+        demo.MODEL,
+        tmp_path / "out",
+        method=method,
+        grid=grid,
+        to="bitsandbytes",
+        calibration={"samples": 4, "length": 64},
+    )
+    checkpoint, model = (
+        Checkpoint.open(tmp_path / "out"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16),
+    )
     for module, w in decoded(model).items():
         assert torch.equal(checkpoint.read_quantized(module).decode().to(w.dtype), w)
     assert type(model.lm_head) is torch.nn.Linear
     with torch.no_grad():
-        theirs, ours, plain = (m(TOKENS).logits.float().log_softmax(-1) for m in (model, halfbyte.load(tmp_path / "out"), halfbyte.load(demo.MODEL)))
+        theirs, ours, plain = (
+            m(TOKENS).logits.float().log_softmax(-1)
+            for m in (model, halfbyte.load(tmp_path / "out"), halfbyte.load(demo.MODEL))
+        )
     # Its kernels round scales (4 bits) and inputs (8 bits) to fewer bits than the file has.
     assert divergence(theirs, ours) < 0.2 * max(divergence(theirs, plain), 0.01)
 
@@ -116,7 +143,9 @@ def test_gptq_lowers_the_divergence_of_nf4(tmp_path):
     def lost(method):
         halfbyte.quantize(demo.MODEL, tmp_path / method, method=method, grid="nf4", to="bitsandbytes")
         with torch.no_grad():
-            return divergence(*(halfbyte.load(p)(TOKENS).logits.float().log_softmax(-1) for p in (demo.MODEL, tmp_path / method)))
+            return divergence(
+                *(halfbyte.load(p)(TOKENS).logits.float().log_softmax(-1) for p in (demo.MODEL, tmp_path / method))
+            )
 
     assert lost("gptq") < lost("nearest")
 
@@ -125,7 +154,9 @@ def test_bytes_in_another_storage_type_are_read(saved, grid, tmp_path):
     if grid == "int8-channel":
         pytest.skip("LLM.int8() has no storage type")
     tensors = load_file(saved / "model.safetensors")
-    packed = {n: t.flatten().view(torch.bfloat16)[:, None] if f"{n}.absmax" in tensors else t for n, t in tensors.items()}
+    packed = {
+        n: t.flatten().view(torch.bfloat16)[:, None] if f"{n}.absmax" in tensors else t for n, t in tensors.items()
+    }
     (tmp_path / "config.json").write_text((saved / "config.json").read_text())
     save_file({n: t.contiguous() for n, t in packed.items()}, tmp_path / "model.safetensors", {"format": "pt"})
     module = "model.layers.0.mlp.up_proj"
@@ -142,7 +173,10 @@ def test_other_containers_take_its_weights_by_rounding_them_again(written, tmp_p
 @pytest.mark.parametrize("shape", [(64, 256), (160, 80), (271, 37)])
 def test_what_is_packed_is_what_was_planned_and_comes_back(name, shape):
     container = BitsAndBytes()
-    q = with_inputs(nearest(torch.randn(shape, generator=torch.Generator().manual_seed(0)), parse(name)), container.native(parse(name), torch.bfloat16))
+    q = with_inputs(
+        nearest(torch.randn(shape, generator=torch.Generator().manual_seed(0)), parse(name)),
+        container.native(parse(name), torch.bfloat16),
+    )
     packed, plan = container.pack(q), container.plan(q.scheme, shape)
     assert {n: (tuple(t.shape), t.dtype) for n, t in packed.items()} == {n: (s.shape, s.dtype) for n, s in plan.items()}
     assert container.unpack(packed, q.scheme, shape).equal(q)
@@ -153,12 +187,22 @@ def test_what_it_cannot_hold_is_refused_with_what_it_can(tmp_path):
         with pytest.raises(Unsupported, match="nf4"):
             BitsAndBytes().check(BitsAndBytes().native(parse(name), torch.bfloat16), (64, 256))
     with pytest.raises(Unsupported, match="one scheme"):
-        halfbyte.quantize(demo.MODEL, tmp_path / "out", method="nearest", grid="nf4", to="bitsandbytes", override={"*.0.mlp.*": "int8-channel"})
+        halfbyte.quantize(
+            demo.MODEL,
+            tmp_path / "out",
+            method="nearest",
+            grid="nf4",
+            to="bitsandbytes",
+            override={"*.0.mlp.*": "int8-channel"},
+        )
 
 
 def test_tables_of_others_and_orders_of_old_gpus_are_refused():
     container = BitsAndBytes()
-    for name, tensor, reason in (("nf4-g64-double", "weight.nested_quant_map", "nested_quant_map"), ("fp4-g64", "weight.quant_map", "quant_map")):
+    for name, tensor, reason in (
+        ("nf4-g64-double", "weight.nested_quant_map", "nested_quant_map"),
+        ("fp4-g64", "weight.quant_map", "quant_map"),
+    ):
         q = nearest(torch.randn(64, 256), parse(name))
         packed = container.pack(q)
         with pytest.raises(Unsupported, match=reason):

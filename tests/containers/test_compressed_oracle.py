@@ -56,17 +56,27 @@ def test_transformers_computes_what_our_decode_computes(folder):
     assert torch.equal(ours, expected)
 
 
-def compressed(out: int, width: int, kind: str, format: str, **weights) -> tuple[dict[str, torch.Tensor], QuantizationScheme]:
+def compressed(
+    out: int, width: int, kind: str, format: str, **weights
+) -> tuple[dict[str, torch.Tensor], QuantizationScheme]:
     """A matrix as compressed-tensors scales, rounds and lays it out by itself."""
     w = torch.randn(out, width, generator=torch.Generator().manual_seed(0)) * 0.05
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(type=kind, **weights), format=format)
     size = weights.get("group_size") or width
-    low, high = (w.amin(), w.amax()) if scheme.weights.strategy == "tensor" else (f(w.unflatten(1, (-1, size)), -1) for f in (torch.amin, torch.amax))
+    low, high = (
+        (w.amin(), w.amax())
+        if scheme.weights.strategy == "tensor"
+        else (f(w.unflatten(1, (-1, size)), -1) for f in (torch.amin, torch.amax))
+    )
     state = {"weight": w}
     if scheme.weights.strategy == "tensor_group":
         state["weight_global_scale"] = generate_gparam(w.amin(), w.amax())
-    state["weight_scale"], zero = calculate_qparams(low, high, scheme.weights, global_scale=state.get("weight_global_scale"))
-    state["weight_scale"] = state["weight_scale"].bfloat16() if weights.get("scale_dtype") is None else state["weight_scale"]
+    state["weight_scale"], zero = calculate_qparams(
+        low, high, scheme.weights, global_scale=state.get("weight_global_scale")
+    )
+    state["weight_scale"] = (
+        state["weight_scale"].bfloat16() if weights.get("scale_dtype") is None else state["weight_scale"]
+    )
     if not scheme.weights.symmetric:
         state["weight_zero_point"] = zero
     return BaseCompressor.get_value_from_registry(format).compress(state, scheme), scheme
@@ -79,10 +89,26 @@ THEIRS = {
     "int8-channel-asym-bf16": ("int", "int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
     "int8-tensor-bf16": ("int", "int-quantized", {"num_bits": 8, "strategy": "tensor"}),
     "int8-g32-bf16": ("int", "int-quantized", {"num_bits": 8, "strategy": "group", "group_size": 32}),
-    "mxfp8-e4m3": ("float", "mxfp8-quantized", {"num_bits": 8, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}),
-    "mxfp6-e2m3": ("float", "mxfp6-pack-quantized", {"num_bits": 6, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}),
-    "mxfp4": ("float", "mxfp4-pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}),
-    "nvfp4-global": ("float", "nvfp4-pack-quantized", {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn}),
+    "mxfp8-e4m3": (
+        "float",
+        "mxfp8-quantized",
+        {"num_bits": 8, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
+    ),
+    "mxfp6-e2m3": (
+        "float",
+        "mxfp6-pack-quantized",
+        {"num_bits": 6, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
+    ),
+    "mxfp4": (
+        "float",
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
+    ),
+    "nvfp4-global": (
+        "float",
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn},
+    ),
 }
 
 
@@ -102,9 +128,19 @@ def test_what_the_package_wrote_is_read_as_it_reads_it(name, tmp_path):
 
 def test_several_formats_in_one_checkpoint_are_said_per_group(tmp_path):
     override = {"*.down_proj": "fp8-e4m3-channel", "*.o_proj": "mxfp4"}
-    halfbyte.quantize(demo.MODEL, tmp_path / "out", method="minmax", grid="int4-g128", to="compressed-tensors", override=override)
+    halfbyte.quantize(
+        demo.MODEL, tmp_path / "out", method="minmax", grid="int4-g128", to="compressed-tensors", override=override
+    )
     said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(said)
     assert config.format == "mixed-precision"
-    assert {g.format for g in config.config_groups.values()} == {"pack-quantized", "naive-quantized", "mxfp4-pack-quantized"}
-    assert {str(grid) for grid, _ in Checkpoint.open(tmp_path / "out").quantized.values()} == {"int4-g128-bf16", "fp8-e4m3-channel-bf16", "mxfp4"}
+    assert {g.format for g in config.config_groups.values()} == {
+        "pack-quantized",
+        "naive-quantized",
+        "mxfp4-pack-quantized",
+    }
+    assert {str(grid) for grid, _ in Checkpoint.open(tmp_path / "out").quantized.values()} == {
+        "int4-g128-bf16",
+        "fp8-e4m3-channel-bf16",
+        "mxfp4",
+    }

@@ -15,8 +15,17 @@ from halfbyte.errors import Unsupported
 from halfbyte.grids import GRIDS, parse
 from halfbyte.grids.grid import Quantized
 
-LAYERS = [f"model.layers.{i}.{n}" for i in range(12) for n in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]
-EXPERTS = [f"model.layers.{i}.mlp.experts.{e}.{n}" for i in range(2) for e in (0, 7, 10) for n in ("gate_proj", "up_proj", "down_proj")]
+LAYERS = [
+    f"model.layers.{i}.{n}"
+    for i in range(12)
+    for n in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+]
+EXPERTS = [
+    f"model.layers.{i}.mlp.experts.{e}.{n}"
+    for i in range(2)
+    for e in (0, 7, 10)
+    for n in ("gate_proj", "up_proj", "down_proj")
+]
 
 
 def quantized(name, out=64, width=128):
@@ -36,8 +45,14 @@ def test_bits_are_the_bytes_of_codes_scales_and_zero_points(name, kind):
     except Unsupported:
         return
     # Not counted: shapes, labels, tables, the order of a file without one, and zero points that a container makes a symmetric grid store.
-    uncounted = {"weight_shape", "g_idx", "weight_format"} | ({"qzeros"} if getattr(scheme, "symmetric", False) else set())
-    uncounted |= {"weight.quant_map", "weight.nested_quant_map", *(s for s in container.plan(scheme, shape) if "quant_state" in s)}  # tables and labels
+    uncounted = {"weight_shape", "g_idx", "weight_format"} | (
+        {"qzeros"} if getattr(scheme, "symmetric", False) else set()
+    )
+    uncounted |= {
+        "weight.quant_map",
+        "weight.nested_quant_map",
+        *(s for s in container.plan(scheme, shape) if "quant_state" in s),
+    }  # tables and labels
     stored = sum(spec.size_bytes for suffix, spec in container.plan(scheme, shape).items() if suffix not in uncounted)
     stored += 4 if "double" in name else 0  # the offset of the scales lies among the labels
     assert scheme.weight.bits(shape) * shape[0] * shape[1] == stored * 8
@@ -70,9 +85,13 @@ def test_the_head_is_named_where_engines_ask_for_it():
     one = CompressedTensors().config(grids, [], torch.bfloat16)["config_groups"]
     assert [g["targets"] for g in one.values()] == [["Linear", "re:.*lm_head$"]]
     mixed = CompressedTensors().config({**grids, "lm_head": parse("int8-channel")}, [], torch.bfloat16)["config_groups"]
-    assert [any(re.match(t.removeprefix("re:"), "language_model.lm_head") for t in g["targets"]) for g in mixed.values()] == [False, True]
+    assert [
+        any(re.match(t.removeprefix("re:"), "language_model.lm_head") for t in g["targets"]) for g in mixed.values()
+    ] == [False, True]
     layers = dict.fromkeys(LAYERS, parse("int4-g128"))
-    assert CompressedTensors().config(layers, ["lm_head"], torch.bfloat16)["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert CompressedTensors().config(layers, ["lm_head"], torch.bfloat16)["config_groups"]["group_0"]["targets"] == [
+        "Linear"
+    ]
     assert AWQ().config(grids, [], torch.bfloat16)["lm_head"] is True
     assert GPTQ().config(grids, [], torch.bfloat16)["lm_head"] is True
     assert "lm_head" not in AWQ().config(layers, ["lm_head"], torch.bfloat16)
@@ -80,7 +99,9 @@ def test_the_head_is_named_where_engines_ask_for_it():
 
 def test_targets_reach_exactly_their_modules():
     """As the compressed-tensors package matches them, with numbers of one and two digits."""
-    grids = {name: parse("int8-channel" if name.endswith("down_proj") or ".1." in name else "int4-g128") for name in LAYERS}
+    grids = {
+        name: parse("int8-channel" if name.endswith("down_proj") or ".1." in name else "int4-g128") for name in LAYERS
+    }
     config = QuantizationConfig.model_validate(CompressedTensors().config(grids, ["lm_head"], torch.bfloat16))
     model = nn.Module()
     for name in [*LAYERS, "lm_head"]:

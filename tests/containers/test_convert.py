@@ -88,5 +88,12 @@ def halfbyte_quantized(grid, w, params):
 def test_awq_interleaves_columns_as_its_kernels_expect():
     grid = parse("int4-channel")
     codes = torch.arange(16, dtype=torch.uint8)[:, None].repeat(1, 8)
-    packed = AWQ().pack(halfbyte_quantized(grid, torch.zeros(16, 8), {"scale": torch.ones(16, 1, dtype=torch.float16)})._replace(codes=codes))
-    assert packed["qweight"][0].tolist() == [0x75316420, 0xFDB9ECA8 - (1 << 32)]  # AutoAWQ's order 0 2 4 6 1 3 5 7, lowest bits first
+    packed = AWQ().pack(
+        halfbyte_quantized(grid, torch.zeros(16, 8), {"scale": torch.ones(16, 1, dtype=torch.float16)})._replace(
+            codes=codes
+        )
+    )
+    assert packed["qweight"][0].tolist() == [
+        0x75316420,
+        0xFDB9ECA8 - (1 << 32),
+    ]  # AutoAWQ's order 0 2 4 6 1 3 5 7, lowest bits first

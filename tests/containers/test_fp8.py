@@ -17,7 +17,13 @@ from halfbyte.grids.grid import Quantized
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.nn import QuantLinear
 
-SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
 MODULE = "model.layers.0.mlp.down_proj"
 
 
@@ -83,7 +89,9 @@ def test_a_whole_matrix_may_have_one_scale(source, tmp_path):
     assert entries[f"{MODULE}.weight_scale"].shape == ()
 
 
-@pytest.mark.parametrize(("grid", "to"), [("int4-g128", "compressed-tensors"), ("q4_k", "gguf"), ("fp8-e4m3-channel", "compressed-tensors")])
+@pytest.mark.parametrize(
+    ("grid", "to"), [("int4-g128", "compressed-tensors"), ("q4_k", "gguf"), ("fp8-e4m3-channel", "compressed-tensors")]
+)
 def test_an_fp8_checkpoint_is_a_source_like_any_other(blocks, tmp_path, grid, to):
     same = tiny_copy(blocks, tmp_path / "decoded")
     out = tmp_path / ("out.gguf" if to == "gguf" else "out")
@@ -137,7 +145,10 @@ def test_scales_that_are_powers_of_two_in_bytes_are_read(blocks, tmp_path, dtype
 def test_mxfp8_in_this_layout_is_read(blocks, tmp_path):
     def scaled(tensors):
         weights = {n: t for n, t in tensors.items() if t.dtype == torch.float8_e4m3fn}
-        scales = {f"{n}_scale_inv": torch.full((t.shape[0], t.shape[1] // 32), 120, dtype=torch.uint8) for n, t in weights.items()}
+        scales = {
+            f"{n}_scale_inv": torch.full((t.shape[0], t.shape[1] // 32), 120, dtype=torch.uint8)
+            for n, t in weights.items()
+        }
         return {**tensors, **scales}
 
     folder = edited(blocks, tmp_path / "out", scaled, quant_method="mxfp8", weight_block_size=[1, 32])
@@ -147,7 +158,9 @@ def test_mxfp8_in_this_layout_is_read(blocks, tmp_path):
 
 
 def test_scales_of_quantized_inputs_are_left_out(blocks, tmp_path):
-    folder = edited(blocks, tmp_path / "in", lambda t: {**t, f"{MODULE}.input_scale": torch.tensor(0.1)}, activation_scheme="static")
+    folder = edited(
+        blocks, tmp_path / "in", lambda t: {**t, f"{MODULE}.input_scale": torch.tensor(0.1)}, activation_scheme="static"
+    )
     halfbyte.quantize(folder, tmp_path / "out", method="minmax", grid="int4-g128")
     assert not [n for n in Checkpoint.open(tmp_path / "out").entries if n.endswith("input_scale")]
 
@@ -156,7 +169,12 @@ def test_scales_of_quantized_inputs_are_left_out(blocks, tmp_path):
 def test_a_stored_scale_of_inputs_is_read_under_both_its_names(source, tmp_path, name):
     """vLLM's, and that of Transformers (integrations/finegrained_fp8.py)."""
     halfbyte.quantize(source, tmp_path / "in", method="minmax", grid="fp8-e4m3-tensor", to="fp8")
-    folder = edited(tmp_path / "in", tmp_path / "out", lambda t: {**t, f"{MODULE}.{name}": torch.tensor(0.125)}, activation_scheme="static")
+    folder = edited(
+        tmp_path / "in",
+        tmp_path / "out",
+        lambda t: {**t, f"{MODULE}.{name}": torch.tensor(0.125)},
+        activation_scheme="static",
+    )
     inputs = Checkpoint.open(folder).read_inputs(MODULE)
     assert str(inputs.grid) == "fp8-e4m3-static"
     assert inputs.params["scale"].tolist() == [0.125]
@@ -165,7 +183,10 @@ def test_a_stored_scale_of_inputs_is_read_under_both_its_names(source, tmp_path,
 def test_a_stored_scale_that_is_not_there_is_a_broken_checkpoint(source, tmp_path):
     halfbyte.quantize(source, tmp_path / "in", method="minmax", grid="w8a8", to="compressed-tensors")
     config = json.loads((tmp_path / "in" / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] |= {"strategy": "tensor", "dynamic": False}
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] |= {
+        "strategy": "tensor",
+        "dynamic": False,
+    }
     (tmp_path / "in" / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadCheckpoint, match="input_scale' is not stored"):
         Checkpoint.open(tmp_path / "in").read_inputs(MODULE)
@@ -194,12 +215,26 @@ def test_blocks_that_end_early_decode_as_their_scales_say():
     assert torch.equal(q.decode(), q.codes.view(torch.float8_e4m3fn).float() * scale)
 
 
-FUSED = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+FUSED = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+}
 
 
 def test_fused_experts_are_read_one_by_one(tmp_path):
     """Transformers' own names for them (integrations/finegrained_fp8.py FP8Experts)."""
-    plain = tiny.make(tmp_path / "plain", **SIZES, **FUSED, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], hidden_act="silu")
+    plain = tiny.make(
+        tmp_path / "plain",
+        **SIZES,
+        **FUSED,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        hidden_act="silu",
+    )
     tensors = load_file(plain / "model.safetensors")
     stored = dict(tensors)
     for name in [n for n, t in tensors.items() if t.dim() == 3]:
@@ -212,16 +247,29 @@ def test_fused_experts_are_read_one_by_one(tmp_path):
     fused = tmp_path / "fused"
     fused.mkdir()
     said = json.loads((plain / "config.json").read_text())
-    said["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    said["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
     (fused / "config.json").write_text(json.dumps(said))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (fused / name).write_bytes((plain / name).read_bytes())
     save_file(stored, fused / "model.safetensors")
     assert Checkpoint.open(fused).quantized["model.layers.1.mlp.experts.3.gate_up_proj"][1] == (256, 256)
     for folder in (plain, fused):
-        halfbyte.quantize(folder, tmp_path / f"{folder.name}-int4", method="gptq", grid="int4-g128", engine="none", calibration=sample(tmp_path))
+        halfbyte.quantize(
+            folder,
+            tmp_path / f"{folder.name}-int4",
+            method="gptq",
+            grid="int4-g128",
+            engine="none",
+            calibration=sample(tmp_path),
+        )
     ours, expected = decoded(tmp_path / "fused-int4"), decoded(tmp_path / "plain-int4")
-    for module in [m for m in expected if m.endswith(".gate_proj") and ".experts." in m]:  # which is written apart where it can be read apart
+    for module in [
+        m for m in expected if m.endswith(".gate_proj") and ".experts." in m
+    ]:  # which is written apart where it can be read apart
         home = module.removesuffix("gate_proj")
         expected[f"{home}gate_up_proj"] = torch.cat([expected.pop(module), expected.pop(f"{home}up_proj")])
     assert ours.keys() == expected.keys()
@@ -236,14 +284,28 @@ def test_llama_4s_experts_lie_transposed(tmp_path):
     """[experts, in, out] with scales of rows (Transformers integrations/fbgemm_fp8.py FbgemmFp8Llama4TextExperts)."""
     generator = torch.Generator().manual_seed(0)
     home, folder = "model.layers.0.feed_forward.experts", tmp_path / "llama4"
-    up, down = (torch.randn(2, *shape, generator=generator).to(torch.float8_e4m3fn) for shape in ((192, 512), (256, 192)))
-    scales = {"gate_up_proj_scale": torch.rand(2, 1, 512, generator=generator), "down_proj_scale": torch.rand(2, 192, 1, generator=generator)}
+    up, down = (
+        torch.randn(2, *shape, generator=generator).to(torch.float8_e4m3fn) for shape in ((192, 512), (256, 192))
+    )
+    scales = {
+        "gate_up_proj_scale": torch.rand(2, 1, 512, generator=generator),
+        "down_proj_scale": torch.rand(2, 192, 1, generator=generator),
+    }
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama4_text", "quantization_config": {"quant_method": "fbgemm_fp8"}}))
-    save_file({f"{home}.gate_up_proj": up, f"{home}.down_proj": down, **{f"{home}.{n}": s for n, s in scales.items()}}, folder / "model.safetensors")
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama4_text", "quantization_config": {"quant_method": "fbgemm_fp8"}})
+    )
+    save_file(
+        {f"{home}.gate_up_proj": up, f"{home}.down_proj": down, **{f"{home}.{n}": s for n, s in scales.items()}},
+        folder / "model.safetensors",
+    )
     ours, checkpoint = decoded(folder), Checkpoint.open(folder)
     for expert in range(2):
         w = up[expert].float() * scales["gate_up_proj_scale"][expert]
         assert torch.equal(ours[f"{home}.{expert}.gate_up_proj"], w.T)
-        assert torch.equal(checkpoint.read(f"{home}.{expert}.gate_up_proj.weight"), w.T)  # an expert by itself lies as linears do
-        assert torch.equal(ours[f"{home}.{expert}.down_proj"], (down[expert].float() * scales["down_proj_scale"][expert].T).T)
+        assert torch.equal(
+            checkpoint.read(f"{home}.{expert}.gate_up_proj.weight"), w.T
+        )  # an expert by itself lies as linears do
+        assert torch.equal(
+            ours[f"{home}.{expert}.down_proj"], (down[expert].float() * scales["down_proj_scale"][expert].T).T
+        )

@@ -46,7 +46,9 @@ def test_zero_points_of_zero_are_among_them(name):
     assert int(zero.max()) < 16
 
 
-@pytest.mark.parametrize("wrong", [{0: 1}, {0: 4}, {0: -1}], ids=["unequal groups", "a group too many", "a negative group"])
+@pytest.mark.parametrize(
+    "wrong", [{0: 1}, {0: 4}, {0: -1}], ids=["unequal groups", "a group too many", "a negative group"]
+)
 def test_groups_that_are_no_order_of_columns_are_refused(wrong, tmp_path):
     folder = Path(shutil.copytree(FOLDERS / "gptq-desc-act", tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")

@@ -45,7 +45,9 @@ def test_weights_and_outputs_are_those_of_decode(tmp_path):
         with torch.no_grad():
             expected = plain(torch.arange(5, 69)[None]).logits
         # They multiply in another order; logits reach 18.
-        torch.testing.assert_close(theirs[case]["logits"], expected, rtol=0, atol=0.05, msg=lambda m, case=case: f"{case}: {m}")
+        torch.testing.assert_close(
+            theirs[case]["logits"], expected, rtol=0, atol=0.05, msg=lambda m, case=case: f"{case}: {m}"
+        )
 
 
 def read_by_transformers(folders: list[Path], out: Path) -> dict:

@@ -46,7 +46,9 @@ def edited(name: str, out: Path, change: Callable = dict, config: dict | None = 
 @pytest.mark.parametrize(("name", "grids"), GRIDS.items())
 def test_every_value_is_the_one_that_model_optimizer_reads(name, grids):
     checkpoint = Checkpoint.open(FOLDERS / name)
-    assert {m: str(scheme.weight) for m, (scheme, _) in checkpoint.quantized.items()} == dict(zip(MODULES, grids, strict=True))
+    assert {m: str(scheme.weight) for m, (scheme, _) in checkpoint.quantized.items()} == dict(
+        zip(MODULES, grids, strict=True)
+    )
     expected = load_file(FOLDERS / name / "expected")
     assert all(torch.equal(w[::4], expected[module]) for module, w in decoded(FOLDERS / name).items())
 
@@ -77,7 +79,12 @@ def test_fp8_is_a_source_whose_own_scales_stay_behind(tmp_path):
 
 def test_what_changes_inputs_beside_the_weights_is_refused(tmp_path):
     scaled = {f"{MODULES[1]}.pre_quant_scale": torch.ones(256)}
-    folder = edited("modelopt-nvfp4", tmp_path / "awq", lambda tensors: {**tensors, **scaled}, {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"})
+    folder = edited(
+        "modelopt-nvfp4",
+        tmp_path / "awq",
+        lambda tensors: {**tensors, **scaled},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"},
+    )
     with pytest.raises(Unsupported, match="pre_quant_scale is not read"):
         _ = Checkpoint.open(folder).quantized
 
@@ -86,7 +93,12 @@ def test_weights_of_other_algorithms_are_refused(tmp_path):
     def integers(tensors):
         return {**tensors, f"{MODULES[1]}.weight": torch.zeros(64, 256, dtype=torch.int8)}
 
-    folder = edited("modelopt-fp8-channel", tmp_path / "int8", integers, {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"})
+    folder = edited(
+        "modelopt-fp8-channel",
+        tmp_path / "int8",
+        integers,
+        {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"},
+    )
     with pytest.raises(Unsupported, match=r"torch.int8 .* FP8, MXFP8 and NVFP4 are"):
         _ = Checkpoint.open(folder).quantized
 
@@ -102,7 +114,9 @@ def test_inputs_of_weights_alone_stay_in_16_bits():
     assert Checkpoint.open(FOLDERS / "modelopt-nvfp4-weights").read_inputs(MODULES[1]) is None
 
 
-@pytest.mark.parametrize(("name", "scheme"), [("modelopt-nvfp4", "nvfp4-global/nvfp4"), ("modelopt-nvfp4-weights", "nvfp4-global")])
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("modelopt-nvfp4", "nvfp4-global/nvfp4"), ("modelopt-nvfp4-weights", "nvfp4-global")]
+)
 def test_nvfp4_moves_to_compressed_tensors_but_for_the_last_bit(name, scheme, tmp_path):
     """Its factor becomes a divisor: all codes and scales stay."""
     report = halfbyte.convert(FOLDERS / name, tmp_path / "out", "compressed-tensors")
@@ -110,7 +124,9 @@ def test_nvfp4_moves_to_compressed_tensors_but_for_the_last_bit(name, scheme, tm
     assert max(row["error"] for row in report["weights"]) < 1e-7
     before, after = load_file(FOLDERS / name / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(after[f"{MODULES[1]}.weight_packed"], before[f"{MODULES[1]}.weight"])
-    assert torch.equal(after[f"{MODULES[1]}.weight_scale"].view(torch.uint8), before[f"{MODULES[1]}.weight_scale"].view(torch.uint8))
+    assert torch.equal(
+        after[f"{MODULES[1]}.weight_scale"].view(torch.uint8), before[f"{MODULES[1]}.weight_scale"].view(torch.uint8)
+    )
 
 
 def test_nvfp4_is_a_source(tmp_path):
@@ -124,7 +140,10 @@ def test_fused_experts_in_nvfp4_are_read_whichever_way_they_lie(turned, tmp_path
     module, home = MODULES[1], "model.layers.0.feed_forward.experts"
     one = load_file(FOLDERS / "modelopt-nvfp4" / "model.safetensors")
     stack = {
-        part: torch.stack([one[f"{module}.{part}"].view(torch.uint8), one[f"{module}.{part}"].view(torch.uint8).flip(0)]) for part in ("weight", "weight_scale")
+        part: torch.stack(
+            [one[f"{module}.{part}"].view(torch.uint8), one[f"{module}.{part}"].view(torch.uint8).flip(0)]
+        )
+        for part in ("weight", "weight_scale")
     }
     stack = {part: (t.mT if turned else t).contiguous() for part, t in stack.items()}
     fused = {
@@ -141,7 +160,14 @@ def test_fused_experts_in_nvfp4_are_read_whichever_way_they_lie(turned, tmp_path
 
 def test_fused_experts_are_told_from_their_scales_in_any_order_of_tensors(tmp_path):
     parts = {"w_proj": torch.uint8, "w_proj_weight_scale": torch.float8_e4m3fn, "w_proj_weight_scale_2": torch.float32}
-    entries = {f"experts.{name}": Entry((2, 64, 8)[: 1 if name.endswith("2") else 3], dtype, tmp_path, 0) for name, dtype in parts.items()}
-    wanted = {f"experts.{number}.w_proj.{part}" for number in range(2) for part in ("weight", "weight_scale", "weight_scale_2")}
+    entries = {
+        f"experts.{name}": Entry((2, 64, 8)[: 1 if name.endswith("2") else 3], dtype, tmp_path, 0)
+        for name, dtype in parts.items()
+    }
+    wanted = {
+        f"experts.{number}.w_proj.{part}"
+        for number in range(2)
+        for part in ("weight", "weight_scale", "weight_scale_2")
+    }
     for order in permutations(entries.items()):
         assert ModelOpt().apart(dict(order)).keys() == wanted

@@ -40,13 +40,29 @@ def source(tmp_path_factory) -> Path:
     for layer in range(2):
         for name, (out, width) in SHAPES.items():
             stem = f"{EXPERTS.format(layer)}.{name}"
-            tensors[f"{stem}_blocks"] = torch.randint(256, (4, out, width // 32, 16), dtype=torch.uint8, generator=generator)
-            tensors[f"{stem}_scales"] = torch.randint(110, 124, (4, out, width // 32), dtype=torch.uint8, generator=generator)
+            tensors[f"{stem}_blocks"] = torch.randint(
+                256, (4, out, width // 32, 16), dtype=torch.uint8, generator=generator
+            )
+            tensors[f"{stem}_scales"] = torch.randint(
+                110, 124, (4, out, width // 32), dtype=torch.uint8, generator=generator
+            )
     folder.mkdir()
-    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}
-    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "dtype": "bfloat16", "quantization_config": said}))
+    said = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    }
+    (folder / "config.json").write_text(
+        json.dumps({**config.to_dict(), "dtype": "bfloat16", "quantization_config": said})
+    )
     tiny.tokenizer(False).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tiny.BOS, "eos_token": tiny.EOS}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tiny.BOS, "eos_token": tiny.EOS})
+    )
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -54,7 +70,9 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def theirs(source):
     """What Transformers reads."""
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True))
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +125,10 @@ def test_quantizing_it_is_quantizing_the_model_that_it_decodes_to(source, plain,
     report = halfbyte.quantize(source, tmp_path / "ours", **settings)
     assert any("mxfp4" in warning for warning in report["warnings"])
     halfbyte.quantize(plain, tmp_path / "expected", **settings)
-    ours, expected = load_file(tmp_path / "ours" / "model.safetensors"), load_file(tmp_path / "expected" / "model.safetensors")
+    ours, expected = (
+        load_file(tmp_path / "ours" / "model.safetensors"),
+        load_file(tmp_path / "expected" / "model.safetensors"),
+    )
     assert ours.keys() == expected.keys()
     assert all(torch.equal(t, expected[n]) for n, t in ours.items())
 
@@ -142,7 +163,11 @@ def test_its_values_move_to_a_gguf_and_back(source, tmp_path):
     report = halfbyte.convert(source, tmp_path / "model.gguf", "gguf")
     assert {(row["grid"], row["error"]) for row in report["weights"]} == {("mxfp4", 0)}
     ours = Checkpoint.open(tmp_path / "model.gguf")
-    stacks = {f"{EXPERTS.format(layer)}.{name}": ours.read(f"{EXPERTS.format(layer)}.{name}") for layer in range(2) for name in SHAPES}
+    stacks = {
+        f"{EXPERTS.format(layer)}.{name}": ours.read(f"{EXPERTS.format(layer)}.{name}")
+        for layer in range(2)
+        for name in SHAPES
+    }
     for module, w in decoded(source).items():
         head, expert, name = module.rsplit(".", 2)
         assert torch.equal(stacks[f"{head}.{name}"][int(expert)].T, w)
@@ -150,7 +175,10 @@ def test_its_values_move_to_a_gguf_and_back(source, tmp_path):
     from gguf.quants import dequantize
 
     tensors = {t.name: t for t in GGUFReader(tmp_path / "model.gguf").tensors}
-    gate, up = (torch.from_numpy(dequantize(t.data, t.tensor_type)) for t in (tensors["blk.1.ffn_gate_exps.weight"], tensors["blk.1.ffn_up_exps.weight"]))
+    gate, up = (
+        torch.from_numpy(dequantize(t.data, t.tensor_type))
+        for t in (tensors["blk.1.ffn_gate_exps.weight"], tensors["blk.1.ffn_up_exps.weight"])
+    )
     alternating = torch.stack([gate, up], 2).flatten(1, 2)
     assert torch.equal(alternating[3], decoded(source)[f"{EXPERTS.format(1)}.3.gate_up_proj"])
 

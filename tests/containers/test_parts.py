@@ -14,7 +14,16 @@ from halfbyte.models.checkpoint import Checkpoint
 
 MODULE = "model.layers.0.mlp.down_proj"  # 128 x 256
 WRITTEN = {
-    "compressed-tensors": ("int4-g64", "int3-g32-asym", "int8-tensor", "int8-channel/int8-token", "fp8-e4m3-channel", "mxfp4", "nvfp4-global", "mxfp8-e4m3"),
+    "compressed-tensors": (
+        "int4-g64",
+        "int3-g32-asym",
+        "int8-tensor",
+        "int8-channel/int8-token",
+        "fp8-e4m3-channel",
+        "mxfp4",
+        "nvfp4-global",
+        "mxfp8-e4m3",
+    ),
     "gptq": ("int4-g64-asym", "int8-g64"),
     "awq": ("int4-g32", "int4-g128-asym"),
     "bitsandbytes": ("nf4-g64", "fp4-g64-double", "llm-int8"),
@@ -38,7 +47,11 @@ DAMAGES = {
     "one number": lambda t: t.flatten()[:1],
     "a scalar": lambda t: t.flatten()[0].clone() if t.dim() else t.reshape(1, 1, 1),
     "as floats": lambda t: t.double(),
-    "as bytes": lambda t: t.view(torch.int64) if t.dtype == torch.uint8 and t.numel() % 8 == 0 and t.dim() == 1 else t.flatten().view(torch.uint8),
+    "as bytes": lambda t: (
+        t.view(torch.int64)
+        if t.dtype == torch.uint8 and t.numel() % 8 == 0 and t.dim() == 1
+        else t.flatten().view(torch.uint8)
+    ),
     "gone": lambda t: None,
 }
 
@@ -54,7 +67,11 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def decoded(folder: Path) -> torch.Tensor:
     checkpoint = Checkpoint.open(folder)
-    return checkpoint.read_quantized(MODULE).decode() if MODULE in checkpoint.quantized else checkpoint.read(f"{MODULE}.weight").float()
+    return (
+        checkpoint.read_quantized(MODULE).decode()
+        if MODULE in checkpoint.quantized
+        else checkpoint.read(f"{MODULE}.weight").float()
+    )
 
 
 @pytest.mark.parametrize("grid", [grid for grid, _ in GRIDS])
@@ -65,7 +82,9 @@ def test_every_part_fits_or_is_refused(grid, folders, tmp_path):
     for part in parts:
         for what, damage in DAMAGES.items():
             value = damage(tensors[part])
-            changed = {name: t for name, t in tensors.items() if name != part} | ({part: value.contiguous()} if value is not None else {})
+            changed = {name: t for name, t in tensors.items() if name != part} | (
+                {part: value.contiguous()} if value is not None else {}
+            )
             save_file(changed, tmp_path / "damaged" / "model.safetensors")
             try:
                 found = decoded(tmp_path / "damaged")

@@ -45,14 +45,21 @@ def made(home):
         if key not in done:
             out = home / f"out-{len(done)}"
             calibration = {"source": str(home / "text.txt"), "samples": 4, "length": 64}
-            done[key] = out, halfbyte.quantize(home / "model", out, grid=name, **{"method": "nearest", "calibration": calibration, **words})
+            done[key] = (
+                out,
+                halfbyte.quantize(
+                    home / "model", out, grid=name, **{"method": "nearest", "calibration": calibration, **words}
+                ),
+            )
         return done[key]
 
     return make
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*WITH_INPUTS, "int8-channel/int8-static-asym", "int8-tensor/int8-tensor", "int8-g128-asym/int8-token-asym"])
+@pytest.mark.parametrize(
+    "name", [*WITH_INPUTS, "int8-channel/int8-static-asym", "int8-tensor/int8-tensor", "int8-g128-asym/int8-token-asym"]
+)
 def test_compressed_tensors_reads_what_is_written(made, name):
     folder, _ = made(name, to="compressed-tensors")
     checkpoint = Checkpoint.open(folder)
@@ -66,18 +73,32 @@ def test_compressed_tensors_reads_what_is_written(made, name):
         weights = {n: t for n, t in tensors.items() if not n.startswith("input_")}
         theirs = BaseCompressor.get_value_from_registry(str(scheme.format)).decompress(weights, scheme)["weight"]
         assert torch.equal(theirs, checkpoint.read_quantized(module).decode().to(theirs.dtype))
-        assert all(tensors[f"input_{n}"].shape == (1,) for n in ("scale", "zero_point", "global_scale") if f"input_{n}" in tensors)
+        assert all(
+            tensors[f"input_{n}"].shape == (1,)
+            for n in ("scale", "zero_point", "global_scale")
+            if f"input_{n}" in tensors
+        )
         assert any(n.startswith("input_") for n in tensors) == found.input.static
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "apart"), [("w8a8-static", 1e-4), ("fp8-static", 1e-4), ("int8-channel/int8-static-asym", 1e-4), ("fp8", 1e-3), ("w8a8", 0.02)]
+    ("name", "apart"),
+    [
+        ("w8a8-static", 1e-4),
+        ("fp8-static", 1e-4),
+        ("int8-channel/int8-static-asym", 1e-4),
+        ("fp8", 1e-3),
+        ("w8a8", 0.02),
+    ],
 )
 def test_transformers_multiplies_what_we_multiply(made, name, apart):
     """Linear by linear, on what theirs reads. Its scales of int8 tokens span 127.5 steps, where engines and we take 127."""
     folder, _ = made(name)
-    theirs, ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), halfbyte.load(folder, torch.float32)
+    theirs, ours = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        halfbyte.load(folder, torch.float32),
+    )
     seen = {}
     for module, linear in theirs.named_modules():
         if module.endswith("_proj"):
@@ -110,19 +131,31 @@ def test_the_report_tells_scales_and_what_is_cut(made):
     _, widest = made("w8a8-static")
     _, narrow = made("w8a8-static", input_range="mse")
     rows = [row["input"] for row in widest["weights"]]
-    assert all(row["clipped"] == row["saturated"] == 0 and row["scale"] * 127 >= 0.99 * max(-row["low"], row["high"]) for row in rows)
+    assert all(
+        row["clipped"] == row["saturated"] == 0 and row["scale"] * 127 >= 0.99 * max(-row["low"], row["high"])
+        for row in rows
+    )
     assert all(0 < row["error"] < 0.5 for row in rows)
     narrow = [row["input"] for row in narrow["weights"]]
-    assert any(a["scale"] < b["scale"] and a["saturated"] == a["clipped"] * a["values"] > 0 for a, b in zip(narrow, rows, strict=True))
+    assert any(
+        a["scale"] < b["scale"] and a["saturated"] == a["clipped"] * a["values"] > 0
+        for a, b in zip(narrow, rows, strict=True)
+    )
     assert narrow[0]["error"] < rows[0]["error"]  # the first reads the same in both
 
 
 def test_what_engines_fuse_shares_its_scales(made):
     """vLLM takes one scale of a tensor, one divisor and one input scale for q, k and v, and one for gate and up."""
-    for name, shared in (("fp8-static", ("weight_scale", "input_scale")), ("w4a4-nvfp4", ("weight_global_scale", "input_global_scale"))):
+    for name, shared in (
+        ("fp8-static", ("weight_scale", "input_scale")),
+        ("w4a4-nvfp4", ("weight_global_scale", "input_global_scale")),
+    ):
         tensors = load_file(made(name, to="compressed-tensors")[0] / "model.safetensors")
         for suffix in shared:
-            for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            for fused in (
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                ("mlp.gate_proj", "mlp.up_proj"),
+            ):
                 assert len({tensors[f"model.layers.1.{n}.{suffix}"].item() for n in fused}) == 1
 
 
@@ -154,7 +187,9 @@ def test_weights_that_are_rounded_again_leave_the_stored_scales_of_other_inputs_
 
 def test_groups_of_several_schemes_are_told_apart(home, made):
     folder, _ = made("int8-channel/int8-token", override=MIXED)
-    found = {module.removeprefix("model."): str(scheme) for module, (scheme, _) in Checkpoint.open(folder).quantized.items()}
+    found = {
+        module.removeprefix("model."): str(scheme) for module, (scheme, _) in Checkpoint.open(folder).quantized.items()
+    }
     assert found["layers.1.mlp.up_proj"] == "int4-g128-bf16"
     assert found["layers.0.mlp.down_proj"] == "fp8-e4m3-channel-bf16/fp8-e4m3-token"
     assert found["layers.0.mlp.up_proj"] == "int8-channel-bf16/int8-token"
@@ -164,7 +199,11 @@ def test_a_group_of_the_head_says_nothing_of_other_modules(made, tmp_path):
     shutil.copytree(made("int8-channel/int8-token")[0], tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     groups = config["quantization_config"]["config_groups"]
-    groups["group_1"] = {"targets": ["lm_head"], "weights": groups["group_0"]["weights"], "input_activations": None}  # as llm-compressor writes it
+    groups["group_1"] = {
+        "targets": ["lm_head"],
+        "weights": groups["group_0"]["weights"],
+        "input_activations": None,
+    }  # as llm-compressor writes it
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     assert str(Checkpoint.open(tmp_path / "out").quantized[MODULE][0].input) == "int8-token"
 
@@ -194,7 +233,9 @@ def test_what_cannot_be_is_refused_in_one_line_that_says_what_would_work(home, t
 
 def test_a_stored_scale_needs_text_that_is_there(home, tmp_path):
     with pytest.raises(HalfbyteError, match="no text file"):
-        halfbyte.quantize(home / "model", tmp_path / "out", method="nearest", grid="w8a8-static", calibration="nowhere.txt")
+        halfbyte.quantize(
+            home / "model", tmp_path / "out", method="nearest", grid="w8a8-static", calibration="nowhere.txt"
+        )
     folder = tmp_path / "w8a8"
     halfbyte.quantize(home / "model", folder, method="nearest", grid="w8a8")
     with pytest.raises(Unsupported, match="calibration finds"):
@@ -210,8 +251,14 @@ def test_what_the_model_has_no_linear_for_is_kept(home, tmp_path):
     """It is given no scheme, so none of its inputs' scales is missed after hours."""
     shutil.copytree(home / "model", tmp_path / "model")
     tensors = load_file(home / "model" / "model.safetensors")
-    save_file({**tensors, "model.layers.1.mlp.unknown_proj.weight": torch.ones(256, 256)}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "model.layers.1.mlp.unknown_proj.weight": torch.ones(256, 256)},
+        tmp_path / "model" / "model.safetensors",
+        {"format": "pt"},
+    )
     calibration = {"source": str(home / "text.txt"), "samples": 4, "length": 64}
-    report = halfbyte.quantize(tmp_path / "model", tmp_path / "out", grid="w8a8-static", method="nearest", calibration=calibration)
+    report = halfbyte.quantize(
+        tmp_path / "model", tmp_path / "out", grid="w8a8-static", method="nearest", calibration=calibration
+    )
     assert "model.layers.1.mlp.unknown_proj.weight" in report["kept"]
     assert not any("unknown_proj" in row["name"] for row in report["weights"])

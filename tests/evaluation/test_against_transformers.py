@@ -80,22 +80,40 @@ def expected(home: Path, name: str, convention: str) -> dict[str, float]:
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_evaluate(convention, home):
     """5 windows: LENGTH - 1 positions of each, or the second half without its first half's context being scored."""
-    found = halfbyte.evaluate([home / "int4", home / "int3"], home / "model", str(home / "text.txt"), LENGTH, WINDOWS, convention)
+    found = halfbyte.evaluate(
+        [home / "int4", home / "int3"], home / "model", str(home / "text.txt"), LENGTH, WINDOWS, convention
+    )
     assert found["windows"] == WINDOWS
     assert found["opening"] == ([] if convention == "papers" else [tiny.BOS])
-    assert found["tokens_sha256"] == hashlib.sha256(windows_of(home, convention).to(torch.int32).numpy().tobytes()).hexdigest()
+    assert (
+        found["tokens_sha256"]
+        == hashlib.sha256(windows_of(home, convention).to(torch.int32).numpy().tobytes()).hexdigest()
+    )
     for row, name in zip(found["models"], ["int4", "int3"], strict=True):
         wanted = expected(home, name, convention)
-        assert row["tokens"] == wanted["tokens"] == WINDOWS * (LENGTH - LENGTH // 2 - 1 if convention == "llama.cpp" else LENGTH - 1)
+        assert (
+            row["tokens"]
+            == wanted["tokens"]
+            == WINDOWS * (LENGTH - LENGTH // 2 - 1 if convention == "llama.cpp" else LENGTH - 1)
+        )
         for key, value in wanted.items():
             assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
-    assert found["reference"]["perplexity"] == pytest.approx(expected(home, "model", convention)["perplexity"], rel=1e-4)
+    assert found["reference"]["perplexity"] == pytest.approx(
+        expected(home, "model", convention)["perplexity"], rel=1e-4
+    )
     assert found["models"][1]["kl"] > 2 * found["models"][0]["kl"] > 0
 
 
 def test_conventions_differ(home):
-    found = [halfbyte.evaluate([home / "int4"], home / "model", str(home / "text.txt"), LENGTH, WINDOWS, c) for c in CONVENTIONS]
-    assert len({one["models"][0]["perplexity"] for one in found}) == len({one["tokens_sha256"] for one in found}) == len(CONVENTIONS)
+    found = [
+        halfbyte.evaluate([home / "int4"], home / "model", str(home / "text.txt"), LENGTH, WINDOWS, c)
+        for c in CONVENTIONS
+    ]
+    assert (
+        len({one["models"][0]["perplexity"] for one in found})
+        == len({one["tokens_sha256"] for one in found})
+        == len(CONVENTIONS)
+    )
 
 
 def test_slices_change_nothing(home, monkeypatch):
@@ -119,7 +137,9 @@ def test_one_at_a_time_is_the_same(home):
 
 def test_paired_difference(home):
     """Both models stumble over the same tokens, so their difference is known better than either."""
-    first, second = halfbyte.evaluate([home / "int4", home / "int3"], home / "model", str(home / "text.txt"), LENGTH)["models"]
+    first, second = halfbyte.evaluate([home / "int4", home / "int3"], home / "model", str(home / "text.txt"), LENGTH)[
+        "models"
+    ]
     difference, error = second["kl_minus_first"]
     assert difference == pytest.approx(second["kl"] - first["kl"])
     assert 0 < error < (first["kl_error"] ** 2 + second["kl_error"] ** 2) ** 0.5
@@ -144,7 +164,10 @@ def test_errors_count_windows():
 def test_other_vocabulary(home, tmp_path):
     tiny.make(tmp_path / "other", vocab_size=300)
     tiny.refused(
-        tiny.halfbyte("eval", tmp_path / "other", "--against", home / "model", "--text", home / "text.txt", "--length", "48"), "different vocabularies"
+        tiny.halfbyte(
+            "eval", tmp_path / "other", "--against", home / "model", "--text", home / "text.txt", "--length", "48"
+        ),
+        "different vocabularies",
     )
 
 
@@ -153,12 +176,16 @@ def test_the_size_stands_beside_the_loss(home):
     for row, name in ((found["reference"], "model"), (found["models"][0], "int4")):
         counts = halfbyte.inspect(home / name)
         assert (row["size_bytes"], row["bits_per_parameter"]) == (counts["size_bytes"], counts["bits_per_parameter"])
-    said = tiny.halfbyte("eval", home / "int4", "--against", home / "model", "--text", home / "text.txt", "--length", LENGTH)
+    said = tiny.halfbyte(
+        "eval", home / "int4", "--against", home / "model", "--text", home / "text.txt", "--length", LENGTH
+    )
     assert all(f"{row['size_bytes'] / 1e6:.1f}" in said.out for row in (found["reference"], found["models"][0]))
 
 
 def test_the_measurement_is_written_into_the_folder(home):
-    said = tiny.halfbyte("eval", home / "int4", "--against", home / "model", "--text", home / "text.txt", "--length", LENGTH)
+    said = tiny.halfbyte(
+        "eval", home / "int4", "--against", home / "model", "--text", home / "text.txt", "--length", LENGTH
+    )
     assert said.code == 0, said.err
     written = json.loads((home / "int4" / "report.json").read_text())["evaluation"]
     assert f"{written['model']['kl']:.5f}" in said.out
@@ -173,7 +200,11 @@ def test_a_shorter_run_and_another_reference_do_not_replace_what_the_card_shows(
     for reference, windows in ((home / "model", 5), (home / "model", 2), (home / "int4", 9), (home / "model", 5)):
         halfbyte.evaluate([tmp_path / "out"], reference, text, LENGTH, windows, foreign=reference == home / "int4")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert sorted((e["windows"], Path(e["reference_path"]).name) for e in report["evaluations"]) == [(2, "model"), (5, "model"), (9, "int4")]
+    assert sorted((e["windows"], Path(e["reference_path"]).name) for e in report["evaluations"]) == [
+        (2, "model"),
+        (5, "model"),
+        (9, "int4"),
+    ]
     assert report["evaluation"]["windows"] == 5
     assert report["evaluation"]["model"]["kl"] > 0
     assert f"{report['evaluation']['model']['kl']:.5f}" in (tmp_path / "out" / "README.md").read_text()
@@ -182,5 +213,10 @@ def test_a_shorter_run_and_another_reference_do_not_replace_what_the_card_shows(
 def test_a_report_of_another_version_stays_as_it_is(home, tmp_path):
     halfbyte.quantize(home / "model", tmp_path / "out", method="nearest", grid="int4-g64")
     (tmp_path / "out" / "report.json").write_text('{"halfbyte": "0.0.0"}')
-    assert tiny.halfbyte("eval", tmp_path / "out", "--against", home / "model", "--text", home / "text.txt", "--length", LENGTH).code == 0
+    assert (
+        tiny.halfbyte(
+            "eval", tmp_path / "out", "--against", home / "model", "--text", home / "text.txt", "--length", LENGTH
+        ).code
+        == 0
+    )
     assert (tmp_path / "out" / "report.json").read_text() == '{"halfbyte": "0.0.0"}'

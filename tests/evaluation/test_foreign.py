@@ -41,7 +41,9 @@ def with_other_tokens(model: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["q", "converted", "plain"])
 def test_another_model_of_the_same_shape_is_refused_by_name(home, name):
-    tiny.refused(evaluated(home, home / name, home / "other"), f"was made of {home}", f"and not of {home / 'other'}", "--foreign")
+    tiny.refused(
+        evaluated(home, home / name, home / "other"), f"was made of {home}", f"and not of {home / 'other'}", "--foreign"
+    )
     words = "needle", home / name, "--against", home / "other", "--text", home / "text.txt", "--lengths", "256"
     tiny.refused(tiny.halfbyte(*words), f"and not of {home / 'other'}", "--foreign")
 
@@ -98,11 +100,15 @@ def test_tokens_of_a_gguf_are_compared_too(home, tmp_path):
     halfbyte.quantize(model, tmp_path / "q.gguf", method="nearest", grid="Q8_0", pre="gpt-2")
     assert evaluated(home, tmp_path / "q.gguf", model).code == 0
     (tmp_path / "q.report.json").unlink()
-    tiny.refused(evaluated(home, tmp_path / "q.gguf", with_other_tokens(model, tmp_path / "b")), "the tokenizers differ: token")
+    tiny.refused(
+        evaluated(home, tmp_path / "q.gguf", with_other_tokens(model, tmp_path / "b")), "the tokenizers differ: token"
+    )
 
 
 def test_a_report_that_came_with_a_download_is_no_traceback(home, tmp_path):
     out = Path(shutil.copytree(home / "q", tmp_path / "q"))
     for source in (5, {"path": 5}, {"path": "\0"}, {"path": "x", "made_of": [5]}):
-        (out / "report.json").write_text(json.dumps({**json.loads((home / "q" / "report.json").read_text()), "source": source}))
+        (out / "report.json").write_text(
+            json.dumps({**json.loads((home / "q" / "report.json").read_text()), "source": source})
+        )
         assert evaluated(home, out, home / "model").code in (0, 2)

@@ -58,25 +58,47 @@ def test_scores_are_the_log_probabilities_that_transformers_gives(source, text):
 @pytest.mark.slow
 def test_the_command_prints_a_grid_of_depth_and_length_and_the_card_keeps_it(source, text, tmp_path):
     halfbyte.quantize(source, tmp_path / "out", method="nearest", grid="int4-g32")
-    words = "needle", tmp_path / "out", "--against", source, "--text", text, "--lengths", "256,300", "--depths", 2, "--facts", 1
+    words = (
+        "needle",
+        tmp_path / "out",
+        "--against",
+        source,
+        "--text",
+        text,
+        "--lengths",
+        "256,300",
+        "--depths",
+        2,
+        "--facts",
+        1,
+    )
     shown = tiny.halfbyte(*words)
     assert shown.code == 0, shown.err
     assert all(said in shown.out for said in ("256", "300", "at 0 %", "at 100 %", "→"))
     kept = json.loads((tmp_path / "out" / "report.json").read_text())["needle"]
-    assert [(row["length"], row["depth"]) for row in kept["model"]["rows"]] == [(256, 0.0), (256, 1.0), (300, 0.0), (300, 1.0)]
+    assert [(row["length"], row["depth"]) for row in kept["model"]["rows"]] == [
+        (256, 0.0),
+        (256, 1.0),
+        (300, 0.0),
+        (300, 1.0),
+    ]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| text | depth 0 % | depth 100 % |" in card
     assert card.count(" → ") >= 4
 
 
 def test_texts_that_hold_no_fact_are_refused(source, text, tmp_path):
-    tiny.refused(tiny.halfbyte("needle", source, "--against", source, "--text", text, "--lengths", "64"), "larger length")
+    tiny.refused(
+        tiny.halfbyte("needle", source, "--against", source, "--text", text, "--lengths", "64"), "larger length"
+    )
     tiny.refused(tiny.halfbyte("needle", source, "--against", source, "--lengths", "many"), "256,1024")
 
 
 @pytest.mark.slow
 def test_the_demo_model_reads_facts_back_and_only_a_coarse_cache_makes_it_forget():
-    found = halfbyte.needle([MODEL], MODEL, lengths=(256,), depths=2, facts=4, kv=("fp8-e4m3-token", "int4", "int2-g32"))
+    found = halfbyte.needle(
+        [MODEL], MODEL, lengths=(256,), depths=2, facts=4, kv=("fp8-e4m3-token", "int4", "int2-g32")
+    )
     fp8, int4, int2 = ([row["gain"] for row in model["rows"]] for model in found["models"])
     original = [row["gain"] for row in found["reference"]]
     assert min(original) > 1

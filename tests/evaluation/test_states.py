@@ -35,13 +35,15 @@ def folder(request, tmp_path_factory):
 def test_last_hidden_states_are_compared(folder, text, tmp_path):
     calibration = {"source": str(text), "samples": 4, "length": 32}
     for method, out in (("gptq", "gptq"), ("nearest", "nearest")):
-        halfbyte.quantize(folder, tmp_path / out, method=method, grid="int3-g64", to="compressed-tensors", calibration=calibration)
+        halfbyte.quantize(
+            folder, tmp_path / out, method=method, grid="int3-g64", to="compressed-tensors", calibration=calibration
+        )
     found = halfbyte.evaluate([tmp_path / "gptq", tmp_path / "nearest"], folder, str(text), length=32, windows=4)
     assert found["compared"] == "last hidden states"
 
-    tokens = transformers.AutoTokenizer.from_pretrained(folder)(text.read_text(), add_special_tokens=False, return_tensors="pt")["input_ids"][0, :128].view(
-        4, 32
-    )
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(
+        text.read_text(), add_special_tokens=False, return_tensors="pt"
+    )["input_ids"][0, :128].view(4, 32)
     original = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         wanted = original(tokens).last_hidden_state
@@ -51,12 +53,16 @@ def test_last_hidden_states_are_compared(folder, text, tmp_path):
             states = ours.base_model(tokens).last_hidden_state
             error = (states - wanted).norm(dim=-1) / wanted.norm(dim=-1)
             assert row["state_error"] == pytest.approx(error.mean().item(), rel=1e-3)
-            assert row["cosine"] == pytest.approx(torch.nn.functional.cosine_similarity(states, wanted, dim=-1).mean().item(), rel=1e-4)
+            assert row["cosine"] == pytest.approx(
+                torch.nn.functional.cosine_similarity(states, wanted, dim=-1).mean().item(), rel=1e-4
+            )
             assert 0.01 < row["state_error"] < 0.6
     assert found["models"][0]["state_error"] < found["models"][1]["state_error"]
     assert "relative error of last hidden states" in (tmp_path / "gptq" / "README.md").read_text()
 
-    shown = tiny.halfbyte("eval", tmp_path / "gptq", "--against", folder, "--text", text, "--length", 32, "--windows", 4)
+    shown = tiny.halfbyte(
+        "eval", tmp_path / "gptq", "--against", folder, "--text", text, "--length", 32, "--windows", 4
+    )
     assert shown.code == 0
     assert "last hidden states are compared" in shown.out
 

@@ -25,7 +25,9 @@ CASES = [
 
 
 def linear(bits: int, group: int, symmetric: bool) -> TorchLinear:
-    module = TorchLinear(bits=bits, group_size=group, sym=symmetric, desc_act=False, in_features=WIDTH, out_features=OUT, bias=False)
+    module = TorchLinear(
+        bits=bits, group_size=group, sym=symmetric, desc_act=False, in_features=WIDTH, out_features=OUT, bias=False
+    )
     return module.eval()
 
 
@@ -62,7 +64,10 @@ for name in ("int4-g32", "int4-g32-asym"):
     module, dense = linear(4, 32, grid.symmetric), torch.nn.Linear(WIDTH, OUT, bias=False)
     dense.weight.data.copy_(w)
     module.pack_original(dense, params["scale"].float(), zero.float(), torch.arange(WIDTH, dtype=torch.int32) // 32)
-    saved |= {f"theirs/{name}/{suffix}": getattr(module, suffix).clone() for suffix in ("qweight", "qzeros", "scales", "g_idx")}
+    saved |= {
+        f"theirs/{name}/{suffix}": getattr(module, suffix).clone()
+        for suffix in ("qweight", "qzeros", "scales", "g_idx")
+    }
     module.post_init()
     saved[f"theirs/{name}/decoded"] = module.dequantize_weight().T.contiguous()
 save_file(saved, Path(__file__).parent / "gptqmodel.safetensors")

@@ -19,7 +19,13 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 HERE = Path(__file__).parent / "folders"
 MODULE = "model.layers.0.mlp.down_proj"
@@ -40,12 +46,23 @@ COMPRESSED = {
 
 def source(folder: Path) -> Path:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 32}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1))
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "vocab_size": 32,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1)
+    )
     model.get_parameter(f"{MODULE}.weight").data[:8].abs_()  # rows of one sign have the zero point 0
     model.bfloat16().save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(32)}, unk_token="t0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", bos_token="t0", eos_token="t1", pad_token="t2").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="t0", bos_token="t0", eos_token="t1", pad_token="t2"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -63,12 +80,17 @@ def keep(folder: Path, name: str, decoded: torch.Tensor) -> None:
 
 def gptqmodel(scratch: Path, origin: Path, name: str, settings: dict) -> None:
     generator = torch.Generator().manual_seed(1)
-    texts = [{"input_ids": torch.randint(0, 32, (64,), generator=generator).tolist(), "attention_mask": [1] * 64} for _ in range(64)]
+    texts = [
+        {"input_ids": torch.randint(0, 32, (64,), generator=generator).tolist(), "attention_mask": [1] * 64}
+        for _ in range(64)
+    ]
     model = GPTQModel.load(str(origin), QuantizeConfig(group_size=32, **settings), device="cpu", dtype=torch.bfloat16)
     model.quantize(texts, batch_size=8)
     model.save(str(scratch / name))
     backend = BACKEND.AWQ_TORCH if name.startswith("awq") else BACKEND.GPTQ_TORCH
-    linear = GPTQModel.load(str(scratch / name), backend=backend, device="cpu", dtype=torch.float16).model.get_submodule(MODULE)
+    linear = GPTQModel.load(
+        str(scratch / name), backend=backend, device="cpu", dtype=torch.float16
+    ).model.get_submodule(MODULE)
     if name.startswith("awq"):
         decoded = linear._dequantize_weight_for_inference(torch.zeros(1, dtype=torch.float16), dtype=torch.float16)
     else:
@@ -79,7 +101,11 @@ def gptqmodel(scratch: Path, origin: Path, name: str, settings: dict) -> None:
 def compressed(scratch: Path, origin: Path, name: str, settings: dict) -> None:
     model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.bfloat16)
     config = QuantizationConfig.model_validate(
-        {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "int", **settings}}}, "ignore": ["lm_head"], "format": "pack-quantized"}
+        {
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "int", **settings}}},
+            "ignore": ["lm_head"],
+            "format": "pack-quantized",
+        }
     )
     apply_quantization_config(model, config)
     for module in model.modules():
@@ -91,7 +117,9 @@ def compressed(scratch: Path, origin: Path, name: str, settings: dict) -> None:
     compressor.compress_model(model)
     model.save_pretrained(scratch / name)
     compressor.update_config(str(scratch / name))
-    read = AutoModelForCausalLM.from_pretrained(scratch / name, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True))
+    read = AutoModelForCausalLM.from_pretrained(
+        scratch / name, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
     keep(scratch / name, name, read.get_parameter(f"{MODULE}.weight").detach())
 
 

@@ -25,10 +25,20 @@ for name, strategy in STRATEGIES.items():
     tokens = torch.randint(2, model.config.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0)).tolist()
     scheme = {"num_bits": 8, "type": "float", "strategy": strategy, "dynamic": False, "symmetric": True}
     windows = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens])
-    oneshot(model=model, dataset=windows, recipe=QuantizationModifier(kv_cache_scheme=scheme), max_seq_length=256, num_calibration_samples=4)
+    oneshot(
+        model=model,
+        dataset=windows,
+        recipe=QuantizationModifier(kv_cache_scheme=scheme),
+        max_seq_length=256,
+        num_calibration_samples=4,
+    )
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         config = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
-        scales = {key: value for key, value in load_file(Path(folder) / "model.safetensors").items() if key.endswith("_scale")}
+        scales = {
+            key: value for key, value in load_file(Path(folder) / "model.safetensors").items() if key.endswith("_scale")
+        }
     save_file(scales, HERE / "llm_compressor_kv" / f"{name}.safetensors")
-    (HERE / "llm_compressor_kv" / f"{name}.json").write_text(json.dumps({"quantization_config": config}, indent=2) + "\n")
+    (HERE / "llm_compressor_kv" / f"{name}.json").write_text(
+        json.dumps({"quantization_config": config}, indent=2) + "\n"
+    )

@@ -23,7 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 HERE = Path(__file__).parent / "folders"
 MODULES = ("model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj")
 CONFIGS = {
-    "modelopt-fp8": mtq.update_quant_cfg_with_kv_cache_quant(copy.deepcopy(mtq.FP8_DEFAULT_CFG), mtq.FP8_KV_CFG["quant_cfg"]),
+    "modelopt-fp8": mtq.update_quant_cfg_with_kv_cache_quant(
+        copy.deepcopy(mtq.FP8_DEFAULT_CFG), mtq.FP8_KV_CFG["quant_cfg"]
+    ),
     "modelopt-fp8-channel": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
     "modelopt-fp8-block": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
     "modelopt-mxfp8": mtq.MXFP8_DEFAULT_CFG,
@@ -34,9 +36,20 @@ CONFIGS = {
 
 def source() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 32}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "vocab_size": 32,
+    }
     ids = {"bos_token_id": 0, "eos_token_id": 1}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **ids, max_position_embeddings=128, tie_word_embeddings=True, architectures=["LlamaForCausalLM"])).bfloat16()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **sizes, **ids, max_position_embeddings=128, tie_word_embeddings=True, architectures=["LlamaForCausalLM"]
+        )
+    ).bfloat16()
 
 
 def decoded(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -64,12 +77,16 @@ def make(name: str, config: dict, scratch: Path) -> None:
     for file in ("config.json", "hf_quant_config.json"):
         content = json.loads((scratch / name / file).read_text())
         (HERE / name / file).write_text(json.dumps(content, indent=1) + "\n")
-    tensors = {n: t.contiguous() for n, t in load_file(scratch / name / "model.safetensors").items() if n.startswith(MODULES)}
+    tensors = {
+        n: t.contiguous() for n, t in load_file(scratch / name / "model.safetensors").items() if n.startswith(MODULES)
+    }
     save_file(tensors, HERE / name / "model.safetensors")
     parts = {m: {n.removeprefix(f"{m}."): t for n, t in tensors.items() if n.startswith(m)} for m in MODULES}
     expected = {m: decoded(p)[::4].contiguous() for m, p in parts.items()}
     if name == "modelopt-nvfp4":  # the quantizer's own kernel for this needs a GPU
-        read, scale, factor = NVFP4QTensor.quantize(x.clone(), 16, weights_scaling_factor_2=parts[MODULES[1]]["input_scale"])
+        read, scale, factor = NVFP4QTensor.quantize(
+            x.clone(), 16, weights_scaling_factor_2=parts[MODULES[1]]["input_scale"]
+        )
         rounded = read.dequantize(torch.float32, scale=scale, double_scale=factor, block_sizes={-1: 16})
         expected |= {"inputs": x, "rounded": rounded}
     elif name.startswith("modelopt-fp8"):

@@ -12,7 +12,9 @@ from halfbyte.grids.llm_int8 import LLMInt8
 from halfbyte.solvers.gptq import gptq
 from halfbyte.solvers.nearest import nearest
 
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is the oracle: pip install -c constraints.txt bitsandbytes")
+bitsandbytes = pytest.importorskip(
+    "bitsandbytes", reason="bitsandbytes is the oracle: pip install -c constraints.txt bitsandbytes"
+)
 functional, rules = bitsandbytes.functional, bitsandbytes.backends.default.ops
 
 NAMES = ["nf4-g64", "fp4-g64", "nf4-g32", "nf4-g256", "fp4-g128", "nf4-g64-double", "fp4-g32-double"]
@@ -22,7 +24,9 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 def theirs(grid, w):
     """Codes and state, by bitsandbytes' own quantizer."""
-    raw, state = functional.quantize_4bit(w.contiguous(), blocksize=grid.group, quant_type=grid.kind, compress_statistics=grid.double)
+    raw, state = functional.quantize_4bit(
+        w.contiguous(), blocksize=grid.group, quant_type=grid.kind, compress_statistics=grid.double
+    )
     return torch.stack([raw.flatten() >> 4, raw.flatten() & 15], 1).flatten()[: w.numel()].view(w.shape), raw, state
 
 
@@ -62,11 +66,21 @@ def test_any_bytes_decode_to_what_bitsandbytes_makes_of_them(name, shape):
     params = {"scale": state.absmax.view(1 if shape[1] % grid.group else shape[0], -1)}
     if grid.double:
         state.absmax = torch.randint(256, state.absmax.shape, dtype=torch.uint8, generator=some)
-        params = {"scale": state.absmax.view(params["scale"].shape), "nested": state.state2.absmax, "offset": state.offset.view(1)}
+        params = {
+            "scale": state.absmax.view(params["scale"].shape),
+            "nested": state.state2.absmax,
+            "offset": state.offset.view(1),
+        }
     codes = torch.stack([raw.flatten() >> 4, raw.flatten() & 15], 1).flatten()[: w.numel()].view(shape)
-    if shape[1] % grid.group:  # its compiled code for CPUs begins a new block with every row, as nothing else does: its rule in torch
-        absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if grid.double else state.absmax
-        expected = rules._dequantize_4bit_compute(raw.flatten(), absmax, state.code, grid.group, shape, torch.float32).view(shape)
+    if (
+        shape[1] % grid.group
+    ):  # its compiled code for CPUs begins a new block with every row, as nothing else does: its rule in torch
+        absmax = (
+            functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if grid.double else state.absmax
+        )
+        expected = rules._dequantize_4bit_compute(
+            raw.flatten(), absmax, state.code, grid.group, shape, torch.float32
+        ).view(shape)
     else:
         expected = functional.dequantize_4bit(raw, state)
     assert torch.equal(grid.decode(codes, params), expected)
@@ -114,7 +128,9 @@ def test_the_compiled_search_is_the_reference(name, weighted, shape):
 def test_columns_rounded_in_any_order_get_the_reference_codes(name, shape):
     grid, w = grids.parse(name), normal(*shape)
     compiled, reference = rounded_in_any_order(grid, w, 30)
-    assert (compiled == reference).float().mean() > 0.95  # the compiled one rounds by a table of cells, so next to a border it may differ
+    assert (
+        compiled == reference
+    ).float().mean() > 0.95  # the compiled one rounds by a table of cells, so next to a border it may differ
 
 
 @shapes
@@ -122,7 +138,9 @@ def test_columns_rounded_in_any_order_get_the_reference_codes(name, shape):
 def test_gptq_lowers_the_error_of_the_output_wherever_blocks_lie(name, shape):
     statistics = correlated(shape[1])
     w, grid = normal(*shape), grids.parse(name)
-    assert statistics.error(w, gptq(w, grid, statistics).decode()) < 0.8 * statistics.error(w, nearest(w, grid, statistics).decode())
+    assert statistics.error(w, gptq(w, grid, statistics).decode()) < 0.8 * statistics.error(
+        w, nearest(w, grid, statistics).decode()
+    )
 
 
 def test_rows_of_eight_bits_are_those_of_llm_int8():
@@ -133,7 +151,9 @@ def test_rows_of_eight_bits_are_those_of_llm_int8():
     assert torch.equal(params["absmax"], stats)
     assert torch.equal(grid.encode(w, params)[w.any(1)], (codes.int() + 128).to(torch.uint8)[w.any(1)])
     some = torch.randint(-128, 128, w.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(4))
-    assert torch.equal(grid.decode((some.int() + 128).to(torch.uint8), params), functional.int8_vectorwise_dequant(some, stats))
+    assert torch.equal(
+        grid.decode((some.int() + 128).to(torch.uint8), params), functional.int8_vectorwise_dequant(some, stats)
+    )
     assert lost(w, solve(grid, w)) < lost(w, functional.int8_vectorwise_dequant(codes, stats))
 
 

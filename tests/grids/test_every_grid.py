@@ -33,7 +33,9 @@ def test_columns_rounded_in_any_order_get_the_reference_codes(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_gptq_lowers_the_error_of_the_output(name):
     w, grid, statistics = normal(), parse(name), correlated()
-    assert statistics.error(w, gptq(w, grid, statistics).decode()) < 0.8 * statistics.error(w, nearest(w, grid, statistics).decode())
+    assert statistics.error(w, gptq(w, grid, statistics).decode()) < 0.8 * statistics.error(
+        w, nearest(w, grid, statistics).decode()
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -49,7 +51,15 @@ def test_odd_weights_are_kept(name):
     grid, w = parse(name), normal(8)
     zeros = w.clone()
     zeros[3], zeros[:, 32:96] = 0, 0
-    for odd in (zeros, torch.full((4, 512), 0.013), torch.full((4, 512), -0.013), w.abs() + 0.01, w * torch.logspace(-1, 2, 8)[:, None], w.half(), w * 1000):
+    for odd in (
+        zeros,
+        torch.full((4, 512), 0.013),
+        torch.full((4, 512), -0.013),
+        w.abs() + 0.01,
+        w * torch.logspace(-1, 2, 8)[:, None],
+        w.half(),
+        w * 1000,
+    ):
         back = solve(grid, odd)
         assert back.isfinite().all()
         assert lost(odd, back) < (0.02 if grid.bits(odd.shape) > 4 else 0.25) * odd.double().square().sum()
@@ -100,5 +110,7 @@ for name in sys.argv[1:]:
 def test_the_fit_is_the_same_whether_compiled_now_or_before(tmp_path):
     own_cache = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(__file__)}
     command = [sys.executable, "-c", FITS, "iq4_nl", "iq4_xs"]
-    compiled, loaded = (subprocess.run(command, env=own_cache, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    compiled, loaded = (
+        subprocess.run(command, env=own_cache, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    )
     assert compiled == loaded != ""

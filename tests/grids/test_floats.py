@@ -52,7 +52,9 @@ def test_codes_are_those_of_ml_dtypes_ties_and_signed_zeros_too(name):
 def test_codes_are_those_of_torch_and_the_largest_weights_are_never_infinite(name, dtype):
     element, x = ELEMENTS[name], normal(200, std=50.0)
     assert torch.equal(element.round(x), x.to(dtype).view(torch.uint8))
-    assert torch.equal(element.decode(element.round(torch.tensor([1e30, -1e30]))), torch.tensor([element.top, -element.top]))
+    assert torch.equal(
+        element.decode(element.round(torch.tensor([1e30, -1e30]))), torch.tensor([element.top, -element.top])
+    )
 
 
 @pytest.mark.parametrize("name", FLOAT_GRIDS)
@@ -66,7 +68,9 @@ def theirs_plain(name: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
     """What compressed-tensors makes of these weights by itself: min-max scales, then its own rounding and packing."""
     grid = CompressedTensors().native(parse(name), torch.float32) if name.startswith("fp8") else parse(name)
     layout = layout_of(grid)
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**layout.arguments(grid)), format=layout.format)
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(**layout.arguments(grid)), format=layout.format
+    )
     group = {"fp8-e4m3-channel": w.shape[1], "nvfp4-global": 16}.get(name, 32)
     state = {"weight": w.clone()}
     if name == "fp8-e4m3-tensor":
@@ -78,7 +82,9 @@ def theirs_plain(name: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
         low, high = w.unflatten(1, (-1, group)).amin(-1), w.unflatten(1, (-1, group)).amax(-1)
     if name == "nvfp4-global":
         state["weight_global_scale"] = generate_gparam(w.amin(), w.amax())
-    state["weight_scale"], _ = calculate_qparams(low, high, scheme.weights, global_scale=state.get("weight_global_scale"))
+    state["weight_scale"], _ = calculate_qparams(
+        low, high, scheme.weights, global_scale=state.get("weight_global_scale")
+    )
     return BaseCompressor.get_value_from_registry(layout.format).compress(state, scheme)
 
 

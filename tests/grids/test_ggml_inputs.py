@@ -40,14 +40,18 @@ def test_heads_are_rotated_before_they_are_rounded(width, keys, values):
     for part, size in ((grid.key, keys), (grid.value, values)):
         rotation = reduce(np.kron, [np.array([[1, 1], [1, -1]]) / 2**0.5] * (size.bit_length() - 1))
         heads = x.double().numpy().reshape(-1, size)
-        turned, ours = ((rows @ rotation).reshape(-1, 32) for rows in (heads, part.round(x, {}).double().numpy().reshape(-1, size)))
+        turned, ours = (
+            (rows @ rotation).reshape(-1, 32) for rows in (heads, part.round(x, {}).double().numpy().reshape(-1, size))
+        )
         theirs = packed(turned.astype(np.float32), "q4_0").astype(np.float64)
         apart, step = np.abs(ours - theirs), np.abs(turned).max(-1, keepdims=True) / 8
         # Sums of float32 differ with the processor: by so much at most. A scale in the middle between two numbers of fp16 may
         # become either, and so may a value in the middle between two steps. (Rotated back, one such value moves its whole head.)
         slack = size * 2.0**-24 * np.abs(heads).sum(-1).max() / size**0.5
         same = apart <= 2.0**-10 * np.abs(theirs) + slack
-        halfway = (np.abs(apart - step) <= 2.0**-7 * step) & (np.abs(2 * turned - ours - theirs) <= 2.0**-7 * step + 2 * slack)
+        halfway = (np.abs(apart - step) <= 2.0**-7 * step) & (
+            np.abs(2 * turned - ours - theirs) <= 2.0**-7 * step + 2 * slack
+        )
         assert (same | halfway).all()
 
 
@@ -60,11 +64,15 @@ def test_llama_cpp_loses_as_much_with_such_a_cache(tmp_path):
     tokens = calibrate.evaluation(Checkpoint(MODEL), str(demo.HELDOUT), 256, 3, "none").tokens
 
     def log_probabilities(kind: int) -> torch.Tensor:
-        return torch.stack([llamacpp.logits(tmp_path / "out.gguf", row.tolist(), kind) for row in tokens]).log_softmax(-1)
+        return torch.stack([llamacpp.logits(tmp_path / "out.gguf", row.tolist(), kind) for row in tokens]).log_softmax(
+            -1
+        )
 
     exact = log_probabilities(gguf.GGMLQuantizationType.F32)
     for name in ("q4_0", "q4_1"):
         theirs = log_probabilities(gguf.GGMLQuantizationType[name.upper()])
         lost = float((exact.exp() * (exact - theirs)).sum(-1)[:, :-1].mean())
-        ours = halfbyte.evaluate([MODEL], MODEL, length=256, windows=3, kv=[name], convention="papers")["models"][0]["kl"]
+        ours = halfbyte.evaluate([MODEL], MODEL, length=256, windows=3, kv=[name], convention="papers")["models"][0][
+            "kl"
+        ]
         assert ours == pytest.approx(lost, rel=0.1)

@@ -74,7 +74,9 @@ def test_stored_scales_round_as_compressed_tensors_rounds_by_them(name, how):
     args = QuantizationArgs.model_validate(input_arguments(inputs.grid))
     zero = inputs.params.get("zero", torch.zeros(1)).to(torch.int8)
     assert torch.allclose(inputs.round(x), fake_quantize(x, inputs.params["scale"], zero, args), atol=1e-6)
-    assert torch.equal(inputs.params["scale"].bfloat16().float(), inputs.params["scale"])  # whatever precision a reader keeps it in
+    assert torch.equal(
+        inputs.params["scale"].bfloat16().float(), inputs.params["scale"]
+    )  # whatever precision a reader keeps it in
 
 
 def test_a_range_may_leave_outliers_out():

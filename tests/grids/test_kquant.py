@@ -40,7 +40,10 @@ def test_the_accelerated_search_is_the_reference(name, data):
     grid = KQUANTS[name]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         w = EDGES[data].to(dtype)
-        for h, effort in ((None, kquant_search.EFFORT[name]), (importance() + 0.01, kquant_search.EFFORT_WITH_IMPORTANCE[name])):
+        for h, effort in (
+            (None, kquant_search.EFFORT[name]),
+            (importance() + 0.01, kquant_search.EFFORT_WITH_IMPORTANCE[name]),
+        ):
             losses = []
             for fit in (kquant_numba.fit, kquant_search.fit_reference):
                 params = kquant_search.stored(grid, *fit(grid, w, h, effort))
@@ -51,7 +54,9 @@ def test_the_accelerated_search_is_the_reference(name, data):
             # fit exactly, the choice is chance, and decides d for the groups beside them.
             chance = 0.15 if data in ("sparse", "outlier") else 0.02
             assert abs(losses[0] - losses[1]) <= chance * losses[1] + NOISE * lost(w, torch.zeros_like(w), h)
-    quick = [fit(grid, EDGES[data], None, kquant_search.MINMAX) for fit in (kquant_numba.fit, kquant_search.fit_reference)]
+    quick = [
+        fit(grid, EDGES[data], None, kquant_search.MINMAX) for fit in (kquant_numba.fit, kquant_search.fit_reference)
+    ]
     assert all(torch.equal(ours, reference) for ours, reference in zip(*quick, strict=True))
 
 
@@ -94,7 +99,9 @@ def test_weights_that_no_input_reaches_keep_their_size(name):
     dead = importance()
     dead[:256] = 0
     for h in (torch.zeros(WIDTH), dead):
-        assert lost(w[:, :256], solve(grid, w, h).decode()[:, :256]) < 1.2 * lost(w[:, :256], solve(grid, w).decode()[:, :256])
+        assert lost(w[:, :256], solve(grid, w, h).decode()[:, :256]) < 1.2 * lost(
+            w[:, :256], solve(grid, w).decode()[:, :256]
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

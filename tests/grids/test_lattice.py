@@ -32,7 +32,9 @@ def in_lattice(grid, codes):
 def test_errors_are_below_those_of_llama_cpp(name, weighted):
     w, h = normal(), importance() if weighted else torch.ones(512)
     factor = 0.92 if weighted else 1.0
-    assert lost(w, solve(LATTICE_GRIDS[name], w, h if weighted else None), h) < factor * lost(w, ggml.encode(name, w, h), h)
+    assert lost(w, solve(LATTICE_GRIDS[name], w, h if weighted else None), h) < factor * lost(
+        w, ggml.encode(name, w, h), h
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,7 +79,9 @@ def test_the_reference_finds_the_nearest_vector_there_is(name):
     w = normal(3, grid.step, std=20.0)
     book = lattice.codebook(name)
     if grid.dimension < grid.step:
-        book = torch.cat([book[:, None].expand(-1, len(book), -1), book[None].expand(len(book), -1, -1)], -1).flatten(0, 1)
+        book = torch.cat([book[:, None].expand(-1, len(book), -1), book[None].expand(len(book), -1, -1)], -1).flatten(
+            0, 1
+        )
     found = grid.value(lattice.nearest(grid, w, torch.ones_like(w)))
     for row, vector in zip(w, found, strict=True):
         least = min((row - grid.value(book | sign)).square().sum(-1).min().item() for sign in signs)
@@ -93,7 +97,9 @@ def test_what_columns_count_for_in_gptq_lowers_the_error_further_than_distance(n
         compiled_rounder = Grid.compiled_rounder
 
     plain = Euclidean(**{field: getattr(grid, field) for field in grid.__dataclass_fields__})
-    assert statistics.error(w, ours.decode()) < statistics.error(w, grid.decode(solve_gptq(w, plain, ours.params, statistics), ours.params))
+    assert statistics.error(w, ours.decode()) < statistics.error(
+        w, grid.decode(solve_gptq(w, plain, ours.params, statistics), ours.params)
+    )
 
 
 def test_one_statistic_serves_grids_that_round_one_column_and_grids_that_round_eight():

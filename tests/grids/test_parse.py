@@ -30,7 +30,21 @@ def test_grids_are_values():
     assert len({parse("int4-g128"), IntGrid(4, 128), parse("int4-g128-bf16")}) == 2
 
 
-@pytest.mark.parametrize("name", ["int4", "int1-g128", "int9-g128", "int4-g0", "int4-g-128", "int4-g128-sym", "Int4-g128", "int4-g128 ", "int4-g0128", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4",
+        "int1-g128",
+        "int9-g128",
+        "int4-g0",
+        "int4-g-128",
+        "int4-g128-sym",
+        "Int4-g128",
+        "int4-g128 ",
+        "int4-g0128",
+        "",
+    ],
+)
 def test_other_names_are_refused(name):
     with pytest.raises(UnknownName, match="unknown grid"):
         parse(name)

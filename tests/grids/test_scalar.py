@@ -12,7 +12,9 @@ from halfbyte.grids.scalar import SCALE_DTYPES
 
 GROUP = 32
 NOISE = 1e-6  # of the energy of a group: what float32 sums cannot tell apart
-NAMES = [f"int{bits}-{span}{asym}" for bits in (2, 4, 8) for span in ("g32", "channel", "tensor") for asym in ("", "-asym")]
+NAMES = [
+    f"int{bits}-{span}{asym}" for bits in (2, 4, 8) for span in ("g32", "channel", "tensor") for asym in ("", "-asym")
+]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -47,7 +49,11 @@ def test_the_accelerated_rounding_is_the_reference(data, bits, symmetric):
                 codes = rounding.encode_reference(w, scale.float(), zero, group, bits)
                 assert torch.equal(rounding_numba.encode(w, scale.float(), zero, group, bits), codes)
                 offset = torch.tensor(1 << (bits - 1)) if zero is None else zero.repeat_interleave(group, 1)
-                lost.append(per_group(((codes - offset.double()) * scale.double().repeat_interleave(group, 1) - w).square(), h, group))
+                lost.append(
+                    per_group(
+                        ((codes - offset.double()) * scale.double().repeat_interleave(group, 1) - w).square(), h, group
+                    )
+                )
             # Sums in another order choose another candidate where two are as good as one. What becomes of a single group then is
             # chance where the codes are rounded again to a scale that moved them: scales of 16 bits, and codes of 8.
             energy = per_group(w.float().square(), h, group)
@@ -55,7 +61,9 @@ def test_the_accelerated_rounding_is_the_reference(data, bits, symmetric):
                 assert (lost[0] <= lost[1] * (1 + 1e-5) + NOISE * energy).all()
             slack, noise = (1.001, NOISE) if bits < 8 else (1.03, 4 * NOISE)
             assert lost[0].sum() <= lost[1].sum() * slack + noise * energy.sum()
-        ours, reference = (fit(w, None, group, bits, symmetric, False, stored) for fit in (rounding_numba.fit, rounding.fit_reference))
+        ours, reference = (
+            fit(w, None, group, bits, symmetric, False, stored) for fit in (rounding_numba.fit, rounding.fit_reference)
+        )
         assert torch.equal(ours[0], reference[0])
         assert symmetric or torch.equal(ours[1], reference[1])
 
@@ -99,7 +107,10 @@ def test_what_fit_returns_is_what_a_file_can_hold(name, data):
             assert params["scale"].dtype == dtype
             assert torch.isfinite(params["scale"]).all()
             assert (params["scale"] != 0).all()
-            assert params["scale"].shape == (1 if grid.span == "tensor" else w.shape[0], grid.groups(w.shape[1]) if grid.span != "tensor" else 1)
+            assert params["scale"].shape == (
+                1 if grid.span == "tensor" else w.shape[0],
+                grid.groups(w.shape[1]) if grid.span != "tensor" else 1,
+            )
             assert ("zero" in params) != grid.symmetric
             if not grid.symmetric:
                 assert params["zero"].min() >= 1  # version 1 of gptq stores zero - 1
@@ -155,6 +166,7 @@ def test_errors_are_below_those_of_llama_cpp(theirs, ours, weighted):
     for w in (normal(), heavy_tailed(), trained().float()):
         params = grid.fit(w, h)
         ours_lost, theirs_lost = (
-            per_group((decoded - w).square(), h, 32).sum() for decoded in (grid.decode(grid.encode(w, params), params), ggml.encode(theirs, w, h))
+            per_group((decoded - w).square(), h, 32).sum()
+            for decoded in (grid.decode(grid.encode(w, params), params), ggml.encode(theirs, w, h))
         )
         assert ours_lost < 0.97 * theirs_lost

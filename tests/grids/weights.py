@@ -23,7 +23,9 @@ def heavy_tailed(rows=64, width=512, seed=0):
 def trained():
     """Every eighth row of the linears of bookworm-6m."""
     model = load_file(Path(halfbyte.__file__).parent / "demo" / "model" / "model.safetensors")
-    return torch.cat([w.reshape(-1, 512) for name, w in model.items() if name.endswith("proj.weight")])[::8].contiguous()
+    return torch.cat([w.reshape(-1, 512) for name, w in model.items() if name.endswith("proj.weight")])[
+        ::8
+    ].contiguous()
 
 
 def edges(rows=24, width=512):

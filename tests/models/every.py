@@ -37,7 +37,9 @@ SIZES = {
 }  # fmt: skip
 """What a number is called in configs, and what it is here; the first that fits."""
 RULES = [(re.compile(pattern), size) for pattern, size in SIZES.items()]
-LEFT = re.compile(r"id2label|label2id|rope_.*|dtype|torch_dtype|transformers_version|layer_group_size|projector_patch.*|quantization_config")
+LEFT = re.compile(
+    r"id2label|label2id|rope_.*|dtype|torch_dtype|transformers_version|layer_group_size|projector_patch.*|quantization_config"
+)
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -50,11 +52,15 @@ class Every:
     by: str = "AutoModelForCausalLM"
 
     def build(self) -> transformers.PreTrainedModel:
-        config = transformers.AutoConfig.for_model(self.kind, **{k: dict(v) for k, v in self.changes.items() if isinstance(v, dict) and "model_type" in v})
+        config = transformers.AutoConfig.for_model(
+            self.kind, **{k: dict(v) for k, v in self.changes.items() if isinstance(v, dict) and "model_type" in v}
+        )
         small = _merged(_small(config.to_dict()), self.changes)
         small.pop("model_type", None), small.pop("architectures", None)
         torch.manual_seed(0)
-        model = getattr(transformers, self.by).from_config(transformers.AutoConfig.for_model(self.kind, **small), dtype=torch.float32)
+        model = getattr(transformers, self.by).from_config(
+            transformers.AutoConfig.for_model(self.kind, **small), dtype=torch.float32
+        )
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.dim() > 1 and not re.search(r"A_log|conv1d|rg_lru|time_|\.D$", name):
@@ -120,14 +126,22 @@ HYBRID = {
     "attention_head_dim": 32,
     "num_key_value_heads": 4,
 }
-SHARED_CACHE = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+SHARED_CACHE = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
 
 
 def sections(kind: str) -> dict[str, Any]:
     """Heads turned by three coordinates, where the family has such."""
     parts = {"ernie4_5_vl_moe": [3, 3, 2], "glm4v_moe": [2, 1, 1]}.get(kind, [2, 3, 3])
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": parts}
-    return {"text_config": {"rope_parameters": rope}} if re.match("qwen2_vl|qwen2_5|qwen3_vl|qwen3_omni|glm4v|ernie", kind) else {}
+    return (
+        {"text_config": {"rope_parameters": rope}}
+        if re.match("qwen2_vl|qwen2_5|qwen3_vl|qwen3_omni|glm4v|ernie", kind)
+        else {}
+    )
 
 
 TOWER = {"vision_config": {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -146,16 +160,31 @@ NEEDS = {
     "bamba": Every("bamba", {"attn_layer_indices": [1]}),
     "dbrx": Every("dbrx", DBRX),
     "deepseek_v2": Every("deepseek_v2", {"topk_method": "greedy", "q_lora_rank": None, "num_experts_per_tok": 2}),
-    "deepseek_v2-groups": Every("deepseek_v2", {"topk_method": "group_limited_greedy", "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}),
+    "deepseek_v2-groups": Every(
+        "deepseek_v2", {"topk_method": "group_limited_greedy", "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    ),
     "doge-moe": Every("doge", {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4}),
     "dots1": Every("dots1", {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, **ONE_GROUP}),
-    "falcon-alibi": Every("falcon", {"multi_query": False, "alibi": True, "parallel_attn": False, "bias": True, "num_kv_heads": 4}),
+    "falcon-alibi": Every(
+        "falcon", {"multi_query": False, "alibi": True, "parallel_attn": False, "bias": True, "num_kv_heads": 4}
+    ),
     "falcon-two-norms": Every("falcon", {"new_decoder_architecture": True, "alibi": False}),
-    "gemma3n_text": Every("gemma3n_text", {**SHARED_CACHE, "intermediate_size": [128] * 4, "activation_sparsity_pattern": [0.0] * 4}),
+    "gemma3n_text": Every(
+        "gemma3n_text", {**SHARED_CACHE, "intermediate_size": [128] * 4, "activation_sparsity_pattern": [0.0] * 4}
+    ),
     "gemma4_text": Every("gemma4_text", SHARED_CACHE),
     "hunyuan_v1_dense": Every("hunyuan_v1_dense", {"head_dim": 16}),
     "hunyuan_v1_moe": Every("hunyuan_v1_moe", {"head_dim": 16, "moe_topk": 2, "num_experts": 4}),
-    "jamba": Every("jamba", {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}),
+    "jamba": Every(
+        "jamba",
+        {
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+        },
+    ),
     "lfm2_moe": Every("lfm2_moe", {"layer_types": ["full_attention", "conv"]}),
     "llama-tied": Every("llama", {"tie_word_embeddings": True}),
     "llama-embedding": Every("llama", {}, HEADLESS),
@@ -171,11 +200,23 @@ NEEDS = {
     "recurrent_gemma": Every("recurrent_gemma", {"num_hidden_layers": 3, "num_key_value_heads": 1}),
     "zamba": Every("zamba", {**HYBRID, "n_mamba_heads": 2}),
     "zamba2": Every(
-        "zamba2", {**HYBRID, "hybrid_layer_ids": [1, 3], "num_mem_blocks": 1, "kv_channels": 32, "num_query_groups": 4, "n_mamba_heads": 8, "mamba_headdim": 16}
+        "zamba2",
+        {
+            **HYBRID,
+            "hybrid_layer_ids": [1, 3],
+            "num_mem_blocks": 1,
+            "kv_channels": 32,
+            "num_query_groups": 4,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 16,
+        },
     ),
     "zaya": Every("zaya", {"num_experts_per_tok": 1}),
     **{kind: Every(kind, sections(kind), VISION) for kind in SEEING},
-    **{kind: Every(kind, sections(kind), ANY) for kind in ("granite_speech", "qwen2_audio", "qwen3_omni_moe_thinker", "voxtral")},
+    **{
+        kind: Every(kind, sections(kind), ANY)
+        for kind in ("granite_speech", "qwen2_audio", "qwen3_omni_moe_thinker", "voxtral")
+    },
 }
 ENCODERS = {
     "bert-masked": Every("bert", {}, "AutoModelForMaskedLM"),

@@ -82,7 +82,9 @@ FAMILIES = {
     "llama": Family("llama", LLAMA),
     "mistral": Family("mistral", LLAMA, dtype=BF16),
     "qwen2": Family("qwen2", LLAMA),  # biases of q, k, v
-    "qwen3": Family("qwen3", LLAMA, {"head_dim": 32, "tie_word_embeddings": True}, BF16),  # norms of q and k; heads wider than the hidden states
+    "qwen3": Family(
+        "qwen3", LLAMA, {"head_dim": 32, "tie_word_embeddings": True}, BF16
+    ),  # norms of q and k; heads wider than the hidden states
     "gemma2": Family("gemma2", GEMMA, {"head_dim": 16, "query_pre_attn_scalar": 16}, BF16),
     "gemma3": Family("gemma3_text", GEMMA, {"head_dim": 16, "query_pre_attn_scalar": 16}),
     "phi3": Family(
@@ -92,16 +94,31 @@ FAMILIES = {
     ),
     "phi": Family("phi", {"input_layernorm": f"{QKV} mlp.fc1", "self_attn.v_proj": "self_attn.dense"}),
     "gpt2": Family("gpt2", {"ln_1": "attn.c_attn", "attn.c_attn": "attn.c_proj", "ln_2": "mlp.c_fc"}, GPT),
-    "gptj": Family("gptj", {"ln_1": "attn.q_proj attn.k_proj attn.v_proj mlp.fc_in", "attn.v_proj": "attn.out_proj"}, GPT | {"rotary_dim": 8}),
-    "bigcode": Family("gpt_bigcode", {"ln_1": "attn.c_attn", "attn.c_attn": "attn.c_proj", "ln_2": "mlp.c_fc"}, GPT),  # one head of k and v
+    "gptj": Family(
+        "gptj",
+        {"ln_1": "attn.q_proj attn.k_proj attn.v_proj mlp.fc_in", "attn.v_proj": "attn.out_proj"},
+        GPT | {"rotary_dim": 8},
+    ),
+    "bigcode": Family(
+        "gpt_bigcode", {"ln_1": "attn.c_attn", "attn.c_attn": "attn.c_proj", "ln_2": "mlp.c_fc"}, GPT
+    ),  # one head of k and v
     "opt": Family(  # ReLU lets a scale through
         "opt",
-        {"self_attn_layer_norm": QKV, "self_attn.v_proj": "self_attn.out_proj", "final_layer_norm": "fc1", "fc1": "fc2"},
+        {
+            "self_attn_layer_norm": QKV,
+            "self_attn.v_proj": "self_attn.out_proj",
+            "final_layer_norm": "fc1",
+            "fc1": "fc2",
+        },
         {"ffn_dim": 128, "word_embed_proj_dim": 64},
     ),
     "gpt_neox": Family(  # q, k, v head by head
         "gpt_neox",
-        {"input_layernorm": "attention.query_key_value", "attention.query_key_value": "attention.dense", "post_attention_layernorm": "mlp.dense_h_to_4h"},
+        {
+            "input_layernorm": "attention.query_key_value",
+            "attention.query_key_value": "attention.dense",
+            "post_attention_layernorm": "mlp.dense_h_to_4h",
+        },
     ),
     "bloom": Family(
         "bloom",
@@ -110,31 +127,54 @@ FAMILIES = {
         {"n_layer": 2, "n_head": 4},
     ),
     "stablelm": Family("stablelm", LLAMA, {"use_qkv_bias": True}, BF16),
-    "stablelm-parallel": Family("stablelm", {"input_layernorm": f"{QKV} {GATED}", **VALUES, **UP_DOWN}, {"use_parallel_residual": True}),
+    "stablelm-parallel": Family(
+        "stablelm", {"input_layernorm": f"{QKV} {GATED}", **VALUES, **UP_DOWN}, {"use_parallel_residual": True}
+    ),
     "falcon": Family(
         "falcon",
-        {"input_layernorm": "self_attention.query_key_value mlp.dense_h_to_4h", "self_attention.query_key_value": "self_attention.dense"},
+        {
+            "input_layernorm": "self_attention.query_key_value mlp.dense_h_to_4h",
+            "self_attention.query_key_value": "self_attention.dense",
+        },
         {"multi_query": True, "alibi": False, "ffn_hidden_size": 128},
     ),
     "falcon-new": Family(  # q, k, v group by group
         "falcon",
-        {"ln_attn": "self_attention.query_key_value", "self_attention.query_key_value": "self_attention.dense", "ln_mlp": "mlp.dense_h_to_4h"},
+        {
+            "ln_attn": "self_attention.query_key_value",
+            "self_attention.query_key_value": "self_attention.dense",
+            "ln_mlp": "mlp.dense_h_to_4h",
+        },
         {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False, "ffn_hidden_size": 128},
         BF16,
     ),
-    "nemotron": Family("nemotron", {"1+input_layernorm": QKV, **VALUES, "1+post_attention_layernorm": "mlp.up_proj"}, dtype=BF16),  # ReLU squared
+    "nemotron": Family(
+        "nemotron", {"1+input_layernorm": QKV, **VALUES, "1+post_attention_layernorm": "mlp.up_proj"}, dtype=BF16
+    ),  # ReLU squared
     "cohere": Family("cohere", {"input_layernorm": f"{QKV} {GATED}", **VALUES, **UP_DOWN}, {"logit_scale": 1.0}),
     "olmo2": Family("olmo2", {**VALUES, **UP_DOWN}),  # norms come after
-    "glm4": Family("glm4", {**ATTENTION, "post_attention_layernorm": "mlp.gate_up_proj", "mlp.gate_up_proj": "mlp.down_proj"}, {"head_dim": 16}),
+    "glm4": Family(
+        "glm4",
+        {**ATTENTION, "post_attention_layernorm": "mlp.gate_up_proj", "mlp.gate_up_proj": "mlp.down_proj"},
+        {"head_dim": 16},
+    ),
     "lfm2": Family(
         "lfm2",
-        {"operator_norm": "conv.in_proj", "conv.in_proj": "conv.out_proj", "ffn_norm": "feed_forward.w1 feed_forward.w3", "feed_forward.w3": "feed_forward.w2"},
+        {
+            "operator_norm": "conv.in_proj",
+            "conv.in_proj": "conv.out_proj",
+            "ffn_norm": "feed_forward.w1 feed_forward.w3",
+            "feed_forward.w3": "feed_forward.w2",
+        },
         {"layer_types": ["full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     ),
     "mamba": Family("mamba", {"norm": "mixer.in_proj"}, {"state_size": 8, "time_step_rank": 8}),
     "mixtral": Family(
         "mixtral",
-        {**ATTENTION, "post_attention_layernorm": "block_sparse_moe.gate block_sparse_moe.experts.*.w1 block_sparse_moe.experts.*.w3"}
+        {
+            **ATTENTION,
+            "post_attention_layernorm": "block_sparse_moe.gate block_sparse_moe.experts.*.w1 block_sparse_moe.experts.*.w3",
+        }
         | {"block_sparse_moe.experts.*.w3": "block_sparse_moe.experts.*.w2"},
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
         BF16,
@@ -152,10 +192,27 @@ FAMILIES = {
     ),
     "deepseek_v3": Family(  # latent attention; k and v head by head in one matrix
         "deepseek_v3",
-        {"input_layernorm": "self_attn.q_a_proj self_attn.kv_a_proj_with_mqa", "self_attn.q_a_layernorm": "self_attn.q_b_proj"}
+        {
+            "input_layernorm": "self_attn.q_a_proj self_attn.kv_a_proj_with_mqa",
+            "self_attn.q_a_layernorm": "self_attn.q_b_proj",
+        }
         | {"self_attn.kv_a_layernorm": "self_attn.kv_b_proj", "self_attn.kv_b_proj": "self_attn.o_proj", **SHARED_MOE},
-        {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32, "first_k_dense_replace": 1}
-        | {"qk_rope_head_dim": 8, "head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4, **ONE_GROUP},
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "first_k_dense_replace": 1,
+        }
+        | {
+            "qk_rope_head_dim": 8,
+            "head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "num_key_value_heads": 4,
+            **ONE_GROUP,
+        },
     ),
     # What follows has all experts in one 3-D tensor on disk.
     "granitemoe": Family(
@@ -197,8 +254,19 @@ FAMILIES = {
             "mlp.experts.gate_up_proj": "mlp.experts.down_proj",
             "mlp.shared_expert.up_proj": "mlp.shared_expert.down_proj",
         },
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "head_dim": 16}
-        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "head_dim": 16,
+        }
+        | {
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        }
         | {"layer_types": ["linear_attention", "full_attention"]},
         BF16,
         as_published=False,

@@ -21,7 +21,11 @@ KINDS = {
     "plain": {"target_modules": EVERY},
     "rslora": {"target_modules": EVERY, "use_rslora": True, "lora_alpha": 3},
     "dora": {"target_modules": EVERY, "use_dora": True},
-    "patterns": {"target_modules": EVERY, "rank_pattern": {"layers.1.mlp.down_proj": 2}, "alpha_pattern": {"v_proj": 5}},
+    "patterns": {
+        "target_modules": EVERY,
+        "rank_pattern": {"layers.1.mlp.down_proj": 2},
+        "alpha_pattern": {"v_proj": 5},
+    },
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "transposed": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
@@ -70,7 +74,10 @@ def test_merged_as_peft_does(base, gpt2, tmp_path, kind):
     stored = Checkpoint.open(source)
     changed = 0
     for tensor in ours.tensors():
-        mine, wanted = ours.read(tensor).float(), theirs[tensor if tensor in theirs else f"transformer.{tensor}"].float()
+        mine, wanted = (
+            ours.read(tensor).float(),
+            theirs[tensor if tensor in theirs else f"transformer.{tensor}"].float(),
+        )
         assert torch.allclose(mine, wanted.to(stored.spec(tensor).dtype).float(), atol=1e-6, rtol=1e-2), tensor
         changed += not torch.equal(mine, stored.read(tensor).float())
     assert changed == len(ours.adapter.low_rank.keys() | ours.adapter.whole.keys()) > 0
@@ -80,7 +87,11 @@ def test_merged_as_peft_does(base, gpt2, tmp_path, kind):
 def test_quantizing_with_an_adapter_is_quantizing_what_peft_merged(base, tmp_path, method):
     adapt(base, tmp_path / "adapter")
     halfbyte.dequantize(base, tmp_path / "merged", adapter=tmp_path / "adapter", dtype="bfloat16")
-    words = {"method": method, "grid": "int4-g32", "calibration": {"source": str(tiny.text(tmp_path / "text.txt")), "samples": 4, "length": 64}}
+    words = {
+        "method": method,
+        "grid": "int4-g32",
+        "calibration": {"source": str(tiny.text(tmp_path / "text.txt")), "samples": 4, "length": 64},
+    }
     report = halfbyte.quantize(base, tmp_path / "a", adapter=str(tmp_path / "adapter"), **words)
     halfbyte.quantize(tmp_path / "merged", tmp_path / "b", **words)
     assert tiny.weights(tmp_path / "a") == tiny.weights(tmp_path / "b")
@@ -98,7 +109,10 @@ def test_a_merged_folder_is_what_transformers_and_peft_compute(base, tmp_path):
 
 def test_an_adapter_alone_is_recognised(base, tmp_path):
     adapt(base, tmp_path / "adapter")
-    tiny.refused(tiny.halfbyte("quantize", tmp_path / "adapter", "-o", tmp_path / "out"), f"halfbyte quantize {base} --adapter {tmp_path / 'adapter'} -o OUT")
+    tiny.refused(
+        tiny.halfbyte("quantize", tmp_path / "adapter", "-o", tmp_path / "out"),
+        f"halfbyte quantize {base} --adapter {tmp_path / 'adapter'} -o OUT",
+    )
 
 
 def test_an_adapter_beside_a_model_is_left_out_loudly(base, tmp_path):
@@ -149,8 +163,21 @@ def test_the_loss_is_measured_against_the_model_with_its_adapter(base, tmp_path)
     """The line that quantize prints works as it stands."""
     adapt(base, tmp_path / "adapter")
     text = tiny.text(tmp_path / "text.txt")
-    made = tiny.halfbyte("quantize", base, "-o", tmp_path / "q", "--adapter", tmp_path / "adapter", "--method", "nearest", "--grid", "int8-channel")
-    line = next(line for line in made.out.splitlines() if line.startswith("what was lost: halfbyte ")).removeprefix("what was lost: halfbyte ")
+    made = tiny.halfbyte(
+        "quantize",
+        base,
+        "-o",
+        tmp_path / "q",
+        "--adapter",
+        tmp_path / "adapter",
+        "--method",
+        "nearest",
+        "--grid",
+        "int8-channel",
+    )
+    line = next(line for line in made.out.splitlines() if line.startswith("what was lost: halfbyte ")).removeprefix(
+        "what was lost: halfbyte "
+    )
     assert "--against model --adapter adapter" in (tmp_path / "q" / "README.md").read_text()
     short = "--text", text, "--length", "32", "--windows", "4"
     assert tiny.halfbyte(*shlex.split(line), *short).code == 0

@@ -92,7 +92,9 @@ def test_folds_are_those_that_the_formulas_allow(folders, family):
         found.setdefault(name, set()).update(called(m.tensor, block) for m in fold.readers)
         if fold.producer.expert is not None or "*" in name:
             numbers = {(m.expert, *re.findall(r"\.(\d+)\.", m.tensor.removeprefix(block.name))) for m in fold.readers}
-            assert numbers == {(fold.producer.expert, *re.findall(r"\.(\d+)\.", fold.producer.tensor.removeprefix(block.name)))}
+            assert numbers == {
+                (fold.producer.expert, *re.findall(r"\.(\d+)\.", fold.producer.tensor.removeprefix(block.name)))
+            }
     assert found == {name: set(readers.split()) for name, readers in FAMILIES[family].folds.items()}
 
 
@@ -105,7 +107,9 @@ def test_a_block_with_scales_in_its_folds_computes_the_same(folders, family):
     generator = torch.Generator().manual_seed(0)
     for fold in Finder().find(block):
         rows = block.view(fold.producer.tensor).shape[0] if fold.producer.rows is None else max(fold.producer.rows) + 1
-        if weight := next((w for w in block.weights if (w.tensor, w.expert) == (fold.producer.tensor, fold.producer.expert)), None):
+        if weight := next(
+            (w for w in block.weights if (w.tensor, w.expert) == (fold.producer.tensor, fold.producer.expert)), None
+        ):
             rows = weight.shape[0]
         Site(block, fold, grids, {}).apply(torch.exp(torch.rand(rows, generator=generator) * 2 - 1))
     assert block.columns
@@ -131,7 +135,9 @@ def with_decoded(source: Checkpoint, out: Checkpoint, folder: Path) -> Path:
             home = home.T if weight.transposed or (piece and piece.transposed) else home
             first = piece.first if piece else 0
             home[first : first + weight.shape[0]] = out.read_quantized(weight.name).decode()
-    tensors |= {name: out.entries[name].read() for name in source.entries if name in out.entries and name not in out.parts}
+    tensors |= {
+        name: out.entries[name].read() for name in source.entries if name in out.entries and name not in out.parts
+    }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(source.config))
     return folder
@@ -143,7 +149,15 @@ def with_decoded(source: Checkpoint, out: Checkpoint, folder: Path) -> Path:
 def test_what_was_exported_computes_what_we_computed(folders, text, tmp_path, family, method):
     source = experts.apart(Checkpoint.open(folders(family)))
     calibration = {"source": text, "samples": 4, "length": 32}
-    report = halfbyte.quantize(source.path, tmp_path / "out", method=method, grid=GRID, to="compressed-tensors", calibration=calibration, engine="none")
+    report = halfbyte.quantize(
+        source.path,
+        tmp_path / "out",
+        method=method,
+        grid=GRID,
+        to="compressed-tensors",
+        calibration=calibration,
+        engine="none",
+    )
 
     out = Checkpoint.open(tmp_path / "out")
     weights = [w for w in source.weights() if w.block]
@@ -161,5 +175,9 @@ def test_what_was_exported_computes_what_we_computed(folders, text, tmp_path, fa
 
     verdict = next(e for e in report["engines"] if e["engine"] == "transformers")
     if verdict["loads"]:
-        options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if "dequantize" in verdict["command"] else {}
+        options = (
+            {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+            if "dequantize" in verdict["command"]
+            else {}
+        )
         assert difference(by_transformers(tmp_path / "out", **options), logits) <= ALIKE[source.dtype]

@@ -105,7 +105,9 @@ def test_the_default_text_has_chats_for_models_that_chat(home, tmp_path, monkeyp
     assert "assistant" in said
     tiny.make(tmp_path / "base")
     assert calibrate.calibration(Checkpoint(tmp_path / "base"), "default", 16, 128, 0).about["chats"] == 0
-    odd = calibrate.calibration(Checkpoint(with_template(home / "plain", tmp_path / "odd", "{{ raise_exception('no') }}")), "default", 4, 64, 0)
+    odd = calibrate.calibration(
+        Checkpoint(with_template(home / "plain", tmp_path / "odd", "{{ raise_exception('no') }}")), "default", 4, 64, 0
+    )
     assert odd.about["chats"] == 0
     assert any("calibrated without chats" in warning and "no" in warning for warning in odd.warnings)
 
@@ -114,8 +116,13 @@ def test_chats_that_the_template_does_not_take_are_left_out_and_counted(home, tm
     lines = (home / "chats.jsonl").read_text().splitlines()
     (tmp_path / "x.jsonl").write_text("\n".join([*lines, json.dumps([{"role": "nobody", "content": ""}])]))
     template = "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}{{ m.content }}{% endfor %}"
-    windows = calibrate.calibration(Checkpoint(with_template(home / "plain", tmp_path / "model", template)), str(tmp_path / "x.jsonl"), 4, 64, 0)
-    assert any("1 of 6 chats are left out" in warning and "line 6" in warning and "who?" in warning for warning in windows.warnings)
+    windows = calibrate.calibration(
+        Checkpoint(with_template(home / "plain", tmp_path / "model", template)), str(tmp_path / "x.jsonl"), 4, 64, 0
+    )
+    assert any(
+        "1 of 6 chats are left out" in warning and "line 6" in warning and "who?" in warning
+        for warning in windows.warnings
+    )
 
 
 HOSTILE = {
@@ -123,7 +130,10 @@ HOSTILE = {
     "not a template": ("{% break %}", "break"),
     "a width": ("{{ '%999999999d' | format(1) }}", ("characters of one chat", "GB of memory")),
     "a product": ("{{ 'x' * 10**10 }}", "GB of memory"),
-    "a list": ("{% set x = ['x' * 1000] * 100000 %}{% for i in range(60) %}{% set x = x + x %}{{ x | join }}{% endfor %}", "GB of memory"),
+    "a list": (
+        "{% set x = ['x' * 1000] * 100000 %}{% for i in range(60) %}{% set x = x + x %}{{ x | join }}{% endfor %}",
+        "GB of memory",
+    ),
 }
 
 
@@ -131,7 +141,9 @@ HOSTILE = {
 def test_hostile_templates_are_refused(name, home, tmp_path):
     template, says = HOSTILE[name]
     model = with_template(home / "plain", tmp_path / "model", template)
-    said = tiny.halfbyte("quantize", model, "-o", tmp_path / "out", "--calibration", home / "chats.jsonl", "--samples", 2, "--length", 64)
+    said = tiny.halfbyte(
+        "quantize", model, "-o", tmp_path / "out", "--calibration", home / "chats.jsonl", "--samples", 2, "--length", 64
+    )
     tiny.refused(said)
     assert any(words in said.err for words in ([says] if isinstance(says, str) else says))
     assert not list(tmp_path.glob("out*"))

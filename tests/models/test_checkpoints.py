@@ -78,7 +78,11 @@ def test_a_tied_head_stays_with_its_embedding(tmp_path):
 def test_a_tied_head_that_is_stored_all_the_same_is_kept(tmp_path):
     source = TIED.save(tmp_path / "model")
     tensors = load_file(source / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, source / "model.safetensors", {"format": "pt"})
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
     assert torch.equal(walked(source), by_transformers(source))
     report = halfbyte.quantize(source, tmp_path / "out", **WORDS)
     assert "lm_head.weight" in report["kept"]
@@ -100,13 +104,23 @@ def test_a_head_of_its_own_is_quantized_if_asked(tmp_path):
 
 def test_what_is_skipped_and_what_is_overridden(tmp_path):
     source = LLAMA.save(tmp_path / "model")
-    report = halfbyte.quantize(source, tmp_path / "out", **WORDS, skip=("layers.0.mlp.*",), override={"v_proj": "int8-g32", "layers.1.*.down_proj": "keep"})
+    report = halfbyte.quantize(
+        source,
+        tmp_path / "out",
+        **WORDS,
+        skip=("layers.0.mlp.*",),
+        override={"v_proj": "int8-g32", "layers.1.*.down_proj": "keep"},
+    )
     grids = {row["name"]: row["grid"] for row in report["weights"]}
     assert not any(".0.mlp." in name for name in grids)
-    assert {name for name, grid in grids.items() if grid.startswith("int8")} == {f"model.layers.{i}.self_attn.v_proj" for i in range(2)}
+    assert {name for name, grid in grids.items() if grid.startswith("int8")} == {
+        f"model.layers.{i}.self_attn.v_proj" for i in range(2)
+    }
     assert "model.layers.1.mlp.down_proj.weight" in report["kept"]
     assert {"model.layers.1.mlp.up_proj", "model.layers.1.self_attn.o_proj"} <= set(grids)
-    assert {w.tensor for w in Checkpoint.open(source).weights() if w.name in grids} | set(report["kept"]) == set(Checkpoint.open(source).entries)
+    assert {w.tensor for w in Checkpoint.open(source).weights() if w.name in grids} | set(report["kept"]) == set(
+        Checkpoint.open(source).entries
+    )
     assert torch.equal(by_transformers(tmp_path / "out"), logits_of(load(tmp_path / "out")))
     with pytest.raises(BadRequest, match=r"matches no weight.*model\.layers\.0"):
         halfbyte.quantize(source, tmp_path / "none", **WORDS, skip=("w_proj",))
@@ -122,7 +136,12 @@ def test_gpt2_as_it_lies_on_the_hub(tmp_path):
     change_config(source, tie_word_embeddings=None)
     assert torch.equal(walked(source), expected)
     text = str(tiny.text(tmp_path / "text.txt"))
-    report = halfbyte.quantize(source, tmp_path / "out", **WORDS | {"method": "awq+gptq"}, calibration={"source": text, "samples": 4, "length": 32})
+    report = halfbyte.quantize(
+        source,
+        tmp_path / "out",
+        **WORDS | {"method": "awq+gptq"},
+        calibration={"source": text, "samples": 4, "length": 32},
+    )
     assert set(masks) <= set(report["kept"])
     assert report["folds"]
     model = load(tmp_path / "out")
@@ -139,8 +158,20 @@ def test_what_config_says_is_more_than_what_is_there(tmp_path):
         walked(source)
 
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 IMAGES = {
     "gemma3": {
         "text_config": GEOMETRY | {"head_dim": 16, "query_pre_attn_scalar": 16},
@@ -148,10 +179,21 @@ IMAGES = {
         "mm_tokens_per_image": 1,
         **{"image_token_index": 251, "boi_token_index": 252, "eoi_token_index": 253},
     },
-    "mistral3": {"text_config": GEOMETRY | {"model_type": "mistral"}, "vision_config": VISION | {"model_type": "pixtral"}, "image_token_index": 251},
+    "mistral3": {
+        "text_config": GEOMETRY | {"model_type": "mistral"},
+        "vision_config": VISION | {"model_type": "pixtral"},
+        "image_token_index": 251,
+    },
     "qwen3_5": {
         "text_config": GEOMETRY | LINEAR | {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
-        "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 14,
+        },
         **{"image_token_id": 251, "video_token_id": 252, "vision_start_token_id": 253, "vision_end_token_id": 254},
     },
 }
@@ -161,7 +203,9 @@ IMAGES = {
 @pytest.mark.parametrize("kind", IMAGES)
 def test_the_text_decoder_beside_an_image_encoder(tmp_path, kind):
     torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(kind, **IMAGES[kind]), dtype=torch.float32).eval()
+    model = transformers.AutoModelForImageTextToText.from_config(
+        transformers.AutoConfig.for_model(kind, **IMAGES[kind]), dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2) if p.dim() == 1 else p.normal_(0, p.shape[-1] ** -0.5)

@@ -23,7 +23,12 @@ REFUSED = {
     "inkling2_text": "by Interleave",
 }
 """Families that no walk follows, and why."""
-UNLOADED = {"ernie4_5_vl_moe": "by Chunk", "hrm_text": "by Chunk", "inkling2_text": "by Interleave", "kimi_k25": "by Chunk"}
+UNLOADED = {
+    "ernie4_5_vl_moe": "by Chunk",
+    "hrm_text": "by Chunk",
+    "inkling2_text": "by Interleave",
+    "kimi_k25": "by Chunk",
+}
 """Families of which a tensor of the checkpoint is several parameters, or lies in another order."""
 
 
@@ -34,7 +39,9 @@ def walked(checkpoint: Checkpoint) -> torch.Tensor:
         block.load(checkpoint)
         walk.advance(block)
         block.free()
-    assert sum(p.untyped_storage().nbytes() for p in walk.model.parameters() if not p.is_meta) < 8 * len(list(walk.model.parameters()))
+    assert sum(p.untyped_storage().nbytes() for p in walk.model.parameters() if not p.is_meta) < 8 * len(
+        list(walk.model.parameters())
+    )
     return torch.cat([logits for _, logits in walk.logits()])
 
 

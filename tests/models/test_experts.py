@@ -26,12 +26,21 @@ def names_of(folder) -> set[str]:
 def test_the_same_bytes_from_either_spelling(tmp_path, method):
     text = str(tiny.text(tmp_path / "text.txt"))
     stacked = FAMILIES["qwen3_5_moe"]
-    sources = {"stacked": stacked.save(tmp_path / "stacked"), "apart": replace(stacked, as_published=True).save(tmp_path / "apart")}
+    sources = {
+        "stacked": stacked.save(tmp_path / "stacked"),
+        "apart": replace(stacked, as_published=True).save(tmp_path / "apart"),
+    }
     assert "model.layers.0.mlp.experts.gate_up_proj" in Checkpoint.open(sources["stacked"]).entries
     assert "model.layers.0.mlp.experts.3.up_proj.weight" in Checkpoint.open(sources["apart"]).entries
     written = {}
     for name, source in sources.items():
-        halfbyte.quantize(source, tmp_path / f"{name}-out", method=method, calibration={"source": text, "samples": 4, "length": 32}, **WORDS)
+        halfbyte.quantize(
+            source,
+            tmp_path / f"{name}-out",
+            method=method,
+            calibration={"source": text, "samples": 4, "length": 32},
+            **WORDS,
+        )
         written[name] = load_file(tmp_path / f"{name}-out" / "model.safetensors")
     assert written["stacked"].keys() == written["apart"].keys()
     assert all(torch.equal(value, written["apart"][name]) for name, value in written["stacked"].items())
@@ -45,9 +54,18 @@ def test_the_same_bytes_from_either_spelling(tmp_path, method):
 @pytest.mark.parametrize(
     ("family", "names"),
     [
-        ("llama4", {"model.layers.*.feed_forward.experts.*.gate_proj", "model.layers.*.feed_forward.experts.*.down_proj"}),  # [experts, in, out]
-        ("granitemoe", {"model.layers.*.block_sparse_moe.experts.*.w1", "model.layers.*.block_sparse_moe.experts.*.w2"}),
-        ("gpt_oss", {"model.layers.*.mlp.experts.*.gate_up_proj", "model.layers.*.mlp.experts.*.down_proj"}),  # which nobody reads apart
+        (
+            "llama4",
+            {"model.layers.*.feed_forward.experts.*.gate_proj", "model.layers.*.feed_forward.experts.*.down_proj"},
+        ),  # [experts, in, out]
+        (
+            "granitemoe",
+            {"model.layers.*.block_sparse_moe.experts.*.w1", "model.layers.*.block_sparse_moe.experts.*.w2"},
+        ),
+        (
+            "gpt_oss",
+            {"model.layers.*.mlp.experts.*.gate_up_proj", "model.layers.*.mlp.experts.*.down_proj"},
+        ),  # which nobody reads apart
     ],
 )
 def test_each_expert_has_the_name_that_engines_look_for(tmp_path, family, names):
@@ -68,15 +86,22 @@ def test_stacks_that_stay_stay_whole(tmp_path):
     source = FAMILIES["llama4"].save(tmp_path / "model")
     report = halfbyte.quantize(source, tmp_path / "out", method="nearest", skip=("experts.*.down_proj",), **WORDS)
     assert report["kept"]["model.layers.0.feed_forward.experts.down_proj"] == "skipped as asked"
-    assert names_of(tmp_path / "out") == {f"model.layers.*.feed_forward.experts.*.{part}_proj" for part in ("gate", "up")}
+    assert names_of(tmp_path / "out") == {
+        f"model.layers.*.feed_forward.experts.*.{part}_proj" for part in ("gate", "up")
+    }
     entries, before = Checkpoint.open(tmp_path / "out").entries, Checkpoint.open(source).entries
-    assert torch.equal(entries["model.layers.0.feed_forward.experts.down_proj"].read(), before["model.layers.0.feed_forward.experts.down_proj"].read())
+    assert torch.equal(
+        entries["model.layers.0.feed_forward.experts.down_proj"].read(),
+        before["model.layers.0.feed_forward.experts.down_proj"].read(),
+    )
     assert halfbyte.load(tmp_path / "out")(TOKENS).logits.isfinite().all()
 
 
 def test_experts_that_would_be_random_are_not_decoded_apart(tmp_path):
     for family in ("llama4", "qwen3_5_moe"):
-        halfbyte.quantize(FAMILIES[family].save(tmp_path / family), tmp_path / f"{family}-out", method="nearest", **WORDS)
+        halfbyte.quantize(
+            FAMILIES[family].save(tmp_path / family), tmp_path / f"{family}-out", method="nearest", **WORDS
+        )
     with pytest.raises(Unsupported, match=r"experts\.0\..*out of one tensor of all experts"):
         halfbyte.dequantize(tmp_path / "llama4-out", tmp_path / "a")
     halfbyte.dequantize(tmp_path / "qwen3_5_moe-out", tmp_path / "b")

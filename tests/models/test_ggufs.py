@@ -61,7 +61,9 @@ def test_tensors_come_back_under_their_names_and_transformers_computes_the_same(
     names = {n for n in original.tensors() if not (read.tied and n == "lm_head.weight")}
     assert read.tensors().keys() == names
     for n in names:
-        assert torch.allclose(read.read(n).float(), original.read(n).float(), atol=1e-6, rtol=0), n  # norms of 1 + w are a sum in 32 bits
+        assert torch.allclose(read.read(n).float(), original.read(n).float(), atol=1e-6, rtol=0), (
+            n
+        )  # norms of 1 + w are a sum in 32 bits
     some = torch.arange(40)[None]
     with torch.no_grad():
         wanted = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(some).logits
@@ -70,7 +72,9 @@ def test_tensors_come_back_under_their_names_and_transformers_computes_the_same(
 
 def test_a_quantized_matrix_is_what_the_gguf_package_reads(home):
     checkpoint = Checkpoint.open(home / "q4.gguf")
-    read = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(home / "q4.gguf").tensors}
+    read = {
+        t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(home / "q4.gguf").tensors
+    }
     assert torch.equal(checkpoint.read("model.embed_tokens.weight"), read["token_embd.weight"])
     assert torch.equal(checkpoint.read("model.layers.2.mlp.down_proj.weight"), read["blk.2.ffn_down.weight"])
     heads, rows = 4, read["blk.2.attn_q.weight"]  # Transformers' own reader undoes the same order of rows
@@ -98,7 +102,9 @@ def test_inspect_and_eval_take_it(home):
     found = json.loads(tiny.halfbyte("inspect", home / "q4.gguf", "--json").out)
     assert (found["model_type"], found["container"], found["parameters"]) == ("llama", "gguf", 5770496)
     assert set(found["grids"]) == {"q4_k", "q6_k", "float32"}
-    result = tiny.halfbyte("eval", home / "bf16.gguf", home / "q4.gguf", "--against", demo.MODEL, "--windows", "2", "--json")
+    result = tiny.halfbyte(
+        "eval", home / "bf16.gguf", home / "q4.gguf", "--against", demo.MODEL, "--windows", "2", "--json"
+    )
     exact, rounded = json.loads(result.out)["models"]
     assert exact["kl"] == 0
     assert 0.001 < rounded["kl"] < 0.02
@@ -119,8 +125,15 @@ def test_a_file_of_llama_quantizes_is_read(home, tmp_path):
     llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
     params = llama.llama_model_quantize_default_params()
     params.ftype, params.nthread = 15, 1  # Q4_K_M
-    assert llama.llama_model_quantize(str(home / "bf16.gguf").encode(), str(tmp_path / "theirs.gguf").encode(), ctypes.byref(params)) == 0
-    result = tiny.halfbyte("eval", tmp_path / "theirs.gguf", home / "q4.gguf", "--against", demo.MODEL, "--windows", "2", "--json")
+    assert (
+        llama.llama_model_quantize(
+            str(home / "bf16.gguf").encode(), str(tmp_path / "theirs.gguf").encode(), ctypes.byref(params)
+        )
+        == 0
+    )
+    result = tiny.halfbyte(
+        "eval", tmp_path / "theirs.gguf", home / "q4.gguf", "--against", demo.MODEL, "--windows", "2", "--json"
+    )
     theirs, ours = json.loads(result.out)["models"]
     assert ours["kl"] < theirs["kl"] < 0.02
     assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs.gguf"]
@@ -129,7 +142,9 @@ def test_a_file_of_llama_quantizes_is_read(home, tmp_path):
 def unknown_architecture(home: Path, path: Path) -> Path:
     """The demo model, as though of a family that nobody knows."""
     whole = gguf_file.read(home / "bf16.gguf")
-    said = {key.replace("llama.", "novel."): value for key, value in whole.metadata.items()} | {"general.architecture": Value("string", "novel")}
+    said = {key.replace("llama.", "novel."): value for key, value in whole.metadata.items()} | {
+        "general.architecture": Value("string", "novel")
+    }
     writer = gguf_file.Writer(path, said, {name: (stored.type, stored.shape) for name, stored in whole.tensors.items()})
     for name, stored in whole.tensors.items():
         writer.write(name, stored.entry.read())
@@ -148,7 +163,12 @@ def test_an_unknown_architecture_is_quantized_without_calibration(home, tmp_path
 
 def test_an_unknown_architecture_cannot_be_calibrated(home, tmp_path):
     source = unknown_architecture(home, tmp_path / "novel.gguf")
-    tiny.refused(tiny.halfbyte("quantize", source, "-o", tmp_path / "out.gguf", "--method", "gptq"), "novel.gguf is of 'novel'", "llama", "--method nearest")
+    tiny.refused(
+        tiny.halfbyte("quantize", source, "-o", tmp_path / "out.gguf", "--method", "gptq"),
+        "novel.gguf is of 'novel'",
+        "llama",
+        "--method nearest",
+    )
     with pytest.raises(Unsupported, match="novel"):
         halfbyte.load(source)
     assert [p.name for p in tmp_path.iterdir()] == ["novel.gguf"]
@@ -158,14 +178,22 @@ def test_an_unknown_architecture_cannot_be_calibrated(home, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "source"), [("nearest", "bf16.gguf"), ("nearest", "parts"), ("gptq", "parts"), pytest.param("awq+gptq", "bf16.gguf", marks=pytest.mark.slow)]
+    ("method", "source"),
+    [
+        ("nearest", "bf16.gguf"),
+        ("nearest", "parts"),
+        ("gptq", "parts"),
+        pytest.param("awq+gptq", "bf16.gguf", marks=pytest.mark.slow),
+    ],
 )
 def test_quantizing_a_gguf_is_quantizing_the_model(method, source, home, tmp_path):
     for name, model in (("hub", demo.MODEL), ("gguf", home / source)):
         halfbyte.quantize(model, tmp_path / f"{name}.gguf", method=method, calibration=CALIBRATION)
     assert same(tensors(tmp_path / "hub.gguf"), tensors(tmp_path / "gguf.gguf"))
     hub, again = (gguf_file.read(tmp_path / f"{name}.gguf").metadata for name in ("hub", "gguf"))
-    assert {k: v for k, v in hub.items() if k != "general.name"} == {k: v for k, v in again.items() if k != "general.name"}
+    assert {k: v for k, v in hub.items() if k != "general.name"} == {
+        k: v for k, v in again.items() if k != "general.name"
+    }
 
 
 def test_a_folder_can_be_made_of_a_gguf(home, tmp_path):
@@ -181,7 +209,9 @@ def test_a_folder_can_be_made_of_a_gguf(home, tmp_path):
 
 
 def test_quantizing_again_warns(home, tmp_path):
-    report = halfbyte.quantize(home / "q4.gguf", tmp_path / "again.gguf", method="nearest", grid="Q3_K_M", requantize=True)
+    report = halfbyte.quantize(
+        home / "q4.gguf", tmp_path / "again.gguf", method="nearest", grid="Q3_K_M", requantize=True
+    )
     assert any("quantized already (gguf, q4_k)" in warning for warning in report["warnings"])
     assert "quantized already" in (tmp_path / "again.README.md").read_text()
 

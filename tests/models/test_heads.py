@@ -26,7 +26,11 @@ def make(path, family: str, said: bool | None, head: str):
     tensors = load_file(path / "model.safetensors")
     tensors.pop("lm_head.weight", None)
     embedding = tensors["model.embed_tokens.weight"]
-    values = {"none": None, "equal": embedding.clone(), "own": torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0)).to(embedding.dtype)}
+    values = {
+        "none": None,
+        "equal": embedding.clone(),
+        "own": torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0)).to(embedding.dtype),
+    }
     if values[head] is not None:
         tensors["lm_head.weight"] = values[head]
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
@@ -55,7 +59,10 @@ def test_the_head_is_the_one_that_transformers_has(tmp_path, family, said, head)
         return
     expected = head_of(model)
     checkpoint = Checkpoint.open(source)
-    assert checkpoint.tied == torch.equal(expected, model.get_input_embeddings().weight.detach().float()) or head == "equal"
+    assert (
+        checkpoint.tied == torch.equal(expected, model.get_input_embeddings().weight.detach().float())
+        or head == "equal"
+    )
     for name, words in outputs.items():
         if (family, name) != ("gemma3", "model.gguf") or head != "own":  # llama.cpp's Gemma has no head of its own
             halfbyte.quantize(source, tmp_path / name, **words)
@@ -68,17 +75,31 @@ def test_the_head_is_the_one_that_transformers_has(tmp_path, family, said, head)
 
 def test_a_missing_head_is_refused_in_one_line_by_every_command(tmp_path):
     source = make(tmp_path / "model", "llama", False, "none")
-    for words in (("--method", "nearest"), ("--method", "gptq", "--samples", 2, "--length", 16), ("--grid", "int8-channel", "--head", "--method", "minmax")):
-        tiny.refused(tiny.halfbyte("quantize", source, "-o", tmp_path / "out", *words), "lacks the head", "tie_word_embeddings")
+    for words in (
+        ("--method", "nearest"),
+        ("--method", "gptq", "--samples", 2, "--length", 16),
+        ("--grid", "int8-channel", "--head", "--method", "minmax"),
+    ):
+        tiny.refused(
+            tiny.halfbyte("quantize", source, "-o", tmp_path / "out", *words), "lacks the head", "tie_word_embeddings"
+        )
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))  # as the message says
-    assert tiny.halfbyte("quantize", source, "-o", tmp_path / "out", "--method", "nearest", "--grid", "int4-g32").code == 0
+    assert (
+        tiny.halfbyte("quantize", source, "-o", tmp_path / "out", "--method", "nearest", "--grid", "int4-g32").code == 0
+    )
 
 
 def test_models_without_a_head_need_none(tmp_path):
     """An embedding model, whose config says that a head would not be the embedding."""
     config = transformers.AutoConfig.for_model(
-        "qwen3", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16, vocab_size=264
+        "qwen3",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        vocab_size=264,
     )
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "model")
     report = halfbyte.quantize(tmp_path / "model", tmp_path / "out", **WORDS)

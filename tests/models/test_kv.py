@@ -68,7 +68,11 @@ def test_keys_and_values_of_every_family_are_seen_and_nothing_else_changes(name)
         with_doors = logits(model, use_cache=False)
     assert torch.equal(with_doors, logits(model, use_cache=False))
     cache = model(input_ids=TOKENS, use_cache=True).get("past_key_values")
-    stored = [layer for layer in getattr(cache, "layers", []) if isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.numel()]
+    stored = [
+        layer
+        for layer in getattr(cache, "layers", [])
+        if isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.numel()
+    ]
     places = {name: skeleton.Place(name) for name in model.state_dict()}
     assert len(seen) == len(stored) == len(kv.names(model, places, model))
     for (k, v), layer in zip(seen, stored, strict=True):
@@ -81,7 +85,10 @@ def test_transformers_with_compressed_tensors_computes_the_same_logits(cached, g
     theirs = transformers.AutoModelForCausalLM.from_pretrained(cached[grid], dtype=torch.float32)
     ours = halfbyte.load(cached[grid], torch.float32)
     assert torch.equal(logits(ours, use_cache=False), logits(theirs, use_cache=False))
-    assert not torch.equal(logits(ours, use_cache=False), logits(halfbyte.load(cached[grid].parent / "source", torch.float32), use_cache=False))
+    assert not torch.equal(
+        logits(ours, use_cache=False),
+        logits(halfbyte.load(cached[grid].parent / "source", torch.float32), use_cache=False),
+    )
 
 
 def test_tokens_one_by_one_read_the_same_cache_as_tokens_at_once(cached):
@@ -105,7 +112,10 @@ def test_scales_have_the_names_shapes_and_config_of_llm_compressor(cached, grid,
     golden = load_file(GOLDENS / f"{grid}.safetensors")
     scales = {name: t for name, t in load_file(cached[grid] / "model.safetensors").items() if name.endswith("_scale")}
     assert scales.keys() == {name for name in golden if int(name.split(".")[2]) < 2}  # theirs has six layers
-    assert all(scales[name].shape == golden[name].shape == shape and scales[name].dtype == golden[name].dtype for name in scales)
+    assert all(
+        scales[name].shape == golden[name].shape == shape and scales[name].dtype == golden[name].dtype
+        for name in scales
+    )
     assert Checkpoint(cached[grid]).kv.grid == KVGrid.parse(grid)
 
 
@@ -114,7 +124,9 @@ def test_the_rest_of_the_checkpoint_is_the_same_to_the_byte(source, cached):
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert (source / "tokenizer.json").read_bytes() == (cached["fp8-e4m3"] / "tokenizer.json").read_bytes()
     config = json.loads((cached["fp8-e4m3"] / "config.json").read_text())
-    assert {name: value for name, value in config.items() if name != "quantization_config"} == json.loads((source / "config.json").read_text())
+    assert {name: value for name, value in config.items() if name != "quantization_config"} == json.loads(
+        (source / "config.json").read_text()
+    )
 
 
 def test_the_largest_key_of_the_calibration_text_is_the_largest_number_of_fp8(source, tmp_path):
@@ -147,7 +159,9 @@ def test_text_that_the_scales_do_not_span_is_warned_of(source, small, tmp_path):
 
 @pytest.mark.slow
 def test_quantizing_and_caching_at_once_is_caching_what_was_quantized(source, small, tmp_path):
-    halfbyte.quantize(source, tmp_path / "once", method="nearest", grid="int4-g32", kv="fp8-e4m3-head", calibration=small)
+    halfbyte.quantize(
+        source, tmp_path / "once", method="nearest", grid="int4-g32", kv="fp8-e4m3-head", calibration=small
+    )
     halfbyte.quantize(source, tmp_path / "first", method="nearest", grid="int4-g32")
     add(tmp_path / "first", tmp_path / "second", "fp8-e4m3-head", small)
     once, twice = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "second"))
@@ -156,7 +170,12 @@ def test_quantizing_and_caching_at_once_is_caching_what_was_quantized(source, sm
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("once", "second")]
     assert configs[0] == configs[1]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "once", dtype=torch.float32)
-    torch.testing.assert_close(logits(halfbyte.load(tmp_path / "once", torch.float32), use_cache=False), logits(theirs, use_cache=False), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(halfbyte.load(tmp_path / "once", torch.float32), use_cache=False),
+        logits(theirs, use_cache=False),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.slow
@@ -164,10 +183,17 @@ def test_scales_move_with_the_weights_where_engines_read_them(source, small, tmp
     halfbyte.quantize(source, tmp_path / "made", method="nearest", grid="int4-g32", kv="fp8-e4m3", calibration=small)
     halfbyte.convert(tmp_path / "made", tmp_path / "same", "compressed-tensors")
     scales = load_file(tmp_path / "made" / "model.safetensors"), load_file(tmp_path / "same" / "model.safetensors")
-    assert all(torch.equal(scales[0][name], scales[1][name]) for name in scales[0] if name.endswith(("k_scale", "v_scale")))
-    assert json.loads((tmp_path / "same" / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]["type"] == "float"
+    assert all(
+        torch.equal(scales[0][name], scales[1][name]) for name in scales[0] if name.endswith(("k_scale", "v_scale"))
+    )
+    assert (
+        json.loads((tmp_path / "same" / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]["type"]
+        == "float"
+    )
     dropped = halfbyte.convert(tmp_path / "made", tmp_path / "gptq", "gptq")["dropped"]
-    assert {name for name in dropped if name.endswith("k_scale")} == {f"model.layers.{i}.self_attn.k_scale" for i in range(2)}
+    assert {name for name in dropped if name.endswith("k_scale")} == {
+        f"model.layers.{i}.self_attn.k_scale" for i in range(2)
+    }
     assert Checkpoint(tmp_path / "gptq").kv is None
 
 
@@ -178,7 +204,9 @@ def test_fp8_weights_keep_their_config_which_vllm_reads_scales_under(source, sma
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("fp8", "out")]
     assert configs[0] == configs[1]
     assert Checkpoint(tmp_path / "out").kv.grid == KVGrid.parse("fp8-e4m3")
-    tiny.refused(tiny.halfbyte("kv", tmp_path / "fp8", "-o", tmp_path / "no", "--kv", "fp8-e4m3-head"), "compressed-tensors")
+    tiny.refused(
+        tiny.halfbyte("kv", tmp_path / "fp8", "-o", tmp_path / "no", "--kv", "fp8-e4m3-head"), "compressed-tensors"
+    )
 
 
 def test_names_of_older_tools_are_read(cached, tmp_path):
@@ -213,7 +241,18 @@ def test_caches_that_no_file_can_state_are_refused_with_what_works(source, tmp_p
 
 def test_a_model_without_keys_and_values_is_refused(small, tmp_path):
     FAMILIES["mamba"].save(tmp_path / "mamba")
-    words = "kv", tmp_path / "mamba", "-o", tmp_path / "out", "--length", 64, "--samples", 2, "--calibration", small["source"]
+    words = (
+        "kv",
+        tmp_path / "mamba",
+        "-o",
+        tmp_path / "out",
+        "--length",
+        64,
+        "--samples",
+        2,
+        "--calibration",
+        small["source"],
+    )
     tiny.refused(tiny.halfbyte(*words), "no attention")
 
 
@@ -222,13 +261,17 @@ def test_latents_and_their_positions_share_one_scale_under_the_name_that_vllm_kn
     add(source, tmp_path / "out", "fp8-e4m3", small | {"length": 64})
     scales = {n: t for n, t in load_file(tmp_path / "out" / "model.safetensors").items() if n.endswith("_scale")}
     assert scales.keys() == {f"model.layers.{i}.self_attn.{part}_proj.{part}_scale" for i in range(2) for part in "kv"}
-    assert all(torch.equal(scales[name], scales[name.replace("v_", "k_")]) for name in scales if name.endswith("v_scale"))
+    assert all(
+        torch.equal(scales[name], scales[name.replace("v_", "k_")]) for name in scales if name.endswith("v_scale")
+    )
     assert halfbyte.evaluate([tmp_path / "out"], source, small["source"], length=64, windows=2)["models"][0]["kl"] > 0
 
 
 @pytest.mark.slow
 def test_every_kind_of_cache_can_be_measured_without_writing_it(source):
-    rows = halfbyte.evaluate([source], source, length=64, windows=2, kv=["none", "fp8-e4m3", "int8", "int4", "int2-g16", "int8/int4"])["models"]
+    rows = halfbyte.evaluate(
+        [source], source, length=64, windows=2, kv=["none", "fp8-e4m3", "int8", "int4", "int2-g16", "int8/int4"]
+    )["models"]
     losses = {row["kv"]: row["kl"] for row in rows}
     assert losses[None] == 0
     assert 0 < losses["int8-token"] < losses["int4-g32"] < losses["int2-g16"]
@@ -247,7 +290,9 @@ def test_integers_of_a_token_and_head_are_those_of_compressed_tensors():
     grid = KVGrid.parse("int8").key
     for head, ours in zip(k.flatten(0, 1), Inputs(grid, {}).round(k).flatten(0, 1), strict=True):
         scale, zero = compute_dynamic_scales_and_zp(head, args, torch.nn.Module())
-        torch.testing.assert_close(ours, fake_quantize(head, scale, zero, args), rtol=0, atol=float(scale.max()) * 1.01)  # theirs spans 127.5 steps
+        torch.testing.assert_close(
+            ours, fake_quantize(head, scale, zero, args), rtol=0, atol=float(scale.max()) * 1.01
+        )  # theirs spans 127.5 steps
 
 
 def test_names_of_caches_are_read_in_capitals_too():

@@ -30,13 +30,27 @@ def model(tmp_path: Path) -> Path:
 def test_the_card_says_it(model):
     (model / "README.md").write_text(CARD)
     assert provenance_of(Checkpoint.open(model), str(model)) == Provenance(
-        "Made-Model-2M", None, "other", "gemma", "https://ai.google.dev/gemma/terms", ("org/base-7B",), ("chat",), ("en", "de")
+        "Made-Model-2M",
+        None,
+        "other",
+        "gemma",
+        "https://ai.google.dev/gemma/terms",
+        ("org/base-7B",),
+        ("chat",),
+        ("en", "de"),
     )
 
 
 @pytest.mark.parametrize(
     "card",
-    ["", "# no YAML\n", "---\nlicense: [\n---\n", "---\n- license\n---\n", f"---\n{'[' * 60000}\n---\n", "---\nlicense: 3\nbase_model: /home/me/model\n---\n"],
+    [
+        "",
+        "# no YAML\n",
+        "---\nlicense: [\n---\n",
+        "---\n- license\n---\n",
+        f"---\n{'[' * 60000}\n---\n",
+        "---\nlicense: 3\nbase_model: /home/me/model\n---\n",
+    ],
     ids=range(6),
 )
 def test_a_card_that_says_nothing_is_none(card, model):

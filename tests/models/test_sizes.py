@@ -25,7 +25,9 @@ def home(tmp_path_factory):
 def halved(source: Path, folder: Path, module: str, layers: tuple[int, ...]) -> Path:
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if any(name.startswith(f"model.layers.{layer}.{module}.") for layer in layers)]:
+    for name in [
+        name for name in tensors if any(name.startswith(f"model.layers.{layer}.{module}.") for layer in layers)
+    ]:
         if name.endswith("weight_shape"):
             tensors[name][0] //= 2
         else:
@@ -34,14 +36,18 @@ def halved(source: Path, folder: Path, module: str, layers: tuple[int, ...]) -> 
     return folder
 
 
-@pytest.mark.parametrize(("module", "layers"), [("self_attn.q_proj", (1,)), ("mlp.up_proj", (0,)), ("mlp.down_proj", (0, 1))])
+@pytest.mark.parametrize(
+    ("module", "layers"), [("self_attn.q_proj", (1,)), ("mlp.up_proj", (0,)), ("mlp.down_proj", (0, 1))]
+)
 @pytest.mark.parametrize("source", ["model", "int4", "int8"])
 def test_half_a_matrix_is_refused_by_methods_without_a_model(home, source, module, layers, tmp_path):
     folder = halved(home / source, tmp_path / "model", module, layers)
     commands = [["quantize", "--method", "nearest", *([] if source == "model" else ["--requantize"])]]
     commands += [] if source == "model" else [["convert", "--to", "gptq"], ["dequantize"]]
     for command, *options in commands:
-        tiny.refused(tiny.halfbyte(command, folder, "-o", tmp_path / "out", *options), f"{module}.weight", "LlamaForCausalLM")
+        tiny.refused(
+            tiny.halfbyte(command, folder, "-o", tmp_path / "out", *options), f"{module}.weight", "LlamaForCausalLM"
+        )
 
 
 def test_of_a_model_that_transformers_does_not_know_nothing_is_said(home, tmp_path):

@@ -32,7 +32,10 @@ def write(path: Path, values: list) -> Path:
             table.writeheader()
             table.writerows(values)
     else:
-        path.write_text(json.dumps(values, indent=1) if path.suffix == ".json" else "\n".join(map(json.dumps, values)), encoding="utf-8")
+        path.write_text(
+            json.dumps(values, indent=1) if path.suffix == ".json" else "\n".join(map(json.dumps, values)),
+            encoding="utf-8",
+        )
     return path
 
 
@@ -55,7 +58,12 @@ def test_tables(shape, tmp_path):
 
 
 def test_context_and_system_are_read(tmp_path):
-    record = texts.records(write(tmp_path / "x.json", [{"system": "Be brief.", "instruction": "Translate.", "input": "fox", "output": "renard"}]))[0]
+    record = texts.records(
+        write(
+            tmp_path / "x.json",
+            [{"system": "Be brief.", "instruction": "Translate.", "input": "fox", "output": "renard"}],
+        )
+    )[0]
     assert record.messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Translate.\n\nfox"},
@@ -80,11 +88,19 @@ def test_plain_texts(tmp_path):
 
 
 REFUSED = {
-    "unknown keys": ("x.json", '[{"headline": "a", "body": "b"}]', ("record 1", "'headline', 'body'", "'text'", "'instruction' and 'output'")),
+    "unknown keys": (
+        "x.json",
+        '[{"headline": "a", "body": "b"}]',
+        ("record 1", "'headline', 'body'", "'text'", "'instruction' and 'output'"),
+    ),
     "unknown columns": ("x.csv", "headline,body\na,b\n", ("row 1", "'headline', 'body'", "'text'")),
     "a number": ("x.jsonl", "3", ("line 1", "a number", "a record is")),
     "not a list": ("x.jsonl", '{"messages": "hello"}', ("line 1", "'messages' is a string", "a record is")),
-    "a message": ("x.jsonl", '{"messages": [{"speaker": "a", "says": "b"}]}', ("line 1", "'speaker', 'says'", "'role' and 'content'")),
+    "a message": (
+        "x.jsonl",
+        '{"messages": [{"speaker": "a", "says": "b"}]}',
+        ("line 1", "'speaker', 'says'", "'role' and 'content'"),
+    ),
     "no messages": ("x.jsonl", "[]", ("line 1", "no messages")),
     "not a text": ("x.jsonl", '{"instruction": "a", "output": 3}', ("line 1", "'output' is a number")),
     "a lone surrogate": ("x.jsonl", '{"text": "\\ud800 fox"}', ("line 1", "half a character", "\\ud800")),

@@ -45,7 +45,15 @@ def zamba(tmp_path_factory):
 
 
 def test_a_shared_block_is_quantized_once_and_runs_so_wherever_it_stands(zamba, text, tmp_path):
-    report = halfbyte.quantize(zamba, tmp_path / "out", method="gptq", grid="int4-g32", to="compressed-tensors", engine="none", calibration=few(text))
+    report = halfbyte.quantize(
+        zamba,
+        tmp_path / "out",
+        method="gptq",
+        grid="int4-g32",
+        to="compressed-tensors",
+        engine="none",
+        calibration=few(text),
+    )
     assert any("shared_transf" in row["name"] for row in report["weights"])
     model = halfbyte.load(tmp_path / "out", torch.float32)
     layers = model.model.layers
@@ -57,7 +65,9 @@ def test_a_shared_block_is_quantized_once_and_runs_so_wherever_it_stands(zamba, 
 @pytest.mark.parametrize("recipe", [{"method": "awq+gptq", "grid": "int4-g32"}, {"method": "gptq", "grid": "w8a8"}])
 def test_what_suits_the_first_of_shared_blocks_alone_is_refused(zamba, text, tmp_path, recipe):
     with pytest.raises(Unsupported, match=r"shares weights between blocks.*--method gptq with a grid of weights alone"):
-        halfbyte.quantize(zamba, tmp_path / "out", to="compressed-tensors", engine="none", calibration=few(text), **recipe)
+        halfbyte.quantize(
+            zamba, tmp_path / "out", to="compressed-tensors", engine="none", calibration=few(text), **recipe
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -67,7 +77,10 @@ def test_one_expert_that_is_missing_is_missed(tmp_path):
     del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     for use in (lambda: halfbyte.load(folder), lambda: walked(Checkpoint.open(folder))):
-        with pytest.raises(BadCheckpoint, match=r"lacks 1 tensors of 'mixtral', or parts of them, the first 'model\.layers\.1\.mlp\.experts\.gate_up_proj'"):
+        with pytest.raises(
+            BadCheckpoint,
+            match=r"lacks 1 tensors of 'mixtral', or parts of them, the first 'model\.layers\.1\.mlp\.experts\.gate_up_proj'",
+        ):
             use()
 
 
@@ -76,11 +89,22 @@ def test_a_tensor_of_another_shape_is_not_spread_over_its_place(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:1].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BadCheckpoint, match=r"lacks 1 tensors of 'llama', or parts of them, the first 'model\.norm\.weight'"):
+    with pytest.raises(
+        BadCheckpoint, match=r"lacks 1 tensors of 'llama', or parts of them, the first 'model\.norm\.weight'"
+    ):
         halfbyte.load(folder)
 
 
-@pytest.mark.parametrize("changes", [{"head_dim": 10**9}, {"num_hidden_layers": 2**31}, {"pad_token_id": 10**6}, {"dtype": [None]}, {"architectures": [5]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_dim": 10**9},
+        {"num_hidden_layers": 2**31},
+        {"pad_token_id": 10**6},
+        {"dtype": [None]},
+        {"architectures": [5]},
+    ],
+)
 def test_numbers_that_no_model_has_are_refused_before_memory_is_taken(tmp_path, changes):
     folder = changed(tiny.make(tmp_path / "model"), **changes)
     with pytest.raises(BadCheckpoint) as refusal:
@@ -107,7 +131,9 @@ def test_a_name_among_architectures_that_is_no_model_calls_nothing(tmp_path, mon
 def test_a_block_that_computes_no_numbers_is_named(tmp_path, text):
     folder = tiny.make(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"] = torch.full_like(tensors["model.layers.1.mlp.down_proj.weight"], 3e38)
+    tensors["model.layers.1.mlp.down_proj.weight"] = torch.full_like(
+        tensors["model.layers.1.mlp.down_proj.weight"], 3e38
+    )
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     for method in ("gptq", "awq"):
         with pytest.raises(BadCheckpoint, match=r"model\.layers\.1 computes NaN or Inf in bfloat16"):

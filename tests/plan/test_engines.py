@@ -19,14 +19,20 @@ SHAPES = {  # Llama-3 8B
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
-MOE = {f"mlp.experts.{e}.{n}": s for e in range(2) for n, s in {"gate_proj": (768, 2048), "up_proj": (768, 2048), "down_proj": (2048, 768)}.items()}
+MOE = {
+    f"mlp.experts.{e}.{n}": s
+    for e in range(2)
+    for n, s in {"gate_proj": (768, 2048), "up_proj": (768, 2048), "down_proj": (2048, 768)}.items()
+}
 
 
 def place(grid, shapes=SHAPES, head=None, **others):
     """One block on a grid or scheme, but for matrices whose last name is in `others`; lm_head on `head`."""
     placed, block = {Weight("lm_head", "lm_head.weight", None, (128256, 4096)): head}, "model.layers.0"
     for name, shape in shapes.items():
-        placed[Weight(f"{block}.{name}", f"{block}.{name}.weight", block, shape)] = others.get(name.rpartition(".")[2], grid)
+        placed[Weight(f"{block}.{name}", f"{block}.{name}.weight", block, shape)] = others.get(
+            name.rpartition(".")[2], grid
+        )
     return {weight: parse(g) if g else None for weight, g in placed.items()}
 
 
@@ -39,7 +45,9 @@ QWEN3_MOE = model("Qwen3MoeForCausalLM", "qwen3_moe")
 
 
 def judge(engine, container, placed, config=LLAMA):
-    native = CONTAINERS[container]().native  # what a run asks of: the container's own scales, and inputs where it always rounds them
+    native = CONTAINERS[
+        container
+    ]().native  # what a run asks of: the container's own scales, and inputs where it always rounds them
     verdict = check(engine, container, {w: native(s, torch.bfloat16) if s else None for w, s in placed.items()}, config)
     assert verdict.loads == (not verdict.reasons) == (verdict.command is not None)
     assert verdict.loads or verdict.tensor_parallel == ()
@@ -131,7 +139,10 @@ def test_every_preset_is_loaded_by_some_engine():
 
 
 def test_notes_tell_what_the_device_must_have():
-    said = {scheme: " ".join(judge("vllm", "compressed-tensors", place(scheme)).notes) for scheme in ("mxfp4", "int4-g128/int8-token", "w4a8-fp8", "fp8")}
+    said = {
+        scheme: " ".join(judge("vllm", "compressed-tensors", place(scheme)).notes)
+        for scheme in ("mxfp4", "int4-g128/int8-token", "w4a8-fp8", "fp8")
+    }
     assert "rounds inputs to MXFP4 on Blackwell" in said["mxfp4"]
     assert "Arm" in said["int4-g128/int8-token"]
     assert "9.0 exactly" in said["w4a8-fp8"]
@@ -155,7 +166,10 @@ def test_serving_says_how():
     assert judge("transformers", "gptq", place("int4-g128")).tensor_parallel == ()
 
 
-@pytest.mark.parametrize(("width", "group", "degrees"), [(11008, 128, (1, 2)), (14336, 32, (1, 2, 4, 8)), (1536, 128, (1, 2, 4)), (1536, 32, (1, 2, 4))])
+@pytest.mark.parametrize(
+    ("width", "group", "degrees"),
+    [(11008, 128, (1, 2)), (14336, 32, (1, 2, 4, 8)), (1536, 128, (1, 2, 4)), (1536, 32, (1, 2, 4))],
+)
 def test_tensor_parallel_keeps_groups_and_tiles_whole(width, group, degrees):
     shapes = {"mlp.gate_proj": (width, 4096), "mlp.up_proj": (width, 4096), "mlp.down_proj": (4096, width)}
     assert judge("sglang", "compressed-tensors", place(f"int4-g{group}", shapes)).tensor_parallel == degrees
@@ -187,7 +201,12 @@ def test_small_shapes_are_padded_by_vllm_alone():
         ("vllm", "compressed-tensors", place("int4-g128", MOE, down_proj="int8-g128"), "as one tensor"),
         ("vllm", "compressed-tensors", place("int8-channel/int8-static", MOE), "int8-channel/int8-token"),
         ("sglang", "compressed-tensors", place("int8-channel/int8-token", MOE), "experts"),
-        ("sglang", "compressed-tensors", place("int8-channel/int8-token", down_proj="fp8-e4m3-channel/fp8-e4m3-token"), "one kernel"),
+        (
+            "sglang",
+            "compressed-tensors",
+            place("int8-channel/int8-token", down_proj="fp8-e4m3-channel/fp8-e4m3-token"),
+            "one kernel",
+        ),
         ("vllm", "compressed-tensors", place("int8-channel/int8-token", v_proj="int8-channel"), "fuses"),
         ("vllm", "gptq", place(None, MOE) | place("int4-g128"), "experts"),
         ("transformers", "compressed-tensors", place("int4-g128-asym", MOE), "experts"),
@@ -235,7 +254,10 @@ def test_conv1d():
 
 def test_experts_of_a_3d_tensor():
     block = "model.layers.0"
-    experts = [Weight(f"{block}.mlp.experts.{e}.down_proj", f"{block}.mlp.experts.down_proj", block, (2880, 2880), False, e) for e in range(2)]
+    experts = [
+        Weight(f"{block}.mlp.experts.{e}.down_proj", f"{block}.mlp.experts.down_proj", block, (2880, 2880), False, e)
+        for e in range(2)
+    ]
     for engine in ENGINES:
         assert not judge(engine, "compressed-tensors", dict.fromkeys(experts, parse("int4-g32")), GPT_OSS).loads
     kept = judge("vllm", "compressed-tensors", place("int4-g128") | dict.fromkeys(experts), GPT_OSS)
@@ -246,8 +268,14 @@ def test_experts_of_a_3d_tensor():
 def test_experts_that_are_no_linears_stay_and_are_not_promised_to_vllm():
     dbrx = model("DbrxForCausalLM", "dbrx")
     attention = {"attn.Wqkv": (8192, 6144), "attn.out_proj": (6144, 6144)}
-    assert [e for e in ENGINES if judge(e, "compressed-tensors", place("int4-g128", attention), dbrx).loads] == ["sglang", "transformers"]
-    assert "use transformers or sglang" in judge("vllm", "compressed-tensors", place("int4-g128", attention), dbrx).reasons[0]
+    assert [e for e in ENGINES if judge(e, "compressed-tensors", place("int4-g128", attention), dbrx).loads] == [
+        "sglang",
+        "transformers",
+    ]
+    assert (
+        "use transformers or sglang"
+        in judge("vllm", "compressed-tensors", place("int4-g128", attention), dbrx).reasons[0]
+    )
 
 
 def test_every_engine_answers():
@@ -277,7 +305,10 @@ def test_an_engine_is_found_under_every_spelling():
     }
 
 
-@pytest.mark.parametrize(("name", "meant"), [("olama", "ollama"), ("lmstudo", "lm-studio"), ("jam", "jan"), ("llamacp", "llama.cpp"), ("", "vllm")])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("olama", "ollama"), ("lmstudo", "lm-studio"), ("jam", "jan"), ("llamacp", "llama.cpp"), ("", "vllm")],
+)
 def test_what_is_none_is_told_which_may_be_meant(name, meant):
     with pytest.raises(UnknownName, match=meant):
         engine_named(name)

@@ -27,7 +27,14 @@ def test_vllm_is_told_in_all_three_words():
     out = tiny.halfbyte("support", "--engine", "vLLM").out
     section = out.partition("\ncompressed-tensors, read in\n")[2].partition("\n\n")[0]
     tested, documented, refused = (section.index(f"  {word}") for word in Word)
-    assert tested < section.index("int4-g128") < documented < section.index("mxfp4") < refused < section.index("mxfp6-e2m3")
+    assert (
+        tested
+        < section.index("int4-g128")
+        < documented
+        < section.index("mxfp4")
+        < refused
+        < section.index("mxfp6-e2m3")
+    )
     assert "the 335 of vLLM 0.33.0" in " ".join(section.split())
 
 

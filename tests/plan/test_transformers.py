@@ -28,7 +28,9 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512}
 def outputs(model):
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
-    words = {"decoder_input_ids": TOKENS} if getattr(model.config, "is_encoder_decoder", False) else {"use_cache": False}
+    words = (
+        {"decoder_input_ids": TOKENS} if getattr(model.config, "is_encoder_decoder", False) else {"use_cache": False}
+    )
     with torch.no_grad():
         out = model.eval()(input_ids=TOKENS, **words)
     return (out.logits if hasattr(out, "logits") else out.last_hidden_state).float()
@@ -67,12 +69,40 @@ def text(tmp_path_factory):
 
 
 WEIGHTS = [
-    *("int2-g32", "int3-g64", "int4-g32", "int4-g128", "int4-channel", "int4-tensor", "int5-g32", "int6-channel", "int7-g64", "int8-g128", "int8-channel"),
-    *("int2-g64-asym", "int3-channel-asym", "int4-g32-asym", "int4-g128-asym", "int4-channel-asym", "int8-g32-asym", "int8-channel-asym"),
+    *(
+        "int2-g32",
+        "int3-g64",
+        "int4-g32",
+        "int4-g128",
+        "int4-channel",
+        "int4-tensor",
+        "int5-g32",
+        "int6-channel",
+        "int7-g64",
+        "int8-g128",
+        "int8-channel",
+    ),
+    *(
+        "int2-g64-asym",
+        "int3-channel-asym",
+        "int4-g32-asym",
+        "int4-g128-asym",
+        "int4-channel-asym",
+        "int8-g32-asym",
+        "int8-channel-asym",
+    ),
     *("fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e4m3-block", "mxfp8-e4m3", "mxfp6-e2m3", "mxfp4", "nvfp4-global"),
 ]
 INPUTS = {
-    **dict.fromkeys(("int8-channel/int8-token-asym", "int8-channel/int8-static", "int8-channel-asym/int8-static-asym", "int4-g32-asym/int8-token-asym"), 0.02),
+    **dict.fromkeys(
+        (
+            "int8-channel/int8-token-asym",
+            "int8-channel/int8-static",
+            "int8-channel-asym/int8-static-asym",
+            "int4-g32-asym/int8-token-asym",
+        ),
+        0.02,
+    ),
     **dict.fromkeys(("int8-channel/int8-token", "int4-g32/int8-token", "fp8", "fp8-static", "fp8-block"), 0.05),
     "w4a4-nvfp4": 0.3,
 }
@@ -81,7 +111,15 @@ INPUTS = {
 
 def written(source, out, scheme, text):
     calibration = {"source": text, "samples": 2, "length": 64}
-    report = halfbyte.quantize(source, out, method="minmax", grid=scheme, to="compressed-tensors", calibration=calibration, engine="transformers")
+    report = halfbyte.quantize(
+        source,
+        out,
+        method="minmax",
+        grid=scheme,
+        to="compressed-tensors",
+        calibration=calibration,
+        engine="transformers",
+    )
     assert verdict(report)["word"] == "tested here"
     return report
 
@@ -97,7 +135,9 @@ def test_every_kind_of_weights_loads(llama, text, tmp_path, scheme):
 @pytest.mark.parametrize("scheme", INPUTS)
 def test_every_kind_of_rounded_inputs_loads(in_32_bits, text, tmp_path, scheme):
     report = written(in_32_bits, tmp_path / "out", scheme, text)
-    dtype = torch.bfloat16 if scheme == "w4a4-nvfp4" else torch.float32  # in float32 Transformers ends in an error of mixed dtypes
+    dtype = (
+        torch.bfloat16 if scheme == "w4a4-nvfp4" else torch.float32
+    )  # in float32 Transformers ends in an error of mixed dtypes
     theirs, ours = outputs(run(report, tmp_path / "out", dtype)), outputs(halfbyte.load(tmp_path / "out", dtype))
     assert difference(theirs, ours) < INPUTS[scheme]
 
@@ -112,16 +152,22 @@ EXPERT_WORDS = [
 @pytest.mark.parametrize("words", EXPERT_WORDS)
 def test_numbered_experts_load(tmp_path, words):
     FAMILIES["qwen3_moe"].save(tmp_path / "model")
-    report = halfbyte.quantize(tmp_path / "model", tmp_path / "out", method="nearest", to="compressed-tensors", engine="transformers", **words)
+    report = halfbyte.quantize(
+        tmp_path / "model", tmp_path / "out", method="nearest", to="compressed-tensors", engine="transformers", **words
+    )
     assert torch.equal(outputs(run(report, tmp_path / "out")), outputs(halfbyte.load(tmp_path / "out")))
 
 
-FOUND = {name: (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type], family.save) for name, family in FAMILIES.items()}
+FOUND = {
+    name: (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type], family.save) for name, family in FAMILIES.items()
+}
 """Name to architecture, and to what saves a small one."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, (architecture, _) in FOUND.items() if CLAIMED.knows({"architectures": [architecture]})])
+@pytest.mark.parametrize(
+    "name", [name for name, (architecture, _) in FOUND.items() if CLAIMED.knows({"architectures": [architecture]})]
+)
 def test_every_model_loads_by_the_printed_command(name, tmp_path):
     architecture, save = FOUND[name]
     source = save(tmp_path / "model")
@@ -136,7 +182,10 @@ def test_every_model_loads_by_the_printed_command(name, tmp_path):
     theirs, dimensions = watched(model, tmp_path / "out")
     assert dimensions <= {3} or architecture in CLAIMED.reshaped
 
-    expected = type(model).from_pretrained(with_decoded(apart(Checkpoint.open(source)), Checkpoint.open(tmp_path / "out"), tmp_path / "decoded"), dtype="auto")
+    expected = type(model).from_pretrained(
+        with_decoded(apart(Checkpoint.open(source)), Checkpoint.open(tmp_path / "out"), tmp_path / "decoded"),
+        dtype="auto",
+    )
     assert theirs.std() > 0.01
     assert difference(theirs, outputs(expected)) < 1e-5
 
@@ -163,10 +212,15 @@ TINY = {name: (CLASSES[family.by][family.kind], family) for name, family in {**E
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, (architecture, _) in TINY.items() if CLAIMED.knows({"architectures": [architecture]})])
+@pytest.mark.parametrize(
+    "name", [name for name, (architecture, _) in TINY.items() if CLAIMED.knows({"architectures": [architecture]})]
+)
 def test_every_family_loads_by_the_printed_command(name, tmp_path):
     architecture, family = TINY[name]
-    source, words = family.save(tmp_path / "model"), {"method": "nearest", "grid": "int4-g16", "to": "compressed-tensors", "engine": "transformers"}
+    source, words = (
+        family.save(tmp_path / "model"),
+        {"method": "nearest", "grid": "int4-g16", "to": "compressed-tensors", "engine": "transformers"},
+    )
     try:
         report = halfbyte.quantize(source, tmp_path / "out", **words)
     except Unsupported as refused:  # experts in one tensor, as above
@@ -181,7 +235,11 @@ def test_every_family_loads_by_the_printed_command(name, tmp_path):
 
 
 def test_what_is_said_to_be_tested_is_what_is_loaded_here():
-    loaded = {architecture for architecture, _ in (*TINY.values(), *FOUND.values()) if CLAIMED.knows({"architectures": [architecture]})}
+    loaded = {
+        architecture
+        for architecture, _ in (*TINY.values(), *FOUND.values())
+        if CLAIMED.knows({"architectures": [architecture]})
+    }
     assert all(re.fullmatch(LOADED, architecture) for architecture in loaded)
     assert {name for name in CLAIMED.names | CLAIMED.dequantized if re.fullmatch(LOADED, name)} <= loaded
     derived = {base.removesuffix("ForCausalLM") + ending for base in CLAIMED.names for ending in CLAIMED.derived}
@@ -191,11 +249,29 @@ def test_what_is_said_to_be_tested_is_what_is_loaded_here():
 READ = {
     **CASES,
     "qwen3-heads": ("qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
-    "gemma2-heads": ("gemma2", {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 16, "num_hidden_layers": 2}),
-    "gemma3-heads": ("gemma3_text", {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 16, "num_hidden_layers": 7}),
+    "gemma2-heads": (
+        "gemma2",
+        {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 16, "num_hidden_layers": 2},
+    ),
+    "gemma3-heads": (
+        "gemma3_text",
+        {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 16, "num_hidden_layers": 7},
+    ),
     "qwen2-base": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
 }
-EQUAL = {"llama", "llama-tied", "llama-wide-heads", "mistral", "phi3", "qwen2", "qwen2-tied", "qwen2-base", "qwen3-heads", "gemma2-heads", "gemma3-heads"}
+EQUAL = {
+    "llama",
+    "llama-tied",
+    "llama-wide-heads",
+    "mistral",
+    "phi3",
+    "qwen2",
+    "qwen2-tied",
+    "qwen2-base",
+    "qwen3-heads",
+    "gemma2-heads",
+    "gemma3-heads",
+}
 """What Transformers makes the same model of; of others it drops settings in silence, or fails."""
 
 
@@ -220,4 +296,10 @@ def test_every_model_whose_gguf_is_claimed_is_compared():
 def test_transformers_decodes_every_type(llama, tmp_path, kind):
     report = halfbyte.quantize(llama, tmp_path / "a.gguf", grid=kind, pure=True, method="minmax")
     assert verdict(report)["word"] == "tested here"
-    assert difference(outputs(run(report, tmp_path / "a.gguf", torch.float32)), outputs(halfbyte.load(tmp_path / "a.gguf", torch.float32))) < 0.02
+    assert (
+        difference(
+            outputs(run(report, tmp_path / "a.gguf", torch.float32)),
+            outputs(halfbyte.load(tmp_path / "a.gguf", torch.float32)),
+        )
+        < 0.02
+    )

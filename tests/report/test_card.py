@@ -20,7 +20,14 @@ def home(tmp_path_factory) -> Path:
     tiny.make(home / "model")
     tiny.text(home / "text.txt")
     calibration = {"source": str(home / "text.txt"), "samples": 4, "length": 64}
-    halfbyte.quantize(home / "model", home / "gptq it's", method="awq+gptq", grid="int4-g64", calibration=calibration, skip="layers.0.mlp.down_proj")
+    halfbyte.quantize(
+        home / "model",
+        home / "gptq it's",
+        method="awq+gptq",
+        grid="int4-g64",
+        calibration=calibration,
+        skip="layers.0.mlp.down_proj",
+    )
     halfbyte.quantize(home / "model", home / "nearest", method="nearest", grid="int8-channel", to="gptq")
     halfbyte.quantize(home / "model", home / "int5", method="nearest", grid="int5-g64")
     halfbyte.quantize(home / "model", home / "w8a8", method="nearest", grid="w8a8-static", calibration=calibration)
@@ -88,7 +95,10 @@ def test_recipe_of_the_card(home):
     written = yaml.safe_load((home / "gptq it's" / "recipe.yaml").read_text())
     assert shown["model"] == "model"
     assert shown["calibration"]["source"] == "text.txt"
-    here = {"model": written["model"], "calibration": {**shown["calibration"], "source": written["calibration"]["source"]}}
+    here = {
+        "model": written["model"],
+        "calibration": {**shown["calibration"], "source": written["calibration"]["source"]},
+    }
     assert halfbyte.Recipe.of(**{**shown, **here}) == halfbyte.Recipe.of(**written)
     assert "calibration" not in parts((home / "converted" / "README.md").read_text())[1]
 
@@ -96,7 +106,10 @@ def test_recipe_of_the_card(home):
 def test_what_was_lost(home):
     measured, unmeasured = ((home / name / "README.md").read_text() for name in ("gptq it's", "nearest"))
     evaluation = json.loads((home / "gptq it's" / "report.json").read_text())["evaluation"]
-    assert f"| perplexity | {evaluation['reference']['perplexity']:.3f} | {evaluation['model']['perplexity']:.3f} |" in measured
+    assert (
+        f"| perplexity | {evaluation['reference']['perplexity']:.3f} | {evaluation['model']['perplexity']:.3f} |"
+        in measured
+    )
     assert "3 windows of 64, convention *served*" in measured
     assert "halfbyte eval" not in measured
     assert "halfbyte eval nearest --against model" in unmeasured
@@ -106,8 +119,12 @@ def test_what_was_lost(home):
 
 def test_a_card_to_be_published(tmp_path):
     tiny.make(tmp_path / "model", chat=True)
-    (tmp_path / "model" / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nbase_model: org/base\nlanguage: [en, de]\n---\n# Its own words\n")
-    halfbyte.quantize(tmp_path / "model", tmp_path / "out", method="nearest", grid="int4-g32", repository="me/model-int4")
+    (tmp_path / "model" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: mine\nbase_model: org/base\nlanguage: [en, de]\n---\n# Its own words\n"
+    )
+    halfbyte.quantize(
+        tmp_path / "model", tmp_path / "out", method="nearest", grid="int4-g32", repository="me/model-int4"
+    )
     front, body = parts((tmp_path / "out" / "README.md").read_text())
     assert front["base_model"] == "org/base"
     assert front["base_model_relation"] == "quantized"
@@ -115,7 +132,9 @@ def test_a_card_to_be_published(tmp_path):
     assert "vllm serve me/model-int4\n" in body
     assert "tokenizer.apply_chat_template(messages" in body
     assert str(tmp_path) not in body
-    result = tiny.halfbyte("quantize", tmp_path / "model", "-o", tmp_path / "b", "--method", "nearest", "--repository", "no id")
+    result = tiny.halfbyte(
+        "quantize", tmp_path / "model", "-o", tmp_path / "b", "--method", "nearest", "--repository", "no id"
+    )
     tiny.refused(result, "repository")
 
 
@@ -130,7 +149,9 @@ def test_report_counts_every_byte(home):
         data = (home / name / "model.safetensors").read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         header.pop("__metadata__")
-        assert report["output"]["size_bytes"] == sum(e["data_offsets"][1] - e["data_offsets"][0] for e in header.values())
+        assert report["output"]["size_bytes"] == sum(
+            e["data_offsets"][1] - e["data_offsets"][0] for e in header.values()
+        )
         assert len(report["weights"]) == report["output"]["quantized"]
         assert len(report["kept"]) == report["output"]["kept"]
         assert len(report["weights"]) + len(report["kept"]) == 21

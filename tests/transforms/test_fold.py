@@ -31,7 +31,9 @@ def called(tensor, block):
 def found(block):
     folds = {}
     for fold in Finder().find(block):
-        folds.setdefault(called(fold.producer.tensor, block), set()).update(called(m.tensor, block) for m in fold.readers)
+        folds.setdefault(called(fold.producer.tensor, block), set()).update(
+            called(m.tensor, block) for m in fold.readers
+        )
     return folds
 
 
@@ -77,7 +79,9 @@ def test_a_fold_that_something_else_would_notice_is_rejected(llama, share):
     mlp = llama.module.mlp
     plain = mlp.forward
     mlp.forward = lambda x: plain(x) + share * x  # reads the norm, and is no matrix
-    assert found(llama) == {name: readers for name, readers in as_sets(LLAMA).items() if name != "post_attention_layernorm"}
+    assert found(llama) == {
+        name: readers for name, readers in as_sets(LLAMA).items() if name != "post_attention_layernorm"
+    }
 
 
 def test_a_fold_that_held_in_one_block_is_proved_again_in_the_next(llama):
@@ -115,7 +119,9 @@ def test_rows_of_q_and_k_keep_their_size_where_v_is_scaled(tmp_path, family):
     Site(block, fold, dict.fromkeys(block.weights, GRID), {}).apply(torch.full((weight.shape[0],), 3.0))
     rest = [row for row in range(weight.shape[0]) if row not in fold.producer.rows]
     assert torch.equal(block.target(weight)[rest], block.weight(weight)[rest])
-    torch.testing.assert_close(block.target(weight)[list(fold.producer.rows)] * 3, block.weight(weight)[list(fold.producer.rows)].float())
+    torch.testing.assert_close(
+        block.target(weight)[list(fold.producer.rows)] * 3, block.weight(weight)[list(fold.producer.rows)].float()
+    )
 
 
 def test_a_kept_router_takes_powers_of_two_in_memory(tmp_path):
@@ -129,7 +135,8 @@ def test_a_kept_router_takes_powers_of_two_in_memory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("out", "width", "head"), [(64, 64, 16), (32, 64, 16), (192, 64, 16), (128, 64, 16), (96, 64, 16), (128, 32, 8), (160, 64, 16), (20, 64, 16)]
+    ("out", "width", "head"),
+    [(64, 64, 16), (32, 64, 16), (192, 64, 16), (128, 64, 16), (96, 64, 16), (128, 32, 8), (160, 64, 16), (20, 64, 16)],
 )
 def test_a_map_has_a_row_for_every_channel(out, width, head):
     for rows in row_maps(out, width, head):

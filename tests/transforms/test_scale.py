@@ -46,7 +46,9 @@ def scaled_block(family, folder, is_quantized, transforms, alpha=None):
 
 
 @pytest.mark.parametrize("transforms", SCHEMES)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt2", "gpt_neox", "opt", "qwen3_moe", "granitemoe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", "phi3", "gpt2", "gpt_neox", "opt", "qwen3_moe", "granitemoe", "deepseek_v3"]
+)
 def test_the_block_computes_the_same(tmp_path, family, transforms):
     block, of, statistics, before, done = scaled_block(family, tmp_path, lambda w: True, transforms)
     assert done
@@ -82,7 +84,9 @@ def test_smoothquant_s_scale_is_the_paper_s(tmp_path, alpha):
     assert {fold["alpha"] for fold in done} == {alpha}
     x = read[0].flatten(0, 1).abs().amax(0)
     w = torch.cat([block.module.mlp.gate_proj.weight, block.module.mlp.up_proj.weight]).abs().amax(0)
-    ratio = block.columns[next(w for w in block.weights if w.name.endswith("gate_proj"))] / (x**alpha / w ** (1 - alpha))
+    ratio = block.columns[next(w for w in block.weights if w.name.endswith("gate_proj"))] / (
+        x**alpha / w ** (1 - alpha)
+    )
     torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-4, atol=0)
 
 
@@ -95,15 +99,22 @@ def test_the_search_for_alpha_leaves_no_trace(tmp_path):
     folds = Finder().find(block)
     assert [smoothquant(Site(block, fold, of, statistics), Settings()) for fold in folds]
     assert all(torch.equal(block.view(t), value) for t, value in before.items())
-    assert all(torch.equal(*pair) for w, s in statistics.items() for pair in zip(known[w], (s.hessian, *s.seen), strict=True))
+    assert all(
+        torch.equal(*pair) for w, s in statistics.items() for pair in zip(known[w], (s.hessian, *s.seen), strict=True)
+    )
     assert block.rows == block.columns == block.inputs == {}
 
 
 def test_smoothquant_leaves_folds_alone_whose_readers_inputs_stay_in_16_bits(tmp_path):
     block = uneven_block("llama", tmp_path)
-    of = {w: schemes.parse("int8-channel/int8-token" if "self_attn" in w.name else "int8-channel") for w in block.weights}
+    of = {
+        w: schemes.parse("int8-channel/int8-token" if "self_attn" in w.name else "int8-channel") for w in block.weights
+    }
     done = TRANSFORMS["smoothquant"](block, Finder(), of, block.collect(set(of)), Settings(0.5))
-    assert sorted(fold["producer"].split(".", 3)[-1] for fold in done) == ["input_layernorm.weight", "self_attn.v_proj.weight"]
+    assert sorted(fold["producer"].split(".", 3)[-1] for fold in done) == [
+        "input_layernorm.weight",
+        "self_attn.v_proj.weight",
+    ]
 
 
 def test_the_search_for_alpha_runs_the_block_six_times_for_a_fold_and_once_for_all(tmp_path, monkeypatch):

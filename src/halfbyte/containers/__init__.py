@@ -26,7 +26,19 @@ READ_ONLY: dict[str, type[ReadOnly]] = {
 }
 """What is read and never written."""
 
-__all__ = ["AWQ", "CONTAINERS", "FP8", "GGUF", "GPTQ", "READ_ONLY", "BitsAndBytes", "CompressedTensors", "ConfigContainer", "Container", "container_named"]
+__all__ = [
+    "AWQ",
+    "CONTAINERS",
+    "FP8",
+    "GGUF",
+    "GPTQ",
+    "READ_ONLY",
+    "BitsAndBytes",
+    "CompressedTensors",
+    "ConfigContainer",
+    "Container",
+    "container_named",
+]
 
 
 def container_named(name: str) -> Container:

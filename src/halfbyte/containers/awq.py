@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.container import Config, ConfigContainer, Has, Part, any_of, commonest, exact_half, fits_half, integer, span_of, stored
+from halfbyte.containers.container import (
+    Config,
+    ConfigContainer,
+    Has,
+    Part,
+    any_of,
+    commonest,
+    exact_half,
+    fits_half,
+    integer,
+    span_of,
+    stored,
+)
 from halfbyte.containers.gptq import SCALE_NAME, scale_held, stored_scale
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
@@ -51,7 +63,10 @@ class AWQ(ConfigContainer):
         }
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
-        return {**super().parts(scheme, shape, has), "scales": any_of([self.plan(scheme, shape)["scales"].shape], SCALE_NAME)}
+        return {
+            **super().parts(scheme, shape, has),
+            "scales": any_of([self.plan(scheme, shape)["scales"].shape], SCALE_NAME),
+        }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         zero = q.params.get("zero", torch.full_like(q.params["scale"], 8, dtype=torch.uint8))
@@ -82,7 +97,14 @@ class AWQ(ConfigContainer):
         }
 
     def extra_files(self, config: Config) -> dict[str, Config]:
-        return {"quant_config.json": {"zero_point": True, "q_group_size": config["group_size"], "w_bit": 4, "version": "GEMM"}}
+        return {
+            "quant_config.json": {
+                "zero_point": True,
+                "q_group_size": config["group_size"],
+                "w_bit": 4,
+                "version": "GEMM",
+            }
+        }
 
     def reads(self, config: Config) -> bool:
         return config.get("quant_method") == "awq"

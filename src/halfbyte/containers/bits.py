@@ -8,7 +8,9 @@ from torch import Tensor
 def pack(codes: UInt8[Tensor, "rows width"], bits: int) -> Int32[Tensor, "rows words"]:
     """Pack along the last dimension into 32-bit words; the end of a row is padded with zero codes."""
     rows, width = codes.shape
-    codes = codes.reshape(-1).view(rows, width)  # .contiguous() leaves a single row of a transposed matrix its odd stride
+    codes = codes.reshape(-1).view(
+        rows, width
+    )  # .contiguous() leaves a single row of a transposed matrix its odd stride
     words = -(-width * bits // 32)
     if width * bits % 32 and (missing := -(-words * 32 // bits) - width) > 0:
         codes = torch.nn.functional.pad(codes, (0, missing))
@@ -33,7 +35,11 @@ def unpack(words: Int32[Tensor, "rows words"], bits: int, width: int) -> UInt8[T
         return ((pairs | (pairs << 4)) & 0x0F0F).view(torch.uint8)[:, :width].contiguous()
     if bits == 2:
         quads = words.contiguous().view(torch.uint8).to(torch.int32)
-        return ((quads | (quads << 6) | (quads << 12) | (quads << 18)) & 0x03030303).view(torch.uint8)[:, :width].contiguous()
+        return (
+            ((quads | (quads << 6) | (quads << 12) | (quads << 18)) & 0x03030303)
+            .view(torch.uint8)[:, :width]
+            .contiguous()
+        )
     return _unpack_straddling(words, bits)[:, :width].contiguous()
 
 

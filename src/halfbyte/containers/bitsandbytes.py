@@ -57,8 +57,14 @@ class BitsAndBytes(ConfigContainer):
     def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         self.dtype = dtype
         grid = scheme.weight
-        is_integer = isinstance(grid, IntGrid) and (grid.bits_per_code, grid.span, grid.symmetric) == (8, "channel", True)
-        return LLM_INT8 if scheme.input in (None, LLM_INT8.input) and (is_integer or isinstance(grid, LLMInt8)) else scheme
+        is_integer = isinstance(grid, IntGrid) and (grid.bits_per_code, grid.span, grid.symmetric) == (
+            8,
+            "channel",
+            True,
+        )
+        return (
+            LLM_INT8 if scheme.input in (None, LLM_INT8.input) and (is_integer or isinstance(grid, LLMInt8)) else scheme
+        )
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         grid = _held(scheme)
@@ -73,7 +79,11 @@ class BitsAndBytes(ConfigContainer):
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
         grid, (out, width) = _held(scheme), shape
         if isinstance(grid, LLMInt8):
-            return {"weight": Spec((out, width), torch.int8), "SCB": Spec((out,), torch.float32), "weight_format": Spec((), torch.uint8)}
+            return {
+                "weight": Spec((out, width), torch.int8),
+                "SCB": Spec((out,), torch.float32),
+                "weight_format": Spec((), torch.uint8),
+            }
         blocks = grid.blocks(shape)
         specs = {
             "weight": Spec((-(-out * width // 2), 1), torch.uint8),
@@ -88,11 +98,24 @@ class BitsAndBytes(ConfigContainer):
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
         grid, plan = _held(scheme), self.plan(scheme, shape)
-        known = {suffix: Part((spec,), optional=suffix == "weight_format") for suffix, spec in plan.items() if not suffix.startswith(STATE)}
+        known = {
+            suffix: Part((spec,), optional=suffix == "weight_format")
+            for suffix, spec in plan.items()
+            if not suffix.startswith(STATE)
+        }
         if isinstance(grid, LLMInt8):
             return known
         size_bytes = plan["weight"].size_bytes
-        return {**known, "weight": Part(tuple(Spec((size_bytes // dtype.itemsize, 1), dtype) for dtype in STORAGE if size_bytes % dtype.itemsize == 0))}
+        return {
+            **known,
+            "weight": Part(
+                tuple(
+                    Spec((size_bytes // dtype.itemsize, 1), dtype)
+                    for dtype in STORAGE
+                    if size_bytes % dtype.itemsize == 0
+                )
+            ),
+        }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         grid, params = _held(q.scheme), q.params
@@ -118,8 +141,15 @@ class BitsAndBytes(ConfigContainer):
         grid, (out, width) = _held(scheme), shape
         if isinstance(grid, LLMInt8):
             if tensors.get("weight_format", torch.zeros(1)).any():
-                raise Unsupported("LLM.int8() weights in the order of an old GPU (weight_format) are not read; load them with bitsandbytes and save them again")
-            return Quantized(grid, (tensors["weight"].int() + ZERO).to(torch.uint8), {"absmax": tensors["SCB"].flatten()}, Inputs(LLM_INT8.input, {}))
+                raise Unsupported(
+                    "LLM.int8() weights in the order of an old GPU (weight_format) are not read; load them with bitsandbytes and save them again"
+                )
+            return Quantized(
+                grid,
+                (tensors["weight"].int() + ZERO).to(torch.uint8),
+                {"absmax": tensors["SCB"].flatten()},
+                Inputs(LLM_INT8.input, {}),
+            )
         _require_same("quant_map", tensors["weight.quant_map"], levels(grid.kind))
         raw = tensors["weight"].contiguous().flatten().view(torch.uint8)
         codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: out * width].view(out, width)
@@ -149,7 +179,9 @@ class BitsAndBytes(ConfigContainer):
 
     def reads(self, config: Config) -> bool:
         # Older versions of Transformers did not write the method.
-        return config.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(config.get("load_in_4bit") or config.get("load_in_8bit"))
+        return config.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(
+            config.get("load_in_4bit") or config.get("load_in_8bit")
+        )
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
         found: dict[str, tuple[AnyScheme, Shape]] = {}
@@ -160,7 +192,9 @@ class BitsAndBytes(ConfigContainer):
                 self.dtype = next((dtype for dtype, known in DTYPES.items() if known == said["dtype"]), self.dtype)
                 grid = AbsmaxGrid.parse(f"{kind}-g{said['blocksize']}{'-double' if 'nested_blocksize' in said else ''}")
                 if grid.double and said["nested_blocksize"] != NESTED:
-                    raise Unsupported(f"{module}: scales that share a scale by {said['nested_blocksize']} are not read; by {NESTED} they are")
+                    raise Unsupported(
+                        f"{module}: scales that share a scale by {said['nested_blocksize']} are not read; by {NESTED} they are"
+                    )
                 found[module] = (grid, tuple(said["shape"]))
                 grid.require_width(found[module][1])
             elif name.endswith(".SCB"):
@@ -173,7 +207,9 @@ def _held(scheme: AnyScheme) -> AbsmaxGrid | LLMInt8:
     grid = scheme.weight
     if not isinstance(grid, AbsmaxGrid | LLMInt8) or scheme.input not in (None, LLM_INT8.input):
         kinds = " and ".join(LEVELS)
-        raise Unsupported(f"bitsandbytes holds {kinds} in blocks (such as nf4-g64 or nf4-g64-double) and int8-channel, not {scheme}")
+        raise Unsupported(
+            f"bitsandbytes holds {kinds} in blocks (such as nf4-g64 or nf4-g64-double) and int8-channel, not {scheme}"
+        )
     return grid
 
 
@@ -190,9 +226,16 @@ def _said(name: str, entries: Mapping[str, Entry]) -> Config:
     state = stored(entries, name, [torch.uint8], 1)
     said = _parsed(state.read()) if state.size_bytes <= LONGEST_STATE else {}
     shape = said.get("shape")
-    is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and 0 < size < 1 << 31 for size in shape)
+    is_shape = (
+        isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and 0 < size < 1 << 31 for size in shape)
+    )
     is_double = "nested_blocksize" in said
-    if not is_shape or type(said.get("blocksize")) is not int or "dtype" not in said or (is_double and type(said.get("nested_offset")) is not float):
+    if (
+        not is_shape
+        or type(said.get("blocksize")) is not int
+        or "dtype" not in said
+        or (is_double and type(said.get("nested_offset")) is not float)
+    ):
         raise BadCheckpoint(f"'{name}' does not say what block, shape and dtype a matrix has; download it again")
     return said
 
@@ -204,4 +247,6 @@ def _parsed(state: Tensor) -> Config:
 
 def _require_same(name: str, found: Tensor, known: Tensor) -> None:
     if not torch.equal(found.float(), known):
-        raise Unsupported(f"a {name} that is not bitsandbytes' own is not read; engines with kernels for 4 bits would not read it either")
+        raise Unsupported(
+            f"a {name} that is not bitsandbytes' own is not read; engines with kernels for 4 bits would not read it either"
+        )

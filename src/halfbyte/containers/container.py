@@ -119,7 +119,9 @@ class ConfigContainer(Container):
         return {}
 
 
-def require_parts(module: str, scheme: AnyScheme, shape: Shape, parts: Mapping[str, Part], entries: Mapping[str, Spec]) -> None:
+def require_parts(
+    module: str, scheme: AnyScheme, shape: Shape, parts: Mapping[str, Part], entries: Mapping[str, Spec]
+) -> None:
     """Raise BadCheckpoint unless every tensor of a module is what its container may hold of such a matrix."""
     if len(shape) != 2 or min(shape) < 1:
         raise BadCheckpoint(f"{module} is said to be {scheme} of {list(shape)}, which is no matrix")
@@ -127,10 +129,14 @@ def require_parts(module: str, scheme: AnyScheme, shape: Shape, parts: Mapping[s
         name = f"{module}.{suffix}"
         if name not in entries:
             if not part.optional:
-                raise BadCheckpoint(f"'{name}' is not stored, and {module} is said to be {scheme}; the checkpoint is not whole")
+                raise BadCheckpoint(
+                    f"'{name}' is not stored, and {module} is said to be {scheme}; the checkpoint is not whole"
+                )
         elif Spec(entries[name].shape, entries[name].dtype) not in part.specs:
             wanted = part.specs[0]
-            raise BadCheckpoint(f"'{name}' is {told(entries[name])}, and {scheme} of {shape[0]} x {shape[1]} has {told(wanted)} there; download it again")
+            raise BadCheckpoint(
+                f"'{name}' is {told(entries[name])}, and {scheme} of {shape[0]} x {shape[1]} has {told(wanted)} there; download it again"
+            )
 
 
 def stored(entries: Mapping[str, Entry], name: str, dtypes: Collection[torch.dtype], dimensions: int = 2) -> Entry:
@@ -150,14 +156,18 @@ def told(spec: Spec) -> str:
 
 def weights_only(scheme: AnyScheme, container: str) -> Grid:
     if scheme.input:
-        raise Unsupported(f"{container} has no inputs of fewer than 16 bits, such as {scheme}; compressed-tensors has, or leave {scheme.weight} alone")
+        raise Unsupported(
+            f"{container} has no inputs of fewer than 16 bits, such as {scheme}; compressed-tensors has, or leave {scheme.weight} alone"
+        )
     return scheme.weight
 
 
 def integer(scheme: AnyScheme, container: str) -> IntGrid:
     grid = weights_only(scheme, container)
     if isinstance(grid, ActOrderGrid):
-        raise Unsupported(f"{container} is written with groups of neighbouring in-features only, not with those of {grid}")
+        raise Unsupported(
+            f"{container} is written with groups of neighbouring in-features only, not with those of {grid}"
+        )
     if not isinstance(grid, IntGrid):
         raise Unsupported(f"{container} holds integer grids only, not {grid}")
     return grid
@@ -175,7 +185,10 @@ def input_parts(grid: InputGrid | None) -> dict[str, Part]:
 
 
 def input_tensors(inputs: Inputs | None) -> dict[str, Tensor]:
-    return {STORED_INPUTS[name][0]: value.to(STORED_INPUTS[name][1]) for name, value in (inputs.params if inputs else {}).items()}
+    return {
+        STORED_INPUTS[name][0]: value.to(STORED_INPUTS[name][1])
+        for name, value in (inputs.params if inputs else {}).items()
+    }
 
 
 def inputs_of(tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
@@ -195,7 +208,9 @@ def span_of(module: str, width: int, groups: int, sizes: Collection[Any]) -> int
     named = [size for size in sizes if type(size) is int and size > 0]
     if width % groups or (groups > 1 and named and width // groups not in named):
         said = f", and config.json has groups of {' and '.join(map(str, named))}" if named else ""
-        raise BadCheckpoint(f"{module} has {groups} scales for each row of {width}{said}; its tensors or its config are of another model")
+        raise BadCheckpoint(
+            f"{module} has {groups} scales for each row of {width}{said}; its tensors or its config are of another model"
+        )
     return width // groups if groups > 1 or width in named else "channel"
 
 
@@ -222,5 +237,7 @@ def fits_half(scale: Tensor) -> bool:
 
 def exact_half(scale: Tensor) -> Tensor:
     if not fits_half(scale):
-        raise Unsupported("a scale does not fit fp16, the only precision of this container; scale the model or use compressed-tensors")
+        raise Unsupported(
+            "a scale does not fit fp16, the only precision of this container; scale the model or use compressed-tensors"
+        )
     return scale.to(torch.float16)

@@ -19,7 +19,16 @@ from halfbyte.containers.safetensors import Entry, Output
 from halfbyte.errors import BadRequest, HalfbyteError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP}
+REFUSED = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EEXIST,
+    errno.ELOOP,
+}
 WHOLE = {"whole": True}
 """The last record: all is written and verified, and only moved into place from here on."""
 
@@ -64,7 +73,9 @@ class Folder:
     def _resume(self, identity: str, overwrite: bool) -> bool:
         self._file.seek(0)
         try:
-            lines = [line for line in self._file.readlines() if line.endswith("\n")]  # not a record that was cut off while it was written
+            lines = [
+                line for line in self._file.readlines() if line.endswith("\n")
+            ]  # not a record that was cut off while it was written
             first, *records = [json.loads(line) for line in lines]
             same = first.get("identity") == identity
         except (ValueError, AttributeError):
@@ -148,13 +159,19 @@ class Folder:
     def refusal(self, error: OSError, starting: bool = False) -> HalfbyteError | OSError:
         """What to raise when writing failed: of a disk that is full or not ours, the partial folder is removed."""
         if self.is_published:
-            return BadRequest(f"{self.target} is written, and cannot be moved into place ({error.strerror}): the same command goes on from {self.partial}")
+            return BadRequest(
+                f"{self.target} is written, and cannot be moved into place ({error.strerror}): the same command goes on from {self.partial}"
+            )
         if error.errno in FULL:
-            reason = f"{os.strerror(error.errno)}: it needs {_size(sum(shard.size_bytes for shard in self.shards.values()))}"
+            reason = (
+                f"{os.strerror(error.errno)}: it needs {_size(sum(shard.size_bytes for shard in self.shards.values()))}"
+            )
         elif error.errno in REFUSED and (starting or self.place.is_ours(Path(error.filename or self.partial))):
             reason = os.strerror(error.errno)
         elif error.filename and error.strerror:
-            return BadRequest(f"{error.filename}: {error.strerror}; what is done is kept in {self.partial}, and the same command goes on where it stopped")
+            return BadRequest(
+                f"{error.filename}: {error.strerror}; what is done is kept in {self.partial}, and the same command goes on where it stopped"
+            )
         else:
             return error
         self.discard()
@@ -172,10 +189,16 @@ def claim(target: Path, source: Path, overwrite: bool, files: Collection[Path] =
     """
     place = Place(target)
     source_place = source.resolve()
-    if place.final == source_place or place.final in source_place.parents or place.final in {path.resolve() for path in files}:
+    if (
+        place.final == source_place
+        or place.final in source_place.parents
+        or place.final in {path.resolve() for path in files}
+    ):
         raise BadRequest(f"the output {target} is or holds the source {source}; name another {place.kind}")
     if source_place in place.final.parents:
-        raise BadRequest(f"the output {target} lies in the source {source}, whose files are copied; name another folder")
+        raise BadRequest(
+            f"the output {target} lies in the source {source}, whose files are copied; name another folder"
+        )
     place.require_own()
     if not _is_whole(place.journal):
         place.require_free(overwrite)

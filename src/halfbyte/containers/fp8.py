@@ -40,7 +40,13 @@ DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 ELEMENTS = {dtype: name for name, dtype in DTYPES.items()}
 BYTES = (torch.uint8, torch.float8_e8m0fnu)
 READ: dict[int | str, InputGrid] = {
-    name: INPUT_GRIDS[read] for name, read in {"block": "fp8-e4m3-g128", "channel": "fp8-e4m3-token", "tensor": "fp8-e4m3-token", 32: "mxfp8-e4m3"}.items()
+    name: INPUT_GRIDS[read]
+    for name, read in {
+        "block": "fp8-e4m3-g128",
+        "channel": "fp8-e4m3-token",
+        "tensor": "fp8-e4m3-token",
+        32: "mxfp8-e4m3",
+    }.items()
 }
 """What engines round inputs to, by what shares a scale of the weights."""
 STATIC = INPUT_GRIDS["fp8-e4m3-static"]
@@ -64,7 +70,9 @@ class FP8(ConfigContainer):
                 f"fp8 with scales per {grid.span} reads {READ[grid.span]} inputs{f' or {STATIC}' if grid.span == 'tensor' else ''}, not {scheme.input}"
             )
         if grid.span == "block" and (shape[0] % SIDE or shape[1] % SIDE):
-            raise Unsupported(f"fp8 has blocks of {SIDE} x {SIDE}, which readers want {shape[0]} x {shape[1]} to be a multiple of; compressed-tensors has rows")
+            raise Unsupported(
+                f"fp8 has blocks of {SIDE} x {SIDE}, which readers want {shape[0]} x {shape[1]} to be a multiple of; compressed-tensors has rows"
+            )
 
     def same(self, q: Quantized) -> Quantized | None:
         if not isinstance(q.grid, FloatGrid) or q.grid.span not in ("block", "tensor"):
@@ -77,17 +85,27 @@ class FP8(ConfigContainer):
         weight = Spec(shape, DTYPES[grid.element.name])
         if grid.span == "tensor":
             return {"weight": weight, "weight_scale": Spec((), torch.float32), **input_specs(scheme.input)}
-        return {"weight": weight, "weight_scale_inv": Spec(grid.scales_shape(shape), torch.uint8 if grid.scale == "e8m0" else torch.float32)}
+        return {
+            "weight": weight,
+            "weight_scale_inv": Spec(grid.scales_shape(shape), torch.uint8 if grid.scale == "e8m0" else torch.float32),
+        }
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
         """Either name of the scales, in any of the shapes that `find` knows."""
         grid, (out, width) = _float(scheme), shape
         rows, columns = grid.scales_shape(shape)
-        shapes = {"tensor": (*ONE, (1, 1)), "channel": ((out, 1), (out,), (1, out))}.get(str(grid.span), ((rows, columns), (rows, 1, columns, 1)))
+        shapes = {"tensor": (*ONE, (1, 1)), "channel": ((out, 1), (out,), (1, out))}.get(
+            str(grid.span), ((rows, columns), (rows, 1, columns, 1))
+        )
         scale = any_of(shapes, (*SCALES, *BYTES), optional=True)
         renamed = {"input_scale": "activation_scale"} if has("activation_scale") else {}
         inputs = {renamed.get(suffix, suffix): part for suffix, part in input_parts(scheme.input).items()}
-        return {"weight": any_of(((out, width), (width, out)), ELEMENTS), "weight_scale": scale, "weight_scale_inv": scale, **inputs}
+        return {
+            "weight": any_of(((out, width), (width, out)), ELEMENTS),
+            "weight_scale": scale,
+            "weight_scale_inv": scale,
+            **inputs,
+        }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         grid, scale = _held(q.grid), q.params["scale"]
@@ -104,10 +122,14 @@ class FP8(ConfigContainer):
         scale = scale.view(torch.uint8) if scale.dtype in BYTES else scale.float()
         if scale.dtype == torch.uint8 and grid.scale != "e8m0":
             scale = e8m0(scale).float()
-        return Quantized(grid, weight, {"scale": scale.reshape(grid.scales_shape(shape))}, self.inputs(tensors, scheme.input))
+        return Quantized(
+            grid, weight, {"scale": scale.reshape(grid.scales_shape(shape))}, self.inputs(tensors, scheme.input)
+        )
 
     def inputs(self, tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
-        known = {"input_scale": tensors["activation_scale"]} if "activation_scale" in tensors else {}  # what Transformers calls it
+        known = (
+            {"input_scale": tensors["activation_scale"]} if "activation_scale" in tensors else {}
+        )  # what Transformers calls it
         return inputs_of({**tensors, **known}, grid)
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
@@ -126,7 +148,15 @@ class FP8(ConfigContainer):
         return config.get("quant_method") in (self.name, "mxfp8", "fbgemm_fp8")
 
     def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        return apart(entries, {"": "weight", "_scale_inv": "weight_scale_inv", "_scale": "weight_scale", "_activation_scale": "activation_scale"})
+        return apart(
+            entries,
+            {
+                "": "weight",
+                "_scale_inv": "weight_scale_inv",
+                "_scale": "weight_scale",
+                "_activation_scale": "activation_scale",
+            },
+        )
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
         found: dict[str, tuple[AnyScheme, Shape]] = {}
@@ -134,12 +164,16 @@ class FP8(ConfigContainer):
             module = name.removesuffix(".weight")
             scale = entries.get(f"{module}.weight_scale_inv") or entries.get(f"{module}.weight_scale")
             if module != name and scale and weight.dtype in (*SCALES, torch.float64):
-                raise BadCheckpoint(f"'{name}' is {told(weight)} and has scales beside it, which are for floats of 8 bits; download it again")
+                raise BadCheckpoint(
+                    f"'{name}' is {told(weight)} and has scales beside it, which are for floats of 8 bits; download it again"
+                )
             if module != name and weight.dtype in ELEMENTS:
                 if scale is None:
                     raise Unsupported(f"{name} is FP8 and has no weight_scale_inv or weight_scale beside it")
                 shape = weight.shape[::-1] if _is_transposed(weight.shape, scale.shape) else weight.shape
-                grid = _grid(name, weight, scale, "weight_block_size" in config and f"{module}.weight_scale_inv" in entries)
+                grid = _grid(
+                    name, weight, scale, "weight_block_size" in config and f"{module}.weight_scale_inv" in entries
+                )
                 has_scale = f"{module}.input_scale" in entries or f"{module}.activation_scale" in entries
                 is_static = config.get("activation_scheme") == "static" and has_scale
                 found[module] = Scheme(grid, STATIC if is_static else READ[grid.span]), shape
@@ -149,13 +183,17 @@ class FP8(ConfigContainer):
 def _grid(name: str, weight: Entry, scale: Entry, in_blocks: bool) -> FloatGrid:
     """From shapes: what the config says is true of most modules only."""
     element = ELEMENTS[weight.dtype]
-    spans = ("block",) if in_blocks else ("block", "tensor", "channel") if len(scale.shape) > 1 else ("tensor", "channel")
+    spans = (
+        ("block",) if in_blocks else ("block", "tensor", "channel") if len(scale.shape) > 1 else ("tensor", "channel")
+    )
     grids = [FLOAT_GRIDS[f"fp8-{element}-{span}"] for span in spans]
     if scale.dtype in BYTES and weight.shape[-1] % 32 == 0:
         grids.append(FLOAT_GRIDS[f"mxfp8-{element}"])
     if _is_transposed(weight.shape, scale.shape) and not in_blocks:
         return FLOAT_GRIDS[f"fp8-{element}-channel"]
-    shape = {0: (1, 1), 1: (*scale.shape, 1), 4: scale.shape[::2]}.get(len(scale.shape), scale.shape)  # [1], [out], [rows, 1, columns, 1]
+    shape = {0: (1, 1), 1: (*scale.shape, 1), 4: scale.shape[::2]}.get(
+        len(scale.shape), scale.shape
+    )  # [1], [out], [rows, 1, columns, 1]
     if len(weight.shape) != 2 or not (fits := [g for g in grids if g.scales_shape(weight.shape) == shape]):
         raise Unsupported(
             f"{name}: scales {tuple(scale.shape)} for weights {tuple(weight.shape)} are not read; of blocks of {SIDE} x {SIDE}, rows, matrices are"

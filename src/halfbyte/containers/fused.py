@@ -29,5 +29,7 @@ def apart(entries: Mapping[str, Entry], parts: Mapping[str, str]) -> dict[str, E
         stem, part = owners[name]
         home, _, last = stem.rpartition(".")
         for expert in range(fused[stem].shape[0]):
-            found[f"{home}.{expert}.{last}.{part}"] = entry.at(expert) if entry.shape[:1] == fused[stem].shape[:1] else entry
+            found[f"{home}.{expert}.{last}.{part}"] = (
+                entry.at(expert) if entry.shape[:1] == fused[stem].shape[:1] else entry
+            )
     return found

@@ -15,7 +15,21 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.container import Config, ConfigContainer, Has, Part, any_of, commonest, exact_half, fits_half, integer, patterns, span_of, stored, told
+from halfbyte.containers.container import (
+    Config,
+    ConfigContainer,
+    Has,
+    Part,
+    any_of,
+    commonest,
+    exact_half,
+    fits_half,
+    integer,
+    patterns,
+    span_of,
+    stored,
+    told,
+)
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.actorder import ActOrderGrid
@@ -23,7 +37,13 @@ from halfbyte.grids.grid import AnyScheme, Quantized, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 # vLLM matches rules against the fused module that it builds of several of the checkpoint's.
-FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 WIDTHS = (2, 3, 4, 8)
 EVERY_EXPERT = r"\.experts\.\d+"
 
@@ -45,7 +65,9 @@ class GPTQ(ConfigContainer):
             raise Unsupported(f"gptq holds int2, int3, int4 and int8 per channel or group, not {grid}")
         for what, size in (("in", width), ("out", out)):
             if size * grid.bits_per_code % 32:
-                raise Unsupported(f"gptq packs whole 32-bit words: {what}-features {size} x {grid.bits_per_code} bits do not fill them")
+                raise Unsupported(
+                    f"gptq packs whole 32-bit words: {what}-features {size} x {grid.bits_per_code} bits do not fill them"
+                )
 
     def same(self, q: Quantized) -> Quantized | None:
         return same if (same := super().same(q)) and fits_half(q.params["scale"]) else None
@@ -65,7 +87,10 @@ class GPTQ(ConfigContainer):
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
         plan = self.plan(scheme, shape)
-        scales, order = any_of([plan["scales"].shape], SCALE_NAME), any_of([plan["g_idx"].shape], [torch.int32], optional=True)
+        scales, order = (
+            any_of([plan["scales"].shape], SCALE_NAME),
+            any_of([plan["g_idx"].shape], [torch.int32], optional=True),
+        )
         return {**super().parts(scheme, shape, has), "scales": scales, "g_idx": order}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
@@ -144,16 +169,22 @@ class GPTQ(ConfigContainer):
                 scales = stored(entries, f"{module}.scales", SCALE_NAME)
                 out, grid_bits, groups = words.shape[1], zeros.shape[1] * 32 // words.shape[1], scales.shape[0]
                 if grid_bits not in WIDTHS or zeros.shape != (groups, out * grid_bits // 32):
-                    raise BadCheckpoint(f"{module}: {told(zeros)} zero points are none of {out} out-features in {groups} groups, of 2, 3, 4 or 8 bits")
+                    raise BadCheckpoint(
+                        f"{module}: {told(zeros)} zero points are none of {out} out-features in {groups} groups, of 2, 3, 4 or 8 bits"
+                    )
                 width = words.shape[0] * 32 // grid_bits
                 zero = bits.unpack(zeros.read(), grid_bits, out)
                 first, middle = int(zero[0, 0]), 1 << (grid_bits - 1)
                 symmetric = bool((zero == first).all()) and first in (middle - 1, middle)
-                if symmetric:  # the value is the witness: vLLM had to unlearn trusting the label (its pull request 38966)
+                if (
+                    symmetric
+                ):  # the value is the witness: vLLM had to unlearn trusting the label (its pull request 38966)
                     versions.add(1 if first == middle - 1 else 2)
                 grid = IntGrid(grid_bits, span_of(module, width, groups, sizes), symmetric, scale_held(scales))
                 found[module] = (_as_ordered(module, grid, width, entries), (out, width))
-        self.version = versions.pop() if len(versions) == 1 else 2 if config.get("checkpoint_format") == "gptq_v2" else 1
+        self.version = (
+            versions.pop() if len(versions) == 1 else 2 if config.get("checkpoint_format") == "gptq_v2" else 1
+        )
         return found
 
 
@@ -178,11 +209,17 @@ def _order(width: int, grid: IntGrid) -> Tensor:
 def _as_ordered(module: str, grid: IntGrid, width: int, entries: Mapping[str, Entry]) -> IntGrid | ActOrderGrid:
     """The grid, as the columns' groups make it. Raises BadCheckpoint for groups of unequal size, and for such as have no scale."""
     entry, plain = entries.get(f"{module}.g_idx"), _order(width, grid)
-    if entry is None or (entry.shape, entry.dtype) != (plain.shape, plain.dtype) or torch.equal(order := entry.read(), plain):
+    if (
+        entry is None
+        or (entry.shape, entry.dtype) != (plain.shape, plain.dtype)
+        or torch.equal(order := entry.read(), plain)
+    ):
         return grid  # what is of another shape, `parts` refuses
     if not torch.equal(order.sort().values, plain):
         groups = grid.groups(width)
-        raise BadCheckpoint(f"{module}.g_idx does not give each of {groups} groups {width // groups} of {width} in-features; download it again")
+        raise BadCheckpoint(
+            f"{module}.g_idx does not give each of {groups} groups {width // groups} of {width} in-features; download it again"
+        )
     return ActOrderGrid(grid)
 
 

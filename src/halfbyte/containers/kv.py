@@ -37,7 +37,9 @@ ALIASES = {"fp8": "fp8-e4m3-static", "fp8-e4m3": "fp8-e4m3-static", "int8": "int
 STRATEGIES = {"static": "tensor", "head": "attn_head"}
 """Spans of stored scales, as compressed-tensors calls them."""
 # compressed-tensors' names, ModelOpt's, and those of compressed-tensors before its version 0.8.
-SCALE = re.compile(r"(?P<module>.+?)(?:\.[kv]_proj)?\.(?P<part>[kv])_scale|(?P<older>.+)\.(?P<was>[kv])_proj\.output_scale")
+SCALE = re.compile(
+    r"(?P<module>.+?)(?:\.[kv]_proj)?\.(?P<part>[kv])_scale|(?P<older>.+)\.(?P<was>[kv])_proj\.output_scale"
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def _part(name: str, is_key: bool) -> InputGrid:
             f"'{name}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64, q8_0 or the like, or two of them for keys and values: int8/int4"
         ) from None
     if grid.span == "tensor":
-        raise BadRequest(f"a cache grows token by token, so no scale of all tokens can be found as it runs; write {grid.number}-static or {grid.number}-token")
+        raise BadRequest(
+            f"a cache grows token by token, so no scale of all tokens can be found as it runs; write {grid.number}-static or {grid.number}-token"
+        )
     if grid.static and not grid.symmetric:
         raise BadRequest(f"no engine has zero points of a whole cache; write {str(grid).removesuffix('-asym')}")
     return grid
@@ -93,7 +97,9 @@ class KVCache:
         """How this attention's keys and values are rounded."""
         if self.grid.static and module not in self.keys:
             raise BadCheckpoint(f"no scale of the KV cache is stored for {module}; write them with: halfbyte kv")
-        return Inputs(self.grid.key, dict(self.keys.get(module, {}))), Inputs(self.grid.value, dict(self.values.get(module, {})))
+        return Inputs(self.grid.key, dict(self.keys.get(module, {}))), Inputs(
+            self.grid.value, dict(self.values.get(module, {}))
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file stores."""
@@ -101,7 +107,9 @@ class KVCache:
         for part, known in (("k", self.keys), ("v", self.values)):
             # Of latent attention, vLLM knows the scales by ModelOpt's names only.
             inside = f"{part}_proj." if self.latent else ""
-            found.update({f"{module}.{inside}{part}_scale": params["scale"] for module, params in known.items() if params})
+            found.update(
+                {f"{module}.{inside}{part}_scale": params["scale"] for module, params in known.items() if params}
+            )
         return dict(sorted(found.items()))
 
 
@@ -123,7 +131,9 @@ def config(known: Config | None, grid: KVGrid) -> Config:
     scheme = scheme_of(grid)
     if method == "fp8":
         if scheme["strategy"] != "tensor":
-            raise Unsupported(f"a cache of {grid} is read from compressed-tensors only; beside fp8 weights, fp8-e4m3 is")
+            raise Unsupported(
+                f"a cache of {grid} is read from compressed-tensors only; beside fp8 weights, fp8-e4m3 is"
+            )
         return dict(known or {})
     empty = {
         "quant_method": "compressed-tensors",
@@ -140,11 +150,15 @@ def scheme_of(grid: KVGrid) -> Config:
     """`kv_cache_scheme` of compressed-tensors (its QuantizationArgs). Raises Unsupported for a cache that engines do not read from files."""
     part = grid.key
     if not isinstance(part, ScaledInputs) or not part.static:
-        raise Unsupported(f"nothing of a cache of {grid} is stored: engines choose it as they start. {served(grid)}; halfbyte eval --kv {grid} measures it")
+        raise Unsupported(
+            f"nothing of a cache of {grid} is stored: engines choose it as they start. {served(grid)}; halfbyte eval --kv {grid} measures it"
+        )
     if part != grid.value:
         raise Unsupported(f"compressed-tensors has one kind of cache for keys and values, not {grid}")
     if part.number != "fp8-e4m3":
-        raise Unsupported(f"vLLM takes every stored cache for fp8-e4m3, so {grid} would be misread; write fp8-e4m3, or serve with one found as it runs (int8)")
+        raise Unsupported(
+            f"vLLM takes every stored cache for fp8-e4m3, so {grid} would be misread; write fp8-e4m3, or serve with one found as it runs (int8)"
+        )
     return {"num_bits": 8, "type": "float", "strategy": STRATEGIES[str(part.span)], "symmetric": True, "dynamic": False}
 
 
@@ -175,7 +189,9 @@ def find(said: Config, entries: Mapping[str, Entry]) -> KVCache | None:
     for name in names:
         match = SCALE.fullmatch(name)
         assert match
-        found[match["part"] or match["was"]][match["module"] or match["older"]] = {"scale": entries[name].read().float()}
+        found[match["part"] or match["was"]][match["module"] or match["older"]] = {
+            "scale": entries[name].read().float()
+        }
     if not found["k"] or not found["v"]:
         return None
     scheme = said.get("kv_cache_scheme") or {}
@@ -184,10 +200,19 @@ def find(said: Config, entries: Mapping[str, Entry]) -> KVCache | None:
         raise Unsupported(f"a KV cache of floats of {bits} bits is not read; FP8 and integers are")
     part = ScaledInputs("fp8-e4m3" if scheme.get("type", "float") == "float" else f"int{bits}", span)
     shape = (-1, 1, 1) if part.span == "head" else (-1,)
-    shaped = {which: {module: {"scale": p["scale"].reshape(shape)} for module, p in known.items()} for which, known in found.items()}
-    return KVCache(KVGrid(part, part), shaped["k"], shaped["v"], latent=any(name.endswith("_proj.k_scale") for name in names))
+    shaped = {
+        which: {module: {"scale": p["scale"].reshape(shape)} for module, p in known.items()}
+        for which, known in found.items()
+    }
+    return KVCache(
+        KVGrid(part, part), shaped["k"], shaped["v"], latent=any(name.endswith("_proj.k_scale") for name in names)
+    )
 
 
 def scales(entries: Mapping[str, Entry]) -> list[str]:
     """Tensors that belong to a cache and to no weight."""
-    return [name for name, entry in entries.items() if SCALE.fullmatch(name) and entry.dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    return [
+        name
+        for name, entry in entries.items()
+        if SCALE.fullmatch(name) and entry.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ]

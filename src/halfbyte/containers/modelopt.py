@@ -42,15 +42,21 @@ class ModelOpt(ReadOnly):
 
     def reads(self, config: Config) -> bool:
         said = config.get("producer")
-        return str(config.get("quant_method", "")).startswith(self.name) or (isinstance(said, dict) and said.get("name") == self.name)
+        return str(config.get("quant_method", "")).startswith(self.name) or (
+            isinstance(said, dict) and said.get("name") == self.name
+        )
 
     def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        return apart(entries, {"": "weight", **{f"_{part}": part for part in ("weight_scale", "weight_scale_2", "input_scale")}})
+        return apart(
+            entries, {"": "weight", **{f"_{part}": part for part in ("weight_scale", "weight_scale_2", "input_scale")}}
+        )
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
         found = FP8().find({"activation_scheme": "static"}, entries)
         if fused := next((m for m in found if re.search(r"\.\d+\.gate_up_proj$", m)), None):
-            raise Unsupported(f"{fused}: modelopt's fused experts in FP8 are not read, since nothing tells which way they lie; in NVFP4 they are")
+            raise Unsupported(
+                f"{fused}: modelopt's fused experts in FP8 are not read, since nothing tells which way they lie; in NVFP4 they are"
+            )
         for name in entries:
             module, _, suffix = name.rpartition(".")
             if suffix in NOT_FOLLOWED:
@@ -64,7 +70,9 @@ class ModelOpt(ReadOnly):
         if scheme.weight != NVFP4_FACTOR:
             return FP8().parts(scheme, shape, has)
         out, width = shape
-        inputs = {"input_scale": any_of(ONE, [torch.float32])} if scheme.input == NVFP4_INPUTS else input_parts(scheme.input)
+        inputs = (
+            {"input_scale": any_of(ONE, [torch.float32])} if scheme.input == NVFP4_INPUTS else input_parts(scheme.input)
+        )
         return {
             "weight": any_of(((out, width // 2), (width // 2, out)), [torch.uint8]),
             "weight_scale": any_of(((out, width // 16), (width // 16, out)), [torch.float8_e4m3fn]),
@@ -76,7 +84,9 @@ class ModelOpt(ReadOnly):
         if scheme.weight != NVFP4_FACTOR:
             return FP8().unpack(tensors, scheme, shape)
         weight, scale = tensors["weight"], tensors["weight_scale"].view(torch.uint8)
-        if weight.shape[0] != shape[0] or scale.shape[0] != shape[0]:  # Llama 4's experts and gpt-oss's lie as [in, out]
+        if (
+            weight.shape[0] != shape[0] or scale.shape[0] != shape[0]
+        ):  # Llama 4's experts and gpt-oss's lie as [in, out]
             weight, scale = weight.T, scale.T.contiguous()
         params = {"scale": scale, "factor": tensors["weight_scale_2"].float().view(1, 1)}
         return Quantized(NVFP4_FACTOR, unpack(weight, 4), params, self.inputs(tensors, scheme.input))
@@ -84,7 +94,9 @@ class ModelOpt(ReadOnly):
     def inputs(self, tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
         if grid != NVFP4_INPUTS:
             return inputs_of(tensors, grid)
-        return Inputs(NVFP4_INPUTS, {"divisor": tensors["input_scale"].float().reciprocal().view(1)})  # engines too divide by the inverse
+        return Inputs(
+            NVFP4_INPUTS, {"divisor": tensors["input_scale"].float().reciprocal().view(1)}
+        )  # engines too divide by the inverse
 
 
 def _inputs_of_nvfp4(config: Config, module: str) -> InputGrid:
@@ -96,7 +108,12 @@ def _inputs_of_nvfp4(config: Config, module: str) -> InputGrid:
 
 def _nvfp4_shape(module: str, entries: Mapping[str, Entry]) -> Shape:
     weight, scale = entries[f"{module}.weight"], entries[f"{module}.weight_scale"]
-    if f"{module}.weight_scale_2" in entries and weight.dtype == torch.uint8 and scale.dtype == torch.float8_e4m3fn and len(weight.shape) == 2:
+    if (
+        f"{module}.weight_scale_2" in entries
+        and weight.dtype == torch.uint8
+        and scale.dtype == torch.float8_e4m3fn
+        and len(weight.shape) == 2
+    ):
         a, b = weight.shape
         if scale.shape == (a, b // 8):
             return a, 2 * b

@@ -40,8 +40,15 @@ class MXFP4(ReadOnly):
             if name.endswith(".blocks"):
                 module = name.removesuffix(".blocks")
                 scales = entries.get(f"{module}.scales")
-                if len(blocks.shape) != 3 or blocks.shape[2] != 16 or scales is None or scales.shape != blocks.shape[:2]:
-                    raise Unsupported(f"{module}: {tuple(blocks.shape)} blocks and {scales and tuple(scales.shape)} scales are no MXFP4")
+                if (
+                    len(blocks.shape) != 3
+                    or blocks.shape[2] != 16
+                    or scales is None
+                    or scales.shape != blocks.shape[:2]
+                ):
+                    raise Unsupported(
+                        f"{module}: {tuple(blocks.shape)} blocks and {scales and tuple(scales.shape)} scales are no MXFP4"
+                    )
                 found[module] = PACKED.grid, (blocks.shape[0], blocks.shape[1] * 32)
         return found
 
@@ -50,4 +57,6 @@ class MXFP4(ReadOnly):
         return {"blocks": any_of([(out, groups, 16)], [torch.uint8]), "scales": any_of([(out, groups)], [torch.uint8])}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
-        return PACKED.unpack({"weight_packed": tensors["blocks"].flatten(1), "weight_scale": tensors["scales"]}, PACKED.grid, shape)
+        return PACKED.unpack(
+            {"weight_packed": tensors["blocks"].flatten(1), "weight_scale": tensors["scales"]}, PACKED.grid, shape
+        )

@@ -59,8 +59,14 @@ class Place:
         """Raise BadRequest if something that a run would write through, resume or delete is not what an earlier run left."""
         for path in (self.partial, self.journal, self.old, self._lock_path):
             require_own(path)
-        if self.partial.exists() and not self.journal.exists() and not (self.partial.is_dir() and not any(self.partial.iterdir())):
-            raise BadRequest(f"{self.partial} is in the way and not of halfbyte's making; move it, or name another {self.kind}")
+        if (
+            self.partial.exists()
+            and not self.journal.exists()
+            and not (self.partial.is_dir() and not any(self.partial.iterdir()))
+        ):
+            raise BadRequest(
+                f"{self.partial} is in the way and not of halfbyte's making; move it, or name another {self.kind}"
+            )
 
     @property
     def kind(self) -> str:
@@ -68,25 +74,37 @@ class Place:
 
     def require_free(self, overwrite: bool) -> None:
         """Raise BadRequest if what is there may not be replaced."""
-        standing = self.final if self.final.exists() or self.is_file else self.old  # where a run was killed between two renames
+        standing = (
+            self.final if self.final.exists() or self.is_file else self.old
+        )  # where a run was killed between two renames
         if self.is_file and standing.is_dir():
             raise BadRequest(f"the output {self.target} is a folder; name a file, or a folder without .gguf")
         if not self.is_file and standing.exists() and not standing.is_dir():
             raise BadRequest(f"the output {self.target} is a file; name a folder")
         taken = [path for name in BESIDE if self.is_file and (path := beside(self.final, name)).exists()]
         if taken and not standing.exists() and not overwrite:
-            raise BadRequest(f"{taken[0]} is in the way of what is written beside {self.target}; name another file, move it, or give --overwrite")
+            raise BadRequest(
+                f"{taken[0]} is in the way of what is written beside {self.target}; name another file, move it, or give --overwrite"
+            )
         if not standing.exists() or (standing.is_dir() and not any(standing.iterdir())):
             return
         if not overwrite:
-            raise BadRequest(f"the output {self.target} exists and is kept; name another {self.kind} or give --overwrite")
+            raise BadRequest(
+                f"the output {self.target} exists and is kept; name another {self.kind} or give --overwrite"
+            )
         if not self.is_file and not (standing / "config.json").exists() and not any(standing.glob("*.gguf")):
-            raise BadRequest(f"the output {self.target} is no checkpoint (it has no config.json and no .gguf), so --overwrite does not replace it")
+            raise BadRequest(
+                f"the output {self.target} is no checkpoint (it has no config.json and no .gguf), so --overwrite does not replace it"
+            )
 
     @property
     def is_untouched(self) -> bool:
         """Whether nothing of a finished partial folder has been moved yet."""
-        return (self.partial / self.final.name).exists() if self.is_file else self.partial.exists() and not (self.old.exists() and not self.final.exists())
+        return (
+            (self.partial / self.final.name).exists()
+            if self.is_file
+            else self.partial.exists() and not (self.old.exists() and not self.final.exists())
+        )
 
     def publish(self) -> None:
         """Move all into place; from any step at which that was cut off, too. What was there before is removed only after that."""

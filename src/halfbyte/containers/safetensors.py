@@ -32,7 +32,9 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the reference implementation
-MOST_VALUES = 1 << 20  # in a header, of which each tensor has seven: 28 times as many as the largest shard that is known
+MOST_VALUES = (
+    1 << 20
+)  # in a header, of which each tensor has seven: 28 times as many as the largest shard that is known
 LONGEST_NAME = 1024  # characters
 LARGEST = 1 << 48  # elements; more would overflow strides, even of an empty tensor
 
@@ -69,7 +71,9 @@ class Entry(Spec):
             last = self.shape[0] if last is None else last
             shape = (last - first, *self.shape[1:])
             start = self.offset + first * prod(self.shape[1:]) * self.dtype.itemsize
-        raw = torch.from_numpy(np.empty(prod(shape) * self.dtype.itemsize, np.uint8))  # NumPy asks for huge pages: fewer faults
+        raw = torch.from_numpy(
+            np.empty(prod(shape) * self.dtype.itemsize, np.uint8)
+        )  # NumPy asks for huge pages: fewer faults
         with opened(self.path) as file:
             file.seek(start)
             view, done = raw.numpy().data, 0
@@ -103,11 +107,17 @@ def read_header(path: Path) -> dict[str, Entry]:
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
         if entry.offset != end:
-            wrong = "overlaps another" if entry.offset < end else f"comes {entry.offset - end} bytes after the one before it"
+            wrong = (
+                "overlaps another"
+                if entry.offset < end
+                else f"comes {entry.offset - end} bytes after the one before it"
+            )
             raise BadCheckpoint(f"{path} has a malformed safetensors header: tensor '{name}' {wrong}")
         end = entry.offset + entry.size_bytes
         if end > size:
-            raise BadCheckpoint(f"{path} is cut short: tensor '{name}' needs {end - size} bytes more; download the file again")
+            raise BadCheckpoint(
+                f"{path} is cut short: tensor '{name}' needs {end - size} bytes more; download the file again"
+            )
     if end != size:
         raise BadCheckpoint(f"{path} has {size - end} bytes after its last tensor; download the file again")
     return entries
@@ -157,8 +167,14 @@ class Output:
         """The whole tensor, or its rows (of the leading dimension) from `at` on."""
         entry = self.entries[name]
         planned = entry.shape if at is None else (tensor.shape[0], *entry.shape[1:])
-        if tuple(tensor.shape) != planned or tensor.dtype != entry.dtype or (at is not None and at + tensor.shape[0] > entry.shape[0]):
-            raise ValueError(f"{name}: planned {entry.shape} {entry.dtype}, got {tuple(tensor.shape)} {tensor.dtype} at row {at or 0}")
+        if (
+            tuple(tensor.shape) != planned
+            or tensor.dtype != entry.dtype
+            or (at is not None and at + tensor.shape[0] > entry.shape[0])
+        ):
+            raise ValueError(
+                f"{name}: planned {entry.shape} {entry.dtype}, got {tuple(tensor.shape)} {tensor.dtype} at row {at or 0}"
+            )
         if tensor.numel():
             start = entry.offset + (at or 0) * prod(entry.shape[1:]) * entry.dtype.itemsize
             self._write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)
@@ -186,12 +202,19 @@ class Writer(Output):
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, spec in specs.items():
-            header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.size_bytes]}
+            header[name] = {
+                "dtype": NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.size_bytes],
+            }
             offset += spec.size_bytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
-        entries = {name: Entry(spec.shape, spec.dtype, path, start + header[name]["data_offsets"][0]) for name, spec in specs.items()}
+        entries = {
+            name: Entry(spec.shape, spec.dtype, path, start + header[name]["data_offsets"][0])
+            for name, spec in specs.items()
+        }
         super().__init__(path, struct.pack("<Q", len(text)) + text, entries, start + offset, resume)
 
 

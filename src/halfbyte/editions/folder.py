@@ -41,21 +41,35 @@ class FolderEdition(Edition):
             if tensor in self.job.kept:
                 specs[tensor] = self.job.spec(tensor)
             for weight, scheme in by_tensor.get(tensor, []):
-                specs.update({f"{weight.name}.{suffix}": spec for suffix, spec in self.container.plan(scheme, weight.shape).items()})
+                specs.update(
+                    {
+                        f"{weight.name}.{suffix}": spec
+                        for suffix, spec in self.container.plan(scheme, weight.shape).items()
+                    }
+                )
         specs.update(self.job.scales)
         parts = split(specs, (self.job.recipe.shard_gb or SHARD_GB) * 1e9)
-        names = ["model.safetensors"] if len(parts) == 1 else [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+        names = (
+            ["model.safetensors"]
+            if len(parts) == 1
+            else [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+        )
         return dict(zip(names, parts, strict=True))
 
     def shards(self, stem: str) -> dict[str, Shard]:
-        return {name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in self.files().items()}
+        return {
+            name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs))
+            for name, specs in self.files().items()
+        }
 
     def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
         for suffix, tensor in self.container.pack(q).items():
             yield Part(f"{weight.name}.{suffix}", tensor)
 
     def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: AnyScheme) -> Quantized:
-        tensors = {suffix: entries[f"{weight.name}.{suffix}"].read() for suffix in self.container.plan(scheme, weight.shape)}
+        tensors = {
+            suffix: entries[f"{weight.name}.{suffix}"].read() for suffix in self.container.plan(scheme, weight.shape)
+        }
         return self.container.unpack(tensors, scheme, weight.shape)
 
     def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
@@ -83,7 +97,9 @@ class FolderEdition(Edition):
             index = {t: name for name, specs in shards.items() for t in specs}
             files["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
         for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+            (folder / name).write_text(
+                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+            )
 
     def _config(self, quantization: Config) -> Config:
         """The source's, with what this output is: what it said of the source's own quantization goes."""
@@ -92,21 +108,31 @@ class FolderEdition(Edition):
         if isinstance(text := config.get("text_config"), dict):
             config["text_config"] = {name: value for name, value in text.items() if name != "quantization_config"}
         if self.job.plain_dtype:
-            config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": _name(self.job.plain_dtype)}
+            config = {name: value for name, value in config.items() if name != "torch_dtype"} | {
+                "dtype": _name(self.job.plain_dtype)
+            }
         elif not config.keys() & {"dtype", "torch_dtype"}:
-            config["dtype"] = _name(source.dtype)  # of a GGUF, which does not say: Transformers would take the first tensor's
+            config["dtype"] = _name(
+                source.dtype
+            )  # of a GGUF, which does not say: Transformers would take the first tensor's
         return {**config, "quantization_config": quantization} if quantization else config
 
     def _linears_kept(self) -> list[str]:
         """Modules left in 16 bits that engines would take to be quantized if config.json did not name them."""
         job, source = self.job, self.job.checkpoint
         weights = {c.weight.tensor for c in job.choices}
-        matrices = (t for t in job.kept if t.endswith(".weight") and t not in weights and len(source.spec(t).shape) == 2)
+        matrices = (
+            t for t in job.kept if t.endswith(".weight") and t not in weights and len(source.spec(t).shape) == 2
+        )
         routers = [t.removesuffix(".weight") for t in matrices if not roles.EMBEDDING.match(t)]
         kept = [c.weight.name for c in job.choices if not c.scheme] + routers
         if all(w.block for w in job.schemes) and "lm_head" not in kept:
-            kept.append("lm_head")  # a head that is tied, or has another name in the file, is a linear to engines all the same
-        if "text_config" in source.config:  # beside encoders of images or sound, names in the file and in the model differ
+            kept.append(
+                "lm_head"
+            )  # a head that is tied, or has another name in the file, is a linear to engines all the same
+        if (
+            "text_config" in source.config
+        ):  # beside encoders of images or sound, names in the file and in the model differ
             from halfbyte.models import skeleton
 
             kept += skeleton.aliases(source, kept)
@@ -115,7 +141,9 @@ class FolderEdition(Edition):
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
         written = Checkpoint(folder)
         if written.quantized.keys() != (expected := {w.name for w in self.job.schemes}):
-            raise BrokenOutput(f"the written folder holds {len(written.quantized)} quantized modules, not {len(expected)}")
+            raise BrokenOutput(
+                f"the written folder holds {len(written.quantized)} quantized modules, not {len(expected)}"
+            )
         return written.entries
 
 

@@ -46,14 +46,21 @@ class GGUFEdition(Edition):
 
         def add(place: Place, type_name: str, shape: Shape, expert: int | None) -> None:
             if found.setdefault(place.name, (type_name, shape))[0] != type_name:
-                raise Unsupported(f"'{place.name}' holds all experts of a block, so they need one type, not {found[place.name][0]} and {type_name}")
+                raise Unsupported(
+                    f"'{place.name}' holds all experts of a block, so they need one type, not {found[place.name][0]} and {type_name}"
+                )
             if expert is not None:
                 experts[place.name] = max(experts.get(place.name, 0), expert + 1)
 
         for weight, scheme in self.job.schemes.items():
             for place in self.names.places(weight.tensor):
                 out = weight.shape[0] if place.rows is None else len(place.rows)
-                add(place, type_of(scheme.weight), (out, weight.shape[1]), place.expert if weight.expert is None else weight.expert)
+                add(
+                    place,
+                    type_of(scheme.weight),
+                    (out, weight.shape[1]),
+                    place.expert if weight.expert is None else weight.expert,
+                )
         for tensor in self.job.kept:
             shape = self.job.checkpoint.spec(tensor).shape
             for place in self.names.places(tensor):
@@ -61,7 +68,9 @@ class GGUFEdition(Edition):
                 add(place, self._plain(tensor, place), stored, place.expert)
         for name, value in self.names.extra().items():
             found[name] = "F32", tuple(value.shape)
-        stacked = {name: (kind, (experts[name], *shape) if name in experts else shape) for name, (kind, shape) in found.items()}
+        stacked = {
+            name: (kind, (experts[name], *shape) if name in experts else shape) for name, (kind, shape) in found.items()
+        }
         return dict(sorted(stacked.items(), key=lambda item: presets.order(item[0])))
 
     def _plain(self, tensor: str, place: Place) -> str:
@@ -74,10 +83,18 @@ class GGUFEdition(Edition):
     def shards(self, stem: str) -> dict[str, Shard]:
         specs = {name: _spec(*tensor) for name, tensor in self.tensors.items()}
         parts = split(specs, (self.job.recipe.shard_gb or float("inf")) * 1e9)
-        said = [self.metadata] if len(parts) == 1 else [file.split_metadata(self.metadata, i, len(parts), len(specs)) for i in range(len(parts))]
-        names = [f"{stem}.gguf"] if len(parts) == 1 else [file.part_name(stem, i, len(parts)) for i in range(len(parts))]
+        said = (
+            [self.metadata]
+            if len(parts) == 1
+            else [file.split_metadata(self.metadata, i, len(parts), len(specs)) for i in range(len(parts))]
+        )
+        names = (
+            [f"{stem}.gguf"] if len(parts) == 1 else [file.part_name(stem, i, len(parts)) for i in range(len(parts))]
+        )
         return {
-            name: Shard(sum(s.size_bytes for s in part.values()), partial(_writer, metadata, {t: self.tensors[t] for t in part}))
+            name: Shard(
+                sum(s.size_bytes for s in part.values()), partial(_writer, metadata, {t: self.tensors[t] for t in part})
+            )
             for name, metadata, part in zip(names, said, parts, strict=True)
         }
 
@@ -90,13 +107,21 @@ class GGUFEdition(Edition):
         if self.job.recipe.method == "convert" and "general.file_type" in said:
             return said
         label, kinds = self.job.label, [kind for kind, shape in self.tensors.values() if len(shape) > 1]
-        commonest = label if label in presets.PRESETS else max(presets.PRESETS, key=lambda name: kinds.count(presets.PRESETS[name].type))
+        commonest = (
+            label
+            if label in presets.PRESETS
+            else max(presets.PRESETS, key=lambda name: kinds.count(presets.PRESETS[name].type))
+        )
         return {**said, "general.file_type": Value("uint32", presets.PRESETS[commonest].file_type)}
 
     def pieces(self, weight: Weight) -> list[Weight]:
         """Blocks lie within rows, so rows go apart wherever the file's order of them does not mix the pieces."""
         source, places, (out, width) = self.job.checkpoint, self.names.places(weight.tensor), weight.shape
-        plain = not isinstance(source, GGUFCheckpoint) and weight.tensor in source.entries and weight.tensor not in source.parts
+        plain = (
+            not isinstance(source, GGUFCheckpoint)
+            and weight.tensor in source.entries
+            and weight.tensor not in source.parts
+        )
         if not plain or weight.transposed or weight.expert is not None or len(places) != 1:
             return [weight]
         (place,) = places
@@ -115,7 +140,11 @@ class GGUFEdition(Edition):
         parts = []
         for place in self.names.places(weight.tensor):
             expert = place.expert if weight.expert is None else weight.expert
-            raw = rows_of(entries[place.name], expert) if weight.first is None else entries[place.name].read(weight.first, weight.first + weight.shape[0])
+            raw = (
+                rows_of(entries[place.name], expert)
+                if weight.first is None
+                else entries[place.name].read(weight.first, weight.first + weight.shape[0])
+            )
             raw = raw if expert is None else raw[0]
             part = self.container.unpack({"": raw}, scheme, (raw.shape[0], weight.shape[1]))
             if part.shape == weight.shape:
@@ -156,13 +185,19 @@ class GGUFEdition(Edition):
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
         written = file.read(next(folder.glob("*.gguf")))
         if {n: (s.type, s.shape) for n, s in written.tensors.items()} != self.tensors:
-            raise BrokenOutput(f"the written file holds {len(written.tensors)} tensors, and not the {len(self.tensors)} that were planned as they were planned")
+            raise BrokenOutput(
+                f"the written file holds {len(written.tensors)} tensors, and not the {len(self.tensors)} that were planned as they were planned"
+            )
         return {name: stored.entry for name, stored in written.tensors.items()}
 
 
 def _spec(type_name: str, shape: Shape) -> Spec:
     kind = TYPES[type_name]
-    return Spec(shape, kind.dtype) if kind.dtype != torch.uint8 else Spec((*shape[:-1], row_bytes(type_name, shape[-1])), torch.uint8)
+    return (
+        Spec(shape, kind.dtype)
+        if kind.dtype != torch.uint8
+        else Spec((*shape[:-1], row_bytes(type_name, shape[-1])), torch.uint8)
+    )
 
 
 def _order(place: Place, weight: Weight) -> Tensor | None:
@@ -182,7 +217,9 @@ def _stored_shape(place: Place, shape: Shape) -> Shape:
     return shape if place.rows is None else (*shape[:at], len(place.rows), *shape[at + 1 :])
 
 
-def _writer(metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], path: Path, resume: bool) -> file.Writer:
+def _writer(
+    metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], path: Path, resume: bool
+) -> file.Writer:
     return file.Writer(path, metadata, tensors, resume)
 
 
@@ -190,9 +227,15 @@ def metadata_of(job: Job) -> dict[str, Value]:
     """What the file says of the model."""
     source = job.checkpoint
     if isinstance(source, GGUFCheckpoint):
-        kept = {k: v for k, v in source.file.metadata.items() if job.recipe.method == "convert" or not FALSE_OF_ANOTHER.fullmatch(k)}
+        kept = {
+            k: v
+            for k, v in source.file.metadata.items()
+            if job.recipe.method == "convert" or not FALSE_OF_ANOTHER.fullmatch(k)
+        }
         return {**kept, "general.quantization_version": Value("uint32", hyperparameters.QUANTIZATION_VERSION)}
     family = families.family_of(source.config)
     parameters = sum(prod(shape) for tensor, shape in source.tensors().items() if tensor not in job.dropped)
-    said = hyperparameters.metadata(source.config, family, source.path) | origin(provenance_of(source, job.recipe.model), parameters)
+    said = hyperparameters.metadata(source.config, family, source.path) | origin(
+        provenance_of(source, job.recipe.model), parameters
+    )
     return {**said, **tokenizer.tokenizer_metadata(source.path, settings(source.config).vocab_size, job.recipe.pre)}

@@ -21,9 +21,24 @@ class Convention:
 
 
 CONVENTIONS = {
-    "served": Convention("served", 0.0, "before", "each window begins as the tokenizer begins a text, and every token of the text after it is scored"),
-    "papers": Convention("papers", 0.0, "none", "non-overlapping windows of text alone, every position scored (GPTQ, AWQ and later papers)"),
-    "llama.cpp": Convention("llama.cpp", 0.5, "over", "llama-perplexity: the second half of each window scored, BOS first if the tokenizer adds it"),
+    "served": Convention(
+        "served",
+        0.0,
+        "before",
+        "each window begins as the tokenizer begins a text, and every token of the text after it is scored",
+    ),
+    "papers": Convention(
+        "papers",
+        0.0,
+        "none",
+        "non-overlapping windows of text alone, every position scored (GPTQ, AWQ and later papers)",
+    ),
+    "llama.cpp": Convention(
+        "llama.cpp",
+        0.5,
+        "over",
+        "llama-perplexity: the second half of each window scored, BOS first if the tokenizer adds it",
+    ),
 }
 
 

@@ -51,14 +51,19 @@ def compare(
     for row, tokens in list(zip(rows, per_token, strict=True))[1:]:
         difference, error = mean_and_error(tokens.nll - per_token[0].nll)
         row["nll_minus_reference"] = difference, error
-        row["perplexity_minus_reference"] = row["perplexity"] - rows[0]["perplexity"], error and row["perplexity"] * error
+        row["perplexity_minus_reference"] = (
+            row["perplexity"] - rows[0]["perplexity"],
+            error and row["perplexity"] * error,
+        )
     for row, tokens in list(zip(rows, per_token, strict=True))[2:]:
         row["kl_minus_first"] = mean_and_error(tokens.kl - per_token[1].kl)
         row["nll_minus_first"] = mean_and_error(tokens.nll - per_token[1].nll)
     return rows
 
 
-def measure(checkpoints: Sequence[Checkpoint], windows: Tensor, first: int, dtype: torch.dtype, progress: Callable) -> list[Tokens]:
+def measure(
+    checkpoints: Sequence[Checkpoint], windows: Tensor, first: int, dtype: torch.dtype, progress: Callable
+) -> list[Tokens]:
     width = checkpoints[0].text_config.get("hidden_size") or checkpoints[0].text_config.get("n_embd") or 4096
     at_once = max(1, int(HIDDEN_BYTES / (len(checkpoints) * windows.shape[1] * width * dtype.itemsize)))
     parts: list[list[Tokens]] = [[] for _ in checkpoints]
@@ -92,7 +97,9 @@ def _scores(walks: Sequence[Walk], first: int) -> list[Tokens]:
 def _compared(walks: Sequence[Walk], first: int, shared: bool) -> list[Tokens]:
     parts: list[list[Tokens]] = [[] for _ in walks]
     with ExitStack() as heads:
-        predict = [heads.enter_context(walk.head(walks[0] if shared and walk is not walks[0] else None)) for walk in walks]
+        predict = [
+            heads.enter_context(walk.head(walks[0] if shared and walk is not walks[0] else None)) for walk in walks
+        ]
         for batch in range(1, len(walks[0].batches)):
             tokens = walks[0].batches[batch]
             rows: list[list[Tokens]] = [[] for _ in walks]
@@ -125,14 +132,21 @@ def _score(reference: Tensor, own: Tensor, following: Tensor) -> Tokens:
     if own is reference:
         return Tokens(-chosen, torch.zeros_like(chosen), torch.ones_like(chosen), torch.zeros_like(chosen))
     same_top = (own.argmax(-1) == reference.argmax(-1)).float()
-    kl = (reference.exp() * own.sub_(reference).neg_()).sum(-1).clamp(min=0)  # in place: what is large here is the vocabulary
+    kl = (
+        (reference.exp() * own.sub_(reference).neg_()).sum(-1).clamp(min=0)
+    )  # in place: what is large here is the vocabulary
     return Tokens(-chosen, kl, same_top, chosen.exp() - was.exp())
 
 
 def summary(tokens: Tokens, reference: bool) -> dict[str, Any]:
     nll, nll_error = mean_and_error(tokens.nll)
     perplexity = float(torch.tensor(nll).exp())
-    row = {"tokens": tokens.nll.numel(), "nll": nll, "perplexity": perplexity, "perplexity_error": nll_error and perplexity * nll_error}
+    row = {
+        "tokens": tokens.nll.numel(),
+        "nll": nll,
+        "perplexity": perplexity,
+        "perplexity_error": nll_error and perplexity * nll_error,
+    }
     if not reference:
         kl, kl_error = mean_and_error(tokens.kl)
         flat = tokens.kl.flatten().double().sort().values

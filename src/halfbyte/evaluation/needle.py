@@ -61,7 +61,9 @@ def plant(checkpoint: Checkpoint, text: str, length: int, depths: Sequence[float
         size = len(whole) - next(i for i, (a, b) in enumerate(zip([*asked, -1], whole, strict=False)) if a != b)
         room = length - len(first) - len(whole)
         if room < 2 * len(told):
-            raise BadRequest(f"{length} tokens hold no text around a fact of {len(told)} and its question of {len(whole)}; give a larger length")
+            raise BadRequest(
+                f"{length} tokens hold no text around a fact of {len(told)} and its question of {len(whole)}; give a larger length"
+            )
         start = draw.randrange(max(1, len(stream) - length))
         hay = stream[start : start + room]
         for depth in (None, *depths):
@@ -75,7 +77,12 @@ def plant(checkpoint: Checkpoint, text: str, length: int, depths: Sequence[float
 
 
 @torch.no_grad()
-def score(checkpoint: Checkpoint, planted: Planted, dtype: torch.dtype = torch.float32, progress: Callable[[str, float, float], None] = lambda *_: None):
+def score(
+    checkpoint: Checkpoint,
+    planted: Planted,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[str, float, float], None] = lambda *_: None,
+):
     """Log-probability of each answer per token, and whether every token of it is the most likely one: [texts], [texts]."""
     walk = Walk(checkpoint, planted.tokens, dtype, as_served=True)
     walk.start()
@@ -99,7 +106,9 @@ def score(checkpoint: Checkpoint, planted: Planted, dtype: torch.dtype = torch.f
 
 def grid(planted: Planted, likely: Tensor, found: Tensor) -> list[dict[str, float]]:
     """For every depth, the mean over facts: `gain` in nats per token, `found` the share of answers that greedy decoding gives."""
-    nowhere = {fact: i for i, (fact, depth) in enumerate(zip(planted.facts, planted.depths, strict=True)) if depth is None}
+    nowhere = {
+        fact: i for i, (fact, depth) in enumerate(zip(planted.facts, planted.depths, strict=True)) if depth is None
+    }
     rows = []
     for depth in dict.fromkeys(d for d in planted.depths if d is not None):
         here = [i for i, d in enumerate(planted.depths) if d == depth]

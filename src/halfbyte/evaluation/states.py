@@ -23,7 +23,9 @@ def predicts(checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether these models predict tokens. Raises BadRequest where some do and some do not."""
     said = [skeleton.outline(checkpoint).can_generate() for checkpoint in checkpoints]
     if odd := next((c for c, own in zip(checkpoints, said, strict=True) if own != said[0]), None):
-        raise BadRequest(f"one of {checkpoints[0].path} and {odd.path} predicts tokens and the other has no head for it; name a model of the same architecture")
+        raise BadRequest(
+            f"one of {checkpoints[0].path} and {odd.path} predicts tokens and the other has no head for it; name a model of the same architecture"
+        )
     return said[0]
 
 
@@ -54,10 +56,15 @@ def compare(
                 own = states.float()
                 error.append((own - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-30))
                 cosine.append(functional.cosine_similarity(own, reference, dim=-1))
-    return [summary(torch.cat(e), torch.cat(c), reference=i == 0) for i, (e, c) in enumerate(zip(errors, cosines, strict=True))]
+    return [
+        summary(torch.cat(e), torch.cat(c), reference=i == 0)
+        for i, (e, c) in enumerate(zip(errors, cosines, strict=True))
+    ]
 
 
-def summary(error: Float32[Tensor, "windows length"], cosine: Float32[Tensor, "windows length"], reference: bool) -> dict[str, Any]:
+def summary(
+    error: Float32[Tensor, "windows length"], cosine: Float32[Tensor, "windows length"], reference: bool
+) -> dict[str, Any]:
     row: dict[str, Any] = {"tokens": error.numel()}
     if not reference:
         mean, unsure = mean_and_error(error)

@@ -9,20 +9,42 @@ from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.ggufs import GGUFCheckpoint
 from halfbyte.models.stamp import digest
 
-FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "tokenizer_config.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+)
 
 
 def difference(reference: Checkpoint, other: Checkpoint) -> str | None:
     """A token that is another in the other model, in words; None where there is none, or one of them has no tokenizer."""
-    if reference.path == other.path or not _has(reference) or not _has(other) or _files(reference) == _files(other) != {}:
+    if (
+        reference.path == other.path
+        or not _has(reference)
+        or not _has(other)
+        or _files(reference) == _files(other) != {}
+    ):
         return None
     words, others = _words(reference), _words(other)
     odd = next((token for token in sorted(words.keys() & others.keys()) if words[token] != others[token]), None)
-    return None if odd is None else f"token {odd} is {others[odd][:40]!r} in {other.path} and {words[odd][:40]!r} in {reference.path}"
+    return (
+        None
+        if odd is None
+        else f"token {odd} is {others[odd][:40]!r} in {other.path} and {words[odd][:40]!r} in {reference.path}"
+    )
 
 
 def _has(checkpoint: Checkpoint) -> bool:
-    return "tokenizer.ggml.tokens" in checkpoint.file.metadata if isinstance(checkpoint, GGUFCheckpoint) else bool(_files(checkpoint))
+    return (
+        "tokenizer.ggml.tokens" in checkpoint.file.metadata
+        if isinstance(checkpoint, GGUFCheckpoint)
+        else bool(_files(checkpoint))
+    )
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, str]:

@@ -61,7 +61,9 @@ class AbsmaxGrid(Grid):
         match = PATTERN.fullmatch(name)
         if match is None or int(match["group"]) not in GROUPS:
             sizes = ", ".join(map(str, GROUPS))
-            raise BadRequest(f"'{name}' is no grid of bitsandbytes; write nf4-g<N> or fp4-g<N>, N one of {sizes}, and -double for quantized scales")
+            raise BadRequest(
+                f"'{name}' is no grid of bitsandbytes; write nf4-g<N> or fp4-g<N>, N one of {sizes}, and -double for quantized scales"
+            )
         return cls(match["kind"], int(match["group"]), bool(match["double"]))
 
     def __str__(self) -> str:
@@ -80,7 +82,9 @@ class AbsmaxGrid(Grid):
         scales = 8 * blocks + 32 * -(-blocks // NESTED) + 32 if self.double else 32 * blocks
         return 4 + scales / (shape[0] * shape[1])
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
+    def fit(
+        self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
+    ) -> Params:
         """`scale` [out, in / group], or [1, blocks] where blocks do not divide rows, in fp32. Double: as indices of `dynamic_map`,
         with fp32 `nested` [blocks / 256] and `offset` [1]."""
         self.require_width(w.shape)
@@ -99,14 +103,19 @@ class AbsmaxGrid(Grid):
     def require_width(self, shape: Shape) -> None:
         """Raise Unsupported for a matrix of few rows whose last block is so short that the number of blocks does not tell the width."""
         if self.blocks(shape) * self.group // shape[0] != shape[1]:
-            raise Unsupported(f"{self} does not suit a matrix of {shape[0]} x {shape[1]}, whose last block would be nearly empty; use smaller blocks")
+            raise Unsupported(
+                f"{self} does not suit a matrix of {shape[0]} x {shape[1]}, whose last block would be nearly empty; use smaller blocks"
+            )
 
     def scales(self, params: Params) -> Float32[Tensor, " blocks"]:
         """What the levels of each block are multiplied by."""
         scale = params["scale"].flatten()
         if not self.double:
             return scale
-        return dynamic_map().to(scale.device)[scale.int()] * params["nested"].repeat_interleave(NESTED)[: len(scale)] + params["offset"]
+        return (
+            dynamic_map().to(scale.device)[scale.int()] * params["nested"].repeat_interleave(NESTED)[: len(scale)]
+            + params["offset"]
+        )
 
     def columns(self, params: Params, rows: int, columns: list[int]) -> Float32[Tensor, "rows columns"]:
         """The scale of each weight of some in-features."""
@@ -115,7 +124,9 @@ class AbsmaxGrid(Grid):
         at = torch.tensor(columns, device=scales.device)
         return scales[(torch.arange(rows, device=scales.device)[:, None] * width + at) // self.group]
 
-    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+    def round(
+        self, w: Float32[Tensor, "out step"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
         scale = self.columns(params, w.shape[0], [at])
         code = nearest(self.kind, w * inverse(scale))
         return code, scale * levels(self.kind).to(w.device)[code.int()]
@@ -130,7 +141,9 @@ class AbsmaxGrid(Grid):
         value = cells(self.kind)
         return partial(round_block, Table(scale.view(rows, -1) / half, nearest(self.kind, value), value * half), size)
 
-    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+    def encode(
+        self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
+    ) -> Codes:
         if w.device.type == "cpu":
             from halfbyte.grids import absmax_numba
 
@@ -179,10 +192,14 @@ def dynamic_map() -> Float32[Tensor, "256"]:
 
 def nearest(kind: str, x: Float32[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """The code of the level nearest to each scaled weight; on a border, the lower one."""
-    return torch.tensor(ASCENDING[kind], dtype=torch.uint8, device=x.device)[torch.bucketize(x, borders(kind).to(x.device))]
+    return torch.tensor(ASCENDING[kind], dtype=torch.uint8, device=x.device)[
+        torch.bucketize(x, borders(kind).to(x.device))
+    ]
 
 
-def nest(scale: Float32[Tensor, " blocks"]) -> tuple[UInt8[Tensor, " blocks"], Float32[Tensor, " nested"], Float32[Tensor, "1"]]:
+def nest(
+    scale: Float32[Tensor, " blocks"],
+) -> tuple[UInt8[Tensor, " blocks"], Float32[Tensor, " nested"], Float32[Tensor, "1"]]:
     """Scales less their mean, as indices of `dynamic_map` with a scale for each 256; and the mean."""
     offset = scale.mean()
     x = _in_blocks(scale - offset, NESTED)
@@ -192,7 +209,9 @@ def nest(scale: Float32[Tensor, " blocks"]) -> tuple[UInt8[Tensor, " blocks"], F
     return code.flatten()[: len(scale)].to(torch.uint8), nested, offset.view(1)
 
 
-def fit_reference(grid: AbsmaxGrid, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool) -> Float32[Tensor, " blocks"]:
+def fit_reference(
+    grid: AbsmaxGrid, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool
+) -> Float32[Tensor, " blocks"]:
     """The torch reference of the scales of `AbsmaxGrid.fit`, before they are quantized in their turn."""
     x = _in_blocks(w.float(), grid.group)
     h = torch.ones_like(x) if importance is None else _in_blocks(importance.expand_as(w), grid.group)
@@ -210,7 +229,11 @@ def fit_reference(grid: AbsmaxGrid, w: Float[Tensor, "out in"], importance: Floa
 
 def encode_reference(grid: AbsmaxGrid, w: Float[Tensor, "out in"], scales: Float32[Tensor, " blocks"]) -> Codes:
     """The torch reference of `AbsmaxGrid.encode`."""
-    return nearest(grid.kind, _in_blocks(w.float(), grid.group) * inverse(scales)[:, None]).flatten()[: w.numel()].view(w.shape)
+    return (
+        nearest(grid.kind, _in_blocks(w.float(), grid.group) * inverse(scales)[:, None])
+        .flatten()[: w.numel()]
+        .view(w.shape)
+    )
 
 
 def decode_reference(grid: AbsmaxGrid, codes: Codes, scales: Float32[Tensor, " blocks"]) -> Float32[Tensor, "out in"]:

@@ -15,27 +15,58 @@ FINITE = F(1e38)  # weights whose squares are not keep their absmax
 HALF, LAST = F(CELLS // 2), F(CELLS - 1)
 
 
-def fit(grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool) -> Float32[Tensor, " blocks"]:
+def fit(
+    grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool
+) -> Float32[Tensor, " blocks"]:
     h = np.ones(grid.group, np.float32) if importance is None else importance.contiguous().view(-1).numpy()
     if len(h) % grid.group:  # blocks begin anywhere in a row, and the last is filled up
         h = np.resize(h, grid.blocks(w.shape) * grid.group)
     scale = np.empty(grid.blocks(w.shape), np.float32)
     tries = np.array(reference.TRIES if search else (), np.float32)
-    in_threads(_fit, _tasks(len(scale), grid.group), raw(w).reshape(-1), h, grid.group, reference.cells(grid.kind).numpy(), tries, scale)
+    in_threads(
+        _fit,
+        _tasks(len(scale), grid.group),
+        raw(w).reshape(-1),
+        h,
+        grid.group,
+        reference.cells(grid.kind).numpy(),
+        tries,
+        scale,
+    )
     return torch.from_numpy(scale)
 
 
-def encode(grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, " blocks"]) -> UInt8[Tensor, "out in"]:
+def encode(
+    grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, " blocks"]
+) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.numel(), np.uint8)
     order = np.array(reference.ASCENDING[grid.kind], np.uint8)
     table = tuple(reference.borders(grid.kind).numpy()), order, list(order) != sorted(order)
-    in_threads(_encode, _tasks(scales.numel(), grid.group), raw(w).reshape(-1), inverse(scales).numpy(), *table, grid.group, codes)
+    in_threads(
+        _encode,
+        _tasks(scales.numel(), grid.group),
+        raw(w).reshape(-1),
+        inverse(scales).numpy(),
+        *table,
+        grid.group,
+        codes,
+    )
     return torch.from_numpy(codes).view(w.shape)
 
 
-def decode(grid: "reference.AbsmaxGrid", codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, " blocks"]) -> Float32[Tensor, "out in"]:
+def decode(
+    grid: "reference.AbsmaxGrid", codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, " blocks"]
+) -> Float32[Tensor, "out in"]:
     w = np.empty(codes.numel(), np.float32)
-    in_threads(_decode, scales.numel(), codes.contiguous().view(-1).numpy(), scales.contiguous().numpy(), reference.levels(grid.kind).numpy(), grid.group, w)
+    in_threads(
+        _decode,
+        scales.numel(),
+        codes.contiguous().view(-1).numpy(),
+        scales.contiguous().numpy(),
+        reference.levels(grid.kind).numpy(),
+        grid.group,
+        w,
+    )
     return torch.from_numpy(w).view(codes.shape)
 
 
@@ -125,7 +156,9 @@ def _count(x, b, out):
         v = x[i]
         low = np.int32(v > b[0]) + np.int32(v > b[1]) + np.int32(v > b[2]) + np.int32(v > b[3]) + np.int32(v > b[4])
         middle = np.int32(v > b[5]) + np.int32(v > b[6]) + np.int32(v > b[7]) + np.int32(v > b[8]) + np.int32(v > b[9])
-        high = np.int32(v > b[10]) + np.int32(v > b[11]) + np.int32(v > b[12]) + np.int32(v > b[13]) + np.int32(v > b[14])
+        high = (
+            np.int32(v > b[10]) + np.int32(v > b[11]) + np.int32(v > b[12]) + np.int32(v > b[13]) + np.int32(v > b[14])
+        )
         out[i] = np.uint8(low + middle + high)
 
 

@@ -48,13 +48,19 @@ class ActOrderGrid(Grid):
     def refuse(self) -> NoReturn:
         raise Unsupported(f"{self} is read, not written; {self.integers} is")
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
+    def fit(
+        self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
+    ) -> Params:
         self.refuse()
 
-    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+    def round(
+        self, w: Float32[Tensor, "out step"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
         self.refuse()
 
-    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+    def encode(
+        self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
+    ) -> Codes:
         self.refuse()
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:

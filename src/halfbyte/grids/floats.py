@@ -151,18 +151,26 @@ class FloatGrid(Grid):
     def bits(self, shape: Shape) -> float:
         rows, groups = self.scales_shape(shape)
         size = SCALE_DTYPES[self.scale].itemsize * 8 if self.scale in SCALE_DTYPES else 8
-        return self.element.bits + (rows * groups * size + (32 if self.scale in NVFP4_NAMES else 0)) / (shape[0] * shape[1])
+        return self.element.bits + (rows * groups * size + (32 if self.scale in NVFP4_NAMES else 0)) / (
+            shape[0] * shape[1]
+        )
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
+    def fit(
+        self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
+    ) -> Params:
         """`scale` as `scales_shape` says: in its dtype, or as the stored byte. E4M3: also fp32 `divisor` [1, 1]."""
         self.scales_shape(tuple(w.shape))
         largest = self._over_rows(self._largest(w), torch.amax)
         plain = self._plain(largest, search)
-        if not search or self.scale == "e8m0":  # the next power of two loses a bit of every weight, the one before cuts the largest
+        if (
+            not search or self.scale == "e8m0"
+        ):  # the next power of two loses a bit of every weight, the one before cuts the largest
             return plain
         tried = self._tried(plain["scale"])
         scales = torch.stack([self.scales({**plain, "scale": t}) for t in tried], -1)
-        wq, qq = (self._over_rows(m, torch.sum) for m in self._moments(w, importance, self._per_row(scales, w.shape[0])))
+        wq, qq = (
+            self._over_rows(m, torch.sum) for m in self._moments(w, importance, self._per_row(scales, w.shape[0]))
+        )
         stored = torch.stack(tried, -1)
         if self.scale in SCALE_DTYPES:
             stored = rounding.store(torch.where(qq > 0, wq / qq, scales), SCALE_DTYPES[self.scale])
@@ -173,12 +181,23 @@ class FloatGrid(Grid):
     def _plain(self, largest: Float32[Tensor, "rows groups"], search: bool) -> Params:
         """Scales that span the largest weights: those of compressed-tensors, but for a divisor that suits a search."""
         if self.scale in SCALE_DTYPES:
-            return {"scale": rounding.store(torch.where(largest == 0, 1.0, largest / self.element.top), SCALE_DTYPES[self.scale])}
+            return {
+                "scale": rounding.store(
+                    torch.where(largest == 0, 1.0, largest / self.element.top), SCALE_DTYPES[self.scale]
+                )
+            }
         if self.scale == "e8m0":
-            exponent = torch.frexp(largest * (2 / self.element.carry)).exponent - torch.frexp(torch.tensor(self.element.top)).exponent
+            exponent = (
+                torch.frexp(largest * (2 / self.element.carry)).exponent
+                - torch.frexp(torch.tensor(self.element.top)).exponent
+            )
             return {"scale": (exponent + 127).clamp(0, 254).to(torch.uint8)}
         most = ELEMENTS["e4m3"].top * self.element.top
-        divisor = _shared_divisor(largest.max(), most) if search else (most / largest.max().clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=2.0**100)
+        divisor = (
+            _shared_divisor(largest.max(), most)
+            if search
+            else (most / largest.max().clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=2.0**100)
+        )
         return self._under(largest, divisor, search)
 
     def under(self, x: Float[Tensor, "rows in"], divisor: Float32[Tensor, "1"]) -> Params:
@@ -187,7 +206,10 @@ class FloatGrid(Grid):
 
     def _under(self, largest: Float32[Tensor, "rows groups"], divisor: Tensor, search: bool) -> Params:
         byte = ELEMENTS["e4m3"].round(divisor * (largest / self.element.top))
-        return {"scale": byte.clamp(min=1) if search else torch.where(byte == 0, 0x20, byte).to(torch.uint8), "divisor": divisor.view(1, 1)}
+        return {
+            "scale": byte.clamp(min=1) if search else torch.where(byte == 0, 0x20, byte).to(torch.uint8),
+            "divisor": divisor.view(1, 1),
+        }
 
     def _tried(self, plain: Tensor) -> list[Tensor]:
         if self.scale in SCALE_DTYPES:
@@ -216,7 +238,9 @@ class FloatGrid(Grid):
         if self.span == "tensor":
             return reduce(x, 0, keepdim=True)
         if self.span == "block":
-            return reduce(functional.pad(x, (0, 0) * (x.dim() - 1) + (0, -x.shape[0] % SIDE)).unflatten(0, (-1, SIDE)), 1)
+            return reduce(
+                functional.pad(x, (0, 0) * (x.dim() - 1) + (0, -x.shape[0] % SIDE)).unflatten(0, (-1, SIDE)), 1
+            )
         return x
 
     def _grouped(self, x: Float[Tensor, "rows in"]) -> Float32[Tensor, "rows groups size"]:
@@ -232,7 +256,10 @@ class FloatGrid(Grid):
         return self._grouped(w).abs().amax(-1)
 
     def _moments(
-        self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, scales: Float32[Tensor, "out groups tries"]
+        self,
+        w: Float[Tensor, "out in"],
+        importance: Float32[Tensor, "... in"] | None,
+        scales: Float32[Tensor, "out groups tries"],
     ) -> tuple[Float32[Tensor, "out groups tries"], Float32[Tensor, "out groups tries"]]:
         """sum(h w q) and sum(h q q) over each group, for the elements q that each scale chooses."""
         if w.device.type == "cpu":
@@ -242,11 +269,16 @@ class FloatGrid(Grid):
         return self.moments_reference(w, importance, scales)
 
     def moments_reference(
-        self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, scales: Float32[Tensor, "out groups tries"]
+        self,
+        w: Float[Tensor, "out in"],
+        importance: Float32[Tensor, "... in"] | None,
+        scales: Float32[Tensor, "out groups tries"],
     ) -> tuple[Float32[Tensor, "out groups tries"], Float32[Tensor, "out groups tries"]]:
         """The torch reference of `_moments`."""
         x = self._grouped(w)
-        h = self._grouped(torch.ones(1, w.shape[1], device=w.device) if importance is None else importance.view(-1, w.shape[1]))
+        h = self._grouped(
+            torch.ones(1, w.shape[1], device=w.device) if importance is None else importance.view(-1, w.shape[1])
+        )
         sums = []
         for scale in scales.unbind(-1):
             q = self.element.decode(self.element.round(x * scale.reciprocal()[..., None]))
@@ -254,7 +286,9 @@ class FloatGrid(Grid):
         wq, qq = zip(*sums, strict=True)
         return torch.stack(wq, -1), torch.stack(qq, -1)
 
-    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+    def round(
+        self, w: Float32[Tensor, "out step"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
         group = at // self.block if self.block else 0
         scale = self._per_row(self.scales(params)[:, group : group + 1], w.shape[0])
         code = self.element.round(w / scale)
@@ -264,9 +298,13 @@ class FloatGrid(Grid):
         from halfbyte.grids.floats_numba import bits_of
         from halfbyte.grids.round_block_numba import Floats, round_block
 
-        return partial(round_block, Floats(self._per_row(self.scales(params), rows), *bits_of(self.element)), self.block)
+        return partial(
+            round_block, Floats(self._per_row(self.scales(params), rows), *bits_of(self.element)), self.block
+        )
 
-    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+    def encode(
+        self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
+    ) -> Codes:
         scales = self._per_row(self.scales(params), w.shape[0])
         if w.device.type == "cpu":
             from halfbyte.grids import floats_numba
@@ -288,7 +326,9 @@ class FloatGrid(Grid):
 
     def decode_reference(self, codes: Codes, scales: Float32[Tensor, "out groups"]) -> Float32[Tensor, "out in"]:
         """The torch reference of `decode`."""
-        return self.element.decode(codes) * scales.repeat_interleave(self.block or codes.shape[1], 1)[:, : codes.shape[1]]
+        return (
+            self.element.decode(codes) * scales.repeat_interleave(self.block or codes.shape[1], 1)[:, : codes.shape[1]]
+        )
 
 
 def _shared_divisor(largest: Float32[Tensor, ""], most: float) -> Float32[Tensor, ""]:
@@ -299,7 +339,11 @@ def _shared_divisor(largest: Float32[Tensor, ""], most: float) -> Float32[Tensor
 
 
 FLOAT_GRIDS: dict[str, FloatGrid] = {
-    **{f"fp8-{e}-{span}": FloatGrid(ELEMENTS[e], span) for e in ("e4m3", "e5m2") for span in ("tensor", "channel", "block")},
+    **{
+        f"fp8-{e}-{span}": FloatGrid(ELEMENTS[e], span)
+        for e in ("e4m3", "e5m2")
+        for span in ("tensor", "channel", "block")
+    },
     **{f"mxfp{ELEMENTS[e].bits}-{e}": FloatGrid(ELEMENTS[e], 32, "e8m0") for e in ("e4m3", "e5m2", "e2m3", "e3m2")},
     "nvfp4-global": FloatGrid(ELEMENTS["e2m1"], 16, "e4m3"),
 }
@@ -313,4 +357,7 @@ def with_divisor(q: Quantized) -> Quantized | None:
     """nvfp4-factor on nvfp4-global, with the same codes and scales: values differ in the last bit of fp32. None for other grids."""
     if q.grid != NVFP4_FACTOR:
         return None
-    return q._replace(grid=FLOAT_GRIDS["nvfp4-global"], params={"scale": q.params["scale"], "divisor": q.params["factor"].reciprocal()})
+    return q._replace(
+        grid=FLOAT_GRIDS["nvfp4-global"],
+        params={"scale": q.params["scale"], "divisor": q.params["factor"].reciprocal()},
+    )

@@ -37,23 +37,43 @@ def largest(w: Float[Tensor, "out in"], size: int) -> Float32[Tensor, "out group
 
 
 def moments(
-    element: "floats.Element", w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, scales: Float32[Tensor, "out groups tries"], size: int
+    element: "floats.Element",
+    w: Float[Tensor, "out in"],
+    importance: Float32[Tensor, "... in"] | None,
+    scales: Float32[Tensor, "out groups tries"],
+    size: int,
 ) -> tuple[Float32[Tensor, "out groups tries"], Float32[Tensor, "out groups tries"]]:
-    h = np.ones((1, w.shape[1]), np.float32) if importance is None else importance.reshape(-1, w.shape[1]).contiguous().numpy()
+    h = (
+        np.ones((1, w.shape[1]), np.float32)
+        if importance is None
+        else importance.reshape(-1, w.shape[1]).contiguous().numpy()
+    )
     wq, qq = np.zeros(scales.shape, np.float32), np.zeros(scales.shape, np.float32)
     in_threads(_moments, len(w), raw(w), h, scales.reciprocal().contiguous().numpy(), size, bits_of(element), wq, qq)
     return torch.from_numpy(wq), torch.from_numpy(qq)
 
 
-def encode(element: "floats.Element", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int) -> UInt8[Tensor, "out in"]:
+def encode(
+    element: "floats.Element", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int
+) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
     in_threads(_encode, len(w), raw(w), scales.contiguous().numpy(), size, bits_of(element), codes)
     return torch.from_numpy(codes)
 
 
-def decode(element: "floats.Element", codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int) -> Float32[Tensor, "out in"]:
+def decode(
+    element: "floats.Element", codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int
+) -> Float32[Tensor, "out in"]:
     w = np.empty(codes.shape, np.float32)
-    in_threads(_decode, len(codes), codes.contiguous().numpy(), floats.values(element).numpy(), scales.contiguous().numpy(), size, w)
+    in_threads(
+        _decode,
+        len(codes),
+        codes.contiguous().numpy(),
+        floats.values(element).numpy(),
+        scales.contiguous().numpy(),
+        size,
+        w,
+    )
     return torch.from_numpy(w)
 
 
@@ -128,7 +148,9 @@ def _moments(start, stop, w, h, inverse, size, e, wq, qq):
 # Sums may be taken in any order; what is rounded is rounded in its bits, which no reordering undoes.
 @loose
 def _sums(x, h, inverse, e):
-    return _sums_of(x, h, inverse, e, 16) if x.size == 16 else _sums_of(x, h, inverse, e, x.size)  # a known length is all vectors
+    return (
+        _sums_of(x, h, inverse, e, 16) if x.size == 16 else _sums_of(x, h, inverse, e, x.size)
+    )  # a known length is all vectors
 
 
 @inline

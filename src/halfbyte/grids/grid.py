@@ -52,7 +52,9 @@ class Grid(ABC):
         """In-features that share parameters; None: the whole row or more."""
 
     @abstractmethod
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
+    def fit(
+        self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
+    ) -> Params:
         """Choose parameters that minimise the importance-weighted squared error of rounding `w` to nearest.
 
         Importance is that of in-features, [in], or of each weight, [out, in].
@@ -61,7 +63,9 @@ class Grid(ABC):
         """
 
     @abstractmethod
-    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+    def round(
+        self, w: Float32[Tensor, "out step"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
         """The codes nearest to columns `at : at + step`, and the values that they decode to."""
 
     def round_block(
@@ -99,7 +103,9 @@ class Grid(ABC):
         return None
 
     @abstractmethod
-    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+    def encode(
+        self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
+    ) -> Codes:
         """The nearest codes, for every column at once. Where several weights are rounded jointly, `importance` says whose error counts more."""
 
     @abstractmethod
@@ -218,7 +224,10 @@ def split_rows(q: Quantized, sizes: list[int]) -> list[Quantized]:
     """The matrices that lie below each other in one, which share what all of its rows share."""
     codes = q.codes.split(sizes)
     params = {name: p.split(sizes) if p.shape[0] == q.shape[0] else [p] * len(sizes) for name, p in q.params.items()}
-    return [Quantized(q.grid, c.contiguous(), {name: p[i].contiguous() for name, p in params.items()}, q.input) for i, c in enumerate(codes)]
+    return [
+        Quantized(q.grid, c.contiguous(), {name: p[i].contiguous() for name, p in params.items()}, q.input)
+        for i, c in enumerate(codes)
+    ]
 
 
 def same_rows(q: Quantized, rows: Int64[Tensor, " rows"] | slice) -> Quantized:

@@ -29,7 +29,9 @@ from halfbyte.grids.floats import ELEMENTS, FLOAT_GRIDS, FloatGrid
 from halfbyte.grids.grid import Grid, InputGrid, Params, Seen
 from halfbyte.grids.levels import LEVEL_GRIDS
 
-PATTERN = re.compile(r"(?P<number>int[2-8]|fp8-e4m3|fp8-e5m2)-(?P<span>tensor|token|static|head|g(?P<group>[1-9]\d*))(?P<asym>-asym)?")
+PATTERN = re.compile(
+    r"(?P<number>int[2-8]|fp8-e4m3|fp8-e5m2)-(?P<span>tensor|token|static|head|g(?P<group>[1-9]\d*))(?P<asym>-asym)?"
+)
 STORED = ("static", "head")
 FLOATS = {"fp8-e4m3": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}
 SHARES = [1 - k / 40 for k in range(31)]
@@ -53,7 +55,9 @@ class ScaledInputs(InputGrid):
     def parse(cls, name: str) -> "ScaledInputs":
         match = PATTERN.fullmatch(name)
         if match is None or (match["asym"] and match["number"] in FLOATS):
-            raise BadRequest(f"'{name}' is no way to round inputs; write int8-token, int8-static, fp8-e4m3-token or the like, and -asym after integers")
+            raise BadRequest(
+                f"'{name}' is no way to round inputs; write int8-token, int8-static, fp8-e4m3-token or the like, and -asym after integers"
+            )
         return cls(match["number"], int(match["group"]) if match["group"] else match["span"], not match["asym"])
 
     def __str__(self) -> str:
@@ -79,9 +83,15 @@ class ScaledInputs(InputGrid):
 
     def spanning(self, low: Float32[Tensor, "*scales"], high: Float32[Tensor, "*scales"]) -> Params:
         """Parameters for inputs from `low` to `high`."""
-        if self.static:  # engines keep the zero point in a byte, so zero is in the range (compressed-tensors calculate_qparams)
+        if (
+            self.static
+        ):  # engines keep the zero point in a byte, so zero is in the range (compressed-tensors calculate_qparams)
             low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = torch.maximum(low.abs(), high.abs()) / self.top if self.symmetric else (high - low) / (self.top - self.bottom)
+        scale = (
+            torch.maximum(low.abs(), high.abs()) / self.top
+            if self.symmetric
+            else (high - low) / (self.top - self.bottom)
+        )
         scale = torch.where(scale == 0, 1.0, scale)
         if self.static:  # whatever precision an engine keeps it in, it is the same number
             scale = rounding.store(scale, torch.bfloat16).float()
@@ -100,7 +110,11 @@ class ScaledInputs(InputGrid):
 
     def _grouped(self, x: Tensor) -> Tensor:
         """The groups of each token, the last filled up with zeros."""
-        return functional.pad(x, (0, -x.shape[-1] % self.span)).unflatten(-1, (-1, self.span)) if isinstance(self.span, int) else x
+        return (
+            functional.pad(x, (0, -x.shape[-1] % self.span)).unflatten(-1, (-1, self.span))
+            if isinstance(self.span, int)
+            else x
+        )
 
     def codes(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Int8[Tensor, "... in"]:
         """Integers, as an engine multiplies them."""
@@ -126,8 +140,14 @@ class ScaledInputs(InputGrid):
         if not params:
             return super().limits(params)
         # To half a step beyond the last number, the nearest one is the last: nothing is cut yet.
-        beyond = self.top * 2.0 ** -(ELEMENTS[self.number.removeprefix("fp8-")].mantissa + 2) if self.number in FLOATS else 0.5
-        low, high = ((number - params.get("zero", 0)) * params["scale"] for number in (self.bottom - beyond, self.top + beyond))
+        beyond = (
+            self.top * 2.0 ** -(ELEMENTS[self.number.removeprefix("fp8-")].mantissa + 2)
+            if self.number in FLOATS
+            else 0.5
+        )
+        low, high = (
+            (number - params.get("zero", 0)) * params["scale"] for number in (self.bottom - beyond, self.top + beyond)
+        )
         return low, high
 
 
@@ -145,7 +165,9 @@ def _most_of_it(grid: ScaledInputs, seen: Seen) -> tuple[Tensor, Tensor]:
 def _least_error(grid: ScaledInputs, seen: Seen) -> tuple[Tensor, Tensor]:
     """The range that minimises the squared error of the rows seen."""
     low, high = _all_of_it(grid, seen)
-    errors = [(grid.round(seen.rows, grid.spanning(low * share, high * share)) - seen.rows).square().sum() for share in SHARES]
+    errors = [
+        (grid.round(seen.rows, grid.spanning(low * share, high * share)) - seen.rows).square().sum() for share in SHARES
+    ]
     share = SHARES[int(torch.stack(errors).argmin())]
     return low * share, high * share
 
@@ -188,7 +210,9 @@ class NVFP4Inputs(BlockInputs):
         return self.grid.under(x.flatten(0, -2), stored["divisor"])
 
     def fit(self, seen: Seen, how: str) -> Params:
-        low, high = RANGES["max"](ScaledInputs("fp8-e4m3", "static"), seen)  # blocks have scales of their own: nothing is won by cutting
+        low, high = RANGES["max"](
+            ScaledInputs("fp8-e4m3", "static"), seen
+        )  # blocks have scales of their own: nothing is won by cutting
         most = ELEMENTS["e4m3"].top * ELEMENTS["e2m1"].top
         return {"divisor": (most / torch.maximum(low.abs(), high.abs()).clamp(min=1e-12)).view(1)}
 

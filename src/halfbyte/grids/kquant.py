@@ -82,7 +82,9 @@ class KQuant(Grid):
         self.blocks(shape[1])
         return self.stored_bits / self.block
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
+    def fit(
+        self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
+    ) -> Params:
         self.blocks(w.shape[1])
         return kquant_search.fit(self, w, importance, search)
 
@@ -97,7 +99,9 @@ class KQuant(Grid):
             return scale, None
         return scale, -(params["dmin"].float()[..., None] * params["min"].view(out, blocks, -1)).view(out, -1)
 
-    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+    def round(
+        self, w: Float32[Tensor, "out step"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
         scale, offset = self.lines(params)
         group = slice(at // self.group, at // self.group + 1)
         scale, offset = scale[:, group], None if offset is None else offset[:, group]
@@ -112,13 +116,17 @@ class KQuant(Grid):
         base = torch.zeros_like(scale) if offset is None else offset
         return partial(round_block, Even(kquant_search.usable(scale), zero, base, self.top), self.group)
 
-    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+    def encode(
+        self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
+    ) -> Codes:
         self.blocks(w.shape[1])
         return kquant_search.encode(self, w, *self.lines(params))
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
         scale, offset = self.lines(params)
-        return self.values(codes.view(*scale.shape, -1), scale[..., None], None if offset is None else offset[..., None]).view(codes.shape)
+        return self.values(
+            codes.view(*scale.shape, -1), scale[..., None], None if offset is None else offset[..., None]
+        ).view(codes.shape)
 
     def values(self, codes: UInt8[Tensor, "*shape"], scale: Tensor, offset: Tensor | None) -> Float32[Tensor, "*shape"]:
         product = (codes.float() - self.middle) * scale

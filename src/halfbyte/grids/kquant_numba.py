@@ -34,7 +34,12 @@ ROWS = 24
 
 def fit(
     grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, effort: Effort
-) -> tuple[Float32[Tensor, "out blocks"], Float32[Tensor, "out blocks"], Float32[Tensor, "out groups"], Float32[Tensor, "out groups"]]:
+) -> tuple[
+    Float32[Tensor, "out blocks"],
+    Float32[Tensor, "out blocks"],
+    Float32[Tensor, "out groups"],
+    Float32[Tensor, "out groups"],
+]:
     """kquant_search.fit_reference."""
     out, width = w.shape
     h = None if importance is None else importance.contiguous().numpy().reshape(-1)
@@ -42,15 +47,35 @@ def fit(
     scale, minimum = np.empty((2, out * width // grid.group), np.float32)
     low, high = grid.scales or (0, 0)
     limits = F(-grid.middle), F(grid.top - grid.middle), F(low), F(high)
-    tried = np.array(effort.coarse, np.float32).reshape(-1, 2), np.array(effort.scales, np.float32), np.array(effort.minima, np.float32)
+    tried = (
+        np.array(effort.coarse, np.float32).reshape(-1, 2),
+        np.array(effort.scales, np.float32),
+        np.array(effort.minima, np.float32),
+    )
     tiles = -(-w.numel() // (grid.group * LANES))
-    in_threads(_fit, tiles, raw(w).reshape(-1), h, grid.group, grid.block // grid.group, limits, *tried, d, dmin, scale, minimum)
+    in_threads(
+        _fit,
+        tiles,
+        raw(w).reshape(-1),
+        h,
+        grid.group,
+        grid.block // grid.group,
+        limits,
+        *tried,
+        d,
+        dmin,
+        scale,
+        minimum,
+    )
     d, dmin, scale, minimum = (torch.from_numpy(array).view(out, -1) for array in (d, dmin, scale, minimum))
     return d, dmin, scale, minimum
 
 
 def encode(
-    grid: KQuant, w: Float[Tensor, "out in"], scale: Float32[Tensor, "out groups"], offset: Float32[Tensor, "out groups"] | None
+    grid: KQuant,
+    w: Float[Tensor, "out in"],
+    scale: Float32[Tensor, "out groups"],
+    offset: Float32[Tensor, "out groups"] | None,
 ) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
     offset = torch.zeros_like(scale) if offset is None else offset
@@ -132,7 +157,9 @@ def _missed(x, h, m, bottom, top):
             if h is None:
                 m[ERROR + lane] += (e0 * e0 + e1 * e1) + (e2 * e2 + e3 * e3)
             else:
-                m[ERROR + lane] += (h[i, lane] * e0 * e0 + h[i + 1, lane] * e1 * e1) + (h[i + 2, lane] * e2 * e2 + h[i + 3, lane] * e3 * e3)
+                m[ERROR + lane] += (h[i, lane] * e0 * e0 + h[i + 1, lane] * e1 * e1) + (
+                    h[i + 2, lane] * e2 * e2 + h[i + 3, lane] * e3 * e3
+                )
 
 
 @part
@@ -306,7 +333,12 @@ def _fit(start, stop, w, h, size, per_block, limits, candidates, near_scale, nea
                 m[D + lane], m[DMIN + lane] = half(abs(m[STEP + lane])), half(m[OFFSET + lane])
         for lane in range(min(LANES, groups - first)):
             block = (first + lane) // per_block
-            scale[first + lane], minimum[first + lane], d[block], dmin[block] = m[SCALE + lane], m[MIN + lane], m[D + lane], m[DMIN + lane]
+            scale[first + lane], minimum[first + lane], d[block], dmin[block] = (
+                m[SCALE + lane],
+                m[MIN + lane],
+                m[D + lane],
+                m[DMIN + lane],
+            )
 
 
 @kernel

@@ -46,7 +46,9 @@ class Effort(NamedTuple):
     minima: tuple[int, ...] = ()
 
 
-def _coarse(fewest: float, most: float, count: int, tilts: tuple[float, ...] = (0.5,), again: int = 0) -> list[tuple[float, float]]:
+def _coarse(
+    fewest: float, most: float, count: int, tilts: tuple[float, ...] = (0.5,), again: int = 0
+) -> list[tuple[float, float]]:
     steps = [fewest + (most - fewest) * k / (count - 1) for k in range(count)]
     return [(step, tilt) for step in steps for tilt in tilts] + [(0.0, 0.0)] * again
 
@@ -98,7 +100,12 @@ def fit(grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, ".
     return stored(grid, *fit_reference(grid, w, importance, effort))
 
 
-def encode(grid: KQuant, w: Float[Tensor, "out in"], scale: Float32[Tensor, "out groups"], offset: Float32[Tensor, "out groups"] | None) -> Tensor:
+def encode(
+    grid: KQuant,
+    w: Float[Tensor, "out in"],
+    scale: Float32[Tensor, "out groups"],
+    offset: Float32[Tensor, "out groups"] | None,
+) -> Tensor:
     """Nearest code of every weight."""
     if w.device.type == "cpu":
         from halfbyte.grids import kquant_numba as accelerated
@@ -112,13 +119,20 @@ def usable(scale: Float32[Tensor, "*groups"]) -> Float32[Tensor, "*groups"]:
     return torch.where(scale == 0, FLAT, scale)
 
 
-def nearest(grid: KQuant, w: Float32[Tensor, "*shape"], scale: Tensor, offset: Tensor | None) -> UInt8[Tensor, "*shape"]:
+def nearest(
+    grid: KQuant, w: Float32[Tensor, "*shape"], scale: Tensor, offset: Tensor | None
+) -> UInt8[Tensor, "*shape"]:
     """Nearest codes, given scale and offset of every weight."""
     t = (w if offset is None else w - offset) * usable(scale).reciprocal()
     return (torch.round(t) + grid.middle).clamp_(0, grid.top).to(torch.uint8)
 
 
-def encode_reference(grid: KQuant, w: Float[Tensor, "out in"], scale: Float32[Tensor, "out groups"], offset: Float32[Tensor, "out groups"] | None) -> Tensor:
+def encode_reference(
+    grid: KQuant,
+    w: Float[Tensor, "out in"],
+    scale: Float32[Tensor, "out groups"],
+    offset: Float32[Tensor, "out groups"] | None,
+) -> Tensor:
     grouped = w.float().reshape(*scale.shape, -1)
     return nearest(grid, grouped, scale[..., None], None if offset is None else offset[..., None]).view(w.shape)
 
@@ -145,7 +159,12 @@ def half_up(value: Tensor) -> Tensor:
 
 def fit_reference(
     grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, effort: Effort
-) -> tuple[Float32[Tensor, "out blocks"], Float32[Tensor, "out blocks"], Float32[Tensor, "out groups"], Float32[Tensor, "out groups"]]:
+) -> tuple[
+    Float32[Tensor, "out blocks"],
+    Float32[Tensor, "out blocks"],
+    Float32[Tensor, "out groups"],
+    Float32[Tensor, "out groups"],
+]:
     """d, dmin (or m), and the integer scales and minima, in float32."""
     per_part = max(1, SPLIT // w.shape[1])
     weights = torch.ones(w.shape[1], device=w.device) if importance is None else importance
@@ -160,9 +179,16 @@ def _fit_rows(grid: KQuant, w: Tensor, h: Tensor, effort: Effort) -> tuple[Tenso
     h = h.reshape(x.shape)
     total, mass = (h * x).sum(-1), h.sum(-1).expand(x.shape[:-1])
     bottom, top = float(-grid.middle), float(grid.top - grid.middle)
-    step, offset, mean = (_coarse_with_minimum if grid.has_minimum else _coarse_without)(x, h, total, mass, bottom, top, effort)
+    step, offset, mean = (_coarse_with_minimum if grid.has_minimum else _coarse_without)(
+        x, h, total, mass, bottom, top, effort
+    )
     if grid.scales is None:
-        return half(step.abs())[..., 0], half(offset)[..., 0], torch.zeros_like(step)[..., 0], torch.zeros_like(step)[..., 0]
+        return (
+            half(step.abs())[..., 0],
+            half(offset)[..., 0],
+            torch.zeros_like(step)[..., 0],
+            torch.zeros_like(step)[..., 0],
+        )
     low, high = (float(limit) for limit in grid.scales)
     d, dmin = (half_up(values.abs().amax(-1, keepdim=True) / high) for values in (step, offset))
     scale = torch.where(d > 0, torch.round(step / d), 0).clamp(low, high)
@@ -175,13 +201,17 @@ def _fit_rows(grid: KQuant, w: Tensor, h: Tensor, effort: Effort) -> tuple[Tenso
     return d[..., 0], dmin[..., 0], scale.view(len(w), -1), minimum.view(len(w), -1)
 
 
-def _sums(x: Tensor, h: Tensor, inverse: Tensor, shift: Tensor, bottom: float, top: float) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(
+    x: Tensor, h: Tensor, inverse: Tensor, shift: Tensor, bottom: float, top: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of codes q = round(x * inverse + shift): the weighted sums of q, q^2 and x q."""
     q = torch.round(x * inverse[..., None] + shift[..., None]).clamp(bottom, top)
     return (h * q).sum(-1), (h * q * q).sum(-1), (h * q * x).sum(-1)
 
 
-def _coarse_with_minimum(x: Tensor, h: Tensor, total: Tensor, mass: Tensor, bottom: float, top: float, effort: Effort) -> tuple[Tensor, Tensor, Tensor]:
+def _coarse_with_minimum(
+    x: Tensor, h: Tensor, total: Tensor, mass: Tensor, bottom: float, top: float, effort: Effort
+) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.amin(-1).clamp(max=0), x.amax(-1)
     span = high - low
     step, offset, mean, best = span / top, low, torch.zeros_like(low), torch.full_like(low, -1)
@@ -196,11 +226,15 @@ def _coarse_with_minimum(x: Tensor, h: Tensor, total: Tensor, mass: Tensor, bott
         o = o.clamp(max=0)
         gain = s * xq + o * total
         better = (gain > SURE * best) & (s > 0) & (determinant > FEWEST * mass * q2)
-        best, step, offset, mean = (torch.where(better, new, old) for new, old in ((gain, best), (s, step), (o, offset), (q1 / mass, mean)))
+        best, step, offset, mean = (
+            torch.where(better, new, old) for new, old in ((gain, best), (s, step), (o, offset), (q1 / mass, mean))
+        )
     return step, offset, mean
 
 
-def _coarse_without(x: Tensor, h: Tensor, total: Tensor, mass: Tensor, bottom: float, top: float, effort: Effort) -> tuple[Tensor, Tensor, Tensor]:
+def _coarse_without(
+    x: Tensor, h: Tensor, total: Tensor, mass: Tensor, bottom: float, top: float, effort: Effort
+) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.amin(-1), x.amax(-1)
     extreme = torch.where(high > -low, -high, -low)  # turned round: below zero there is one level more
     step, best = extreme / -bottom, torch.full_like(low, -1)
@@ -213,7 +247,16 @@ def _coarse_without(x: Tensor, h: Tensor, total: Tensor, mass: Tensor, bottom: f
 
 
 def _integers(
-    x: Tensor, h: Tensor, level: Tensor, mean: Tensor, d: Tensor, dmin: Tensor, scale: Tensor, minimum: Tensor, limits: tuple, effort: Effort
+    x: Tensor,
+    h: Tensor,
+    level: Tensor,
+    mean: Tensor,
+    d: Tensor,
+    dmin: Tensor,
+    scale: Tensor,
+    minimum: Tensor,
+    limits: tuple,
+    effort: Effort,
 ) -> tuple[Tensor, Tensor]:
     bottom, top, low, high = limits
     wanted_scale, best = scale, torch.full_like(scale, torch.inf)
@@ -226,14 +269,29 @@ def _integers(
             t = x * (1 / unit)[..., None] + (dmin * try_min / unit)[..., None]
             lost = (h * (t - torch.round(t).clamp(bottom, top)).square()).sum(-1) * unit.square()
             better = lost < best
-            best, scale, minimum = (torch.where(better, new, old) for new, old in ((lost, best), (try_scale, scale), (try_min, minimum)))
+            best, scale, minimum = (
+                torch.where(better, new, old) for new, old in ((lost, best), (try_scale, scale), (try_min, minimum))
+            )
     return scale, minimum
 
 
-def _refit(d: Tensor, dmin: Tensor, scale: Tensor, minimum: Tensor, q1: Tensor, q2: Tensor, xq: Tensor, total: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+def _refit(
+    d: Tensor,
+    dmin: Tensor,
+    scale: Tensor,
+    minimum: Tensor,
+    q1: Tensor,
+    q2: Tensor,
+    xq: Tensor,
+    total: Tensor,
+    mass: Tensor,
+) -> tuple[Tensor, Tensor]:
     """d and dmin by least squares over a block, where they are better once they are rounded."""
     s, m = scale.double(), minimum.double()
-    ss, sm, mm, sx, mx = ((a * b * c).sum(-1, keepdim=True) for a, b, c in ((s, s, q2), (s, m, q1), (m, m, mass), (s, xq, 1), (m, total, 1)))
+    ss, sm, mm, sx, mx = (
+        (a * b * c).sum(-1, keepdim=True)
+        for a, b, c in ((s, s, q2), (s, m, q1), (m, m, mass), (s, xq, 1), (m, total, 1))
+    )
 
     def error(d: Tensor, dmin: Tensor) -> Tensor:
         d, dmin = d.double(), dmin.double()

@@ -58,7 +58,9 @@ class LatticeGrid(Grid):
     def bits(self, shape: Shape) -> float:
         return self.stored_bits / SUPER
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
+    def fit(
+        self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
+    ) -> Params:
         """fp16 `d` [out, in / 256] and the integers `scale` [out, in / group]; a weight is d * (2 scale + 1) * unit * magnitude."""
         if w.shape[1] % SUPER:
             raise BadRequest(f"{self} does not divide a row of {w.shape[1]}; it takes multiples of {SUPER}")
@@ -81,7 +83,9 @@ class LatticeGrid(Grid):
         odd = 2 * params["scale"].float() + 1
         return (d[..., None] * odd.unflatten(1, (d.shape[1], -1)) * self.unit).flatten(1)
 
-    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+    def round(
+        self, w: Float32[Tensor, "out step"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
         self._check_writable()
         scale = self.scales(params)[:, at // self.group, None]
         codes = nearest(self, w * inverse(scale), torch.ones_like(w))
@@ -92,7 +96,9 @@ class LatticeGrid(Grid):
 
         return partial(lattice_numba.round_block, self, self.scales(params))
 
-    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+    def encode(
+        self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
+    ) -> Codes:
         self._check_writable()
         if w.device.type != "cpu":
             return encode_reference(self, w, self.scales(params), importance)
@@ -130,7 +136,9 @@ def inverse(scale: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     return torch.where(scale == 0, 0.0, scale.reciprocal()).clamp(max=1e38)
 
 
-def nearest(grid: LatticeGrid, w: Float32[Tensor, "rows width"], h: Float32[Tensor, "rows width"]) -> UInt8[Tensor, "rows width"]:
+def nearest(
+    grid: LatticeGrid, w: Float32[Tensor, "rows width"], h: Float32[Tensor, "rows width"]
+) -> UInt8[Tensor, "rows width"]:
     """Codes of the lattice vectors nearest to scaled weights, by comparison with every entry.
 
     Turning a weight around costs 4 h |w| q more than leaving it. Where parity asks for it, the entry and the weight are found
@@ -156,7 +164,10 @@ def nearest(grid: LatticeGrid, w: Float32[Tensor, "rows width"], h: Float32[Tens
 
 
 def encode_reference(
-    grid: LatticeGrid, w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], importance: Float32[Tensor, "... in"] | None
+    grid: LatticeGrid,
+    w: Float[Tensor, "out in"],
+    scales: Float32[Tensor, "out groups"],
+    importance: Float32[Tensor, "... in"] | None,
 ) -> UInt8[Tensor, "out in"]:
     """The torch reference of `LatticeGrid.encode`."""
     h = torch.ones(w.shape[1], device=w.device) if importance is None else importance
@@ -183,11 +194,16 @@ def fit_reference(
     for integer in range(grid.top + 1):
         tried = torch.full_like(own, integer) if search else middle
         odd = 2 * tried + 1
-        q = grid.value(encode_reference(grid, w, unit * odd, importance)).unflatten(1, (-1, grid.group)) * odd[..., None]
+        q = (
+            grid.value(encode_reference(grid, w, unit * odd, importance)).unflatten(1, (-1, grid.group))
+            * odd[..., None]
+        )
         p, r = (h * x * q).sum(-1), (h * q * q).sum(-1)
         gain = unit * (2 * p - unit * r)
         better = gain > best
-        best, scale, wq, qq = (torch.where(better, new, old) for new, old in ((gain, best), (tried, scale), (p, wq), (r, qq)))
+        best, scale, wq, qq = (
+            torch.where(better, new, old) for new, old in ((gain, best), (tried, scale), (p, wq), (r, qq))
+        )
         if not search:
             break
     wq, qq = wq.unflatten(1, (-1, per)).sum(-1), qq.unflatten(1, (-1, per)).sum(-1)
@@ -221,7 +237,9 @@ def keys(indices: UInt8[Tensor, "*shape dimension"]) -> Int16[Tensor, "*shape"]:
     """One number for a vector of magnitudes: its indices as digits, four bits of four or two bits of eight (as int16, it may wrap)."""
     word, run = {4: torch.int32, 8: torch.int64}[indices.shape[-1]], 16 // indices.shape[-1]
     key, apart = indices.contiguous().view(word)[..., 0], 8
-    while apart < 8 * word.itemsize:  # neighbours move together, two by two: runs of bits become half as many, twice as long
+    while (
+        apart < 8 * word.itemsize
+    ):  # neighbours move together, two by two: runs of bits become half as many, twice as long
         key, apart, run = key | key >> (apart - run), 2 * apart, 2 * run
         key &= sum(((1 << run) - 1) << at for at in range(0, 8 * word.itemsize, apart))
     return key.to(torch.int16)

@@ -39,7 +39,9 @@ def tables(grid: "reference.LatticeGrid") -> tuple[np.ndarray, ...]:
     book = reference.codebook(grid.name)
     values = magnitudes[book.int()]
     combinations = magnitudes[torch.cartesian_prod(*[torch.arange(len(magnitudes))] * grid.dimension).flip(1)]
-    distance, near = torch.cdist(combinations, values, compute_mode="donot_use_mm_for_euclid_dist").topk(LISTED, largest=False)
+    distance, near = torch.cdist(combinations, values, compute_mode="donot_use_mm_for_euclid_dist").topk(
+        LISTED, largest=False
+    )
     centres = (torch.arange(CELLS) + 0.5) / 2
     digit = (centres[:, None] - magnitudes).abs().argmin(1).int()
     listed = values[near].transpose(1, 2).to(torch.uint8)
@@ -48,21 +50,49 @@ def tables(grid: "reference.LatticeGrid") -> tuple[np.ndarray, ...]:
 
 
 def fit(
-    grid: "reference.LatticeGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool
+    grid: "reference.LatticeGrid",
+    w: Float[Tensor, "out in"],
+    importance: Float32[Tensor, "... in"] | None,
+    search: bool,
 ) -> tuple[Float32[Tensor, "out blocks"], UInt8[Tensor, "out groups"]]:
     rows, width = w.shape
     d, scale = np.empty((rows, width // reference.SUPER), np.float32), np.empty((rows, width // grid.group), np.uint8)
     h, shape = _weights(width, importance), (grid.group, grid.dimension, grid.parity)
-    in_threads(_fit, rows, raw(w), h, tables(grid), *shape, F(grid.unit), F(grid.spread), PATIENCE + (importance is not None) if search else 0, d, scale)
+    in_threads(
+        _fit,
+        rows,
+        raw(w),
+        h,
+        tables(grid),
+        *shape,
+        F(grid.unit),
+        F(grid.spread),
+        PATIENCE + (importance is not None) if search else 0,
+        d,
+        scale,
+    )
     return torch.from_numpy(d), torch.from_numpy(scale)
 
 
 def encode(
-    grid: "reference.LatticeGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], importance: Float32[Tensor, " in"] | None
+    grid: "reference.LatticeGrid",
+    w: Float[Tensor, "out in"],
+    scales: Float32[Tensor, "out groups"],
+    importance: Float32[Tensor, " in"] | None,
 ) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
     shape, book = (grid.group, grid.dimension, grid.parity), reference.codebook(grid.name).numpy()
-    in_threads(_encode, len(w), raw(w), _weights(w.shape[1], importance), tables(grid), *shape, book, scales.contiguous().numpy(), codes)
+    in_threads(
+        _encode,
+        len(w),
+        raw(w),
+        _weights(w.shape[1], importance),
+        tables(grid),
+        *shape,
+        book,
+        scales.contiguous().numpy(),
+        codes,
+    )
     return torch.from_numpy(codes)
 
 
@@ -149,12 +179,34 @@ def _entries_of_4(a, h, first, digit, values, near, exact, listed, cost, entry):
 def _scratch(group, dimension):
     """Room for one group in eights: weights, scaled magnitudes, their indices, entries, flipped weights; and costs."""
     eights = group // 8, 8
-    a, digit, entry = np.empty(eights, np.float32), np.empty(eights, np.int32), np.empty((group // 8, 8 // dimension), np.uint16)
+    a, digit, entry = (
+        np.empty(eights, np.float32),
+        np.empty(eights, np.int32),
+        np.empty((group // 8, 8 // dimension), np.uint16),
+    )
     return np.empty(eights, np.float32), a, digit, entry, np.empty(group // 8, np.int64), np.empty(LISTED, np.float32)
 
 
 @inline
-def _group(inverse, h, first, parity, dimension, digits, magnitudes, values, near, exact, listed, x, a, digit, entry, flipped, cost):
+def _group(
+    inverse,
+    h,
+    first,
+    parity,
+    dimension,
+    digits,
+    magnitudes,
+    values,
+    near,
+    exact,
+    listed,
+    x,
+    a,
+    digit,
+    entry,
+    flipped,
+    cost,
+):
     """Find the entries of the group x, whose first eight is number `first` of the row. Returns sum(h w q) and sum(h q q), scaled."""
     _scaled(x, inverse, digits, a, digit)
     if parity:
@@ -177,7 +229,9 @@ def _inverse(scale):
 @kernel
 def _fit(start, stop, w, h, table, group, dimension, parity, unit, spread, patience, d, scale):
     for row in range(start, stop):
-        _fit_row(w[row], h[row % h.shape[0]], table, group, dimension, parity, unit, spread, patience, d[row], scale[row])
+        _fit_row(
+            w[row], h[row % h.shape[0]], table, group, dimension, parity, unit, spread, patience, d[row], scale[row]
+        )
 
 
 @part
@@ -205,7 +259,23 @@ def _fit_row(w, h, table, group, dimension, parity, unit, spread, patience, d, s
                 while 0 <= integer <= 15 and (misses < patience or integer == middle):
                     by = above * unit * F(2 * integer + 1)
                     p, q = _group(
-                        _inverse(by), h, at // 8, parity, dimension, digits, magnitudes, values, near, exact, listed, x, a, digit, entry, flipped, cost
+                        _inverse(by),
+                        h,
+                        at // 8,
+                        parity,
+                        dimension,
+                        digits,
+                        magnitudes,
+                        values,
+                        near,
+                        exact,
+                        listed,
+                        x,
+                        a,
+                        digit,
+                        entry,
+                        flipped,
+                        cost,
                     )
                     gain = by * by * (F(2) * p - q)
                     if gain > best:
@@ -241,7 +311,9 @@ def _largest(x):
 @kernel
 def _encode(start, stop, w, h, table, group, dimension, parity, book, scales, codes):
     for row in range(start, stop):
-        _encode_row(w[row], h[row % h.shape[0]], table, group, dimension, parity, book, scales[row], codes[row].reshape(-1, 8))
+        _encode_row(
+            w[row], h[row % h.shape[0]], table, group, dimension, parity, book, scales[row], codes[row].reshape(-1, 8)
+        )
 
 
 @part
@@ -252,7 +324,25 @@ def _encode_row(w, h, table, group, dimension, parity, book, scales, codes):
     for g in range(scales.size):
         widen(w[g * group : (g + 1) * group], flat)
         inverse, first = _inverse(scales[g]), g * eights
-        _group(inverse, h, first, parity, dimension, digits, magnitudes, values, near, exact, listed, x, a, digit, entry, flipped, cost)
+        _group(
+            inverse,
+            h,
+            first,
+            parity,
+            dimension,
+            digits,
+            magnitudes,
+            values,
+            near,
+            exact,
+            listed,
+            x,
+            a,
+            digit,
+            entry,
+            flipped,
+            cost,
+        )
         for v in range(eights):
             for part in range(8 // dimension):
                 for i in range(dimension):
@@ -287,13 +377,31 @@ def round_block(
 @kernel
 def _round_block(start, stop, wanted, target, error, coupling, scales, table, step, dimension, parity, book, codes):
     for row in range(start, stop):
-        _round_row(wanted[row], target[row], error[row], coupling, scales[row], table, step, dimension, parity, book, codes[row])
+        _round_row(
+            wanted[row],
+            target[row],
+            error[row],
+            coupling,
+            scales[row],
+            table,
+            step,
+            dimension,
+            parity,
+            book,
+            codes[row],
+        )
 
 
 @part
 def _round_row(wanted, target, error, coupling, scales, table, step, dimension, parity, book, codes):
     digits, magnitudes, values, near, _, listed = table
-    y, z, m, left, weight = np.zeros(8, np.float32), np.zeros(8, np.float32), np.zeros(8, np.float32), np.zeros(8, np.float32), np.zeros(8, np.float32)
+    y, z, m, left, weight = (
+        np.zeros(8, np.float32),
+        np.zeros(8, np.float32),
+        np.zeros(8, np.float32),
+        np.zeros(8, np.float32),
+        np.zeros(8, np.float32),
+    )
     c, sign, cost = np.zeros((8, 8), np.float32), np.zeros(8, np.float32), np.zeros(LISTED, np.float32)
     for run in range(scales.size - 1, -1, -1):
         at, inverse = run * step, _inverse(scales[run])

@@ -62,7 +62,9 @@ class LevelGrid(Grid):
     def bits(self, shape: Shape) -> float:
         return 4 + SCALE_BITS[self.scale] / self.group + (16 / SUPER if self.scale == "6-bit" else 0)
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
+    def fit(
+        self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
+    ) -> Params:
         """`scale` [out, in / group], in fp16 or as the stored byte. 6-bit: as the stored 6 bits, for d * (scale - 32), and fp16
         `d` [out, in / 256]."""
         if w.shape[1] % self.block:
@@ -78,7 +80,9 @@ class LevelGrid(Grid):
             return {"d": scale.half(), "scale": integer}
         if self.scale == "fp16":
             return {"scale": scale.half()}
-        return {"scale": torch.searchsorted(byte_scales(self.scale).to(scale.device), scale.contiguous()).to(torch.uint8)}
+        return {
+            "scale": torch.searchsorted(byte_scales(self.scale).to(scale.device), scale.contiguous()).to(torch.uint8)
+        }
 
     def scales(self, params: Params) -> Float32[Tensor, "out groups"]:
         """What each group's levels are multiplied by."""
@@ -90,7 +94,9 @@ class LevelGrid(Grid):
             return scale.float()
         return every_byte_scale(self.scale).to(scale.device)[scale.int()]
 
-    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+    def round(
+        self, w: Float32[Tensor, "out step"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
         scale = self.scales(params)[:, at // self.group, None]
         code = nearest(self, w * inverse(scale))
         return code, scale * self._value(code)
@@ -100,7 +106,9 @@ class LevelGrid(Grid):
 
         return partial(round_block, Table(self.scales(params), *cells(self.levels)), self.group)
 
-    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+    def encode(
+        self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
+    ) -> Codes:
         if w.device.type == "cpu":
             from halfbyte.grids import levels_numba
 
@@ -224,14 +232,24 @@ def _two_levels(grid: LevelGrid, x: Tensor, h: Tensor, scale: Tensor, search: bo
     each = top.repeat_interleave(SUPER // grid.group, 1)
     if not search:
         return top, (exact.round().clamp(-32, 31) + 32).to(torch.uint8)
-    best, sub, wq, qq = torch.full_like(scale, -torch.inf), torch.zeros_like(scale), torch.zeros_like(scale), torch.zeros_like(scale)
+    best, sub, wq, qq = (
+        torch.full_like(scale, -torch.inf),
+        torch.zeros_like(scale),
+        torch.zeros_like(scale),
+        torch.zeros_like(scale),
+    )
     for up in (0, 1):
         integer = (exact.floor() + up).clamp(-32, 31)
         a, b = _moments(grid, x, h, each * integer)
         gain = each * integer * (2 * a - each * integer * b)
         better = gain > best
-        best, sub, wq, qq = (torch.where(better, new, old) for new, old in ((gain, best), (integer, sub), (a, wq), (b, qq)))
-    numerator, denominator = ((sub * wq).unflatten(1, wide.shape[1:]).sum(-1), (sub * sub * qq).unflatten(1, wide.shape[1:]).sum(-1))
+        best, sub, wq, qq = (
+            torch.where(better, new, old) for new, old in ((gain, best), (integer, sub), (a, wq), (b, qq))
+        )
+    numerator, denominator = (
+        (sub * wq).unflatten(1, wide.shape[1:]).sum(-1),
+        (sub * sub * qq).unflatten(1, wide.shape[1:]).sum(-1),
+    )
     refined = store(torch.where(denominator > 0, numerator / denominator, 0.0), "fp16")
     better = refined * (2 * numerator - refined * denominator) > top * (2 * numerator - top * denominator)
     return torch.where(better, refined, top), (sub + 32).to(torch.uint8)

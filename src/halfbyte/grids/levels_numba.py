@@ -27,7 +27,20 @@ def fit(
     table, borders = np.zeros(1, np.float32), np.zeros(0, np.float32)
     if kind == BYTE:
         table, borders = reference.byte_scales(grid.scale).numpy(), reference.borders(grid.scale).numpy()
-    in_threads(_fit, rows, raw(w), h, grid.group, values, F(grid.reach), np.array(grid.tries if search else (), np.int64), kind, table, borders, scale)
+    in_threads(
+        _fit,
+        rows,
+        raw(w),
+        h,
+        grid.group,
+        values,
+        F(grid.reach),
+        np.array(grid.tries if search else (), np.int64),
+        kind,
+        table,
+        borders,
+        scale,
+    )
     if kind != FREE:
         return torch.from_numpy(scale), None
     top, sub = np.empty((rows, width // reference.SUPER), np.float32), np.empty(scale.shape, np.uint8)
@@ -35,9 +48,19 @@ def fit(
     return torch.from_numpy(top), torch.from_numpy(sub)
 
 
-def encode(grid: "reference.LevelGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"]) -> UInt8[Tensor, "out in"]:
+def encode(
+    grid: "reference.LevelGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"]
+) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
-    in_threads(_encode, len(w), raw(w), reference.inverse(scales).contiguous().numpy(), reference.cells(grid.levels)[0].int().numpy(), grid.group, codes)
+    in_threads(
+        _encode,
+        len(w),
+        raw(w),
+        reference.inverse(scales).contiguous().numpy(),
+        reference.cells(grid.levels)[0].int().numpy(),
+        grid.group,
+        codes,
+    )
     return torch.from_numpy(codes)
 
 
@@ -157,7 +180,9 @@ def _two_levels(start, stop, w, h, group, values, search, scale, top, sub):
                 numerator += integer * wq
                 denominator += integer * integer * qq
             refined = _half(numerator / denominator if denominator > 0 else F(0))
-            better = refined * (F(2) * numerator - refined * denominator) > above * (F(2) * numerator - above * denominator)
+            better = refined * (F(2) * numerator - refined * denominator) > above * (
+                F(2) * numerator - above * denominator
+            )
             top[row, s] = refined if better and search else above
 
 

@@ -34,14 +34,18 @@ class LLMInt8(Grid):
     def bits(self, shape: Shape) -> float:
         return 8 + 32 / shape[1]
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
+    def fit(
+        self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
+    ) -> Params:
         """`absmax` [out], in fp32. Found by a search, it may be less than the largest weight, or negative: then -128 is used."""
         if not search:
             return {"absmax": w.abs().amax(1).float()}
         scale, _ = rounding.fit(w, importance, w.shape[1], 8, True, True, torch.float32)
         return {"absmax": scale[:, 0] * TOP}
 
-    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+    def round(
+        self, w: Float32[Tensor, "out step"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
         codes = self.encode(w, params)
         return codes, self.decode(codes, params)
 
@@ -52,7 +56,9 @@ class LLMInt8(Grid):
         zero = torch.full_like(scale, ZERO, dtype=torch.uint8)
         return partial(round_block, Even(scale, zero, torch.zeros_like(scale), 2 * ZERO - 1), None)
 
-    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+    def encode(
+        self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
+    ) -> Codes:
         by = torch.where(params["absmax"] == 0, 0.0, TOP / params["absmax"]).clamp(-1e38, 1e38)
         return (torch.round(w.float() * by[:, None]) + ZERO).clamp_(0, 2 * ZERO - 1).to(torch.uint8)
 

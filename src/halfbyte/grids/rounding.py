@@ -30,7 +30,13 @@ SMALLEST, LARGEST = 2.0**-17, 65280.0
 
 
 def fit(
-    w: Float[Tensor, "rows width"], importance: Float32[Tensor, "... width"] | None, group: int, bits: int, symmetric: bool, search: bool, dtype: torch.dtype
+    w: Float[Tensor, "rows width"],
+    importance: Float32[Tensor, "... width"] | None,
+    group: int,
+    bits: int,
+    symmetric: bool,
+    search: bool,
+    dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "rows groups"], UInt8[Tensor, "rows groups"] | None]:
     """Scales in the precision `dtype` and, if asymmetric, zero codes."""
     if w.device.type == "cpu":
@@ -73,7 +79,13 @@ def reach(bits: int) -> tuple[float, float]:
 
 
 def fit_reference(
-    w: Float[Tensor, "rows width"], importance: Float32[Tensor, "... width"] | None, group: int, bits: int, symmetric: bool, search: bool, dtype: torch.dtype
+    w: Float[Tensor, "rows width"],
+    importance: Float32[Tensor, "... width"] | None,
+    group: int,
+    bits: int,
+    symmetric: bool,
+    search: bool,
+    dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "rows groups"], UInt8[Tensor, "rows groups"] | None]:
     rows, width = w.shape
     x = w.float().view(rows, width // group, group)

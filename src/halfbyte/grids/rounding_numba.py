@@ -26,7 +26,13 @@ ROWS = 20
 
 
 def fit(
-    w: Float[Tensor, "rows width"], importance: Float32[Tensor, "... width"] | None, group: int, bits: int, symmetric: bool, search: bool, dtype: torch.dtype
+    w: Float[Tensor, "rows width"],
+    importance: Float32[Tensor, "... width"] | None,
+    group: int,
+    bits: int,
+    symmetric: bool,
+    search: bool,
+    dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "rows groups"], UInt8[Tensor, "rows groups"] | None]:
     rows, width = w.shape
     h = None if importance is None or not search else importance.contiguous().numpy().reshape(-1)
@@ -36,7 +42,21 @@ def fit(
     row = (TRIED[bits], *(F(value) for value in (*reach(bits), CLIPPED / NORMAL_STEP[bits]))) if search else None
     lanes, steps = tiles.lanes_per_group(group), tiles.steps_per_lane(group)
     tasks = -(-scale.size * lanes // LANES)
-    in_threads(_fit, tasks, raw(w).reshape(-1), h, group, lanes, steps, F((1 << bits) - 1), symmetric, row, held, scale.reshape(-1), zero.reshape(-1))
+    in_threads(
+        _fit,
+        tasks,
+        raw(w).reshape(-1),
+        h,
+        group,
+        lanes,
+        steps,
+        F((1 << bits) - 1),
+        symmetric,
+        row,
+        held,
+        scale.reshape(-1),
+        zero.reshape(-1),
+    )
     return store(torch.from_numpy(scale), dtype), None if symmetric else torch.from_numpy(zero)
 
 
@@ -59,7 +79,9 @@ def _store(scale, held):
     splitter, smallest, largest = held
     scale = min(max(scale, smallest), largest)
     fixed = np.rint(scale * F(2**24)) * F(2**-24)  # fp16 has steps of 2^-24 below 2^-14
-    high = scale * splitter  # Veltkamp's splitting needs the order of operations: without fastmath=False it takes the caller's
+    high = (
+        scale * splitter
+    )  # Veltkamp's splitting needs the order of operations: without fastmath=False it takes the caller's
     return fixed if (splitter == F(2**13 + 1)) & (scale < F(2**-14)) else high - (high - scale)
 
 
@@ -194,7 +216,14 @@ def _better(m, groups, zero, xq, qq, held, sign):
     fold(m[qq : qq + LANES], groups)
     for g in range(groups):
         # Read before it is chosen from: LLVM makes no vectors of a read that depends on the choice.
-        sum_xq, sum_qq, tried, zero_before, scale_before, before = m[xq + g], m[qq + g], m[zero + g], m[ZERO + g], m[SCALE + g], m[GAIN + g]
+        sum_xq, sum_qq, tried, zero_before, scale_before, before = (
+            m[xq + g],
+            m[qq + g],
+            m[zero + g],
+            m[ZERO + g],
+            m[SCALE + g],
+            m[GAIN + g],
+        )
         stored = _store(sum_xq / sum_qq, held)
         gain = stored * (F(2) * sum_xq - stored * sum_qq)
         better = (gain > before) & (sum_xq > 0)

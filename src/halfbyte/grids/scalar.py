@@ -23,7 +23,9 @@ from halfbyte.grids import rounding
 from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 
 SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-PATTERN = re.compile(r"int(?P<bits>[2-8])-(?P<span>tensor|channel|g(?P<group>[1-9]\d*))(?P<asym>-asym)?(-(?P<scale>fp16|bf16|fp32))?")
+PATTERN = re.compile(
+    r"int(?P<bits>[2-8])-(?P<span>tensor|channel|g(?P<group>[1-9]\d*))(?P<asym>-asym)?(-(?P<scale>fp16|bf16|fp32))?"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class IntGrid(Grid):
     def parse(cls, name: str) -> "IntGrid":
         match = PATTERN.fullmatch(name)
         if match is None:
-            raise BadRequest(f"'{name}' is no integer grid; write int<2..8>-<tensor|channel|gN>[-asym], such as int4-g128 or int8-channel")
+            raise BadRequest(
+                f"'{name}' is no integer grid; write int<2..8>-<tensor|channel|gN>[-asym], such as int4-g128 or int8-channel"
+            )
         span = int(match["group"]) if match["group"] else match["span"]
         return cls(int(match["bits"]), span, not match["asym"], match["scale"] or "fp16")
 
@@ -84,18 +88,25 @@ class IntGrid(Grid):
         overhead = SCALE_DTYPES[self.scale].itemsize * 8 + (0 if self.symmetric else self.bits_per_code)
         return self.bits_per_code + scales * overhead / (out * width)
 
-    def fit(self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True) -> Params:
+    def fit(
+        self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
+    ) -> Params:
         out, width = w.shape
         group = self.block or width
         if self.span == "tensor":
             w, group = w.reshape(1, -1), w.numel()
             importance = importance.expand(out, width).reshape(-1) if importance is not None else None
         self.groups(width)
-        scale, zero = rounding.fit(w, importance, group, self.bits_per_code, self.symmetric, search, SCALE_DTYPES[self.scale])
+        scale, zero = rounding.fit(
+            w, importance, group, self.bits_per_code, self.symmetric, search, SCALE_DTYPES[self.scale]
+        )
         if zero is None:
             return {"scale": scale}
         # A zero point of 0 is the zero point 2^bits - 1 of the negated scale: the same values, and every container holds it.
-        return {"scale": torch.where(zero == 0, -scale, scale), "zero": torch.where(zero == 0, (1 << self.bits_per_code) - 1, zero)}
+        return {
+            "scale": torch.where(zero == 0, -scale, scale),
+            "zero": torch.where(zero == 0, (1 << self.bits_per_code) - 1, zero),
+        }
 
     def columns(self, params: Params, at: int) -> tuple[Tensor, Tensor | int]:
         """Scale [rows, 1] in float32 and zero code of the group that column `at` belongs to."""
@@ -103,7 +114,9 @@ class IntGrid(Grid):
         zero = self.midpoint if self.symmetric else params["zero"][:, group : group + 1].float()
         return params["scale"][:, group : group + 1].float(), zero
 
-    def round(self, w: Float32[Tensor, "out step"], params: Params, at: int) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+    def round(
+        self, w: Float32[Tensor, "out step"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
         scale, zero = self.columns(params, at)
         q = (torch.round(w * scale.reciprocal()) + zero).clamp_(0, (1 << self.bits_per_code) - 1)
         return q.to(torch.uint8), (q - zero) * scale
@@ -112,13 +125,23 @@ class IntGrid(Grid):
         from halfbyte.grids.round_block_numba import Even, round_block
 
         scale = params["scale"].float().expand(rows, -1)
-        zero = torch.full_like(scale, self.midpoint, dtype=torch.uint8) if self.symmetric else params["zero"].expand(rows, -1)
-        return partial(round_block, Even(scale, zero, torch.zeros_like(scale), (1 << self.bits_per_code) - 1), self.block)
+        zero = (
+            torch.full_like(scale, self.midpoint, dtype=torch.uint8)
+            if self.symmetric
+            else params["zero"].expand(rows, -1)
+        )
+        return partial(
+            round_block, Even(scale, zero, torch.zeros_like(scale), (1 << self.bits_per_code) - 1), self.block
+        )
 
-    def encode(self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None) -> Codes:
+    def encode(
+        self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
+    ) -> Codes:
         zero = None if self.symmetric else params["zero"]
         if self.span == "tensor":
-            return rounding.encode(w.reshape(1, -1), params["scale"].float(), zero, w.numel(), self.bits_per_code).view(w.shape)
+            return rounding.encode(w.reshape(1, -1), params["scale"].float(), zero, w.numel(), self.bits_per_code).view(
+                w.shape
+            )
         return rounding.encode(w, params["scale"].float(), zero, self.block or w.shape[1], self.bits_per_code)
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:

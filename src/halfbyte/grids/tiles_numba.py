@@ -51,7 +51,9 @@ def _widen_half(raw, x):
     for i in range(raw.size):
         half = np.uint32(raw[i])
         bits = (half & np.uint32(0x8000)) << np.uint32(16) | (half & np.uint32(0x7FFF)) << np.uint32(13)
-        x[i] = np.uint32(bits).view(np.float32) * F(2.0**112)  # the exponent moves by 112; the product does it for subnormal numbers too
+        x[i] = np.uint32(bits).view(np.float32) * F(
+            2.0**112
+        )  # the exponent moves by 112; the product does it for subnormal numbers too
 
 
 @part
@@ -104,7 +106,9 @@ def load(w, h, size, first, line, x, weight):
 def _transpose(line, size, x):
     """Lane l gets weights of group l, of as many groups as there are; so do the lanes that lie that number, and its multiples, after it."""
     steps, groups = x.shape[0], line.size // size
-    if groups < 16:  # each lane every so many weights, one row after another; else, each a run of weights, all groups at once
+    if (
+        groups < 16
+    ):  # each lane every so many weights, one row after another; else, each a run of weights, all groups at once
         lanes = LANES // groups
         for g in range(groups):
             for start in range(0, size, lanes):

@@ -32,7 +32,11 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Meth
     for weight in weights:
         override = next((g for p, g in recipe.override.items() if matches(weight, p)), None)
         places = names.places(weight.tensor)
-        type_name = max((wanted.get(p.name, "F16") for p in places), key=lambda t: TYPES[t].size_bytes / TYPES[t].block, default="F16")
+        type_name = max(
+            (wanted.get(p.name, "F16") for p in places),
+            key=lambda t: TYPES[t].size_bytes / TYPES[t].block,
+            default="F16",
+        )
         if any(matches(weight, p) for p in recipe.skip):
             choices.append(Choice(weight, None, SKIPPED))
         elif override == "keep" or not places or (type_name in presets.PLAIN and override is None):
@@ -46,12 +50,23 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Meth
         recipe, method = recipe.model_copy(update={"method": "nearest"}), PARTS["nearest"]
     elif not any(c.scheme for c in choices):
         raise BadRequest(f"nothing is left to quantize: {next((c.note for c in choices), 'the model has no matrix')}")
-    job = Job(recipe, checkpoint, container, method, choices, kept, dropped=dropped, preset=preset if _is_mostly(preset, choices, wanted, names) else None)
+    job = Job(
+        recipe,
+        checkpoint,
+        container,
+        method,
+        choices,
+        kept,
+        dropped=dropped,
+        preset=preset if _is_mostly(preset, choices, wanted, names) else None,
+    )
     if preset and not job.preset:
         job.warnings.append(f"most of this is {job.label}, not {preset}, and the file says so")
     job.warnings += remarks_on(checkpoint, dropped)
     misfits = Counter(c.note for c in choices if c.note.startswith(MISFIT))
-    job.warnings += [f"{count} matri{'ces' if count > 1 else 'x'} kept as in the source: {note}" for note, count in misfits.items()]
+    job.warnings += [
+        f"{count} matri{'ces' if count > 1 else 'x'} kept as in the source: {note}" for note, count in misfits.items()
+    ]
     return job
 
 
@@ -59,7 +74,11 @@ def _is_mostly(preset: str | None, choices: list[Choice], wanted: Mapping[str, s
     """Whether most matrices have the types that a preset gives them, whatever else was asked or fits."""
     if preset is None or preset in presets.PLAIN:
         return True
-    same = [type_of(c.scheme.weight) in {wanted.get(place.name) for place in names.places(c.weight.tensor)} for c in choices if c.scheme]
+    same = [
+        type_of(c.scheme.weight) in {wanted.get(place.name) for place in names.places(c.weight.tensor)}
+        for c in choices
+        if c.scheme
+    ]
     return 2 * sum(same) >= len(same)
 
 
@@ -97,7 +116,9 @@ def _type_named(name: str) -> str:
     return type_of(scheme.weight)
 
 
-def _types(preset: str | None, base: str, weights: list[Weight], names: Names, checkpoint: Checkpoint, imatrix: bool) -> dict[str, str]:
+def _types(
+    preset: str | None, base: str, weights: list[Weight], names: Names, checkpoint: Checkpoint, imatrix: bool
+) -> dict[str, str]:
     """The type of every GGUF tensor that is made of these weights."""
     shapes: dict[str, tuple[int, ...]] = {}
     for weight in weights:
@@ -108,28 +129,38 @@ def _types(preset: str | None, base: str, weights: list[Weight], names: Names, c
         return dict.fromkeys(shapes, base)
     c = checkpoint.text_config
     heads = c.get("num_attention_heads") or c.get("n_head") or 1
-    experts = next((c[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if isinstance(c.get(k), int)), 0)
+    experts = next(
+        (c[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if isinstance(c.get(k), int)), 0
+    )
     layers = c.get("num_hidden_layers") or c.get("n_layer") or 0
     arch = getattr(getattr(names, "family", None), "arch", checkpoint.model_type)
     per_kv = heads // (c.get("num_key_value_heads") or c.get("num_kv_heads") or heads)
-    return presets.types(preset, shapes, presets.Model(arch, layers, per_kv, experts, imatrix, tied="output.weight" not in shapes))
+    return presets.types(
+        preset, shapes, presets.Model(arch, layers, per_kv, experts, imatrix, tied="output.weight" not in shapes)
+    )
 
 
 def _fitting(weight: Weight, type_name: str) -> Choice:
     """The type, or one in smaller blocks where it does not divide the row, as llama.cpp has it."""
     fits = presets.fallback(type_name, weight.shape[1])
     if fits == "F16":
-        return Choice(weight, None, f"{MISFIT} {type_name} nor a type in smaller blocks divides its {weight.shape[1]} in-features")
+        return Choice(
+            weight, None, f"{MISFIT} {type_name} nor a type in smaller blocks divides its {weight.shape[1]} in-features"
+        )
     GGUF().check(LAYOUTS[fits].grid, weight.shape)
     note = "" if fits == type_name else f"{type_name} does not divide {weight.shape[1]} in-features: {fits}"
     return Choice(weight, LAYOUTS[fits].grid, note)
 
 
-def transcode(checkpoint: Checkpoint, container: GGUF, weights: list[Weight], names: Names, grid: str | None) -> tuple[list[Choice], str | None]:
+def transcode(
+    checkpoint: Checkpoint, container: GGUF, weights: list[Weight], names: Names, grid: str | None
+) -> tuple[list[Choice], str | None]:
     """Rounded to what is asked for, and the preset that it is then; else as it is, or to the type of as many bits where a GGUF does not hold that."""
     preset, base = _preset_and_type(grid) if grid else (None, "")
     if preset in presets.PLAIN:
-        raise BadRequest(f"{preset} does not quantize: write it with halfbyte dequantize {checkpoint.path} -o OUT.gguf --dtype {PLAIN_DTYPES[preset]}")
+        raise BadRequest(
+            f"{preset} does not quantize: write it with halfbyte dequantize {checkpoint.path} -o OUT.gguf --dtype {PLAIN_DTYPES[preset]}"
+        )
     wanted = _types(preset, base, weights, names, checkpoint, imatrix=False) if grid else {}
     choices = []
     for weight in weights:
@@ -141,7 +172,9 @@ def transcode(checkpoint: Checkpoint, container: GGUF, weights: list[Weight], na
             choices.append(Choice(weight, same.grid, remark))
         else:
             choice = asked or _fitting(weight, _type_like(own))
-            again = f"{own} rounded again, as asked" if same else f"gguf does not hold {own} value for value: rounded again"
+            again = (
+                f"{own} rounded again, as asked" if same else f"gguf does not hold {own} value for value: rounded again"
+            )
             choices.append(replace(choice, note="; ".join(filter(None, (again, remark, choice.note)))))
     return choices, preset if _is_mostly(preset, choices, wanted, names) else None
 

@@ -97,7 +97,11 @@ class Job:
         """What to do about numbers that the output's 16 bits have not."""
         if self.recipe.method == "dequantize":
             return "write --dtype bfloat16 or float32"
-        return "write --grid BF16 or F32, or --skip it" if self.plain else "quantize the model from which this one was made"
+        return (
+            "write --grid BF16 or F32, or --skip it"
+            if self.plain
+            else "quantize the model from which this one was made"
+        )
 
     @property
     def calibrated(self) -> bool:
@@ -110,7 +114,11 @@ def keep(checkpoint: Checkpoint, choices: list[Choice]) -> dict[str, str]:
     quantized = {c.weight.tensor for c in choices if c.scheme}
     reasons = {c.weight.tensor: c.note for c in choices if not c.scheme}
     others = checkpoint.linears.others
-    return {t: reasons.get(t) or others.get(t, "not a matrix of a decoder block") for t in checkpoint.tensors() if t not in quantized}
+    return {
+        t: reasons.get(t) or others.get(t, "not a matrix of a decoder block")
+        for t in checkpoint.tensors()
+        if t not in quantized
+    }
 
 
 def doubts(checkpoint: Checkpoint) -> list[str]:
@@ -120,7 +128,9 @@ def doubts(checkpoint: Checkpoint) -> list[str]:
     kept, taken = (sum(prod(checkpoint.spec(t).shape) for t in tensors) for tensors in (others, linears))
     if kept > NOTED * (kept + taken):
         first, reason = next(iter(others.items()))
-        found.append(f"{100 * kept / (kept + taken):.0f}% of the weights in blocks stay as they are, such as '{first}': {reason}")
+        found.append(
+            f"{100 * kept / (kept + taken):.0f}% of the weights in blocks stay as they are, such as '{first}': {reason}"
+        )
     return found
 
 
@@ -132,7 +142,9 @@ def matches(weight: Weight, pattern: str) -> bool:
 def check_patterns(weights: list[Weight], patterns: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(matches(w, pattern) for w in weights):
-            raise BadRequest(f"pattern '{pattern}' matches no weight; they are called like {next(w.name for w in weights if w.block)}")
+            raise BadRequest(
+                f"pattern '{pattern}' matches no weight; they are called like {next(w.name for w in weights if w.block)}"
+            )
 
 
 def commonest(found: Iterable[tuple[AnyScheme, tuple[int, ...]]]) -> str:

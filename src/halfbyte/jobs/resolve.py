@@ -53,7 +53,9 @@ def resolve(recipe: Recipe) -> Job:
     job.warnings += doubts(checkpoint)
     was = commonest(checkpoint.quantized.values())
     if checkpoint.container and _is_original(checkpoint):
-        job.warnings.append(f"the source's weights are {was}: errors are those against these, as precise as the model was released")
+        job.warnings.append(
+            f"the source's weights are {was}: errors are those against these, as precise as the model was released"
+        )
     elif checkpoint.container:
         job.warnings.append(
             f"the source is quantized already ({checkpoint.container.name}, {was}), and its values were taken as the original: all errors and losses are "
@@ -84,16 +86,22 @@ def _require_names(checkpoint: Checkpoint) -> None:
     except BadCheckpoint:
         return
     if lost := modules.read_in_stacks(model, numbered):
-        raise Unsupported(f"in 16 bits Transformers reads '{lost}' out of one tensor of all experts, which is not put together yet; take the original model")
+        raise Unsupported(
+            f"in 16 bits Transformers reads '{lost}' out of one tensor of all experts, which is not put together yet; take the original model"
+        )
 
 
 def _of_adapter(checkpoint: Checkpoint) -> list[str]:
     """What is to be said of an adapter that was merged, or of one that lies beside the model and was not."""
     if checkpoint.adapter:
         counts = f"{len(checkpoint.adapter.low_rank)} products, {len(checkpoint.adapter.whole)} tensors whole"
-        return [f"the adapter {checkpoint.adapter.path} was merged into the model as it was read ({counts}): the original is the model with it"]
+        return [
+            f"the adapter {checkpoint.adapter.path} was merged into the model as it was read ({counts}): the original is the model with it"
+        ]
     if adapter.is_adapter(checkpoint.path):
-        return [f"{checkpoint.path} holds an adapter beside the model, which was left out; --adapter {checkpoint.path} merges it"]
+        return [
+            f"{checkpoint.path} holds an adapter beside the model, which was left out; --adapter {checkpoint.path} merges it"
+        ]
     return []
 
 
@@ -105,11 +113,16 @@ def _engine(words: str | None) -> str | None:
 def _judge(job: Job) -> None:
     """Ask every engine. Raises Unsupported where the one that was asked for will not load the output, or where none will and that was not asked for."""
     engine = job.recipe.engine
-    job.verdicts = verdicts.verdicts(job.container.name, {c.weight: c.scheme for c in job.choices}, job.checkpoint.config)
+    job.verdicts = verdicts.verdicts(
+        job.container.name, {c.weight: c.scheme for c in job.choices}, job.checkpoint.config
+    )
     others = [v.engine for v in job.verdicts if v.loads]
     asked = next((v for v in job.verdicts if v.engine == engine), None)
     if asked and not asked.loads:
-        raise Unsupported(f"{engine} will not load this: {asked.reasons[0]}" + (f" (as it is, it loads in {', '.join(others)})" if others else ""))
+        raise Unsupported(
+            f"{engine} will not load this: {asked.reasons[0]}"
+            + (f" (as it is, it loads in {', '.join(others)})" if others else "")
+        )
     if not others and engine != NOBODY:
         raise Unsupported(
             f"no engine is known to load this ({verdicts.nobody_loads(job.container.name, job.verdicts)}); --engine {NOBODY} writes it all the same"
@@ -119,9 +132,13 @@ def _judge(job: Job) -> None:
 def _completed(recipe: Recipe, container: Container) -> Recipe:
     """With what the container implies. Raises BadRequest for what it has no use for."""
     if isinstance(container, GGUF):
-        return recipe.model_copy(update={"to": container.name, "grid": recipe.grid if "grid" in recipe.model_fields_set else DEFAULT_PRESET})
+        return recipe.model_copy(
+            update={"to": container.name, "grid": recipe.grid if "grid" in recipe.model_fields_set else DEFAULT_PRESET}
+        )
     if recipe.pure or recipe.pre:
-        raise BadRequest(f"{'pure' if recipe.pure else 'pre'} is for GGUF, and this is to be {container.name}; leave it out, or write one with --to gguf")
+        raise BadRequest(
+            f"{'pure' if recipe.pure else 'pre'} is for GGUF, and this is to be {container.name}; leave it out, or write one with --to gguf"
+        )
     return recipe.model_copy(update={"to": container.name})
 
 
@@ -133,9 +150,14 @@ def _container_for(recipe: Recipe) -> str:
         scheme = None
     if recipe.engine and recipe.engine != NOBODY:
         own = verdicts.default_container(recipe.engine)
-        read = {own: container_named(own)} | {name: container_named(name) for name in CONTAINERS if name in ENGINES[recipe.engine].reads}
+        read = {own: container_named(own)} | {
+            name: container_named(name) for name in CONTAINERS if name in ENGINES[recipe.engine].reads
+        }
         holding = {name: c.native(scheme, torch.bfloat16) for name, c in read.items() if scheme and _takes(c, scheme)}
-        return next((name for name, s in holding.items() if verdicts.multiplies(recipe.engine, name, s)), next(iter(holding), own))
+        return next(
+            (name for name, s in holding.items() if verdicts.multiplies(recipe.engine, name, s)),
+            next(iter(holding), own),
+        )
     if scheme is None:
         return "gguf" if presets.is_preset(recipe.grid) else next(iter(CONTAINERS))
     if presets.is_preset(recipe.grid) or (scheme in TYPE_OF and not isinstance(scheme, IntGrid)):
@@ -170,13 +192,21 @@ def _check_inputs(job: Job) -> None:
     """Raise BadRequest for methods, words and schemes of inputs that do not go together."""
     read = [s.input for s in job.schemes.values() if s.input]
     if job.recipe.alpha is not None and "smoothquant" not in job.method.transforms:
-        raise BadRequest(f"alpha is for smoothquant, and the method is {job.recipe.method}; leave it out, or write --method smoothquant+gptq")
+        raise BadRequest(
+            f"alpha is for smoothquant, and the method is {job.recipe.method}; leave it out, or write --method smoothquant+gptq"
+        )
     if job.recipe.input_range != "max" and not job.recipe.kv and not any(i.static for i in read):
-        raise BadRequest("input_range is for scales that the file stores, and here it stores none; leave it out, or write --grid w8a8-static")
+        raise BadRequest(
+            "input_range is for scales that the file stores, and here it stores none; leave it out, or write --grid w8a8-static"
+        )
     if "smoothquant" in job.method.transforms and not read:
-        raise BadRequest(f"smoothquant makes inputs easier to round, and with {job.recipe.grid} they stay in 16 bits; use awq, or a scheme such as w8a8")
+        raise BadRequest(
+            f"smoothquant makes inputs easier to round, and with {job.recipe.grid} they stay in 16 bits; use awq, or a scheme such as w8a8"
+        )
     if job.recipe.imatrix and any(i.static for i in read):
-        raise BadRequest(f"{next(i for i in read if i.static)} inputs have a stored scale, which an importance matrix does not tell; leave out --imatrix")
+        raise BadRequest(
+            f"{next(i for i in read if i.static)} inputs have a stored scale, which an importance matrix does not tell; leave out --imatrix"
+        )
 
 
 def _with_importance(method: Method, recipe: Recipe) -> Method:
@@ -184,7 +214,9 @@ def _with_importance(method: Method, recipe: Recipe) -> Method:
     if recipe.imatrix is None:
         return method
     if method.solver != "nearest" or method.transforms:
-        raise BadRequest(f"method {recipe.method} needs more than an importance matrix holds; it serves --method imatrix")
+        raise BadRequest(
+            f"method {recipe.method} needs more than an importance matrix holds; it serves --method imatrix"
+        )
     return replace(method, calibrated=False)
 
 
@@ -202,22 +234,45 @@ def transcoding(source: str, to: str, grid: str | None = None, engine: str | Non
         )
     own = commonest(checkpoint.quantized.values())
     grid = None if grid == own else grid
-    weights = [Weight(m, f"{m}.weight", roles.block_of(f"{m}."), shape) for m, (_, shape) in checkpoint.quantized.items()]
+    weights = [
+        Weight(m, f"{m}.weight", roles.block_of(f"{m}."), shape) for m, (_, shape) in checkpoint.quantized.items()
+    ]
     gone: dict[str, str] = {}
     preset = None
     if isinstance(container, GGUF):
         names = translation_of(checkpoint)
         gone = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
-        choices, preset = gguf.transcode(checkpoint, container, [w for w in weights if w.tensor not in gone], names, grid)
+        choices, preset = gguf.transcode(
+            checkpoint, container, [w for w in weights if w.tensor not in gone], names, grid
+        )
     else:
         choices, container = folder.transcode(checkpoint, container, weights, grid)
     recipe = Recipe(model=source, method="convert", grid=grid or own, to=container.name, engine=_engine(engine))
     quantized = {c.weight.tensor for c in choices if c.scheme}
     reasons = {c.weight.tensor: c.note for c in choices}
-    kept = {t: reasons.get(t, "not quantized in the source") for t in checkpoint.tensors() if t not in quantized and t not in gone}
-    job = Job(recipe, checkpoint, container, Method((), "nearest", calibrated=False), choices, kept, dropped=gone, preset=preset)
-    if grid and not any(str(s).startswith(grid.lower()) for s in job.schemes.values()) and grid.upper() != (preset or job.label):
-        job.warnings.append(f"most of this is {job.label}, not {grid}: {container.name} holds what the source has as it is")
+    kept = {
+        t: reasons.get(t, "not quantized in the source")
+        for t in checkpoint.tensors()
+        if t not in quantized and t not in gone
+    }
+    job = Job(
+        recipe,
+        checkpoint,
+        container,
+        Method((), "nearest", calibrated=False),
+        choices,
+        kept,
+        dropped=gone,
+        preset=preset,
+    )
+    if (
+        grid
+        and not any(str(s).startswith(grid.lower()) for s in job.schemes.values())
+        and grid.upper() != (preset or job.label)
+    ):
+        job.warnings.append(
+            f"most of this is {job.label}, not {grid}: {container.name} holds what the source has as it is"
+        )
     if isinstance(container, GGUF):
         job.warnings += gguf.remarks_on(checkpoint, gone)
     cache.plan(job)
@@ -237,11 +292,18 @@ def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Job
         raise UnknownName("dtype", dtype, DTYPE_NAMES)
     checkpoint = source_of(Recipe(model=source, adapter=folder))
     if checkpoint.container is None and checkpoint.adapter is None:
-        raise BadRequest(f"{source} is not quantized, so there is nothing to decode; name a quantized checkpoint, or an --adapter to merge")
+        raise BadRequest(
+            f"{source} is not quantized, so there is nothing to decode; name a quantized checkpoint, or an --adapter to merge"
+        )
     said = "bfloat16" if isinstance(checkpoint.container, GGUF) else str(checkpoint.dtype).removeprefix("torch.")
     recipe = Recipe(model=source, adapter=folder, method="dequantize", grid=dtype or said, to=to)
     if to == GGUF.name:
-        job = gguf.job_of(recipe.model_copy(update={"grid": presets.PLAIN_NAMES[DTYPE_NAMES[recipe.grid]]}), checkpoint, GGUF(), method_named("nearest"))
+        job = gguf.job_of(
+            recipe.model_copy(update={"grid": presets.PLAIN_NAMES[DTYPE_NAMES[recipe.grid]]}),
+            checkpoint,
+            GGUF(),
+            method_named("nearest"),
+        )
         job.recipe, job.plain_dtype = recipe, torch.float32  # the edition rounds what it is given, once
         job.verdicts = verdicts.verdicts(job.container.name, {}, checkpoint.config)
     else:
@@ -250,6 +312,8 @@ def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Job
         job = Job(recipe, checkpoint, Plain(), method_named("nearest"), [], kept, plain_dtype=DTYPE_NAMES[recipe.grid])
     cache.plan(job)
     if checkpoint.container:
-        job.warnings.append(f"these are the values of {commonest(checkpoint.quantized.values())} in {recipe.grid}: what quantizing lost does not come back")
+        job.warnings.append(
+            f"these are the values of {commonest(checkpoint.quantized.values())} in {recipe.grid}: what quantizing lost does not come back"
+        )
     job.warnings += _of_adapter(checkpoint)
     return job

@@ -21,8 +21,16 @@ def unknown_grid(name: str, ggufs: bool = False) -> BadRequest:
     plain = _plain(name)
     if any(plain in (_plain(part), _plain(f"{part}+gptq")) for part in PARTS):
         grid = "w8a8" if "smoothquant" in plain else "int4-g128"
-        return BadRequest(f"'{name}' is a method, not a grid; write --method {name.lower()} with a grid such as --grid {grid}")
-    known = list(dict.fromkeys((*presets.PRESETS, *LAYOUTS) if ggufs else (*grids.GRIDS, *grids.ALIASES, *schemes.PRESETS, *presets.PRESETS)))
+        return BadRequest(
+            f"'{name}' is a method, not a grid; write --method {name.lower()} with a grid such as --grid {grid}"
+        )
+    known = list(
+        dict.fromkeys(
+            (*presets.PRESETS, *LAYOUTS)
+            if ggufs
+            else (*grids.GRIDS, *grids.ALIASES, *schemes.PRESETS, *presets.PRESETS)
+        )
+    )
     meant = [other for other in known if _plain(other) == plain]
     if match := BITS.fullmatch(plain):
         usual = [f"int{match[1]}-{'channel' if match[1] == '8' else 'g128'}", PRESET_OF_BITS.get(match[1])]

@@ -58,23 +58,34 @@ class Adapter:
             raise BadCheckpoint(f"{self.path} is no adapter: it has no {CONFIG}")
         config = read_object(self.path / CONFIG)
         if config.get("peft_type") != "LORA":
-            raise Unsupported(f"{self.path} is an adapter of kind {config.get('peft_type')!r}; LORA is merged, others with peft's own merge_and_unload()")
+            raise Unsupported(
+                f"{self.path} is an adapter of kind {config.get('peft_type')!r}; LORA is merged, others with peft's own merge_and_unload()"
+            )
         if odd := next((name for name in ELSEWHERE if config.get(name)), None):
-            raise Unsupported(f"{self.path} has '{odd}', which is not merged here; merge it with peft's merge_and_unload(), and quantize that")
+            raise Unsupported(
+                f"{self.path} has '{odd}', which is not merged here; merge it with peft's merge_and_unload(), and quantize that"
+            )
         if not (self.path / WEIGHTS).is_file():
             raise BadCheckpoint(f"{self.path} has no {WEIGHTS}; save the adapter again as safetensors")
         return config
 
     def _bind(self, checkpoint: Checkpoint) -> None:
         shapes = checkpoint.tensors()
-        entries = {name.removeprefix(PREFIX).replace(".base_layer.", "."): entry for name, entry in read_header(self.path / WEIGHTS).items()}
+        entries = {
+            name.removeprefix(PREFIX).replace(".base_layer.", "."): entry
+            for name, entry in read_header(self.path / WEIGHTS).items()
+        }
         found = {name: match for name in entries if (match := LOW_RANK.fullmatch(name))}
         wanted = {f"{match[1]}.weight" for match in found.values()} | (entries.keys() - found.keys())
         tensors = {name: name for name in wanted if name in shapes}
-        if len(tensors) < len(wanted):  # the model's own names, which differ from the file's beside encoders of images or sound
+        if len(tensors) < len(
+            wanted
+        ):  # the model's own names, which differ from the file's beside encoders of images or sound
             tensors |= _by_parameter(checkpoint, wanted - tensors.keys())
         if lost := sorted(wanted - tensors.keys()):
-            raise BadCheckpoint(f"{self.path} adapts '{lost[0].removesuffix('.weight')}' ({len(lost)} such), which {checkpoint.path} has no matrix of")
+            raise BadCheckpoint(
+                f"{self.path} adapts '{lost[0].removesuffix('.weight')}' ({len(lost)} such), which {checkpoint.path} has no matrix of"
+            )
         for name, entry in entries.items():
             if match := found.get(name):
                 tensor = tensors[f"{match[1]}.weight"]
@@ -91,13 +102,17 @@ class Adapter:
         if tensor in self.low_rank:
             parts = self.low_rank[tensor].keys() - {"magnitude_vector"}
             if parts not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
-                raise BadCheckpoint(f"{self.path}: the product for '{tensor}' has {', '.join(sorted(parts)) or 'no parts'} alone")
+                raise BadCheckpoint(
+                    f"{self.path}: the product for '{tensor}' has {', '.join(sorted(parts)) or 'no parts'} alone"
+                )
             a, b = (self.low_rank[tensor][part].shape for part in sorted(parts))
             inner = len(a) == len(b) == 2 and a[0] == b[1] == self._rank(tensor)
             product = (b[0], a[1]) if inner else ()
             made.append(product[::-1] if tensor in self.transposed or "embedding_A" in parts else product)
         if (wrong := next((m for m in made if m != shape), None)) is not None:
-            raise BadCheckpoint(f"{self.path}: what it has for '{tensor}' makes {list(wrong)}, and the checkpoint's is {list(shape)}")
+            raise BadCheckpoint(
+                f"{self.path}: what it has for '{tensor}' makes {list(wrong)}, and the checkpoint's is {list(shape)}"
+            )
 
     def _rank(self, tensor: str) -> int:
         return self._of_module("rank_pattern", tensor, self.config.get("r"))
@@ -109,9 +124,13 @@ class Adapter:
 
     def _of_module(self, patterns: str, tensor: str, otherwise: Any) -> Any:
         said = self.config.get(patterns) or {}
-        value = next((v for pattern, v in said.items() if re.match(rf"(.*\.)?({pattern})$", self.modules[tensor])), otherwise)
+        value = next(
+            (v for pattern, v in said.items() if re.match(rf"(.*\.)?({pattern})$", self.modules[tensor])), otherwise
+        )
         if not isinstance(value, int | float) or value <= 0:
-            raise BadCheckpoint(f"{self.path / CONFIG}: rank and alpha of '{tensor}' are numbers above 0, not {value!r}")
+            raise BadCheckpoint(
+                f"{self.path / CONFIG}: rank and alpha of '{tensor}' are numbers above 0, not {value!r}"
+            )
         return value
 
     def merge(self, tensor: str, w: Tensor, first: int = 0) -> Tensor:
@@ -149,7 +168,12 @@ class Adapter:
 
     def describe(self) -> dict[str, Any]:
         """For the report."""
-        return {"path": str(self.path), "xxh3_128": self.digest, "low_rank": len(self.low_rank), "whole": len(self.whole)}
+        return {
+            "path": str(self.path),
+            "xxh3_128": self.digest,
+            "low_rank": len(self.low_rank),
+            "whole": len(self.whole),
+        }
 
 
 def _by_parameter(checkpoint: Checkpoint, wanted: set[str]) -> dict[str, str]:
@@ -157,6 +181,10 @@ def _by_parameter(checkpoint: Checkpoint, wanted: set[str]) -> dict[str, str]:
     from halfbyte.models import skeleton  # needs the model's code
 
     places = skeleton.places(skeleton.build(checkpoint, torch.float32), checkpoint.tensors())
-    alone = {place.parameter: tensor for tensor, place in places.items() if place.expert is None and not place.first and not place.transposed}
+    alone = {
+        place.parameter: tensor
+        for tensor, place in places.items()
+        if place.expert is None and not place.first and not place.transposed
+    }
     shared = [place.parameter for place in places.values()]
     return {name: alone[name] for name in wanted if name in alone and shared.count(name) == 1}

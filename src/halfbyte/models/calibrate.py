@@ -90,7 +90,9 @@ def calibration(checkpoint: Checkpoint, source: str | tuple[str, ...], samples: 
     if isinstance(source, tuple) or source != DEFAULT:
         stream = read(checkpoint, tokenizer, source, length)
         windows, warnings = _drawn(stream, texts.called(source), samples, length, generator)
-        return Windows(windows, texts.called(source), stream, len(windows) * stream.of_chats, (*stream.warnings, *warnings))
+        return Windows(
+            windows, texts.called(source), stream, len(windows) * stream.of_chats, (*stream.warnings, *warnings)
+        )
     stream = read(checkpoint, tokenizer, str(demo.CALIBRATION), length)
     spoken, talks, warnings = _default_chats(checkpoint, tokenizer, samples // 2, length)
     windows, more = _drawn(stream, source, samples - len(talks), length, generator)
@@ -139,18 +141,27 @@ def tokenizer_of(checkpoint: Checkpoint):
     try:
         return checkpoint.tokenizer()
     except skeleton.REFUSALS as error:
-        raise BadRequest(f"Transformers cannot load the tokenizer of {checkpoint.path}: {' '.join(str(error).split())}") from None
+        raise BadRequest(
+            f"Transformers cannot load the tokenizer of {checkpoint.path}: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _stream(checkpoint: Checkpoint, tokenizer: Any, records: Sequence[Record]) -> Stream:
     """Records to tokens: chats through the model's template, which puts its special tokens itself."""
     has_template = chats.template_of(tokenizer) is not None
     if untold := next((record for record in records if record.text is None and not has_template), None):
-        raise BadRequest(f"{untold.place}: the model's tokenizer has no chat template to make text of a chat; give records with 'text'")
+        raise BadRequest(
+            f"{untold.place}: the model's tokenizer has no chat template to make text of a chat; give records with 'text'"
+        )
     talks = [record for record in records if record.messages is not None and has_template]
     said, warnings = _rendered(tokenizer, talks)
     begins = opening(tokenizer)
-    if not begins and talks and tokenizer.bos_token and next(text for text in said if text is not None).startswith(tokenizer.bos_token):
+    if (
+        not begins
+        and talks
+        and tokenizer.bos_token
+        and next(text for text in said if text is not None).startswith(tokenizer.bos_token)
+    ):
         begins = (tokenizer.bos_token_id,)
     spoken = iter(said)
     ids: list[int] = []
@@ -161,7 +172,9 @@ def _stream(checkpoint: Checkpoint, tokenizer: Any, records: Sequence[Record]) -
             ids.extend(tokenizer(text, add_special_tokens=record.is_whole and not is_chat, verbose=False)["input_ids"])
     vocabulary = checkpoint.text_config.get("vocab_size")
     if vocabulary and ids and max(ids) >= vocabulary:
-        raise BadCheckpoint(f"the tokenizer of {checkpoint.path} makes token {max(ids)}, but config.json says that there are {vocabulary}")
+        raise BadCheckpoint(
+            f"the tokenizer of {checkpoint.path} makes token {max(ids)}, but config.json says that there are {vocabulary}"
+        )
     words = tuple(tokenizer.convert_ids_to_tokens(list(begins)))
     return Stream(torch.tensor(ids, dtype=torch.int64), begins, words, len(talks) == len(records), warnings)
 
@@ -178,7 +191,9 @@ def _rendered(tokenizer: Any, talks: Sequence[Record]) -> tuple[list[str | None]
     return said, (f"{len(refused)} of {len(talks)} chats are left out; {reasons[0]}",) if refused else ()
 
 
-def _drawn(stream: Stream, source: str, samples: int, length: int, generator: torch.Generator) -> tuple[Int64[Tensor, "windows length"], tuple[str, ...]]:
+def _drawn(
+    stream: Stream, source: str, samples: int, length: int, generator: torch.Generator
+) -> tuple[Int64[Tensor, "windows length"], tuple[str, ...]]:
     """Windows without overlap where there are enough, else windows that begin anywhere."""
     if samples > (distinct := stream.starts(length)):
         what = f"{source} has {len(stream.tokens)} tokens, from which {samples} windows of {length} cannot be drawn"
@@ -191,7 +206,9 @@ def _drawn(stream: Stream, source: str, samples: int, length: int, generator: to
     return torch.stack([stream.window(int(start), length) for start in starts]), (warning,)
 
 
-def _default_chats(checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int) -> tuple[Stream | None, Tensor, tuple[str, ...]]:
+def _default_chats(
+    checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int
+) -> tuple[Stream | None, Tensor, tuple[str, ...]]:
     """Windows of the embedded chats, at most `samples`; none for a model without a chat template."""
     none = torch.empty(0, length, dtype=torch.int64)
     if chats.template_of(tokenizer) is None:

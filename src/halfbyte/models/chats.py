@@ -40,7 +40,9 @@ def render(tokenizer: Any, chats: list[list[dict[str, Any]]]) -> Rendered:
     words = {"template": template_of(tokenizer), "variables": dict(tokenizer.special_tokens_map), "chats": chats}
     command = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]
     surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=surroundings) as child:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=surroundings
+    ) as child:
         try:
             out, err = _watched(child, json.dumps(words, default=str).encode(), SECONDS + SECONDS_PER_CHAT * len(chats))
         finally:

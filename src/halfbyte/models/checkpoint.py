@@ -67,7 +67,9 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config = read_object(path / "config.json", missing=f"{path} is no checkpoint: it has no config.json{_adapter_hint(path)}")
+        self.config = read_object(
+            path / "config.json", missing=f"{path} is no checkpoint: it has no config.json{_adapter_hint(path)}"
+        )
         require_sound(self.config, path / "config.json")
         self.entries = _entries(path)
         if self._config_container:
@@ -84,7 +86,9 @@ class Checkpoint:
         if exists(path) and path.is_dir():
             return cls(path)
         if exists(path):
-            raise BadCheckpoint(f"{source} is a file and no .gguf; name the folder that holds config.json and the safetensors")
+            raise BadCheckpoint(
+                f"{source} is a file and no .gguf; name the folder that holds config.json and the safetensors"
+            )
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(source)):
             return cls(_download(str(source)))
         raise BadCheckpoint(f"there is no folder {source}, and it is no hub id (org/name)")
@@ -123,14 +127,24 @@ class Checkpoint:
     def left_out(self) -> list[str]:
         """What is to be said of files that are links out of the folder."""
         out = [str(path.relative_to(self.path)) for path in self._files if not is_within(path, self.path)]
-        return [f"left out, as links out of the source's folder: {', '.join(out)}; if they belong to the model, put the files there"] if out else []
+        return (
+            [
+                f"left out, as links out of the source's folder: {', '.join(out)}; if they belong to the model, put the files there"
+            ]
+            if out
+            else []
+        )
 
     @cached_property
     def _files(self) -> list[Path]:
         if not self.path.is_dir():
             return []
         files = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
-        return [self.path / p for p in files if not WEIGHT_FILE.fullmatch(p.name) and str(p) not in NOT_COPIED and not _hidden(p)]
+        return [
+            self.path / p
+            for p in files
+            if not WEIGHT_FILE.fullmatch(p.name) and str(p) not in NOT_COPIED and not _hidden(p)
+        ]
 
     def settings(self):
         """The config as Transformers reads it."""
@@ -160,7 +174,9 @@ class Checkpoint:
             container = kind()
             if isinstance(container, ConfigContainer) and container.reads(config):
                 return container
-        raise Unsupported(f"{self.path} is quantized with '{config.get('quant_method')}', which is not read yet; known: {', '.join((*CONTAINERS, *READ_ONLY))}")
+        raise Unsupported(
+            f"{self.path} is quantized with '{config.get('quant_method')}', which is not read yet; known: {', '.join((*CONTAINERS, *READ_ONLY))}"
+        )
 
     @property
     def container(self) -> Container | None:
@@ -189,13 +205,17 @@ class Checkpoint:
         try:
             found = self._config_container.find(self._quantization, self.entries)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
-            raise BadCheckpoint(f"{self.path} says that it is {self._config_container.name}, but its tensors are not so: {brief(error)}") from None
+            raise BadCheckpoint(
+                f"{self.path} says that it is {self._config_container.name}, but its tensors are not so: {brief(error)}"
+            ) from None
         for module, (scheme, shape) in found.items():
             has = partial(_has, self.entries, module)
             require_parts(module, scheme, shape, self._config_container.parts(scheme, shape, has), self.entries)
         for name, entry in self.entries.items():
             if name.endswith(".weight") and entry.dtype in CODES and name.removesuffix(".weight") not in found:
-                raise BadCheckpoint(f"'{name}' is {told(entry)}, and no scale of it is stored; the checkpoint is not whole")
+                raise BadCheckpoint(
+                    f"'{name}' is {told(entry)}, and no scale of it is stored; the checkpoint is not whole"
+                )
         return found
 
     @cached_property
@@ -203,7 +223,9 @@ class Checkpoint:
         """Tensor name to module, for every tensor that is a part of a quantized module."""
         if self.container is None:
             return {}
-        suffixes = {suffix for scheme, shape in set(self.quantized.values()) for suffix in self.container.plan(scheme, shape)}
+        suffixes = {
+            suffix for scheme, shape in set(self.quantized.values()) for suffix in self.container.plan(scheme, shape)
+        }
         suffixes.update(self.container.read_too)
         return {f"{m}.{s}": m for m in self.quantized for s in suffixes if f"{m}.{s}" in self.entries}
 
@@ -219,7 +241,11 @@ class Checkpoint:
         scheme, _ = self.quantized.get(module, (None, ()))
         if scheme is None or scheme.input is None or self.container is None:
             return None
-        numbers = {n.removeprefix(f"{module}."): self.entries[n].read() for n in self.parts_of[module] if prod(self.entries[n].shape) == 1}
+        numbers = {
+            n.removeprefix(f"{module}."): self.entries[n].read()
+            for n in self.parts_of[module]
+            if prod(self.entries[n].shape) == 1
+        }
         return self.container.inputs(numbers, scheme.input)
 
     @cached_property
@@ -268,14 +294,20 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Shape]:
         """Names and shapes as in the unquantized checkpoint, whose cache has no scales; fused experts that were quantized stay apart."""
-        shapes = {name: e.shape for name, e in self.entries.items() if name not in self.parts and name not in self.kv_scales}
+        shapes = {
+            name: e.shape for name, e in self.entries.items() if name not in self.parts and name not in self.kv_scales
+        }
         for module, (_, (out, width)) in self.quantized.items():
             name = f"{module}.weight"
             shapes[name] = (width, out) if roles.is_transposed(name, self.model_type) else (out, width)
         apart: dict[str, dict[str, Shape]] = {}
         for name, piece in self.pieces.items():
             apart.setdefault(piece.stack, {})[name] = piece.shape
-        return {name: shape for t, own in shapes.items() for name, shape in apart.get(t, {t: own}).items()} if apart else shapes
+        return (
+            {name: shape for t, own in shapes.items() for name, shape in apart.get(t, {t: own}).items()}
+            if apart
+            else shapes
+        )
 
     def weights(self, embedding: bool = False) -> Iterator[Weight]:
         """The matrices inside the blocks that a method may quantize, the head, and the embedding if asked for."""
@@ -314,7 +346,9 @@ class Checkpoint:
             w = self.entries[weight.tensor].read(weight.first, weight.first + weight.shape[0])
             w = self.adapter.merge(weight.tensor, w, weight.first) if self.adapter else w
         elif weight.expert is not None and weight.tensor in self.entries:
-            w = self.entries[weight.tensor].read(weight.expert, weight.expert + 1)[0]  # an adapter of fused experts is refused
+            w = self.entries[weight.tensor].read(weight.expert, weight.expert + 1)[
+                0
+            ]  # an adapter of fused experts is refused
         else:
             w = self.read(weight.tensor)
             w = w if weight.expert is None else w[weight.expert]
@@ -328,7 +362,9 @@ def _has(entries: Mapping[str, Entry], module: str, suffix: str) -> bool:
 
 def require_finite(name: str, w: Tensor) -> None:
     """Raise BadCheckpoint for NaN or Inf: one reduction finds them all, since both survive a sum (and an overflow of the sum is looked into)."""
-    if w.is_floating_point() and not torch.isfinite((w if w.dtype.itemsize > 1 else w.float()).sum()):  # torch has no sum of floats of 8 bits
+    if w.is_floating_point() and not torch.isfinite(
+        (w if w.dtype.itemsize > 1 else w.float()).sum()
+    ):  # torch has no sum of floats of 8 bits
         bad = int((~torch.isfinite(w.float())).sum())
         if bad:
             raise BadCheckpoint(
@@ -348,7 +384,9 @@ def cast(name: str, value: Tensor, dtype: torch.dtype, instead: str) -> Tensor:
         overflows = not torch.isfinite(narrow.sum(dtype=torch.float32)) and torch.isfinite(value.float().abs().amax())
         if overflows or (rounded - exact).norm() > COARSEST * exact.norm():
             low, high = (w.item() for w in value.float().abs().aminmax())
-            raise Unsupported(f"'{name}' holds numbers from {low:.3g} to {high:.3g}, and F16 only those from 6e-08 to 65504; {instead}")
+            raise Unsupported(
+                f"'{name}' holds numbers from {low:.3g} to {high:.3g}, and F16 only those from 6e-08 to 65504; {instead}"
+            )
     return narrow
 
 
@@ -356,12 +394,16 @@ def _entries(path: Path) -> dict[str, Entry]:
     index = read_object(path / INDEX) if exists(path / INDEX) else None
     if index is not None:
         weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(s, str) and ".." not in s and not PureWindowsPath(s).anchor for s in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(s, str) and ".." not in s and not PureWindowsPath(s).anchor for s in weight_map.values()
+        ):
             raise BadCheckpoint(f"{path / INDEX} maps no tensors to files of the folder")
         shards = sorted(set(weight_map.values()))
         missing = [s for s in shards if not exists(path / s)]
         if missing:
-            raise BadCheckpoint(f"{path} lacks {len(missing)} of {len(shards)} shards that {INDEX} names, the first {missing[0]}; download it again")
+            raise BadCheckpoint(
+                f"{path} lacks {len(missing)} of {len(shards)} shards that {INDEX} names, the first {missing[0]}; download it again"
+            )
     else:
         shards = [p.name for p in sorted(path.glob("*.safetensors")) if not ADAPTER.fullmatch(p.name)]
     if not shards:
@@ -373,7 +415,9 @@ def _entries(path: Path) -> dict[str, Entry]:
         for name, entry in read_header(path / shard).items():
             counts = index["weight_map"].get(name) if index else None
             if name in entries and counts is None:
-                raise BadCheckpoint(f"{path}: '{name}' is in {entries[name].path.name} and in {shard}, and no {INDEX} says which of them counts")
+                raise BadCheckpoint(
+                    f"{path}: '{name}' is in {entries[name].path.name} and in {shard}, and no {INDEX} says which of them counts"
+                )
             if counts in (None, shard):
                 entries[name] = entry
     if index:
@@ -402,7 +446,11 @@ def _download(source: str) -> Path:
 
     name, _, revision = source.partition("@")
     try:
-        folder = snapshot_download(name, revision=revision or None, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "original/*"])
+        folder = snapshot_download(
+            name,
+            revision=revision or None,
+            ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "original/*"],
+        )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadRequest(f"{name} is neither a folder nor a model that the hub gives us: {reason}") from None

@@ -42,7 +42,10 @@ def apart(checkpoint: Checkpoint) -> Checkpoint:
     transposed, shapes = checkpoint.linears.transposed, checkpoint.tensors()
     stacks = [t for t in transposed if len(shapes[t]) == 3 and t in checkpoint.entries]
     parts = {t: roles.parts_of(t, checkpoint.model_type) for t in stacks}
-    return _reading(checkpoint, {name: piece for t in stacks for name, piece in _pieces(t, shapes[t], transposed[t], parts[t]).items()})
+    return _reading(
+        checkpoint,
+        {name: piece for t in stacks for name, piece in _pieces(t, shapes[t], transposed[t], parts[t]).items()},
+    )
 
 
 def together(checkpoint: Checkpoint, stacks: set[str]) -> Checkpoint:
@@ -53,7 +56,9 @@ def together(checkpoint: Checkpoint, stacks: set[str]) -> Checkpoint:
 def _pieces(stack: str, shape: Shape, transposed: bool, parts: list[tuple[str, str]]) -> dict[str, Piece]:
     experts, out, width = (shape[0], shape[2], shape[1]) if transposed else shape
     return {
-        f"{home}.{expert}.{part}.weight": Piece(stack, expert, out // len(parts) * number, (out // len(parts), width), transposed)
+        f"{home}.{expert}.{part}.weight": Piece(
+            stack, expert, out // len(parts) * number, (out // len(parts), width), transposed
+        )
         for expert in range(experts)
         for number, (home, part) in enumerate(parts)
     }

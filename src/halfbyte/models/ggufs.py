@@ -14,7 +14,15 @@ from halfbyte.containers.config import require_sound
 from halfbyte.containers.gguf import file, hyperparameters
 from halfbyte.containers.gguf.checked import require_hyperparameters, require_tokenizer
 from halfbyte.containers.gguf.container import GGUF, LAYOUTS
-from halfbyte.containers.gguf.families import FAMILIES, Place, Translation, checkpoint_shapes, family_named, family_of, together
+from halfbyte.containers.gguf.families import (
+    FAMILIES,
+    Place,
+    Translation,
+    checkpoint_shapes,
+    family_named,
+    family_of,
+    together,
+)
 from halfbyte.containers.gguf.tokenizer import SPECIAL
 from halfbyte.containers.gguf.tokenizer_files import tokenizer_files
 from halfbyte.containers.safetensors import Entry, Spec
@@ -37,7 +45,11 @@ class GGUFCheckpoint(Checkpoint):
         arch = str(self.file.get("general.architecture"))
         try:
             experts = self.file.get(f"{arch}.expert_count", 0)
-            _, family = family_named(arch, experts if isinstance(experts, int) else 0, f"{arch}.attention.sliding_window" in self.file.metadata)
+            _, family = family_named(
+                arch,
+                experts if isinstance(experts, int) else 0,
+                f"{arch}.attention.sliding_window" in self.file.metadata,
+            )
         except Unsupported:
             require_sound({"num_hidden_layers": self.file.get(f"{arch}.block_count")}, path)
             self.config = {"model_type": arch, "num_hidden_layers": self.file.get(f"{arch}.block_count")}
@@ -60,17 +72,24 @@ class GGUFCheckpoint(Checkpoint):
                 stored = self.file.tensors[place.name]
                 entry = stored.entry if place.expert is None else stored.entry.at(place.expert)
                 if stored.type not in LAYOUTS and entry.dtype == torch.uint8:
-                    raise Unsupported(f"{self.path}: tensor '{place.name}' is {stored.type}, which is not decoded; decoded are {', '.join(LAYOUTS)}")
+                    raise Unsupported(
+                        f"{self.path}: tensor '{place.name}' is {stored.type}, which is not decoded; decoded are {', '.join(LAYOUTS)}"
+                    )
                 if entry.dtype != torch.uint8:
                     self.entries[hf] = entry
                 elif len(shape) == 2:
                     module = hf.removesuffix(".weight")
-                    self._quantized[module] = LAYOUTS[stored.type].grid, (shape[1], shape[0]) if place.transposed else shape
+                    self._quantized[module] = (
+                        LAYOUTS[stored.type].grid,
+                        (shape[1], shape[0]) if place.transposed else shape,
+                    )
                     self.entries[f"{module}."] = entry  # a matrix of a GGUF has one part, whose suffix is empty
 
     @property
     def dtype(self) -> torch.dtype:
-        floats = [e.dtype for n, e in self.entries.items() if e.dtype in (torch.bfloat16, torch.float16) and len(e.shape) > 1]
+        floats = [
+            e.dtype for n, e in self.entries.items() if e.dtype in (torch.bfloat16, torch.float16) and len(e.shape) > 1
+        ]
         return max(set(floats), key=floats.count) if floats else torch.float16 if self._quantized else torch.float32
 
     @cached_property

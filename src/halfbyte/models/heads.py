@@ -41,10 +41,16 @@ def settle(checkpoint: Checkpoint) -> None:
 def _is_embedding(checkpoint: Checkpoint, head: str) -> bool:
     """Whether the tensor is the embedding once more."""
     a = checkpoint.entries.get(head)
-    b = next((e for name, e in checkpoint.entries.items() if roles.EMBEDDING.match(name) and roles.block_of(name) is None), None)
+    b = next(
+        (e for name, e in checkpoint.entries.items() if roles.EMBEDDING.match(name) and roles.block_of(name) is None),
+        None,
+    )
     if a is None or b is None or head in checkpoint.parts or a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return all(torch.equal(a.read(i, min(i + ROWS, a.shape[0])), b.read(i, min(i + ROWS, a.shape[0]))) for i in range(0, a.shape[0], ROWS))
+    return all(
+        torch.equal(a.read(i, min(i + ROWS, a.shape[0])), b.read(i, min(i + ROWS, a.shape[0])))
+        for i in range(0, a.shape[0], ROWS)
+    )
 
 
 def _by_default(checkpoint: Checkpoint) -> bool:
@@ -67,7 +73,9 @@ def _require_head(checkpoint: Checkpoint) -> None:
     head = model.get_output_embeddings()
     names = skeleton.Names(model)
     read = {names.find(tensor)[0] for tensor in checkpoint.tensors()}
-    called = [name for name, p in model.named_parameters(remove_duplicate=False) if head is not None and p is head.weight]
+    called = [
+        name for name, p in model.named_parameters(remove_duplicate=False) if head is not None and p is head.weight
+    ]
     if called and not read.intersection(called):
         raise BadCheckpoint(
             f"{checkpoint.path} lacks the head: config.json says that it is not the embedding ({TIE} is false), and there is no '{called[0]}', which "

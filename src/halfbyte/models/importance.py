@@ -17,7 +17,9 @@ from halfbyte.models.ggufs import translation_of
 from halfbyte.models.walk import Walk
 
 
-def measure(checkpoint: Checkpoint, windows: Windows, progress: Callable[[str, float, float], None] = lambda *_: None) -> Importance:
+def measure(
+    checkpoint: Checkpoint, windows: Windows, progress: Callable[[str, float, float], None] = lambda *_: None
+) -> Importance:
     """Mean squares of the inputs of every matrix of the unquantized model, experts in stacks: what llama-imatrix measures."""
     places = _places(checkpoint, checkpoint.weights())
     sums: dict[str, dict[int, tuple[Tensor, int]]] = {}
@@ -32,7 +34,9 @@ def measure(checkpoint: Checkpoint, windows: Windows, progress: Callable[[str, f
         walk.advance(block)
         block.free()
     experts = Counter(name for found in places.values() for name, _ in found)
-    return Importance({name: _stacked(found, experts[name]) for name, found in sums.items()}, (windows.source,), *windows.tokens.shape)
+    return Importance(
+        {name: _stacked(found, experts[name]) for name, found in sums.items()}, (windows.source,), *windows.tokens.shape
+    )
 
 
 def read(path: Path, checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[Weight, Float32[Tensor, " in"]]:
@@ -57,7 +61,10 @@ def read(path: Path, checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[
 def _places(checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[Weight, list[tuple[str, int]]]:
     """GGUF tensor and number of expert of every weight that a GGUF has."""
     names = translation_of(checkpoint)
-    placed = {w: [(p.name, (p.expert if w.expert is None else w.expert) or 0) for p in names.places(w.tensor)] for w in weights}
+    placed = {
+        w: [(p.name, (p.expert if w.expert is None else w.expert) or 0) for p in names.places(w.tensor)]
+        for w in weights
+    }
     return {weight: found for weight, found in placed.items() if found}
 
 

@@ -74,7 +74,9 @@ def put(model: PreTrainedModel, attention: nn.Module, through: Through):
 def attentions(block: nn.Module) -> dict[str, nn.Module]:
     """The modules of a block that are given a cache and do not pass it on, by their path in it."""
     takers = {path: module for path, module in block.named_modules() if path and _name(module)}
-    return {path: module for path, module in takers.items() if not any(other.startswith(f"{path}.") for other in takers)}
+    return {
+        path: module for path, module in takers.items() if not any(other.startswith(f"{path}.") for other in takers)
+    }
 
 
 def _name(module: nn.Module) -> str:
@@ -89,7 +91,11 @@ def names(model: PreTrainedModel, places: Mapping[str, Place], block: nn.Module)
     found: dict[str, nn.Module] = {}
     for attention in attentions(block).values():
         inside = f"{paths[attention]}."
-        owned = {tensor: place.parameter.removeprefix(inside) for tensor, place in places.items() if place.parameter.startswith(inside)}
+        owned = {
+            tensor: place.parameter.removeprefix(inside)
+            for tensor, place in places.items()
+            if place.parameter.startswith(inside)
+        }
         homes = [tensor.split(".")[: -len(rest.split("."))] for tensor, rest in owned.items()]
         layer = dict(enumerate(layers)).get(getattr(attention, "layer_idx", -1))
         if homes and isinstance(layer, CacheLayerMixin):  # others keep the state of a convolution, or nothing
@@ -146,6 +152,9 @@ class Heads:
         """The parameters to store; none if scales are found as the engine runs."""
         rows = torch.cat(self.rows, 1)
         if isinstance(grid, ScaledInputs) and grid.span == "head":
-            heads = [grid.fit(Seen(low, high, some), how)["scale"] for low, high, some in zip(self.low, self.high, rows, strict=True)]
+            heads = [
+                grid.fit(Seen(low, high, some), how)["scale"]
+                for low, high, some in zip(self.low, self.high, rows, strict=True)
+            ]
             return {"scale": torch.stack(heads).view(-1, 1, 1)}
         return grid.fit(Seen(self.low.amin(0), self.high.amax(0), rows.flatten(0, 1)), how)

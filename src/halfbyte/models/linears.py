@@ -40,7 +40,13 @@ def linears(checkpoint: "Checkpoint") -> Linears:
     except (BadCheckpoint, Unsupported) as error:
         return Linears(by_name, {}, f"{BY_NAME}: {error}")
     asked = modules.ask(model, found)
-    return asked if asked.transposed else Linears(by_name, {}, f"{BY_NAME}: Transformers' {type(model).__name__} knows none, such as '{next(iter(found))}'")
+    return (
+        asked
+        if asked.transposed
+        else Linears(
+            by_name, {}, f"{BY_NAME}: Transformers' {type(model).__name__} knows none, such as '{next(iter(found))}'"
+        )
+    )
 
 
 def candidates(checkpoint: "Checkpoint") -> dict[str, Shape]:

@@ -41,7 +41,9 @@ def ask(model: PreTrainedModel, candidates: dict[str, Shape]) -> Linears:
 def read_in_stacks(model: PreTrainedModel, modules: Iterable[str]) -> str | None:
     """The first of some modules that Transformers reads as a part of a stack alone, and not under its own name."""
     names = skeleton.Names(model)
-    return next((m for m in modules if names.rename(f"{m}.weight")[0] not in names.known and names.stack(f"{m}.weight")), None)
+    return next(
+        (m for m in modules if names.rename(f"{m}.weight")[0] not in names.known and names.stack(f"{m}.weight")), None
+    )
 
 
 def _turns(converter: loading.WeightConverter, shape: Shape, expected: Shape) -> bool:

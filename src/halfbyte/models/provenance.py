@@ -69,7 +69,10 @@ def has_chat_template(checkpoint: Checkpoint) -> bool:
 
 def _of_gguf(said: Mapping[str, Any], path: Path) -> Provenance:
     count = said.get("general.base_model.count", 0)
-    urls = [_text(said.get(f"general.base_model.{i}.repo_url")) or "" for i in range(min(count, 16) if isinstance(count, int) else 0)]
+    urls = [
+        _text(said.get(f"general.base_model.{i}.repo_url")) or ""
+        for i in range(min(count, 16) if isinstance(count, int) else 0)
+    ]
     own = (_text(said.get("general.source.repo_url")) or "").removeprefix(HUB)
     return Provenance(
         _text(said.get("general.name")) or path.resolve().stem,
@@ -85,7 +88,9 @@ def _repository(path: Path, asked: str) -> str | None:
     """The hub's name of a folder: what was asked for where that is no path, or what the hub's cache calls it."""
     if not Path(asked).expanduser().exists() and HUB_ID.fullmatch(name := asked.partition("@")[0]):
         return name
-    cached = SNAPSHOT.fullmatch(path.absolute().parent.parent.name) if path.absolute().parent.name == "snapshots" else None
+    cached = (
+        SNAPSHOT.fullmatch(path.absolute().parent.parent.name) if path.absolute().parent.name == "snapshots" else None
+    )
     return f"{cached[1]}/{cached[2]}" if cached else None
 
 

@@ -6,7 +6,17 @@ import sys
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError)
+REFUSALS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 """What a stranger's template may raise; its RecursionError is a RuntimeError."""
 LONGEST = 10_000_000
 """Characters that a template may make of one chat."""
@@ -17,7 +27,9 @@ def main() -> None:
     texts, refused = [], []
     for number, chat in enumerate(asked["chats"]):
         try:
-            (text,), _ = render_jinja_template(conversations=[chat], chat_template=asked["template"], **asked["variables"])
+            (text,), _ = render_jinja_template(
+                conversations=[chat], chat_template=asked["template"], **asked["variables"]
+            )
             if len(text) > LONGEST:
                 raise ValueError(f"it makes {len(text)} characters of one chat")
             texts.append(text)

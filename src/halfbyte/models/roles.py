@@ -12,7 +12,8 @@ BLOCK = re.compile(r"^((?:[^.\d][^.]*\.)+?\d+)\.")
 
 # Stacks that are not the text decoder, by what comes before a block's number: a decoder's cross-attention may be called encoder_attn.
 FOREIGN = re.compile(
-    r"(^|\.)((vision|visual|image|audio|speech|encoder|multi_modal|mm_projector|mtp)[^.]*|[^.]*(connector|resampler|perceiver|projector|aligner))\.", re.I
+    r"(^|\.)((vision|visual|image|audio|speech|encoder|multi_modal|mm_projector|mtp)[^.]*|[^.]*(connector|resampler|perceiver|projector|aligner))\.",
+    re.I,
 )
 
 # Matrices that choose experts or gate them, that normalize, convolve or hold positions: small, and ruined by rounding.
@@ -51,7 +52,9 @@ TIED = {
     "starcoder2",
 }
 
-EMBEDDING = re.compile(r"^(?!.*(vision|visual|audio|image|position))(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|token_embd)\.weight$")
+EMBEDDING = re.compile(
+    r"^(?!.*(vision|visual|audio|image|position))(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|token_embd)\.weight$"
+)
 
 # Checkpoints that store [in, out]: GPT-2's Conv1D, and the fused experts of gpt-oss and Llama 4.
 TRANSPOSED = {
@@ -65,12 +68,30 @@ TRANSPOSED = {
 
 # Stacks of experts, and what engines call the linears of one expert, whose rows the stack has one after the other: vllm
 # model_executor/models/{llama4,qwen3_vl_moe,granitemoe,granitemoehybrid}.py. Stacks of other families are not known to be read apart.
-GATED = {".experts.gate_up_proj": (".experts", ("gate_proj", "up_proj")), ".experts.down_proj": (".experts", ("down_proj",))}
+GATED = {
+    ".experts.gate_up_proj": (".experts", ("gate_proj", "up_proj")),
+    ".experts.down_proj": (".experts", ("down_proj",)),
+}
 GRANITE, IN, OUT = ".block_sparse_moe.experts", ".block_sparse_moe.input_linear", ".block_sparse_moe.output_linear"
 STACKS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
-    **dict.fromkeys(("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_5_moe", "qwen3_5_moe_text"), GATED),
+    **dict.fromkeys(
+        ("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_5_moe", "qwen3_5_moe_text"), GATED
+    ),
     # Published apart, and fused where Transformers saved them as it has them.
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "ernie4_5_moe", "olmoe"), GATED),
+    **dict.fromkeys(
+        (
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe",
+            "ernie4_5_moe",
+            "olmoe",
+        ),
+        GATED,
+    ),
     **{family: {IN: (GRANITE, ("w1", "w3")), OUT: (GRANITE, ("w2",))} for family in ("granitemoe", "granitemoeshared")},
     "granitemoehybrid": {IN: (GRANITE, ("gate_proj", "up_proj")), OUT: (GRANITE, ("down_proj",))},
 }
@@ -82,7 +103,9 @@ SMALLEST = 16
 def block_of(tensor: str, encoders: bool = False) -> str | None:
     """`model.layers.3` for a tensor of a module in that block of the decoder, and with `encoders` in that of another stack."""
     match = BLOCK.match(tensor)
-    inside = match is not None and "." in tensor[match.end() :]  # what is numbered itself is a list of matrices, and no block
+    inside = (
+        match is not None and "." in tensor[match.end() :]
+    )  # what is numbered itself is a list of matrices, and no block
     return match[1] if match and inside and (encoders or not FOREIGN.search(f"{match[1]}.")) else None
 
 
@@ -99,10 +122,19 @@ def is_transposed(tensor: str, model_type: str) -> bool:
 def parts_of(stack: str, model_type: str) -> list[tuple[str, str]]:
     """What a stack of experts is apart: of each linear the list of experts and, after the expert's number, its name."""
     name = stack.removesuffix(".weight")
-    return [(name.removesuffix(end) + home, part) for end, (home, parts) in STACKS.get(model_type, {}).items() if name.endswith(end) for part in parts]
+    return [
+        (name.removesuffix(end) + home, part)
+        for end, (home, parts) in STACKS.get(model_type, {}).items()
+        if name.endswith(end)
+        for part in parts
+    ]
 
 
 def stacks_of(home: str, part: str, model_type: str) -> list[tuple[str, int]]:
     """The inverse: stacks in which the linear of that name may lie, each with the number of parts before it."""
     known = STACKS.get(model_type, {}).items()
-    return [(home.removesuffix(own) + end, parts.index(part)) for end, (own, parts) in known if home.endswith(own) and part in parts]
+    return [
+        (home.removesuffix(own) + end, parts.index(part))
+        for end, (own, parts) in known
+        if home.endswith(own) and part in parts
+    ]

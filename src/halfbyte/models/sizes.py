@@ -30,10 +30,14 @@ def require(checkpoint: Checkpoint) -> None:
     for tensor in sorted(odd & places.keys()):
         place = places[tensor]
         expected = tuple(skeleton.tensor(model, place.parameter).shape)
-        whole = filled[place.parameter] == 1 and place == skeleton.Place(place.parameter)  # and no part of what Transformers fuses
+        whole = filled[place.parameter] == 1 and place == skeleton.Place(
+            place.parameter
+        )  # and no part of what Transformers fuses
         if whole and shapes[tensor] != expected:
             its = f"{type(model).__name__} has it as {list(expected)}"
-            raise BadCheckpoint(f"tensor '{tensor}' is {list(shapes[tensor])}, and {its}; it is not whole, or config.json is of another model")
+            raise BadCheckpoint(
+                f"tensor '{tensor}' is {list(shapes[tensor])}, and {its}; it is not whole, or config.json is of another model"
+            )
 
 
 def _odd(checkpoint: Checkpoint) -> Iterator[str]:

@@ -32,7 +32,11 @@ ATTENTION = ("eager", "sdpa")
 MOST_BUFFERS = 1 << 30
 """Bytes of all that a model computes from its config alone; real ones have a few megabytes of tables and masks."""
 LAYERS = re.compile(r"(num_(hidden_|decoder_|encoder_)?|n_|(en|de)coder_)layers?|depth|num_blocks")
-CHOICES = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING, transformers.MODEL_MAPPING)
+CHOICES = (
+    transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    transformers.MODEL_MAPPING,
+)
 INITIALIZED = "_is_hf_initialized"
 """Where Transformers marks what it has not to initialize."""
 NO_MODEL = "methods without calibration need no model: --method nearest"
@@ -73,7 +77,9 @@ def refusing(checkpoint: Checkpoint, verb: str, advice: str = f" ({NO_MODEL})") 
         yield
     except REFUSALS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadCheckpoint(f"Transformers {transformers.__version__} cannot {verb} '{checkpoint.model_type}': {reason}{advice}") from None
+        raise BadCheckpoint(
+            f"Transformers {transformers.__version__} cannot {verb} '{checkpoint.model_type}': {reason}{advice}"
+        ) from None
 
 
 def outline(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
@@ -95,7 +101,9 @@ def _construct(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTr
     kind = architecture(checkpoint, config)
     with torch.device("meta"), initialization.no_tie_weights():
         model = kind._from_config(config, dtype=dtype, experts_implementation="eager")
-    release(model, [name for name, p in model.named_parameters(remove_duplicate=False) if not p.is_meta])  # torch.FloatTensor and torch.normal pay no heed
+    release(
+        model, [name for name, p in model.named_parameters(remove_duplicate=False) if not p.is_meta]
+    )  # torch.FloatTensor and torch.normal pay no heed
     return model
 
 
@@ -111,7 +119,9 @@ def _require_layers(checkpoint: Checkpoint) -> None:
     parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
     for name, count in (item for part in parts for item in part.items()):
         if isinstance(count, int) and LAYERS.fullmatch(name) and count > len(checkpoint.tensors()):
-            raise BadCheckpoint(f"{checkpoint.path}/config.json has {name} {count}, and the checkpoint only {len(checkpoint.tensors())} tensors")
+            raise BadCheckpoint(
+                f"{checkpoint.path}/config.json has {name} {count}, and the checkpoint only {len(checkpoint.tensors())} tensors"
+            )
 
 
 def architecture(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
@@ -119,22 +129,36 @@ def architecture(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) 
     names = checkpoint.config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     kind: Any = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and type(config) is kind.config_class):
+    if not (
+        isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and type(config) is kind.config_class
+    ):
         kind = next((mapping[type(config)] for mapping in CHOICES if type(config) in mapping), None)
         if kind is None:
-            raise BadCheckpoint(f"Transformers {transformers.__version__} has no language model for '{config.model_type}' ({NO_MODEL})")
+            raise BadCheckpoint(
+                f"Transformers {transformers.__version__} has no language model for '{config.model_type}' ({NO_MODEL})"
+            )
     headless = not checkpoint.tied and not any(map(roles.is_head, checkpoint.tensors()))
-    if headless and kind.can_generate() and not any(t.startswith(f"{kind.base_model_prefix}.") for t in checkpoint.tensors()):
-        kind = transformers.MODEL_MAPPING[type(config)]  # an embedding model, saved without the head that its config speaks of
+    if (
+        headless
+        and kind.can_generate()
+        and not any(t.startswith(f"{kind.base_model_prefix}.") for t in checkpoint.tensors())
+    ):
+        kind = transformers.MODEL_MAPPING[
+            type(config)
+        ]  # an embedding model, saved without the head that its config speaks of
     return kind
 
 
 def _initialize(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Give buffers the values that from_pretrained gives them, by the same call. What that leaves is poisoned, to be found."""
-    lost = [(module, name, b) for module in model.modules() for name, b in module.named_buffers(recurse=False) if b.is_meta]
+    lost = [
+        (module, name, b) for module in model.modules() for name, b in module.named_buffers(recurse=False) if b.is_meta
+    ]
     size_bytes = sum(b.nbytes for _, _, b in lost)
     if size_bytes > MOST_BUFFERS:
-        raise BadCheckpoint(f"{checkpoint.path}/config.json describes a model whose tables take {size_bytes / 1e9:.0f} GB; some number in it is wrong")
+        raise BadCheckpoint(
+            f"{checkpoint.path}/config.json describes a model whose tables take {size_bytes / 1e9:.0f} GB; some number in it is wrong"
+        )
     for module, name, b in lost:
         module._buffers[name] = poison(b)
     for p in model.parameters():
@@ -148,7 +172,11 @@ def poison(b: Tensor) -> Tensor:
     """A tensor of the same kind whose values nobody takes for real ones."""
     if b.dtype == torch.bool:
         return torch.full_like(b, 255, dtype=torch.uint8, device="cpu").view(torch.bool)
-    value = float("nan") if b.is_floating_point() or b.is_complex() else torch.iinfo(b.dtype).min or torch.iinfo(b.dtype).max
+    value = (
+        float("nan")
+        if b.is_floating_point() or b.is_complex()
+        else torch.iinfo(b.dtype).min or torch.iinfo(b.dtype).max
+    )
     return torch.full_like(b, value, device="cpu")
 
 
@@ -254,7 +282,10 @@ def aliases(checkpoint: Checkpoint, modules: list[str]) -> list[str]:
         found = places(outline(checkpoint), checkpoint.tensors())
     except BadCheckpoint:
         return []
-    return sorted({found[f"{m}.weight"].parameter.removesuffix(".weight") for m in modules if f"{m}.weight" in found} - set(modules))
+    return sorted(
+        {found[f"{m}.weight"].parameter.removesuffix(".weight") for m in modules if f"{m}.weight" in found}
+        - set(modules)
+    )
 
 
 def _fused(
@@ -271,7 +302,10 @@ def _fused(
             merged = True
         elif isinstance(operation, loading.Concatenate):
             dim = operation.dim - (1 if merged else 0)
-        elif isinstance(operation, loading.Transpose) and {operation.dim0 - len(shape), operation.dim1 - len(shape)} == {-1, -2}:
+        elif isinstance(operation, loading.Transpose) and {
+            operation.dim0 - len(shape),
+            operation.dim1 - len(shape),
+        } == {-1, -2}:
             first = next(iter(sources.values()))[0]
             transposed = not (operation.check_dims and tensors[first] == shape)
         else:
@@ -311,20 +345,30 @@ def ties(model: transformers.PreTrainedModel, found: Places) -> dict[str, str]:
     return tied
 
 
-def require_whole(model: transformers.PreTrainedModel, checkpoint: Checkpoint, found: Places, names: Collection[str]) -> None:
+def require_whole(
+    model: transformers.PreTrainedModel, checkpoint: Checkpoint, found: Places, names: Collection[str]
+) -> None:
     """Raise BadCheckpoint for parameters and buffers among `names` of which the checkpoint fills not every element."""
     shapes, tied = checkpoint.tensors(), ties(model, found)
     filled: dict[str, dict[tuple, int]] = {}
     for tensor, place in found.items():
         filled.setdefault(place.parameter, {})[place.expert, place.first] = prod(shapes[tensor])
     sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
-    bare = [name for name in names if name in sizes and sum(filled.get(tied.get(name, name), {}).values()) < sizes[name]]
+    bare = [
+        name for name in names if name in sizes and sum(filled.get(tied.get(name, name), {}).values()) < sizes[name]
+    ]
     if made := next((name for name in bare if name in found.lost), None):
-        raise Unsupported(f"Transformers makes '{made}' of the checkpoint by {found.lost[made]}, which halfbyte does not follow; {NO_MODEL}")
+        raise Unsupported(
+            f"Transformers makes '{made}' of the checkpoint by {found.lost[made]}, which halfbyte does not follow; {NO_MODEL}"
+        )
     if bare:
-        raise BadCheckpoint(f"{checkpoint.path} lacks {len(bare)} tensors of '{checkpoint.model_type}', or parts of them, the first '{bare[0]}'")
+        raise BadCheckpoint(
+            f"{checkpoint.path} lacks {len(bare)} tensors of '{checkpoint.model_type}', or parts of them, the first '{bare[0]}'"
+        )
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    if empty := next((name for name in names if name in buffers and name not in filled and is_poisoned(buffers[name])), None):
+    if empty := next(
+        (name for name in names if name in buffers and name not in filled and is_poisoned(buffers[name])), None
+    ):
         raise BadCheckpoint(
             f"neither {checkpoint.path} nor Transformers {transformers.__version__} has values for '{empty}' of '{checkpoint.model_type}' ({NO_MODEL})"
         )
@@ -342,11 +386,23 @@ def put(model: nn.Module, name: str, p: nn.Parameter) -> None:
     model.get_submodule(home)._parameters[last] = p
 
 
-def load(model: nn.Module, checkpoint: Checkpoint, found: Places, tied: dict[str, str], names: Iterable[str], device: torch.device | str) -> None:
+def load(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    found: Places,
+    tied: dict[str, str],
+    names: Iterable[str],
+    device: torch.device | str,
+) -> None:
     """Give those of the parameters (and buffers that the checkpoint holds) their values, unless they have them; what is tied shares its memory."""
     state = dict(model.state_dict(keep_vars=True))
     names = [name for name in names if name in state]
-    fresh = {home for name in names if (home := tied.get(name, name)) in state and (state[home].is_meta or not isinstance(state[home], nn.Parameter))}
+    fresh = {
+        home
+        for name in names
+        if (home := tied.get(name, name)) in state
+        and (state[home].is_meta or not isinstance(state[home], nn.Parameter))
+    }
     for name in fresh:
         if state[name].is_meta:
             put(model, name, nn.Parameter(torch.empty_like(state[name], device=device), requires_grad=False))
@@ -371,7 +427,9 @@ def release(model: nn.Module, names: Iterable[str]) -> None:
             put(model, name, nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False))
 
 
-def fill(model: nn.Module, checkpoint: Checkpoint, found: Places, names: Iterable[str], device: torch.device | str) -> None:
+def fill(
+    model: nn.Module, checkpoint: Checkpoint, found: Places, names: Iterable[str], device: torch.device | str
+) -> None:
     """Read tensors of the checkpoint into the parameters in which they lie."""
     state = dict(model.state_dict(keep_vars=True))
     for name in names:

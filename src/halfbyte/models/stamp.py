@@ -22,7 +22,13 @@ def stamp(checkpoint: Checkpoint) -> list[tuple]:
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weights)]
     said = [checkpoint.path / name for name in NOT_COPIED] if checkpoint.path.is_dir() else []
     files = [(path.name, digest(path)) for path in (*said, *checkpoint.other_files) if path.is_file()]
-    return [*tensors, *stats, *files, *((tool, version(tool)) for tool in TOOLS), (torch.backends.cpu.get_cpu_capability(),)]
+    return [
+        *tensors,
+        *stats,
+        *files,
+        *((tool, version(tool)) for tool in TOOLS),
+        (torch.backends.cpu.get_cpu_capability(),),
+    ]
 
 
 def origin(checkpoint: Checkpoint) -> str:

@@ -14,7 +14,13 @@ DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 LINES, LISTS, TABLES = (".jsonl", ".ndjson"), (".json",), {".csv": ",", ".tsv": "\t"}
 BINARY = {".parquet": "Parquet", ".arrow": "Arrow"}
 CHATS = ("messages", "conversations", "conversation")
-PAIRS = (("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+PAIRS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+)
 """Keys of what is asked and of what is answered."""
 CONTEXTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
@@ -62,13 +68,21 @@ def _of_file(path: Path) -> list[Record]:
     """Raw text, unless the file's name says that it holds records."""
     kind = path.suffix.lower()
     if kind in BINARY:
-        raise BadRequest(f"{path} is in {BINARY[kind]}, which is not read here; save its records as .jsonl, one JSON object per line")
+        raise BadRequest(
+            f"{path} is in {BINARY[kind]}, which is not read here; save its records as .jsonl, one JSON object per line"
+        )
     text = _read(path)
     if kind in LINES or (kind in LISTS and not _is_whole(text)):
-        return [_record(_parsed(line, f"{path}, line {n}", f"; {EXPECTED}"), f"{path}, line {n}") for n, line in _lines(text)]
+        return [
+            _record(_parsed(line, f"{path}, line {n}", f"; {EXPECTED}"), f"{path}, line {n}")
+            for n, line in _lines(text)
+        ]
     if kind in LISTS:
         value = _parsed(text, str(path))
-        return [_record(one, f"{path}, record {number}") for number, one in enumerate(value if isinstance(value, list) else [value], 1)]
+        return [
+            _record(one, f"{path}, record {number}")
+            for number, one in enumerate(value if isinstance(value, list) else [value], 1)
+        ]
     if kind in TABLES:
         return [_record(row, f"{path}, row {number}") for number, row in enumerate(_rows(text, TABLES[kind], path), 1)]
     return [Record(str(path), text, is_whole=False)]
@@ -116,7 +130,9 @@ def _rows(text: str, delimiter: str, path: Path) -> list[dict[str, Any]]:
     finally:
         csv.field_size_limit(limit)
     if odd := next((number for number, row in enumerate(rows, 1) if None in row), None):
-        raise BadRequest(f"{path}, row {odd}: has more cells than the first row has names; put cells that hold a '{delimiter}' in quotes")
+        raise BadRequest(
+            f"{path}, row {odd}: has more cells than the first row has names; put cells that hold a '{delimiter}' in quotes"
+        )
     return [{name: cell for name, cell in row.items() if cell is not None} for row in rows]
 
 
@@ -125,7 +141,9 @@ def _dataset(source: str) -> Any:
     try:
         import datasets  # pyright: ignore[reportMissingImports] (an extra)
     except ImportError:
-        raise BadRequest(f"there is no text file '{source}'; to look for it on the hub as a dataset: pip install 'halfbyte[datasets]'") from None
+        raise BadRequest(
+            f"there is no text file '{source}'; to look for it on the hub as a dataset: pip install 'halfbyte[datasets]'"
+        ) from None
     name, _, split = source.partition(":")
     try:
         return datasets.load_dataset(name, split=split or "train")
@@ -142,7 +160,9 @@ def _record(value: Any, place: str) -> Record:
         raise BadRequest(f"{place}: is {_called(value)}; {EXPECTED}")
     if chat := next((value[key] for key in CHATS if isinstance(value.get(key), list)), None):
         return Record(place, None, [*_system(value), *_messages(chat, place)])
-    if pair := next(((ask, answer) for ask, answer in PAIRS if value.get(ask) is not None and value.get(answer) is not None), None):
+    if pair := next(
+        ((ask, answer) for ask, answer in PAIRS if value.get(ask) is not None and value.get(answer) is not None), None
+    ):
         return _pair(value, *pair, place)
     if isinstance(value.get("text"), str):
         return Record(place, sound(value["text"], place))
@@ -154,7 +174,11 @@ def _record(value: Any, place: str) -> Record:
 
 def _system(value: dict[str, Any]) -> list[dict[str, Any]]:
     """What stands beside a chat or an instruction for the model to obey."""
-    return [{"role": "system", "content": value[key]} for key in SYSTEMS if isinstance(value.get(key), str) and value[key].strip()][:1]
+    return [
+        {"role": "system", "content": value[key]}
+        for key in SYSTEMS
+        if isinstance(value.get(key), str) and value[key].strip()
+    ][:1]
 
 
 def _pair(value: dict[str, Any], ask: str, answer: str, place: str) -> Record:
@@ -179,8 +203,14 @@ def _messages(value: list[Any], place: str) -> list[dict[str, Any]]:
         elif isinstance(message, dict) and isinstance(message.get("from"), str):
             found.append({"role": ROLES.get(message["from"].lower(), message["from"]), "content": message.get("value")})
         else:
-            what = f"an object with the keys {', '.join(map(repr, message))}" if isinstance(message, dict) else _called(message)
-            raise BadRequest(f"{place}: a message is {what}; it is an object with 'role' and 'content', or with 'from' and 'value'")
+            what = (
+                f"an object with the keys {', '.join(map(repr, message))}"
+                if isinstance(message, dict)
+                else _called(message)
+            )
+            raise BadRequest(
+                f"{place}: a message is {what}; it is an object with 'role' and 'content', or with 'from' and 'value'"
+            )
     if not found:
         raise BadRequest(f"{place}: has no messages; {EXPECTED}")
     return found
@@ -196,5 +226,7 @@ def sound(text: str, place: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRequest(f"{place}: holds half a character, \\u{ord(text[error.start]):04x}, without its other half; write both or none") from None
+        raise BadRequest(
+            f"{place}: holds half a character, \\u{ord(text[error.start]):04x}, without its other half; write both or none"
+        ) from None
     return text

@@ -5,7 +5,15 @@ from pathlib import Path
 from halfbyte.errors import BadCheckpoint
 from halfbyte.files import exists, read_bytes, read_object
 
-READ_WHOLE = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+READ_WHOLE = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 OBJECTS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 
 

@@ -77,7 +77,12 @@ class Block:
     @property
     def head_dims(self) -> list[int]:
         """Widths of one head of values, as the family's own modules state them; several where attention is of several kinds."""
-        stated = {getattr(m, name) for m in self.module.modules() for name in ("v_head_dim", "head_dim", "head_size") if hasattr(m, name)}
+        stated = {
+            getattr(m, name)
+            for m in self.module.modules()
+            for name in ("v_head_dim", "head_dim", "head_size")
+            if hasattr(m, name)
+        }
         return sorted(stated) or [1]
 
     @property
@@ -90,7 +95,9 @@ class Block:
         if self.walk.as_served:
             self.inputs = {w: inputs for w in self.weights if (inputs := source.read_inputs(w.name))}
             if self.inputs and self.walk.shared:
-                raise Unsupported(f"'{source.model_type}' shares weights between blocks, whose rounded inputs are not followed; round weights alone")
+                raise Unsupported(
+                    f"'{source.model_type}' shares weights between blocks, whose rounded inputs are not followed; round weights alone"
+                )
 
     def free(self) -> None:
         """Take the memory back, but for what later blocks share."""
@@ -150,7 +157,9 @@ class Block:
         """Hidden states, and whatever else the block returns."""
         args, kwargs = self.walk.calls[self.module][batch]
         args = [self.walk.carried[batch][a.number] if isinstance(a, Carried) else a for a in args]
-        kwargs = {name: self.walk.carried[batch][a.number] if isinstance(a, Carried) else a for name, a in kwargs.items()}
+        kwargs = {
+            name: self.walk.carried[batch][a.number] if isinstance(a, Carried) else a for name, a in kwargs.items()
+        }
         with Uses(self.matrices(), self._rounded) if self.inputs else nullcontext():
             out = self.module(hidden.to(self.walk.device), *args, **kwargs)
         out = out if isinstance(out, (tuple, list)) else (out,)
@@ -253,7 +262,11 @@ class Uses(TorchFunctionMode):
     def _follow(self, tensor: Tensor, cast: Tensor) -> None:
         """A copy in another dtype stands for the same matrices: many routers multiply by theirs in 32 bits."""
         owners = self.owners.get(tensor.untyped_storage().data_ptr())
-        if owners and cast.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() and cast.stride() == tensor.stride():
+        if (
+            owners
+            and cast.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+            and cast.stride() == tensor.stride()
+        ):
             shift = int(cast.storage_offset()) - int(tensor.storage_offset())
             moved = [(first + shift, last + shift, m, row_major) for first, last, m, row_major in owners]
             self.owners[cast.untyped_storage().data_ptr()] = moved
@@ -266,12 +279,18 @@ class Uses(TorchFunctionMode):
             return x
         if operand.dim() == 3:  # a product over all experts at once
             read = [self._see(x[number], operand[number], is_linear) for number in range(operand.shape[0])]
-            return x if all(part.data_ptr() == x[number].data_ptr() for number, part in enumerate(read)) else torch.stack(read)
+            return (
+                x
+                if all(part.data_ptr() == x[number].data_ptr() for number, part in enumerate(read))
+                else torch.stack(read)
+            )
         start, end = extent(operand)
         read = [(m, row_major) for first, last, m, row_major in owners if first < end and start < last]
         for matrix, row_major in read:
             if matrix.weight and row_major != (is_linear == (operand.stride(-1) == 1)):
-                raise BadCheckpoint(f"'{matrix.tensor}' lies transposed to what halfbyte thinks; its family needs a row in models/roles.py (TRANSPOSED)")
+                raise BadCheckpoint(
+                    f"'{matrix.tensor}' lies transposed to what halfbyte thinks; its family needs a row in models/roles.py (TRANSPOSED)"
+                )
         instead = self.report([m for m, _ in read], x) if read else None
         return x if instead is None else instead
 
@@ -282,7 +301,15 @@ def extent(view: Tensor) -> tuple[int, int]:
     return start, start + 1 + sum((int(n) - 1) * int(s) for n, s in zip(view.shape, view.stride(), strict=True))
 
 
-PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__}
+PRODUCTS = {
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.Tensor.matmul,
+    torch.Tensor.mm,
+    torch.Tensor.bmm,
+    torch.Tensor.__matmul__,
+}
 CASTS = {torch.Tensor.float, torch.Tensor.to, torch.Tensor.type}
 
 
@@ -301,7 +328,12 @@ class Walk:
     ):
         """`scratch` is a folder on a disk, for hidden states beyond the budget. `as_served`: inputs and the KV cache are rounded as the
         checkpoint says that engines do; a checkpoint that is only the source of another is as precise as its weights."""
-        self.checkpoint, self.device, self.scratch, self.as_served = checkpoint, torch.device(device), scratch, as_served
+        self.checkpoint, self.device, self.scratch, self.as_served = (
+            checkpoint,
+            torch.device(device),
+            scratch,
+            as_served,
+        )
         self._tokens = windows.numel() * (2 if twin else 1)
         self.model = skeleton.build(checkpoint, dtype)
         self._require_decoder()
@@ -327,7 +359,9 @@ class Walk:
                 self.outside.append(name)
             elif name in parameters:
                 skeleton.blind(self.model, [name])
-        self.blocks = [Block(self, module, prefix, inside[prefix]) for module, prefix in zip(modules, inside, strict=True)]
+        self.blocks = [
+            Block(self, module, prefix, inside[prefix]) for module, prefix in zip(modules, inside, strict=True)
+        ]
         used = Counter(home for block in self.blocks for home in block.homes)
         self.shared = {home for home, blocks in used.items() if blocks > 1}
         """Parameters that several blocks compute with."""
@@ -346,18 +380,28 @@ class Walk:
     def _require_decoder(self) -> None:
         config = self.model.config
         if config.is_encoder_decoder or type(self.model) in transformers.MODEL_FOR_MASKED_LM_MAPPING.values():
-            raise Unsupported(f"calibration and eval run decoders on text, and {type(self.model).__name__} is none; {skeleton.NO_MODEL}")
+            raise Unsupported(
+                f"calibration and eval run decoders on text, and {type(self.model).__name__} is none; {skeleton.NO_MODEL}"
+            )
 
     def _stack(self) -> tuple[str, nn.ModuleList]:
         """The decoder's layers, with their name."""
         config = self.model.config.get_text_config(decoder=True)
-        counts = {getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")}  # LongCat's layers are two in one
+        counts = {
+            getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")
+        }  # LongCat's layers are two in one
         decoder = self.model.get_decoder()
         prefix = next((name for name, module in self.model.named_modules() if module is decoder), "")
-        lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in counts and not roles.FOREIGN.search(f"{n}.")}
+        lists = {
+            n: m
+            for n, m in self.model.named_modules()
+            if isinstance(m, nn.ModuleList) and len(m) in counts and not roles.FOREIGN.search(f"{n}.")
+        }
         name = next((n for n in lists if n.rpartition(".")[0] == prefix), next(iter(lists), None))
         if name is None:
-            raise Unsupported(f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) has no list of decoder layers to walk; {skeleton.NO_MODEL}")
+            raise Unsupported(
+                f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) has no list of decoder layers to walk; {skeleton.NO_MODEL}"
+            )
         return name, lists[name]
 
     @torch.no_grad()
@@ -370,7 +414,10 @@ class Walk:
         first = self.blocks[0]
         first.load(self.checkpoint)
         for number, tokens in enumerate(self.batches):
-            with self._standing_in(Notes(self, first.module.forward if number == 0 else None)) as notes, skeleton.refusing(self.checkpoint, "run"):
+            with (
+                self._standing_in(Notes(self, first.module.forward if number == 0 else None)) as notes,
+                skeleton.refusing(self.checkpoint, "run"),
+            ):
                 base(input_ids=tokens.to(self.device), use_cache=False)
             notes.close()
         first.free()
@@ -399,7 +446,12 @@ class Walk:
 
     @property
     def carries(self) -> bool:
-        return any(isinstance(a, Carried) for calls in self.calls.values() for args, kwargs in calls[:1] for a in (*args, *kwargs.values()))
+        return any(
+            isinstance(a, Carried)
+            for calls in self.calls.values()
+            for args, kwargs in calls[:1]
+            for a in (*args, *kwargs.values())
+        )
 
     def advance(self, block: Block) -> None:
         """Run the block as it now is: its outputs are what the next one reads."""
@@ -424,7 +476,9 @@ class Walk:
         """Raise BadCheckpoint for hidden states that are no numbers."""
         if not torch.isfinite(hidden.sum()) and not torch.isfinite(hidden).all():
             dtype = str(hidden.dtype).removeprefix("torch.")
-            raise BadCheckpoint(f"{self.checkpoint.path}: {who} NaN or Inf in {dtype}; the model is broken, or needs another dtype ({skeleton.NO_MODEL})")
+            raise BadCheckpoint(
+                f"{self.checkpoint.path}: {who} NaN or Inf in {dtype}; the model is broken, or needs another dtype ({skeleton.NO_MODEL})"
+            )
 
     @property
     def predicts(self) -> bool:
@@ -455,16 +509,24 @@ class Walk:
     def finish(self) -> None:
         """After the last block: what the head reads takes the place of hidden states. Raises Unsupported for a model without a head."""
         if not self._ends_in_head:
-            raise Unsupported(f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) predicts no tokens, and predictions are what is compared")
+            raise Unsupported(
+                f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) predicts no tokens, and predictions are what is compared"
+            )
         base, decoder = self.model.base_model, self.model.get_submodule(self._stack()[0].rpartition(".")[0])
-        hook = decoder.register_forward_hook(lambda module, args, out: self._before_head.update({module: out} if hasattr(out, "last_hidden_state") else {}))
+        hook = decoder.register_forward_hook(
+            lambda module, args, out: self._before_head.update(
+                {module: out} if hasattr(out, "last_hidden_state") else {}
+            )
+        )
         for number, (_, out) in enumerate(self._finish(base), 1):
             self.hidden[number] = out.last_hidden_state
             self._before_head[base] = out
         hook.remove()
 
     @contextmanager
-    def head(self, like: "Walk | None" = None) -> Iterator[Callable[[int, slice], Float[Tensor, "batch positions vocabulary"]]]:
+    def head(
+        self, like: "Walk | None" = None
+    ) -> Iterator[Callable[[int, slice], Float[Tensor, "batch positions vocabulary"]]]:
         """While this lasts: the logits of a batch at some positions, after `finish`. `like`: a walk whose head is in memory and is the same."""
         if like is None:
             self._load(self._of_head)
@@ -474,7 +536,10 @@ class Walk:
 
         @torch.no_grad()
         def logits(batch: int, positions: slice) -> Tensor:
-            for module, whole in self._before_head.items():  # most heads ask the base for hidden states, or (OPT's) the decoder in it
+            for (
+                module,
+                whole,
+            ) in self._before_head.items():  # most heads ask the base for hidden states, or (OPT's) the decoder in it
                 out = copy(whole)
                 out.last_hidden_state = self.hidden[batch][:, positions]
                 module.forward = lambda *args, out=out, **kwargs: out
@@ -491,7 +556,11 @@ class Walk:
         """Whether this model's head is, bit for bit, that of another, whose tensors bear the same names."""
         homes = {self.ties.get(name, name) for name in self._of_head}
         tensors = [tensor for tensor, place in self.places.items() if place.parameter in homes]
-        return self._of_head == other._of_head and bool(tensors) and all(self.checkpoint.same(tensor, other.checkpoint) for tensor in tensors)
+        return (
+            self._of_head == other._of_head
+            and bool(tensors)
+            and all(self.checkpoint.same(tensor, other.checkpoint) for tensor in tensors)
+        )
 
     @property
     def _of_head(self) -> list[str]:
@@ -503,7 +572,10 @@ class Walk:
     def _finish(self, part: nn.Module) -> Iterator[tuple[Tensor, Any]]:
         self._load(self._outside(part))
         for hidden, tokens in list(zip(self.hidden, self.batches, strict=True))[1:]:
-            with self._standing_in(lambda _, hidden=hidden: lambda *args, **kwargs: self.returned(hidden)), skeleton.refusing(self.checkpoint, "run"):
+            with (
+                self._standing_in(lambda _, hidden=hidden: lambda *args, **kwargs: self.returned(hidden)),
+                skeleton.refusing(self.checkpoint, "run"),
+            ):
                 out = part(input_ids=tokens.to(self.device), use_cache=False)
             yield tokens, out
         skeleton.release(self.model, self.outside)
@@ -532,9 +604,18 @@ class Notes:
             if number == 0:
                 self.walk.require_finite(hidden, "what comes before the first block computes")
                 if self.forward is not None:
-                    self._learn(self.forward(hidden, *args, **{name: value for name, value in kwargs.items() if name not in DROPPED}), hidden)
+                    self._learn(
+                        self.forward(
+                            hidden, *args, **{name: value for name, value in kwargs.items() if name not in DROPPED}
+                        ),
+                        hidden,
+                    )
                 self.walk.hidden.append(self.walk.kept(hidden))
-            elif hidden.shape != self.walk.hidden[-1].shape or self.handed is None or hidden.data_ptr() != self.handed.data_ptr():
+            elif (
+                hidden.shape != self.walk.hidden[-1].shape
+                or self.handed is None
+                or hidden.data_ptr() != self.handed.data_ptr()
+            ):
                 self._refuse("computes something between its blocks")
             args = tuple(self._carried(value) for value in args)
             kwargs = {name: self._carried(value) for name, value in kwargs.items() if name not in DROPPED}
@@ -550,7 +631,10 @@ class Notes:
         if not isinstance(first, Tensor) or first.shape != hidden.shape:
             self._refuse("has blocks that return something else than hidden states")
         if isinstance(out, (tuple, list)):
-            self.walk._returned = [skeleton.poison(x) if isinstance(x, Tensor) else None if x is None else Carried(i) for i, x in enumerate(others)]
+            self.walk._returned = [
+                skeleton.poison(x) if isinstance(x, Tensor) else None if x is None else Carried(i)
+                for i, x in enumerate(others)
+            ]
 
     def _carried(self, value: Any) -> Any:
         """An argument as it is to be noted: what the block before has returned is known when that has run."""
@@ -566,4 +650,6 @@ class Notes:
             self._refuse(f"runs {self.done} of its {len(self.walk.blocks)} blocks")
 
     def _refuse(self, what: str) -> NoReturn:
-        raise Unsupported(f"'{self.walk.checkpoint.model_type}' {what}, which calibration and eval do not follow; {skeleton.NO_MODEL}")
+        raise Unsupported(
+            f"'{self.walk.checkpoint.model_type}' {what}, which calibration and eval do not follow; {skeleton.NO_MODEL}"
+        )

@@ -59,7 +59,10 @@ def decoder_of(config: Config) -> Config:
 @cache
 def registry(name: str) -> Registry:
     row = _rows()[name]
-    words = {field: str(row.get(field, "")).split() for field in ("names", "dequantized", "reshaped", "stacked", "uneven", "derived")}
+    words = {
+        field: str(row.get(field, "")).split()
+        for field in ("names", "dequantized", "reshaped", "stacked", "uneven", "derived")
+    }
     names = frozenset(words["names"]) | (registry(row["includes"]).names if "includes" in row else frozenset())
     lists = {field: frozenset(words[field]) for field in ("dequantized", "reshaped", "stacked", "uneven")}
     return Registry(row["source"], row["by"], names, tuple(words["derived"]), **lists, settings=row.get("settings"))

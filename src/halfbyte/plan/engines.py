@@ -21,7 +21,9 @@ class Kernel:
 
     codes: frozenset[Code]  # integers under inputs in 16 bits
     spans: frozenset[int | str]
-    tiles: tuple[tuple[int, int], ...] = ()  # (in, out): a partition must be a multiple of one of these, if there are any
+    tiles: tuple[
+        tuple[int, int], ...
+    ] = ()  # (in, out): a partition must be a multiple of one of these, if there are any
     note: str = ""
     flag: str = ""  # what the command needs for this kernel
     named: str = ""  # all other schemes: a pattern of their names, without the precision of scales
@@ -29,7 +31,9 @@ class Kernel:
     whole_tiles: bool = False  # shapes that miss the tiles are refused even by an engine that pads others
 
 
-def named(pattern: str, offer: str, note: str = "", tiles: tuple[tuple[int, int], ...] = (), whole_tiles: bool = False) -> Kernel:
+def named(
+    pattern: str, offer: str, note: str = "", tiles: tuple[tuple[int, int], ...] = (), whole_tiles: bool = False
+) -> Kernel:
     """A kernel for schemes by their names."""
     return Kernel(NONE, frozenset(), tiles, note, named=pattern, offer=offer, whole_tiles=whole_tiles)
 
@@ -56,7 +60,9 @@ class Reads:
     mixes: bool = True  # several grids in one checkpoint
     one_kernel: bool = False  # ... but only such as run on the same kernel
     base_experts: bool = False  # rules per module do not reach experts: all of them get the commonest grid
-    keeps: str = "any"  # which matrices of a block may stay in 16 bits: "any", "unfused" (not q, k, v, gate, up) or "none"
+    keeps: str = (
+        "any"  # which matrices of a block may stay in 16 bits: "any", "unfused" (not q, k, v, gate, up) or "none"
+    )
     head: bool = False  # a quantized lm_head
     transposed: bool = False  # GPT-2's Conv1D
     everything: bool = False  # whatever the container holds, wherever it is
@@ -105,15 +111,21 @@ SPANNED = "bitsandbytes 0.50 decodes it wrongly on CPUs (not on GPUs), as its bl
 BLOCKS_AND_BYTES = named(r"(nf4|fp4)-[^/]*|llm-int8/llm-int8", "nf4 and fp4 in blocks, and int8-channel as LLM.int8()")
 FP8_WEIGHTS = "FP8 weights alone run on Marlin kernels: an NVIDIA GPU of compute capability 8.0 or later"
 FP8_ROWS = named(r"fp8-e4m3-(channel|tensor)", "fp8-e4m3 per channel, tensor", FP8_WEIGHTS, TILES[:1])
-INPUTS_IN_FP8 = "the engine rounds inputs to FP8 on GPUs of compute capability 8.9 or later; older ones leave inputs in 16 bits"
+INPUTS_IN_FP8 = (
+    "the engine rounds inputs to FP8 on GPUs of compute capability 8.9 or later; older ones leave inputs in 16 bits"
+)
 FP8_ROUNDED = "fp8-e4m3-channel/fp8-e4m3-token, fp8-e4m3-tensor/fp8-e4m3-static"
 FP8_BLOCKS = named(r"fp8-e4m3-block/fp8-e4m3-g128", "fp8-e4m3-block/fp8-e4m3-g128", INPUTS_IN_FP8)
 FP8_LOADED = named(
-    r"fp8-e4m3-(block/fp8-e4m3-g128|tensor/fp8-e4m3-(token|static))", "fp8-e4m3-block/fp8-e4m3-g128, fp8-e4m3-tensor/fp8-e4m3-token or -static", INPUTS_IN_FP8
+    r"fp8-e4m3-(block/fp8-e4m3-g128|tensor/fp8-e4m3-(token|static))",
+    "fp8-e4m3-block/fp8-e4m3-g128, fp8-e4m3-tensor/fp8-e4m3-token or -static",
+    INPUTS_IN_FP8,
 )
 MX_INPUTS = "vLLM rounds inputs to {0} on Blackwell whatever the config says; older GPUs (compute capability 8.0 or later) leave them in 16 bits"
 NVFP4_INPUTS = "4-bit products need an NVIDIA GPU of compute capability 10.0 or later; older ones (7.5 or later) leave inputs in 16 bits"
-W4A8_FP8 = "needs an NVIDIA GPU of compute capability 9.0 exactly (Hopper), where vLLM also rounds the scales of groups to FP8"
+W4A8_FP8 = (
+    "needs an NVIDIA GPU of compute capability 9.0 exactly (Hopper), where vLLM also rounds the scales of groups to FP8"
+)
 W4A8_INT = "int4 under int8 inputs runs on Arm CPUs and Intel GPUs only; on Hopper, int4-g128/fp8-e4m3-token does"
 FP8_EXPERTS = ("fp8-e4m3-block/fp8-e4m3-g128", "fp8-e4m3-tensor/fp8-e4m3-token", "fp8-e4m3-tensor/fp8-e4m3-static")
 INPUTS_IN_INT8 = "products of int8 run on GPUs of compute capability 7.5 or later"
@@ -121,14 +133,24 @@ MAINTAINED = ("TGI is in maintenance mode", "computes in float16")
 # vllm_gguf_plugin/quantization/utils.py and SGLang's (quantization)/gguf.py list the same types.
 GGUF_INTEGERS = frozenset({(4, True), (5, True), (8, True)})
 GGUF_TYPES = named(r"q4_1|q5_1|q[2-6]_k|iq[1-4]_\w+", "q4_1, q5_1, q2_k to q6_k, iq1_s to iq4_xs")
-BY_LLAMA_CPP = "runs it through llama.cpp, which the tests here load it in; an older copy of that may lack new types and models"
+BY_LLAMA_CPP = (
+    "runs it through llama.cpp, which the tests here load it in; an older copy of that may lack new types and models"
+)
 CPU_RUNS = "benchmarks/vllm_cpu.py"
 GPTQMODEL_RUNS = "tests/containers/test_gptqmodel_oracle.py"
 
 # What engines fuse: packed_modules_mapping of vllm model_executor/models/{llama,mixtral,qwen3_5}.py.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"))
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
 # Split along `in` in tensor parallelism: RowParallelLinear in vllm model_executor/models/*.py. All others are split along `out`.
-ROW = re.compile(r"(^|\.)(o_proj|down_proj|out_proj|c_proj|wo|w2|fc2|fc_out|dense_4h_to_h|attention\.dense|self_attn\.dense)$")
+ROW = re.compile(
+    r"(^|\.)(o_proj|down_proj|out_proj|c_proj|wo|w2|fc2|fc_out|dense_4h_to_h|attention\.dense|self_attn\.dense)$"
+)
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
 # Paths: vllm/ of vllm-project/vllm; python/sglang/srt/ of sgl-project/sglang; server/text_generation_server/ of
@@ -145,16 +167,30 @@ VLLM = {
             # schemes/compressed_tensors_{w8a16_fp8,w4a4_nvfp4}.py; _get_scheme_from_parts in compressed_tensors.py.
             FP8_ROWS,
             named(r"fp8-e4m3-block", "fp8-e4m3-block", "fp8-e4m3-block with 16-bit inputs needs vLLM of 2026", TILES),
-            named(r"nvfp4-global", "nvfp4-global", "NVFP4 weights alone run on Marlin kernels: compute capability 7.5 or later", TILES),
+            named(
+                r"nvfp4-global",
+                "nvfp4-global",
+                "NVFP4 weights alone run on Marlin kernels: compute capability 7.5 or later",
+                TILES,
+            ),
             # schemes/compressed_tensors_{w4a4_mxfp4,w8a8_mxfp8}.py do not look at input_activations: kernels decide, in the order of
             # kernels/linear/__init__.py, where FlashInfer's (Blackwell) round inputs and Marlin's, which come next, do not.
             named(r"mxfp4(/mxfp4)?", "mxfp4", MX_INPUTS.format("MXFP4"), TILES),
             named(r"mxfp8-e4m3(/mxfp8-e4m3)?", "mxfp8-e4m3", MX_INPUTS.format("MXFP8"), TILES),
             # schemes/compressed_tensors_w8a8_int8.py (symmetric weights; inputs per token or stored, with zero points or not).
-            named(r"int8-(channel|tensor)/int8-(token|static)(-asym)?", "int8-channel/int8-token or -static, and -asym", INPUTS_IN_INT8, SIXTEENS),
+            named(
+                r"int8-(channel|tensor)/int8-(token|static)(-asym)?",
+                "int8-channel/int8-token or -static, and -asym",
+                INPUTS_IN_INT8,
+                SIXTEENS,
+            ),
             # schemes/compressed_tensors_w8a8_fp8.py: per tensor, a fused matrix is rounded again to the largest of its scales.
             named(r"fp8-e4m3-(channel|tensor)/fp8-e4m3-(token|static)", FP8_ROUNDED, INPUTS_IN_FP8),
-            named(r"fp8-e4m3-(channel|tensor)/fp8-e4m3-tensor", "", f"{INPUTS_IN_FP8}; vLLM finds a scale for each token, not one for all"),
+            named(
+                r"fp8-e4m3-(channel|tensor)/fp8-e4m3-tensor",
+                "",
+                f"{INPUTS_IN_FP8}; vLLM finds a scale for each token, not one for all",
+            ),
             FP8_BLOCKS,
             # schemes/compressed_tensors_w4a4_nvfp4.py: fused matrices share the largest divisor, and warn if theirs differ.
             named(r"nvfp4-global/nvfp4", "nvfp4-global/nvfp4", NVFP4_INPUTS, TILES),
@@ -166,8 +202,21 @@ VLLM = {
         experts=SYMMETRIC,
         # compressed_tensors_moe.py get_moe_method: FP8 has experts with quantized inputs only; int8 per channel and token only.
         named_experts=(
-            *("nvfp4-global", "nvfp4-global/nvfp4", "mxfp4", "mxfp4/mxfp4", "mxfp8-e4m3", "mxfp8-e4m3/mxfp8-e4m3", "int8-channel/int8-token"),
-            *("fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-tensor/fp8-e4m3-static", "fp8-e4m3-block/fp8-e4m3-g128", "int4-g128/fp8-e4m3-token"),
+            *(
+                "nvfp4-global",
+                "nvfp4-global/nvfp4",
+                "mxfp4",
+                "mxfp4/mxfp4",
+                "mxfp8-e4m3",
+                "mxfp8-e4m3/mxfp8-e4m3",
+                "int8-channel/int8-token",
+            ),
+            *(
+                "fp8-e4m3-channel/fp8-e4m3-token",
+                "fp8-e4m3-tensor/fp8-e4m3-static",
+                "fp8-e4m3-block/fp8-e4m3-g128",
+                "int4-g128/fp8-e4m3-token",
+            ),
         ),
         pads=True,
         transposed=True,
@@ -203,7 +252,13 @@ VLLM = {
         tested=(Tested(CPU_RUNS, "int4-g128(-asym)?"),),
     ),
     # (quantization)/fp8.py Fp8Config, Fp8LinearMethod, Fp8MoEMethod; per tensor, a fused matrix is rounded again to the largest scale.
-    "fp8": Reads((FP8_LOADED,), named_experts=FP8_EXPERTS, mixes=False, models="vllm", source="vLLM 0.33.0, model_executor/layers/quantization/fp8.py"),
+    "fp8": Reads(
+        (FP8_LOADED,),
+        named_experts=FP8_EXPERTS,
+        mixes=False,
+        models="vllm",
+        source="vLLM 0.33.0, model_executor/layers/quantization/fp8.py",
+    ),
     # vllm_bnb_plugin/bitsandbytes_loader.py: _verify_model_compatibility, _fuse_moe_quant_states (NF4 only); bitsandbytes.py:
     # is_layer_skipped_bnb looks for the kept names in fused names. Found without flags since pull request 16027 (April 2025), out of
     # the tree since 43529 (0.27.2).
@@ -226,7 +281,9 @@ VLLM = {
         head=True,
         transposed=True,
         parallel=False,
-        notes=("needs the package vllm-gguf-plugin, and takes config.json and tokenizer from the original; its authors call it experimental",),
+        notes=(
+            "needs the package vllm-gguf-plugin, and takes config.json and tokenizer from the original; its authors call it experimental",
+        ),
         command="vllm serve {path} --hf-config-path {original} --tokenizer {original} --dtype float16",
         models="vllm-gguf",
         source="vllm-gguf-plugin 0.0.5, quantization/utils.py, and vLLM's docs/features/quantization/gguf.md",
@@ -241,9 +298,23 @@ SGLANG = {
         (
             Kernel(SYMMETRIC | INT4, SPANS, TILES[:1], AMPERE),
             FP8_ROWS,
-            named(r"int8-channel/int8-token", "int8-channel/int8-token", "products of int8 run on GPUs of compute capability 8.0 or later", SIXTEENS),
-            named(r"fp8-e4m3-(channel/fp8-e4m3-token|tensor/fp8-e4m3-(token|static))", FP8_ROUNDED, INPUTS_IN_FP8, SIXTEENS),
-            named(r"nvfp4-global/nvfp4", "nvfp4-global/nvfp4", "4-bit products need an NVIDIA GPU of compute capability 10.0 or later"),
+            named(
+                r"int8-channel/int8-token",
+                "int8-channel/int8-token",
+                "products of int8 run on GPUs of compute capability 8.0 or later",
+                SIXTEENS,
+            ),
+            named(
+                r"fp8-e4m3-(channel/fp8-e4m3-token|tensor/fp8-e4m3-(token|static))",
+                FP8_ROUNDED,
+                INPUTS_IN_FP8,
+                SIXTEENS,
+            ),
+            named(
+                r"nvfp4-global/nvfp4",
+                "nvfp4-global/nvfp4",
+                "4-bit products need an NVIDIA GPU of compute capability 10.0 or later",
+            ),
         ),
         experts=SYMMETRIC,
         named_experts=("fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-tensor/fp8-e4m3-static", "nvfp4-global/nvfp4"),
@@ -262,7 +333,13 @@ SGLANG = {
         source="SGLang, srt/layers/quantization/gptq",
     ),
     # (quantization)/fp8.py Fp8Config, Fp8LinearMethod.
-    "fp8": Reads((FP8_LOADED,), named_experts=FP8_EXPERTS, mixes=False, models="sglang", source="SGLang, srt/layers/quantization/fp8.py"),
+    "fp8": Reads(
+        (FP8_LOADED,),
+        named_experts=FP8_EXPERTS,
+        mixes=False,
+        models="sglang",
+        source="SGLang, srt/layers/quantization/fp8.py",
+    ),
     # (quantization)/awq/awq.py: is_layer_skipped_awq looks for the kept names in fused names.
     "awq": Reads(
         (Kernel(INT4, SPANS, TILES[:1], AMPERE),),
@@ -284,7 +361,9 @@ SGLANG = {
         source="SGLang 0.5.23, srt/layers/quantization/gguf.py and model_loader/loader.py",
     ),
 }
-LOADED = r"\w+(ForCausalLM|ForConditionalGeneration|LMHeadModel)|(Llama|Qwen3)Model|(Llama|Qwen2)ForSequenceClassification"
+LOADED = (
+    r"\w+(ForCausalLM|ForConditionalGeneration|LMHeadModel)|(Llama|Qwen3)Model|(Llama|Qwen2)ForSequenceClassification"
+)
 """The models that tests/plan/test_transformers.py loads: all of the list in architectures.yaml, and of those that derive from it, these."""
 TRANSFORMERS = {
     # transformers/quantizers/quantizer_compressed_tensors.py; compressed_tensors/quantization/lifecycle/apply.py: nn.Linear only.
@@ -293,7 +372,10 @@ TRANSFORMERS = {
     "compressed-tensors": Reads(
         (
             Kernel(ANY, SPANS | {"any group", "tensor"}),
-            named(r"fp8-e4m3-[^/]*|mxfp8-e4m3|mxfp6-e2m3|mxfp4|nvfp4-global", "fp8-e4m3, mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4-global"),
+            named(
+                r"fp8-e4m3-[^/]*|mxfp8-e4m3|mxfp6-e2m3|mxfp4|nvfp4-global",
+                "fp8-e4m3, mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4-global",
+            ),
             # compressed_tensors/quantization/lifecycle/forward.py rounds inputs and multiplies in 16 bits.
             named(
                 r"(int[2-8]|fp8-e4m3)-[^/]*/(int[2-8]|fp8-e4m3)-(token|tensor|static|g\d+)(-asym)?|mxfp8-e4m3/mxfp8-e4m3|mxfp4/mxfp4|nvfp4-global/nvfp4",
@@ -307,7 +389,9 @@ TRANSFORMERS = {
         decodes=True,
         fuses=False,
         head=True,
-        notes=("needs the package compressed-tensors, which decompresses the weights: it saves no memory or time at run time",),
+        notes=(
+            "needs the package compressed-tensors, which decompresses the weights: it saves no memory or time at run time",
+        ),
         models="transformers",
         source="Transformers 5.23.0, quantizers/quantizer_compressed_tensors.py",
         tested=(Tested("tests/plan/test_transformers.py", ".*", LOADED),),
@@ -378,8 +462,18 @@ TGI = {
     "compressed-tensors": Reads(
         (
             Kernel(SYMMETRIC, SPANS, TILES, AMPERE),
-            named(r"int8-(channel|tensor)/int8-token(-asym)?", "int8-channel/int8-token, and -asym", INPUTS_IN_INT8, SIXTEENS),
-            named(r"fp8-e4m3-(channel/fp8-e4m3-token|tensor/fp8-e4m3-(token|static))", FP8_ROUNDED, INPUTS_IN_FP8, SIXTEENS),
+            named(
+                r"int8-(channel|tensor)/int8-token(-asym)?",
+                "int8-channel/int8-token, and -asym",
+                INPUTS_IN_INT8,
+                SIXTEENS,
+            ),
+            named(
+                r"fp8-e4m3-(channel/fp8-e4m3-token|tensor/fp8-e4m3-(token|static))",
+                FP8_ROUNDED,
+                INPUTS_IN_FP8,
+                SIXTEENS,
+            ),
         ),
         one_kernel=True,
         notes=MAINTAINED[:1],
@@ -388,7 +482,10 @@ TGI = {
     ),
     # utils/quantization.py (no `dynamic`), layers/marlin/gptq.py, layers/gptq/triton.py (2, 4, 8 bits).
     "gptq": Reads(
-        (Kernel(SYMMETRIC, SPANS, TILES, AMPERE), Kernel(PACKED - {(3, True), (3, False)}, SPANS, note="runs on slower exllama or Triton kernels")),
+        (
+            Kernel(SYMMETRIC, SPANS, TILES, AMPERE),
+            Kernel(PACKED - {(3, True), (3, False)}, SPANS, note="runs on slower exllama or Triton kernels"),
+        ),
         mixes=False,
         keeps="none",
         notes=MAINTAINED,
@@ -421,7 +518,13 @@ MLX = {
 LLAMA_CPP = Tested("tests/containers/gguf/test_llamacpp_families.py", ".*", ".*")
 ENGINES: dict[str, Engine] = {
     "vllm": Engine("vLLM", "vllm serve {path}", "compressed-tensors", VLLM, "write compressed-tensors, gptq or awq"),
-    "sglang": Engine("SGLang", "python -m sglang.launch_server --model-path {path}", "gptq", SGLANG, "write gptq, compressed-tensors or awq"),
+    "sglang": Engine(
+        "SGLang",
+        "python -m sglang.launch_server --model-path {path}",
+        "gptq",
+        SGLANG,
+        "write gptq, compressed-tensors or awq",
+    ),
     "transformers": Engine(
         "Transformers",
         '{auto}.from_pretrained("{path}", device_map="auto"{asks})',
@@ -449,12 +552,23 @@ ENGINES: dict[str, Engine] = {
             # models/quant_config_utils.py: FP8 per channel and token or in blocks, no integers. Its NVFP4 and MXFP4 are for models that
             # rename weight_packed themselves.
             "compressed-tensors": Reads(
-                (named(r"fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-channel/fp8-e4m3-token", INPUTS_IN_FP8, SIXTEENS), FP8_BLOCKS),
+                (
+                    named(
+                        r"fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-channel/fp8-e4m3-token", INPUTS_IN_FP8, SIXTEENS
+                    ),
+                    FP8_BLOCKS,
+                ),
                 models="tensorrt-llm",
                 source="TensorRT-LLM, tensorrt_llm/_torch/model_config.py",
             ),
             # model_config.py load_hf_quant_config: DeepSeek's blocks, whatever the config says of modules that are kept.
-            "fp8": Reads((FP8_BLOCKS,), mixes=False, keeps="none", models="tensorrt-llm", source="TensorRT-LLM, tensorrt_llm/_torch/model_config.py"),
+            "fp8": Reads(
+                (FP8_BLOCKS,),
+                mixes=False,
+                keeps="none",
+                models="tensorrt-llm",
+                source="TensorRT-LLM, tensorrt_llm/_torch/model_config.py",
+            ),
         },
         "it loads FP8, NVFP4, MXFP4 and ModelOpt checkpoints; serve integer weights with vllm or sglang",
         names=("trtllm", "tensorrt"),
@@ -491,7 +605,14 @@ ENGINES: dict[str, Engine] = {
         "Jan",
         "# in Jan: Settings > Llama.cpp > Import, then choose {path}",
         "gguf",
-        {"gguf": Reads((), everything=True, notes=(BY_LLAMA_CPP,), source="janhq/jan, docs/src/pages/docs/desktop/manage-models.mdx")},
+        {
+            "gguf": Reads(
+                (),
+                everything=True,
+                notes=(BY_LLAMA_CPP,),
+                source="janhq/jan, docs/src/pages/docs/desktop/manage-models.mdx",
+            )
+        },
         "write gguf",
         parallel=False,
     ),

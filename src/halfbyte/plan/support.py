@@ -48,7 +48,9 @@ def triples() -> Iterator[tuple[str, str, str, str]]:
                     q = q._replace(input=Inputs(scheme.input, scheme.input.fit(statistics.seen, "max")))
                 packed = container.pack(q)
                 plan = container.plan(scheme, q.shape)
-                assert {n: (tuple(t.shape), t.dtype) for n, t in packed.items()} == {n: (s.shape, s.dtype) for n, s in plan.items()}
+                assert {n: (tuple(t.shape), t.dtype) for n, t in packed.items()} == {
+                    n: (s.shape, s.dtype) for n, s in plan.items()
+                }
                 again: Quantized = container.unpack(packed, scheme, q.shape)
                 assert again.equal(q), f"{method} {name} {container.name} does not come back as it was"
                 yield method, name, container.name, ""
@@ -79,7 +81,9 @@ def markdown() -> str:
         f"|---|{'---|' * len(CONTAINERS)}",
     ]
     for engine in ENGINES:
-        lines.append(f"| {engine} | {' | '.join(_cell(engine, container, [g for g, held in fits.items() if held[container]]) for container in CONTAINERS)} |")
+        lines.append(
+            f"| {engine} | {' | '.join(_cell(engine, container, [g for g, held in fits.items() if held[container]]) for container in CONTAINERS)} |"
+        )
     return "\n".join(lines)
 
 
@@ -108,7 +112,13 @@ def of_engine(engine: str) -> str:
 
 
 def _wrapped(text: str, indent: str = "", further: str | None = None) -> list[str]:
-    return textwrap.wrap(text, COLUMNS, initial_indent=indent, subsequent_indent=indent if further is None else further, break_on_hyphens=False)
+    return textwrap.wrap(
+        text,
+        COLUMNS,
+        initial_indent=indent,
+        subsequent_indent=indent if further is None else further,
+        break_on_hyphens=False,
+    )
 
 
 def _models(known: Registry) -> str:
@@ -133,7 +143,9 @@ def _by_word(engine: str, container: str, names: list[str]) -> dict[Word, list[s
     reads = ENGINES[engine].reads.get(container)
     known = registry(reads.models) if reads and reads.models else None
     config = next((c for c in MODELS if known is None or known.knows(c)), MODELS[0])
-    weights = [Weight(f"model.layers.0.{n}", f"model.layers.0.{n}.weight", "model.layers.0", s) for n, s in LLAMA.items()]
+    weights = [
+        Weight(f"model.layers.0.{n}", f"model.layers.0.{n}.weight", "model.layers.0", s) for n, s in LLAMA.items()
+    ]
     native = CONTAINERS[container]().native
     found: dict[Word, list[str]] = {word: [] for word in Word}
     for name in names:

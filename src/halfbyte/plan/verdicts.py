@@ -39,7 +39,9 @@ class Verdict:
     source: str  # the test or benchmark of this repository, or what was read of the engine's; empty when refused
     reasons: tuple[str, ...]  # why not, and what would work; empty when it loads
     notes: tuple[str, ...]  # true either way
-    tensor_parallel: tuple[int, ...]  # of 1, 2, 4, 8: what groups, packing and tiles permit; the number of heads may permit fewer
+    tensor_parallel: tuple[
+        int, ...
+    ]  # of 1, 2, 4, 8: what groups, packing and tiles permit; the number of heads may permit fewer
     command: str | None  # serves the folder {path}
 
     @property
@@ -109,7 +111,12 @@ def check(engine: str, container: str, placed: Placed, config: Config) -> Verdic
         reasons += _decoding(engine, quantized)
     reasons += _model(engine, known, config)
     kernels = [k for k in reads.kernels if any(_kernel(reads, g) is k for g in set(quantized.values()))]
-    notes = [*reads.notes, *(k.note for k in kernels if k.note), *_notes(engine, reads, placed), *([DECODED] if decoded else [])]
+    notes = [
+        *reads.notes,
+        *(k.note for k in kernels if k.note),
+        *_notes(engine, reads, placed),
+        *([DECODED] if decoded else []),
+    ]
     degrees: list[int] = []
     if not reasons and not reads.everything:
         misfit, note, degrees = _split(engine, reads, quantized)
@@ -120,7 +127,9 @@ def check(engine: str, container: str, placed: Placed, config: Config) -> Verdic
     command = (reads.command or spec.command) + "".join(k.flag for k in kernels)
     command = command.replace("{auto}", auto_class(config)).replace("{asks}", DEQUANTIZE if decoded else "")
     word, source = _rests_on(reads, quantized, config)
-    return Verdict(engine, word, source, (), tuple(notes), tuple(degrees) if spec.parallel and reads.parallel else (), command)
+    return Verdict(
+        engine, word, source, (), tuple(notes), tuple(degrees) if spec.parallel and reads.parallel else (), command
+    )
 
 
 DEQUANTIZE = ", quantization_config=CompressedTensorsConfig(dequantize=True)"
@@ -138,7 +147,9 @@ def _rests_on(reads: Reads, quantized: Mapping[Weight, AnyScheme], config: Confi
     """A test that runs all of it, or else what was read."""
     names = {_name(scheme) for scheme in quantized.values()}
     for tested in reads.tested:
-        if re.fullmatch(tested.models, architecture_of(config)) and all(re.fullmatch(tested.schemes, name) for name in names):
+        if re.fullmatch(tested.models, architecture_of(config)) and all(
+            re.fullmatch(tested.schemes, name) for name in names
+        ):
             return Word.TESTED, tested.by
     return Word.DOCUMENTED, reads.source
 
@@ -199,7 +210,9 @@ def _inputs(engine: str, known: Registry, quantized: Mapping[Weight, AnyScheme],
         yield f"{engine} finds other scales than those of tokens where linears of {name} read reshaped inputs, unlike {by_token}: use w8a8-static, or vllm"
 
 
-def _stacks(engine: str, known: Registry, reads: Reads, quantized: Mapping[Weight, AnyScheme], config: Config) -> Iterator[str]:
+def _stacks(
+    engine: str, known: Registry, reads: Reads, quantized: Mapping[Weight, AnyScheme], config: Config
+) -> Iterator[str]:
     name, numbered = known.name_of(config), [w for w in quantized if EXPERT.search(w.name)]
     if numbered and name in known.stacked:
         yield f"{engine} does not read numbered experts of {name}, such as {numbered[0].name}: keep them in 16 bits, with {_skipping(numbered, reads)}"
@@ -209,7 +222,9 @@ def _stacks(engine: str, known: Registry, reads: Reads, quantized: Mapping[Weigh
 
 def _notes(engine: str, reads: Reads, placed: Placed) -> Iterator[str]:
     quantized = {w: g for w, g in placed.items() if g is not None}
-    if reads.spanned and (odd := [w for w, g in quantized.items() if isinstance(g.weight, AbsmaxGrid) and w.shape[1] % g.weight.group]):
+    if reads.spanned and (
+        odd := [w for w, g in quantized.items() if isinstance(g.weight, AbsmaxGrid) and w.shape[1] % g.weight.group]
+    ):
         yield f"{odd[0].name} ({odd[0].shape[0]} x {odd[0].shape[1]}, {len(odd)} such): {reads.spanned}"
     if not reads.decodes and any(w.expert is not None and g is None for w, g in placed.items()):
         yield f"experts that are one 3-D tensor stay in 16 bits; that {engine} finds them so was not verified"
@@ -224,7 +239,13 @@ def _split(engine: str, reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> 
     if whole[1] or (tiled[1] and not reads.pads):
         instead = "choose another group size" if whole[1] else "take another engine"
         return [f"{whole[1] or tiled[1]}, which {engine} cannot hold: {instead}, or keep it in 16 bits"], [], []
-    return [], [f"{tiled[1]}: vLLM pads such shapes since pull request 45295 (June 2026), older releases refuse them"] if tiled[1] else [], degrees
+    return (
+        [],
+        [f"{tiled[1]}: vLLM pads such shapes since pull request 45295 (June 2026), older releases refuse them"]
+        if tiled[1]
+        else [],
+        degrees,
+    )
 
 
 def _name(scheme: AnyScheme) -> str:
@@ -257,8 +278,13 @@ def _offer(reads: Reads) -> str:
     offers = []
     offers += [kernel.offer for kernel in reads.kernels if kernel.offer]
     for kernel in (k for k in reads.kernels if k.codes):
-        codes = [f"int{b}" + ("" if (b, False) in kernel.codes else " (symmetric)") for b in sorted({b for b, _ in kernel.codes})]
-        spans = sorted(s for s in kernel.spans if isinstance(s, int)) + sorted(s for s in kernel.spans if isinstance(s, str))
+        codes = [
+            f"int{b}" + ("" if (b, False) in kernel.codes else " (symmetric)")
+            for b in sorted({b for b, _ in kernel.codes})
+        ]
+        spans = sorted(s for s in kernel.spans if isinstance(s, int)) + sorted(
+            s for s in kernel.spans if isinstance(s, str)
+        )
         offers.append(f"{', '.join(codes)} per {', '.join(f'g{s}' if isinstance(s, int) else s for s in spans)}")
     return "; or ".join(offers)
 
@@ -266,7 +292,9 @@ def _offer(reads: Reads) -> str:
 def _places(engine: str, container: str, reads: Reads, placed: Placed, config: Config) -> Iterator[str]:
     """What is wrong with where the grids are."""
     quantized = [w for w, g in placed.items() if g is not None]
-    if fused := [w for w in quantized if w.expert is not None or (w.name.endswith(".gate_up_proj") and EXPERT.search(w.name))]:
+    if fused := [
+        w for w in quantized if w.expert is not None or (w.name.endswith(".gate_up_proj") and EXPERT.search(w.name))
+    ]:
         yield f"{engine} holds fused experts in one tensor, not as '{fused[0].name}' ({len(fused)} such): keep them in 16 bits, with {_skipping(fused, reads)}"
     if heads := [w.name for w in quantized if w.block is None and not reads.head]:
         yield f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
@@ -291,7 +319,12 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, config: C
 def _skipping(weights: Iterable[Weight], reads: Reads) -> str:
     """The options that keep weights of all blocks in 16 bits, in a container where the engine sees that experts are."""
     patterns = {re.sub(r"\.\d+\.", ".*.", w.tensor.removeprefix(f"{w.block}.")) for w in weights}
-    return " ".join([*(f"--skip '{pattern}'" for pattern in sorted(patterns)), *(["--to compressed-tensors"] if reads.base_experts else [])])
+    return " ".join(
+        [
+            *(f"--skip '{pattern}'" for pattern in sorted(patterns)),
+            *(["--to compressed-tensors"] if reads.base_experts else []),
+        ]
+    )
 
 
 def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Iterator[str]:
@@ -344,7 +377,11 @@ def _siblings(placed: Placed) -> dict[tuple[str, int], tuple[list[str], list[Any
 def _layouts(reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> dict[Layout, str]:
     """Every kind of matrix there is, and the first that is so."""
     sizes = {w.name: w.shape[0] for w in quantized}
-    together = {name: sum(sizes[n] for n in names) for names, _ in _siblings(quantized).values() for name in names} if reads.fuses else {}
+    together = (
+        {name: sum(sizes[n] for n in names) for names, _ in _siblings(quantized).values() for name in names}
+        if reads.fuses
+        else {}
+    )
     found: dict[Layout, str] = {}
     for w, scheme in quantized.items():
         if isinstance(scheme.weight, IntGrid | FloatGrid | LevelGrid):
@@ -358,9 +395,16 @@ def _misfit(reads: Reads, layouts: Mapping[Layout, str], degree: int, tiles: boo
     for (scheme, row, out, width, together), name in layouts.items():
         grid = scheme.weight
         split = width if row else out
-        if split % degree or (degree > 1 and isinstance(grid, IntGrid) and not scheme.input and split // degree * grid.bits_per_code % 32):
+        if split % degree or (
+            degree > 1 and isinstance(grid, IntGrid) and not scheme.input and split // degree * grid.bits_per_code % 32
+        ):
             return f"{name} ({out} x {width}) does not split into {degree} parts of whole 32-bit words"
-        if isinstance(grid, FloatGrid) and grid.span == "block" and (degree > 1 or together != out) and split // degree % SIDE:
+        if (
+            isinstance(grid, FloatGrid)
+            and grid.span == "block"
+            and (degree > 1 or together != out)
+            and split // degree % SIDE
+        ):
             return f"{name} ({out} x {width}) does not split into {degree} parts of whole blocks of {SIDE} x {SIDE}"
         width, together = (width // degree, together) if row else (width, together // degree)
         if grid.block and width % grid.block:

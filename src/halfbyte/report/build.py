@@ -53,7 +53,10 @@ def planned(job: Job, size_bytes: int) -> dict[str, Any]:
         "source": {
             **source_of(source),
             "hub": None if Path(job.recipe.model).expanduser().exists() else job.recipe.model,
-            "provenance": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(provenance_of(source, job.recipe.model)).items()},
+            "provenance": {
+                name: list(v) if isinstance(v, tuple) else v
+                for name, v in asdict(provenance_of(source, job.recipe.model)).items()
+            },
             "has_chat_template": has_chat_template(source),
             "model_type": source.model_type,
             "dtype": str(source.dtype).removeprefix("torch."),
@@ -72,14 +75,23 @@ def planned(job: Job, size_bytes: int) -> dict[str, Any]:
         "warnings": [*job.warnings, *source.left_out],
         "engines": [_engine(v) for v in job.verdicts],
         "weights": [
-            {"name": w.name, "grid": str(s), "shape": list(w.shape), "bits_per_weight": s.weight.bits(w.shape), "note": notes[w]} for w, s in schemes.items()
+            {
+                "name": w.name,
+                "grid": str(s),
+                "shape": list(w.shape),
+                "bits_per_weight": s.weight.bits(w.shape),
+                "note": notes[w],
+            }
+            for w, s in schemes.items()
         ],
         "kept": job.kept,
         "dropped": job.dropped,
     }
 
 
-def report(job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Windows | None, size_bytes: int, seconds: float) -> Report:
+def report(
+    job: Job, rows: Mapping[str, Any], folds: list[dict], windows: Windows | None, size_bytes: int, seconds: float
+) -> Report:
     """All that is known of a run after it, ready for JSON."""
     fallbacks = Counter(row.note for row in rows.values() if row.note)
     warnings = [*job.warnings, *job.checkpoint.left_out, *(windows.warnings if windows else ()), *lost(rows.values())]
@@ -155,12 +167,25 @@ def worst_inputs(report: Mapping[str, Any], count: int = WORST) -> list[dict[str
 def card(report: Mapping[str, Any], path: Path) -> str:
     """The model card: README.md of the output. It is to be published, so of this machine's files it says the names only."""
     environment = Environment(
-        loader=PackageLoader("halfbyte.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=PackageLoader("halfbyte.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.globals["begins"] = begins
-    environment.filters |= {"size": size, "quote": shlex.quote, "zip": zip, "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}
+    environment.filters |= {
+        "size": size,
+        "quote": shlex.quote,
+        "zip": zip,
+        "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
+    }
     report = without_paths(report, local_paths(report, path))
-    recipe = {name: value for name, value in report["recipe"].items() if value not in ([], {}, False) and (name != "calibration" or report["calibration"])}
+    recipe = {
+        name: value
+        for name, value in report["recipe"].items()
+        if value not in ([], {}, False) and (name != "calibration" or report["calibration"])
+    }
     place = Path(report["recipe"].get("repository") or path.resolve().name)
     file = report["output"]["file"]
     served = place / file if file and not is_file(path) else place if not file else Path(file)
@@ -186,10 +211,21 @@ def card(report: Mapping[str, Any], path: Path) -> str:
 def local_paths(report: Mapping[str, Any], path: Path) -> dict[str, str]:
     """Every file of this machine that a report speaks of, and its name alone."""
     recipe, measured, needle = report["recipe"], report.get("evaluation") or {}, report.get("needle") or {}
-    said = [path, path.resolve(), report["source"]["path"], recipe.get("adapter"), recipe.get("imatrix"), (recipe.get("calibration") or {}).get("source")]
+    said = [
+        path,
+        path.resolve(),
+        report["source"]["path"],
+        recipe.get("adapter"),
+        recipe.get("imatrix"),
+        (recipe.get("calibration") or {}).get("source"),
+    ]
     said += [measured.get("reference_path"), measured.get("text"), needle.get("reference_path"), needle.get("text")]
     said += [] if report["source"]["hub"] else [recipe["model"]]
-    paths = {str(one): Path(one).expanduser().resolve().name for one in said if isinstance(one, str | Path) and os.sep in str(one)}
+    paths = {
+        str(one): Path(one).expanduser().resolve().name
+        for one in said
+        if isinstance(one, str | Path) and os.sep in str(one)
+    }
     return dict(sorted(paths.items(), key=lambda item: -len(item[0])))
 
 
@@ -222,11 +258,22 @@ def code(engine: Mapping[str, Any], path: Path, original: str) -> str:
         return _filled(line, path, original)
     needed = sorted({"AutoTokenizer", *re.findall(r"\bAutoModel\w*|\bCompressedTensorsConfig\b", line)})
     place = '"{folder}", gguf_file="{file}"' if "gguf_file" in line else '"{path}"'
-    return _filled(f"from transformers import {', '.join(needed)}\n\nmodel = {line}\ntokenizer = AutoTokenizer.from_pretrained({place})", path, original)
+    return _filled(
+        f"from transformers import {', '.join(needed)}\n\nmodel = {line}\ntokenizer = AutoTokenizer.from_pretrained({place})",
+        path,
+        original,
+    )
 
 
 def _filled(text: str, path: Path, original: str) -> str:
-    said = {"path": path, "folder": path.parent, "file": path.name, "modelfile": beside(path, "Modelfile"), "name": path.stem.lower(), "original": original}
+    said = {
+        "path": path,
+        "folder": path.parent,
+        "file": path.name,
+        "modelfile": beside(path, "Modelfile"),
+        "name": path.stem.lower(),
+        "original": original,
+    }
     for name, value in said.items():
         text = text.replace(f'"{{{name}}}"', json.dumps(str(value))).replace(f"{{{name}}}", shlex.quote(str(value)))
     return text
@@ -259,18 +306,37 @@ def add_evaluation(path: Path, measured: dict[str, Any]) -> None:
     written = of_ours(path) or {}
     before = written.get("evaluations") or [written.get("evaluation")]  # reports had one, once
     known = [e for e in before if isinstance(e, dict) and isinstance(e.get("model"), dict)]
-    kept = [e for e in known if any(e.get(name) != measured[name] for name in CONDITIONS) or e["model"].get("kv") != measured["model"]["kv"]]
+    kept = [
+        e
+        for e in known
+        if any(e.get(name) != measured[name] for name in CONDITIONS) or e["model"].get("kv") != measured["model"]["kv"]
+    ]
     evaluations = [*kept, measured]
     source = written.get("source") or {}
     own = [e for e in evaluations if not e.get("foreign")]
-    of_source = [e for e in own if e.get("reference_xxh3_128", "") == source.get("xxh3_128") or e.get("reference_path") == source.get("path")]
-    add(path, evaluations=evaluations, evaluation=max(of_source or own, key=lambda e: e["model"].get("tokens", 0), default=None))
+    of_source = [
+        e
+        for e in own
+        if e.get("reference_xxh3_128", "") == source.get("xxh3_128") or e.get("reference_path") == source.get("path")
+    ]
+    add(
+        path,
+        evaluations=evaluations,
+        evaluation=max(of_source or own, key=lambda e: e["model"].get("tokens", 0), default=None),
+    )
 
 
 def add_kv(source: Path, folder: Path, path: Path, about: dict[str, Any]) -> None:
     """Write the report of a cache into `folder`, which is to be `path`; where we wrote the source, beside what its report says."""
     written = of_ours(source) or {"halfbyte": version("halfbyte")}
-    measured = ("evaluation", "evaluations", "states", "needle", "foreign_states", "foreign_needle")  # of the model before
+    measured = (
+        "evaluation",
+        "evaluations",
+        "states",
+        "needle",
+        "foreign_states",
+        "foreign_needle",
+    )  # of the model before
     _write({name: value for name, value in written.items() if name not in measured} | {"kv": about}, folder, path)
 
 

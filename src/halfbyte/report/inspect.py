@@ -27,15 +27,30 @@ def counted(checkpoint: Checkpoint) -> dict[str, Any]:
     """How large it is, in all and by what its weights are stored as."""
     kinds: dict[str, dict[str, Any]] = {}
     for module, (grid, shape) in checkpoint.quantized.items():
-        _count(kinds, str(grid), shape[0] * shape[1], sum(checkpoint.entries[t].size_bytes for t in checkpoint.parts_of[module]))
+        _count(
+            kinds,
+            str(grid),
+            shape[0] * shape[1],
+            sum(checkpoint.entries[t].size_bytes for t in checkpoint.parts_of[module]),
+        )
     for name, entry in checkpoint.entries.items():
         if name not in checkpoint.parts:
-            _count(kinds, str(entry.dtype).removeprefix("torch."), entry.size_bytes // entry.dtype.itemsize, entry.size_bytes)
+            _count(
+                kinds,
+                str(entry.dtype).removeprefix("torch."),
+                entry.size_bytes // entry.dtype.itemsize,
+                entry.size_bytes,
+            )
     for row in kinds.values():
         row["bits_per_weight"] = 8 * row["size_bytes"] / max(row["weights"], 1)
     total = sum(row["size_bytes"] for row in kinds.values())
     parameters = sum(row["weights"] for row in kinds.values())
-    return {"size_bytes": total, "parameters": parameters, "bits_per_parameter": 8 * total / max(parameters, 1), "grids": kinds}
+    return {
+        "size_bytes": total,
+        "parameters": parameters,
+        "bits_per_parameter": 8 * total / max(parameters, 1),
+        "grids": kinds,
+    }
 
 
 def _count(kinds: dict[str, dict[str, Any]], kind: str, weights: int, size_bytes: int) -> None:

@@ -39,7 +39,9 @@ def stranger(model: Path, reference: Checkpoint) -> str | None:
 def is_source(said: dict[str, Any], reference: Checkpoint) -> bool:
     """By its digest, which stays where folders move; by its path in a report that has none."""
     digest = said.get("xxh3_128")
-    return digest == origin(reference) if digest else said["path"] in (str(reference.path), str(reference.path.resolve()))
+    return (
+        digest == origin(reference) if digest else said["path"] in (str(reference.path), str(reference.path.resolve()))
+    )
 
 
 def told(path: str | Path, adapter: str | Path | None) -> str:

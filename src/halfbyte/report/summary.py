@@ -21,7 +21,9 @@ class Report(dict[str, Any]):
             "worst weight": worst_of(self),
             "notes": "; ".join(self["warnings"]),
         }
-        cells = "".join(f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items() if value)
+        cells = "".join(
+            f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items() if value
+        )
         return f"<table>{cells}</table>"
 
 

@@ -8,7 +8,9 @@ from halfbyte.solvers.gptq import prominence
 from halfbyte.solvers.statistics import Diagonal, Statistics
 
 
-def nearest(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics | Diagonal | None = None, search: bool = True) -> Quantized:
+def nearest(
+    w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics | Diagonal | None = None, search: bool = True
+) -> Quantized:
     """With `search`, scales minimise the squared error, weighted by the importance of in-features if statistics are given."""
     importance = statistics.importance if statistics else None
     counts = prominence(w).mul_(importance) if importance is not None and grid.prominent else importance

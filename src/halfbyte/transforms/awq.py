@@ -18,7 +18,9 @@ EXPONENTS = [k / 10 for k in range(11)]
 
 def awq(site: Site, settings: Settings) -> Chosen:
     """The scale under which the readers' weights lose least."""
-    importance = torch.stack([site.statistics[w].importance * site.statistics[w].tokens for w in site.readers]).sum(0).sqrt()
+    importance = (
+        torch.stack([site.statistics[w].importance * site.statistics[w].tokens for w in site.readers]).sum(0).sqrt()
+    )
     size = torch.stack([site.block.target(w).float().abs().mean(0) for w in site.readers]).amax(0)
     x, s = site.per_row(importance), site.per_row(size)
     best, best_error, plain = torch.ones_like(x), float("inf"), 0.0

@@ -94,7 +94,9 @@ def row_maps(out: int, width: int, head: int) -> Iterator[tuple[int, ...]]:
         values = (out - width) // 2
         if (out - width) % 2 == 0 and width % values == 0:  # q, k and v in one matrix
             yield from _heads(values, width, head, chunk=head, first=out - values)
-            yield from _heads(values, width, head, chunk=(width // values + 2) * head)  # group by group: GPT-NeoX, Falcon
+            yield from _heads(
+                values, width, head, chunk=(width // values + 2) * head
+            )  # group by group: GPT-NeoX, Falcon
         if width % head == 0 and out % (width // head) == 0:  # k and v head by head, of different widths: DeepSeek
             yield from _heads(width, width, head, chunk=out // (width // head))
         if out == 2 * width:  # gate and up in one matrix: one after the other, or by turns
@@ -154,9 +156,13 @@ class Proof:
         output = self.output
         tolerance = ROUNDED if producers[0].offset and first.element_size() < 4 else EXACT
         try:
-            for _ in range(4):  # a router that reads the scaled norm must be mended before its experts show what they read
+            for _ in range(
+                4
+            ):  # a router that reads the scaled norm must be mended before its experts show what they read
                 inputs, output = self._run()
-                more = {pattern_of(m, self.block) for m in self._divided(inputs, folds, scales, width, tolerance)} - readers
+                more = {
+                    pattern_of(m, self.block) for m in self._divided(inputs, folds, scales, width, tolerance)
+                } - readers
                 if not more:
                     break
                 readers |= more
@@ -175,7 +181,12 @@ class Proof:
                 self.block.view(t).copy_(value)
 
     def _divided(
-        self, inputs: dict[Matrix, Tensor], folds: dict[Producer, Fold], scales: dict[Producer, Tensor], width: int, tolerance: float
+        self,
+        inputs: dict[Matrix, Tensor],
+        folds: dict[Producer, Fold],
+        scales: dict[Producer, Tensor],
+        width: int,
+        tolerance: float,
     ) -> Iterator[Matrix]:
         for m, x in inputs.items():
             was = self.inputs.get(m)
@@ -197,7 +208,11 @@ class Proof:
 def producer_view(block: Block, producer: Producer) -> Tensor:
     """The norm's weight, or the linear's [out, in]."""
     view = block.view(producer.tensor)
-    return view if producer.rows is None else block.matrix(Matrix(producer.tensor, producer.expert, weight_of(block, producer)))
+    return (
+        view
+        if producer.rows is None
+        else block.matrix(Matrix(producer.tensor, producer.expert, weight_of(block, producer)))
+    )
 
 
 def weight_of(block: Block, producer: Producer) -> Weight | None:

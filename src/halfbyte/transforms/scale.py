@@ -51,7 +51,9 @@ class Site:
     @cached_property
     def readers(self) -> list[Weight]:
         """Those that are to be rounded, and whose inputs were seen."""
-        return [m.weight for m in self.fold.readers if m.weight and m.weight in self.schemes and m.weight in self.statistics]
+        return [
+            m.weight for m in self.fold.readers if m.weight and m.weight in self.schemes and m.weight in self.statistics
+        ]
 
     @cached_property
     def made(self) -> Weight | None:
@@ -69,12 +71,16 @@ class Site:
         if producer.rows is None:
             return channels
         ones = torch.ones(producer_view(self.block, producer).shape[0], device=channels.device)
-        return ones.scatter_reduce_(0, torch.tensor(producer.rows, device=channels.device), channels, reduce, include_self=False)
+        return ones.scatter_reduce_(
+            0, torch.tensor(producer.rows, device=channels.device), channels, reduce, include_self=False
+        )
 
     def even(self, scale: Float32[Tensor, " rows"]) -> Float32[Tensor, " rows"]:
         """As far above 1 as below it. Powers of two, if a matrix that stays in 16 bits takes part: they do not round it."""
         scale = scale / (scale.max() * scale.min()).sqrt()
-        exact = all(m.weight in self.schemes for m in self.fold.readers) and (self.fold.producer.rows is None or self.made is not None)
+        exact = all(m.weight in self.schemes for m in self.fold.readers) and (
+            self.fold.producer.rows is None or self.made is not None
+        )
         return scale if exact else 2.0 ** scale.log2().round()
 
     def apply(self, scale: Float32[Tensor, " rows"]) -> Float32[Tensor, " channels"]:
@@ -107,7 +113,12 @@ Choose = Callable[[Site, Settings], Chosen | None]
 
 
 def scaled(
-    block: Block, finder: Finder, schemes: Mapping[Weight, AnyScheme], statistics: Mapping[Weight, Statistics], settings: Settings, choose: Choose
+    block: Block,
+    finder: Finder,
+    schemes: Mapping[Weight, AnyScheme],
+    statistics: Mapping[Weight, Statistics],
+    settings: Settings,
+    choose: Choose,
 ) -> list[dict]:
     """Fold what `choose` chooses wherever it is worth it. Returns what was done."""
     done, reference = [], []

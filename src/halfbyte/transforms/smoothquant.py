@@ -60,7 +60,12 @@ def output(site: Site, scale: Float32[Tensor, " rows"] | None, ranges: str | Non
     block, fold = site.block, site.fold
     takes_part = {*site.readers, *([site.made] if site.made else [])}
     moved = takes_part | set(block.rows) | set(block.columns)  # scales of earlier folds are not in memory yet
-    names = {fold.producer.tensor, fold.producer.bias, *(m.tensor for m in fold.readers), *(w.tensor for w in moved)} & set(block.tensors)
+    names = {
+        fold.producer.tensor,
+        fold.producer.bias,
+        *(m.tensor for m in fold.readers),
+        *(w.tensor for w in moved),
+    } & set(block.tensors)
     before = {t: block.view(t).clone() for t in names}
     rows, columns, inputs = dict(block.rows), dict(block.columns), dict(block.inputs)
     try:
@@ -82,7 +87,9 @@ def output(site: Site, scale: Float32[Tensor, " rows"] | None, ranges: str | Non
 def rounded(site: Site, weight: Weight, w: Tensor, channels: Tensor) -> Float32[Tensor, "out in"]:
     known = site.statistics.get(weight)
     scale = channels if weight in site.readers else torch.ones(())
-    return nearest(w, site.schemes[weight].weight, Diagonal(known.importance / scale.square()) if known else None, search=False).decode()
+    return nearest(
+        w, site.schemes[weight].weight, Diagonal(known.importance / scale.square()) if known else None, search=False
+    ).decode()
 
 
 def read(site: Site, weight: Weight, channels: Tensor, ranges: str) -> Inputs | None:

@@ -13,7 +13,9 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp (llama-cpp-python
 def load(path: Path, vocabulary_only: bool = False, cache: int = 0):
     """`cache`: what keys and values are kept in, a GGMLQuantizationType; 0 is F32."""
     params = llama_cpp.llama_model_default_params()
-    params.use_extra_bufts = False  # no matrices laid out anew for AMX, whose registers some virtual machines announce and do not give
+    params.use_extra_bufts = (
+        False  # no matrices laid out anew for AMX, whose registers some virtual machines announce and do not give
+    )
     with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", return_value=params):
         return llama_cpp.Llama(
             str(path), n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1, vocab_only=vocabulary_only, logits_all=True, verbose=False,

@@ -16,7 +16,9 @@ from halfbyte.containers.gguf.tokenizer import tokenizer_metadata
 def write(folder: Path, path: Path) -> Path:
     """The checkpoint in `folder`."""
     config = json.loads((folder / "config.json").read_text())
-    checkpoint = {name: t.float() for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    checkpoint = {
+        name: t.float() for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()
+    }
     family = family_of(config)
     translation = Translation(family, config, {name: tuple(t.shape) for name, t in checkpoint.items()})
     filled: dict[str, dict[int, torch.Tensor]] = {}
@@ -26,7 +28,10 @@ def write(folder: Path, path: Path) -> Path:
             if place.rows is not None:
                 value = value.index_select(place.dim(value.dim()), place.rows)
             filled.setdefault(place.name, {})[place.expert or 0] = value + place.add
-    tensors = {name: parts[0] if len(parts) == 1 else torch.stack([parts[e] for e in sorted(parts)]) for name, parts in filled.items()} | translation.extra()
+    tensors = {
+        name: parts[0] if len(parts) == 1 else torch.stack([parts[e] for e in sorted(parts)])
+        for name, parts in filled.items()
+    } | translation.extra()
     said = metadata(config, family, folder) | tokenizer_metadata(folder, translation.settings.vocab_size)
     writer = Writer(path, said, {name: ("F32", tuple(t.shape)) for name, t in tensors.items()})
     for name, t in tensors.items():
@@ -53,7 +58,9 @@ def read_back(path: Path, folder: Path) -> Path:
             view = value.transpose(-1, -2) if place.transposed else value
             dim = place.dim(view.dim())
             view.index_copy_(
-                dim, torch.arange(part.shape[dim]) if place.rows is None else place.rows, part.reshape(*view.shape[:dim], -1, *view.shape[dim + 1 :])
+                dim,
+                torch.arange(part.shape[dim]) if place.rows is None else place.rows,
+                part.reshape(*view.shape[:dim], -1, *view.shape[dim + 1 :]),
             )
         found[name] = value
     folder.mkdir()

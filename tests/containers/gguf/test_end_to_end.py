@@ -85,7 +85,10 @@ def test_a_file_of_any_type_says_what_we_say(type_name, tokens, tmp_path):
     assert {stored.type for stored in gguf_file.read(path).tensors.values()} == {type_name, "F32"}
     assert divergence(ours(path, tokens), logits(path, tokens)) < EIGHT_BITS
     model = load(path)
-    assert len(model.tokenize(model("The ", max_tokens=4, temperature=0)["choices"][0]["text"].encode(), add_bos=False)) > 0
+    assert (
+        len(model.tokenize(model("The ", max_tokens=4, temperature=0)["choices"][0]["text"].encode(), add_bos=False))
+        > 0
+    )
     model.close()
 
 
@@ -97,14 +100,21 @@ def test_our_files_stand_beside_llama_quantizes(preset, tokens, original, tmp_pa
     quantize(demo.MODEL, "-o", paths["ours"], "--grid", preset, "--method", "nearest")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = presets.PRESETS[preset].file_type, 1
-    assert llama_cpp.llama_model_quantize(str(paths["whole"]).encode(), str(paths["theirs"]).encode(), ctypes.byref(params)) == 0
+    assert (
+        llama_cpp.llama_model_quantize(
+            str(paths["whole"]).encode(), str(paths["theirs"]).encode(), ctypes.byref(params)
+        )
+        == 0
+    )
     exact = {name: ours(paths[name], tokens) for name in ("ours", "theirs")}
     strays = {name: divergence(exact[name], logits(paths[name], tokens)) for name in exact}
     assert strays["ours"] < 1.25 * strays["theirs"] < EIGHT_BITS
     assert divergence(original, exact["ours"]) < 1.1 * divergence(original, exact["theirs"])
 
 
-@pytest.mark.parametrize("method", ["gptq", "imatrix", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("awq+gptq", "gptaq"))])
+@pytest.mark.parametrize(
+    "method", ["gptq", "imatrix", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("awq+gptq", "gptaq"))]
+)
 def test_every_method_ends_in_a_file_that_says_what_we_say(method, tokens, original, tmp_path):
     quantize(demo.MODEL, "-o", tmp_path / "model.gguf", "--method", method, *CALIBRATION)
     exact = ours(tmp_path / "model.gguf", tokens)
@@ -124,7 +134,21 @@ def test_every_kind_of_family_says_what_we_say(words, family, tmp_path):
     """Rows in another order, norms of 1 + w, matrices that lie transposed, stacks of experts: with folds and without."""
     grid, method = words
     text = tiny.text(tmp_path / "text.txt")
-    quantize(family, "-o", tmp_path / "model.gguf", "--grid", grid, "--method", method, "--calibration", text, "--samples", "4", "--length", "64")
+    quantize(
+        family,
+        "-o",
+        tmp_path / "model.gguf",
+        "--grid",
+        grid,
+        "--method",
+        method,
+        "--calibration",
+        text,
+        "--samples",
+        "4",
+        "--length",
+        "64",
+    )
     some = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     exact = ours(tmp_path / "model.gguf", some)
     # The median, since 8 bits may send a token to another expert, where two are nearly as good.
@@ -155,7 +179,9 @@ def test_overrides_win_over_the_preset_and_skipped_matrices_keep_their_bits(tmp_
     found = types(tmp_path / "model.gguf")
     matrices = {name: kind for name, kind in found.items() if "norm" not in name}
     assert {kind for name, kind in matrices.items() if name.startswith("blk.0.")} == {"Q8_0"}
-    assert {kind for name, kind in matrices.items() if name.startswith("blk.1.") or name.startswith("blk.2.ffn")} == {"BF16"}
+    assert {kind for name, kind in matrices.items() if name.startswith("blk.1.") or name.startswith("blk.2.ffn")} == {
+        "BF16"
+    }
     assert {kind for name, kind in matrices.items() if name.startswith("blk.3.")} == {"Q4_K"}
 
 
@@ -201,9 +227,26 @@ def test_experts_apart_and_experts_in_one_tensor_give_the_same_file(name, change
     for published in (True, False):
         place = tmp_path / str(published)
         folder = Family(kind, {}, {**given, **changes}, as_published=published).save(place / "model")
-        fused = any("experts.0." not in tensor and len(shape) == 3 for tensor, shape in Checkpoint.open(folder).tensors().items())
+        fused = any(
+            "experts.0." not in tensor and len(shape) == 3
+            for tensor, shape in Checkpoint.open(folder).tensors().items()
+        )
         assert fused != published
-        quantize(folder, "-o", place / "out.gguf", "--grid", "Q4_0", "--method", method, "--calibration", text, "--samples", "4", "--length", "64")
+        quantize(
+            folder,
+            "-o",
+            place / "out.gguf",
+            "--grid",
+            "Q4_0",
+            "--method",
+            method,
+            "--calibration",
+            text,
+            "--samples",
+            "4",
+            "--length",
+            "64",
+        )
         files[published] = (place / "out.gguf").read_bytes()
     assert files[True] == files[False]
 
@@ -235,11 +278,33 @@ def test_the_default_of_a_gguf_is_its_commonest_preset(tmp_path):
 
 @pytest.mark.slow
 def test_an_importance_matrix_takes_the_place_of_calibration(tmp_path):
-    assert tiny.halfbyte("imatrix", demo.MODEL, "-o", tmp_path / "imatrix.gguf", "--samples", "8", "--length", "128").code == 0
-    quantize(demo.MODEL, "-o", tmp_path / "from-file.gguf", "--grid", "IQ2_M", "--imatrix", tmp_path / "imatrix.gguf", "--method", "imatrix")
+    assert (
+        tiny.halfbyte("imatrix", demo.MODEL, "-o", tmp_path / "imatrix.gguf", "--samples", "8", "--length", "128").code
+        == 0
+    )
+    quantize(
+        demo.MODEL,
+        "-o",
+        tmp_path / "from-file.gguf",
+        "--grid",
+        "IQ2_M",
+        "--imatrix",
+        tmp_path / "imatrix.gguf",
+        "--method",
+        "imatrix",
+    )
     quantize(demo.MODEL, "-o", tmp_path / "without.gguf", "--grid", "IQ2_M", "--method", "nearest")
     assert types(tmp_path / "from-file.gguf") == types(tmp_path / "without.gguf")
-    result = tiny.halfbyte("eval", tmp_path / "from-file.gguf", tmp_path / "without.gguf", "--against", demo.MODEL, "--windows", "2", "--json")
+    result = tiny.halfbyte(
+        "eval",
+        tmp_path / "from-file.gguf",
+        tmp_path / "without.gguf",
+        "--against",
+        demo.MODEL,
+        "--windows",
+        "2",
+        "--json",
+    )
     with_it, without = (row["kl"] for row in json.loads(result.out)["models"])
     assert with_it < 0.95 * without
 
@@ -294,14 +359,21 @@ def test_a_run_that_is_cut_off_again_and_again_gives_the_same_bytes(method, gemm
     assert result.code == 0, result.err
     assert cuts >= 3
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
-    assert {p.name for p in tmp_path.iterdir()} == {f"{stem}.{end}" for stem in ("whole", "out") for end in ("gguf", *BESIDE)}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"{stem}.{end}" for stem in ("whole", "out") for end in ("gguf", *BESIDE)
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_signals(number, gemma, tmp_path):
     words = command(gemma, "gptq", tmp_path / "out.gguf")
-    done = subprocess.run([sys.executable, "-c", tiny.CUT, str(int(number)), "2", *map(str, words)], capture_output=True, text=True, env=tiny.ALONE)
+    done = subprocess.run(
+        [sys.executable, "-c", tiny.CUT, str(int(number)), "2", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=tiny.ALONE,
+    )
     assert "Traceback" not in done.stderr
     assert done.returncode == (130 if number == signal.SIGINT else -number)
     assert not (tmp_path / "out.gguf").exists()
@@ -328,7 +400,12 @@ def test_a_flipped_byte_is_found_before_the_file_is_given_out(gemma, tmp_path, m
 def test_another_importance_matrix_starts_anew(gemma, tmp_path, monkeypatch):
     sampling = ["--calibration", gemma / "text.txt", "--length", "64"]
     for name, samples in (("a", 2), ("b", 5)):
-        assert tiny.halfbyte("imatrix", gemma / "model", "-o", tmp_path / f"{name}.gguf", "--samples", samples, *sampling).code == 0
+        assert (
+            tiny.halfbyte(
+                "imatrix", gemma / "model", "-o", tmp_path / f"{name}.gguf", "--samples", samples, *sampling
+            ).code
+            == 0
+        )
     quantized = ["--grid", "Q4_0", "--method", "imatrix", "--imatrix"]
     quantize(gemma / "model", "-o", tmp_path / "whole.gguf", *quantized, tmp_path / "b.gguf")
     words = ["quantize", gemma / "model", "-o", tmp_path / "out.gguf", *quantized, tmp_path / "a.gguf"]

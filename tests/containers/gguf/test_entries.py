@@ -37,17 +37,31 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt_oss", {"tie_word_embeddings": True}, "tie_word_embeddings = False"),
     ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "some that attend to a window"),
     ("falcon", {"activation": "relu"}, "activation = relu, and what llama.cpp's 'falcon' makes of that is not known"),
-    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor = 0.5",
+    ),
     ("llama", {"rope_parameters": {**YARN, "beta_slow": 2.0}}, "beta_slow = 1 alone, and config.json says 2.0"),
-    ("gemma3", {"rope_parameters": {**BY_LAYERS, "sliding_attention": YARN}}, "stretches no rotary embeddings of layers with a window"),
-    ("olmo3", {"rope_parameters": {**BY_LAYERS, "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}}, "from one base"),
+    (
+        "gemma3",
+        {"rope_parameters": {**BY_LAYERS, "sliding_attention": YARN}},
+        "stretches no rotary embeddings of layers with a window",
+    ),
+    (
+        "olmo3",
+        {"rope_parameters": {**BY_LAYERS, "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}},
+        "from one base",
+    ),
 ]
 NO_MODEL = (TypeError, ValueError, RuntimeError, AttributeError, StrictDataclassError)
 """Of values with which Transformers makes none."""
 WINDOWS = ["mistral", "mixtral", "phi3", "starcoder2"]
 
 
-@pytest.mark.parametrize(("name", "changes", "why"), REFUSED, ids=[f"{name}-{next(iter(changes))}" for name, changes, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("name", "changes", "why"), REFUSED, ids=[f"{name}-{next(iter(changes))}" for name, changes, _ in REFUSED]
+)
 def test_what_llama_cpp_computes_otherwise_is_refused(name, changes, why):
     kind, usual = CASES[name]
     config = transformers.AutoConfig.for_model(kind, **(GEOMETRY | usual)).to_dict()
@@ -70,7 +84,9 @@ def test_a_window_that_llama_cpp_has_not_bounds_the_context(name, tmp_path):
     said = file.read(tmp_path / "out.gguf").metadata
     assert said[f"{said['general.architecture'].value}.context_length"].value == 16
     assert distance(logits(tmp_path / "out.gguf", TOKENS[:16]), transformers_logits(model, TOKENS[:16])) < 3e-3
-    assert distance(logits(tmp_path / "out.gguf", TOKENS), transformers_logits(model, TOKENS)) > 0.01  # or there would be nothing to say
+    assert (
+        distance(logits(tmp_path / "out.gguf", TOKENS), transformers_logits(model, TOKENS)) > 0.01
+    )  # or there would be nothing to say
     wide = Family(kind, {}, {**usual, "sliding_window": 128}).save(tmp_path / "wide")
     assert halfbyte.quantize(wide, tmp_path / "wide.gguf", grid="F32")["warnings"] == []
 
@@ -87,7 +103,12 @@ def other(name: str, value: Any) -> list[Any]:
         return [[1] * len(value)]
     if isinstance(value, float):
         return [1.5 * value + 0.01, None]
-    return {"num_ln_in_parallel_attn": [1], "use_bidirectional_attention": [True], "num_experts_per_tok": [1], "clip_qkv": [0.1]}.get(name, [])
+    return {
+        "num_ln_in_parallel_attn": [1],
+        "use_bidirectional_attention": [True],
+        "num_experts_per_tok": [1],
+        "clip_qkv": [0.1],
+    }.get(name, [])
 
 
 @pytest.mark.slow

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from halfbyte.containers.gguf.file import MOST_ELEMENTS, TYPES, File, Value, Writer, part_name, read, row_bytes, split_metadata
+from halfbyte.containers.gguf.file import (
+    MOST_ELEMENTS,
+    TYPES,
+    File,
+    Value,
+    Writer,
+    part_name,
+    read,
+    row_bytes,
+    split_metadata,
+)
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import BadCheckpoint, Unsupported
 
@@ -26,7 +36,13 @@ METADATA = {
     "large": Value("uint64", 1 << 63),
     "exact": Value("float64", 0.1),
 }
-TENSORS = {"f32": ("F32", (3, 5)), "bf16": ("BF16", (7,)), "experts": ("Q4_K", (3, 4, 512)), "small": ("Q8_0", (5, 32)), "int": ("I32", (3,))}
+TENSORS = {
+    "f32": ("F32", (3, 5)),
+    "bf16": ("BF16", (7,)),
+    "experts": ("Q4_K", (3, 4, 512)),
+    "small": ("Q8_0", (5, 32)),
+    "int": ("I32", (3,)),
+}
 
 
 def contents(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -48,7 +64,15 @@ def write(path: Path, metadata: dict[str, Value] = METADATA, tensors: dict = TEN
 
 
 def write_with_gguf(path: Path) -> Path:
-    add = {"string": "string", "uint32": "uint32", "float32": "float32", "bool": "bool", "int8": "int8", "uint64": "uint64", "float64": "float64"}
+    add = {
+        "string": "string",
+        "uint32": "uint32",
+        "float32": "float32",
+        "bool": "bool",
+        "int8": "int8",
+        "uint64": "uint64",
+        "float64": "float64",
+    }
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in METADATA.items():
         if value.type.endswith("[]"):
@@ -84,7 +108,9 @@ def test_we_read_what_the_gguf_package_writes(tmp_path):
 
 def test_the_gguf_package_reads_what_we_write(tmp_path):
     reader = gguf.GGUFReader(write(tmp_path / "ours.gguf"))
-    assert {key: reader.fields[key].contents() for key in METADATA} == {key: value.value for key, value in METADATA.items()}
+    assert {key: reader.fields[key].contents() for key in METADATA} == {
+        key: value.value for key, value in METADATA.items()
+    }
     for tensor in reader.tensors:
         kind, shape = TENSORS[tensor.name]
         assert tensor.tensor_type.name == kind
@@ -94,7 +120,11 @@ def test_the_gguf_package_reads_what_we_write(tmp_path):
 
 def test_every_type_is_as_large_as_the_gguf_package_says():
     for kind, (block, size) in gguf.GGML_QUANT_SIZES.items():
-        assert (TYPES[kind.name].number, TYPES[kind.name].block, TYPES[kind.name].size_bytes) == (int(kind), block, size)
+        assert (TYPES[kind.name].number, TYPES[kind.name].block, TYPES[kind.name].size_bytes) == (
+            int(kind),
+            block,
+            size,
+        )
 
 
 def test_one_expert_of_a_stack_is_written_alone(tmp_path):
@@ -166,7 +196,11 @@ def write_parts(folder: Path) -> list[Path]:
 
 def test_parts_read_as_the_whole_from_any_of_them_and_from_their_folder(tmp_path):
     paths = write_parts(tmp_path / "model")
-    assert [p.name for p in paths] == ["model-00001-of-00003.gguf", "model-00002-of-00003.gguf", "model-00003-of-00003.gguf"]
+    assert [p.name for p in paths] == [
+        "model-00001-of-00003.gguf",
+        "model-00002-of-00003.gguf",
+        "model-00003-of-00003.gguf",
+    ]
     for source in (*paths, tmp_path / "model"):
         file = read(source)
         require_same(file)

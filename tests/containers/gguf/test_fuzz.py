@@ -16,7 +16,21 @@ from halfbyte.containers.gguf.file import Value, Writer
 from halfbyte.errors import HalfbyteError
 
 CASES, SECONDS, BYTES = 60, 2.0, 32 << 20
-EXTREMES = (0, 1, 31, 255, 256, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
+EXTREMES = (
+    0,
+    1,
+    31,
+    255,
+    256,
+    1 << 16,
+    (1 << 31) - 1,
+    1 << 31,
+    (1 << 32) - 1,
+    1 << 40,
+    (1 << 63) - 1,
+    1 << 63,
+    (1 << 64) - 1,
+)
 
 
 def model(path: Path) -> bytes:
@@ -37,14 +51,20 @@ def model(path: Path) -> bytes:
 
 
 def importance(path: Path) -> bytes:
-    squares = {name: imatrix.Squares(torch.rand(experts, 8), torch.full((experts,), 7.0)) for name, experts in (("a.weight", 1), ("b.weight", 3))}
+    squares = {
+        name: imatrix.Squares(torch.rand(experts, 8), torch.full((experts,), 7.0))
+        for name, experts in (("a.weight", 1), ("b.weight", 3))
+    }
     imatrix.write(path, imatrix.Importance(squares, ("text",), 2, 512))
     return path.read_bytes()
 
 
 def legacy(path: Path) -> bytes:
     entries = [(b"a.weight", 3, 8), (b"b.weight", 2, 16)]
-    body = b"".join(struct.pack("<i", len(n)) + n + struct.pack("<ii", calls, width) + struct.pack(f"<{width}f", *range(width)) for n, calls, width in entries)
+    body = b"".join(
+        struct.pack("<i", len(n)) + n + struct.pack("<ii", calls, width) + struct.pack(f"<{width}f", *range(width))
+        for n, calls, width in entries
+    )
     return struct.pack("<i", len(entries)) + body + struct.pack("<ii", 3, 4) + b"text"
 
 

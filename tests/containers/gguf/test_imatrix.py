@@ -62,8 +62,16 @@ def test_an_expert_that_read_no_token_weighs_every_feature_alike():
 def dat(path: Path) -> Path:
     """The older format, as save_imatrix_legacy of llama.cpp lays it out: means of squares times calls."""
     data = struct.pack("<i", 2)
-    for name, calls, values in ((b"blk.0.attn_q.weight", 4, [4.0, 8.0, 2.0]), (b"blk.0.ffn_up_exps.weight", 2, [2.0, 4.0, 6.0, 8.0])):
-        data += struct.pack("<i", len(name)) + name + struct.pack("<ii", calls, len(values)) + struct.pack(f"<{len(values)}f", *values)
+    for name, calls, values in (
+        (b"blk.0.attn_q.weight", 4, [4.0, 8.0, 2.0]),
+        (b"blk.0.ffn_up_exps.weight", 2, [2.0, 4.0, 6.0, 8.0]),
+    ):
+        data += (
+            struct.pack("<i", len(name))
+            + name
+            + struct.pack("<ii", calls, len(values))
+            + struct.pack(f"<{len(values)}f", *values)
+        )
     path.write_bytes(data + struct.pack("<ii", 4, 8) + b"wiki.txt")
     return path
 
@@ -93,7 +101,9 @@ def test_a_matrix_of_another_model_is_refused(tmp_path):
         imatrix.read(dat(tmp_path / "imatrix.dat")).of("blk.0.attn_q.weight", 1, 4096)
 
 
-@pytest.mark.parametrize(("sums", "words"), [([float("nan"), 1.0], "NaN"), ([-1.0, 1.0], "negative"), ([float("inf"), 1.0], "infinite")])
+@pytest.mark.parametrize(
+    ("sums", "words"), [([float("nan"), 1.0], "NaN"), ([-1.0, 1.0], "negative"), ([float("inf"), 1.0], "infinite")]
+)
 def test_values_that_are_no_squares_are_refused(tmp_path, sums, words):
     imatrix.write(tmp_path / "bad.gguf", Importance({"a.weight": Squares(torch.tensor([sums]), torch.ones(1))}))
     with pytest.raises(BadCheckpoint, match=words):
@@ -123,13 +133,19 @@ MODEL = {
     "llama.vocab_size": Value("uint32", VOCABULARY),
 }
 NORMS = ("output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight")
-LINEARS = tuple(f"blk.0.{name}.weight" for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))
+LINEARS = tuple(
+    f"blk.0.{name}.weight" for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+)
 
 
 def model(path: Path) -> dict[str, torch.Tensor]:
     """A Llama of one layer, in float32."""
     random = torch.Generator().manual_seed(1)
-    shapes = {"token_embd.weight": (VOCABULARY, WIDTH)} | dict.fromkeys(NORMS, (WIDTH,)) | dict.fromkeys(LINEARS, (WIDTH, WIDTH))
+    shapes = (
+        {"token_embd.weight": (VOCABULARY, WIDTH)}
+        | dict.fromkeys(NORMS, (WIDTH,))
+        | dict.fromkeys(LINEARS, (WIDTH, WIDTH))
+    )
     tensors = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
     writer = Writer(path, MODEL, {name: ("F32", tuple(t.shape)) for name, t in tensors.items()})
     for name, tensor in tensors.items():
@@ -154,14 +170,23 @@ def test_the_quantizer_of_llama_cpp_takes_the_means_of_our_file(tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp.llama_cpp")
     tensors = model(tmp_path / "f32.gguf")
     random = torch.Generator().manual_seed(2)
-    squares = {name: Squares(torch.rand(1, WIDTH, generator=random) * 99, torch.tensor([37.0])) for name in (*LINEARS, "token_embd.weight")}
+    squares = {
+        name: Squares(torch.rand(1, WIDTH, generator=random) * 99, torch.tensor([37.0]))
+        for name in (*LINEARS, "token_embd.weight")
+    }
     imatrix.write(tmp_path / "imatrix.gguf", Importance(squares, ("text",), 1, 37))
     means = {name: s.mean.numpy() for name, s in imatrix.read(tmp_path / "imatrix.gguf").tensors.items()}
     assert quantize(llama_cpp, tmp_path / "f32.gguf", tmp_path / "out.gguf", 19, means) == 0
     made = gguf_file.read(tmp_path / "out.gguf")
     assert {made.tensors[name].type for name in LINEARS} > {"IQ2_XXS"}
     base = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so"))))
-    base.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    base.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
     base.ggml_quantize_chunk.restype = ctypes.c_size_t
     for name in LINEARS:
         stored = made.tensors[name]

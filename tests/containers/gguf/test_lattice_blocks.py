@@ -14,7 +14,9 @@ WRITTEN = [name for name in EVERY if not name.startswith("IQ1")]
 
 def random_bytes(name, rows=6, blocks=5, seed=0):
     layout = LATTICE_LAYOUTS[name]
-    return torch.randint(0, 256, (rows, blocks * layout.size_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (rows, blocks * layout.size_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def theirs(name, raw):

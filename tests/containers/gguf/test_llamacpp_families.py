@@ -13,7 +13,18 @@ from halfbyte.containers.gguf.families import FAMILIES
 from models.families import Family
 
 DEMO = Path(halfbyte.demo.__file__).parent / "model"
-COARSE = {"gemma", "gemma2", "gemma3", "gemma3-stretched", "gpt2", "starcoder2", "gpt_neox", "gpt_neox-sequential", "falcon", "falcon-new"}
+COARSE = {
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3-stretched",
+    "gpt2",
+    "starcoder2",
+    "gpt_neox",
+    "gpt_neox-sequential",
+    "falcon",
+    "falcon-new",
+}
 """Families with GELU, which llama.cpp looks up in a table of 16 bits."""
 
 

@@ -19,7 +19,9 @@ def whole(tmp_path_factory):
     return halfbyte.quantize(demo.MODEL, out, **WORDS), out
 
 
-@pytest.mark.parametrize("rows", [256, 64, 32], ids=["several heads", "a head", "half a head, whose rows the file mixes"])
+@pytest.mark.parametrize(
+    "rows", [256, 64, 32], ids=["several heads", "a head", "half a head, whose rows the file mixes"]
+)
 def test_the_bytes_are_the_same(rows, whole, tmp_path, monkeypatch):
     before, out = whole
     monkeypatch.setattr(gguf, "PIECE", 1)

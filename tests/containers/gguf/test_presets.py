@@ -16,7 +16,13 @@ from tiny import make
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
 
-SMALL = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 9, "num_attention_heads": 4, "max_position_embeddings": 64}
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 MODELS = {
     "llama": {**SMALL, "num_key_value_heads": 2},
     "llama whose keys serve four heads": {**SMALL, "num_key_value_heads": 1},
@@ -54,7 +60,12 @@ def llama_quantize(whole: Path, preset: str, imatrix: bool, log: list[str]) -> d
     rows[0].name, rows[0].data, rows[0].size = b"none", (ctypes.c_float * 1)(1), 1
     params.imatrix = rows if imatrix else None
     log.clear()
-    assert llama.llama_model_quantize(str(whole).encode(), str(whole.with_name("not-written.gguf")).encode(), ctypes.byref(params)) == 0
+    assert (
+        llama.llama_model_quantize(
+            str(whole).encode(), str(whole.with_name("not-written.gguf")).encode(), ctypes.byref(params)
+        )
+        == 0
+    )
     lines = re.findall(r"\] (\S+) +- \[.*?\], type = +(\w+), size = .*?MiB(?: -> .*?\((\w+)\))?\n", "".join(log))
     return {name: (then or now).upper() for name, now, then in lines}
 
@@ -64,11 +75,18 @@ def llama_quantize(whole: Path, preset: str, imatrix: bool, log: list[str]) -> d
 def test_types_are_llama_quantizes(source, preset, imatrix, log):
     model, whole = source
     edition = GGUFEdition(resolve(Recipe(model=str(model), grid=preset, method="imatrix" if imatrix else "nearest")))
-    ours = {name: "F16" if kind == "BF16" else kind for name, (kind, _) in edition.tensors.items()}  # where no type fits: as wide as the source
+    ours = {
+        name: "F16" if kind == "BF16" else kind for name, (kind, _) in edition.tensors.items()
+    }  # where no type fits: as wide as the source
     assert ours == llama_quantize(whole, preset, imatrix, log)
 
 
 def test_names_are_read_as_llama_quantize_reads_them():
-    assert [presets.preset_named(name) for name in ("q4_k_m", "Q4_K", "Q5_K", "iq4_xs")] == ["Q4_K_M", "Q4_K_M", "Q5_K_M", "IQ4_XS"]
+    assert [presets.preset_named(name) for name in ("q4_k_m", "Q4_K", "Q5_K", "iq4_xs")] == [
+        "Q4_K_M",
+        "Q4_K_M",
+        "Q5_K_M",
+        "IQ4_XS",
+    ]
     with pytest.raises(UnknownName, match="Q4_K_M"):
         presets.preset_named("Q4_K_X")

@@ -15,9 +15,13 @@ AMBIGUOUS = {"TQ1_0"}  # 243 of 256 bytes are written
 def random_bytes(name, rows=6, blocks=3, seed=0):
     """Any bytes, but for fp16 numbers that are infinite or none."""
     layout = SCALAR_LAYOUTS[name]
-    raw = torch.randint(0, 256, (rows, blocks * layout.size_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    raw = torch.randint(
+        0, 256, (rows, blocks * layout.size_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     q = layout.unpack(raw, layout.grid)
-    halves = {key: value.nan_to_num(0.5, 0.25, -0.25) for key, value in q.params.items() if value.dtype == torch.float16}
+    halves = {
+        key: value.nan_to_num(0.5, 0.25, -0.25) for key, value in q.params.items() if value.dtype == torch.float16
+    }
     return layout.pack(q._replace(params=q.params | halves))
 
 
@@ -42,13 +46,17 @@ def test_any_bytes_decode_as_gguf_decodes_them(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_packing_is_the_inverse_of_unpacking(name):
     layout = SCALAR_LAYOUTS[name]
-    raw = torch.randint(0, 256, (5, 2 * layout.size_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
+    raw = torch.randint(
+        0, 256, (5, 2 * layout.size_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(9)
+    )
     q = layout.unpack(raw, layout.grid)
     if name not in AMBIGUOUS:
         assert torch.equal(layout.pack(q), raw)
     again = layout.unpack(layout.pack(q), layout.grid)
     assert torch.equal(again.codes, q.codes)
-    assert all(torch.equal(again.params[key].view(torch.uint8), value.view(torch.uint8)) for key, value in q.params.items())
+    assert all(
+        torch.equal(again.params[key].view(torch.uint8), value.view(torch.uint8)) for key, value in q.params.items()
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -11,7 +11,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import halfbyte.demo
 from halfbyte.containers.gguf.file import Value, Writer
-from halfbyte.containers.gguf.tokenizer import CAPITAL, CONTRACTION, DEEPSEEK3, LLAMA3, PATHS, QWEN2, TITLE, recognise, tokenizer_metadata
+from halfbyte.containers.gguf.tokenizer import (
+    CAPITAL,
+    CONTRACTION,
+    DEEPSEEK3,
+    LLAMA3,
+    PATHS,
+    QWEN2,
+    TITLE,
+    recognise,
+    tokenizer_metadata,
+)
 from halfbyte.containers.gguf.tokenizer_files import tokenizer_files
 from halfbyte.errors import BadCheckpoint, Unsupported
 
@@ -36,7 +46,9 @@ def split(*patterns: str):
     return pre_tokenizers.Sequence([*(pre_tokenizers.Split(Regex(p), ISOLATED) for p in patterns), BYTES])
 
 
-DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+DIGITS = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+)
 FALCON = pre_tokenizers.Sequence(
     [
         pre_tokenizers.Punctuation("contiguous"),
@@ -55,7 +67,10 @@ BYTE_LEVEL = {
     "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False), False),
     "smollm": (DIGITS, False),
     "tekken": (split(f"{TITLE}|{CAPITAL}|\\p{{N}}|{PATHS}|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"), True),
-    "gpt-4o": (split(f"{TITLE}{CONTRACTION}?|{CAPITAL}{CONTRACTION}?|\\p{{N}}{{1,3}}|{PATHS}|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"), False),
+    "gpt-4o": (
+        split(f"{TITLE}{CONTRACTION}?|{CAPITAL}{CONTRACTION}?|\\p{{N}}{{1,3}}|{PATHS}|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"),
+        False,
+    ),
     "falcon": (FALCON, False),
     "qwen35": (split(QWEN35), False),
     "seed-coder": (split(SEED), False),
@@ -64,7 +79,11 @@ BYTE_LEVEL = {
     "deepseek-coder": (split("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"), False),
     "deepseek-v3": (split(r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3), False),  # noqa: RUF001
 }
-UNEQUAL = {("tekken", "marks"), ("gpt-4o", "marks"), *(("falcon", text) for text in ("scripts", "marks", "code", "numbers"))}
+UNEQUAL = {
+    ("tekken", "marks"),
+    ("gpt-4o", "marks"),
+    *(("falcon", text) for text in ("scripts", "marks", "code", "numbers")),
+}
 """Where llama.cpp's own rendering of the pattern is not exact: combining marks count as letters only in the pattern; Falcon looks for digits among bytes."""
 
 
@@ -79,13 +98,21 @@ def learned() -> dict:
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"[\s\S]{1,12}"), ISOLATED), BYTES])
     shifted = [text[i:] for text in TEXTS.values() for i in range(12)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=6000, special_tokens=["<|bos|>", "<|eos|>"], initial_alphabet=alphabet, show_progress=False, min_frequency=2)
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000,
+        special_tokens=["<|bos|>", "<|eos|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+        min_frequency=2,
+    )
     made.train_from_iterator(shifted, trainer)
     return json.loads(made.to_str())["model"]
 
 
 def byte_level(pre_tokenizer, ignore_merges: bool) -> Tokenizer:
-    made = Tokenizer(models.BPE(learned()["vocab"], [tuple(m) for m in learned()["merges"]], ignore_merges=ignore_merges))
+    made = Tokenizer(
+        models.BPE(learned()["vocab"], [tuple(m) for m in learned()["merges"]], ignore_merges=ignore_merges)
+    )
     made.add_special_tokens(["<|bos|>", "<|eos|>"])
     made.pre_tokenizer, made.decoder = pre_tokenizer, decoders.ByteLevel()
     made.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
@@ -98,13 +125,18 @@ def sentencepiece(prefix: bool) -> Tokenizer:
     normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if prefix else "never")
-    trained.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=1200, special_tokens=["<unk>", "<|bos|>", "<|eos|>"], show_progress=False))
+    trained.train_from_iterator(
+        corpus(),
+        trainers.BpeTrainer(vocab_size=1200, special_tokens=["<unk>", "<|bos|>", "<|eos|>"], show_progress=False),
+    )
     learned = json.loads(trained.to_str())["model"]
     merges = [tuple(m) for m in learned["merges"]]
     pieces = ["<unk>", "<|bos|>", "<|eos|>", *(f"<0x{b:02X}>" for b in range(256))]
     made_by = ["".join(m) for m in merges]
     pieces += [*dict.fromkeys(made_by)] + [p for p in learned["vocab"] if p not in set(made_by) | set(pieces)]
-    made = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made = Tokenizer(
+        models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     made.normalizer = normalizer
     made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<|bos|>", "<|eos|>")])
     made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -121,7 +153,11 @@ def save(made: Tokenizer, folder: Path, **about) -> Path:
 
 def vocabulary(folder: Path, path: Path, vocab_size: int, **options):
     """The tokenizer of a folder in llama.cpp, without a model."""
-    Writer(path, {"general.architecture": Value("string", "llama"), **tokenizer_metadata(folder, vocab_size, **options)}, {}).close()
+    Writer(
+        path,
+        {"general.architecture": Value("string", "llama"), **tokenizer_metadata(folder, vocab_size, **options)},
+        {},
+    ).close()
     return load(path, vocabulary_only=True)
 
 
@@ -163,7 +199,10 @@ def test_unigram_cuts_the_same(tmp_path):
     made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(" {2,}"), " ")])
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace()
     special = ["<unk>", "<|bos|>", "<|eos|>"]
-    made.train_from_iterator(corpus(), trainers.UnigramTrainer(vocab_size=1000, special_tokens=special, unk_token="<unk>", show_progress=False))
+    made.train_from_iterator(
+        corpus(),
+        trainers.UnigramTrainer(vocab_size=1000, special_tokens=special, unk_token="<unk>", show_progress=False),
+    )
     made.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
     folder = save(made, tmp_path / "model")
     assert tokenizer_metadata(folder, 1200)["tokenizer.ggml.model"].value == "t5"
@@ -173,7 +212,9 @@ def test_unigram_cuts_the_same(tmp_path):
 
 def test_added_tokens_are_found_in_text(tmp_path):
     made = byte_level(split(QWEN2), False)
-    made.add_tokens([AddedToken("<think>", special=False, normalized=False), AddedToken("    ", special=False, normalized=False)])
+    made.add_tokens(
+        [AddedToken("<think>", special=False, normalized=False), AddedToken("    ", special=False, normalized=False)]
+    )
     made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     folder = save(made, tmp_path / "model", eos_token="<|im_end|>")
     texts = {"chat": "<|im_start|>user\nWhy?<|im_end|>\n<think>\nso    what</think>    <think>"}
@@ -234,7 +275,9 @@ def test_a_tokenizer_comes_back_from_its_gguf(name, tmp_path):
     back = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS.values():
         assert back(text).input_ids == made.encode(text).ids
-        assert back.decode(back(text).input_ids, skip_special_tokens=False) == made.decode(made.encode(text).ids, skip_special_tokens=False)
+        assert back.decode(back(text).input_ids, skip_special_tokens=False) == made.decode(
+            made.encode(text).ids, skip_special_tokens=False
+        )
     assert (back.bos_token, back.eos_token) == ("<|bos|>", "<|eos|>")
     assert name == "demo" or back.chat_template == "{{ messages }}"
 

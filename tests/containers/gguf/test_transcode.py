@@ -16,7 +16,13 @@ from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
 from models.families import Family
 
-EXACT = {"int4-g128": "gptq", "int4-g64": "compressed-tensors", "int4-g32": "gptq", "int4-channel": "compressed-tensors", "int8-g128": "gptq"}
+EXACT = {
+    "int4-g128": "gptq",
+    "int4-g64": "compressed-tensors",
+    "int4-g32": "gptq",
+    "int4-channel": "compressed-tensors",
+    "int8-g128": "gptq",
+}
 ROUNDED = {"int4-g128-asym": ("awq", "Q4_1", 2e-3), "int8-g128-asym": ("compressed-tensors", "Q8_0", 6e-3)}
 
 
@@ -44,7 +50,11 @@ def decoded(path: Path) -> dict[str, torch.Tensor]:
 
 
 def types(path: Path) -> set[str]:
-    return {stored.type for name, stored in gguf_file.read(path).tensors.items() if name.startswith("blk.") and "norm" not in name}
+    return {
+        stored.type
+        for name, stored in gguf_file.read(path).tensors.items()
+        if name.startswith("blk.") and "norm" not in name
+    }
 
 
 @pytest.mark.parametrize("grid", EXACT)
@@ -68,7 +78,12 @@ def test_the_gguf_package_reads_the_same_values(home):
     for name, theirs in read.items():
         if name.startswith("blk.") and "norm" not in name and not name.endswith(("attn_q.weight", "attn_k.weight")):
             number, kind = name.split(".")[1:3]
-            parts = {"attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj"}
+            parts = {
+                "attn_v": "self_attn.v_proj",
+                "attn_output": "self_attn.o_proj",
+                "ffn_gate": "mlp.gate_proj",
+                "ffn_up": "mlp.up_proj",
+            }
             assert torch.equal(theirs, ours[f"model.layers.{number}.{parts.get(kind, 'mlp.down_proj')}"])
 
 
@@ -117,9 +132,20 @@ def test_a_q4_0_goes_back_value_for_value(to, home):
 def transformers_reads(path: Path) -> None:
     """Config and tokenizer are whole, though the GGUF holds neither as a file."""
     some = "The quick brown fox, and 1234 of them."
-    assert Checkpoint.open(path).tokenizer()(some)["input_ids"] == Checkpoint.open(demo.MODEL).tokenizer()(some)["input_ids"]
+    assert (
+        Checkpoint.open(path).tokenizer()(some)["input_ids"]
+        == Checkpoint.open(demo.MODEL).tokenizer()(some)["input_ids"]
+    )
     said, meant = json.loads((path / "config.json").read_text()), json.loads((demo.MODEL / "config.json").read_text())
-    for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "tie_word_embeddings"):
+    for name in (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "tie_word_embeddings",
+    ):
         assert said[name] == meant[name]
 
 
@@ -154,7 +180,10 @@ def test_a_head_goes_back_to_sixteen_bits(home, tmp_path):
     assert gguf_file.read(tmp_path / "model.gguf").tensors["output.weight"].type == "Q6_K"
     report = convert(tmp_path / "model.gguf", tmp_path / "out", "--to", "gptq", "--grid", "int4-g64")
     assert "16 bits" in report["kept"]["lm_head.weight"]
-    was, now = Checkpoint.open(tmp_path / "model.gguf").read("lm_head.weight"), Checkpoint.open(tmp_path / "out").read("lm_head.weight")
+    was, now = (
+        Checkpoint.open(tmp_path / "model.gguf").read("lm_head.weight"),
+        Checkpoint.open(tmp_path / "out").read("lm_head.weight"),
+    )
     assert torch.equal(was.to(now.dtype), now)
 
 
@@ -162,18 +191,31 @@ def test_parts_become_one_file_and_back(mixed, home):
     halfbyte.quantize(demo.MODEL, home / "parts", method="nearest", grid="Q4_K_M", shard_gb=0.001)
     convert(home / "parts", home / "joined.gguf", "--to", "gguf")
     joined, whole = gguf_file.read(home / "joined.gguf"), gguf_file.read(mixed)
-    assert {n: (s.type, s.shape) for n, s in joined.tensors.items()} == {n: (s.type, s.shape) for n, s in whole.tensors.items()}
+    assert {n: (s.type, s.shape) for n, s in joined.tensors.items()} == {
+        n: (s.type, s.shape) for n, s in whole.tensors.items()
+    }
     assert all(torch.equal(s.entry.read(), whole.tensors[n].entry.read()) for n, s in joined.tensors.items())
-    assert {k: v for k, v in joined.metadata.items() if k != "general.name"} == {k: v for k, v in whole.metadata.items() if k != "general.name"}
+    assert {k: v for k, v in joined.metadata.items() if k != "general.name"} == {
+        k: v for k, v in whole.metadata.items() if k != "general.name"
+    }
 
 
 def test_experts_of_a_stack_come_apart_and_together(tmp_path):
-    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16, "norm_topk_prob": True}
+    moe = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "head_dim": 16,
+        "norm_topk_prob": True,
+    }
     model = Family("qwen3_moe", {}, moe, torch.bfloat16).save(tmp_path / "model")
     halfbyte.quantize(model, tmp_path / "folder", method="nearest", grid="int4-g32", to="compressed-tensors")
     convert(tmp_path / "folder", tmp_path / "model.gguf", "--to", "gguf")
     found = gguf_file.read(tmp_path / "model.gguf").tensors
-    assert (found["blk.1.ffn_gate_exps.weight"].type, found["blk.1.ffn_gate_exps.weight"].shape) == ("Q4_0", (4, 64, 64))
+    assert (found["blk.1.ffn_gate_exps.weight"].type, found["blk.1.ffn_gate_exps.weight"].shape) == (
+        "Q4_0",
+        (4, 64, 64),
+    )
     convert(tmp_path / "model.gguf", tmp_path / "back", "--to", "compressed-tensors")
     was, now = decoded(tmp_path / "folder"), decoded(tmp_path / "back")
     assert was.keys() == now.keys()
@@ -203,7 +245,9 @@ def test_without_a_type_the_label_is_what_is_written(home, tmp_path):
 
 def test_a_preset_that_most_matrices_do_not_fit_is_not_the_label(tmp_path):
     """Gemma 3 has more norms, which are in F32, than matrices."""
-    model = Family("gemma3_text", {}, {"hidden_size": 192, "intermediate_size": 256, "head_dim": 64, "query_pre_attn_scalar": 64}).save(tmp_path / "model")
+    model = Family(
+        "gemma3_text", {}, {"hidden_size": 192, "intermediate_size": 256, "head_dim": 64, "query_pre_attn_scalar": 64}
+    ).save(tmp_path / "model")
     report = halfbyte.quantize(model, tmp_path / "out.gguf", grid="Q4_K_M", method="nearest")
     assert report["output"]["grid"] == "Q5_0"
     assert gguf_file.read(tmp_path / "out.gguf").metadata["general.file_type"].value == 8

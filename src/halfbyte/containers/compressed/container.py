@@ -11,7 +11,17 @@ from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout
 from halfbyte.containers.compressed.packed import Packed
 from halfbyte.containers.compressed.small_floats import MXFP4, MXFP6, NV4
 from halfbyte.containers.compressed.unpacked import FLOAT, INT, MX8, NAIVE
-from halfbyte.containers.container import Config, ConfigContainer, Has, Part, input_parts, input_specs, input_tensors, inputs_of, patterns
+from halfbyte.containers.container import (
+    Config,
+    ConfigContainer,
+    Has,
+    Part,
+    input_parts,
+    input_specs,
+    input_tensors,
+    inputs_of,
+    patterns,
+)
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported, brief
 from halfbyte.grids.floats import FLOAT_GRIDS, NVFP4_FACTOR, FloatGrid
@@ -19,7 +29,9 @@ from halfbyte.grids.grid import AnyScheme, Quantized, Scheme, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 PACKED = Packed()
-LAYOUTS: dict[str, Layout] = {layout.format: layout for layout in (PACKED, NAIVE, FLOAT, INT, MX8(), MXFP4, MXFP6, NV4())}
+LAYOUTS: dict[str, Layout] = {
+    layout.format: layout for layout in (PACKED, NAIVE, FLOAT, INT, MX8(), MXFP4, MXFP6, NV4())
+}
 MIXED = "mixed-precision"
 """What the config calls several formats."""
 
@@ -32,7 +44,11 @@ class CompressedTensors(ConfigContainer):
 
     def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         grid = FLOAT_GRIDS["nvfp4-global"] if scheme.weight == NVFP4_FACTOR else scheme.weight
-        grid = grid.with_scale(SCALE_NAMES[dtype]) if isinstance(grid, IntGrid | FloatGrid) and grid.scale in SCALE_DTYPES else grid
+        grid = (
+            grid.with_scale(SCALE_NAMES[dtype])
+            if isinstance(grid, IntGrid | FloatGrid) and grid.scale in SCALE_DTYPES
+            else grid
+        )
         native = Scheme(grid, scheme.input) if scheme.input else grid
         layout_of(native)
         return native
@@ -48,13 +64,20 @@ class CompressedTensors(ConfigContainer):
         return {**layout_of(scheme).plan(scheme.weight, shape), **input_specs(scheme.input)}
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
-        return {**_layout_in_file(scheme, has("weight_packed")).parts(scheme.weight, shape), **input_parts(scheme.input)}
+        return {
+            **_layout_in_file(scheme, has("weight_packed")).parts(scheme.weight, shape),
+            **input_parts(scheme.input),
+        }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         return {**layout_of(q.scheme).pack(q), **input_tensors(q.input)}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
-        return _layout_in_file(scheme, "weight_packed" in tensors).unpack(tensors, scheme.weight, shape)._replace(input=inputs_of(tensors, scheme.input))
+        return (
+            _layout_in_file(scheme, "weight_packed" in tensors)
+            .unpack(tensors, scheme.weight, shape)
+            ._replace(input=inputs_of(tensors, scheme.input))
+        )
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
         groups: dict[str, Config] = {}
@@ -63,7 +86,9 @@ class CompressedTensors(ConfigContainer):
             others = [name for name in schemes if name not in set(own)]
             targets = [f"re:^{p}$" for p in patterns(own, others)] if others else ["Linear"]
             # The head is no Linear to vLLM and SGLang; they quantize it if a target names it (their pull requests 37291 and 35228).
-            targets += [f"re:.*{re.escape(name)}$" for name in own if not any(part.isdigit() for part in name.split("."))]
+            targets += [
+                f"re:.*{re.escape(name)}$" for name in own if not any(part.isdigit() for part in name.split("."))
+            ]
             groups[f"group_{len(groups)}"] = {
                 "targets": targets,
                 "weights": layout_of(scheme).arguments(scheme.weight),
@@ -98,7 +123,9 @@ class CompressedTensors(ConfigContainer):
                 read = (layout.find(entries, module, said) for layout in LAYOUTS.values())
                 known = next((what for what in read if what), None)
                 if known is None:
-                    raise Unsupported(f"{name}: {entries[name].dtype} {tuple(entries[name].shape)} is of no format that is read: {', '.join(LAYOUTS)}")
+                    raise Unsupported(
+                        f"{name}: {entries[name].dtype} {tuple(entries[name].shape)} is of no format that is read: {', '.join(LAYOUTS)}"
+                    )
                 read = input_grid(group_of(module, groups).get("input_activations"))
                 found[module] = (Scheme(known[0], read) if read else known[0], known[1])
         return found
@@ -106,7 +133,11 @@ class CompressedTensors(ConfigContainer):
 
 def _weights(said: Config) -> Config:
     """QuantizationArgs of weights, as far as they are used here."""
-    if type(said.get("num_bits", 8)) is not int or not isinstance(said.get("group_size") or 1, int) or not isinstance(said.get("type", "int"), str):
+    if (
+        type(said.get("num_bits", 8)) is not int
+        or not isinstance(said.get("group_size") or 1, int)
+        or not isinstance(said.get("type", "int"), str)
+    ):
         raise BadCheckpoint(f"config.json says of quantized weights what nobody would: {brief(said)}")
     return said
 

@@ -12,7 +12,13 @@ from halfbyte.grids.inputs import INPUT_GRIDS, ScaledInputs
 MICRO: dict[str, Config] = {
     "mxfp8-e4m3": {"num_bits": 8, "strategy": "group", "group_size": 32, "dynamic": True, "scale_dtype": "torch.uint8"},
     "mxfp4": {"num_bits": 4, "strategy": "group", "group_size": 32, "dynamic": True, "scale_dtype": "torch.uint8"},
-    "nvfp4": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"},
+    "nvfp4": {
+        "num_bits": 4,
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "dynamic": "local",
+        "scale_dtype": "torch.float8_e4m3fn",
+    },
 }
 PATIENCE = 1.0
 """Seconds for one pattern and one module."""
@@ -28,14 +34,25 @@ def check_inputs(grid: InputGrid | None) -> None:
 
 
 def _is_said(grid: InputGrid) -> bool:
-    return isinstance(grid, ScaledInputs) and grid.number != "fp8-e5m2" and (isinstance(grid.span, int) or grid.span in STRATEGIES)
+    return (
+        isinstance(grid, ScaledInputs)
+        and grid.number != "fp8-e5m2"
+        and (isinstance(grid.span, int) or grid.span in STRATEGIES)
+    )
 
 
 def input_arguments(grid: InputGrid | None) -> Config | None:
     check_inputs(grid)
     if grid is None:
         return None
-    common = {"symmetric": True, "group_size": None, "block_structure": None, "actorder": None, "observer": None, "observer_kwargs": {}}
+    common = {
+        "symmetric": True,
+        "group_size": None,
+        "block_structure": None,
+        "actorder": None,
+        "observer": None,
+        "observer_kwargs": {},
+    }
     if not isinstance(grid, ScaledInputs):
         return {**common, "type": "float", **MICRO[str(grid)]}
     strategy, dynamic = ("group", True) if isinstance(grid.span, int) else STRATEGIES[grid.span]
@@ -55,12 +72,21 @@ def input_grid(said: Config | None) -> InputGrid | None:
     """The inverse of `input_arguments`, for files of others too. Raises Unsupported."""
     if not said:
         return None
-    bits, is_float, strategy, group = said.get("num_bits", 8), said.get("type") == "float", said.get("strategy"), said.get("group_size")
+    bits, is_float, strategy, group = (
+        said.get("num_bits", 8),
+        said.get("type") == "float",
+        said.get("strategy"),
+        said.get("group_size"),
+    )
     for name, words in MICRO.items():
         if is_float and (bits, strategy, group) == (words["num_bits"], words["strategy"], words["group_size"]):
             return INPUT_GRIDS[name]
     dynamic = said.get("dynamic", False)
-    span = f"g{group}" if strategy == "group" and dynamic else next((span for span, words in STRATEGIES.items() if words == (strategy, dynamic)), None)
+    span = (
+        f"g{group}"
+        if strategy == "group" and dynamic
+        else next((span for span, words in STRATEGIES.items() if words == (strategy, dynamic)), None)
+    )
     number = "fp8-e4m3" if is_float else f"int{bits}"
     if span is None or (is_float and bits != 8):
         raise Unsupported(
@@ -74,7 +100,9 @@ def _matches(pattern: str, module: str) -> bool:
     try:
         return bool(regex.match(pattern, module, timeout=PATIENCE))
     except (regex.error, TimeoutError) as error:
-        raise BadCheckpoint(f"config.json has a target 're:{pattern:.80}' that cannot be looked for: {str(error) or 'it takes too long'}") from None
+        raise BadCheckpoint(
+            f"config.json has a target 're:{pattern:.80}' that cannot be looked for: {str(error) or 'it takes too long'}"
+        ) from None
 
 
 def group_of(module: str, groups: Mapping[str, Config]) -> Config:

@@ -26,7 +26,9 @@ class Layout(ABC):
     def check(self, grid: Grid, shape: Shape) -> None:
         """Raise Unsupported for a matrix that does not fit."""
         if isinstance(grid.block, int) and grid.block <= 32 and shape[1] % grid.block:
-            raise Unsupported(f"{self.format} of compressed-tensors has groups of {grid.block} in-features, which do not divide {shape[1]}")
+            raise Unsupported(
+                f"{self.format} of compressed-tensors has groups of {grid.block} in-features, which do not divide {shape[1]}"
+            )
 
     @abstractmethod
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]: ...
@@ -50,7 +52,9 @@ class Layout(ABC):
         """QuantizationArgs of the weights."""
 
 
-def arguments(bits: int, kind: str, strategy: str, group: int | None = None, symmetric: bool = True, **more: object) -> Config:
+def arguments(
+    bits: int, kind: str, strategy: str, group: int | None = None, symmetric: bool = True, **more: object
+) -> Config:
     return {
         "num_bits": bits,
         "type": kind,

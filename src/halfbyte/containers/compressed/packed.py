@@ -30,7 +30,9 @@ class Packed(Layout):
     format = "pack-quantized"
 
     def writes(self, scheme: AnyScheme) -> bool:
-        return isinstance(scheme.weight, IntGrid) and (scheme.input is None or (isinstance(scheme.input, ScaledInputs) and scheme.input.number in FLOATS))
+        return isinstance(scheme.weight, IntGrid) and (
+            scheme.input is None or (isinstance(scheme.input, ScaledInputs) and scheme.input.number in FLOATS)
+        )
 
     def check(self, grid: Grid, shape: Shape) -> None:
         grid = integer(grid, NAME)
@@ -51,7 +53,9 @@ class Packed(Layout):
 
     def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
         known, tensor = super().parts(grid, shape), integer(grid, NAME).span == "tensor"
-        scale = {"weight_scale": any_of((*ONE, (1, 1)), [self.plan(grid, shape)["weight_scale"].dtype])} if tensor else {}
+        scale = (
+            {"weight_scale": any_of((*ONE, (1, 1)), [self.plan(grid, shape)["weight_scale"].dtype])} if tensor else {}
+        )
         return {**known, **scale, "weight_shape": any_of([(2,)], [torch.int64, torch.int32])}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
@@ -86,7 +90,9 @@ class Packed(Layout):
 
     def arguments(self, grid: Grid) -> Config:
         grid = integer(grid, NAME)
-        return arguments(grid.bits_per_code, "int", "group" if grid.block else str(grid.span), grid.block, grid.symmetric)
+        return arguments(
+            grid.bits_per_code, "int", "group" if grid.block else str(grid.span), grid.block, grid.symmetric
+        )
 
 
 def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: int, width: int) -> Grid:
@@ -97,10 +103,14 @@ def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: in
     named = {weights["num_bits"] for weights in said if "num_bits" in weights} or range(2, 9)
     width_bits = next((b for b in range(2, 9) if b in named and -(-width * b // 32) == packed.shape[1]), None)
     if width_bits is None or not groups:
-        raise BadCheckpoint(f"{module}: {told(packed)} words and {told(scale)} scales are no packing of {out} x {width} in {' or '.join(map(str, named))} bits")
+        raise BadCheckpoint(
+            f"{module}: {told(packed)} words and {told(scale)} scales are no packing of {out} x {width} in {' or '.join(map(str, named))} bits"
+        )
     is_tensor = prod(scale.shape) == 1 and out > 1 and may_be(said, "strategy", "tensor")
     symmetric = f"{module}.weight_zero_point" not in entries
     if symmetric and not may_be(said, "symmetric", True):
-        raise BadCheckpoint(f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint is not whole")
+        raise BadCheckpoint(
+            f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint is not whole"
+        )
     span = "tensor" if is_tensor else span_of(module, width, groups, [weights.get("group_size") for weights in said])
     return IntGrid(width_bits, span, symmetric, SCALE_NAMES[scale.dtype])

@@ -31,7 +31,10 @@ class MX(Layout):
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
         out, width = shape
-        return {"weight_packed": Spec((out, width * self.width_bits // 8), torch.uint8), "weight_scale": Spec((out, width // 32), torch.uint8)}
+        return {
+            "weight_packed": Spec((out, width * self.width_bits // 8), torch.uint8),
+            "weight_scale": Spec((out, width // 32), torch.uint8),
+        }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         return {"weight_packed": _pack(q.codes, self.width_bits), "weight_scale": q.params["scale"]}
@@ -41,7 +44,13 @@ class MX(Layout):
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
         packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
-        if packed is None or scale is None or packed.dtype != torch.uint8 or scale.dtype != torch.uint8 or len(scale.shape) != 2:
+        if (
+            packed is None
+            or scale is None
+            or packed.dtype != torch.uint8
+            or scale.dtype != torch.uint8
+            or len(scale.shape) != 2
+        ):
             return None
         out, width = scale.shape[0], scale.shape[1] * 32
         return (self.grid, (out, width)) if packed.shape == (out, width * self.width_bits // 8) else None
@@ -78,7 +87,10 @@ class NV4(Layout):
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
-        params = {"scale": tensors["weight_scale"].view(torch.uint8), "divisor": tensors["weight_global_scale"].float().view(1, 1)}
+        params = {
+            "scale": tensors["weight_scale"].view(torch.uint8),
+            "divisor": tensors["weight_global_scale"].float().view(1, 1),
+        }
         return Quantized(grid, unpack(tensors["weight_packed"], 4), params)
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:

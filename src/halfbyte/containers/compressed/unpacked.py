@@ -48,9 +48,16 @@ class Unpacked(Layout):
         return {"weight": Spec(shape, torch.int8), "weight_scale": Spec(scales, SCALE_DTYPES[grid.scale]), **zero}
 
     def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
-        plan, span = self.plan(grid, shape), grid.span if isinstance(grid, FloatGrid) else integer(grid, self.format).span
-        shapes = {"tensor": (*ONE, (1, 1)), "channel": ((shape[0], 1), (shape[0],))}.get(str(span), (plan["weight_scale"].shape,))
-        return {name: Part((spec,)) if name == "weight" else any_of(shapes, [spec.dtype]) for name, spec in plan.items()}
+        plan, span = (
+            self.plan(grid, shape),
+            grid.span if isinstance(grid, FloatGrid) else integer(grid, self.format).span,
+        )
+        shapes = {"tensor": (*ONE, (1, 1)), "channel": ((shape[0], 1), (shape[0],))}.get(
+            str(span), (plan["weight_scale"].shape,)
+        )
+        return {
+            name: Part((spec,)) if name == "weight" else any_of(shapes, [spec.dtype]) for name, spec in plan.items()
+        }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         scale = q.params["scale"].reshape(self.plan(q.grid, q.shape)["weight_scale"].shape)
@@ -63,7 +70,9 @@ class Unpacked(Layout):
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
         scale = tensors["weight_scale"]
         if isinstance(grid, FloatGrid):
-            return Quantized(grid, tensors["weight"].view(torch.uint8), {"scale": scale.reshape(grid.scales_shape(shape))})
+            return Quantized(
+                grid, tensors["weight"].view(torch.uint8), {"scale": scale.reshape(grid.scales_shape(shape))}
+            )
         middle = integer(grid, self.format).midpoint
         params = {"scale": scale.reshape(1 if scale.numel() == 1 else shape[0], -1)}
         if "weight_zero_point" in tensors:
@@ -72,7 +81,12 @@ class Unpacked(Layout):
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
         weight, scale = entries.get(f"{module}.weight"), entries.get(f"{module}.weight_scale")
-        if weight is None or scale is None or weight.dtype not in (torch.int8, torch.float8_e4m3fn) or scale.dtype not in SCALE_NAMES:
+        if (
+            weight is None
+            or scale is None
+            or weight.dtype not in (torch.int8, torch.float8_e4m3fn)
+            or scale.dtype not in SCALE_NAMES
+        ):
             return None
         out, width = stored(entries, f"{module}.weight", [weight.dtype]).shape
         rows, groups = scale.shape if len(scale.shape) == 2 else (prod(scale.shape), 1)
@@ -81,20 +95,32 @@ class Unpacked(Layout):
             if (rows, groups) == (1, 1) and out > 1 and "tensor" not in spans:
                 raise BadCheckpoint(f"'{module}.weight_scale' is one number, and config.json says that there are more")
             if f"{module}.weight_zero_point" not in entries and not may_be(said, "symmetric", True):
-                raise BadCheckpoint(f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint is not whole")
-            span = "tensor" if rows == 1 and out > 1 else span_of(module, width, groups, [weights.get("group_size") for weights in said])
-            return IntGrid(_bits(weight, said), span, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype]), (out, width)
+                raise BadCheckpoint(
+                    f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint is not whole"
+                )
+            span = (
+                "tensor"
+                if rows == 1 and out > 1
+                else span_of(module, width, groups, [weights.get("group_size") for weights in said])
+            )
+            return IntGrid(
+                _bits(weight, said), span, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype]
+            ), (out, width)
         for span in spans:
             grid = FloatGrid(MXFP8.element, span, SCALE_NAMES[scale.dtype])
             if grid.scales_shape((out, width)) == (rows, groups):
                 return grid, (out, width)
-        raise Unsupported(f"{module}: {rows} x {groups} scales for {out} x {width} weights are not read; blocks of {SIDE} x {SIDE} are, and rows")
+        raise Unsupported(
+            f"{module}: {rows} x {groups} scales for {out} x {width} weights are not read; blocks of {SIDE} x {SIDE} are, and rows"
+        )
 
     def arguments(self, grid: Grid) -> Config:
         if isinstance(grid, FloatGrid):
             return arguments(8, "float", str(grid.span), block_structure=[SIDE, SIDE] if grid.span == "block" else None)
         grid = integer(grid, self.format)
-        return arguments(grid.bits_per_code, "int", "group" if grid.block else str(grid.span), grid.block, grid.symmetric)
+        return arguments(
+            grid.bits_per_code, "int", "group" if grid.block else str(grid.span), grid.block, grid.symmetric
+        )
 
 
 def _signed(codes: Tensor, middle: int) -> Tensor:
@@ -107,7 +133,14 @@ def _unsigned(codes: Tensor, middle: int) -> Tensor:
 
 def _bits(weight: Entry, said: list[Config]) -> int:
     """Of integers in bytes: what the config says, or, where it names several, the fewest that hold these."""
-    named = sorted({bits for weights in said if weights.get("type", "int") == "int" and 2 <= (bits := weights.get("num_bits", 8)) <= 8} or {8})
+    named = sorted(
+        {
+            bits
+            for weights in said
+            if weights.get("type", "int") == "int" and 2 <= (bits := weights.get("num_bits", 8)) <= 8
+        }
+        or {8}
+    )
     if len(named) == 1:
         return named[0]
     most = int(weight.read().int().add(0.5).abs().max())  # -8 and 7 both take 4 bits
@@ -126,7 +159,10 @@ class MX8(Layout):
         return scheme.weight == MXFP8
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
-        return {"weight": Spec(shape, torch.float8_e4m3fn), "weight_scale": Spec(MXFP8.scales_shape(shape), torch.uint8)}
+        return {
+            "weight": Spec(shape, torch.float8_e4m3fn),
+            "weight_scale": Spec(MXFP8.scales_shape(shape), torch.uint8),
+        }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": q.params["scale"]}

@@ -33,7 +33,9 @@ class GGUF(Container):
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         grid = weights_only(scheme, self.name)
         if type_of(grid) in READ_ONLY:
-            raise Unsupported(f"{grid} is read from gguf files, not written; the smallest type that is written is iq2_xxs")
+            raise Unsupported(
+                f"{grid} is read from gguf files, not written; the smallest type that is written is iq2_xxs"
+            )
         layout_of(grid, shape[-1])
 
     def same(self, q: Quantized) -> Quantized | None:
@@ -41,13 +43,21 @@ class GGUF(Container):
         if q.grid in TYPE_OF:
             return q._replace(input=None)
         grid, width = q.grid, q.shape[1]
-        if not isinstance(grid, IntGrid) or not grid.symmetric or width % BLOCK or (grid.block or width) % BLOCK or not fits_half(q.params["scale"]):
+        if (
+            not isinstance(grid, IntGrid)
+            or not grid.symmetric
+            or width % BLOCK
+            or (grid.block or width) % BLOCK
+            or not fits_half(q.params["scale"])
+        ):
             return None
         bits = next(b for b in (4, 5, 8) if b >= grid.bits_per_code)
         blocks = width // BLOCK
         scale = q.params["scale"].to(torch.float16).expand(q.shape[0], -1)
         wider = (1 << (bits - 1)) - grid.midpoint
-        return Quantized(IntGrid(bits, BLOCK), q.codes + wider, {"scale": scale.repeat_interleave(blocks // scale.shape[1], 1)})
+        return Quantized(
+            IntGrid(bits, BLOCK), q.codes + wider, {"scale": scale.repeat_interleave(blocks // scale.shape[1], 1)}
+        )
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
         layout = layout_of(weights_only(scheme, self.name), shape[-1])
@@ -61,7 +71,11 @@ class GGUF(Container):
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
         grid = weights_only(scheme, self.name)
         q = layout_of(grid, shape[-1]).unpack(tensors[""], grid)
-        return q._replace(params={"scale": q.params["scale"].to(SCALE_DTYPES[grid.scale])}) if isinstance(grid, IntGrid) else q
+        return (
+            q._replace(params={"scale": q.params["scale"].to(SCALE_DTYPES[grid.scale])})
+            if isinstance(grid, IntGrid)
+            else q
+        )
 
 
 def with_minimum(q: Quantized) -> Quantized | None:
@@ -93,5 +107,7 @@ def layout_of(grid: Grid, width: int) -> Layout:
     """Raises Unsupported where blocks do not fill a row."""
     layout = LAYOUTS[type_of(grid)]
     if width % layout.block:
-        raise Unsupported(f"gguf: {type_of(grid)} stores blocks of {layout.block} weights, which rows of {width} do not fill")
+        raise Unsupported(
+            f"gguf: {type_of(grid)} stores blocks of {layout.block} weights, which rows of {width} do not fill"
+        )
     return layout

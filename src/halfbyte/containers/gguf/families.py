@@ -57,7 +57,10 @@ GRANITE_EXPERTS: Names = {
     "block_sparse_moe.input_linear": ("ffn_gate_exps", "ffn_up_exps"),
     "block_sparse_moe.output_linear": "ffn_down_exps",
     **{name.replace("mlp", "block_sparse_moe"): ggml for name, ggml in EXPERTS.items()},
-    **{f"block_sparse_moe.experts.{{e}}.{w}": f"ffn_{part}_exps" for w, part in (("w1", "gate"), ("w3", "up"), ("w2", "down"))},
+    **{
+        f"block_sparse_moe.experts.{{e}}.{w}": f"ffn_{part}_exps"
+        for w, part in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
+    },
 }
 GPT_OSS: Names = {
     **ATTENTION,
@@ -180,7 +183,11 @@ LLAMA_LIKE = Family("llama", rows=PAIRED, ropes=(*PLAIN_ROPE, "llama3"), assumed
 UNBIASED = {"hidden_act": "silu", "attention_bias": False}
 QWEN = {**UNBIASED, "use_sliding_window": False}
 SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": [], "hidden_act": "silu"}
-GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "use_bidirectional_attention": (False, None)}
+GEMMA = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "use_bidirectional_attention": (False, None),
+}
 GELU = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")
 """Which llama.cpp looks up in a table of 16 bits, further from each than they are from one another."""
 GRANITE_ROWS: dict[str, Any] = {"rows": PAIRED, "ropes": (*PLAIN_ROPE, "llama3"), "assumed": {"hidden_act": "silu"}}
@@ -188,7 +195,13 @@ GRANITE_ROWS: dict[str, Any] = {"rows": PAIRED, "ropes": (*PLAIN_ROPE, "llama3")
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA_LIKE,
     "mistral": replace(LLAMA_LIKE, loses_window=True),
-    "mixtral": Family("llama", {**ATTENTION, **FFN_NORM, **MIXTRAL_EXPERTS}, rows=PAIRED, loses_window=True, assumed={"hidden_act": "silu"}),
+    "mixtral": Family(
+        "llama",
+        {**ATTENTION, **FFN_NORM, **MIXTRAL_EXPERTS},
+        rows=PAIRED,
+        loses_window=True,
+        assumed={"hidden_act": "silu"},
+    ),
     "smollm3": Family(
         "smollm3",
         rows=PAIRED,
@@ -203,13 +216,27 @@ FAMILIES: dict[str, Family] = {
     "granite": Family("granite", **GRANITE_ROWS),
     "granitemoe": Family("granitemoe", {**ATTENTION, **FFN_NORM, **GRANITE_EXPERTS}, **GRANITE_ROWS),
     "qwen2": Family("qwen2", assumed=QWEN),
-    "qwen2_moe": Family("qwen2moe", {**ATTENTION, **FFN_NORM, **EXPERTS, **SHARED_EXPERT}, own_head=True, assumed={**QWEN, **SPARSE, "norm_topk_prob": False}),
+    "qwen2_moe": Family(
+        "qwen2moe",
+        {**ATTENTION, **FFN_NORM, **EXPERTS, **SHARED_EXPERT},
+        own_head=True,
+        assumed={**QWEN, **SPARSE, "norm_topk_prob": False},
+    ),
     "qwen3": Family("qwen3", {**LLAMA, **HEAD_NORMS}, assumed=QWEN),
-    "qwen3_moe": Family("qwen3moe", {**ATTENTION, **HEAD_NORMS, **FFN_NORM, **EXPERTS}, assumed={**QWEN, **SPARSE, "norm_topk_prob": True}),
+    "qwen3_moe": Family(
+        "qwen3moe",
+        {**ATTENTION, **HEAD_NORMS, **FFN_NORM, **EXPERTS},
+        assumed={**QWEN, **SPARSE, "norm_topk_prob": True},
+    ),
     "gemma": Family(
         "gemma",
         adds_one=True,
-        assumed={"tie_word_embeddings": True, "hidden_act": GELU, "attention_bias": False, "use_bidirectional_attention": (False, None)},
+        assumed={
+            "tie_word_embeddings": True,
+            "hidden_act": GELU,
+            "attention_bias": False,
+            "use_bidirectional_attention": (False, None),
+        },
     ),
     "gemma2": Family(
         "gemma2",
@@ -230,9 +257,13 @@ FAMILIES: dict[str, Family] = {
         two_bases=True,
         assumed={**GEMMA, "attn_logit_softcapping": None, "query_pre_attn_scalar": _gemma_scale(62)},
     ),
-    "phi3": Family("phi3", PHI3, turns_part=True, loses_window=True, ropes=("default", "longrope"), assumed={"hidden_act": "silu"}),
+    "phi3": Family(
+        "phi3", PHI3, turns_part=True, loses_window=True, ropes=("default", "longrope"), assumed={"hidden_act": "silu"}
+    ),
     "olmo2": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, assumed=UNBIASED),
-    "olmo3": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, windowed=True, assumed=UNBIASED),
+    "olmo3": Family(
+        "olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, windowed=True, assumed=UNBIASED
+    ),
     "gpt_oss": Family(
         "gpt-oss",
         GPT_OSS,
@@ -241,7 +272,9 @@ FAMILIES: dict[str, Family] = {
         bare=("self_attn.sinks", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
         windowed=True,
         assumed={
-            "layer_types": lambda s: s.layer_types if "sliding_attention" in s.layer_types else "some that attend to a window",
+            "layer_types": lambda s: (
+                s.layer_types if "sliding_attention" in s.layer_types else "some that attend to a window"
+            ),
             "tie_word_embeddings": False,
             "hidden_act": "silu",
             "attention_bias": True,
@@ -253,7 +286,12 @@ FAMILIES: dict[str, Family] = {
         "olmoe",
         {**ATTENTION, **HEAD_NORMS, **FFN_NORM, **EXPERTS},
         own_head=True,
-        assumed={"norm_topk_prob": False, "clip_qkv": None, **UNBIASED, "num_key_value_heads": lambda s: s.num_attention_heads},
+        assumed={
+            "norm_topk_prob": False,
+            "clip_qkv": None,
+            **UNBIASED,
+            "num_key_value_heads": lambda s: s.num_attention_heads,
+        },
     ),
     "gpt2": Family(
         "gpt2",
@@ -261,7 +299,12 @@ FAMILIES: dict[str, Family] = {
         GPT2_OUTSIDE,
         ("transformer.", "h"),
         transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
-        assumed={"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        assumed={
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
     ),
     "starcoder2": Family(
         "starcoder2",
@@ -269,7 +312,9 @@ FAMILIES: dict[str, Family] = {
         loses_window=True,
         assumed={"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
     ),
-    "stablelm": Family("stablelm", own_head=True, turns_part=True, assumed={"hidden_act": "silu", "qk_layernorm": False}),
+    "stablelm": Family(
+        "stablelm", own_head=True, turns_part=True, assumed={"hidden_act": "silu", "qk_layernorm": False}
+    ),
     "gpt_neox": Family(
         "gptneox",
         NEOX,
@@ -338,13 +383,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The row of a config.json. Raises Unsupported for a family, or a variant of one, that llama.cpp would compute otherwise."""
     kind = (config.get("text_config") or config).get("model_type", "")
     if kind not in FAMILIES:
-        raise Unsupported(f"GGUF is not written for '{kind}' yet; known are {', '.join(FAMILIES)} (safetensors formats take any family)")
+        raise Unsupported(
+            f"GGUF is not written for '{kind}' yet; known are {', '.join(FAMILIES)} (safetensors formats take any family)"
+        )
     family, s = FAMILIES[kind], settings(config)
     for name, wanted in family.assumed.items():
         wanted = wanted(s) if callable(wanted) else wanted
         if getattr(s, name, None) not in wanted if isinstance(wanted, tuple) else getattr(s, name, wanted) != wanted:
             known = " or ".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
-            raise Unsupported(f"llama.cpp computes '{family.arch}' with {name} = {known}, but config.json says {getattr(s, name)}: a GGUF of it would go wrong")
+            raise Unsupported(
+                f"llama.cpp computes '{family.arch}' with {name} = {known}, but config.json says {getattr(s, name)}: a GGUF of it would go wrong"
+            )
     if found := next(unanswered(s, family.assumed), None):
         raise Unsupported(
             f"config.json says {found[0]} = {found[1]}, and what llama.cpp's '{family.arch}' makes of that is not known: a GGUF of it might go wrong"
@@ -359,16 +408,31 @@ def _require_ropes(family: Family, s: Any) -> None:
     sliding = (getattr(s, "rope_parameters", None) or {}).get("sliding_attention") or {}
     kind = rope_of(s).get("rope_type", "default")
     if kind not in family.ropes:
-        raise Unsupported(f"llama.cpp computes '{family.arch}' without rotary scaling of type '{kind}'; it has {', '.join(family.ropes)}")
-    for name, known in (("beta_fast", 32), ("beta_slow", 1)):  # which it reads from its command line, and from files of one other architecture
+        raise Unsupported(
+            f"llama.cpp computes '{family.arch}' without rotary scaling of type '{kind}'; it has {', '.join(family.ropes)}"
+        )
+    for name, known in (
+        ("beta_fast", 32),
+        ("beta_slow", 1),
+    ):  # which it reads from its command line, and from files of one other architecture
         if kind == "yarn" and (said := rope_of(s).get(name) or known) != known:
-            raise Unsupported(f"llama.cpp computes yarn with {name} = {known} alone, and config.json says {said}: a GGUF of it would go wrong")
+            raise Unsupported(
+                f"llama.cpp computes yarn with {name} = {known} alone, and config.json says {said}: a GGUF of it would go wrong"
+            )
     if sliding.get("rope_type", "default") != "default":
-        raise Unsupported(f"llama.cpp stretches no rotary embeddings of layers with a window, and config.json does: {sliding['rope_type']}")
+        raise Unsupported(
+            f"llama.cpp stretches no rotary embeddings of layers with a window, and config.json does: {sliding['rope_type']}"
+        )
     if sliding and not family.two_bases and sliding["rope_theta"] != rope_of(s)["rope_theta"]:
-        raise Unsupported(f"llama.cpp turns all layers of '{family.arch}' from one base, and config.json says {sliding['rope_theta']} for those with a window")
-    if not family.turns_part and any(rope.get("partial_rotary_factor", 1.0) != 1.0 for rope in by_layers or [rope_of(s)]):
-        raise Unsupported(f"llama.cpp turns whole heads of '{family.arch}', and config.json says partial_rotary_factor = {rope_of(s)['partial_rotary_factor']}")
+        raise Unsupported(
+            f"llama.cpp turns all layers of '{family.arch}' from one base, and config.json says {sliding['rope_theta']} for those with a window"
+        )
+    if not family.turns_part and any(
+        rope.get("partial_rotary_factor", 1.0) != 1.0 for rope in by_layers or [rope_of(s)]
+    ):
+        raise Unsupported(
+            f"llama.cpp turns whole heads of '{family.arch}', and config.json says partial_rotary_factor = {rope_of(s)['partial_rotary_factor']}"
+        )
 
 
 def family_named(arch: str, experts: int = 0, windowed: bool = False) -> tuple[str, Family]:
@@ -378,10 +442,14 @@ def family_named(arch: str, experts: int = 0, windowed: bool = False) -> tuple[s
     """
     found = [(kind, family) for kind, family in FAMILIES.items() if family.arch == arch]
     if not found:
-        raise Unsupported(f"a GGUF of '{arch}' is not read yet; known are {', '.join(dict.fromkeys(f.arch for f in FAMILIES.values()))}")
+        raise Unsupported(
+            f"a GGUF of '{arch}' is not read yet; known are {', '.join(dict.fromkeys(f.arch for f in FAMILIES.values()))}"
+        )
 
     def alike(family: Family) -> tuple[bool, bool]:
-        sparse = any("ffn_down_exps" in (name if isinstance(name, tuple) else (name,)) for name in family.block.values())
+        sparse = any(
+            "ffn_down_exps" in (name if isinstance(name, tuple) else (name,)) for name in family.block.values()
+        )
         return sparse == bool(experts), family.windowed == windowed
 
     return max(found, key=lambda named: alike(named[1]))
@@ -451,11 +519,17 @@ class Translation:
         expert = int(re.search(r"\bexperts\.(\d+)\.", name)[1]) if pattern != name else None  # pyright: ignore[reportOptionalSubscript]
         names = (self.family.outside if block is None else self.family.block).get(pattern)
         if names is None:
-            raise Unsupported(f"llama.cpp's '{self.family.arch}' has no place for tensor '{tensor}', so no GGUF can hold this model")
+            raise Unsupported(
+                f"llama.cpp's '{self.family.arch}' has no place for tensor '{tensor}', so no GGUF can hold this model"
+            )
         if isinstance(names, tuple):
-            rows = torch.arange(self.shapes[tensor][-1 if suffix == "bias" or names[0] in self.family.transposed else -2])
+            rows = torch.arange(
+                self.shapes[tensor][-1 if suffix == "bias" or names[0] in self.family.transposed else -2]
+            )
             halves = (rows[::2], rows[1::2]) if self.family.alternating else rows.split(len(rows) // 2)
-            return tuple(self._place(base, suffix, block, expert, half) for base, half in zip(names, halves, strict=True))
+            return tuple(
+                self._place(base, suffix, block, expert, half) for base, half in zip(names, halves, strict=True)
+            )
         placed = (self._place(names, suffix, block, expert, self._order(names, tensor)),)
         if names == "token_embd" and self.family.own_head and self.tied:
             return (*placed, self._place("output", suffix, None, None, None))
@@ -467,7 +541,10 @@ class Translation:
         if rope.get("rope_type") == "llama3":
             return {"rope_freqs.weight": llama3_factors(rope, head_dim(self.settings))}
         if rope.get("rope_type") == "longrope":
-            return {f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"], dtype=torch.float32) for kind in ("long", "short")}
+            return {
+                f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"], dtype=torch.float32)
+                for kind in ("long", "short")
+            }
         return {}
 
     def _split(self, tensor: str) -> tuple[str, str, int | None]:
@@ -488,7 +565,14 @@ class Translation:
     def _place(self, base: str, suffix: str, block: int | None, expert: int | None, rows: Rows | None) -> Place:
         name = f"{base}.{suffix}" if block is None else f"blk.{block}.{base}.{suffix}"
         add = 1.0 if self.family.adds_one and name.endswith("norm.weight") else 0.0
-        return Place(name, expert, rows, base in self.family.transposed and suffix == "weight", add, bool(PLAIN.search(name.removeprefix(f"blk.{block}."))))
+        return Place(
+            name,
+            expert,
+            rows,
+            base in self.family.transposed and suffix == "weight",
+            add,
+            bool(PLAIN.search(name.removeprefix(f"blk.{block}."))),
+        )
 
 
 def checkpoint_shapes(family: Family, tensors: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -502,13 +586,22 @@ def checkpoint_shapes(family: Family, tensors: Mapping[str, Shape]) -> dict[str,
         body, _, suffix = tensor.rpartition(".")
         block = re.match(r"blk\.(\d+)\.(.*)", body)
         table, base = (family.block, block[2]) if block else (family.outside, body)
-        name, ggml = next(((hf, ggml) for hf, ggml in table.items() if base in (ggml if isinstance(ggml, tuple) else (ggml,))), ("", ""))
+        name, ggml = next(
+            ((hf, ggml) for hf, ggml in table.items() if base in (ggml if isinstance(ggml, tuple) else (ggml,))),
+            ("", ""),
+        )
         if not name:
-            raise Unsupported(f"tensor '{tensor}' of the GGUF is none that a Hugging Face checkpoint of '{family.arch}' has")
+            raise Unsupported(
+                f"tensor '{tensor}' of the GGUF is none that a Hugging Face checkpoint of '{family.arch}' has"
+            )
         decoder, blocks = family.stem
         is_bias = suffix == "bias"
         ending = f".{suffix}" if name not in family.bare else "_bias" if is_bias else ""
-        name = f"{decoder}{blocks}.{block[1]}.{name}{ending}" if block else f"{'' if base == 'output' else decoder}{name}{ending}"
+        name = (
+            f"{decoder}{blocks}.{block[1]}.{name}{ending}"
+            if block
+            else f"{'' if base == 'output' else decoder}{name}{ending}"
+        )
         if "{e}" in name:
             found |= {name.format(e=e): shape[1:] for e in range(shape[0])}
         elif base == "ffn_gate_inp_shexp":

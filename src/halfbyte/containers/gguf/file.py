@@ -25,7 +25,11 @@ from halfbyte.grids.grid import Shape
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT = 32  # bytes, where general.alignment does not say otherwise
 MOST_DIMENSIONS, LONGEST_NAME = 4, 63  # of a tensor, in ggml
-MOST_ELEMENTS, MOST_TENSORS, MOST_KEYS = 1 << 22, 1 << 17, 1 << 16  # far beyond any real file, and few enough to hold in memory
+MOST_ELEMENTS, MOST_TENSORS, MOST_KEYS = (
+    1 << 22,
+    1 << 17,
+    1 << 16,
+)  # far beyond any real file, and few enough to hold in memory
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -118,14 +122,18 @@ def read(path: Path) -> File:
     tensors: dict[str, Stored] = {}
     for number, part in enumerate(parts):
         if part.get("split.no") != number or part.get("split.count") != count:
-            raise BadCheckpoint(f"{part.paths[0]} says that it is part {part.get('split.no')} of {part.get('split.count')}, and its name that it is {number}")
+            raise BadCheckpoint(
+                f"{part.paths[0]} says that it is part {part.get('split.no')} of {part.get('split.count')}, and its name that it is {number}"
+            )
         twice = next((name for name in part.tensors if name in tensors), None)
         if twice is not None:
             raise BadCheckpoint(f"{part.paths[0]}: tensor {twice!r} is in an earlier part too")
         tensors |= part.tensors
     said = parts[0].get("split.tensors.count", len(tensors))
     if said != len(tensors):
-        raise BadCheckpoint(f"{parts[0].paths[0]} says that all parts hold {said} tensors, and they hold {len(tensors)}; download them again")
+        raise BadCheckpoint(
+            f"{parts[0].paths[0]} says that all parts hold {said} tensors, and they hold {len(tensors)}; download them again"
+        )
     return File(tuple(p.paths[0] for p in parts), _unsplit(parts[0].metadata), tensors)
 
 
@@ -136,18 +144,24 @@ def _only_model(folder: Path) -> Path:
     if not models:
         raise BadCheckpoint(f"{folder} holds no .gguf file")
     if len(models) > 1:
-        raise BadCheckpoint(f"{folder} holds {len(models)} models, such as {' and '.join(names[:: max(1, len(names) - 1)][:2])}; name one file")
+        raise BadCheckpoint(
+            f"{folder} holds {len(models)} models, such as {' and '.join(names[:: max(1, len(names) - 1)][:2])}; name one file"
+        )
     return folder / names[0]
 
 
 def _siblings(path: Path, count: int) -> list[Path]:
     found = PART.fullmatch(path.name)
     if not found or int(found["count"]) != count:
-        raise BadCheckpoint(f"{path} is one of {count} parts, which are found by their names; it should be named {part_name('NAME', 0, count)}")
+        raise BadCheckpoint(
+            f"{path} is one of {count} parts, which are found by their names; it should be named {part_name('NAME', 0, count)}"
+        )
     names = [path.with_name(part_name(found["stem"], number, count)) for number in range(count)]
     missing = [name for name in names if not name.exists()]
     if missing:
-        raise BadCheckpoint(f"{path} is one of {count} parts, and {len(missing)} are missing, the first {missing[0].name}; download it again")
+        raise BadCheckpoint(
+            f"{path} is one of {count} parts, and {len(missing)} are missing, the first {missing[0].name}; download it again"
+        )
     return names
 
 
@@ -162,7 +176,11 @@ def part_name(stem: str, number: int, count: int) -> str:
 
 def split_metadata(metadata: Mapping[str, Value], number: int, count: int, tensors: int) -> dict[str, Value]:
     """What part `number`, from 0, says of a model of `tensors` tensors in all: the first everything, the others their place."""
-    place = {"split.no": Value("uint16", number), "split.count": Value("uint16", count), "split.tensors.count": Value("int32", tensors)}
+    place = {
+        "split.no": Value("uint16", number),
+        "split.count": Value("uint16", count),
+        "split.tensors.count": Value("int32", tensors),
+    }
     return {**(metadata if number == 0 else {}), **place}
 
 
@@ -227,7 +245,9 @@ def _parse(data: bytes, size: int, path: Path) -> tuple[dict[str, Value], dict[s
         tensors[name] = cursor.tensor(name, path)
     start = _padded(cursor.at, step)
     _require_apart(tensors, size - start, step)
-    return metadata, {name: replace(t, entry=replace(t.entry, offset=start + t.entry.offset)) for name, t in tensors.items()}
+    return metadata, {
+        name: replace(t, entry=replace(t.entry, offset=start + t.entry.offset)) for name, t in tensors.items()
+    }
 
 
 def _require_apart(tensors: Mapping[str, Stored], size: int, step: int) -> None:
@@ -251,12 +271,19 @@ def _preamble(cursor: "_Cursor") -> tuple[int, int]:
         raise _Malformed(f"it starts with {magic!r}, not {MAGIC!r}{hint}")
     version = cursor.number("I")
     if not version & 0xFFFF:
-        raise _Malformed("it is big-endian, and only little-endian files are read; convert it with gguf_convert_endian.py of llama.cpp")
+        raise _Malformed(
+            "it is big-endian, and only little-endian files are read; convert it with gguf_convert_endian.py of llama.cpp"
+        )
     if version not in (2, VERSION):
-        raise _Malformed(f"it is of version {version}, and versions 2 and 3 are read" + ("; convert the model again" if version == 1 else ""))
+        raise _Malformed(
+            f"it is of version {version}, and versions 2 and 3 are read"
+            + ("; convert the model again" if version == 1 else "")
+        )
     tensors, keys = cursor.number("Q"), cursor.number("Q")
     if tensors > MOST_TENSORS or keys > MOST_KEYS:
-        raise _Malformed(f"it counts {tensors} tensors and {keys} keys; at most {MOST_TENSORS} and {MOST_KEYS} are read")
+        raise _Malformed(
+            f"it counts {tensors} tensors and {keys} keys; at most {MOST_TENSORS} and {MOST_KEYS} are read"
+        )
     return tensors, keys
 
 
@@ -352,7 +379,9 @@ def _entry(type: str, shape: Shape, path: Path, offset: int) -> Entry:
 class Writer(Output):
     """A GGUF file of version 3, laid out from the types and shapes of its tensors."""
 
-    def __init__(self, path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], resume: bool = False):
+    def __init__(
+        self, path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], resume: bool = False
+    ):
         """`tensors` gives type (a key of TYPES) and shape, in torch's order. Tensors are written as `Stored.entry` reads them.
 
         Raises Unsupported for what llama.cpp would refuse to read.
@@ -362,7 +391,9 @@ class Writer(Output):
         for name, (type, shape) in tensors.items():
             _require_name(name, shape)
             entries[name] = _entry(type, shape, path, offset)
-            infos += _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], TYPES[type].number, offset)
+            infos += _string(name) + struct.pack(
+                f"<I{len(shape)}QIQ", len(shape), *shape[::-1], TYPES[type].number, offset
+            )
             offset += _padded(entries[name].size_bytes, step)
         head = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata))
         head += b"".join(_string(key) + _value(value) for key, value in metadata.items()) + infos
@@ -373,7 +404,9 @@ class Writer(Output):
 
 def _require_name(name: str, shape: Shape) -> None:
     if len(name.encode()) > LONGEST_NAME:
-        raise Unsupported(f"the name {name!r} is longer than the {LONGEST_NAME} bytes that ggml has for a tensor's name")
+        raise Unsupported(
+            f"the name {name!r} is longer than the {LONGEST_NAME} bytes that ggml has for a tensor's name"
+        )
     if len(shape) > MOST_DIMENSIONS:
         raise Unsupported(f"tensor {name!r} has {len(shape)} dimensions; ggml has at most {MOST_DIMENSIONS}")
 

@@ -70,7 +70,10 @@ def _yarn_factor(stretch: float, share: float = 1.0) -> float:
 def _attention_factor(s: Any) -> float | None:
     """What llama.cpp multiplies sine and cosine with, beside what it does by itself: all of it for longrope, the rest for yarn."""
     rope, stretch = rope_of(s), _stretch(s)
-    given, shares = rope.get("attention_factor"), [share for name in ("mscale", "mscale_all_dim") if (share := rope.get(name))]
+    given, shares = (
+        rope.get("attention_factor"),
+        [share for name in ("mscale", "mscale_all_dim") if (share := rope.get(name))],
+    )
     if rope.get("rope_type") == "longrope" and stretch:
         return given or (sqrt(1 + log(stretch) / log(rope["original_max_position_embeddings"])) if stretch > 1 else 1.0)
     if rope.get("rope_type") == "yarn" and stretch and (given is not None or len(shares) == 2):
@@ -127,10 +130,18 @@ KEYS: dict[str, Key] = {
     "final_logit_softcapping": Key("float32", ("final_logit_softcapping",)),
     "rope.dimension_count": Key("uint32", (), _rotated),
     "rope.freq_base": Key("float32", (), _rope("rope_theta")),
-    "rope.freq_base_swa": Key("float32", (), lambda s: (getattr(s, "rope_parameters", None) or {}).get("sliding_attention", {}).get("rope_theta")),
+    "rope.freq_base_swa": Key(
+        "float32",
+        (),
+        lambda s: (getattr(s, "rope_parameters", None) or {}).get("sliding_attention", {}).get("rope_theta"),
+    ),
     "rope.scaling.type": Key("string", (), _rope_scaling),
-    "rope.scaling.factor": Key("float32", (), lambda s: _stretch(s) if _rope_scaling(s) in ("linear", "yarn") else None),
-    "rope.scaling.original_context_length": Key("uint32", (), _rope("original_max_position_embeddings", ("yarn", "longrope"))),
+    "rope.scaling.factor": Key(
+        "float32", (), lambda s: _stretch(s) if _rope_scaling(s) in ("linear", "yarn") else None
+    ),
+    "rope.scaling.original_context_length": Key(
+        "uint32", (), _rope("original_max_position_embeddings", ("yarn", "longrope"))
+    ),
     "rope.scaling.attn_factor": Key("float32", (), _attention_factor),
     "rope.scaling.yarn_beta_fast": Key("float32", (), _rope("beta_fast", ("yarn",))),
     "rope.scaling.yarn_beta_slow": Key("float32", (), _rope("beta_slow", ("yarn",))),
@@ -178,7 +189,9 @@ def remarks(config: Mapping[str, Any]) -> list[str]:
             "llama.cpp rounds the limits between which YaRN stretches to whole pairs of in-features, which this model does not: long texts differ a little"
         )
     if rope.get("rope_type") == "longrope":
-        said.append(f"llama.cpp takes the rotary factors for long texts wherever its context (-c) is above {known}, Transformers where the text is that long")
+        said.append(
+            f"llama.cpp takes the rotary factors for long texts wherever its context (-c) is above {known}, Transformers where the text is that long"
+        )
     return said
 
 
@@ -191,14 +204,20 @@ def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Ma
     import transformers
 
     arch = str(metadata["general.architecture"].value)
-    said: dict[str, Any] = {name.removeprefix(f"{arch}."): value.value for name, value in metadata.items() if name.startswith(f"{arch}.")}
+    said: dict[str, Any] = {
+        name.removeprefix(f"{arch}."): value.value for name, value in metadata.items() if name.startswith(f"{arch}.")
+    }
     said = {name: _shortest(value) if isinstance(value, float) else value for name, value in said.items()}
     kind, family = family_named(arch, said.get("expert_count", 0), "attention.sliding_window" in said)
     if "blk.0.attn_norm_2.weight" in tensors:
         raise Unsupported(f"a GGUF of '{arch}' with two norms before the attention is not read yet")
     default = transformers.AutoConfig.for_model(kind)
     known = {*default.to_dict(), *default.attribute_map}
-    found: dict[str, Any] = {name: value[0] if isinstance(value, tuple) else value for name, value in family.assumed.items() if not callable(value)}
+    found: dict[str, Any] = {
+        name: value[0] if isinstance(value, tuple) else value
+        for name, value in family.assumed.items()
+        if not callable(value)
+    }
     for name, key in KEYS.items():
         called = next((n for n in key.names if n in known), None)
         if called and name in said:
@@ -209,7 +228,11 @@ def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Ma
         found["head_dim"] = width
     if "vocab_size" not in found:
         found["vocab_size"] = tensors["token_embd.weight"][0]
-    found |= {name: f"blk.0.{base}.bias" in tensors for name, base in BIASES.items() if name in known and name not in family.assumed}
+    found |= {
+        name: f"blk.0.{base}.bias" in tensors
+        for name, base in BIASES.items()
+        if name in known and name not in family.assumed
+    }
     found["tie_word_embeddings"] = "output.weight" not in tensors
     if kind == "falcon":
         found["multi_query"] = found["num_kv_heads"] == 1
@@ -228,9 +251,14 @@ def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Ma
     return {"architectures": [names[kind]], "model_type": kind, **found}
 
 
-def _rope_parameters(said: Mapping[str, Any], rope: Mapping[str, Tensor], width: int, by_layers: bool) -> dict[str, Any]:
+def _rope_parameters(
+    said: Mapping[str, Any], rope: Mapping[str, Tensor], width: int, by_layers: bool
+) -> dict[str, Any]:
     """`rope_parameters` as Transformers has them."""
-    found: dict[str, Any] = {"rope_theta": said.get("rope.freq_base", 10000.0), "rope_type": said.get("rope.scaling.type", "default")}
+    found: dict[str, Any] = {
+        "rope_theta": said.get("rope.freq_base", 10000.0),
+        "rope_type": said.get("rope.scaling.type", "default"),
+    }
     if found["rope_type"] in ("none", "linear") and not said.get("rope.scaling.factor"):
         found["rope_type"] = "default"
     if said.get("rope.dimension_count", width) != width:
@@ -246,22 +274,37 @@ def _rope_parameters(said: Mapping[str, Any], rope: Mapping[str, Tensor], width:
     if found["rope_type"] in ("yarn", "longrope"):
         found["original_max_position_embeddings"] = said["rope.scaling.original_context_length"]
     if found["rope_type"] == "yarn":
-        found |= {name: said[f"rope.scaling.yarn_{name}"] for name in ("beta_fast", "beta_slow") if f"rope.scaling.yarn_{name}" in said}
+        found |= {
+            name: said[f"rope.scaling.yarn_{name}"]
+            for name in ("beta_fast", "beta_slow")
+            if f"rope.scaling.yarn_{name}" in said
+        }
         if "rope.scaling.attn_factor" in said:
             found["attention_factor"] = said["rope.scaling.attn_factor"] * _yarn_factor(found["factor"])
     if not by_layers:
         return found
-    return {"full_attention": found, "sliding_attention": {"rope_type": "default", "rope_theta": said.get("rope.freq_base_swa", 10000.0)}}
+    return {
+        "full_attention": found,
+        "sliding_attention": {"rope_type": "default", "rope_theta": said.get("rope.freq_base_swa", 10000.0)},
+    }
 
 
 def _llama3(factors: Tensor, base: float, width: int) -> dict[str, Any]:
     """Llama 3's scaling from the factors that it leads to: a GGUF holds nothing else of it."""
     for context in (8192, *(2**n for n in range(4, 20))):
-        guess = {"rope_type": "llama3", "rope_theta": base, "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        guess = {
+            "rope_type": "llama3",
+            "rope_theta": base,
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
         guess["original_max_position_embeddings"] = context
         if torch.allclose(llama3_factors(guess, width), factors, rtol=1e-4):
             return guess
-    raise Unsupported("rope_freqs.weight of this GGUF follows no scaling that Transformers knows as llama3; put the model's config.json beside the file")
+    raise Unsupported(
+        "rope_freqs.weight of this GGUF follows no scaling that Transformers knows as llama3; put the model's config.json beside the file"
+    )
 
 
 def _first(s: Any, names: tuple[str, ...]) -> Any:

@@ -58,7 +58,9 @@ class Importance:
             return None
         mean = self.tensors[name].mean
         if mean.numel() != experts * width:
-            raise BadRequest(f"the importance matrix has {mean.numel()} values for {name}, which needs {experts * width}; it is of another model")
+            raise BadRequest(
+                f"the importance matrix has {mean.numel()} values for {name}, which needs {experts * width}; it is of another model"
+            )
         return mean.reshape(experts, width)
 
 
@@ -75,7 +77,9 @@ def read(path: Path) -> Importance:
         raise BadCheckpoint(f"{path} is no importance matrix of llama.cpp, or is cut short: {wrong}") from None
     for name, squares in importance.tensors.items():
         if not squares.mean.isfinite().all() or squares.mean.min() < 0:
-            raise BadCheckpoint(f"{path} holds values for {name!r} that are no means of squares (NaN, infinite or negative); make it again")
+            raise BadCheckpoint(
+                f"{path} holds values for {name!r} that are no means of squares (NaN, infinite or negative); make it again"
+            )
     return importance
 
 

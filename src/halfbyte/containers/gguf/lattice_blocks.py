@@ -98,7 +98,9 @@ def _signs(codes: UInt8[Tensor, "out blocks 256"]) -> UInt8[Tensor, "out blocks 
     return (words * GATHER >> 56).to(torch.uint8)
 
 
-def _lattice(entries: Tensor, signs: UInt8[Tensor, "out blocks 32"], d: Tensor, scale: Tensor, name: str) -> tuple[Tensor, Params]:
+def _lattice(
+    entries: Tensor, signs: UInt8[Tensor, "out blocks 32"], d: Tensor, scale: Tensor, name: str
+) -> tuple[Tensor, Params]:
     codes = codebook(name).to(signs.device)[entries.int()].flatten(-2) | (_fields(signs, 1) << 7)
     return codes, {"d": _as(d, torch.float16).flatten(1), "scale": scale.flatten(1)}
 
@@ -125,7 +127,10 @@ def _split_signs_and_scale(raw: UInt8[Tensor, "out blocks 32"]) -> tuple[Tensor,
 
 
 def _pack_xxs(codes: Tensor, params: Params, name: str) -> list[Tensor]:
-    entries, rest = _entries(codes, name).to(torch.uint8), _signs_and_scale(codes, params["scale"].unflatten(1, (-1, 8)))
+    entries, rest = (
+        _entries(codes, name).to(torch.uint8),
+        _signs_and_scale(codes, params["scale"].unflatten(1, (-1, 8))),
+    )
     d = params["d"][..., None].view(torch.uint8)
     if name == "iq3_xxs":
         return [d, entries, rest]
@@ -145,7 +150,11 @@ def _unpack_iq3_xxs(d: Tensor, qs: Tensor, rest: Tensor) -> tuple[Tensor, Params
 
 def _pack_iq2_xs(codes: Tensor, params: Params) -> list[Tensor]:
     words = _entries(codes, "iq2_xs") | ((_signs(codes).int() & 127) << 9)
-    return [params["d"][..., None].view(torch.uint8), _words(words, 2), _bytes(params["scale"].unflatten(1, (-1, 16)), 4)]
+    return [
+        params["d"][..., None].view(torch.uint8),
+        _words(words, 2),
+        _bytes(params["scale"].unflatten(1, (-1, 16)), 4),
+    ]
 
 
 def _unpack_iq2_xs(d: Tensor, qs: Tensor, scale: Tensor) -> tuple[Tensor, Params]:
@@ -156,7 +165,13 @@ def _unpack_iq2_xs(d: Tensor, qs: Tensor, scale: Tensor) -> tuple[Tensor, Params
 def _pack_iq2_s(codes: Tensor, params: Params) -> list[Tensor]:
     entries = _entries(codes, "iq2_s")
     low, high = (entries & 255).to(torch.uint8), (entries >> 8).to(torch.uint8)
-    return [params["d"][..., None].view(torch.uint8), low, _signs(codes), _bytes(high, 2), _bytes(params["scale"].unflatten(1, (-1, 16)), 4)]
+    return [
+        params["d"][..., None].view(torch.uint8),
+        low,
+        _signs(codes),
+        _bytes(high, 2),
+        _bytes(params["scale"].unflatten(1, (-1, 16)), 4),
+    ]
 
 
 def _unpack_iq2_s(d: Tensor, low: Tensor, signs: Tensor, high: Tensor, scale: Tensor) -> tuple[Tensor, Params]:
@@ -166,7 +181,13 @@ def _unpack_iq2_s(d: Tensor, low: Tensor, signs: Tensor, high: Tensor, scale: Te
 def _pack_iq3_s(codes: Tensor, params: Params) -> list[Tensor]:
     entries = _entries(codes, "iq3_s")
     low, high = (entries & 255).to(torch.uint8), (entries >> 8).to(torch.uint8)
-    return [params["d"][..., None].view(torch.uint8), low, _bytes(high, 1), _signs(codes), _bytes(params["scale"].unflatten(1, (-1, 8)), 4)]
+    return [
+        params["d"][..., None].view(torch.uint8),
+        low,
+        _bytes(high, 1),
+        _signs(codes),
+        _bytes(params["scale"].unflatten(1, (-1, 8)), 4),
+    ]
 
 
 def _unpack_iq3_s(d: Tensor, low: Tensor, high: Tensor, signs: Tensor, scale: Tensor) -> tuple[Tensor, Params]:
@@ -191,7 +212,9 @@ def _entries_and_moves(codes: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 def _pack_iq1_s(codes: Tensor, params: Params) -> list[Tensor]:
     entries, down = _entries_and_moves(codes, "iq1_s")
-    high = ((entries >> 8).unflatten(-1, (8, 4)) << torch.arange(0, 12, 3, device=codes.device)).sum(-1, dtype=torch.int32)
+    high = ((entries >> 8).unflatten(-1, (8, 4)) << torch.arange(0, 12, 3, device=codes.device)).sum(
+        -1, dtype=torch.int32
+    )
     words = high | (params["scale"].unflatten(1, (-1, 8)).int() << 12) | (down[..., ::4] << 15)
     return [params["d"][..., None].view(torch.uint8), (entries & 255).to(torch.uint8), _words(words, 2)]
 
@@ -206,14 +229,21 @@ def _unpack_iq1_s(d: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Params]
 def _pack_iq1_m(codes: Tensor, params: Params) -> list[Tensor]:
     entries, down = _entries_and_moves(codes, "iq1_m")
     high = ((entries >> 8) | (down << 3)).to(torch.uint8)
-    scale = (params["scale"].unflatten(1, (-1, 4, 4)).int() << torch.arange(0, 12, 3, device=codes.device)).sum(-1, dtype=torch.int32)
+    scale = (params["scale"].unflatten(1, (-1, 4, 4)).int() << torch.arange(0, 12, 3, device=codes.device)).sum(
+        -1, dtype=torch.int32
+    )
     d = params["d"].view(torch.int16)[..., None].int() >> torch.arange(0, 16, 4, device=codes.device)
     return [(entries & 255).to(torch.uint8), _bytes(high, 4), _words(scale | ((d & 15) << 12), 2)]
 
 
 def _unpack_iq1_m(low: Tensor, high: Tensor, scale: Tensor) -> tuple[Tensor, Params]:
     high, words = _fields(high, 4).int(), _as(scale, torch.int16).int() & 0xFFFF
-    d = ((words >> 12) << torch.arange(0, 16, 4, device=low.device)).sum(-1, keepdim=True).to(torch.int16).view(torch.float16)
+    d = (
+        ((words >> 12) << torch.arange(0, 16, 4, device=low.device))
+        .sum(-1, keepdim=True)
+        .to(torch.int16)
+        .view(torch.float16)
+    )
     integers = (words[..., None] >> torch.arange(0, 12, 3, device=low.device)) & 7
     return _moved(low.int() | ((high & 7) << 8), high >> 3, d, integers.flatten(-2), "iq1_m")
 
@@ -238,8 +268,12 @@ def _contiguous(codes: Codes) -> Codes:
 LATTICE_LAYOUTS: dict[str, Layout] = {
     "IQ4_NL": _layout(LEVEL_GRIDS["iq4_nl"], 32, (2, 16), _pack_iq4_nl, _unpack_iq4_nl),
     "IQ4_XS": _layout(LEVEL_GRIDS["iq4_xs"], 256, (2, 2, 4, 128), _pack_iq4_xs, _unpack_iq4_xs),
-    "MXFP4": _layout(LEVEL_GRIDS["mxfp4"], 32, (1, 16), partial(_pack_fp4, per_block=1, run=32), partial(_unpack_fp4, run=32)),
-    "NVFP4": _layout(LEVEL_GRIDS["nvfp4"], 64, (4, 32), partial(_pack_fp4, per_block=4, run=16), partial(_unpack_fp4, run=16)),
+    "MXFP4": _layout(
+        LEVEL_GRIDS["mxfp4"], 32, (1, 16), partial(_pack_fp4, per_block=1, run=32), partial(_unpack_fp4, run=32)
+    ),
+    "NVFP4": _layout(
+        LEVEL_GRIDS["nvfp4"], 64, (4, 32), partial(_pack_fp4, per_block=4, run=16), partial(_unpack_fp4, run=16)
+    ),
     "IQ3_S": _layout(LATTICE_GRIDS["iq3_s"], 256, (2, 64, 8, 32, 4), _pack_iq3_s, _unpack_iq3_s),
     "IQ3_XXS": _layout(LATTICE_GRIDS["iq3_xxs"], 256, (2, 64, 32), partial(_pack_xxs, name="iq3_xxs"), _unpack_iq3_xxs),
     "IQ2_S": _layout(LATTICE_GRIDS["iq2_s"], 256, (2, 32, 32, 8, 8), _pack_iq2_s, _unpack_iq2_s),

@@ -81,7 +81,9 @@ def _pack_neighbours(first, last, codes, raw, shift):
     for block in range(first, last):
         for word in range(raw.shape[1]):
             ones = (codes[block, word] >> W(shift)) & W(EVERY)
-            raw[block, word] = np.uint8((ones * W(0x0102040810204080)) >> W(56))  # byte k meets the factor that lifts it to bit 56 + k
+            raw[block, word] = np.uint8(
+                (ones * W(0x0102040810204080)) >> W(56)
+            )  # byte k meets the factor that lifts it to bit 56 + k
 
 
 @kernel

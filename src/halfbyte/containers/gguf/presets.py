@@ -47,7 +47,9 @@ TWO_BITS = {"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"}
 IQ2_LARGE = {"IQ2_S", "IQ2_M"}
 
 # Matrices that stay as they are, whatever the preset: parts of their names (tensor_allows_quantization).
-KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|^position_embd|token_types|ssm_conv1d|shortconv\.conv|attn_rel_b|altup|laurel|per_layer_model_proj")
+KEPT = re.compile(
+    r"_norm\.weight$|ffn_gate_inp\.weight$|^position_embd|token_types|ssm_conv1d|shortconv\.conv|attn_rel_b|altup|laurel|per_layer_model_proj"
+)
 KINDS = {  # in this order, by parts of names (tensor_get_category)
     "output": r"^output\.weight$", "embedding": r"^(per_layer_)?token_embd\.weight$", "qkv": r"attn_qkv\.weight", "kv_b": r"attn_kv_b\.weight",
     "v": r"attn_v\.weight", "k": r"attn_k\.weight", "q": r"attn_q\.weight", "o": r"attn_output\.weight", "up": "ffn_up", "gate": "ffn_gate", "down": "ffn_down",
@@ -97,7 +99,11 @@ def types(preset: str, tensors: Mapping[str, Shape], model: Model) -> dict[str, 
             continue
         kind = _kind(name)
         counted = "like v" if kind in LIKE_V else kind
-        layer = order(name)[0] if model.experts > 1 and kind in ("down", "gate", "up") and preset not in TWO_BITS else seen[counted]
+        layer = (
+            order(name)[0]
+            if model.experts > 1 and kind in ("down", "gate", "up") and preset not in TWO_BITS
+            else seen[counted]
+        )
         at = _Place(preset, base, kind, layer, like_v if counted == "like v" else model.layers, tensors[name], model)
         found[name] = _type(at)
         seen[counted] += 1
@@ -142,7 +148,9 @@ def _type(at: _Place) -> str:
     if at.preset == "MXFP4_MOE":
         return "MXFP4" if len(at.shape) == 3 else "Q8_0"
     if at.kind == "embedding":
-        return {"IQ2_XXS": "Q2_K", "IQ2_XS": "Q2_K", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S", "IQ3_XXS": "IQ3_S"}.get(at.preset, at.base)
+        return {"IQ2_XXS": "Q2_K", "IQ2_XS": "Q2_K", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S", "IQ3_XXS": "IQ3_S"}.get(
+            at.preset, at.base
+        )
     if at.preset in TWO_BITS:
         return _two_bits(at)
     if at.kind in LIKE_V:
@@ -152,7 +160,12 @@ def _type(at: _Place) -> str:
 
 
 def _output(at: _Place) -> str:
-    if at.preset == "MXFP4_MOE" or at.model.arch == "falcon" or at.shape[-1] % TYPES[at.base].block or at.base == "Q8_0":
+    if (
+        at.preset == "MXFP4_MOE"
+        or at.model.arch == "falcon"
+        or at.shape[-1] % TYPES[at.base].block
+        or at.base == "Q8_0"
+    ):
         return "Q8_0"
     return "Q5_K" if at.preset in (*TWO_BITS, "IQ3_XXS") else "Q6_K"
 
@@ -234,7 +247,19 @@ def _down(at: _Place) -> str:
     return at.base
 
 
-EIGHT_EXPERTS = {"Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS"}
+EIGHT_EXPERTS = {
+    "Q2_K",
+    "IQ3_XS",
+    "IQ3_XXS",
+    "Q3_K_S",
+    "Q3_K_M",
+    "IQ4_NL",
+    "Q4_K_S",
+    "Q4_K_M",
+    "IQ3_S",
+    "IQ3_M",
+    "IQ4_XS",
+}
 
 
 def _attention_output(at: _Place) -> str:
@@ -242,7 +267,9 @@ def _attention_output(at: _Place) -> str:
         return "Q4_K" if at.preset == "Q3_K_L" else at.base
     if at.model.experts == 8:
         return "Q5_K" if at.preset in EIGHT_EXPERTS else at.base
-    return {"Q2_K": "Q3_K", "IQ3_XXS": "IQ3_S", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_M": "Q4_K"}.get(at.preset, at.base)
+    return {"Q2_K": "Q3_K", "IQ3_XXS": "IQ3_S", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_M": "Q4_K"}.get(
+        at.preset, at.base
+    )
 
 
 def _gate_up(at: _Place) -> str:

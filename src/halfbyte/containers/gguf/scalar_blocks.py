@@ -101,7 +101,9 @@ def unpack(fields: tuple[Field, ...], raw: UInt8[Tensor, "out row_bytes"], grid:
             case Half(name):
                 params[name] = here.contiguous().view(torch.float16).view(out, -1)
             case Scales():
-                params |= {name: values.reshape(out, -1) for name, values in zip(field.names, field.unpack(here), strict=True)}
+                params |= {
+                    name: values.reshape(out, -1) for name, values in zip(field.names, field.unpack(here), strict=True)
+                }
             case Plane():
                 _unpack_plane(here, codes, field)
             case Trits():
@@ -118,7 +120,9 @@ def _pack_plane(codes: Bytes, field: Plane) -> Bytes:
     if field.stride == 1:
         planes_numba.pack_neighbours(words, plane, field.shift)
     else:
-        planes_numba.pack(words.reshape(-1), plane.view(np.uint64).reshape(-1), field.bits, field.shift, field.stride // 8)
+        planes_numba.pack(
+            words.reshape(-1), plane.view(np.uint64).reshape(-1), field.bits, field.shift, field.stride // 8
+        )
     return torch.from_numpy(plane)
 
 
@@ -130,11 +134,17 @@ def _unpack_plane(raw: Bytes, codes: Bytes, field: Plane) -> None:
     if field.stride == 1:
         planes_numba.unpack_neighbours(plane, words, field.shift)
     else:
-        planes_numba.unpack(plane.view(np.uint64).reshape(-1), words.reshape(-1), field.bits, field.shift, field.stride // 8)
+        planes_numba.unpack(
+            plane.view(np.uint64).reshape(-1), words.reshape(-1), field.bits, field.shift, field.stride // 8
+        )
 
 
 def _pack_trits(codes: Bytes, field: Trits) -> Bytes:
-    digits = codes[:, field.first : field.first + field.digits * field.size].view(-1, field.digits, field.size).to(torch.int32)
+    digits = (
+        codes[:, field.first : field.first + field.digits * field.size]
+        .view(-1, field.digits, field.size)
+        .to(torch.int32)
+    )
     number = torch.zeros_like(digits[:, 0])
     for k in range(5):
         number = number * 3 + (digits[:, k] if k < field.digits else 0)
@@ -163,14 +173,18 @@ def _pack_6_6(scale: Bytes, minimum: Bytes) -> Bytes:
 
 def _unpack_6_6(raw: Bytes) -> tuple[Tensor, ...]:
     scale, minimum, low = raw[:, :4], raw[:, 4:8], raw[:, 8:]
-    return torch.cat([scale & 63, low & 15 | scale >> 6 << 4], 1), torch.cat([minimum & 63, low >> 4 | minimum >> 6 << 4], 1)
+    return torch.cat([scale & 63, low & 15 | scale >> 6 << 4], 1), torch.cat(
+        [minimum & 63, low >> 4 | minimum >> 6 << 4], 1
+    )
 
 
 def _pack_6(scale: Tensor) -> Bytes:
     """Sixteen scales + 32: low halves of groups 0-7 beside those of 8-15, then the top two bits of groups j, j + 4, j + 8, j + 12."""
     code = (scale + 32).view(torch.uint8)
     high = (code >> 4).view(-1, 4, 4)
-    return torch.cat([code[:, :8] & 15 | code[:, 8:] << 4, high[:, 0] | high[:, 1] << 2 | high[:, 2] << 4 | high[:, 3] << 6], 1)
+    return torch.cat(
+        [code[:, :8] & 15 | code[:, 8:] << 4, high[:, 0] | high[:, 1] << 2 | high[:, 2] << 4 | high[:, 3] << 6], 1
+    )
 
 
 def _unpack_6(raw: Bytes) -> tuple[Tensor, ...]:
@@ -209,7 +223,9 @@ FIELDS: dict[str, tuple[Grid, tuple[Field, ...]]] = {
 }
 
 SCALAR_LAYOUTS: dict[str, Layout] = {
-    name: Layout(grid, grid.block or 0, sum(field.size for field in fields), partial(pack, fields), partial(unpack, fields))
+    name: Layout(
+        grid, grid.block or 0, sum(field.size for field in fields), partial(pack, fields), partial(unpack, fields)
+    )
     for name, (grid, fields) in FIELDS.items()
 }
 """By ggml's name of the type."""

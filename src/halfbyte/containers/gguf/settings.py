@@ -11,13 +11,32 @@ from typing import Any
 from halfbyte.containers.gguf.entries import IDLE, SAID
 from halfbyte.errors import BadCheckpoint
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-COMMON = {"num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10000.0}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+COMMON = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
 RMS = {**COMMON, "rms_norm_eps": 1e-6}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": RMS,
     "mistral": {**RMS, "num_key_value_heads": 8},
-    "granite": {**RMS, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0},
+    "granite": {
+        **RMS,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+    },
     "qwen2": {**RMS, "num_key_value_heads": 32, "use_sliding_window": False},
     "qwen3": {**RMS, "num_key_value_heads": 32, "use_sliding_window": False, "head_dim": 128, "attention_bias": False},
     "gemma": {
@@ -41,7 +60,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """What it means that config.json lacks a name, by `model_type`: families for which Transformers derives nothing else that a GGUF says."""
-ROPES = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+ROPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 """What each kind of rotary scaling cannot do without."""
 UNCOMMON = ("partial_rotary_factor", "per_layer_config")
 
@@ -70,7 +93,12 @@ def from_table(config: Mapping[str, Any]) -> SimpleNamespace | None:
     usual = all(_alike(getattr(s, name), default) for name, default in defaults.items())
     even = s.hidden_size % s.num_attention_heads == 0 and (s.head_dim or 0) % 2 == 0
     rope = _rope(config.get("rope_scaling") or config.get("rope_parameters") or {}, s.rope_theta)
-    if not usual or not even or rope is None or config.get("layer_types") not in (None, ["full_attention"] * s.num_hidden_layers):
+    if (
+        not usual
+        or not even
+        or rope is None
+        or config.get("layer_types") not in (None, ["full_attention"] * s.num_hidden_layers)
+    ):
         return None
     s.rope_parameters, s.num_key_value_heads = rope, s.num_key_value_heads or s.num_attention_heads
     return s
@@ -85,7 +113,9 @@ def from_transformers(config: Mapping[str, Any]) -> Any:
     try:
         return transformers.AutoConfig.for_model(kind, **text).get_text_config(decoder=True)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise BadCheckpoint(f"Transformers {transformers.__version__} cannot read the config of '{kind}': {' '.join(str(error).split())}") from None
+        raise BadCheckpoint(
+            f"Transformers {transformers.__version__} cannot read the config of '{kind}': {' '.join(str(error).split())}"
+        ) from None
 
 
 def _alike(value: Any, default: Any) -> bool:

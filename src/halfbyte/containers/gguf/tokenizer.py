@@ -39,7 +39,12 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((QWEN2,), False): "qwen2",
     ((GPT2,), False): "gpt-2",
     ((DIGITS, GPT2), False): "smollm",
-    ((f"{CONTRACTION}|[^\\r\\n\\p{{L}}\\p{{N}}]?[\\p{{L}}\\p{{M}}]+|\\p{{N}}| ?[^\\s\\p{{L}}\\p{{M}}\\p{{N}}]+[\\r\\n]*|{ENDS}",), False): "qwen35",
+    (
+        (
+            f"{CONTRACTION}|[^\\r\\n\\p{{L}}\\p{{N}}]?[\\p{{L}}\\p{{M}}]+|\\p{{N}}| ?[^\\s\\p{{L}}\\p{{M}}\\p{{N}}]+[\\r\\n]*|{ENDS}",
+        ),
+        False,
+    ): "qwen35",
     ((f"{TITLE}|{CAPITAL}|\\p{{N}}|{PATHS}|{ENDS}",), True): "tekken",
     ((f"{TITLE}{CONTRACTION}?|{CAPITAL}{CONTRACTION}?|\\p{{N}}{{1,3}}|{PATHS}|{ENDS}",), False): "gpt-4o",
     ((r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3), False): "deepseek-v3",  # noqa: RUF001
@@ -78,7 +83,9 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre: str | None = None) ->
     try:
         return _said(tokenizer, about, folder, vocab_size, pre)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise BadCheckpoint(f"{folder}/tokenizer.json is not as tokenizers are: {brief(error)}; download it again") from None
+        raise BadCheckpoint(
+            f"{folder}/tokenizer.json is not as tokenizers are: {brief(error)}; download it again"
+        ) from None
 
 
 def _require_read(path: Path) -> None:
@@ -101,13 +108,28 @@ def _require_texts(about: Mapping[str, Any], place: Path) -> None:
             raise BadCheckpoint(f"{place}: {name} is {brief(token)}, which should be a text")
     said = about.get("chat_template")
     named = said if isinstance(said, list) else [] if said is None else [{"name": "default", "template": said}]
-    if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str) for entry in named):
-        raise BadCheckpoint(f"{place}: chat_template is {brief(said)}, which should be a text, or a list of texts with names")
+    if not all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+        for entry in named
+    ):
+        raise BadCheckpoint(
+            f"{place}: chat_template is {brief(said)}, which should be a text, or a list of texts with names"
+        )
 
 
-def _said(tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Path, vocab_size: int, pre: str | None) -> dict[str, Value]:
+def _said(
+    tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Path, vocab_size: int, pre: str | None
+) -> dict[str, Value]:
     model = tokenizer["model"]
-    kind = "Unigram" if model.get("type") == "Unigram" else "SPM" if model.get("byte_fallback") else "BPE" if "merges" in model else str(model.get("type"))
+    kind = (
+        "Unigram"
+        if model.get("type") == "Unigram"
+        else "SPM"
+        if model.get("byte_fallback")
+        else "BPE"
+        if "merges" in model
+        else str(model.get("type"))
+    )
     if kind == "BPE":
         said = _byte_level(tokenizer, pre)
     elif kind == "SPM":
@@ -115,21 +137,34 @@ def _said(tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Path, 
     elif kind == "Unigram":
         said = _unigram(tokenizer)
     else:
-        raise Unsupported(f"{folder}/tokenizer.json is a {kind} model; llama.cpp's for such language models are BPE, SentencePiece and Unigram")
-    return said | _tokens(tokenizer, vocab_size, kind) | _special(tokenizer, about, folder, vocab_size) | _templates(about, folder)
+        raise Unsupported(
+            f"{folder}/tokenizer.json is a {kind} model; llama.cpp's for such language models are BPE, SentencePiece and Unigram"
+        )
+    return (
+        said
+        | _tokens(tokenizer, vocab_size, kind)
+        | _special(tokenizer, about, folder, vocab_size)
+        | _templates(about, folder)
+    )
 
 
 def _byte_level(tokenizer: Mapping[str, Any], pre: str | None) -> dict[str, Value]:
     normalizers = {n["type"] for n in _parts(tokenizer.get("normalizer"), "normalizers")}
     if not normalizers <= {"NFC"}:  # which most text is in already, as llama.cpp trusts
-        raise Unsupported(f"llama.cpp normalizes no text before byte-level BPE, and this tokenizer.json does: {', '.join(sorted(normalizers))}")
+        raise Unsupported(
+            f"llama.cpp normalizes no text before byte-level BPE, and this tokenizer.json does: {', '.join(sorted(normalizers))}"
+        )
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in tokenizer["model"]["merges"]]
     return {
         "tokenizer.ggml.model": Value("string", "gpt2"),
         "tokenizer.ggml.pre": Value("string", pre or recognise(tokenizer)),
         # The space that separates the two is none of theirs, since byte-level BPE writes spaces as another letter.
-        "tokenizer.ggml.merges": Value("string[]", [" ".join(part.replace(" ", "\u0120") for part in merge) for merge in merges]),
-        "tokenizer.ggml.add_space_prefix": Value("bool", any(p.get("add_prefix_space", False) for p in _pre_tokenizers(tokenizer))),
+        "tokenizer.ggml.merges": Value(
+            "string[]", [" ".join(part.replace(" ", "\u0120") for part in merge) for merge in merges]
+        ),
+        "tokenizer.ggml.add_space_prefix": Value(
+            "bool", any(p.get("add_prefix_space", False) for p in _pre_tokenizers(tokenizer))
+        ),
     }
 
 
@@ -164,11 +199,19 @@ def _same(pattern: str) -> str:
 
 
 def _sentencepiece(tokenizer: Mapping[str, Any]) -> dict[str, Value]:
-    return {"tokenizer.ggml.model": Value("string", "llama"), "tokenizer.ggml.pre": Value("string", "default"), **_space_prefix(tokenizer)}
+    return {
+        "tokenizer.ggml.model": Value("string", "llama"),
+        "tokenizer.ggml.pre": Value("string", "default"),
+        **_space_prefix(tokenizer),
+    }
 
 
 def _unigram(tokenizer: Mapping[str, Any]) -> dict[str, Value]:
-    said = {"tokenizer.ggml.model": Value("string", "t5"), "tokenizer.ggml.pre": Value("string", "default"), **_space_prefix(tokenizer)}
+    said = {
+        "tokenizer.ggml.model": Value("string", "t5"),
+        "tokenizer.ggml.pre": Value("string", "default"),
+        **_space_prefix(tokenizer),
+    }
     normalizers = _parts(tokenizer.get("normalizer"), "normalizers")
     charsmap = next((n["precompiled_charsmap"] for n in normalizers if n["type"] == "Precompiled"), None)
     shrinks = any(n["type"] == "Replace" and n["pattern"].get("Regex") == " {2,}" for n in normalizers)
@@ -181,7 +224,9 @@ def _space_prefix(tokenizer: Mapping[str, Any]) -> dict[str, Value]:
     """Whether a space is put before the text: by a normalizer (Llama 2), or by Metaspace."""
     prepends = any(n["type"] == "Prepend" for n in _parts(tokenizer.get("normalizer"), "normalizers"))
     schemes = [
-        p.get("prepend_scheme", "always" if p.get("add_prefix_space", True) else "never") for p in _pre_tokenizers(tokenizer) if p["type"] == "Metaspace"
+        p.get("prepend_scheme", "always" if p.get("add_prefix_space", True) else "never")
+        for p in _pre_tokenizers(tokenizer)
+        if p["type"] == "Metaspace"
     ]
     return {"tokenizer.ggml.add_space_prefix": Value("bool", prepends or any(scheme != "never" for scheme in schemes))}
 
@@ -194,7 +239,9 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, kind: str) -> dict[st
     added = {token["id"]: token for token in tokenizer.get("added_tokens") or []}
     most = max([*vocabulary.values(), *added], default=-1) + 1
     if most > vocab_size:
-        raise BadCheckpoint(f"tokenizer.json has {most} tokens, and the embedding {vocab_size} rows; llama.cpp wants a row for every token")
+        raise BadCheckpoint(
+            f"tokenizer.json has {most} tokens, and the embedding {vocab_size} rows; llama.cpp wants a row for every token"
+        )
     tokens, kinds, scores = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size, [-10000.0] * vocab_size
     ranks = {} if unigram else _ranks(model["merges"])
     for piece, number in vocabulary.items():
@@ -202,7 +249,13 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, kind: str) -> dict[st
         is_byte = kind != "BPE" and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
         kinds[number] = BYTE if is_byte else UNKNOWN if kind != "BPE" and piece == _unknown(model) else NORMAL
         # SentencePiece's BPE scores are the merges' numbers, negated; what no merge makes is never chosen, and a byte has none.
-        scores[number] = model["vocab"][number][1] if unigram else 0.0 if kinds[number] != NORMAL else float(-ranks.get(piece, len(ranks)))
+        scores[number] = (
+            model["vocab"][number][1]
+            if unigram
+            else 0.0
+            if kinds[number] != NORMAL
+            else float(-ranks.get(piece, len(ranks)))
+        )
     for number, token in added.items():
         if kinds[number] not in (BYTE, UNKNOWN):
             looks = token["special"] or _looks_special(token["content"])
@@ -229,7 +282,9 @@ def _unknown(model: Mapping[str, Any]) -> str | None:
 def _looks_special(text: str) -> bool:
     """Some models declare as ordinary what is not: command-r, deepseek-coder and Gemma 2 (llama.cpp's converter treats these likewise)."""
     brackets = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
-    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(text.startswith(a) and text.endswith(b) for a, b in brackets)
+    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
+        text.startswith(a) and text.endswith(b) for a, b in brackets
+    )
 
 
 def _special(tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Path, vocab_size: int) -> dict[str, Value]:
@@ -252,7 +307,9 @@ def _special(tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Pat
     first, last = _template_ends(tokenizer, numbers)
     for name, number in (("bos", first), ("eos", last)):
         if number is not None and number >= vocab_size:
-            raise BadCheckpoint(f"{folder}/tokenizer.json puts token {number} around a text, of a vocabulary of {vocab_size}; download it again")
+            raise BadCheckpoint(
+                f"{folder}/tokenizer.json puts token {number} around a text, of a vocabulary of {vocab_size}; download it again"
+            )
         adds = number is not None if tokenizer.get("post_processor") else bool(about.get(f"add_{name}_token"))
         if number is not None and number != found.get(name):
             said[f"tokenizer.ggml.{name}_token_id"] = Value("uint32", number)
@@ -265,7 +322,12 @@ def _template_ends(tokenizer: Mapping[str, Any], numbers: Mapping[str, int]) -> 
     for part in _parts(tokenizer.get("post_processor"), "processors"):
         if part["type"] == "TemplateProcessing" and len(part["single"]) > 1:
             ends = (piece.get("SpecialToken", {}).get("id") for piece in (part["single"][0], part["single"][-1]))
-            first, last = (part["special_tokens"][name]["ids"][0] if name in part.get("special_tokens", {}) else numbers.get(name or "") for name in ends)
+            first, last = (
+                part["special_tokens"][name]["ids"][0]
+                if name in part.get("special_tokens", {})
+                else numbers.get(name or "")
+                for name in ends
+            )
             return first, last
     return None, None
 
@@ -280,10 +342,18 @@ def _templates(about: Mapping[str, Any], folder: Path) -> dict[str, Value]:
         named = {"default": said}
     if (folder / "chat_template.jinja").exists() and is_within(folder / "chat_template.jinja", folder):
         named["default"] = read_text(folder / "chat_template.jinja")
-    elif "default" not in named and isinstance(said := read_object(folder / "chat_template.json").get("chat_template"), str):
+    elif "default" not in named and isinstance(
+        said := read_object(folder / "chat_template.json").get("chat_template"), str
+    ):
         named["default"] = said
-    named |= {p.stem: read_text(p) for p in sorted((folder / "additional_chat_templates").glob("*.jinja")) if is_within(p, folder)}
-    found = {f"tokenizer.chat_template.{name}": Value("string", text) for name, text in named.items() if name != "default"}
+    named |= {
+        p.stem: read_text(p)
+        for p in sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        if is_within(p, folder)
+    }
+    found = {
+        f"tokenizer.chat_template.{name}": Value("string", text) for name, text in named.items() if name != "default"
+    }
     if found:
         found["tokenizer.chat_templates"] = Value("string[]", [name for name in named if name != "default"])
     return found | ({"tokenizer.chat_template": Value("string", named["default"])} if "default" in named else {})

@@ -4,7 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.containers.gguf.file import Value
-from halfbyte.containers.gguf.tokenizer import CONTROL, DIGITS, GPT2, NORMAL, PRE_TOKENIZERS, SPACE, SPECIAL, UNKNOWN, UNUSED, USER_DEFINED
+from halfbyte.containers.gguf.tokenizer import (
+    CONTROL,
+    DIGITS,
+    GPT2,
+    NORMAL,
+    PRE_TOKENIZERS,
+    SPACE,
+    SPECIAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
 from halfbyte.errors import BadCheckpoint, Unsupported
 
 ALIASES = {
@@ -39,13 +50,23 @@ def tokenizer_files(metadata: Mapping[str, Value]) -> dict[str, dict[str, Any]]:
     elif model == "llama":
         body = _sentencepiece(tokens, kinds, get("ggml.scores"), get("ggml.add_space_prefix", True))
     else:
-        raise Unsupported(f"the GGUF's tokenizer is of kind '{model}', which is not read yet; put the model's tokenizer.json beside the file")
+        raise Unsupported(
+            f"the GGUF's tokenizer is of kind '{model}', which is not read yet; put the model's tokenizer.json beside the file"
+        )
     special = {name: get(f"ggml.{key}_token_id") for name, key in SPECIAL.items()}
     ends = [get("ggml.add_bos_token", model == "llama" or pre in BEGIN_BY_DEFAULT), get("ggml.add_eos_token", False)]
-    first, last = (number if adds else None for adds, number in zip(ends, (special["bos"], special["eos"]), strict=True))
-    added = [_added(number, tokens[number], kind) for number, kind in enumerate(kinds) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    first, last = (
+        number if adds else None for adds, number in zip(ends, (special["bos"], special["eos"]), strict=True)
+    )
+    added = [
+        _added(number, tokens[number], kind)
+        for number, kind in enumerate(kinds)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
     tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **body}
-    tokenizer["post_processor"] = _template(tokens, first, last) if (first, last) != (None, None) else tokenizer["post_processor"]
+    tokenizer["post_processor"] = (
+        _template(tokens, first, last) if (first, last) != (None, None) else tokenizer["post_processor"]
+    )
     about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     about |= {f"{name}_token": tokens[number] for name, number in special.items() if number is not None}
     if (template := get("chat_template")) is not None:
@@ -57,7 +78,9 @@ def tokenizer_files(metadata: Mapping[str, Value]) -> dict[str, dict[str, Any]]:
 def _byte_level(tokens: list[str], kinds: list[int], merges: list[str], pre: str) -> dict[str, Any]:
     found = next(((patterns, whole) for (patterns, whole), name in PRE_TOKENIZERS.items() if name == pre), None)
     if found is None:
-        raise Unsupported(f"the GGUF's pre-tokenizer '{pre}' is not known here; put the model's tokenizer.json beside the file")
+        raise Unsupported(
+            f"the GGUF's pre-tokenizer '{pre}' is not known here; put the model's tokenizer.json beside the file"
+        )
     patterns, whole = found
     steps = [_cut(pattern) for pattern in patterns]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -69,7 +92,13 @@ def _byte_level(tokens: list[str], kinds: list[int], merges: list[str], pre: str
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": [_pair(merge) for merge in merges], "ignore_merges": whole, "byte_fallback": False},
+        "model": {
+            "type": "BPE",
+            "vocab": vocabulary,
+            "merges": [_pair(merge) for merge in merges],
+            "ignore_merges": whole,
+            "byte_fallback": False,
+        },
     }
 
 
@@ -92,7 +121,9 @@ def _pair(merge: str) -> list[str]:
 
 def _sentencepiece(tokens: list[str], kinds: list[int], scores: list[float] | None, prefix: bool) -> dict[str, Any]:
     if scores is None:
-        raise BadCheckpoint("the GGUF's SentencePiece vocabulary has no scores; put the model's tokenizer.json beside the file")
+        raise BadCheckpoint(
+            "the GGUF's SentencePiece vocabulary has no scores; put the model's tokenizer.json beside the file"
+        )
     pieces = {token: i for i, token in enumerate(tokens) if kinds[i] == NORMAL}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     steps = [{"type": "Prepend", "prepend": SPACE}, replace] if prefix else [replace]
@@ -106,16 +137,35 @@ def _sentencepiece(tokens: list[str], kinds: list[int], scores: list[float] | No
         "post_processor": None,
         "decoder": {
             "type": "Sequence",
-            "decoders": [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *strip,
+            ],
         },
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges, "unk_token": unknown, "fuse_unk": True, "byte_fallback": True},
+        "model": {
+            "type": "BPE",
+            "vocab": vocabulary,
+            "merges": merges,
+            "unk_token": unknown,
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
     }
 
 
 def _merges(pieces: Mapping[str, int], scores: list[float]) -> list[list[str]]:
     """SentencePiece joins whatever two pieces make the piece of the best score; tokenizer.json lists these pairs, best first."""
-    by_score = sorted((piece for piece in pieces if len(piece) > 1), key=lambda piece: (-scores[pieces[piece]], pieces[piece]))
-    return [[piece[:i], piece[i:]] for piece in by_score for i in range(1, len(piece)) if piece[:i] in pieces and piece[i:] in pieces]
+    by_score = sorted(
+        (piece for piece in pieces if len(piece) > 1), key=lambda piece: (-scores[pieces[piece]], pieces[piece])
+    )
+    return [
+        [piece[:i], piece[i:]]
+        for piece in by_score
+        for i in range(1, len(piece))
+        if piece[:i] in pieces and piece[i:] in pieces
+    ]
 
 
 def _added(number: int, text: str, kind: int) -> dict[str, Any]:
@@ -129,4 +179,9 @@ def _template(tokens: list[str], first: int | None, last: int | None) -> dict[st
     after = [{"SpecialToken": {"id": tokens[last], "type_id": 0}}] if last is not None else []
     used = {tokens[n]: {"id": tokens[n], "ids": [n], "tokens": [tokens[n]]} for n in (first, last) if n is not None}
     one, two = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
-    return {"type": "TemplateProcessing", "single": [*before, one, *after], "pair": [*before, one, *after, two, *after], "special_tokens": used}
+    return {
+        "type": "TemplateProcessing",
+        "single": [*before, one, *after],
+        "pair": [*before, one, *after, two, *after],
+        "special_tokens": used,
+    }
