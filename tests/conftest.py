@@ -8,7 +8,7 @@ from jaxtyping import install_import_hook
 SOURCE = Path(__file__).parent.parent / "src"
 FILES = [
     path
-    for part in ("grids", "solvers", "containers", "evaluation")
+    for part in ("grids", "solvers", "containers", "targets", "evaluation")
     for path in (SOURCE / "halfbyte" / part).rglob("*.py")
 ]
 CHECKED = [

@@ -25,14 +25,14 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
-from halfbyte.containers.gguf import file as gguf_file
-from halfbyte.containers.gguf import imatrix, tokenizer
 from halfbyte.containers.safetensors import read_header
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.recipe import Recipe
 from halfbyte.report import inspect, written
+from halfbyte.targets.gguf import file as gguf_file
+from halfbyte.targets.gguf import imatrix, tokenizer
 
 SECONDS = 5
 WORDS = (

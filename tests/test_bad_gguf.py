@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from halfbyte.containers.gguf import file as gguf_file
-from halfbyte.containers.gguf import imatrix
+from halfbyte.targets.gguf import file as gguf_file
+from halfbyte.targets.gguf import imatrix
 
 NEAREST = ["--method", "nearest"]
 WIDE = {"hidden_size": 256, "intermediate_size": 512}

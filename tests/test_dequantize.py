@@ -10,8 +10,8 @@ from llama_cpp import Llama, llama_cpp
 from tests import tiny
 
 import halfbyte
-from halfbyte.containers.gguf import file
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.targets.gguf import file
 
 SOURCES = {
     "compressed-tensors": {"grid": "int4-g32"},

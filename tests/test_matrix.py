@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.containers import CONTAINERS
-from halfbyte.plan import support
+from halfbyte.engines import support
 from halfbyte.recipe import METHODS
 
 

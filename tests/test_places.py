@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 import halfbyte
 import tiny
 from halfbyte import pipeline
-from halfbyte.containers.gguf import file as gguf
 from halfbyte.errors import BadCheckpoint, BadRequest
 from halfbyte.grids import compiled
-from halfbyte.jobs import resolve
 from halfbyte.models.checkpoint import INDEX, Checkpoint
 from halfbyte.pipeline import identity
+from halfbyte.plan import resolve
 from halfbyte.recipe import Recipe
+from halfbyte.targets.gguf import file as gguf
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
 NEAREST = ["--method", "nearest", "--grid", "int4-g32"]

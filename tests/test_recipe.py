@@ -9,7 +9,7 @@ import yaml
 import halfbyte
 import tiny
 from halfbyte.errors import BadRequest, HalfbyteError, UnknownName, Unsupported
-from halfbyte.jobs import resolve
+from halfbyte.plan import resolve
 from halfbyte.recipe import Recipe
 
 WORDS = {

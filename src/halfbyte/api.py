@@ -359,8 +359,8 @@ def imatrix(
     progress: Progress | bool = False,
 ) -> dict[str, Any]:
     """Measure an importance matrix of a model and write it in llama.cpp's format; returns what was measured."""
-    from halfbyte.containers.gguf import imatrix as files
-    from halfbyte.models import importance
+    from halfbyte.targets.gguf import imatrix as files
+    from halfbyte.targets.gguf import importance
 
     out = Path(out).expanduser()
     checkpoint = Checkpoint.open(model)

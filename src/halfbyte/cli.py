@@ -415,7 +415,7 @@ def support(
     ] = None,
 ) -> None:
     """Which grids each container holds, found by trying, and what engines load."""
-    from halfbyte.plan import support
+    from halfbyte.engines import support
 
     print(support.of_engine(engine) if engine else support.markdown())
 

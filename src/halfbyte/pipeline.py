@@ -11,23 +11,23 @@ import torch
 import xxhash
 
 from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
-from halfbyte.containers.gguf.container import with_minimum
 from halfbyte.containers.place import is_file
-from halfbyte.editions import edition_of
 from halfbyte.errors import BadRequest, BrokenOutput
 from halfbyte.grids.floats import with_divisor
 from halfbyte.grids.grid import AnyScheme, Quantized
-from halfbyte.jobs import Job, decoding, resolve, transcoding
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.stamp import digest as digest_of
 from halfbyte.models.stamp import stamp
+from halfbyte.plan import Job, decoding, resolve, transcoding
 from halfbyte.progress import RESUMING, Progress, silent
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report import build
 from halfbyte.run import SAMPLED, Run, Squares, apart, digest, note, recall, relative, row_of, squares, with_inputs
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
+from halfbyte.targets.gguf.container import with_minimum
+from halfbyte.targets.table import edition_of
 
 SIDE_BY_SIDE = 1 << 28
 """Weights in memory at a time, where no single matrix has more."""
@@ -186,7 +186,7 @@ def _importance(job: Job) -> dict[Weight, Diagonal]:
     """What an importance matrix says of each weight, where one was given."""
     if job.recipe.imatrix is None:
         return {}
-    from halfbyte.models import importance  # needs the model's code, as calibration does
+    from halfbyte.targets.gguf import importance  # needs the model's code, as calibration does
 
     means = importance.read(Path(job.recipe.imatrix).expanduser(), job.checkpoint, job.schemes)
     return {weight: Diagonal(mean) for weight, mean in means.items()}

@@ -10,12 +10,12 @@ import xxhash
 from torch import Tensor
 
 from halfbyte.containers.folder import Folder
-from halfbyte.editions import Edition
 from halfbyte.grids.grid import AnyScheme, Inputs, Params, Quantized, Seen, same_rows, split_rows
-from halfbyte.jobs import SKIPPED, Job
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, require_finite
+from halfbyte.plan import SKIPPED, Job
 from halfbyte.progress import Progress
+from halfbyte.targets.table import Edition
 
 SAMPLED = 1 << 18
 """Weights that the error of a matrix without calibration is taken over."""

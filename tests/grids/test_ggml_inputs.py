@@ -58,7 +58,7 @@ def test_heads_are_rotated_before_they_are_rounded(width, keys, values):
 @pytest.mark.slow
 def test_llama_cpp_loses_as_much_with_such_a_cache(tmp_path):
     """The divergence of llama.cpp from itself. It rounds queries to q8_0 too, and permutes a Llama's heads."""
-    from containers.gguf import llamacpp
+    from targets.gguf import llamacpp
 
     halfbyte.quantize(MODEL, tmp_path / "out.gguf", grid="F16")
     tokens = calibrate.evaluation(Checkpoint(MODEL), str(demo.HELDOUT), 256, 3, "none").tokens

@@ -10,7 +10,7 @@ import yaml
 
 import halfbyte
 import tiny
-from halfbyte.plan import engines
+from halfbyte.engines import engines
 from halfbyte.report import build
 
 

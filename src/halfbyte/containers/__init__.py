@@ -5,12 +5,12 @@ from halfbyte.containers.bitsandbytes import BitsAndBytes
 from halfbyte.containers.compressed.container import CompressedTensors
 from halfbyte.containers.container import ConfigContainer, Container
 from halfbyte.containers.fp8 import FP8
-from halfbyte.containers.gguf.container import GGUF
 from halfbyte.containers.gptq import GPTQ
 from halfbyte.containers.modelopt import ModelOpt
 from halfbyte.containers.mxfp4 import MXFP4
 from halfbyte.containers.read_only import ReadOnly
 from halfbyte.errors import UnknownName
+from halfbyte.targets.gguf.container import GGUF
 
 CONTAINERS: dict[str, type[Container]] = {
     "compressed-tensors": CompressedTensors,

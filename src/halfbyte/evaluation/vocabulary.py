@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from halfbyte.containers.gguf.checked import require_tokenizer
-from halfbyte.containers.gguf.tokenizer import SPECIAL
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.models.ggufs import GGUFCheckpoint
 from halfbyte.models.stamp import digest
+from halfbyte.targets.gguf.checked import require_tokenizer
+from halfbyte.targets.gguf.source import GGUFCheckpoint
+from halfbyte.targets.gguf.tokenizer import SPECIAL
 
 FILES = (
     "tokenizer.json",

@@ -78,7 +78,7 @@ class Checkpoint:
     @classmethod
     def open(cls, source: str | Path) -> "Checkpoint":
         """A folder, a GGUF file, or the id of a repository on the Hugging Face hub (org/name or org/name@revision)."""
-        from halfbyte.models.ggufs import GGUFCheckpoint, is_gguf  # one of its kinds
+        from halfbyte.targets.gguf.source import GGUFCheckpoint, is_gguf  # one of its kinds
 
         path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
         if exists(path) and is_gguf(path):

@@ -14,7 +14,7 @@ from halfbyte.containers.safetensors import Entry
 from halfbyte.grids.grid import Shape
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.models.ggufs import GGUFCheckpoint
+from halfbyte.targets.gguf.source import GGUFCheckpoint
 
 
 class Piece(NamedTuple):

@@ -13,7 +13,7 @@ import yaml
 
 from halfbyte.files import exists, read_object
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.models.ggufs import GGUFCheckpoint
+from halfbyte.targets.gguf.source import GGUFCheckpoint
 
 HUB = "https://huggingface.co/"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

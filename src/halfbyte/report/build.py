@@ -21,11 +21,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
 from halfbyte.containers.place import beside, is_file, replace_text
-from halfbyte.jobs import Job
+from halfbyte.engines.engines import ENGINES
+from halfbyte.engines.verdicts import Verdict
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.provenance import has_chat_template, provenance_of
-from halfbyte.plan.engines import ENGINES
-from halfbyte.plan.verdicts import Verdict
+from halfbyte.plan import Job
 from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.report.lineage import source_of
 from halfbyte.report.numbers import require_finite

@@ -1,0 +1,187 @@
+"""What fits where, found by trying: the loop behind the matrix test and the README's table."""
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import suppress
+
+import torch
+
+from halfbyte.containers import CONTAINERS
+from halfbyte.engines.architectures import Config, Registry, registry
+from halfbyte.engines.engines import ENGINES, engine_named
+from halfbyte.engines.verdicts import Word, check
+from halfbyte.errors import Unsupported
+from halfbyte.grids import GRIDS, schemes
+from halfbyte.grids.grid import Inputs, Quantized
+from halfbyte.models.checkpoint import Weight
+from halfbyte.recipe import METHODS, method_named
+from halfbyte.solvers import SOLVERS
+from halfbyte.solvers.statistics import Statistics
+
+OUT, WIDTH = 128, 256
+SCHEMES = [*GRIDS, *(preset.scheme for preset in schemes.PRESETS.values() if "/" in preset.scheme)]
+"""All grids, with inputs in 16 bits, and the schemes that have a name."""
+
+
+def triples() -> Iterator[tuple[str, str, str, str]]:
+    """(method, scheme, container, "" or the reason why not) for every method x scheme x container, each one tried.
+
+    Raises AssertionError for a triple that does not come back bit for bit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(OUT, WIDTH, generator=generator) * 0.05
+    statistics = Statistics(WIDTH)
+    statistics.add(torch.randn(512, WIDTH, generator=generator))
+    for name in SCHEMES:
+        for kind in CONTAINERS.values():
+            container = kind()
+            try:
+                scheme = container.native(schemes.parse(name), torch.bfloat16)
+                container.check(scheme, (OUT, WIDTH))
+            except Unsupported as error:
+                yield from ((method, name, container.name, str(error)) for method in METHODS)
+                continue
+            for method in METHODS:
+                chosen = method_named(method)
+                q = SOLVERS[chosen.solver](w, scheme.weight, statistics if chosen.calibrated else None)
+                if scheme.input:
+                    q = q._replace(input=Inputs(scheme.input, scheme.input.fit(statistics.seen, "max")))
+                packed = container.pack(q)
+                plan = container.plan(scheme, q.shape)
+                assert {n: (tuple(t.shape), t.dtype) for n, t in packed.items()} == {
+                    n: (s.shape, s.dtype) for n, s in plan.items()
+                }
+                again: Quantized = container.unpack(packed, scheme, q.shape)
+                assert again.equal(q), f"{method} {name} {container.name} does not come back as it was"
+                yield method, name, container.name, ""
+
+
+def markdown() -> str:
+    """Schemes by container, then engines by container, as the README shows them."""
+    fits: dict[str, dict[str, bool]] = {}
+    for _, grid, container, reason in triples():
+        fits.setdefault(grid, {})[container] = not reason
+    families: dict[tuple[str, ...], list[str]] = {}
+    for grid, held in fits.items():
+        families.setdefault(tuple(c for c in CONTAINERS if held[c]), []).append(grid)
+    lines = [
+        f"Every method ({', '.join(f'`{m}`' for m in METHODS)}) meets every grid. After a slash: how inputs are rounded, where they are. The containers hold:",
+        "",
+        f"| schemes | {' | '.join(CONTAINERS)} |",
+        f"|---|{':-:|' * len(CONTAINERS)}",
+    ]
+    for held, names in families.items():
+        lines.append(f"| {_condensed(names)} | {' | '.join('yes' if c in held else '' for c in CONTAINERS)} |")
+    lines += [
+        "",
+        "Engines load a Llama-shaped model so; group sizes, other shapes, families and mixtures are checked before each run. Tested here: a test or a",
+        "benchmark of this repository runs it; documented there: read in the engine's source or documentation; the rest is refused.",
+        "",
+        f"| engine | {' | '.join(CONTAINERS)} |",
+        f"|---|{'---|' * len(CONTAINERS)}",
+    ]
+    for engine in ENGINES:
+        lines.append(
+            f"| {engine} | {' | '.join(_cell(engine, container, [g for g, held in fits.items() if held[container]]) for container in CONTAINERS)} |"
+        )
+    return "\n".join(lines)
+
+
+def of_engine(engine: str) -> str:
+    """What an engine loads from each container, in lines for a terminal. Raises UnknownName."""
+    name = engine_named(engine)
+    spec = ENGINES[name]
+    lines = _wrapped(
+        f"{spec.title} (--engine {name}), by container, of a Llama-shaped model. "
+        "Group sizes, other shapes, mixtures of grids and experts are checked before each run."
+    )
+    told = ""
+    for container, reads in spec.reads.items():
+        lines += ["", f"{container}, read in", *_wrapped(reads.source, "  ")]
+        if reads.models != told:
+            lines += _wrapped(_models(registry(reads.models)), "  ")
+            told = reads.models
+        for word, names in _by_word(name, container, _held(container)).items():
+            by = f" ({', '.join(dict.fromkeys(t.by for t in reads.tested))})" if word is Word.TESTED else ""
+            lines += [f"  {word}{by}:", *_wrapped(_condensed(names).replace("`", ""), "    ")] if names else []
+        for note in reads.notes:
+            lines += _wrapped(f"- {note}", "  ", "    ")
+    if others := [container for container in CONTAINERS if container not in spec.reads]:
+        lines += ["", *_wrapped(f"{Word.REFUSED}, all of it: {', '.join(others)} ({spec.otherwise})", "", "  ")]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: str = "", further: str | None = None) -> list[str]:
+    return textwrap.wrap(
+        text,
+        COLUMNS,
+        initial_indent=indent,
+        subsequent_indent=indent if further is None else further,
+        break_on_hyphens=False,
+    )
+
+
+def _models(known: Registry) -> str:
+    names = sorted(known.names | known.dequantized)
+    if len(names) <= LISTED:
+        return f"models: {', '.join(names)}"
+    return f"models: the {len(names)} of {known.source}, such as {', '.join(n for n in FAMOUS if n in names)}"
+
+
+def _held(container: str) -> list[str]:
+    """The schemes that a container holds."""
+    kind, held = CONTAINERS[container](), []
+    for name in SCHEMES:
+        with suppress(Unsupported):
+            kind.check(kind.native(schemes.parse(name), torch.bfloat16), (OUT, WIDTH))
+            held.append(name)
+    return held
+
+
+def _by_word(engine: str, container: str, names: list[str]) -> dict[Word, list[str]]:
+    """Schemes by what is said of them, for a model that the engine knows."""
+    reads = ENGINES[engine].reads.get(container)
+    known = registry(reads.models) if reads and reads.models else None
+    config = next((c for c in MODELS if known is None or known.knows(c)), MODELS[0])
+    weights = [
+        Weight(f"model.layers.0.{n}", f"model.layers.0.{n}.weight", "model.layers.0", s) for n, s in LLAMA.items()
+    ]
+    native = CONTAINERS[container]().native
+    found: dict[Word, list[str]] = {word: [] for word in Word}
+    for name in names:
+        scheme = native(schemes.parse(name), torch.bfloat16)
+        found[check(engine, container, dict.fromkeys(weights, scheme), config).word].append(name)
+    return found
+
+
+def _cell(engine: str, container: str, names: list[str]) -> str:
+    found = _by_word(engine, container, names)
+    told = [f"{word}: {_condensed(found[word])}" for word in (Word.TESTED, Word.DOCUMENTED) if found[word]]
+    return "; ".join(told) or "none"
+
+
+COLUMNS = 80
+LISTED = 12
+FAMOUS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "MixtralForCausalLM", "llama", "qwen2", "gemma3")
+MODELS: list[Config] = [
+    {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+    {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+]
+LLAMA = {
+    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096), "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096), "mlp.down_proj": (4096, 14336),
+}  # fmt: skip
+
+
+def _condensed(names: list[str]) -> str:
+    """int4-g32, int4-g64, int8-g32, int8-g64, q4_k -> `int4/8-g32/64`, `q4_k`."""
+    spans: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        if name.startswith("int") and "/" not in name:
+            number, span, *asym = name.split("-")
+            spans.setdefault((number, "-asym" if asym else ""), []).append(span)
+    numbers: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for (number, asym), found in spans.items():
+        numbers.setdefault((tuple(found), asym), []).append(number.removeprefix("int"))
+    integers = [f"`int{'/'.join(bits)}-{'/'.join(found)}{asym}`" for (found, asym), bits in numbers.items()]
+    return ", ".join([*integers, *(f"`{name}`" for name in names if not name.startswith("int") or "/" in name)])

@@ -1,0 +1,416 @@
+"""Will an engine load a checkpoint? Checked before a run, from names, grids, shapes and config.json alone.
+
+Three kinds of words: tested here (a test or benchmark of this repository runs it), documented there (read in the engine's source or
+documentation), refused.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from halfbyte.containers import CONTAINERS
+from halfbyte.engines.architectures import Config, Registry, architecture_of, auto_class, decoder_of, registry
+from halfbyte.engines.engines import DEGREES, ENGINES, EXPERT, FUSED, ROW, Kernel, Reads, engine_named
+from halfbyte.grids.absmax import AbsmaxGrid
+from halfbyte.grids.floats import SIDE, FloatGrid
+from halfbyte.grids.grid import AnyScheme
+from halfbyte.grids.levels import LevelGrid
+from halfbyte.grids.scalar import IntGrid
+from halfbyte.models.checkpoint import Weight
+
+Placed = Mapping[Weight, AnyScheme | None]
+
+
+class Word(StrEnum):
+    """What a verdict rests on."""
+
+    TESTED = "tested here"
+    DOCUMENTED = "documented there"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    engine: str
+    word: Word
+    source: str  # the test or benchmark of this repository, or what was read of the engine's; empty when refused
+    reasons: tuple[str, ...]  # why not, and what would work; empty when it loads
+    notes: tuple[str, ...]  # true either way
+    tensor_parallel: tuple[
+        int, ...
+    ]  # of 1, 2, 4, 8: what groups, packing and tiles permit; the number of heads may permit fewer
+    command: str | None  # serves the folder {path}
+
+    @property
+    def loads(self) -> bool:
+        return self.word is not Word.REFUSED
+
+
+class Layout(NamedTuple):
+    """What tensor parallelism asks of a matrix."""
+
+    scheme: AnyScheme
+    row: bool
+    out: int
+    width: int
+    together: int  # out-features of the matrix that it is fused into
+
+
+def default_container(engine: str) -> str:
+    """The container that the engine loads best. Raises UnknownName."""
+    return ENGINES[engine_named(engine)].default
+
+
+def multiplies(engine: str, container: str, scheme: AnyScheme) -> bool:
+    """Whether the engine has a kernel for a scheme from a container, for some shapes. Raises UnknownName."""
+    reads = ENGINES[engine_named(engine)].reads.get(container)
+    return reads is not None and (reads.everything or _kernel(reads, scheme) is not None)
+
+
+def verdicts(container: str, placed: Placed, config: Config) -> list[Verdict]:
+    return [check(engine, container, placed, config) for engine in ENGINES]
+
+
+def nobody_loads(container: str, found: Iterable[Verdict]) -> str:
+    """In a few words: why no engine will load what would be written. Engines that give the same reason share it."""
+    shared: dict[str, list[str]] = {}
+    for verdict in found:
+        reason = re.split("; |: |, which", verdict.reasons[0].removeprefix(f"{verdict.engine} "))[0]
+        shared.setdefault(reason if container in ENGINES[verdict.engine].reads else "", []).append(verdict.engine)
+    others = shared.pop("", [])
+    told = [f"{' and '.join(engines)}: {reason}" for reason, engines in shared.items()]
+    return "; ".join([*told, *([f"the rest do not read {container}"] if others else [])])
+
+
+def check(engine: str, container: str, placed: Placed, config: Config) -> Verdict:
+    """Whether `engine` loads these weights on these grids (None: kept in 16 bits) of a model with this config.json. Raises UnknownName."""
+    engine = engine_named(engine)
+    spec = ENGINES[engine]
+    reads = spec.reads.get(container)
+    if reads is None:
+        what = "does not read" if container in ("compressed-tensors", "gptq", "awq") else "was not seen to load"
+        return _refused(engine, [f"{engine} {what} {container}: {spec.otherwise}"])
+    quantized = {w: g for w, g in placed.items() if g is not None}
+    known = registry(reads.models) if reads.models else None
+    reasons: list[str] = []
+    if not reads.everything:
+        reasons += [
+            *_grids(engine, container, reads, quantized),
+            *_places(engine, container, reads, placed, config),
+            *_experts(engine, container, reads, placed),
+        ]
+    decoded = reads.decodes and known is not None and _is_decoded(known, container, quantized, config)
+    if known and reads.decodes:
+        reasons += _inputs(engine, known, quantized, config)
+    if known:
+        reasons += _stacks(engine, known, reads, quantized, config)
+    if decoded:
+        reasons += _decoding(engine, quantized)
+    reasons += _model(engine, known, config)
+    kernels = [k for k in reads.kernels if any(_kernel(reads, g) is k for g in set(quantized.values()))]
+    notes = [
+        *reads.notes,
+        *(k.note for k in kernels if k.note),
+        *_notes(engine, reads, placed),
+        *([DECODED] if decoded else []),
+    ]
+    degrees: list[int] = []
+    if not reasons and not reads.everything:
+        misfit, note, degrees = _split(engine, reads, quantized)
+        reasons += misfit
+        notes += note
+    if reasons:
+        return _refused(engine, reasons, notes)
+    command = (reads.command or spec.command) + "".join(k.flag for k in kernels)
+    command = command.replace("{auto}", auto_class(config)).replace("{asks}", DEQUANTIZE if decoded else "")
+    word, source = _rests_on(reads, quantized, config)
+    return Verdict(
+        engine, word, source, (), tuple(notes), tuple(degrees) if spec.parallel and reads.parallel else (), command
+    )
+
+
+DEQUANTIZE = ", quantization_config=CompressedTensorsConfig(dequantize=True)"
+DECODED = (
+    "with dequantize=True, without which Transformers 5.23 and compressed-tensors 0.20 fail on packed weights with zero points, and on models whose code reads "
+    "the weights of linears itself"
+)
+
+
+def _refused(engine: str, reasons: Iterable[str], notes: Iterable[str] = ()) -> Verdict:
+    return Verdict(engine, Word.REFUSED, "", tuple(reasons), tuple(notes), (), None)
+
+
+def _rests_on(reads: Reads, quantized: Mapping[Weight, AnyScheme], config: Config) -> tuple[Word, str]:
+    """A test that runs all of it, or else what was read."""
+    names = {_name(scheme) for scheme in quantized.values()}
+    for tested in reads.tested:
+        if re.fullmatch(tested.models, architecture_of(config)) and all(
+            re.fullmatch(tested.schemes, name) for name in names
+        ):
+            return Word.TESTED, tested.by
+    return Word.DOCUMENTED, reads.source
+
+
+def _model(engine: str, known: Registry | None, config: Config) -> Iterator[str]:
+    """What is wrong with the model, whatever its grids."""
+    if known is None:
+        return
+    name = known.name_of(config)
+    if not name:
+        yield f"{engine} goes by the model's {known.by}, of which config.json says nothing: write it there"
+    elif not known.knows(config):
+        yield f"{engine} is not known to load {name}, which is not among those of {known.source}: take another engine"
+    else:
+        decoder = decoder_of(config)
+        for setting, values in (known.settings or {}).get(name, {}).items():
+            if decoder.get(setting) not in values and not (decoder.get(setting) is None and setting not in decoder):
+                wanted = " or ".join("none" if v is None else str(v).lower() for v in values)
+                yield f"{engine} takes {setting} of {name} to be {wanted}, and here it is {decoder[setting]}: take llama.cpp, or write safetensors"
+        if known.settings and (odd := _scaled(decoder)):
+            yield f"{engine} drops the rotary embedding's {odd} of {name}: take llama.cpp, or write safetensors"
+
+
+def _scaled(decoder: Config) -> str | None:
+    """What a config says of rotary embeddings beyond their base."""
+    said = decoder.get("rope_parameters") or decoder.get("rope_scaling")
+    ropes = [r for r in (said, *said.values()) if isinstance(r, dict)] if isinstance(said, dict) else []
+    kinds = [str(r.get("rope_type", r.get("type", "default"))) for r in ropes]
+    if scaled := next((kind for kind in kinds if kind != "default"), None):
+        return f"scaling '{scaled}'"
+    partial = [r.get("partial_rotary_factor") for r in (decoder, *ropes)]
+    return "partial_rotary_factor" if any(p not in (None, 1.0) for p in partial) else None
+
+
+def _is_decoded(known: Registry, container: str, quantized: Mapping[Weight, AnyScheme], config: Config) -> bool:
+    """Whether the engine has to be asked to decode every weight as it loads."""
+    packed = {s for s in set(quantized.values()) if "weight" not in CONTAINERS[container]().plan(s, ANY_SHAPE)}
+    asymmetric = any(isinstance(s.weight, IntGrid) and not s.weight.symmetric and not s.input for s in packed)
+    return bool(asymmetric or (packed and known.name_of(config) in known.dequantized))
+
+
+ANY_SHAPE = (256, 256)
+
+
+def _decoding(engine: str, quantized: Mapping[Weight, AnyScheme]) -> Iterator[str]:
+    """What is wrong where every weight is decoded: the first scheme is taken for all, and inputs stay as they are."""
+    schemes = sorted(set(quantized.values()), key=str)
+    if len(schemes) > 1:
+        yield f"{engine} has to decode this model's weights, and takes all of them to be {schemes[0]}, not {', '.join(map(str, schemes[1:]))}: use one grid"
+    if rounded := next((s for s in schemes if s.input), None):
+        yield f"{engine} has to decode this model's packed weights, and then leaves inputs in 16 bits, unlike {rounded}: use 8-bit weights such as w8a8"
+
+
+def _inputs(engine: str, known: Registry, quantized: Mapping[Weight, AnyScheme], config: Config) -> Iterator[str]:
+    by_token = next((s for s in quantized.values() if re.search(r"/.*-token(-asym)?$", str(s))), None)
+    if by_token and known.name_of(config) in known.reshaped:
+        name = known.name_of(config)
+        yield f"{engine} finds other scales than those of tokens where linears of {name} read reshaped inputs, unlike {by_token}: use w8a8-static, or vllm"
+
+
+def _stacks(
+    engine: str, known: Registry, reads: Reads, quantized: Mapping[Weight, AnyScheme], config: Config
+) -> Iterator[str]:
+    name, numbered = known.name_of(config), [w for w in quantized if EXPERT.search(w.name)]
+    if numbered and name in known.stacked:
+        yield f"{engine} does not read numbered experts of {name}, such as {numbered[0].name}: keep them in 16 bits, with {_skipping(numbered, reads)}"
+    if quantized and name in known.uneven:
+        yield f"{engine} takes the experts of {name} to be quantized with the rest, and they stay in 16 bits: use transformers or sglang"
+
+
+def _notes(engine: str, reads: Reads, placed: Placed) -> Iterator[str]:
+    quantized = {w: g for w, g in placed.items() if g is not None}
+    if reads.spanned and (
+        odd := [w for w, g in quantized.items() if isinstance(g.weight, AbsmaxGrid) and w.shape[1] % g.weight.group]
+    ):
+        yield f"{odd[0].name} ({odd[0].shape[0]} x {odd[0].shape[1]}, {len(odd)} such): {reads.spanned}"
+    if not reads.decodes and any(w.expert is not None and g is None for w, g in placed.items()):
+        yield f"experts that are one 3-D tensor stay in 16 bits; that {engine} finds them so was not verified"
+
+
+def _split(engine: str, reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> tuple[list[str], list[str], list[int]]:
+    """What does not fit a kernel, a note where that is padded, and over how many devices all can be split."""
+    layouts = _layouts(reads, quantized)
+    whole = {d: _misfit(reads, layouts, d, tiles=False) for d in DEGREES}
+    tiled = {d: _misfit(reads, layouts, d, tiles=True) for d in DEGREES}
+    degrees = [1] if reads.whole else [d for d, misfit in (whole if tiled[1] else tiled).items() if misfit is None]
+    if whole[1] or (tiled[1] and not reads.pads):
+        instead = "choose another group size" if whole[1] else "take another engine"
+        return [f"{whole[1] or tiled[1]}, which {engine} cannot hold: {instead}, or keep it in 16 bits"], [], []
+    return (
+        [],
+        [f"{tiled[1]}: vLLM pads such shapes since pull request 45295 (June 2026), older releases refuse them"]
+        if tiled[1]
+        else [],
+        degrees,
+    )
+
+
+def _name(scheme: AnyScheme) -> str:
+    """The name of a scheme without the precision of its scales, which containers choose."""
+    return re.sub(r"-(bf16|fp16|fp32)(?=/|$)", "", str(scheme))
+
+
+def _kernel(reads: Reads, scheme: AnyScheme) -> Kernel | None:
+    grid = scheme.weight
+    if scheme.input or not isinstance(grid, IntGrid):
+        return next((k for k in reads.kernels if k.named and re.fullmatch(k.named, _name(scheme))), None)
+    spans = {grid.span, "any group"} if grid.block else {grid.span}
+    return next((k for k in reads.kernels if (grid.bits_per_code, grid.symmetric) in k.codes and spans & k.spans), None)
+
+
+def _grids(engine: str, container: str, reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> Iterator[str]:
+    """What is wrong with the grids, wherever they are."""
+    grids = sorted(set(quantized.values()), key=str)
+    for grid in grids:
+        if _kernel(reads, grid) is None:
+            yield f"{engine} has no kernel for {grid} in {container}; it takes {_offer(reads)}"
+    if len(grids) > 1 and not reads.mixes:
+        yield f"{engine} reads one grid from {container}, not {', '.join(map(str, grids))}: use one, or write compressed-tensors"
+    kernels = {_kernel(reads, grid) for grid in grids} - {None}
+    if reads.one_kernel and len(kernels) > 1:
+        yield f"{engine} runs all of a {container} checkpoint on one kernel, which does not exist for {', '.join(map(str, grids))}: use one grid"
+
+
+def _offer(reads: Reads) -> str:
+    offers = []
+    offers += [kernel.offer for kernel in reads.kernels if kernel.offer]
+    for kernel in (k for k in reads.kernels if k.codes):
+        codes = [
+            f"int{b}" + ("" if (b, False) in kernel.codes else " (symmetric)")
+            for b in sorted({b for b, _ in kernel.codes})
+        ]
+        spans = sorted(s for s in kernel.spans if isinstance(s, int)) + sorted(
+            s for s in kernel.spans if isinstance(s, str)
+        )
+        offers.append(f"{', '.join(codes)} per {', '.join(f'g{s}' if isinstance(s, int) else s for s in spans)}")
+    return "; or ".join(offers)
+
+
+def _places(engine: str, container: str, reads: Reads, placed: Placed, config: Config) -> Iterator[str]:
+    """What is wrong with where the grids are."""
+    quantized = [w for w, g in placed.items() if g is not None]
+    if fused := [
+        w for w in quantized if w.expert is not None or (w.name.endswith(".gate_up_proj") and EXPERT.search(w.name))
+    ]:
+        yield f"{engine} holds fused experts in one tensor, not as '{fused[0].name}' ({len(fused)} such): keep them in 16 bits, with {_skipping(fused, reads)}"
+    if heads := [w.name for w in quantized if w.block is None and not reads.head]:
+        yield f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
+    # vLLM turns what is called .weight, as all of 8 bits is but integers under 16-bit inputs (models/gpt2.py).
+    conv1d = {w.name: g for w, g in placed.items() if g and w.transposed and w.expert is None}
+    turned = [name for name, g in conv1d.items() if not reads.transposed or isinstance(g.weight, FloatGrid) or g.input]
+    if turned:
+        family = decoder_of(config).get("model_type", "this model")
+        yield f"{turned[0]} of {family} is a Conv1D, which {engine} is not known to load from {container}: keep it in 16 bits, or use vllm"
+    for names, grids in _siblings(placed).values():
+        if reads.fuses and len(set(grids)) > 1:
+            found = ", ".join(f"{n}: {g or '16 bits'}" for n, g in zip(names, grids, strict=True))
+            yield f"{engine} fuses these into one matrix, so they need one grid, or all 16 bits ({found})"
+            break
+    kept = [w for w, g in placed.items() if g is None and w.block is not None]
+    if reads.keeps == "unfused":
+        kept = [w for w in kept if any(w.name.rpartition(".")[2] in names for names in FUSED)]
+    if quantized and kept and reads.keeps != "any":
+        yield f"{engine} does not see in {container} that {kept[0].name} is kept ({len(kept)} such): quantize it, or write compressed-tensors"
+
+
+def _skipping(weights: Iterable[Weight], reads: Reads) -> str:
+    """The options that keep weights of all blocks in 16 bits, in a container where the engine sees that experts are."""
+    patterns = {re.sub(r"\.\d+\.", ".*.", w.tensor.removeprefix(f"{w.block}.")) for w in weights}
+    return " ".join(
+        [
+            *(f"--skip '{pattern}'" for pattern in sorted(patterns)),
+            *(["--to compressed-tensors"] if reads.base_experts else []),
+        ]
+    )
+
+
+def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Iterator[str]:
+    experts = {w: g for w, g in placed.items() if EXPERT.search(w.name)}
+    grids = Counter(g for g in placed.values() if g is not None)
+    if not experts or not grids:
+        return
+    main = grids.most_common(1)[0][0]
+    called = {w: g for w, g in placed.items() if "experts" in w.name}
+    if not reads.numbered_kept and (kept := [w for w, g in experts.items() if w.expert is None and g is None]):
+        yield f"{engine} cannot load {kept[0].name} in 16 bits beside quantized weights: quantize the experts too"
+    if not reads.numbered_kept and len(several := sorted({str(g) for g in called.values() if g})) > 1:
+        yield f"{engine} reads all that is called experts on one grid, not {', '.join(several)}: make them one"
+    known = ["int{}{}".format(bits, "" if symmetric else "-asym") for bits, symmetric in sorted(reads.experts)]
+    known += [name.removesuffix("-.*") for name in reads.named_experts]
+    for w, g in experts.items():
+        if w.expert is None and g is not None and not _is_expert(reads, g):
+            instead = f"use {' or '.join(known)}" if known else "keep the experts in 16 bits"
+            yield f"{engine} is not known to load {w.name} on {g} from {container}: {instead}"
+            break
+    if reads.base_experts and (odd := [w for w, g in experts.items() if g != main]):
+        yield f"{engine} takes all experts in {container} to be {main}, unlike {odd[0].name}: make them so, or write compressed-tensors"
+    blocks: defaultdict[str | None, set[AnyScheme | None]] = defaultdict(set)
+    for w, g in experts.items():
+        blocks[w.block].add(g)
+    if uneven := [block for block, found in blocks.items() if len(found) > 1]:
+        yield f"{engine} loads the experts of {uneven[0]} as one tensor, so they need one grid, or all 16 bits"
+
+
+def _is_expert(reads: Reads, scheme: AnyScheme) -> bool:
+    grid = scheme.weight
+    if isinstance(grid, IntGrid) and not scheme.input:
+        return (grid.bits_per_code, grid.symmetric) in reads.experts
+    return any(re.fullmatch(name, _name(scheme)) for name in reads.named_experts)
+
+
+def _siblings(placed: Placed) -> dict[tuple[str, int], tuple[list[str], list[AnyScheme | None]]]:
+    """Names and grids of each set of matrices that engines fuse."""
+    sets: dict[tuple[str, int], tuple[list[str], list[AnyScheme | None]]] = {}
+    for weight, grid in placed.items():
+        prefix, _, last = weight.name.rpartition(".")
+        for index, names in enumerate(FUSED):
+            if last in names:
+                found, grids = sets.setdefault((prefix, index), ([], []))
+                found.append(weight.name)
+                grids.append(grid)
+    return sets
+
+
+def _layouts(reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> dict[Layout, str]:
+    """Every kind of matrix there is, and the first that is so."""
+    sizes = {w.name: w.shape[0] for w in quantized}
+    together = (
+        {name: sum(sizes[n] for n in names) for names, _ in _siblings(quantized).values() for name in names}
+        if reads.fuses
+        else {}
+    )
+    found: dict[Layout, str] = {}
+    for w, scheme in quantized.items():
+        if isinstance(scheme.weight, IntGrid | FloatGrid | LevelGrid):
+            out, width = w.shape
+            found.setdefault(Layout(scheme, bool(ROW.search(w.name)), out, width, together.get(w.name, out)), w.name)
+    return found
+
+
+def _misfit(reads: Reads, layouts: Mapping[Layout, str], degree: int, tiles: bool) -> str | None:
+    """The first matrix that cannot be split over `degree` devices, and why: groups and packing, and tiles if asked."""
+    for (scheme, row, out, width, together), name in layouts.items():
+        grid = scheme.weight
+        split = width if row else out
+        if split % degree or (
+            degree > 1 and isinstance(grid, IntGrid) and not scheme.input and split // degree * grid.bits_per_code % 32
+        ):
+            return f"{name} ({out} x {width}) does not split into {degree} parts of whole 32-bit words"
+        if (
+            isinstance(grid, FloatGrid)
+            and grid.span == "block"
+            and (degree > 1 or together != out)
+            and split // degree % SIDE
+        ):
+            return f"{name} ({out} x {width}) does not split into {degree} parts of whole blocks of {SIDE} x {SIDE}"
+        width, together = (width // degree, together) if row else (width, together // degree)
+        if grid.block and width % grid.block:
+            return f"{name} has {width} in-features, no multiple of the group {grid.block}"
+        kernel = _kernel(reads, scheme)
+        shapes = kernel.tiles if kernel and (tiles or kernel.whole_tiles) else ()
+        if shapes and all(width % a or together % b for a, b in shapes):
+            return f"{name} ({together} x {width} as fused) is no multiple of {' or '.join(f'{b} x {a}' for a, b in shapes)} (out x in)"
+    return None

@@ -1,0 +1,84 @@
+"""Metadata of a GGUF that anybody may have made, as far as it is used: of the types that llama.cpp reads, and of sizes that a model may have."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from halfbyte.containers.config import require_sound
+from halfbyte.errors import BadCheckpoint, brief
+from halfbyte.targets.gguf.file import Value
+from halfbyte.targets.gguf.hyperparameters import KEYS
+
+NEEDED = ("block_count", "embedding_length", "attention.head_count")
+BY_LAYER = (
+    "attention.head_count",
+    "attention.head_count_kv",
+    "feed_forward_length",
+    "attention.sliding_window_pattern",
+)
+"""What may be a list, with an entry for each layer."""
+KINDS: dict[str, tuple[type, ...]] = {"uint32": (int,), "float32": (int, float), "bool": (bool,), "string": (str,)}
+
+
+def require_hyperparameters(metadata: Mapping[str, Value], arch: str) -> None:
+    """Raise BadCheckpoint, naming the key, for what is missing or is no such value."""
+    for name, key in KEYS.items():
+        value = metadata.get(f"{arch}.{name}")
+        if value is None:
+            if name in NEEDED:
+                raise BadCheckpoint(f"the GGUF does not say its {arch}.{name}; convert the model again")
+            continue
+        items = (
+            value.value
+            if isinstance(value.value, list) and (name in BY_LAYER or len(value.value) == 1)
+            else [value.value]
+        )
+        if not items or any(type(item) not in KINDS[key.type] for item in items) or (name in NEEDED and not all(items)):
+            raise BadCheckpoint(
+                f"the GGUF's {arch}.{name} is {brief(value.value)}, which should be {key.type}, not {value.type}"
+            )
+        require_sound(dict.fromkeys(key.names, items[0]), f"the GGUF's {arch}.{name}")
+
+
+def require_tokenizer(metadata: Mapping[str, Value], special: Collection[str]) -> None:
+    """Raise BadCheckpoint for a vocabulary whose parts are of other types or lengths; `special` are the keys of special tokens."""
+
+    def get(key: str, kind: str) -> Any:
+        value = metadata.get(f"tokenizer.{key}")
+        if value is not None and not value.type.startswith(kind):
+            raise BadCheckpoint(f"the GGUF's tokenizer.{key} is {value.type}, which should be {kind}")
+        return None if value is None else value.value
+
+    tokens = get("ggml.tokens", "string[]") or []
+    for key, kind in (("ggml.token_type", "int32[]"), ("ggml.scores", "float32[]")):
+        if (values := get(key, kind)) is not None and len(values) != len(tokens):
+            raise BadCheckpoint(f"the GGUF's tokenizer.{key} has {len(values)} entries for {len(tokens)} tokens")
+    words = (
+        ("ggml.model", "string"),
+        ("ggml.pre", "string"),
+        ("chat_template", "string"),
+        ("chat_templates", "string[]"),
+        ("ggml.merges", "string[]"),
+    )
+    texts = [
+        text
+        for key, kind in words
+        for found in [get(key, kind)]
+        if found is not None
+        for text in (found if isinstance(found, list) else [found])
+    ]
+    if half := next((text for text in (*tokens, *texts) if not text.isascii() and _is_broken(text)), None):
+        raise BadCheckpoint(
+            f"the GGUF's tokenizer has {half!r}, which is not UTF-8 text; put the model's tokenizer.json beside the file"
+        )
+    if any(" " not in merge[1:] for merge in get("ggml.merges", "string[]") or []):
+        raise BadCheckpoint("the GGUF's tokenizer.ggml.merges has an entry that is no two tokens")
+    for key in special:
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if number is not None and not (type(number.value) is int and 0 <= number.value < len(tokens)):
+            raise BadCheckpoint(
+                f"the GGUF's tokenizer.ggml.{key}_token_id is {brief(number.value)}, and there are {len(tokens)} tokens"
+            )
+
+
+def _is_broken(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)

@@ -1,0 +1,316 @@
+"""What a GGUF says of a model beside its tensors: general.* and {architecture}.*, out of config.json, and back into one.
+
+Keys and types as in ggml's docs/gguf.md and gguf-py's constants.py, chosen as llama.cpp's conversion/base.py does.
+"""
+
+from collections.abc import Callable, Mapping
+from math import log, sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfbyte.errors import Unsupported
+from halfbyte.grids.grid import Shape
+from halfbyte.targets.gguf.families import Family, family_named, head_dim, llama3_factors, lost_window, rope_of
+from halfbyte.targets.gguf.file import Value
+from halfbyte.targets.gguf.settings import settings
+
+QUANTIZATION_VERSION = 2
+"""Of ggml's block formats: GGML_QNT_VERSION."""
+
+INNER = ("intermediate_size", "n_inner", "ffn_hidden_size")
+
+
+def _inner(s: Any) -> int:
+    """GPT-2 and Falcon leave it to 4 times the width."""
+    return _first(s, INNER) or 4 * s.hidden_size
+
+
+def _expert_inner(s: Any) -> int | None:
+    return s.intermediate_size if s.model_type == "gpt_oss" else getattr(s, "moe_intermediate_size", None)
+
+
+def _key_value_heads(s: Any) -> int:
+    if s.model_type == "falcon":
+        return s.num_kv_heads if s.new_decoder_architecture else 1 if s.multi_query else s.num_attention_heads
+    return getattr(s, "num_key_value_heads", None) or s.num_attention_heads
+
+
+def _rotated(s: Any) -> int | None:
+    """In-features of a head that are rotated; None for a family without rotary embeddings."""
+    rope = rope_of(s)
+    return int(head_dim(s) * rope.get("partial_rotary_factor", 1.0)) if rope else None
+
+
+def _rope(name: str, of: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """A rotary parameter; `of`: only where the scaling is one of these."""
+    return lambda s: rope_of(s).get(name) if not of or rope_of(s).get("rope_type") in of else None
+
+
+def _rope_scaling(s: Any) -> str | None:
+    kind = rope_of(s).get("rope_type")
+    return kind if kind in ("linear", "yarn", "longrope") else None
+
+
+def _stretch(s: Any) -> float | None:
+    """By how much the context is longer than the one that was trained first."""
+    rope = rope_of(s)
+    known = rope.get("original_max_position_embeddings")
+    return rope.get("factor") or (s.max_position_embeddings / known if known else None)
+
+
+def _yarn_factor(stretch: float, share: float = 1.0) -> float:
+    """What YaRN multiplies sine and cosine with by default."""
+    return 0.1 * share * log(stretch) + 1 if stretch > 1 else 1.0
+
+
+def _attention_factor(s: Any) -> float | None:
+    """What llama.cpp multiplies sine and cosine with, beside what it does by itself: all of it for longrope, the rest for yarn."""
+    rope, stretch = rope_of(s), _stretch(s)
+    given, shares = (
+        rope.get("attention_factor"),
+        [share for name in ("mscale", "mscale_all_dim") if (share := rope.get(name))],
+    )
+    if rope.get("rope_type") == "longrope" and stretch:
+        return given or (sqrt(1 + log(stretch) / log(rope["original_max_position_embeddings"])) if stretch > 1 else 1.0)
+    if rope.get("rope_type") == "yarn" and stretch and (given is not None or len(shares) == 2):
+        wanted = given if given is not None else _yarn_factor(stretch, shares[0]) / _yarn_factor(stretch, shares[1])
+        return wanted / _yarn_factor(stretch)
+    return None
+
+
+def _sliding_layers(s: Any) -> list[bool] | None:
+    layers = getattr(s, "layer_types", None) or []
+    return [kind == "sliding_attention" for kind in layers] if "sliding_attention" in layers else None
+
+
+def _window(s: Any) -> int | None:
+    """Only families with full and sliding layers by turns: llama.cpp has no window in the others, nor have their later models."""
+    return s.sliding_window if _sliding_layers(s) else None
+
+
+def _context(s: Any) -> int:
+    """As far as llama.cpp computes what the model does; Falcon's config may not say how far that goes."""
+    longest = getattr(s, "max_position_embeddings", None) or 2048
+    return min(longest, lost_window(s) or longest)
+
+
+class Key(NamedTuple):
+    """A value of {architecture}.*."""
+
+    type: str
+    names: tuple[str, ...] = ()
+    """What configs call it, for reading; for writing too, the first that a config has, unless there is `of`."""
+    of: Callable[[Any], Any] | None = None
+
+
+KEYS: dict[str, Key] = {
+    "block_count": Key("uint32", ("num_hidden_layers",)),
+    "context_length": Key("uint32", ("max_position_embeddings",), _context),
+    "embedding_length": Key("uint32", ("hidden_size",)),
+    "feed_forward_length": Key("uint32", INNER, _inner),
+    "vocab_size": Key("uint32", ("vocab_size",)),
+    "use_parallel_residual": Key("bool", ("use_parallel_residual",)),
+    "attention.head_count": Key("uint32", ("num_attention_heads",)),
+    "attention.head_count_kv": Key("uint32", ("num_key_value_heads", "num_kv_heads"), _key_value_heads),
+    "attention.key_length": Key("uint32", ("head_dim",), head_dim),
+    "attention.value_length": Key("uint32", (), head_dim),
+    "attention.layer_norm_rms_epsilon": Key("float32", ("rms_norm_eps",)),
+    "attention.layer_norm_epsilon": Key("float32", ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")),
+    "attention.sliding_window": Key("uint32", ("sliding_window",), _window),
+    "attention.sliding_window_pattern": Key("bool", (), _sliding_layers),
+    "attention.scale": Key("float32", ("attention_multiplier",)),
+    "embedding_scale": Key("float32", ("embedding_multiplier",)),
+    "residual_scale": Key("float32", ("residual_multiplier",)),
+    "logit_scale": Key("float32", ("logits_scaling", "logit_scale")),
+    "attn_logit_softcapping": Key("float32", ("attn_logit_softcapping",)),
+    "final_logit_softcapping": Key("float32", ("final_logit_softcapping",)),
+    "rope.dimension_count": Key("uint32", (), _rotated),
+    "rope.freq_base": Key("float32", (), _rope("rope_theta")),
+    "rope.freq_base_swa": Key(
+        "float32",
+        (),
+        lambda s: (getattr(s, "rope_parameters", None) or {}).get("sliding_attention", {}).get("rope_theta"),
+    ),
+    "rope.scaling.type": Key("string", (), _rope_scaling),
+    "rope.scaling.factor": Key(
+        "float32", (), lambda s: _stretch(s) if _rope_scaling(s) in ("linear", "yarn") else None
+    ),
+    "rope.scaling.original_context_length": Key(
+        "uint32", (), _rope("original_max_position_embeddings", ("yarn", "longrope"))
+    ),
+    "rope.scaling.attn_factor": Key("float32", (), _attention_factor),
+    "rope.scaling.yarn_beta_fast": Key("float32", (), _rope("beta_fast", ("yarn",))),
+    "rope.scaling.yarn_beta_slow": Key("float32", (), _rope("beta_slow", ("yarn",))),
+    "expert_count": Key("uint32", ("num_local_experts", "num_experts")),
+    "expert_used_count": Key("uint32", ("num_experts_per_tok",)),
+    "expert_feed_forward_length": Key("uint32", ("moe_intermediate_size",), _expert_inner),
+    "expert_shared_feed_forward_length": Key("uint32", ("shared_expert_intermediate_size",)),
+}
+
+BIASES = {"attention_bias": "attn_q", "use_qkv_bias": "attn_q", "mlp_bias": "ffn_up"}
+"""What configs say of biases, and the tensor of the first block that has one then."""
+
+
+def metadata(config: Mapping[str, Any], family: Family, folder: Path) -> dict[str, Value]:
+    """Every key but `general.file_type` and the tokenizer's; `folder` is the checkpoint's, and gives the model its name."""
+    s = settings(config)
+    said = {
+        "general.architecture": Value("string", family.arch),
+        "general.type": Value("string", "model"),
+        "general.name": Value("string", folder.resolve().name),
+        "general.quantization_version": Value("uint32", QUANTIZATION_VERSION),
+    }
+    for name, key in KEYS.items():
+        value: Any = key.of(s) if key.of else _first(s, key.names)
+        if isinstance(value, list):
+            said[f"{family.arch}.{name}"] = Value(f"{key.type}[]", value)
+        elif value is not None:
+            said[f"{family.arch}.{name}"] = Value(key.type, float(value) if key.type == "float32" else value)
+    return said
+
+
+def remarks(config: Mapping[str, Any]) -> list[str]:
+    """What is to be said of how llama.cpp computes a model of this config."""
+    s = settings(config)
+    rope, window = rope_of(s), lost_window(s)
+    known = rope.get("original_max_position_embeddings")
+    said = []
+    if window and window < s.max_position_embeddings:
+        said.append(
+            f"every layer attends to the last {window} tokens, which llama.cpp does not do for '{s.model_type}': the GGUF says a context of {window} "
+            f"tokens in place of {s.max_position_embeddings}, up to which both compute the same"
+        )
+    if rope.get("rope_type") == "yarn" and rope.get("truncate") is False:
+        said.append(
+            "llama.cpp rounds the limits between which YaRN stretches to whole pairs of in-features, which this model does not: long texts differ a little"
+        )
+    if rope.get("rope_type") == "longrope":
+        said.append(
+            f"llama.cpp takes the rotary factors for long texts wherever its context (-c) is above {known}, Transformers where the text is that long"
+        )
+    return said
+
+
+def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The config.json of a GGUF that has none beside it; what a GGUF does not say is Transformers' default for the family.
+
+    `tensors` are the file's; `rope` those of them that are called rope_*, with their values. Raises Unsupported for an
+    architecture that is in no row, or a variant that Transformers cannot be told.
+    """
+    import transformers
+
+    arch = str(metadata["general.architecture"].value)
+    said: dict[str, Any] = {
+        name.removeprefix(f"{arch}."): value.value for name, value in metadata.items() if name.startswith(f"{arch}.")
+    }
+    said = {name: _shortest(value) if isinstance(value, float) else value for name, value in said.items()}
+    kind, family = family_named(arch, said.get("expert_count", 0), "attention.sliding_window" in said)
+    if "blk.0.attn_norm_2.weight" in tensors:
+        raise Unsupported(f"a GGUF of '{arch}' with two norms before the attention is not read yet")
+    default = transformers.AutoConfig.for_model(kind)
+    known = {*default.to_dict(), *default.attribute_map}
+    found: dict[str, Any] = {
+        name: value[0] if isinstance(value, tuple) else value
+        for name, value in family.assumed.items()
+        if not callable(value)
+    }
+    for name, key in KEYS.items():
+        called = next((n for n in key.names if n in known), None)
+        if called and name in said:
+            found[called] = said[name]
+    even = found["hidden_size"] // found["num_attention_heads"]
+    width = said.get("attention.key_length", even)
+    if "head_dim" in known or width != even:
+        found["head_dim"] = width
+    if "vocab_size" not in found:
+        found["vocab_size"] = tensors["token_embd.weight"][0]
+    found |= {
+        name: f"blk.0.{base}.bias" in tensors
+        for name, base in BIASES.items()
+        if name in known and name not in family.assumed
+    }
+    found["tie_word_embeddings"] = "output.weight" not in tensors
+    if kind == "falcon":
+        found["multi_query"] = found["num_kv_heads"] == 1
+    if pattern := said.get("attention.sliding_window_pattern"):
+        found["layer_types"] = ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
+    if getattr(default, "rope_parameters", None):
+        found["rope_parameters"] = _rope_parameters(said, rope, width, "full_attention" in default.rope_parameters)
+        if said.get("rope.scaling.type") == "longrope":
+            found["original_max_position_embeddings"] = said["rope.scaling.original_context_length"]
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        stored = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        found[f"{name}_token_id"] = stored.value if stored else None
+    s = settings({"model_type": kind, **found})
+    found |= {name: value(s) for name, value in family.assumed.items() if callable(value) and name in known}
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return {"architectures": [names[kind]], "model_type": kind, **found}
+
+
+def _rope_parameters(
+    said: Mapping[str, Any], rope: Mapping[str, Tensor], width: int, by_layers: bool
+) -> dict[str, Any]:
+    """`rope_parameters` as Transformers has them."""
+    found: dict[str, Any] = {
+        "rope_theta": said.get("rope.freq_base", 10000.0),
+        "rope_type": said.get("rope.scaling.type", "default"),
+    }
+    if found["rope_type"] in ("none", "linear") and not said.get("rope.scaling.factor"):
+        found["rope_type"] = "default"
+    if said.get("rope.dimension_count", width) != width:
+        found["partial_rotary_factor"] = said["rope.dimension_count"] / width
+    if "rope_freqs.weight" in rope:
+        found |= _llama3(rope["rope_freqs.weight"], found["rope_theta"], width)
+    elif found["rope_type"] in ("linear", "yarn"):
+        found["factor"] = said["rope.scaling.factor"]
+    if found["rope_type"] == "longrope":
+        found |= {f"{kind}_factor": rope[f"rope_factors_{kind}.weight"].tolist() for kind in ("long", "short")}
+        if "rope.scaling.attn_factor" in said:
+            found["attention_factor"] = said["rope.scaling.attn_factor"]
+    if found["rope_type"] in ("yarn", "longrope"):
+        found["original_max_position_embeddings"] = said["rope.scaling.original_context_length"]
+    if found["rope_type"] == "yarn":
+        found |= {
+            name: said[f"rope.scaling.yarn_{name}"]
+            for name in ("beta_fast", "beta_slow")
+            if f"rope.scaling.yarn_{name}" in said
+        }
+        if "rope.scaling.attn_factor" in said:
+            found["attention_factor"] = said["rope.scaling.attn_factor"] * _yarn_factor(found["factor"])
+    if not by_layers:
+        return found
+    return {
+        "full_attention": found,
+        "sliding_attention": {"rope_type": "default", "rope_theta": said.get("rope.freq_base_swa", 10000.0)},
+    }
+
+
+def _llama3(factors: Tensor, base: float, width: int) -> dict[str, Any]:
+    """Llama 3's scaling from the factors that it leads to: a GGUF holds nothing else of it."""
+    for context in (8192, *(2**n for n in range(4, 20))):
+        guess = {
+            "rope_type": "llama3",
+            "rope_theta": base,
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
+        guess["original_max_position_embeddings"] = context
+        if torch.allclose(llama3_factors(guess, width), factors, rtol=1e-4):
+            return guess
+    raise Unsupported(
+        "rope_freqs.weight of this GGUF follows no scaling that Transformers knows as llama3; put the model's config.json beside the file"
+    )
+
+
+def _first(s: Any, names: tuple[str, ...]) -> Any:
+    return next((value for name in names if (value := getattr(s, name, None)) is not None), None)
+
+
+def _shortest(value: float) -> float:
+    """The decimal number that was meant: 1e-06 where 32 bits hold 9.99999997e-07."""
+    return float(str(np.float32(value)))

@@ -1,0 +1,75 @@
+"""Importance matrices of llama.cpp for the weights of a checkpoint: measured here, or read from a file."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from halfbyte.errors import BadRequest
+from halfbyte.models.calibrate import Windows
+from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.walk import Walk
+from halfbyte.targets.gguf import imatrix
+from halfbyte.targets.gguf.imatrix import Importance, Squares
+from halfbyte.targets.gguf.source import translation_of
+
+
+def measure(
+    checkpoint: Checkpoint, windows: Windows, progress: Callable[[str, float, float], None] = lambda *_: None
+) -> Importance:
+    """Mean squares of the inputs of every matrix of the unquantized model, experts in stacks: what llama-imatrix measures."""
+    places = _places(checkpoint, checkpoint.weights())
+    sums: dict[str, dict[int, tuple[Tensor, int]]] = {}
+    walk = Walk(checkpoint, windows.tokens, checkpoint.dtype)
+    walk.start()
+    for number, block in enumerate(walk.blocks):
+        progress(block.name, number, len(walk.blocks))
+        block.load(checkpoint)
+        for weight, statistics in block.collect(set(block.weights)).items():
+            for name, expert in places[weight]:
+                sums.setdefault(name, {})[expert] = statistics.hessian.diagonal().clone(), statistics.tokens
+        walk.advance(block)
+        block.free()
+    experts = Counter(name for found in places.values() for name, _ in found)
+    return Importance(
+        {name: _stacked(found, experts[name]) for name, found in sums.items()}, (windows.source,), *windows.tokens.shape
+    )
+
+
+def read(path: Path, checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[Weight, Float32[Tensor, " in"]]:
+    """Mean squares by weight; matrices outside of the blocks may have none. Raises BadRequest for a matrix of another model."""
+    matrix = imatrix.read(path)
+    places = _places(checkpoint, weights)
+    experts = Counter(name for found in places.values() for name, _ in found)
+    inside = {name for weight, found in places.items() if weight.block for name, _ in found}
+    if strange := next((name for name in matrix.tensors if name.startswith("blk.") and name not in inside), None):
+        raise BadRequest(f"{path} is of another model: it knows {strange}, which {checkpoint.path} has not")
+    found: dict[Weight, Tensor] = {}
+    for weight, named in places.items():
+        name, expert = named[0]
+        means = matrix.of(name, experts[name], weight.shape[1])
+        if means is not None:
+            found[weight] = means[expert]
+        elif weight.block:
+            raise BadRequest(f"{path} is of another model: it knows nothing of {name}")
+    return found
+
+
+def _places(checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[Weight, list[tuple[str, int]]]:
+    """GGUF tensor and number of expert of every weight that a GGUF has."""
+    names = translation_of(checkpoint)
+    placed = {
+        w: [(p.name, (p.expert if w.expert is None else w.expert) or 0) for p in names.places(w.tensor)]
+        for w in weights
+    }
+    return {weight: found for weight, found in placed.items() if found}
+
+
+def _stacked(found: dict[int, tuple[Tensor, int]], experts: int) -> Squares:
+    """Experts that no token has reached have sums and counts of zero."""
+    width = next(iter(found.values()))[0].numel()
+    rows = [found.get(expert, (torch.zeros(width), 0)) for expert in range(experts)]
+    return Squares(torch.stack([row for row, _ in rows]), torch.tensor([float(count) for _, count in rows]))

@@ -1,0 +1,195 @@
+"""A GGUF as a checkpoint: under the names, shapes and settings that the model has on the hub, so that all else need not know."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers.config import require_sound
+from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.grids.grid import AnyScheme, Quantized, Shape, same_rows
+from halfbyte.models import tokenizers
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.targets.gguf import file, hyperparameters
+from halfbyte.targets.gguf.checked import require_hyperparameters, require_tokenizer
+from halfbyte.targets.gguf.container import GGUF, LAYOUTS
+from halfbyte.targets.gguf.families import (
+    FAMILIES,
+    Place,
+    Translation,
+    checkpoint_shapes,
+    family_named,
+    family_of,
+    together,
+)
+from halfbyte.targets.gguf.tokenizer import SPECIAL
+from halfbyte.targets.gguf.tokenizer_files import tokenizer_files
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A GGUF file, whole or split. Of an architecture that is in no table, tensors keep ggml's names, and only methods without calibration work."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = file.read(path)
+        stored = {name: tensor.shape for name, tensor in self.file.tensors.items()}
+        self.names: Names = Untranslated()
+        self.shapes = stored
+        """Of every tensor by its name on the hub."""
+        arch = str(self.file.get("general.architecture"))
+        try:
+            experts = self.file.get(f"{arch}.expert_count", 0)
+            _, family = family_named(
+                arch,
+                experts if isinstance(experts, int) else 0,
+                f"{arch}.attention.sliding_window" in self.file.metadata,
+            )
+        except Unsupported:
+            require_sound({"num_hidden_layers": self.file.get(f"{arch}.block_count")}, path)
+            self.config = {"model_type": arch, "num_hidden_layers": self.file.get(f"{arch}.block_count")}
+        else:
+            require_hyperparameters(self.file.metadata, arch)
+            rope = {name: self.file.tensors[name].entry.read() for name in stored if name.startswith("rope_")}
+            self.config = hyperparameters.config(self.file.metadata, stored, rope)
+            self.shapes = checkpoint_shapes(family, stored)
+            self.names = Translation(family, self.config, self.shapes)
+        self._collect()
+
+    def _collect(self) -> None:
+        """The bytes of every tensor, and its grid where it is one quantized matrix."""
+        self.entries: dict[str, Entry] = {}
+        self._quantized: dict[str, tuple[AnyScheme, Shape]] = {}
+        for hf, shape in self.shapes.items():
+            for place in self.names.places(hf):
+                if place.name not in self.file.tensors:
+                    raise BadCheckpoint(f"{self.path} lacks tensor '{place.name}'")
+                stored = self.file.tensors[place.name]
+                entry = stored.entry if place.expert is None else stored.entry.at(place.expert)
+                if stored.type not in LAYOUTS and entry.dtype == torch.uint8:
+                    raise Unsupported(
+                        f"{self.path}: tensor '{place.name}' is {stored.type}, which is not decoded; decoded are {', '.join(LAYOUTS)}"
+                    )
+                if entry.dtype != torch.uint8:
+                    self.entries[hf] = entry
+                elif len(shape) == 2:
+                    module = hf.removesuffix(".weight")
+                    self._quantized[module] = (
+                        LAYOUTS[stored.type].grid,
+                        (shape[1], shape[0]) if place.transposed else shape,
+                    )
+                    self.entries[f"{module}."] = entry  # a matrix of a GGUF has one part, whose suffix is empty
+
+    @property
+    def dtype(self) -> torch.dtype:
+        floats = [
+            e.dtype for n, e in self.entries.items() if e.dtype in (torch.bfloat16, torch.float16) and len(e.shape) > 1
+        ]
+        return max(set(floats), key=floats.count) if floats else torch.float16 if self._quantized else torch.float32
+
+    @cached_property
+    def tied(self) -> bool:
+        return "output.weight" not in self.file.tensors
+
+    @property
+    def other_files(self) -> list[Path]:
+        return []
+
+    @property
+    def container(self) -> GGUF | None:
+        return GGUF() if self._quantized else None
+
+    @property
+    def quantized(self) -> dict[str, tuple[AnyScheme, Shape]]:
+        return self._quantized
+
+    def read_quantized(self, module: str) -> Quantized:
+        q = super().read_quantized(module)
+        rows = self.names.places(f"{module}.weight" if f"{module}.weight" in self.shapes else module)[0].rows
+        return q if rows is None else same_rows(q, torch.argsort(rows))
+
+    def _read(self, tensor: str) -> Tensor:
+        if tensor.removesuffix(".weight") in self._quantized:
+            return super()._read(tensor)
+        values = []
+        for place in self.names.places(tensor):
+            value = self._value(place)
+            if value.numel() == prod(self.shapes[tensor]):
+                return place.restored(value).view(self.shapes[tensor])
+            values.append(value)
+        return together(self.names.places(tensor), values)
+
+    def _value(self, place: Place) -> Tensor:
+        """A tensor as it lies in the file, or one expert of it; decoded."""
+        stored = self.file.tensors[place.name]
+        raw = (stored.entry if place.expert is None else stored.entry.at(place.expert)).read()
+        if raw.dtype != torch.uint8:
+            return raw
+        layout = LAYOUTS[stored.type]
+        return layout.unpack(raw.flatten(0, -2), layout.grid).decode().view(*raw.shape[:-1], stored.shape[-1])
+
+    def spec(self, tensor: str) -> Spec:
+        entry = self.entries.get(tensor)
+        return Spec(self.shapes[tensor], entry.dtype if entry else self.dtype)
+
+    def tensors(self) -> dict[str, Shape]:
+        return dict(self.shapes)
+
+    def settings(self):
+        """Raises Unsupported for an architecture that is in no table: there is no model of it to run."""
+        import transformers
+
+        if isinstance(self.names, Untranslated):
+            known = ", ".join(dict.fromkeys(family.arch for family in FAMILIES.values()))
+            raise Unsupported(
+                f"{self.path} is of '{self.config['model_type']}', and only {known} are known well enough to be run (--method nearest needs no model)"
+            )
+        return transformers.AutoConfig.for_model(**self.config)
+
+    def tokenizer(self):
+        """Transformers' reading of what the file says of its tokenizer."""
+
+        with TemporaryDirectory() as folder:
+            self.save_companions(Path(folder))
+            return tokenizers.load(Path(folder))
+
+    def save_companions(self, folder: Path) -> None:
+        require_tokenizer(self.file.metadata, SPECIAL.values())
+        for name, content in tokenizer_files(self.file.metadata).items():
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
+@dataclass(frozen=True)
+class Untranslated:
+    """The names of a GGUF as they are."""
+
+    def places(self, tensor: str) -> tuple[Place, ...]:
+        return (Place(tensor),)
+
+    def dropped(self, tensor: str) -> None:
+        return None
+
+    def extra(self) -> dict[str, Tensor]:
+        return {}
+
+
+Names = Translation | Untranslated
+
+
+def translation_of(checkpoint: Checkpoint) -> Names:
+    """ggml's names of the tensors of any checkpoint. Raises Unsupported for a family that is in no table."""
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return checkpoint.names
+    return Translation(family_of(checkpoint.config), checkpoint.config, checkpoint.tensors())
+
+
+def is_gguf(path: Path) -> bool:
+    """A GGUF file, or a folder of one without safetensors."""
+    if path.is_file():
+        return path.suffix == ".gguf"
+    return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))

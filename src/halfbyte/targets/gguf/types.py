@@ -1,0 +1,186 @@
+"""Types for the tensors of a GGUF: those of llama.cpp's presets."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+from halfbyte.containers import GGUF
+from halfbyte.errors import BadRequest, UnknownName, Unsupported
+from halfbyte.grids import schemes
+from halfbyte.grids.grid import Grid
+from halfbyte.grids.scalar import IntGrid
+from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.recipe import PARTS, Method, Recipe
+from halfbyte.targets.gguf import families, hyperparameters, presets
+from halfbyte.targets.gguf.container import LAYOUTS, type_of
+from halfbyte.targets.gguf.file import TYPES
+from halfbyte.targets.gguf.source import GGUFCheckpoint, Names, translation_of
+from halfbyte.targets.plan import AS_ASKED, SKIPPED, Choice, Job, check_patterns, keep, matches
+from halfbyte.targets.words import unknown_grid
+
+MISFIT = "neither"
+PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def job_of(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Method) -> Job:
+    names = translation_of(checkpoint)
+    preset, base = _preset_and_type(recipe.grid, recipe.pure)
+    weights = list(checkpoint.weights(embedding=True))
+    check_patterns(weights, (*recipe.override, *recipe.skip))
+    wanted = _types(preset, base, weights, names, checkpoint, method.calibrated or recipe.imatrix is not None)
+    choices = []
+    for weight in weights:
+        override = next((g for p, g in recipe.override.items() if matches(weight, p)), None)
+        places = names.places(weight.tensor)
+        type_name = max(
+            (wanted.get(p.name, "F16") for p in places),
+            key=lambda t: TYPES[t].size_bytes / TYPES[t].block,
+            default="F16",
+        )
+        if any(matches(weight, p) for p in recipe.skip):
+            choices.append(Choice(weight, None, SKIPPED))
+        elif override == "keep" or not places or (type_name in presets.PLAIN and override is None):
+            choices.append(Choice(weight, None, AS_ASKED if override == "keep" else f"stored as {type_name}"))
+        else:
+            choices.append(_fitting(weight, type_name if override is None else _type_named(override)))
+    dropped = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
+    choices = [c for c in choices if c.weight.tensor not in dropped]
+    kept = {t: reason for t, reason in keep(checkpoint, choices).items() if t not in dropped}
+    if preset in presets.PLAIN:
+        recipe, method = recipe.model_copy(update={"method": "nearest"}), PARTS["nearest"]
+    elif not any(c.scheme for c in choices):
+        raise BadRequest(f"nothing is left to quantize: {next((c.note for c in choices), 'the model has no matrix')}")
+    job = Job(
+        recipe,
+        checkpoint,
+        container,
+        method,
+        choices,
+        kept,
+        dropped=dropped,
+        preset=preset if _is_mostly(preset, choices, wanted, names) else None,
+    )
+    if preset and not job.preset:
+        job.warnings.append(f"most of this is {job.label}, not {preset}, and the file says so")
+    job.warnings += remarks_on(checkpoint, dropped)
+    misfits = Counter(c.note for c in choices if c.note.startswith(MISFIT))
+    job.warnings += [
+        f"{count} matri{'ces' if count > 1 else 'x'} kept as in the source: {note}" for note, count in misfits.items()
+    ]
+    return job
+
+
+def _is_mostly(preset: str | None, choices: list[Choice], wanted: Mapping[str, str], names: Names) -> bool:
+    """Whether most matrices have the types that a preset gives them, whatever else was asked or fits."""
+    if preset is None or preset in presets.PLAIN:
+        return True
+    same = [
+        type_of(c.scheme.weight) in {wanted.get(place.name) for place in names.places(c.weight.tensor)}
+        for c in choices
+        if c.scheme
+    ]
+    return 2 * sum(same) >= len(same)
+
+
+def remarks_on(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> list[str]:
+    """What a GGUF of a checkpoint has not, or llama.cpp does in another way."""
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return []
+    said = hyperparameters.remarks(checkpoint.config)
+    if foreign := [tensor for tensor, reason in dropped.items() if reason == families.ELSEWHERE]:
+        said.append(
+            f"this is the text model alone: {len(foreign)} tensors of encoders of images or sound, such as {foreign[0]}, are left out, "
+            "and no mmproj file is made of them (llama.cpp's convert_hf_to_gguf.py --mmproj makes one)"
+        )
+    return said
+
+
+def _preset_and_type(name: str, pure: bool = False) -> tuple[str | None, str]:
+    """The preset of a name, if it is one whose rules are wanted, and the type of most tensors."""
+    if presets.is_preset(name) and not (pure and name.upper() in LAYOUTS):
+        preset = presets.preset_named(name)
+        base = presets.PRESETS[preset].type
+        return preset if base in presets.PLAIN or not pure else None, base
+    return None, _type_named(name)
+
+
+def _type_named(name: str) -> str:
+    try:
+        scheme = schemes.parse(name)
+    except UnknownName:
+        raise unknown_grid(name, ggufs=True) from None
+    if scheme.input:
+        raise Unsupported(
+            f"a GGUF does not say how inputs are rounded, llama.cpp chooses it, and {name} does; write Q8_0 or Q4_K_M, or --to compressed-tensors"
+        )
+    return type_of(scheme.weight)
+
+
+def _types(
+    preset: str | None, base: str, weights: list[Weight], names: Names, checkpoint: Checkpoint, imatrix: bool
+) -> dict[str, str]:
+    """The type of every GGUF tensor that is made of these weights."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight in weights:
+        for place in names.places(weight.tensor):
+            is_stack = weight.expert is not None or place.expert is not None
+            shapes[place.name] = (1, *weight.shape) if is_stack else weight.shape
+    if preset is None:
+        return dict.fromkeys(shapes, base)
+    c = checkpoint.text_config
+    heads = c.get("num_attention_heads") or c.get("n_head") or 1
+    experts = next(
+        (c[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if isinstance(c.get(k), int)), 0
+    )
+    layers = c.get("num_hidden_layers") or c.get("n_layer") or 0
+    arch = getattr(getattr(names, "family", None), "arch", checkpoint.model_type)
+    per_kv = heads // (c.get("num_key_value_heads") or c.get("num_kv_heads") or heads)
+    return presets.types(
+        preset, shapes, presets.Model(arch, layers, per_kv, experts, imatrix, tied="output.weight" not in shapes)
+    )
+
+
+def _fitting(weight: Weight, type_name: str) -> Choice:
+    """The type, or one in smaller blocks where it does not divide the row, as llama.cpp has it."""
+    fits = presets.fallback(type_name, weight.shape[1])
+    if fits == "F16":
+        return Choice(
+            weight, None, f"{MISFIT} {type_name} nor a type in smaller blocks divides its {weight.shape[1]} in-features"
+        )
+    GGUF().check(LAYOUTS[fits].grid, weight.shape)
+    note = "" if fits == type_name else f"{type_name} does not divide {weight.shape[1]} in-features: {fits}"
+    return Choice(weight, LAYOUTS[fits].grid, note)
+
+
+def transcode(
+    checkpoint: Checkpoint, container: GGUF, weights: list[Weight], names: Names, grid: str | None
+) -> tuple[list[Choice], str | None]:
+    """Rounded to what is asked for, and the preset that it is then; else as it is, or to the type of as many bits where a GGUF does not hold that."""
+    preset, base = _preset_and_type(grid) if grid else (None, "")
+    if preset in presets.PLAIN:
+        raise BadRequest(
+            f"{preset} does not quantize: write it with halfbyte dequantize {checkpoint.path} -o OUT.gguf --dtype {PLAIN_DTYPES[preset]}"
+        )
+    wanted = _types(preset, base, weights, names, checkpoint, imatrix=False) if grid else {}
+    choices = []
+    for weight in weights:
+        own, read = checkpoint.quantized[weight.name][0].weight, checkpoint.quantized[weight.name][0].input
+        remark = f"a GGUF does not say how inputs are rounded: no longer to {read}" if read else ""
+        asked = _fitting(weight, wanted[names.places(weight.tensor)[0].name]) if grid else None
+        same = container.same(checkpoint.read_quantized(weight.name))
+        if same and (asked is None or same.grid == asked.scheme):
+            choices.append(Choice(weight, same.grid, remark))
+        else:
+            choice = asked or _fitting(weight, _type_like(own))
+            again = (
+                f"{own} rounded again, as asked" if same else f"gguf does not hold {own} value for value: rounded again"
+            )
+            choices.append(replace(choice, note="; ".join(filter(None, (again, remark, choice.note)))))
+    return choices, preset if _is_mostly(preset, choices, wanted, names) else None
+
+
+def _type_like(grid: Grid) -> str:
+    """The type that loses least of integers that none holds: as many bits or more, with a minimum in each block where there are zero points."""
+    bits = grid.bits_per_code if isinstance(grid, IntGrid) else 8
+    symmetric = isinstance(grid, IntGrid) and grid.symmetric
+    return "Q8_0" if bits > 5 else f"Q{max(bits, 4)}_{0 if symmetric else 1}"

@@ -1,0 +1,241 @@
+"""A GGUF: one file (or parts of one) under ggml's names, with hyper-parameters and tokenizer in it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property, partial
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers.folder import Shard
+from halfbyte.containers.place import beside
+from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.errors import BrokenOutput, Unsupported
+from halfbyte.grids.grid import AnyScheme, Quantized, Shape, same_rows
+from halfbyte.models.checkpoint import Weight, cast
+from halfbyte.models.provenance import provenance_of
+from halfbyte.targets.gguf import families, file, hyperparameters, modelfile, presets, tokenizer
+from halfbyte.targets.gguf.container import GGUF, type_of
+from halfbyte.targets.gguf.families import Place
+from halfbyte.targets.gguf.file import TYPES, Value, row_bytes
+from halfbyte.targets.gguf.origin import FALSE_OF_ANOTHER, origin
+from halfbyte.targets.gguf.settings import settings
+from halfbyte.targets.gguf.source import GGUFCheckpoint, translation_of
+from halfbyte.targets.plan import AS_ASKED, SKIPPED, Job
+from halfbyte.targets.target import Edition, Part, rows_of, split
+
+PIECE, HEADS_ROWS = 1 << 20, 256
+"""Weights of a piece: few enough for a core's cache. Rows of it come in multiples of a few heads', whose order may differ."""
+
+
+class GGUFEdition(Edition):
+    """Rows may lie in another order than in the checkpoint, and experts in stacks; kept matrices stay in 16 bits, the rest is in 32."""
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        self.container = GGUF()
+        self.names = translation_of(job.checkpoint)
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[str, Shape]]:
+        """Type and shape of every tensor of the file, in llama.cpp's order."""
+        found: dict[str, tuple[str, Shape]] = {}
+        experts: dict[str, int] = {}
+
+        def add(place: Place, type_name: str, shape: Shape, expert: int | None) -> None:
+            if found.setdefault(place.name, (type_name, shape))[0] != type_name:
+                raise Unsupported(
+                    f"'{place.name}' holds all experts of a block, so they need one type, not {found[place.name][0]} and {type_name}"
+                )
+            if expert is not None:
+                experts[place.name] = max(experts.get(place.name, 0), expert + 1)
+
+        for weight, scheme in self.job.schemes.items():
+            for place in self.names.places(weight.tensor):
+                out = weight.shape[0] if place.rows is None else len(place.rows)
+                add(
+                    place,
+                    type_of(scheme.weight),
+                    (out, weight.shape[1]),
+                    place.expert if weight.expert is None else weight.expert,
+                )
+        for tensor in self.job.kept:
+            shape = self.job.checkpoint.spec(tensor).shape
+            for place in self.names.places(tensor):
+                stored = _stored_shape(place, shape)
+                add(place, self._plain(tensor, place), stored, place.expert)
+        for name, value in self.names.extra().items():
+            found[name] = "F32", tuple(value.shape)
+        stacked = {
+            name: (kind, (experts[name], *shape) if name in experts else shape) for name, (kind, shape) in found.items()
+        }
+        return dict(sorted(stacked.items(), key=lambda item: presets.order(item[0])))
+
+    def _plain(self, tensor: str, place: Place) -> str:
+        """F32 for what llama.cpp wants so; a matrix keeps its 16 bits, or has those that were asked for."""
+        if place.plain or len(self.job.checkpoint.spec(tensor).shape) < 2:
+            return "F32"
+        asked = None if self.job.kept[tensor] in (SKIPPED, AS_ASKED) else self.job.plain
+        return asked or presets.PLAIN_NAMES.get(self.job.checkpoint.spec(tensor).dtype, "F32")
+
+    def shards(self, stem: str) -> dict[str, Shard]:
+        specs = {name: _spec(*tensor) for name, tensor in self.tensors.items()}
+        parts = split(specs, (self.job.recipe.shard_gb or float("inf")) * 1e9)
+        said = (
+            [self.metadata]
+            if len(parts) == 1
+            else [file.split_metadata(self.metadata, i, len(parts), len(specs)) for i in range(len(parts))]
+        )
+        names = (
+            [f"{stem}.gguf"] if len(parts) == 1 else [file.part_name(stem, i, len(parts)) for i in range(len(parts))]
+        )
+        return {
+            name: Shard(
+                sum(s.size_bytes for s in part.values()), partial(_writer, metadata, {t: self.tensors[t] for t in part})
+            )
+            for name, metadata, part in zip(names, said, parts, strict=True)
+        }
+
+    def entrance(self, stem: str) -> str:
+        return next(iter(self.shards(stem)))
+
+    @cached_property
+    def metadata(self) -> dict[str, Value]:
+        said = metadata_of(self.job)
+        if self.job.recipe.method == "convert" and "general.file_type" in said:
+            return said
+        label, kinds = self.job.label, [kind for kind, shape in self.tensors.values() if len(shape) > 1]
+        commonest = (
+            label
+            if label in presets.PRESETS
+            else max(presets.PRESETS, key=lambda name: kinds.count(presets.PRESETS[name].type))
+        )
+        return {**said, "general.file_type": Value("uint32", presets.PRESETS[commonest].file_type)}
+
+    def pieces(self, weight: Weight) -> list[Weight]:
+        """Blocks lie within rows, so rows go apart wherever the file's order of them does not mix the pieces."""
+        source, places, (out, width) = self.job.checkpoint, self.names.places(weight.tensor), weight.shape
+        plain = (
+            not isinstance(source, GGUFCheckpoint)
+            and weight.tensor in source.entries
+            and weight.tensor not in source.parts
+        )
+        if not plain or weight.transposed or weight.expert is not None or len(places) != 1:
+            return [weight]
+        (place,) = places
+        rows = max(HEADS_ROWS, PIECE // width // HEADS_ROWS * HEADS_ROWS)
+        found = [replace(weight, first=first, shape=(min(rows, out - first), width)) for first in range(0, out, rows)]
+        return found if place.expert is None and all(_closed(_order(place, piece)) for piece in found) else [weight]
+
+    def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
+        for place in self.names.places(weight.tensor):
+            order = _order(place, weight)
+            raw = self.container.pack(q if order is None else same_rows(q, order))[""]
+            expert = place.expert if weight.expert is None else weight.expert
+            yield Part(place.name, raw, weight.first) if expert is None else Part(place.name, raw[None], expert)
+
+    def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: AnyScheme) -> Quantized:
+        parts = []
+        for place in self.names.places(weight.tensor):
+            expert = place.expert if weight.expert is None else weight.expert
+            raw = (
+                rows_of(entries[place.name], expert)
+                if weight.first is None
+                else entries[place.name].read(weight.first, weight.first + weight.shape[0])
+            )
+            raw = raw if expert is None else raw[0]
+            part = self.container.unpack({"": raw}, scheme, (raw.shape[0], weight.shape[1]))
+            if part.shape == weight.shape:
+                order = _order(place, weight)
+                return part if order is None else same_rows(part, torch.argsort(order))
+            parts.append(part)
+        params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
+        whole = Quantized(scheme.weight, torch.cat([part.codes for part in parts]), params)
+        return same_rows(whole, torch.argsort(families.rows_of(self.names.places(weight.tensor))))
+
+    def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
+        for place in self.names.places(tensor):
+            stored = cast(tensor, place.stored(value), TYPES[self._plain(tensor, place)].dtype, self.job.wider)
+            yield Part(place.name, stored) if place.expert is None else Part(place.name, stored[None], place.expert)
+
+    def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
+        return [rows_of(entries[place.name], place.expert) for place in self.names.places(tensor)]
+
+    def restored(self, entries: Mapping[str, Entry], tensor: str) -> Tensor:
+        spec = self.job.checkpoint.spec(tensor)
+        values = []
+        for place, stored in zip(self.names.places(tensor), self.kept(entries, tensor), strict=True):
+            value = stored if place.expert is None else stored[0]
+            if value.numel() == torch.Size(spec.shape).numel():
+                return place.restored(value).to(spec.dtype)
+            values.append(value)
+        return families.together(self.names.places(tensor), values).to(spec.dtype)
+
+    def extra(self) -> Iterator[Part]:
+        for name, value in self.names.extra().items():
+            yield Part(name, value.float())
+
+    def accompany(self, folder: Path) -> None:
+        """What Ollama is told; a GGUF is whole by itself otherwise."""
+        first = min(folder.glob("*.gguf"))
+        beside(first, "Modelfile").write_text(modelfile.text(first.name, self.metadata), encoding="utf-8", newline="\n")
+
+    def reopen(self, folder: Path) -> Mapping[str, Entry]:
+        written = file.read(next(folder.glob("*.gguf")))
+        if {n: (s.type, s.shape) for n, s in written.tensors.items()} != self.tensors:
+            raise BrokenOutput(
+                f"the written file holds {len(written.tensors)} tensors, and not the {len(self.tensors)} that were planned as they were planned"
+            )
+        return {name: stored.entry for name, stored in written.tensors.items()}
+
+
+def _spec(type_name: str, shape: Shape) -> Spec:
+    kind = TYPES[type_name]
+    return (
+        Spec(shape, kind.dtype)
+        if kind.dtype != torch.uint8
+        else Spec((*shape[:-1], row_bytes(type_name, shape[-1])), torch.uint8)
+    )
+
+
+def _order(place: Place, weight: Weight) -> Tensor | None:
+    """Where the rows of a matrix, or of a piece of it, come from; None: as they lie."""
+    if place.rows is None or weight.first is None:
+        return place.rows
+    return place.rows[weight.first : weight.first + weight.shape[0]] - weight.first
+
+
+def _closed(order: Tensor | None) -> bool:
+    return order is None or torch.equal(order.sort().values, torch.arange(len(order)))
+
+
+def _stored_shape(place: Place, shape: Shape) -> Shape:
+    shape = (*shape[:-2], shape[-1], shape[-2]) if place.transposed else shape
+    at = place.dim(len(shape))
+    return shape if place.rows is None else (*shape[:at], len(place.rows), *shape[at + 1 :])
+
+
+def _writer(
+    metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], path: Path, resume: bool
+) -> file.Writer:
+    return file.Writer(path, metadata, tensors, resume)
+
+
+def metadata_of(job: Job) -> dict[str, Value]:
+    """What the file says of the model."""
+    source = job.checkpoint
+    if isinstance(source, GGUFCheckpoint):
+        kept = {
+            k: v
+            for k, v in source.file.metadata.items()
+            if job.recipe.method == "convert" or not FALSE_OF_ANOTHER.fullmatch(k)
+        }
+        return {**kept, "general.quantization_version": Value("uint32", hyperparameters.QUANTIZATION_VERSION)}
+    family = families.family_of(source.config)
+    parameters = sum(prod(shape) for tensor, shape in source.tensors().items() if tensor not in job.dropped)
+    said = hyperparameters.metadata(source.config, family, source.path) | origin(
+        provenance_of(source, job.recipe.model), parameters
+    )
+    return {**said, **tokenizer.tokenizer_metadata(source.path, settings(source.config).vocab_size, job.recipe.pre)}

@@ -1,0 +1,1 @@
+"""A folder of safetensors as on the Hugging Face hub."""
