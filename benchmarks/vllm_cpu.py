@@ -29,8 +29,7 @@ from torch import Tensor, nn
 
 import halfbyte
 from halfbyte import demo
-from halfbyte.grids.grid import InputGrid
-from halfbyte.grids.inputs import INPUT_GRIDS
+from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.nn import QuantLinear
@@ -62,7 +61,7 @@ class Case(NamedTuple):
     recipe: dict[str, Any] | None
     kv: str | None = None
     computes: str = ""
-    """How these kernels round inputs, where it is not as the folder says: "16 bits", or the name of an InputGrid."""
+    """How these kernels round inputs, where it is not as the folder says: "16 bits", or the name of an ActivationGrid."""
     environment: Mapping[str, str] = {}
 
 
@@ -155,11 +154,11 @@ def products(model: nn.Module, linears: Mapping[str, tuple[Tensor, Tensor]]) -> 
     return max(float((linears[name][1].float() - y).norm() / y.norm()) for name, y in ours.items())
 
 
-def read_as(model: nn.Module, inputs: InputGrid | None) -> nn.Module:
+def read_as(model: nn.Module, inputs: ActivationGrid | None) -> nn.Module:
     """The model with the inputs of quantized linears rounded otherwise."""
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module.input, module.stored = inputs, []
+            module.activations, module.stored = inputs, []
     return model
 
 
@@ -183,7 +182,8 @@ def rows(
         model, rough = (halfbyte.load(folder, dtype) for dtype in (torch.float32, torch.bfloat16))
         if case.computes:
             model, rough = (
-                read_as(m, None if case.computes == "16 bits" else INPUT_GRIDS[case.computes]) for m in (model, rough)
+                read_as(m, None if case.computes == "16 bits" else ACTIVATION_GRIDS[case.computes])
+                for m in (model, rough)
             )
         # The greedy tokens are judged on vLLM's own text: after the first tie that falls otherwise, continuations would be strangers.
         greedy = torch.tensor(found["greedy"])

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import BadRequest, Unsupported
-from halfbyte.grids.grid import AnyScheme, Grid, Inputs, Params, Quantized, Seen
+from halfbyte.grids.activations import ActivationQuant, ActivationStats
+from halfbyte.grids.grid import Grid, Params
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.walk import Block, Walk
@@ -33,12 +35,12 @@ def quantize(run: Run, windows: Windows) -> None:
         unit for unit in job.units if unit[0].tensor not in inside
     ]  # the head, and what the model's forward does not run
     if unseen := next(
-        (w for w, s in job.schemes.items() if w.tensor not in inside and s.input and s.input.static), None
+        (w for w, s in job.schemes.items() if w.tensor not in inside and s.activations and s.activations.static), None
     ):
         raise BadRequest(
             f"the model does not run '{unseen.name}', whose inputs are to have a stored scale; --skip it, or round them per token"
         )
-    if walk.shared and (job.method.transforms or any(s.input for s in job.schemes.values())):
+    if walk.shared and (job.method.transforms or any(s.activations for s in job.schemes.values())):
         raise Unsupported(
             f"'{source.model_type}' shares weights between blocks, which {job.recipe.method} {job.recipe.grid} would fit to the first of them; "
             "--method gptq with a grid of weights alone does it"
@@ -108,7 +110,7 @@ def _solve(run: Run, block: Block, finder: Finder) -> None:
             run.put(weight, part)
             digests[weight.name] = digest(part)
             block.put(weight, decoded)
-            block.inputs |= {weight: part.input} if part.input else {}
+            block.inputs |= {weight: part.activations} if part.activations else {}
     for tensor in block.tensors:
         if tensor in job.kept:
             value, now = job.checkpoint.read(tensor), block.view(tensor)
@@ -136,8 +138,8 @@ def inputs_of(
     """
     alike: dict[tuple, list[Weight]] = {}
     for weight, scheme in schemes.items():
-        if scheme.input:
-            alike.setdefault((pattern(weight.name, block), scheme.input), []).append(weight)
+        if scheme.activations:
+            alike.setdefault((pattern(weight.name, block), scheme.activations), []).append(weight)
     stored, told, done = {}, {}, {}
     for (_, grid), weights in alike.items():
         known = {id(s): s for w in weights if (s := statistics.get(w))}
@@ -149,17 +151,17 @@ def inputs_of(
             continue
         key = (grid, *known)  # q, k and v read the same
         if key not in done:
-            seen = together([s.seen for s in known.values()])
+            seen = together([s.activation_stats for s in known.values()])
             params = grid.fit(seen, ranges)
-            done[key] = params, tell(Inputs(grid, params), seen)
+            done[key] = params, tell(ActivationQuant(grid, params), seen)
         stored |= dict.fromkeys(weights, done[key][0])
         told |= dict.fromkeys(weights, done[key][1])
     return stored, told
 
 
-def together(seen: list[Seen]) -> Seen:
+def together(seen: list[ActivationStats]) -> ActivationStats:
     low, high = torch.stack([s.low for s in seen]).amin(0), torch.stack([s.high for s in seen]).amax(0)
-    return Seen(low, high, torch.cat([s.rows for s in seen]))
+    return ActivationStats(low, high, torch.cat([s.rows for s in seen]))
 
 
 def solve(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) -> tuple[Quantized, str]:
@@ -185,7 +187,7 @@ def _restore(run: Run, block: Block) -> None:
         if weight in block.weights:
             q = run.edition.unpack(entries, weight, scheme)
             block.put(weight, q.decode())
-            block.inputs |= {weight: q.input} if q.input else {}
+            block.inputs |= {weight: q.activations} if q.activations else {}
     for tensor in block.tensors:
         if tensor in run.job.kept:
             block.view(tensor).copy_(run.edition.restored(entries, tensor))

@@ -21,8 +21,8 @@ from halfbyte.containers.kv import KVCache, KVGrid
 from halfbyte.containers.place import is_file
 from halfbyte.containers.safetensors import Spec, Writer, read_header
 from halfbyte.errors import BadRequest, BrokenOutput, UnknownName, Unsupported
-from halfbyte.grids.grid import Inputs, Params
-from halfbyte.grids.inputs import RANGES
+from halfbyte.grids.activations import OBSERVERS, ActivationQuant
+from halfbyte.grids.grid import Params
 from halfbyte.models import calibrate, kv
 from halfbyte.models.checkpoint import INDEX, Checkpoint
 from halfbyte.models.stamp import stamp
@@ -65,8 +65,8 @@ def attach(
     Raises HalfbyteError, with nothing half-written left behind.
     """
     started = time.perf_counter()
-    if input_range not in RANGES:
-        raise UnknownName("range of scales", input_range, RANGES)
+    if input_range not in OBSERVERS:
+        raise UnknownName("range of scales", input_range, OBSERVERS)
     kind, out = KVGrid.parse(grid), Path(out).expanduser()
     checkpoint = Checkpoint.open(source)
     if is_file(checkpoint.path):
@@ -149,7 +149,7 @@ def find_scales(
 ) -> tuple[KVCache, list[Row]]:
     """Stored scales of every attention, found block after block, each fed by blocks whose caches are rounded already.
 
-    `how` is a key of `halfbyte.grids.inputs.RANGES`, `scratch` a folder for hidden states beyond the memory's budget. Raises Unsupported
+    `how` is a key of `halfbyte.grids.activations.OBSERVERS`, `scratch` a folder for hidden states beyond the memory's budget. Raises Unsupported
     for a model without such a cache.
     """
     walk = Walk(checkpoint, windows, checkpoint.dtype, scratch=scratch, as_served=True)
@@ -170,7 +170,7 @@ def find_scales(
             latent = kv.is_latent(attention)
             keys[name], values[name] = _together(seen[0].fit(grid.key, how), seen[1].fit(grid.value, how), latent)
             rows.append(Row(name, _largest(keys[name]), _largest(values[name])))
-            key, value = Inputs(grid.key, keys[name]), Inputs(grid.value, values[name])
+            key, value = ActivationQuant(grid.key, keys[name]), ActivationQuant(grid.value, values[name])
             _run(walk, block, checked_on, attention, _count(rows[-1], key, value, len(checked_on)))
             kv.put(walk.model, attention, kv.rounded(key, value))
         walk.advance(block)
@@ -221,7 +221,7 @@ def _note(keys: kv.Heads, values: kv.Heads) -> kv.Through:
     return through
 
 
-def _count(row: Row, key: Inputs, value: Inputs, batches: int) -> kv.Through:
+def _count(row: Row, key: ActivationQuant, value: ActivationQuant, batches: int) -> kv.Through:
     def through(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         row.keys_clipped += _beyond(k, key) / batches
         row.values_clipped += _beyond(v, value) / batches
@@ -230,7 +230,7 @@ def _count(row: Row, key: Inputs, value: Inputs, batches: int) -> kv.Through:
     return through
 
 
-def _beyond(x: Tensor, inputs: Inputs) -> float:
+def _beyond(x: Tensor, inputs: ActivationQuant) -> float:
     low, high = inputs.grid.limits(inputs.params)
     return float(((x < low) | (x > high)).float().mean())
 

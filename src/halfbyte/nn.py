@@ -9,8 +9,9 @@ from jaxtyping import Float, Float32, Int8, Int32
 from torch import Tensor, nn
 from torch.nn import functional
 
-from halfbyte.grids.grid import InputGrid, Inputs, Params, Quantized
-from halfbyte.grids.inputs import FLOATS, ScaledInputs
+from halfbyte.grids.activations import FLOATS, ActivationGrid, ActivationQuant, ScaledActivations
+from halfbyte.grids.grid import Params
+from halfbyte.grids.quantized import Quantized
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import Checkpoint, Weight
@@ -26,11 +27,13 @@ class QuantLinear(nn.Module):
     def __init__(self, q: Quantized, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.grid, self.names = q.grid, list(q.params)
-        self.input, self.stored = (q.input.grid, list(q.input.params)) if q.input else (None, [])
+        self.activations, self.stored = (
+            (q.activations.grid, list(q.activations.params)) if q.activations else (None, [])
+        )
         self.register_buffer("codes", q.codes)
         for name, value in q.params.items():
             self.register_buffer(name, value)
-        for name, value in (q.input.params if q.input else {}).items():
+        for name, value in (q.activations.params if q.activations else {}).items():
             self.register_buffer(f"input_{name}", value)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
@@ -60,24 +63,26 @@ class QuantLinear(nn.Module):
         return {name: getattr(self, name) for name in self.names}
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        if self.input is None or not x.numel():  # of no tokens, such as those of an idle expert, there is no largest
+        if (
+            self.activations is None or not x.numel()
+        ):  # of no tokens, such as those of an idle expert, there is no largest
             return functional.linear(x, self.weight, self.bias)
-        params = self.input.params(x, {name: getattr(self, f"input_{name}") for name in self.stored})
-        y = integer_product(x, self.input, params, Quantized(self.grid, self.codes, self.params))
+        params = self.activations.params(x, {name: getattr(self, f"input_{name}") for name in self.stored})
+        y = integer_product(x, self.activations, params, Quantized(self.grid, self.codes, self.params))
         if y is None:
-            y = functional.linear(self.input.round(x, params), self.grid.decode(self.codes, self.params))
+            y = functional.linear(self.activations.round(x, params), self.grid.decode(self.codes, self.params))
         y = y.to(self.dtype)
         return y if self.bias is None else y + self.bias
 
 
 def integer_product(
-    x: Float[Tensor, "... in"], read: InputGrid, params: Params, q: Quantized
+    x: Float[Tensor, "... in"], read: ActivationGrid, params: Params, q: Quantized
 ) -> Float32[Tensor, "... out"] | None:
     """int8 times int8 in int32, scaled afterwards, as engines have it. None where a row or a token has several scales, or floats."""
     grid = q.grid
-    if not isinstance(grid, IntGrid) or grid.block or not grid.symmetric:
+    if not isinstance(grid, IntGrid) or grid.group_size or not grid.symmetric:
         return None
-    if not isinstance(read, ScaledInputs) or read.number in FLOATS or isinstance(read.span, int):
+    if not isinstance(read, ScaledActivations) or read.number in FLOATS or isinstance(read.granularity, int):
         return None
     signed = (q.codes.to(torch.int16) - grid.midpoint).to(torch.int8)
     sums = int8_product(read.codes(x, params).flatten(0, -2), signed).unflatten(0, x.shape[:-1])
@@ -146,7 +151,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
 
 
 def _round_inputs(
-    model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton.Place], inputs: dict[Weight, Inputs]
+    model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton.Place], inputs: dict[Weight, ActivationQuant]
 ) -> None:
     """Have the model round what matrices read that are no QuantLinear."""
     shapes = checkpoint.tensors()

@@ -13,8 +13,8 @@ import xxhash
 from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
 from halfbyte.containers.place import is_file
 from halfbyte.errors import BadRequest, BrokenOutput
-from halfbyte.grids.floats import with_divisor
-from halfbyte.grids.grid import AnyScheme, Quantized
+from halfbyte.grids.cast import with_divisor
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.stamp import digest as digest_of
@@ -119,7 +119,7 @@ def convert(
             if near and near.scheme == scheme:
                 return near
         return SOLVERS["nearest"](q.decode(), scheme.weight, None)._replace(
-            input=q.input if q.scheme.input == scheme.input else None
+            activations=q.activations if q.scheme.activations == scheme.activations else None
         )
 
     with kept_on_interrupt(folder):

@@ -10,7 +10,9 @@ import xxhash
 from torch import Tensor
 
 from halfbyte.containers.folder import Folder
-from halfbyte.grids.grid import AnyScheme, Inputs, Params, Quantized, Seen, same_rows, split_rows
+from halfbyte.grids.activations import ActivationQuant, ActivationStats
+from halfbyte.grids.grid import Params
+from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows, split_rows
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, require_finite
 from halfbyte.plan import SKIPPED, Job
@@ -105,7 +107,7 @@ def squares(w: Tensor | Quantized, q: Quantized, sampled: int = SAMPLED) -> Squa
     alone = all(p.shape[0] == q.shape[0] for p in q.params.values())
     rows = torch.cat([even, _extreme(q)]) if alone else even
     exact = (w.decode() if isinstance(w, Quantized) else w)[rows].float()
-    rounded = same_rows(q, rows).decode() if alone else q.decode()[rows]
+    rounded = select_rows(q, rows).decode() if alone else q.decode()[rows]
     missed, size = (torch.linalg.vector_norm(m, dim=1, dtype=torch.float64) for m in (rounded - exact, exact))
     worst = (missed / size).where(size > 0, 0).max().item()
     return Squares(missed[: len(even)].square().sum().item(), size[: len(even)].square().sum().item(), worst)
@@ -127,7 +129,11 @@ def apart(q: Quantized, unit: list[Weight]) -> list[Quantized]:
 
 def with_inputs(q: Quantized, scheme: AnyScheme, params: Params | None = None) -> Quantized:
     """The matrix as its scheme has it: with how its inputs are rounded, and what is stored of that."""
-    return q._replace(input=Inputs(scheme.input, params or {})) if scheme.input and not q.input else q
+    return (
+        q._replace(activations=ActivationQuant(scheme.activations, params or {}))
+        if scheme.activations and not q.activations
+        else q
+    )
 
 
 def row_of(
@@ -145,7 +151,7 @@ def row_of(
     )
 
 
-def tell(inputs: Inputs, seen: Seen) -> dict[str, Any]:
+def tell(inputs: ActivationQuant, seen: ActivationStats) -> dict[str, Any]:
     """What is to be known of rounded inputs: what is stored, the error on the tokens seen, and how many of their values are cut."""
     low, high = inputs.grid.limits(inputs.params)
     cut = int(((seen.rows < low) | (seen.rows > high)).sum())

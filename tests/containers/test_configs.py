@@ -13,7 +13,7 @@ from halfbyte.containers import AWQ, CONTAINERS, GPTQ, CompressedTensors
 from halfbyte.containers.safetensors import read_header
 from halfbyte.errors import Unsupported
 from halfbyte.grids import GRIDS, parse
-from halfbyte.grids.grid import Quantized
+from halfbyte.grids.quantized import Quantized
 
 LAYERS = [
     f"model.layers.{i}.{n}"

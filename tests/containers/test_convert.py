@@ -80,7 +80,7 @@ def test_scales_that_fp16_cannot_hold(to):
 
 
 def halfbyte_quantized(grid, w, params):
-    from halfbyte.grids.grid import Quantized
+    from halfbyte.grids.quantized import Quantized
 
     return Quantized(grid, grid.encode(w, params), params)
 

@@ -13,7 +13,7 @@ import tiny
 from halfbyte.containers import FP8, CompressedTensors
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids import parse
-from halfbyte.grids.grid import Quantized
+from halfbyte.grids.quantized import Quantized
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.nn import QuantLinear
 
@@ -74,8 +74,8 @@ def test_transformers_decodes_what_we_decode(source, blocks):
     tokens = torch.arange(5, 69)[None]
     loaded = halfbyte.load(blocks)
     for linear in (m for m in loaded.modules() if isinstance(m, QuantLinear)):
-        assert str(linear.input) == "fp8-e4m3-g128"
-        linear.input = None  # nor do they round what a decoded weight reads
+        assert str(linear.activations) == "fp8-e4m3-g128"
+        linear.activations = None  # nor do they round what a decoded weight reads
     with torch.no_grad():
         assert torch.equal(theirs(tokens).logits, plain(tokens).logits)
         assert torch.equal(loaded(tokens).logits, plain(tokens).logits)

@@ -15,7 +15,7 @@ import halfbyte
 import tiny
 from halfbyte.containers import FP8, CompressedTensors
 from halfbyte.errors import HalfbyteError, Unsupported
-from halfbyte.grids.inputs import parse as input_named
+from halfbyte.grids.activations import parse as input_named
 from halfbyte.grids.schemes import PRESETS, parse
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.nn import QuantLinear
@@ -78,7 +78,7 @@ def test_compressed_tensors_reads_what_is_written(made, name):
             for n in ("scale", "zero_point", "global_scale")
             if f"input_{n}" in tensors
         )
-        assert any(n.startswith("input_") for n in tensors) == found.input.static
+        assert any(n.startswith("input_") for n in tensors) == found.activations.static
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_evaluation_computes_what_a_loaded_model_computes(home, made, name):
     folder, _ = made(name)
     result = halfbyte.evaluate([folder], home / "model", str(home / "text.txt"), length=64, windows=2)["models"][0]
     plain, ours = halfbyte.load(home / "model", torch.float32), halfbyte.load(folder, torch.float32)
-    assert {str(m.input) for m in ours.modules() if isinstance(m, QuantLinear)} == {str(parse(name).input)}
+    assert {str(m.activations) for m in ours.modules() if isinstance(m, QuantLinear)} == {str(parse(name).activations)}
     from halfbyte.models import calibrate
 
     windows = calibrate.evaluation(Checkpoint.open(home / "model"), str(home / "text.txt"), 64, 2).tokens
@@ -205,7 +205,7 @@ def test_a_group_of_the_head_says_nothing_of_other_modules(made, tmp_path):
         "input_activations": None,
     }  # as llm-compressor writes it
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    assert str(Checkpoint.open(tmp_path / "out").quantized[MODULE][0].input) == "int8-token"
+    assert str(Checkpoint.open(tmp_path / "out").quantized[MODULE][0].activations) == "int8-token"
 
 
 REFUSED = {
@@ -244,7 +244,7 @@ def test_a_stored_scale_needs_text_that_is_there(home, tmp_path):
 
 def test_containers_hold_the_inputs_that_their_engines_round():
     assert str(FP8().native(parse("fp8-e4m3-block"), torch.bfloat16)) == "fp8-e4m3-block/fp8-e4m3-g128"
-    assert input_named("fp8-e4m3-g128") == FP8().native(parse("fp8-e4m3-block"), torch.bfloat16).input
+    assert input_named("fp8-e4m3-g128") == FP8().native(parse("fp8-e4m3-block"), torch.bfloat16).activations
 
 
 def test_what_the_model_has_no_linear_for_is_kept(home, tmp_path):

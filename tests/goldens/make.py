@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from halfbyte.containers import AWQ, GPTQ
 from halfbyte.grids import parse
-from halfbyte.grids.grid import Quantized
+from halfbyte.grids.quantized import Quantized
 
 OUT, WIDTH = 64, 128
 CASES = [
@@ -49,9 +49,9 @@ for container, name in CASES:
     params = grid.fit(w, None)
     q = Quantized(grid, grid.encode(w, params), params)
     packed = (GPTQ() if container == "gptq" else AWQ()).pack(q)
-    group = grid.block or WIDTH
+    group = grid.group_size or WIDTH
     if container == "gptq":
-        decoded = theirs(packed, grid.bits_per_code, group if grid.block else -1, grid.symmetric)
+        decoded = theirs(packed, grid.bits_per_code, group if grid.group_size else -1, grid.symmetric)
     else:
         decoded = dequantize_gemm(packed["qweight"], packed["qzeros"], packed["scales"], 4, group).T.contiguous()
     saved |= {f"{container}/{name}/{suffix}": tensor for suffix, tensor in packed.items()}

@@ -14,7 +14,7 @@ from halfbyte.containers.compressed.container import layout_of
 from halfbyte.errors import BadRequest
 from halfbyte.grids import parse
 from halfbyte.grids.floats import ELEMENTS, FLOAT_GRIDS
-from halfbyte.grids.grid import Quantized
+from halfbyte.grids.quantized import Quantized
 
 DTYPES = {
     "e4m3": ml_dtypes.float8_e4m3fn,
@@ -116,7 +116,7 @@ def test_every_weight_gets_the_number_nearest_to_it(name):
     grid, w = FLOAT_GRIDS[name], normal(150)
     params = grid.fit(w, None)
     codes = grid.encode(w, params)
-    scales = grid._per_row(grid.scales(params), 150).repeat_interleave(grid.block or 512, 1)
+    scales = grid._per_row(grid.scales(params), 150).repeat_interleave(grid.group_size or 512, 1)
     numbers = grid.element.decode(torch.arange(1 << grid.element.bits).to(torch.uint8))
     numbers = numbers[numbers.isfinite()].unique()
     least = torch.stack([(w - n * scales).abs() for n in numbers]).amin(0)

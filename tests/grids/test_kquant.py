@@ -9,8 +9,8 @@ from weights import edges, heavy_tailed, importance, lost, normal, trained
 
 from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.grids import kquant_numba, kquant_search
-from halfbyte.grids.grid import Quantized
 from halfbyte.grids.kquant import KQUANTS, KQuant
+from halfbyte.grids.quantized import Quantized
 from halfbyte.targets.gguf.scalar_blocks import SCALAR_LAYOUTS
 
 NAMES = list(KQUANTS)

@@ -22,7 +22,7 @@ def importance(width=512):
 def in_lattice(grid, codes):
     vectors = (codes & 127).unflatten(1, (-1, grid.dimension))
     entries = lattice.entry_of_key(grid.name)[lattice.keys(vectors).int() & 0xFFFF]
-    odd = (codes >> 7).unflatten(1, (-1, grid.step)).sum(-1) % 2 == 1
+    odd = (codes >> 7).unflatten(1, (-1, grid.vector_size)).sum(-1) % 2 == 1
     return bool((entries >= 0).all()) and not (grid.parity and odd.any())
 
 
@@ -49,7 +49,7 @@ def test_every_vector_is_in_the_lattice(name):
     params = grid.fit(w, None)
     assert in_lattice(grid, grid.encode(w, params))
     assert in_lattice(grid, grid.encode(w, params, importance()))
-    assert in_lattice(grid, grid.round(w[:, 8 : 8 + grid.step].contiguous(), params, 8)[0])
+    assert in_lattice(grid, grid.round(w[:, 8 : 8 + grid.vector_size].contiguous(), params, 8)[0])
     assert in_lattice(grid, gptq(w, grid, statistics).codes)
 
 
@@ -74,11 +74,11 @@ def test_the_compiled_fit_comes_within_a_few_percent_of_trying_every_scale(name)
 @pytest.mark.parametrize("name", ["iq2_xxs", "iq3_xxs", "iq3_s"])
 def test_the_reference_finds_the_nearest_vector_there_is(name):
     grid = LATTICE_GRIDS[name]
-    signs = torch.cartesian_prod(*[torch.tensor([0, 128])] * grid.step).to(torch.uint8)
+    signs = torch.cartesian_prod(*[torch.tensor([0, 128])] * grid.vector_size).to(torch.uint8)
     signs = signs[(signs >> 7).sum(1) % 2 == 0] if grid.parity else signs
-    w = normal(3, grid.step, std=20.0)
+    w = normal(3, grid.vector_size, std=20.0)
     book = lattice.codebook(name)
-    if grid.dimension < grid.step:
+    if grid.dimension < grid.vector_size:
         book = torch.cat([book[:, None].expand(-1, len(book), -1), book[None].expand(len(book), -1, -1)], -1).flatten(
             0, 1
         )

@@ -7,7 +7,7 @@ from weights import edges, heavy_tailed, importance, normal, trained
 
 from halfbyte.errors import BadRequest
 from halfbyte.grids import parse, rounding, rounding_numba
-from halfbyte.grids.grid import Quantized
+from halfbyte.grids.quantized import Quantized
 from halfbyte.grids.scalar import SCALE_DTYPES
 
 GROUP = 32
@@ -74,7 +74,7 @@ def test_a_search_loses_no_more_than_min_max(name, data):
     w = EDGES[data]
     for scale in SCALE_DTYPES:
         grid = parse(name).with_scale(scale)
-        group = w.numel() if grid.span == "tensor" else grid.block or w.shape[1]
+        group = w.numel() if grid.granularity == "tensor" else grid.group_size or w.shape[1]
         for h in importances().values():
             lost = []
             for search in (True, False):
@@ -108,8 +108,8 @@ def test_what_fit_returns_is_what_a_file_can_hold(name, data):
             assert torch.isfinite(params["scale"]).all()
             assert (params["scale"] != 0).all()
             assert params["scale"].shape == (
-                1 if grid.span == "tensor" else w.shape[0],
-                grid.groups(w.shape[1]) if grid.span != "tensor" else 1,
+                1 if grid.granularity == "tensor" else w.shape[0],
+                grid.groups(w.shape[1]) if grid.granularity != "tensor" else 1,
             )
             assert ("zero" in params) != grid.symmetric
             if not grid.symmetric:

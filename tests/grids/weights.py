@@ -75,8 +75,10 @@ def solve(grid, w, h=None, search=True):
 def rounded_in_any_order(grid, w, count):
     """Codes of `count` columns in random order, each making up for what those before it missed: compiled, and the reference."""
     params = grid.fit(w, None)
-    runs = torch.randperm(w.shape[1] // grid.step, generator=torch.Generator().manual_seed(1))[: count // grid.step]
-    columns = (runs[:, None] * grid.step + torch.arange(grid.step)).flatten()
+    runs = torch.randperm(w.shape[1] // grid.vector_size, generator=torch.Generator().manual_seed(1))[
+        : count // grid.vector_size
+    ]
+    columns = (runs[:, None] * grid.vector_size + torch.arange(grid.vector_size)).flatten()
     coupling = torch.tril(normal(count, count, 3, 0.1), -1) + torch.eye(count)
     target = w[:, columns].contiguous()
     for round_block in (grid.rounder(params, len(w)), partial(grid.round_block, params=params)):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import halfbyte
 import tiny
 from halfbyte.containers.kv import KVGrid
-from halfbyte.grids.grid import Inputs
+from halfbyte.grids.activations import ActivationQuant
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import Checkpoint
 
@@ -288,7 +288,7 @@ def test_integers_of_a_token_and_head_are_those_of_compressed_tensors():
     k = torch.randn(2, 3, 7, 16, generator=torch.Generator().manual_seed(0))
     args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
     grid = KVGrid.parse("int8").key
-    for head, ours in zip(k.flatten(0, 1), Inputs(grid, {}).round(k).flatten(0, 1), strict=True):
+    for head, ours in zip(k.flatten(0, 1), ActivationQuant(grid, {}).round(k).flatten(0, 1), strict=True):
         scale, zero = compute_dynamic_scales_and_zp(head, args, torch.nn.Module())
         torch.testing.assert_close(
             ours, fake_quantize(head, scale, zero, args), rtol=0, atol=float(scale.max()) * 1.01

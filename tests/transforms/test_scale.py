@@ -58,7 +58,7 @@ def test_the_block_computes_the_same(tmp_path, family, transforms):
     for weight, now in block.collect(set(of)).items():
         assert now.tokens == statistics[weight].tokens
         assert (now.hessian - statistics[weight].hessian).norm() < 1e-4 * now.hessian.norm(), weight.name
-        for one, other in zip(now.seen, statistics[weight].seen, strict=True):
+        for one, other in zip(now.activation_stats, statistics[weight].activation_stats, strict=True):
             torch.testing.assert_close(one, other, rtol=2**-6, atol=1e-4 * float(one.abs().max()))
 
 
@@ -94,13 +94,15 @@ def test_the_search_for_alpha_leaves_no_trace(tmp_path):
     block = uneven_block("llama", tmp_path)
     of = dict.fromkeys(block.weights, schemes.parse("int8-tensor/int8-static"))
     statistics = block.collect(set(of))
-    known = {w: (s.hessian.clone(), *s.seen) for w, s in statistics.items()}
+    known = {w: (s.hessian.clone(), *s.activation_stats) for w, s in statistics.items()}
     before = {t: block.view(t).clone() for t in block.tensors}
     folds = Finder().find(block)
     assert [smoothquant(Site(block, fold, of, statistics), Settings()) for fold in folds]
     assert all(torch.equal(block.view(t), value) for t, value in before.items())
     assert all(
-        torch.equal(*pair) for w, s in statistics.items() for pair in zip(known[w], (s.hessian, *s.seen), strict=True)
+        torch.equal(*pair)
+        for w, s in statistics.items()
+        for pair in zip(known[w], (s.hessian, *s.activation_stats), strict=True)
     )
     assert block.rows == block.columns == block.inputs == {}
 

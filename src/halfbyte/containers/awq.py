@@ -27,7 +27,8 @@ from halfbyte.containers.container import (
 from halfbyte.containers.gptq import SCALE_NAME, scale_held, stored_scale
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import AnyScheme, Quantized, Shape
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -45,7 +46,7 @@ class AWQ(ConfigContainer):
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         grid, (out, _) = integer(scheme, self.name), shape
-        if grid.bits_per_code != 4 or grid.span == "tensor":
+        if grid.bits_per_code != 4 or grid.granularity == "tensor":
             raise Unsupported(f"awq holds int4 per group or channel, not {grid}")
         if out % 8:
             raise Unsupported(f"awq packs eight out-features to a word, which {out} do not fill")
@@ -88,7 +89,7 @@ class AWQ(ConfigContainer):
         return {
             "quant_method": "awq",
             "bits": 4,
-            "group_size": grid.block or -1,
+            "group_size": grid.group_size or -1,
             "zero_point": True,
             "version": "gemm",
             # vLLM and SGLang take the head for 16 bits unless told so (vllm auto_awq.py, sglang awq/awq.py from_config).

@@ -28,14 +28,15 @@ from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.files import parse_json
 from halfbyte.grids.absmax import LEVELS, NESTED, AbsmaxGrid, dynamic_map, levels
-from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Scheme, Shape
-from halfbyte.grids.inputs import LLMInt8Inputs
+from halfbyte.grids.activations import ActivationQuant, LLMInt8Activations
+from halfbyte.grids.grid import Shape
 from halfbyte.grids.llm_int8 import ZERO, LLMInt8
+from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
 from halfbyte.grids.scalar import IntGrid
 
 STATE = "weight.quant_state.bitsandbytes__"
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-LLM_INT8 = Scheme(LLMInt8(), LLMInt8Inputs())
+LLM_INT8 = Scheme(LLMInt8(), LLMInt8Activations())
 """Whoever multiplies by these weights rounds what they read, too."""
 STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 """What bytes of codes are called (bnb_4bit_quant_storage)."""
@@ -57,13 +58,15 @@ class BitsAndBytes(ConfigContainer):
     def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         self.dtype = dtype
         grid = scheme.weight
-        is_integer = isinstance(grid, IntGrid) and (grid.bits_per_code, grid.span, grid.symmetric) == (
+        is_integer = isinstance(grid, IntGrid) and (grid.bits_per_code, grid.granularity, grid.symmetric) == (
             8,
             "channel",
             True,
         )
         return (
-            LLM_INT8 if scheme.input in (None, LLM_INT8.input) and (is_integer or isinstance(grid, LLMInt8)) else scheme
+            LLM_INT8
+            if scheme.activations in (None, LLM_INT8.activations) and (is_integer or isinstance(grid, LLMInt8))
+            else scheme
         )
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
@@ -73,8 +76,8 @@ class BitsAndBytes(ConfigContainer):
 
     def same(self, q: Quantized) -> Quantized | None:
         if isinstance(q.grid, LLMInt8):
-            return q._replace(input=Inputs(LLM_INT8.input, {}))
-        return q if isinstance(q.grid, AbsmaxGrid) and not q.input else None
+            return q._replace(activations=ActivationQuant(LLM_INT8.activations, {}))
+        return q if isinstance(q.grid, AbsmaxGrid) and not q.activations else None
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
         grid, (out, width) = _held(scheme), shape
@@ -148,7 +151,7 @@ class BitsAndBytes(ConfigContainer):
                 grid,
                 (tensors["weight"].int() + ZERO).to(torch.uint8),
                 {"absmax": tensors["SCB"].flatten()},
-                Inputs(LLM_INT8.input, {}),
+                ActivationQuant(LLM_INT8.activations, {}),
             )
         _require_same("quant_map", tensors["weight.quant_map"], levels(grid.kind))
         raw = tensors["weight"].contiguous().flatten().view(torch.uint8)
@@ -205,7 +208,7 @@ class BitsAndBytes(ConfigContainer):
 
 def _held(scheme: AnyScheme) -> AbsmaxGrid | LLMInt8:
     grid = scheme.weight
-    if not isinstance(grid, AbsmaxGrid | LLMInt8) or scheme.input not in (None, LLM_INT8.input):
+    if not isinstance(grid, AbsmaxGrid | LLMInt8) or scheme.activations not in (None, LLM_INT8.activations):
         kinds = " and ".join(LEVELS)
         raise Unsupported(
             f"bitsandbytes holds {kinds} in blocks (such as nf4-g64 or nf4-g64-double) and int8-channel, not {scheme}"

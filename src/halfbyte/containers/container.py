@@ -14,8 +14,10 @@ from torch import Tensor
 
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.grids.activations import ActivationGrid, ActivationQuant
 from halfbyte.grids.actorder import ActOrderGrid
-from halfbyte.grids.grid import AnyScheme, Grid, InputGrid, Inputs, Quantized, Shape
+from halfbyte.grids.grid import Grid, Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.grids.scalar import IntGrid
 
 Config = dict[str, Any]
@@ -64,7 +66,7 @@ class Container(ABC):
 
     def same(self, q: Quantized) -> Quantized | None:
         """A matrix from elsewhere, value for value on a grid that this container may hold; None where it must be rounded."""
-        return q._replace(input=None) if isinstance(q.grid, IntGrid) else None
+        return q._replace(activations=None) if isinstance(q.grid, IntGrid) else None
 
     def holding(self, q: Quantized) -> "Container":
         """The version of this container that holds such a matrix too."""
@@ -87,7 +89,7 @@ class Container(ABC):
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
         """The inverse of `pack`."""
 
-    def inputs(self, tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
+    def inputs(self, tensors: Mapping[str, Tensor], grid: ActivationGrid | None) -> ActivationQuant | None:
         """How what the matrix is multiplied by is rounded, from its tensors."""
         return inputs_of(tensors, grid)
 
@@ -155,7 +157,7 @@ def told(spec: Spec) -> str:
 
 
 def weights_only(scheme: AnyScheme, container: str) -> Grid:
-    if scheme.input:
+    if scheme.activations:
         raise Unsupported(
             f"{container} has no inputs of fewer than 16 bits, such as {scheme}; compressed-tensors has, or leave {scheme.weight} alone"
         )
@@ -173,31 +175,31 @@ def integer(scheme: AnyScheme, container: str) -> IntGrid:
     return grid
 
 
-def input_specs(grid: InputGrid | None) -> dict[str, Spec]:
+def input_specs(grid: ActivationGrid | None) -> dict[str, Spec]:
     """One number each, as compressed-tensors and vLLM name them."""
     return {STORED_INPUTS[name][0]: Spec((1,), STORED_INPUTS[name][1]) for name in (grid.stored if grid else ())}
 
 
-def input_parts(grid: InputGrid | None) -> dict[str, Part]:
+def input_parts(grid: ActivationGrid | None) -> dict[str, Part]:
     """As `input_specs`; others store them without a dimension too, and in the dtype of the model."""
     kinds = {"zero": (torch.int8,)}
     return {STORED_INPUTS[name][0]: any_of(ONE, kinds.get(name, SCALES)) for name in (grid.stored if grid else ())}
 
 
-def input_tensors(inputs: Inputs | None) -> dict[str, Tensor]:
+def input_tensors(inputs: ActivationQuant | None) -> dict[str, Tensor]:
     return {
         STORED_INPUTS[name][0]: value.to(STORED_INPUTS[name][1])
         for name, value in (inputs.params if inputs else {}).items()
     }
 
 
-def inputs_of(tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
+def inputs_of(tensors: Mapping[str, Tensor], grid: ActivationGrid | None) -> ActivationQuant | None:
     """The inverse of `input_tensors`. Raises BadCheckpoint where what should be stored is not."""
     if grid is None:
         return None
     if lost := [STORED_INPUTS[name][0] for name in grid.stored if STORED_INPUTS[name][0] not in tensors]:
         raise BadCheckpoint(f"inputs are said to be {grid}, whose {lost[0]} is not stored; the checkpoint is not whole")
-    return Inputs(grid, {name: tensors[STORED_INPUTS[name][0]].float().view(1) for name in grid.stored})
+    return ActivationQuant(grid, {name: tensors[STORED_INPUTS[name][0]].float().view(1) for name in grid.stored})
 
 
 def span_of(module: str, width: int, groups: int, sizes: Collection[Any]) -> int | str:

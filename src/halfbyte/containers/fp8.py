@@ -32,15 +32,16 @@ from halfbyte.containers.container import (
 from halfbyte.containers.fused import apart
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid, ActivationQuant
 from halfbyte.grids.floats import FLOAT_GRIDS, SIDE, FloatGrid, e8m0
-from halfbyte.grids.grid import AnyScheme, InputGrid, Inputs, Quantized, Scheme, Shape
-from halfbyte.grids.inputs import INPUT_GRIDS
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 ELEMENTS = {dtype: name for name, dtype in DTYPES.items()}
 BYTES = (torch.uint8, torch.float8_e8m0fnu)
-READ: dict[int | str, InputGrid] = {
-    name: INPUT_GRIDS[read]
+READ: dict[int | str, ActivationGrid] = {
+    name: ACTIVATION_GRIDS[read]
     for name, read in {
         "block": "fp8-e4m3-g128",
         "channel": "fp8-e4m3-token",
@@ -49,7 +50,7 @@ READ: dict[int | str, InputGrid] = {
     }.items()
 }
 """What engines round inputs to, by what shares a scale of the weights."""
-STATIC = INPUT_GRIDS["fp8-e4m3-static"]
+STATIC = ACTIVATION_GRIDS["fp8-e4m3-static"]
 
 
 class FP8(ConfigContainer):
@@ -61,30 +62,35 @@ class FP8(ConfigContainer):
 
     def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         grid = _held(scheme).with_scale("fp32")
-        return Scheme(grid, scheme.input or READ[grid.span])
+        return Scheme(grid, scheme.activations or READ[grid.granularity])
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         grid = _held(scheme)
-        if scheme.input not in (READ[grid.span], STATIC if grid.span == "tensor" else None):
+        if scheme.activations not in (READ[grid.granularity], STATIC if grid.granularity == "tensor" else None):
             raise Unsupported(
-                f"fp8 with scales per {grid.span} reads {READ[grid.span]} inputs{f' or {STATIC}' if grid.span == 'tensor' else ''}, not {scheme.input}"
+                f"fp8 with scales per {grid.granularity} reads {READ[grid.granularity]} inputs"
+                f"{f' or {STATIC}' if grid.granularity == 'tensor' else ''}, not {scheme.activations}"
             )
-        if grid.span == "block" and (shape[0] % SIDE or shape[1] % SIDE):
+        if grid.granularity == "block" and (shape[0] % SIDE or shape[1] % SIDE):
             raise Unsupported(
                 f"fp8 has blocks of {SIDE} x {SIDE}, which readers want {shape[0]} x {shape[1]} to be a multiple of; compressed-tensors has rows"
             )
 
     def same(self, q: Quantized) -> Quantized | None:
-        if not isinstance(q.grid, FloatGrid) or q.grid.span not in ("block", "tensor"):
+        if not isinstance(q.grid, FloatGrid) or q.grid.granularity not in ("block", "tensor"):
             return None
-        read = q.input if q.input and q.input.grid == STATIC else Inputs(READ[q.grid.span], {})
+        read = (
+            q.activations
+            if q.activations and q.activations.grid == STATIC
+            else ActivationQuant(READ[q.grid.granularity], {})
+        )
         return Quantized(q.grid.with_scale("fp32"), q.codes, {"scale": q.params["scale"].float()}, read)
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
         grid = _float(scheme)
         weight = Spec(shape, DTYPES[grid.element.name])
-        if grid.span == "tensor":
-            return {"weight": weight, "weight_scale": Spec((), torch.float32), **input_specs(scheme.input)}
+        if grid.granularity == "tensor":
+            return {"weight": weight, "weight_scale": Spec((), torch.float32), **input_specs(scheme.activations)}
         return {
             "weight": weight,
             "weight_scale_inv": Spec(grid.scales_shape(shape), torch.uint8 if grid.scale == "e8m0" else torch.float32),
@@ -95,11 +101,11 @@ class FP8(ConfigContainer):
         grid, (out, width) = _float(scheme), shape
         rows, columns = grid.scales_shape(shape)
         shapes = {"tensor": (*ONE, (1, 1)), "channel": ((out, 1), (out,), (1, out))}.get(
-            str(grid.span), ((rows, columns), (rows, 1, columns, 1))
+            str(grid.granularity), ((rows, columns), (rows, 1, columns, 1))
         )
         scale = any_of(shapes, (*SCALES, *BYTES), optional=True)
         renamed = {"input_scale": "activation_scale"} if has("activation_scale") else {}
-        inputs = {renamed.get(suffix, suffix): part for suffix, part in input_parts(scheme.input).items()}
+        inputs = {renamed.get(suffix, suffix): part for suffix, part in input_parts(scheme.activations).items()}
         return {
             "weight": any_of(((out, width), (width, out)), ELEMENTS),
             "weight_scale": scale,
@@ -110,8 +116,8 @@ class FP8(ConfigContainer):
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         grid, scale = _held(q.grid), q.params["scale"]
         weight = q.codes.view(DTYPES[grid.element.name])
-        if grid.span == "tensor":
-            return {"weight": weight, "weight_scale": scale.reshape(()), **input_tensors(q.input)}
+        if grid.granularity == "tensor":
+            return {"weight": weight, "weight_scale": scale.reshape(()), **input_tensors(q.activations)}
         return {"weight": weight, "weight_scale_inv": scale}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
@@ -123,10 +129,10 @@ class FP8(ConfigContainer):
         if scale.dtype == torch.uint8 and grid.scale != "e8m0":
             scale = e8m0(scale).float()
         return Quantized(
-            grid, weight, {"scale": scale.reshape(grid.scales_shape(shape))}, self.inputs(tensors, scheme.input)
+            grid, weight, {"scale": scale.reshape(grid.scales_shape(shape))}, self.inputs(tensors, scheme.activations)
         )
 
-    def inputs(self, tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
+    def inputs(self, tensors: Mapping[str, Tensor], grid: ActivationGrid | None) -> ActivationQuant | None:
         known = (
             {"input_scale": tensors["activation_scale"]} if "activation_scale" in tensors else {}
         )  # what Transformers calls it
@@ -138,8 +144,8 @@ class FP8(ConfigContainer):
         return {
             "quant_method": self.name,
             "fmt": grid.element.name,
-            "activation_scheme": "static" if scheme.input == STATIC else "dynamic",
-            **({"weight_block_size": [SIDE, SIDE]} if grid.span == "block" else {}),
+            "activation_scheme": "static" if scheme.activations == STATIC else "dynamic",
+            **({"weight_block_size": [SIDE, SIDE]} if grid.granularity == "block" else {}),
             "modules_to_not_convert": sorted(kept),
             "ignored_layers": sorted(kept),  # the same, for vLLM before it knew the other name
         }
@@ -176,7 +182,7 @@ class FP8(ConfigContainer):
                 )
                 has_scale = f"{module}.input_scale" in entries or f"{module}.activation_scale" in entries
                 is_static = config.get("activation_scheme") == "static" and has_scale
-                found[module] = Scheme(grid, STATIC if is_static else READ[grid.span]), shape
+                found[module] = Scheme(grid, STATIC if is_static else READ[grid.granularity]), shape
         return found
 
 
@@ -216,6 +222,6 @@ def _float(scheme: AnyScheme) -> FloatGrid:
 def _held(scheme: AnyScheme) -> FloatGrid:
     """What is written."""
     grid = _float(scheme)
-    if grid.element.name not in DTYPES or grid.span not in ("block", "tensor"):
+    if grid.element.name not in DTYPES or grid.granularity not in ("block", "tensor"):
         raise Unsupported(f"fp8 holds fp8-e4m3-block, fp8-e4m3-tensor and those of e5m2, not {grid}")
     return grid

@@ -33,7 +33,8 @@ from halfbyte.containers.container import (
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.actorder import ActOrderGrid
-from halfbyte.grids.grid import AnyScheme, Quantized, Shape
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 # vLLM matches rules against the fused module that it builds of several of the checkpoint's.
@@ -61,7 +62,7 @@ class GPTQ(ConfigContainer):
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         grid, (out, width) = integer(scheme, self.name), shape
-        if grid.bits_per_code not in WIDTHS or grid.span == "tensor":
+        if grid.bits_per_code not in WIDTHS or grid.granularity == "tensor":
             raise Unsupported(f"gptq holds int2, int3, int4 and int8 per channel or group, not {grid}")
         for what, size in (("in", width), ("out", out)):
             if size * grid.bits_per_code % 32:
@@ -203,7 +204,7 @@ SCALE_NAME = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
 def _order(width: int, grid: IntGrid) -> Tensor:
-    return torch.arange(width, dtype=torch.int32) // (grid.block or width)
+    return torch.arange(width, dtype=torch.int32) // (grid.group_size or width)
 
 
 def _as_ordered(module: str, grid: IntGrid, width: int, entries: Mapping[str, Entry]) -> IntGrid | ActOrderGrid:
@@ -229,7 +230,7 @@ def _integers(scheme: AnyScheme) -> IntGrid:
 
 
 def _settings(grid: IntGrid) -> Config:
-    return {"bits": grid.bits_per_code, "group_size": grid.block or -1, "sym": grid.symmetric}
+    return {"bits": grid.bits_per_code, "group_size": grid.group_size or -1, "sym": grid.symmetric}
 
 
 def _either_spelling(pattern: str) -> str:

@@ -28,10 +28,10 @@ from torch import Tensor
 from halfbyte.containers.container import Config
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
-from halfbyte.grids import ggml_inputs
-from halfbyte.grids.ggml_inputs import GGMLInputs
-from halfbyte.grids.grid import InputGrid, Inputs, Params
-from halfbyte.grids.inputs import ScaledInputs
+from halfbyte.grids import ggml_cache
+from halfbyte.grids.activations import ActivationGrid, ActivationQuant, ScaledActivations
+from halfbyte.grids.ggml_cache import GGMLCacheGrid
+from halfbyte.grids.grid import Params
 
 ALIASES = {"fp8": "fp8-e4m3-static", "fp8-e4m3": "fp8-e4m3-static", "int8": "int8-token", "int4": "int4-g32"}
 STRATEGIES = {"static": "tensor", "head": "attn_head"}
@@ -46,8 +46,8 @@ SCALE = re.compile(
 class KVGrid:
     """How keys and values are rounded."""
 
-    key: InputGrid
-    value: InputGrid
+    key: ActivationGrid
+    value: ActivationGrid
 
     @classmethod
     def parse(cls, name: str) -> "KVGrid":
@@ -64,17 +64,17 @@ class KVGrid:
         return self.key.static or self.value.static
 
 
-def _part(name: str, is_key: bool) -> InputGrid:
+def _part(name: str, is_key: bool) -> ActivationGrid:
     name = ALIASES.get(name, name)
-    if ggml_inputs.PATTERN.fullmatch(name):
-        return GGMLInputs.parse(name, is_key)
+    if ggml_cache.PATTERN.fullmatch(name):
+        return GGMLCacheGrid.parse(name, is_key)
     try:
-        grid = ScaledInputs.parse(name)
+        grid = ScaledActivations.parse(name)
     except BadRequest:
         raise BadRequest(
             f"'{name}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64, q8_0 or the like, or two of them for keys and values: int8/int4"
         ) from None
-    if grid.span == "tensor":
+    if grid.granularity == "tensor":
         raise BadRequest(
             f"a cache grows token by token, so no scale of all tokens can be found as it runs; write {grid.number}-static or {grid.number}-token"
         )
@@ -93,11 +93,11 @@ class KVCache:
     latent: bool = False
     """Latent attention (DeepSeek): keys are latents, values the part of keys that has positions, under one scale."""
 
-    def of(self, module: str) -> tuple[Inputs, Inputs]:
+    def of(self, module: str) -> tuple[ActivationQuant, ActivationQuant]:
         """How this attention's keys and values are rounded."""
         if self.grid.static and module not in self.keys:
             raise BadCheckpoint(f"no scale of the KV cache is stored for {module}; write them with: halfbyte kv")
-        return Inputs(self.grid.key, dict(self.keys.get(module, {}))), Inputs(
+        return ActivationQuant(self.grid.key, dict(self.keys.get(module, {}))), ActivationQuant(
             self.grid.value, dict(self.values.get(module, {}))
         )
 
@@ -149,7 +149,7 @@ def config(known: Config | None, grid: KVGrid) -> Config:
 def scheme_of(grid: KVGrid) -> Config:
     """`kv_cache_scheme` of compressed-tensors (its QuantizationArgs). Raises Unsupported for a cache that engines do not read from files."""
     part = grid.key
-    if not isinstance(part, ScaledInputs) or not part.static:
+    if not isinstance(part, ScaledActivations) or not part.static:
         raise Unsupported(
             f"nothing of a cache of {grid} is stored: engines choose it as they start. {served(grid)}; halfbyte eval --kv {grid} measures it"
         )
@@ -159,7 +159,13 @@ def scheme_of(grid: KVGrid) -> Config:
         raise Unsupported(
             f"vLLM takes every stored cache for fp8-e4m3, so {grid} would be misread; write fp8-e4m3, or serve with one found as it runs (int8)"
         )
-    return {"num_bits": 8, "type": "float", "strategy": STRATEGIES[str(part.span)], "symmetric": True, "dynamic": False}
+    return {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": STRATEGIES[str(part.granularity)],
+        "symmetric": True,
+        "dynamic": False,
+    }
 
 
 SERVED = {
@@ -177,7 +183,7 @@ LLAMA_CPP = "with -ctk q8_0 -ctv q8_0 or the like; halfbyte eval --kv q8_0 measu
 
 def served(grid: KVGrid) -> str:
     """What to tell an engine, in words."""
-    if isinstance(grid.key, GGMLInputs) and isinstance(grid.value, GGMLInputs):
+    if isinstance(grid.key, GGMLCacheGrid) and isinstance(grid.value, GGMLCacheGrid):
         return f"llama.cpp: -ctk {grid.key} -ctv {grid.value}"
     return SERVED.get(str(grid), "no engine that we know of has it")
 
@@ -198,8 +204,8 @@ def find(said: Config, entries: Mapping[str, Entry]) -> KVCache | None:
     bits, span = scheme.get("num_bits", 8), "head" if scheme.get("strategy") == "attn_head" else "static"
     if scheme.get("type", "float") == "float" and bits != 8:
         raise Unsupported(f"a KV cache of floats of {bits} bits is not read; FP8 and integers are")
-    part = ScaledInputs("fp8-e4m3" if scheme.get("type", "float") == "float" else f"int{bits}", span)
-    shape = (-1, 1, 1) if part.span == "head" else (-1,)
+    part = ScaledActivations("fp8-e4m3" if scheme.get("type", "float") == "float" else f"int{bits}", span)
+    shape = (-1, 1, 1) if part.granularity == "head" else (-1,)
     shaped = {
         which: {module: {"scale": p["scale"].reshape(shape)} for module, p in known.items()}
         for which, known in found.items()

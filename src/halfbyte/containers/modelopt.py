@@ -24,11 +24,12 @@ from halfbyte.containers.fused import apart
 from halfbyte.containers.read_only import ReadOnly
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
+from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid, ActivationQuant
 from halfbyte.grids.floats import NVFP4_FACTOR
-from halfbyte.grids.grid import AnyScheme, InputGrid, Inputs, Quantized, Scheme, Shape
-from halfbyte.grids.inputs import INPUT_GRIDS
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
 
-NVFP4_INPUTS = INPUT_GRIDS["nvfp4"]
+NVFP4_INPUTS = ACTIVATION_GRIDS["nvfp4"]
 NOT_FOLLOWED = ("pre_quant_scale", "svdquant_lora_a")
 """Parts of a module that change what its weights are multiplied by (AWQ, SVDQuant)."""
 
@@ -71,7 +72,9 @@ class ModelOpt(ReadOnly):
             return FP8().parts(scheme, shape, has)
         out, width = shape
         inputs = (
-            {"input_scale": any_of(ONE, [torch.float32])} if scheme.input == NVFP4_INPUTS else input_parts(scheme.input)
+            {"input_scale": any_of(ONE, [torch.float32])}
+            if scheme.activations == NVFP4_INPUTS
+            else input_parts(scheme.activations)
         )
         return {
             "weight": any_of(((out, width // 2), (width // 2, out)), [torch.uint8]),
@@ -89,17 +92,17 @@ class ModelOpt(ReadOnly):
         ):  # Llama 4's experts and gpt-oss's lie as [in, out]
             weight, scale = weight.T, scale.T.contiguous()
         params = {"scale": scale, "factor": tensors["weight_scale_2"].float().view(1, 1)}
-        return Quantized(NVFP4_FACTOR, unpack(weight, 4), params, self.inputs(tensors, scheme.input))
+        return Quantized(NVFP4_FACTOR, unpack(weight, 4), params, self.inputs(tensors, scheme.activations))
 
-    def inputs(self, tensors: Mapping[str, Tensor], grid: InputGrid | None) -> Inputs | None:
+    def inputs(self, tensors: Mapping[str, Tensor], grid: ActivationGrid | None) -> ActivationQuant | None:
         if grid != NVFP4_INPUTS:
             return inputs_of(tensors, grid)
-        return Inputs(
+        return ActivationQuant(
             NVFP4_INPUTS, {"divisor": tensors["input_scale"].float().reciprocal().view(1)}
         )  # engines too divide by the inverse
 
 
-def _inputs_of_nvfp4(config: Config, module: str) -> InputGrid:
+def _inputs_of_nvfp4(config: Config, module: str) -> ActivationGrid:
     """W4A8 and W4A4 differ in the config alone, which says it for all modules or for each."""
     said = config.get("quantization") or config
     algorithm = said.get("quantized_layers", {}).get(module, said).get("quant_algo", "NVFP4")

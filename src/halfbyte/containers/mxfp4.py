@@ -18,7 +18,8 @@ from halfbyte.containers.fused import apart
 from halfbyte.containers.read_only import ReadOnly
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import AnyScheme, Quantized, Shape
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
 
 
 class MXFP4(ReadOnly):

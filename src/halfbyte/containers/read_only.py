@@ -9,7 +9,8 @@ from torch import Tensor
 from halfbyte.containers.container import Config, ConfigContainer
 from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import AnyScheme, Quantized, Shape
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
 
 
 class ReadOnly(ConfigContainer):

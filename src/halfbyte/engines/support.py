@@ -12,7 +12,8 @@ from halfbyte.engines.engines import ENGINES, engine_named
 from halfbyte.engines.verdicts import Word, check
 from halfbyte.errors import Unsupported
 from halfbyte.grids import GRIDS, schemes
-from halfbyte.grids.grid import Inputs, Quantized
+from halfbyte.grids.activations import ActivationQuant
+from halfbyte.grids.quantized import Quantized
 from halfbyte.models.checkpoint import Weight
 from halfbyte.recipe import METHODS, method_named
 from halfbyte.solvers import SOLVERS
@@ -44,8 +45,12 @@ def triples() -> Iterator[tuple[str, str, str, str]]:
             for method in METHODS:
                 chosen = method_named(method)
                 q = SOLVERS[chosen.solver](w, scheme.weight, statistics if chosen.calibrated else None)
-                if scheme.input:
-                    q = q._replace(input=Inputs(scheme.input, scheme.input.fit(statistics.seen, "max")))
+                if scheme.activations:
+                    q = q._replace(
+                        activations=ActivationQuant(
+                            scheme.activations, scheme.activations.fit(statistics.activation_stats, "max")
+                        )
+                    )
                 packed = container.pack(q)
                 plan = container.plan(scheme, q.shape)
                 assert {n: (tuple(t.shape), t.dtype) for n, t in packed.items()} == {

@@ -16,8 +16,8 @@ from halfbyte.engines.architectures import Config, Registry, architecture_of, au
 from halfbyte.engines.engines import DEGREES, ENGINES, EXPERT, FUSED, ROW, Kernel, Reads, engine_named
 from halfbyte.grids.absmax import AbsmaxGrid
 from halfbyte.grids.floats import SIDE, FloatGrid
-from halfbyte.grids.grid import AnyScheme
 from halfbyte.grids.levels import LevelGrid
+from halfbyte.grids.quantized import AnyScheme
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models.checkpoint import Weight
 
@@ -187,7 +187,7 @@ def _scaled(decoder: Config) -> str | None:
 def _is_decoded(known: Registry, container: str, quantized: Mapping[Weight, AnyScheme], config: Config) -> bool:
     """Whether the engine has to be asked to decode every weight as it loads."""
     packed = {s for s in set(quantized.values()) if "weight" not in CONTAINERS[container]().plan(s, ANY_SHAPE)}
-    asymmetric = any(isinstance(s.weight, IntGrid) and not s.weight.symmetric and not s.input for s in packed)
+    asymmetric = any(isinstance(s.weight, IntGrid) and not s.weight.symmetric and not s.activations for s in packed)
     return bool(asymmetric or (packed and known.name_of(config) in known.dequantized))
 
 
@@ -199,7 +199,7 @@ def _decoding(engine: str, quantized: Mapping[Weight, AnyScheme]) -> Iterator[st
     schemes = sorted(set(quantized.values()), key=str)
     if len(schemes) > 1:
         yield f"{engine} has to decode this model's weights, and takes all of them to be {schemes[0]}, not {', '.join(map(str, schemes[1:]))}: use one grid"
-    if rounded := next((s for s in schemes if s.input), None):
+    if rounded := next((s for s in schemes if s.activations), None):
         yield f"{engine} has to decode this model's packed weights, and then leaves inputs in 16 bits, unlike {rounded}: use 8-bit weights such as w8a8"
 
 
@@ -255,9 +255,9 @@ def _name(scheme: AnyScheme) -> str:
 
 def _kernel(reads: Reads, scheme: AnyScheme) -> Kernel | None:
     grid = scheme.weight
-    if scheme.input or not isinstance(grid, IntGrid):
+    if scheme.activations or not isinstance(grid, IntGrid):
         return next((k for k in reads.kernels if k.named and re.fullmatch(k.named, _name(scheme))), None)
-    spans = {grid.span, "any group"} if grid.block else {grid.span}
+    spans = {grid.granularity, "any group"} if grid.group_size else {grid.granularity}
     return next((k for k in reads.kernels if (grid.bits_per_code, grid.symmetric) in k.codes and spans & k.spans), None)
 
 
@@ -300,7 +300,9 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, config: C
         yield f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
     # vLLM turns what is called .weight, as all of 8 bits is but integers under 16-bit inputs (models/gpt2.py).
     conv1d = {w.name: g for w, g in placed.items() if g and w.transposed and w.expert is None}
-    turned = [name for name, g in conv1d.items() if not reads.transposed or isinstance(g.weight, FloatGrid) or g.input]
+    turned = [
+        name for name, g in conv1d.items() if not reads.transposed or isinstance(g.weight, FloatGrid) or g.activations
+    ]
     if turned:
         family = decoder_of(config).get("model_type", "this model")
         yield f"{turned[0]} of {family} is a Conv1D, which {engine} is not known to load from {container}: keep it in 16 bits, or use vllm"
@@ -356,7 +358,7 @@ def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Itera
 
 def _is_expert(reads: Reads, scheme: AnyScheme) -> bool:
     grid = scheme.weight
-    if isinstance(grid, IntGrid) and not scheme.input:
+    if isinstance(grid, IntGrid) and not scheme.activations:
         return (grid.bits_per_code, grid.symmetric) in reads.experts
     return any(re.fullmatch(name, _name(scheme)) for name in reads.named_experts)
 
@@ -396,19 +398,22 @@ def _misfit(reads: Reads, layouts: Mapping[Layout, str], degree: int, tiles: boo
         grid = scheme.weight
         split = width if row else out
         if split % degree or (
-            degree > 1 and isinstance(grid, IntGrid) and not scheme.input and split // degree * grid.bits_per_code % 32
+            degree > 1
+            and isinstance(grid, IntGrid)
+            and not scheme.activations
+            and split // degree * grid.bits_per_code % 32
         ):
             return f"{name} ({out} x {width}) does not split into {degree} parts of whole 32-bit words"
         if (
             isinstance(grid, FloatGrid)
-            and grid.span == "block"
+            and grid.granularity == "block"
             and (degree > 1 or together != out)
             and split // degree % SIDE
         ):
             return f"{name} ({out} x {width}) does not split into {degree} parts of whole blocks of {SIDE} x {SIDE}"
         width, together = (width // degree, together) if row else (width, together // degree)
-        if grid.block and width % grid.block:
-            return f"{name} has {width} in-features, no multiple of the group {grid.block}"
+        if grid.group_size and width % grid.group_size:
+            return f"{name} has {width} in-features, no multiple of the group {grid.group_size}"
         kernel = _kernel(reads, scheme)
         shapes = kernel.tiles if kernel and (tiles or kernel.whole_tiles) else ()
         if shapes and all(width % a or together % b for a, b in shapes):

@@ -53,7 +53,7 @@ class AbsmaxGrid(Grid):
     double: bool = False
     """Whether scales are quantized in their turn."""
 
-    step = 1
+    vector_size = 1
     pattern = PATTERN
 
     @classmethod
@@ -70,7 +70,7 @@ class AbsmaxGrid(Grid):
         return f"{self.kind}-g{self.group}{'-double' if self.double else ''}"
 
     @property
-    def block(self) -> int | None:
+    def group_size(self) -> int | None:
         """None: which in-features share a scale may change from row to row."""
         return None
 
@@ -125,8 +125,8 @@ class AbsmaxGrid(Grid):
         return scales[(torch.arange(rows, device=scales.device)[:, None] * width + at) // self.group]
 
     def round(
-        self, w: Float32[Tensor, "out step"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+        self, w: Float32[Tensor, "out vector"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
         scale = self.columns(params, w.shape[0], [at])
         code = nearest(self.kind, w * inverse(scale))
         return code, scale * levels(self.kind).to(w.device)[code.int()]

@@ -25,7 +25,7 @@ class ActOrderGrid(Grid):
 
     integers: IntGrid
 
-    step = 1
+    vector_size = 1
 
     @classmethod
     def parse(cls, name: str) -> "ActOrderGrid":
@@ -35,11 +35,11 @@ class ActOrderGrid(Grid):
         return f"{self.integers}{SUFFIX}"
 
     @property
-    def block(self) -> int | None:
-        return self.integers.block
+    def group_size(self) -> int | None:
+        return self.integers.group_size
 
     @property
-    def spans_rows(self) -> bool:
+    def shares_params_across_rows(self) -> bool:
         return True
 
     def bits(self, shape: Shape) -> float:
@@ -54,8 +54,8 @@ class ActOrderGrid(Grid):
         self.refuse()
 
     def round(
-        self, w: Float32[Tensor, "out step"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+        self, w: Float32[Tensor, "out vector"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
         self.refuse()
 
     def encode(

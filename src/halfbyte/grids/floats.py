@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from halfbyte.errors import BadRequest
 from halfbyte.grids import rounding
-from halfbyte.grids.grid import Codes, Grid, Params, Quantized, Rounder, Shape
+from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 from halfbyte.grids.scalar import SCALE_DTYPES
 
 PATTERN = re.compile(r"fp8-(?P<element>e4m3|e5m2)-(?P<span>tensor|channel|block)(-(?P<scale>fp32|bf16|fp16))?")
@@ -104,15 +104,15 @@ def e8m0(byte: Integer[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
 
 @dataclass(frozen=True)
 class FloatGrid(Grid):
-    """Elements times scales; `span` says how many weights share one."""
+    """Elements times scales; `granularity` says how many weights share one."""
 
     element: Element
-    span: int | str
+    granularity: int | str
     """In-features per group, or "block" (SIDE x SIDE), "channel" (the whole row) or "tensor"."""
     scale: str = "fp32"
     """How scales are stored: a key of SCALE_DTYPES, "e8m0", "e4m3" under a divisor, or "e4m3-factor" under a factor."""
 
-    step = 1
+    vector_size = 1
     pattern = PATTERN
 
     @classmethod
@@ -127,26 +127,26 @@ class FloatGrid(Grid):
             return f"mxfp{self.element.bits}-{self.element.name}"
         if self.scale in NVFP4_NAMES:
             return NVFP4_NAMES[self.scale]
-        return f"fp8-{self.element.name}-{self.span}{'' if self.scale == 'fp32' else '-' + self.scale}"
+        return f"fp8-{self.element.name}-{self.granularity}{'' if self.scale == 'fp32' else '-' + self.scale}"
 
     def with_scale(self, scale: str) -> "FloatGrid":
         return replace(self, scale=scale)
 
     @property
-    def spans_rows(self) -> bool:
-        return self.span == "tensor" or self.scale in NVFP4_NAMES
+    def shares_params_across_rows(self) -> bool:
+        return self.granularity == "tensor" or self.scale in NVFP4_NAMES
 
     @property
-    def block(self) -> int | None:
-        return SIDE if self.span == "block" else self.span if isinstance(self.span, int) else None
+    def group_size(self) -> int | None:
+        return SIDE if self.granularity == "block" else self.granularity if isinstance(self.granularity, int) else None
 
     def scales_shape(self, shape: Shape) -> Shape:
         """[rows of scales, scales in each]."""
         out, width = shape
-        if isinstance(self.span, int) and width % self.span:
-            raise BadRequest(f"{self} does not divide a row of {width}; it takes multiples of {self.span}")
-        rows = {"tensor": 1, "block": -(-out // SIDE)}.get(str(self.span), out)
-        return rows, -(-width // self.block) if self.block else 1
+        if isinstance(self.granularity, int) and width % self.granularity:
+            raise BadRequest(f"{self} does not divide a row of {width}; it takes multiples of {self.granularity}")
+        rows = {"tensor": 1, "block": -(-out // SIDE)}.get(str(self.granularity), out)
+        return rows, -(-width // self.group_size) if self.group_size else 1
 
     def bits(self, shape: Shape) -> float:
         rows, groups = self.scales_shape(shape)
@@ -229,15 +229,15 @@ class FloatGrid(Grid):
 
     def _per_row(self, scales: Tensor, out: int) -> Tensor:
         """[out, groups, ...]: a row of scales for every row of weights."""
-        if self.span == "block":
+        if self.granularity == "block":
             return scales.repeat_interleave(SIDE, 0)[:out]
         return scales.expand(out, *scales.shape[1:])
 
     def _over_rows(self, x: Tensor, reduce) -> Tensor:
         """The inverse: what is known of every row's groups, to that of the weights which share a scale."""
-        if self.span == "tensor":
+        if self.granularity == "tensor":
             return reduce(x, 0, keepdim=True)
-        if self.span == "block":
+        if self.granularity == "block":
             return reduce(
                 functional.pad(x, (0, 0) * (x.dim() - 1) + (0, -x.shape[0] % SIDE)).unflatten(0, (-1, SIDE)), 1
             )
@@ -245,14 +245,14 @@ class FloatGrid(Grid):
 
     def _grouped(self, x: Float[Tensor, "rows in"]) -> Float32[Tensor, "rows groups size"]:
         """The groups of each row, the last filled up with zeros."""
-        size = self.block or x.shape[1]
+        size = self.group_size or x.shape[1]
         return functional.pad(x.float(), (0, -x.shape[1] % size)).unflatten(1, (-1, size))
 
     def _largest(self, w: Float[Tensor, "out in"]) -> Float32[Tensor, "out groups"]:
         if w.device.type == "cpu":
             from halfbyte.grids import floats_numba
 
-            return floats_numba.largest(w, self.block or w.shape[1])
+            return floats_numba.largest(w, self.group_size or w.shape[1])
         return self._grouped(w).abs().amax(-1)
 
     def _moments(
@@ -265,7 +265,7 @@ class FloatGrid(Grid):
         if w.device.type == "cpu":
             from halfbyte.grids import floats_numba
 
-            return floats_numba.moments(self.element, w, importance, scales, self.block or w.shape[1])
+            return floats_numba.moments(self.element, w, importance, scales, self.group_size or w.shape[1])
         return self.moments_reference(w, importance, scales)
 
     def moments_reference(
@@ -287,9 +287,9 @@ class FloatGrid(Grid):
         return torch.stack(wq, -1), torch.stack(qq, -1)
 
     def round(
-        self, w: Float32[Tensor, "out step"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
-        group = at // self.block if self.block else 0
+        self, w: Float32[Tensor, "out vector"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
+        group = at // self.group_size if self.group_size else 0
         scale = self._per_row(self.scales(params)[:, group : group + 1], w.shape[0])
         code = self.element.round(w / scale)
         return code, self.element.decode(code) * scale
@@ -299,7 +299,7 @@ class FloatGrid(Grid):
         from halfbyte.grids.round_block_numba import Floats, round_block
 
         return partial(
-            round_block, Floats(self._per_row(self.scales(params), rows), *bits_of(self.element)), self.block
+            round_block, Floats(self._per_row(self.scales(params), rows), *bits_of(self.element)), self.group_size
         )
 
     def encode(
@@ -309,7 +309,7 @@ class FloatGrid(Grid):
         if w.device.type == "cpu":
             from halfbyte.grids import floats_numba
 
-            return floats_numba.encode(self.element, w, scales, self.block or w.shape[1])
+            return floats_numba.encode(self.element, w, scales, self.group_size or w.shape[1])
         return self.encode_reference(w, scales)
 
     def encode_reference(self, w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"]) -> Codes:
@@ -321,13 +321,14 @@ class FloatGrid(Grid):
         if codes.device.type == "cpu":
             from halfbyte.grids import floats_numba
 
-            return floats_numba.decode(self.element, codes, scales, self.block or codes.shape[1])
+            return floats_numba.decode(self.element, codes, scales, self.group_size or codes.shape[1])
         return self.decode_reference(codes, scales)
 
     def decode_reference(self, codes: Codes, scales: Float32[Tensor, "out groups"]) -> Float32[Tensor, "out in"]:
         """The torch reference of `decode`."""
         return (
-            self.element.decode(codes) * scales.repeat_interleave(self.block or codes.shape[1], 1)[:, : codes.shape[1]]
+            self.element.decode(codes)
+            * scales.repeat_interleave(self.group_size or codes.shape[1], 1)[:, : codes.shape[1]]
         )
 
 
@@ -351,13 +352,3 @@ FLOAT_GRIDS: dict[str, FloatGrid] = {
 NVFP4_FACTOR = FloatGrid(ELEMENTS["e2m1"], 16, "e4m3-factor")
 """nvfp4-global with a factor in place of the divisor, as Model Optimizer's files have it: one is no exact inverse of the other.
 It is read and never fitted, so it is not in the table."""
-
-
-def with_divisor(q: Quantized) -> Quantized | None:
-    """nvfp4-factor on nvfp4-global, with the same codes and scales: values differ in the last bit of fp32. None for other grids."""
-    if q.grid != NVFP4_FACTOR:
-        return None
-    return q._replace(
-        grid=FLOAT_GRIDS["nvfp4-global"],
-        params={"scale": q.params["scale"], "divisor": q.params["factor"].reciprocal()},
-    )

@@ -43,7 +43,7 @@ class KQuant(Grid):
     stored_bits: int
     """Bytes of a block, in bits: padding and all."""
 
-    step = 1
+    vector_size = 1
 
     @classmethod
     def parse(cls, name: str) -> "KQuant":
@@ -55,11 +55,11 @@ class KQuant(Grid):
         return self.name
 
     @property
-    def block(self) -> int:
+    def group_size(self) -> int:
         return self.super_block
 
     @property
-    def prominent(self) -> bool:
+    def weighs_magnitude(self) -> bool:
         """Four or eight levels: KL on bookworm-6m .0169 in place of .0178 with Q3_K_M; Q4_K and integers of 4 bits lose more by it."""
         return self.top in (3, 7)
 
@@ -74,13 +74,15 @@ class KQuant(Grid):
 
     def blocks(self, width: int) -> int:
         """Blocks along a row of `width` in-features."""
-        if width % self.block:
-            raise BadRequest(f"{self} packs blocks of {self.block} in-features, which do not divide a row of {width}")
-        return width // self.block
+        if width % self.group_size:
+            raise BadRequest(
+                f"{self} packs blocks of {self.group_size} in-features, which do not divide a row of {width}"
+            )
+        return width // self.group_size
 
     def bits(self, shape: Shape) -> float:
         self.blocks(shape[1])
-        return self.stored_bits / self.block
+        return self.stored_bits / self.group_size
 
     def fit(
         self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
@@ -100,8 +102,8 @@ class KQuant(Grid):
         return scale, -(params["dmin"].float()[..., None] * params["min"].view(out, blocks, -1)).view(out, -1)
 
     def round(
-        self, w: Float32[Tensor, "out step"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+        self, w: Float32[Tensor, "out vector"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
         scale, offset = self.lines(params)
         group = slice(at // self.group, at // self.group + 1)
         scale, offset = scale[:, group], None if offset is None else offset[:, group]

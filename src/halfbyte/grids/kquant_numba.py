@@ -43,7 +43,7 @@ def fit(
     """kquant_search.fit_reference."""
     out, width = w.shape
     h = None if importance is None else importance.contiguous().numpy().reshape(-1)
-    d, dmin = np.empty((2, out * width // grid.block), np.float32)
+    d, dmin = np.empty((2, out * width // grid.group_size), np.float32)
     scale, minimum = np.empty((2, out * width // grid.group), np.float32)
     low, high = grid.scales or (0, 0)
     limits = F(-grid.middle), F(grid.top - grid.middle), F(low), F(high)
@@ -59,7 +59,7 @@ def fit(
         raw(w).reshape(-1),
         h,
         grid.group,
-        grid.block // grid.group,
+        grid.group_size // grid.group,
         limits,
         *tried,
         d,

@@ -175,7 +175,7 @@ def fit_reference(
 
 
 def _fit_rows(grid: KQuant, w: Tensor, h: Tensor, effort: Effort) -> tuple[Tensor, ...]:
-    x = w.float().reshape(len(w), -1, grid.block // grid.group, grid.group)
+    x = w.float().reshape(len(w), -1, grid.group_size // grid.group, grid.group)
     h = h.reshape(x.shape)
     total, mass = (h * x).sum(-1), h.sum(-1).expand(x.shape[:-1])
     bottom, top = float(-grid.middle), float(grid.top - grid.middle)

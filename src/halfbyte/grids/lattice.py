@@ -35,7 +35,7 @@ class LatticeGrid(Grid):
     magnitudes: tuple[int | float, ...]
     dimension: int
     """Magnitudes in one entry of the codebook."""
-    step: int
+    vector_size: int
     group: int
     """In-features that share an integer scale."""
     top: int
@@ -52,7 +52,7 @@ class LatticeGrid(Grid):
         return self.name
 
     @property
-    def block(self) -> int:
+    def group_size(self) -> int:
         return SUPER
 
     def bits(self, shape: Shape) -> float:
@@ -84,8 +84,8 @@ class LatticeGrid(Grid):
         return (d[..., None] * odd.unflatten(1, (d.shape[1], -1)) * self.unit).flatten(1)
 
     def round(
-        self, w: Float32[Tensor, "out step"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+        self, w: Float32[Tensor, "out vector"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
         self._check_writable()
         scale = self.scales(params)[:, at // self.group, None]
         codes = nearest(self, w * inverse(scale), torch.ones_like(w))
@@ -146,7 +146,7 @@ def nearest(
     """
     book = codebook(grid.name).to(w.device)
     values = torch.tensor(grid.magnitudes, dtype=torch.float32, device=w.device)[book.int()]
-    shape = w.shape[0], -1, grid.step // grid.dimension, grid.dimension
+    shape = w.shape[0], -1, grid.vector_size // grid.dimension, grid.dimension
     w, h = w.clamp(-1e18, 1e18).reshape(shape), h.reshape(shape)
     negative, hw = w < 0, h * w.abs()
     costs = h @ values.square().T - 2 * (hw @ values.T)
@@ -158,7 +158,7 @@ def nearest(
         odd = negative.flatten(2).sum(-1, keepdim=True) % 2 == 1
         entry = torch.where(odd & (torch.arange(shape[2], device=w.device) == part), other, entry)
         which = part * grid.dimension + at.gather(-1, other[..., None]).squeeze(-1).gather(-1, part)
-        turn = odd & (torch.arange(grid.step, device=w.device) == which)
+        turn = odd & (torch.arange(grid.vector_size, device=w.device) == which)
         negative = negative ^ turn.view(negative.shape)
     return (book[entry] | (negative.to(torch.uint8) << 7)).flatten(1)
 

@@ -368,9 +368,14 @@ def round_block(
     the columns before have made up for it, and d_k the weight of column k: not the distance, but the distance that counts.
     """
     codes = np.empty(wanted.shape, np.uint8)
-    book, own = reference.codebook(grid.name).numpy(), scales[:, columns[:: grid.step] // grid.group]  # of each run
+    book, own = (
+        reference.codebook(grid.name).numpy(),
+        scales[:, columns[:: grid.vector_size] // grid.group],
+    )  # of each run
     arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), own.contiguous().numpy()
-    in_threads(_round_block, len(wanted), *arrays, tables(grid), grid.step, grid.dimension, grid.parity, book, codes)
+    in_threads(
+        _round_block, len(wanted), *arrays, tables(grid), grid.vector_size, grid.dimension, grid.parity, book, codes
+    )
     return torch.from_numpy(codes)
 
 

@@ -50,13 +50,13 @@ class LevelGrid(Grid):
     tries: tuple[int, ...]
     """What a search tries: other such levels, or if scales are bytes, by how much the byte differs."""
 
-    step = 1
+    vector_size = 1
 
     def __str__(self) -> str:
         return self.name
 
     @property
-    def block(self) -> int:
+    def group_size(self) -> int:
         return SUPER if self.scale == "6-bit" else self.group
 
     def bits(self, shape: Shape) -> float:
@@ -67,8 +67,8 @@ class LevelGrid(Grid):
     ) -> Params:
         """`scale` [out, in / group], in fp16 or as the stored byte. 6-bit: as the stored 6 bits, for d * (scale - 32), and fp16
         `d` [out, in / 256]."""
-        if w.shape[1] % self.block:
-            raise BadRequest(f"{self} does not divide a row of {w.shape[1]}; it takes multiples of {self.block}")
+        if w.shape[1] % self.group_size:
+            raise BadRequest(f"{self} does not divide a row of {w.shape[1]}; it takes multiples of {self.group_size}")
         if w.device.type == "cpu":
             from halfbyte.grids import levels_numba
 
@@ -95,8 +95,8 @@ class LevelGrid(Grid):
         return every_byte_scale(self.scale).to(scale.device)[scale.int()]
 
     def round(
-        self, w: Float32[Tensor, "out step"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+        self, w: Float32[Tensor, "out vector"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
         scale = self.scales(params)[:, at // self.group, None]
         code = nearest(self, w * inverse(scale))
         return code, scale * self._value(code)

@@ -22,13 +22,13 @@ TOP, ZERO = 127, 128
 class LLMInt8(Grid):
     """Signed bytes, stored plus 128."""
 
-    step = 1
+    vector_size = 1
 
     def __str__(self) -> str:
         return "llm-int8"
 
     @property
-    def block(self) -> int | None:
+    def group_size(self) -> int | None:
         return None
 
     def bits(self, shape: Shape) -> float:
@@ -44,8 +44,8 @@ class LLMInt8(Grid):
         return {"absmax": scale[:, 0] * TOP}
 
     def round(
-        self, w: Float32[Tensor, "out step"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+        self, w: Float32[Tensor, "out vector"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
         codes = self.encode(w, params)
         return codes, self.decode(codes, params)
 

@@ -30,15 +30,15 @@ PATTERN = re.compile(
 
 @dataclass(frozen=True)
 class IntGrid(Grid):
-    """2^bits evenly spaced levels; `span` says how many weights share a scale (and a zero point)."""
+    """2^bits evenly spaced levels; `granularity` says how many weights share a scale (and a zero point)."""
 
     bits_per_code: int
-    span: int | str
+    granularity: int | str
     """In-features per group, or "channel" (the whole row), or "tensor"."""
     symmetric: bool = True
     scale: str = "fp16"
 
-    step = 1
+    vector_size = 1
     pattern = PATTERN
 
     @classmethod
@@ -52,12 +52,12 @@ class IntGrid(Grid):
         return cls(int(match["bits"]), span, not match["asym"], match["scale"] or "fp16")
 
     def __str__(self) -> str:
-        span = f"g{self.span}" if isinstance(self.span, int) else self.span
+        span = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
         return f"int{self.bits_per_code}-{span}{'' if self.symmetric else '-asym'}{'' if self.scale == 'fp16' else '-' + self.scale}"
 
     @property
-    def block(self) -> int | None:
-        return self.span if isinstance(self.span, int) else None
+    def group_size(self) -> int | None:
+        return self.granularity if isinstance(self.granularity, int) else None
 
     @property
     def midpoint(self) -> int:
@@ -65,26 +65,26 @@ class IntGrid(Grid):
         return 1 << (self.bits_per_code - 1)
 
     @property
-    def spans_rows(self) -> bool:
-        return self.span == "tensor"
+    def shares_params_across_rows(self) -> bool:
+        return self.granularity == "tensor"
 
-    def with_span(self, span: int | str) -> "IntGrid":
-        return replace(self, span=span)
+    def with_granularity(self, granularity: int | str) -> "IntGrid":
+        return replace(self, granularity=granularity)
 
     def with_scale(self, scale: str) -> "IntGrid":
         return replace(self, scale=scale)
 
     def groups(self, width: int) -> int:
         """Groups along a row of `width` in-features."""
-        if self.block is None:
+        if self.group_size is None:
             return 1
-        if width % self.block:
+        if width % self.group_size:
             raise BadRequest(f"{self} does not divide a row of {width}")
-        return width // self.block
+        return width // self.group_size
 
     def bits(self, shape: Shape) -> float:
         out, width = shape
-        scales = 1 if self.span == "tensor" else out * self.groups(width)
+        scales = 1 if self.granularity == "tensor" else out * self.groups(width)
         overhead = SCALE_DTYPES[self.scale].itemsize * 8 + (0 if self.symmetric else self.bits_per_code)
         return self.bits_per_code + scales * overhead / (out * width)
 
@@ -92,8 +92,8 @@ class IntGrid(Grid):
         self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
     ) -> Params:
         out, width = w.shape
-        group = self.block or width
-        if self.span == "tensor":
+        group = self.group_size or width
+        if self.granularity == "tensor":
             w, group = w.reshape(1, -1), w.numel()
             importance = importance.expand(out, width).reshape(-1) if importance is not None else None
         self.groups(width)
@@ -110,13 +110,13 @@ class IntGrid(Grid):
 
     def columns(self, params: Params, at: int) -> tuple[Tensor, Tensor | int]:
         """Scale [rows, 1] in float32 and zero code of the group that column `at` belongs to."""
-        group = at // self.block if self.block else 0
+        group = at // self.group_size if self.group_size else 0
         zero = self.midpoint if self.symmetric else params["zero"][:, group : group + 1].float()
         return params["scale"][:, group : group + 1].float(), zero
 
     def round(
-        self, w: Float32[Tensor, "out step"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out step"], Float32[Tensor, "out step"]]:
+        self, w: Float32[Tensor, "out vector"], params: Params, at: int
+    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
         scale, zero = self.columns(params, at)
         q = (torch.round(w * scale.reciprocal()) + zero).clamp_(0, (1 << self.bits_per_code) - 1)
         return q.to(torch.uint8), (q - zero) * scale
@@ -131,18 +131,18 @@ class IntGrid(Grid):
             else params["zero"].expand(rows, -1)
         )
         return partial(
-            round_block, Even(scale, zero, torch.zeros_like(scale), (1 << self.bits_per_code) - 1), self.block
+            round_block, Even(scale, zero, torch.zeros_like(scale), (1 << self.bits_per_code) - 1), self.group_size
         )
 
     def encode(
         self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
     ) -> Codes:
         zero = None if self.symmetric else params["zero"]
-        if self.span == "tensor":
+        if self.granularity == "tensor":
             return rounding.encode(w.reshape(1, -1), params["scale"].float(), zero, w.numel(), self.bits_per_code).view(
                 w.shape
             )
-        return rounding.encode(w, params["scale"].float(), zero, self.block or w.shape[1], self.bits_per_code)
+        return rounding.encode(w, params["scale"].float(), zero, self.group_size or w.shape[1], self.bits_per_code)
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
         scale, zero = params["scale"].float(), self.midpoint if self.symmetric else params["zero"].float()[..., None]

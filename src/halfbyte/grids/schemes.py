@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from halfbyte import grids
 from halfbyte.errors import UnknownName
-from halfbyte.grids import inputs
-from halfbyte.grids.grid import AnyScheme, Scheme
+from halfbyte.grids import activations
+from halfbyte.grids.quantized import AnyScheme, Scheme
 
 
 class Preset(NamedTuple):
@@ -41,4 +41,4 @@ def parse(name: str) -> AnyScheme:
         grid = grids.parse(weight)
     except UnknownName:
         raise UnknownName("grid", weight, (*grids.GRIDS, *grids.ALIASES, *PRESETS)) from None
-    return Scheme(grid, inputs.parse(read)) if slash else grid
+    return Scheme(grid, activations.parse(read)) if slash else grid

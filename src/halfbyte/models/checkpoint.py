@@ -19,7 +19,9 @@ from halfbyte.containers.container import require_parts, told
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief
 from halfbyte.files import exists, is_within, read_object
-from halfbyte.grids.grid import AnyScheme, Inputs, Quantized, Shape
+from halfbyte.grids.activations import ActivationQuant
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models import roles, tokenizers
 from halfbyte.models.linears import Linears, linears
 
@@ -236,17 +238,17 @@ class Checkpoint:
         assert self.container is not None
         return self.container.unpack(tensors, scheme, shape)
 
-    def read_inputs(self, module: str) -> Inputs | None:
+    def read_inputs(self, module: str) -> ActivationQuant | None:
         """How engines round what a module reads; None where it stays in 16 bits."""
         scheme, _ = self.quantized.get(module, (None, ()))
-        if scheme is None or scheme.input is None or self.container is None:
+        if scheme is None or scheme.activations is None or self.container is None:
             return None
         numbers = {
             n.removeprefix(f"{module}."): self.entries[n].read()
             for n in self.parts_of[module]
             if prod(self.entries[n].shape) == 1
         }
-        return self.container.inputs(numbers, scheme.input)
+        return self.container.inputs(numbers, scheme.activations)
 
     @cached_property
     def parts_of(self) -> dict[str, list[str]]:

@@ -17,8 +17,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from halfbyte.containers.kv import KVCache, KVGrid
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import InputGrid, Inputs, Params, Seen
-from halfbyte.grids.inputs import ScaledInputs
+from halfbyte.grids.activations import ActivationGrid, ActivationQuant, ActivationStats, ScaledActivations
+from halfbyte.grids.grid import Params
 from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.skeleton import Place
@@ -124,7 +124,7 @@ def blank(checkpoint: Checkpoint, grid: KVGrid) -> KVCache:
     return KVCache(grid, dict.fromkeys(found, scale), dict.fromkeys(found, scale), any(map(is_latent, found.values())))
 
 
-def rounded(key: Inputs, value: Inputs) -> Through:
+def rounded(key: ActivationQuant, value: ActivationQuant) -> Through:
     """What comes back is what an engine reads from its cache."""
     return lambda k, v: (key.round(k), value.round(v))
 
@@ -148,13 +148,13 @@ class Heads:
         self.high = torch.maximum(self.high, high) if self.rows else high
         self.rows.append(x[:, :: -(-x.shape[1] // SAMPLED)].clone())
 
-    def fit(self, grid: InputGrid, how: str) -> Params:
+    def fit(self, grid: ActivationGrid, observer: str) -> Params:
         """The parameters to store; none if scales are found as the engine runs."""
         rows = torch.cat(self.rows, 1)
-        if isinstance(grid, ScaledInputs) and grid.span == "head":
+        if isinstance(grid, ScaledActivations) and grid.granularity == "head":
             heads = [
-                grid.fit(Seen(low, high, some), how)["scale"]
+                grid.fit(ActivationStats(low, high, some), observer)["scale"]
                 for low, high, some in zip(self.low, self.high, rows, strict=True)
             ]
             return {"scale": torch.stack(heads).view(-1, 1, 1)}
-        return grid.fit(Seen(self.low.amin(0), self.high.amax(0), rows.flatten(0, 1)), how)
+        return grid.fit(ActivationStats(self.low.amin(0), self.high.amax(0), rows.flatten(0, 1)), observer)

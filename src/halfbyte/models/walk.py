@@ -26,7 +26,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.grids.grid import Inputs
+from halfbyte.grids.activations import ActivationQuant
 from halfbyte.models import kv, roles, skeleton
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.solvers.statistics import Statistics
@@ -71,7 +71,7 @@ class Block:
         self.rows: dict[Weight, Tensor] = {}
         self.columns: dict[Weight, Tensor] = {}
         """Scales of rows and columns that folds have moved, not yet in memory: there they would be rounded to 16 bits."""
-        self.inputs: dict[Weight, Inputs] = {}
+        self.inputs: dict[Weight, ActivationQuant] = {}
         """How what these read is rounded whenever the block runs."""
 
     @property

@@ -12,7 +12,7 @@ from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
 from halfbyte.errors import BadCheckpoint, BadRequest, UnknownName, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.floats import FloatGrid
-from halfbyte.grids.grid import AnyScheme
+from halfbyte.grids.quantized import AnyScheme
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models import adapter, heads, roles, sizes
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
@@ -192,7 +192,7 @@ def _is_original(checkpoint: Checkpoint) -> bool:
 
 def _check_inputs(job: Job) -> None:
     """Raise BadRequest for methods, words and schemes of inputs that do not go together."""
-    read = [s.input for s in job.schemes.values() if s.input]
+    read = [s.activations for s in job.schemes.values() if s.activations]
     if job.recipe.alpha is not None and "smoothquant" not in job.method.transforms:
         raise BadRequest(
             f"alpha is for smoothquant, and the method is {job.recipe.method}; leave it out, or write --method smoothquant+gptq"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from halfbyte.grids.grid import Quantized
+from halfbyte.grids.quantized import Quantized
 from halfbyte.solvers.gptq import gptaq, gptq
 from halfbyte.solvers.nearest import nearest
 

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from halfbyte.grids.grid import Grid, Params, Quantized
+from halfbyte.grids.grid import Grid, Params
+from halfbyte.grids.quantized import Quantized
 from halfbyte.solvers.statistics import Statistics
 
 SHARE = 0.5
@@ -27,11 +28,11 @@ def gptq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Quan
     bookworm-6m .0306 in place of .0321 with int3-g128-asym, .214 of .222 with int2-g128-asym), and more for large weights:
     least squares would rather clip them, all in the same direction (.0287 and .165).
     """
-    params = grid.fit(w, prominence(w).mul_(statistics.conditional(grid.step)))
+    params = grid.fit(w, magnitude_weights(w).mul_(statistics.conditional(grid.vector_size)))
     return Quantized(grid, solve(w, grid, params, statistics), params)
 
 
-def prominence(w: Float[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
+def magnitude_weights(w: Float[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
     """How much more an error in a large weight counts than in a small one: as in llama.cpp's fitting with an importance matrix."""
     squares = w.float().square()
     return squares.add_(squares.mean(1, keepdim=True)).sqrt_()
@@ -48,7 +49,7 @@ def gptaq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Qua
 
 def solve(w: Float[Tensor, "out in"], grid: Grid, params: Params, statistics: Statistics) -> UInt8[Tensor, "out in"]:
     """The codes that GPTQ chooses once the parameters are fixed."""
-    order, factor, diagonal = statistics.factor(grid.step)
+    order, factor, diagonal = statistics.factor(grid.vector_size)
     round_block = grid.rounder(params, w.shape[0])
     ordered = w.index_select(1, order)
     # Errors are kept in bf16 for the products between blocks: what they make up for is of the size of a rounding step, so a

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from halfbyte.grids.grid import Seen
+from halfbyte.grids.activations import ActivationStats
 
 DAMPING = 0.01
 SAMPLED = 32
@@ -68,9 +68,9 @@ class Statistics:
         return self._sum
 
     @property
-    def seen(self) -> Seen:
+    def activation_stats(self) -> ActivationStats:
         """What x ranges over, and every SAMPLED-th token."""
-        return Seen(self._low, self._high, torch.cat(self._rows).float())
+        return ActivationStats(self._low, self._high, torch.cat(self._rows).float())
 
     @property
     def importance(self) -> Float32[Tensor, " width"]:

@@ -13,7 +13,7 @@ from halfbyte.containers.safetensors import Spec
 from halfbyte.engines.engines import FUSED
 from halfbyte.engines.verdicts import Verdict
 from halfbyte.errors import BadRequest
-from halfbyte.grids.grid import AnyScheme
+from halfbyte.grids.quantized import AnyScheme
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.recipe import Method, Recipe
 from halfbyte.targets.gguf import presets
@@ -68,7 +68,7 @@ class Job:
         units: dict[tuple, list[Weight]] = {}
         for weight, scheme in schemes.items():
             home, _, last = weight.name.rpartition(".")
-            fused = next((f for f in FUSED if last in f), None) if scheme.weight.spans_rows else None
+            fused = next((f for f in FUSED if last in f), None) if scheme.weight.shares_params_across_rows else None
             units.setdefault((home, fused, scheme) if fused else (weight.name,), []).append(weight)
         return list(units.values())
 
@@ -106,7 +106,7 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether text has to run through the model."""
-        return self.method.calibrated or any(s.input and s.input.static for s in self.schemes.values())
+        return self.method.calibrated or any(s.activations and s.activations.static for s in self.schemes.values())
 
 
 def keep(checkpoint: Checkpoint, choices: list[Choice]) -> dict[str, str]:

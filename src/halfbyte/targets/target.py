@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfbyte.containers.folder import Shard
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.grids.grid import AnyScheme, Quantized
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models.checkpoint import Weight
 from halfbyte.targets.plan import Job
 

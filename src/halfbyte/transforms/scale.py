@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from halfbyte.grids.grid import AnyScheme
+from halfbyte.grids.quantized import AnyScheme
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.walk import Block
 from halfbyte.solvers.statistics import Statistics
@@ -26,7 +26,7 @@ class Settings:
     alpha: float | None = None
     """SmoothQuant's migration strength; None: searched for each fold."""
     ranges: str = "max"
-    """What stored scales of inputs span: a key of `halfbyte.grids.inputs.RANGES`."""
+    """What stored scales of inputs span: a key of `halfbyte.grids.activations.OBSERVERS`."""
 
 
 class Chosen(NamedTuple):

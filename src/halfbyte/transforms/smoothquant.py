@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from halfbyte.grids.grid import Inputs, Seen
+from halfbyte.grids.activations import ActivationQuant, ActivationStats
 from halfbyte.models.checkpoint import Weight
 from halfbyte.solvers.nearest import nearest
 from halfbyte.solvers.statistics import Diagonal
@@ -25,10 +25,10 @@ BATCH = 1
 
 def smoothquant(site: Site, settings: Settings) -> Chosen | None:
     """The scale at the alpha asked for, or at the best one; None where no input is rounded."""
-    readers = [w for w in site.readers if site.schemes[w].input]
+    readers = [w for w in site.readers if site.schemes[w].activations]
     if not readers:
         return None
-    x = site.per_row(torch.stack([largest(site.statistics[w].seen) for w in readers]).amax(0), "amax")
+    x = site.per_row(torch.stack([largest(site.statistics[w].activation_stats) for w in readers]).amax(0), "amax")
     w = site.per_row(torch.stack([site.block.target(w).float().abs().amax(0) for w in readers]).amax(0), "amax")
 
     def at(alpha: float) -> Float32[Tensor, " rows"]:
@@ -49,7 +49,7 @@ def smoothquant(site: Site, settings: Settings) -> Chosen | None:
     return Chosen(at(best), {"alpha": best, "error": errors[best] / max(lost(None), 1e-30)})
 
 
-def largest(seen: Seen) -> Float32[Tensor, " in"]:
+def largest(seen: ActivationStats) -> Float32[Tensor, " in"]:
     """The largest size of each in-feature."""
     return torch.maximum(seen.low.abs(), seen.high.abs())
 
@@ -92,7 +92,9 @@ def rounded(site: Site, weight: Weight, w: Tensor, channels: Tensor) -> Float32[
     ).decode()
 
 
-def read(site: Site, weight: Weight, channels: Tensor, ranges: str) -> Inputs | None:
+def read(site: Site, weight: Weight, channels: Tensor, ranges: str) -> ActivationQuant | None:
     """How the inputs are rounded that `weight` reads under the scale."""
-    grid, seen = site.schemes[weight].input, site.statistics[weight].seen
-    return Inputs(grid, grid.fit(Seen(*(part / channels for part in seen)), ranges)) if grid else None
+    grid, seen = site.schemes[weight].activations, site.statistics[weight].activation_stats
+    return (
+        ActivationQuant(grid, grid.fit(ActivationStats(*(part / channels for part in seen)), ranges)) if grid else None
+    )

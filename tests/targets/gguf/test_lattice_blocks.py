@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from halfbyte.grids.grid import Quantized
+from halfbyte.grids.quantized import Quantized
 from halfbyte.targets.gguf.lattice_blocks import LATTICE_LAYOUTS
 
 EVERY = sorted(LATTICE_LAYOUTS)

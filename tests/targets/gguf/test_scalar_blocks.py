@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from halfbyte.grids.grid import Quantized
+from halfbyte.grids.quantized import Quantized
 from halfbyte.targets.gguf.scalar_blocks import SCALAR_LAYOUTS
 
 EVERY = sorted(SCALAR_LAYOUTS)

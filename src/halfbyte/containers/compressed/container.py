@@ -25,7 +25,8 @@ from halfbyte.containers.container import (
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported, brief
 from halfbyte.grids.floats import FLOAT_GRIDS, NVFP4_FACTOR, FloatGrid
-from halfbyte.grids.grid import AnyScheme, Quantized, Scheme, Shape
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 PACKED = Packed()
@@ -49,34 +50,34 @@ class CompressedTensors(ConfigContainer):
             if isinstance(grid, IntGrid | FloatGrid) and grid.scale in SCALE_DTYPES
             else grid
         )
-        native = Scheme(grid, scheme.input) if scheme.input else grid
+        native = Scheme(grid, scheme.activations) if scheme.activations else grid
         layout_of(native)
         return native
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
-        check_inputs(scheme.input)
+        check_inputs(scheme.activations)
         layout_of(scheme).check(scheme.weight, shape)
 
     def same(self, q: Quantized) -> Quantized | None:
         return q
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
-        return {**layout_of(scheme).plan(scheme.weight, shape), **input_specs(scheme.input)}
+        return {**layout_of(scheme).plan(scheme.weight, shape), **input_specs(scheme.activations)}
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
         return {
             **_layout_in_file(scheme, has("weight_packed")).parts(scheme.weight, shape),
-            **input_parts(scheme.input),
+            **input_parts(scheme.activations),
         }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
-        return {**layout_of(q.scheme).pack(q), **input_tensors(q.input)}
+        return {**layout_of(q.scheme).pack(q), **input_tensors(q.activations)}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
         return (
             _layout_in_file(scheme, "weight_packed" in tensors)
             .unpack(tensors, scheme.weight, shape)
-            ._replace(input=inputs_of(tensors, scheme.input))
+            ._replace(activations=inputs_of(tensors, scheme.activations))
         )
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
@@ -92,7 +93,7 @@ class CompressedTensors(ConfigContainer):
             groups[f"group_{len(groups)}"] = {
                 "targets": targets,
                 "weights": layout_of(scheme).arguments(scheme.weight),
-                "input_activations": input_arguments(scheme.input),
+                "input_activations": input_arguments(scheme.activations),
                 "output_activations": None,
                 "format": layout_of(scheme).format,
             }

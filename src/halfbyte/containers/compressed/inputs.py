@@ -6,8 +6,7 @@ import regex
 
 from halfbyte.containers.container import Config
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.grids.grid import InputGrid
-from halfbyte.grids.inputs import INPUT_GRIDS, ScaledInputs
+from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid, ScaledActivations
 
 MICRO: dict[str, Config] = {
     "mxfp8-e4m3": {"num_bits": 8, "strategy": "group", "group_size": 32, "dynamic": True, "scale_dtype": "torch.uint8"},
@@ -25,7 +24,7 @@ PATIENCE = 1.0
 STRATEGIES = {"token": ("token", True), "tensor": ("tensor", True), "static": ("tensor", False)}
 
 
-def check_inputs(grid: InputGrid | None) -> None:
+def check_inputs(grid: ActivationGrid | None) -> None:
     """Raise Unsupported for what the config has no words for."""
     if grid is not None and str(grid) not in MICRO and not _is_said(grid):
         raise Unsupported(
@@ -33,15 +32,15 @@ def check_inputs(grid: InputGrid | None) -> None:
         )
 
 
-def _is_said(grid: InputGrid) -> bool:
+def _is_said(grid: ActivationGrid) -> bool:
     return (
-        isinstance(grid, ScaledInputs)
+        isinstance(grid, ScaledActivations)
         and grid.number != "fp8-e5m2"
-        and (isinstance(grid.span, int) or grid.span in STRATEGIES)
+        and (isinstance(grid.granularity, int) or grid.granularity in STRATEGIES)
     )
 
 
-def input_arguments(grid: InputGrid | None) -> Config | None:
+def input_arguments(grid: ActivationGrid | None) -> Config | None:
     check_inputs(grid)
     if grid is None:
         return None
@@ -53,22 +52,22 @@ def input_arguments(grid: InputGrid | None) -> Config | None:
         "observer": None,
         "observer_kwargs": {},
     }
-    if not isinstance(grid, ScaledInputs):
+    if not isinstance(grid, ScaledActivations):
         return {**common, "type": "float", **MICRO[str(grid)]}
-    strategy, dynamic = ("group", True) if isinstance(grid.span, int) else STRATEGIES[grid.span]
+    strategy, dynamic = ("group", True) if isinstance(grid.granularity, int) else STRATEGIES[grid.granularity]
     return {
         **common,
         "num_bits": grid.bits,
         "type": "int" if grid.number.startswith("int") else "float",
         "symmetric": grid.symmetric,
         "strategy": strategy,
-        "group_size": grid.span if isinstance(grid.span, int) else None,
+        "group_size": grid.granularity if isinstance(grid.granularity, int) else None,
         "dynamic": dynamic,
         **({} if dynamic else {"observer": "static_minmax"}),
     }
 
 
-def input_grid(said: Config | None) -> InputGrid | None:
+def input_grid(said: Config | None) -> ActivationGrid | None:
     """The inverse of `input_arguments`, for files of others too. Raises Unsupported."""
     if not said:
         return None
@@ -80,7 +79,7 @@ def input_grid(said: Config | None) -> InputGrid | None:
     )
     for name, words in MICRO.items():
         if is_float and (bits, strategy, group) == (words["num_bits"], words["strategy"], words["group_size"]):
-            return INPUT_GRIDS[name]
+            return ACTIVATION_GRIDS[name]
     dynamic = said.get("dynamic", False)
     span = (
         f"g{group}"
@@ -92,7 +91,7 @@ def input_grid(said: Config | None) -> InputGrid | None:
         raise Unsupported(
             f"inputs rounded to {number} with strategy '{strategy}', dynamic {dynamic}, are not read; per token, per tensor and in groups they are"
         )
-    return ScaledInputs.parse(f"{number}-{span}{'' if said.get('symmetric', True) or is_float else '-asym'}")
+    return ScaledActivations.parse(f"{number}-{span}{'' if said.get('symmetric', True) or is_float else '-asym'}")
 
 
 def _matches(pattern: str, module: str) -> bool:

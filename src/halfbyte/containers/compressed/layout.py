@@ -8,7 +8,8 @@ from torch import Tensor
 from halfbyte.containers.container import Config, Part
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
+from halfbyte.grids.grid import Grid, Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.grids.scalar import SCALE_DTYPES
 
 SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
@@ -25,9 +26,9 @@ class Layout(ABC):
 
     def check(self, grid: Grid, shape: Shape) -> None:
         """Raise Unsupported for a matrix that does not fit."""
-        if isinstance(grid.block, int) and grid.block <= 32 and shape[1] % grid.block:
+        if isinstance(grid.group_size, int) and grid.group_size <= 32 and shape[1] % grid.group_size:
             raise Unsupported(
-                f"{self.format} of compressed-tensors has groups of {grid.block} in-features, which do not divide {shape[1]}"
+                f"{self.format} of compressed-tensors has groups of {grid.group_size} in-features, which do not divide {shape[1]}"
             )
 
     @abstractmethod

@@ -17,8 +17,9 @@ from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments
 from halfbyte.containers.container import ONE, Config, Part, any_of, integer, span_of, stored, told
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
-from halfbyte.grids.inputs import FLOATS, ScaledInputs
+from halfbyte.grids.activations import FLOATS, ScaledActivations
+from halfbyte.grids.grid import Grid, Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 NAME = "compressed-tensors"
@@ -31,12 +32,13 @@ class Packed(Layout):
 
     def writes(self, scheme: AnyScheme) -> bool:
         return isinstance(scheme.weight, IntGrid) and (
-            scheme.input is None or (isinstance(scheme.input, ScaledInputs) and scheme.input.number in FLOATS)
+            scheme.activations is None
+            or (isinstance(scheme.activations, ScaledActivations) and scheme.activations.number in FLOATS)
         )
 
     def check(self, grid: Grid, shape: Shape) -> None:
         grid = integer(grid, NAME)
-        if grid.span == "tensor" and not grid.symmetric:
+        if grid.granularity == "tensor" and not grid.symmetric:
             raise Unsupported(f"compressed-tensors packs zero points per channel or group only, not {grid}")
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
@@ -44,7 +46,7 @@ class Packed(Layout):
         groups = grid.groups(width)
         specs = {
             "weight_packed": Spec((out, -(-width * grid.bits_per_code // 32)), torch.int32),
-            "weight_scale": Spec((1,) if grid.span == "tensor" else (out, groups), SCALE_DTYPES[grid.scale]),
+            "weight_scale": Spec((1,) if grid.granularity == "tensor" else (out, groups), SCALE_DTYPES[grid.scale]),
             "weight_shape": Spec((2,), torch.int64),
         }
         if not grid.symmetric:
@@ -52,7 +54,7 @@ class Packed(Layout):
         return specs
 
     def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
-        known, tensor = super().parts(grid, shape), integer(grid, NAME).span == "tensor"
+        known, tensor = super().parts(grid, shape), integer(grid, NAME).granularity == "tensor"
         scale = (
             {"weight_scale": any_of((*ONE, (1, 1)), [self.plan(grid, shape)["weight_scale"].dtype])} if tensor else {}
         )
@@ -62,7 +64,7 @@ class Packed(Layout):
         grid = integer(q.grid, NAME)
         tensors = {
             "weight_packed": bits.pack(q.codes, grid.bits_per_code),
-            "weight_scale": q.params["scale"].reshape(-1) if grid.span == "tensor" else q.params["scale"],
+            "weight_scale": q.params["scale"].reshape(-1) if grid.granularity == "tensor" else q.params["scale"],
             "weight_shape": torch.tensor(q.shape),
         }
         if not grid.symmetric:
@@ -72,7 +74,7 @@ class Packed(Layout):
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
         grid, (out, width) = integer(grid, NAME), shape
         scale = tensors["weight_scale"]
-        params = {"scale": scale.reshape(1, 1) if grid.span == "tensor" else scale}
+        params = {"scale": scale.reshape(1, 1) if grid.granularity == "tensor" else scale}
         if not grid.symmetric:
             params["zero"] = bits.unpack(tensors["weight_zero_point"].T, grid.bits_per_code, out).T.contiguous()
         return Quantized(grid, bits.unpack(tensors["weight_packed"], grid.bits_per_code, width), params)
@@ -91,7 +93,11 @@ class Packed(Layout):
     def arguments(self, grid: Grid) -> Config:
         grid = integer(grid, NAME)
         return arguments(
-            grid.bits_per_code, "int", "group" if grid.block else str(grid.span), grid.block, grid.symmetric
+            grid.bits_per_code,
+            "int",
+            "group" if grid.group_size else str(grid.granularity),
+            grid.group_size,
+            grid.symmetric,
         )
 
 

@@ -16,8 +16,9 @@ from halfbyte.containers.container import ONE, Config, Part, any_of, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.floats import FLOAT_GRIDS
-from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
+from halfbyte.grids.grid import Grid, Shape
 from halfbyte.grids.levels import LEVEL_GRIDS
+from halfbyte.grids.quantized import AnyScheme, Quantized
 
 
 class MX(Layout):

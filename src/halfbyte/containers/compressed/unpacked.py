@@ -19,7 +19,8 @@ from halfbyte.containers.container import ONE, Config, Part, any_of, integer, sp
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.floats import FLOAT_GRIDS, SIDE, FloatGrid
-from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
+from halfbyte.grids.grid import Grid, Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 
 MXFP8 = FLOAT_GRIDS["mxfp8-e4m3"]
@@ -34,23 +35,23 @@ class Unpacked(Layout):
     def writes(self, scheme: AnyScheme) -> bool:
         grid = scheme.weight
         if isinstance(grid, IntGrid):
-            return self.format == "int-quantized" and scheme.input is not None
+            return self.format == "int-quantized" and scheme.activations is not None
         is_fp8 = isinstance(grid, FloatGrid) and grid.element.name == "e4m3" and grid.scale in SCALE_DTYPES
-        return is_fp8 and self.format == ("float-quantized" if scheme.input else "naive-quantized")
+        return is_fp8 and self.format == ("float-quantized" if scheme.activations else "naive-quantized")
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
         if isinstance(grid, FloatGrid):
-            scales = (1,) if grid.span == "tensor" else grid.scales_shape(shape)
+            scales = (1,) if grid.granularity == "tensor" else grid.scales_shape(shape)
             return {"weight": Spec(shape, torch.float8_e4m3fn), "weight_scale": Spec(scales, SCALE_DTYPES[grid.scale])}
         grid = integer(grid, self.format)
-        scales = (1,) if grid.span == "tensor" else (shape[0], grid.groups(shape[1]))
+        scales = (1,) if grid.granularity == "tensor" else (shape[0], grid.groups(shape[1]))
         zero = {} if grid.symmetric else {"weight_zero_point": Spec(scales, torch.int8)}
         return {"weight": Spec(shape, torch.int8), "weight_scale": Spec(scales, SCALE_DTYPES[grid.scale]), **zero}
 
     def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
         plan, span = (
             self.plan(grid, shape),
-            grid.span if isinstance(grid, FloatGrid) else integer(grid, self.format).span,
+            grid.granularity if isinstance(grid, FloatGrid) else integer(grid, self.format).granularity,
         )
         shapes = {"tensor": (*ONE, (1, 1)), "channel": ((shape[0], 1), (shape[0],))}.get(
             str(span), (plan["weight_scale"].shape,)
@@ -116,10 +117,16 @@ class Unpacked(Layout):
 
     def arguments(self, grid: Grid) -> Config:
         if isinstance(grid, FloatGrid):
-            return arguments(8, "float", str(grid.span), block_structure=[SIDE, SIDE] if grid.span == "block" else None)
+            return arguments(
+                8, "float", str(grid.granularity), block_structure=[SIDE, SIDE] if grid.granularity == "block" else None
+            )
         grid = integer(grid, self.format)
         return arguments(
-            grid.bits_per_code, "int", "group" if grid.block else str(grid.span), grid.block, grid.symmetric
+            grid.bits_per_code,
+            "int",
+            "group" if grid.group_size else str(grid.granularity),
+            grid.group_size,
+            grid.symmetric,
         )
 
 

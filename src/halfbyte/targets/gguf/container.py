@@ -8,7 +8,8 @@ from torch import Tensor
 from halfbyte.containers.container import Container, exact_half, fits_half, weights_only
 from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import AnyScheme, Grid, Quantized, Shape
+from halfbyte.grids.grid import Grid, Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
 from halfbyte.targets.gguf.lattice_blocks import LATTICE_LAYOUTS
 from halfbyte.targets.gguf.layout import Layout
@@ -41,13 +42,13 @@ class GGUF(Container):
     def same(self, q: Quantized) -> Quantized | None:
         """Symmetric integers in groups of whole blocks are Q4_0, Q5_0 or Q8_0 with the same scale in each block of a group."""
         if q.grid in TYPE_OF:
-            return q._replace(input=None)
+            return q._replace(activations=None)
         grid, width = q.grid, q.shape[1]
         if (
             not isinstance(grid, IntGrid)
             or not grid.symmetric
             or width % BLOCK
-            or (grid.block or width) % BLOCK
+            or (grid.group_size or width) % BLOCK
             or not fits_half(q.params["scale"])
         ):
             return None
@@ -86,7 +87,7 @@ def with_minimum(q: Quantized) -> Quantized | None:
     grid, width = q.grid, q.shape[1]
     if not isinstance(grid, IntGrid) or grid.symmetric or grid.bits_per_code > 5:
         return None
-    if width % BLOCK or (grid.block or width) % BLOCK or not fits_half(q.params["scale"]):
+    if width % BLOCK or (grid.group_size or width) % BLOCK or not fits_half(q.params["scale"]):
         return None
     scale, zero = (q.params[name].float().expand(q.shape[0], -1) for name in ("scale", "zero"))
     params = {"d": scale.to(torch.float16), "m": (-scale * zero).to(torch.float16)}

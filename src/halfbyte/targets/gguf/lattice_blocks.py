@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Int, Int32, UInt8
 from torch import Tensor
 
-from halfbyte.grids.grid import Codes, Grid, Params, Quantized
+from halfbyte.grids.grid import Codes, Grid, Params
 from halfbyte.grids.lattice import LATTICE_GRIDS, NEGATIVE, codebook, entry_of_key, keys
 from halfbyte.grids.levels import LEVEL_GRIDS
+from halfbyte.grids.quantized import Quantized
 from halfbyte.targets.gguf.layout import Layout
 
 Raw = UInt8[Tensor, "out row_bytes"]

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from jaxtyping import UInt8
 from torch import Tensor
 
-from halfbyte.grids.grid import Grid, Quantized
+from halfbyte.grids.grid import Grid
+from halfbyte.grids.quantized import Quantized
 
 
 class Layout(NamedTuple):

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from halfbyte.grids.grid import Grid, Params, Quantized
+from halfbyte.grids.grid import Grid, Params
 from halfbyte.grids.kquant import KQUANTS
+from halfbyte.grids.quantized import Quantized
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.targets.gguf import planes_numba
 from halfbyte.targets.gguf.layout import Layout
@@ -69,7 +70,7 @@ Field = Half | Scales | Plane | Trits
 def pack(fields: tuple[Field, ...], q: Quantized) -> UInt8[Tensor, "out row_bytes"]:
     """The rows of a matrix as a file holds them."""
     out, width = q.shape
-    block = q.grid.block or width
+    block = q.grid.group_size or width
     codes = q.codes.cpu().contiguous().view(-1, block)
     raw = torch.empty(codes.shape[0], sum(field.size for field in fields), dtype=torch.uint8)
     at = 0
@@ -92,7 +93,7 @@ def unpack(fields: tuple[Field, ...], raw: UInt8[Tensor, "out row_bytes"], grid:
     """The inverse of `pack`."""
     out = raw.shape[0]
     blocks = raw.contiguous().view(-1, sum(field.size for field in fields))
-    codes = torch.zeros(blocks.shape[0], grid.block or 0, dtype=torch.uint8)
+    codes = torch.zeros(blocks.shape[0], grid.group_size or 0, dtype=torch.uint8)
     params: Params = {}
     at = 0
     for field in fields:
@@ -224,7 +225,7 @@ FIELDS: dict[str, tuple[Grid, tuple[Field, ...]]] = {
 
 SCALAR_LAYOUTS: dict[str, Layout] = {
     name: Layout(
-        grid, grid.block or 0, sum(field.size for field in fields), partial(pack, fields), partial(unpack, fields)
+        grid, grid.group_size or 0, sum(field.size for field in fields), partial(pack, fields), partial(unpack, fields)
     )
     for name, (grid, fields) in FIELDS.items()
 }

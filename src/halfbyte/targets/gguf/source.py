@@ -13,7 +13,8 @@ from torch import Tensor
 from halfbyte.containers.config import require_sound
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.grids.grid import AnyScheme, Quantized, Shape, same_rows
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows
 from halfbyte.models import tokenizers
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.targets.gguf import file, hyperparameters
@@ -111,7 +112,7 @@ class GGUFCheckpoint(Checkpoint):
     def read_quantized(self, module: str) -> Quantized:
         q = super().read_quantized(module)
         rows = self.names.places(f"{module}.weight" if f"{module}.weight" in self.shapes else module)[0].rows
-        return q if rows is None else same_rows(q, torch.argsort(rows))
+        return q if rows is None else select_rows(q, torch.argsort(rows))
 
     def _read(self, tensor: str) -> Tensor:
         if tensor.removesuffix(".weight") in self._quantized:

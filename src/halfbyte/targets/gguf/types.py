@@ -109,7 +109,7 @@ def _type_named(name: str) -> str:
         scheme = schemes.parse(name)
     except UnknownName:
         raise unknown_grid(name, ggufs=True) from None
-    if scheme.input:
+    if scheme.activations:
         raise Unsupported(
             f"a GGUF does not say how inputs are rounded, llama.cpp chooses it, and {name} does; write Q8_0 or Q4_K_M, or --to compressed-tensors"
         )
@@ -164,7 +164,7 @@ def transcode(
     wanted = _types(preset, base, weights, names, checkpoint, imatrix=False) if grid else {}
     choices = []
     for weight in weights:
-        own, read = checkpoint.quantized[weight.name][0].weight, checkpoint.quantized[weight.name][0].input
+        own, read = checkpoint.quantized[weight.name][0].weight, checkpoint.quantized[weight.name][0].activations
         remark = f"a GGUF does not say how inputs are rounded: no longer to {read}" if read else ""
         asked = _fitting(weight, wanted[names.places(weight.tensor)[0].name]) if grid else None
         same = container.same(checkpoint.read_quantized(weight.name))

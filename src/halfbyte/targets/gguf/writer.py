@@ -13,7 +13,8 @@ from halfbyte.containers.folder import Shard
 from halfbyte.containers.place import beside
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BrokenOutput, Unsupported
-from halfbyte.grids.grid import AnyScheme, Quantized, Shape, same_rows
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.provenance import provenance_of
 from halfbyte.targets.gguf import families, file, hyperparameters, modelfile, presets, tokenizer
@@ -132,7 +133,7 @@ class GGUFEdition(Edition):
     def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
         for place in self.names.places(weight.tensor):
             order = _order(place, weight)
-            raw = self.container.pack(q if order is None else same_rows(q, order))[""]
+            raw = self.container.pack(q if order is None else select_rows(q, order))[""]
             expert = place.expert if weight.expert is None else weight.expert
             yield Part(place.name, raw, weight.first) if expert is None else Part(place.name, raw[None], expert)
 
@@ -149,11 +150,11 @@ class GGUFEdition(Edition):
             part = self.container.unpack({"": raw}, scheme, (raw.shape[0], weight.shape[1]))
             if part.shape == weight.shape:
                 order = _order(place, weight)
-                return part if order is None else same_rows(part, torch.argsort(order))
+                return part if order is None else select_rows(part, torch.argsort(order))
             parts.append(part)
         params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
         whole = Quantized(scheme.weight, torch.cat([part.codes for part in parts]), params)
-        return same_rows(whole, torch.argsort(families.rows_of(self.names.places(weight.tensor))))
+        return select_rows(whole, torch.argsort(families.rows_of(self.names.places(weight.tensor))))
 
     def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
         for place in self.names.places(tensor):

@@ -8,7 +8,8 @@ from halfbyte import grids
 from halfbyte.containers import Container
 from halfbyte.errors import BadRequest, UnknownName, Unsupported
 from halfbyte.grids import schemes
-from halfbyte.grids.grid import AnyScheme, Quantized, Scheme, Shape
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models import experts, roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
@@ -97,23 +98,25 @@ def choose(
 def fit(weight: Weight, scheme: AnyScheme, container: Container, smaller_groups: bool, note: str = "") -> Choice:
     """The scheme, or one with smaller groups where the row is no multiple of the group and that is asked for."""
     width, grid = weight.shape[1], scheme.weight
-    if isinstance(grid, IntGrid) and grid.block and width % grid.block:
+    if isinstance(grid, IntGrid) and grid.group_size and width % grid.group_size:
         fits = [g for g in SMALLER_GROUPS if width % g == 0]
-        smaller = next((g for g in fits if g < grid.block), None)
+        smaller = next((g for g in fits if g < grid.group_size), None)
         if smaller is None or not container.mixes or not smaller_groups:
             hint = (
                 f"groups of {' or '.join(map(str, fits))} would fit"
                 if fits
-                else f"{grid.with_span('channel')} would fit"
+                else f"{grid.with_granularity('channel')} would fit"
             )
             alone = "" if container.mixes else f", and {container.name} holds one grid for all"
-            taken = f" ({SMALLER} takes {smaller} where {grid.block} does not)" if smaller and container.mixes else ""
+            taken = (
+                f" ({SMALLER} takes {smaller} where {grid.group_size} does not)" if smaller and container.mixes else ""
+            )
             raise Unsupported(
                 f"{grid} does not divide the {width} in-features of {weight.name}{alone}; {hint}{taken}, or --skip it"
             )
         note = f"{grid} does not divide {width} in-features"
-        grid = grid.with_span(smaller)
-        scheme = Scheme(grid, scheme.input) if scheme.input else grid
+        grid = grid.with_granularity(smaller)
+        scheme = Scheme(grid, scheme.activations) if scheme.activations else grid
     try:
         container.check(scheme, weight.shape)
     except Unsupported as error:
@@ -133,8 +136,8 @@ def transcode(
         elif same := _held(container, q):
             container = container.holding(same)
             note = (
-                f"{own.input} inputs stay in 16 bits, which is all that {container.name} has"
-                if own.input and not same.input
+                f"{own.activations} inputs stay in 16 bits, which is all that {container.name} has"
+                if own.activations and not same.activations
                 else ""
             )
             choices.append(Choice(weight, same.scheme, note))
@@ -143,9 +146,9 @@ def transcode(
         else:
             try:
                 wanted = container.native(scheme_named(grid) if grid else own, checkpoint.dtype)
-                if wanted.input and wanted.input.static and wanted.input != own.input:
+                if wanted.activations and wanted.activations.static and wanted.activations != own.activations:
                     raise Unsupported(
-                        f"{wanted.input} inputs have a stored scale, which calibration finds: halfbyte quantize the original instead"
+                        f"{wanted.activations} inputs have a stored scale, which calibration finds: halfbyte quantize the original instead"
                     )
                 choices.append(
                     fit(

@@ -14,7 +14,7 @@ from halfbyte.containers.container import Config, ConfigContainer
 from halfbyte.containers.folder import Shard
 from halfbyte.containers.safetensors import Entry, Spec, Writer
 from halfbyte.errors import BrokenOutput
-from halfbyte.grids.grid import AnyScheme, Quantized
+from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.targets.plan import Job

@@ -17,7 +17,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from halfbyte.errors import BadRequest
-from halfbyte.grids.grid import InputGrid, Params
+from halfbyte.grids.activations import ActivationGrid
+from halfbyte.grids.grid import Params
 
 PATTERN = re.compile(r"q(?P<bits>[458])_(?P<minimum>[01])")
 BLOCK = 32
@@ -26,7 +27,7 @@ ROTATED = 64
 
 
 @dataclass(frozen=True)
-class GGMLInputs(InputGrid):
+class GGMLCacheGrid(ActivationGrid):
     """Keys or values of a head."""
 
     name: str
@@ -38,7 +39,7 @@ class GGMLInputs(InputGrid):
         return False
 
     @classmethod
-    def parse(cls, name: str, whole: bool) -> "GGMLInputs":
+    def parse(cls, name: str, whole: bool) -> "GGMLCacheGrid":
         if not PATTERN.fullmatch(name) or name == "q8_1":
             raise BadRequest(f"'{name}' is no type of a KV cache of llama.cpp; it has q8_0, q5_1, q5_0, q4_1, q4_0")
         return cls(name, whole)

@@ -15,8 +15,10 @@ largest size over the largest number, in fp32.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int8
@@ -26,8 +28,60 @@ from torch.nn import functional
 from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.grids import rounding
 from halfbyte.grids.floats import ELEMENTS, FLOAT_GRIDS, FloatGrid
-from halfbyte.grids.grid import Grid, InputGrid, Params, Seen
+from halfbyte.grids.grid import Grid, Params
 from halfbyte.grids.levels import LEVEL_GRIDS
+
+
+class ActivationStats(NamedTuple):
+    """What a linear has read: its range by in-feature, and some tokens."""
+
+    low: Float32[Tensor, " in"]
+    high: Float32[Tensor, " in"]
+    rows: Float32[Tensor, "rows in"]
+
+
+class ActivationGrid(ABC):
+    """How an engine rounds what a linear reads: frozen, equal by value, named as `str` says."""
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Parameters that lie in the file: calibration has to find them."""
+        return ()
+
+    @property
+    def static(self) -> bool:
+        return bool(self.stored)
+
+    @abstractmethod
+    def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
+        """All that `round` needs: what is stored, and what the engine finds as it runs."""
+
+    @abstractmethod
+    def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
+        """The values that the engine computes with."""
+
+    def fit(self, stats: ActivationStats, observer: str) -> Params:
+        """The parameters to store, for activations such as those seen; `observer` is a key of `halfbyte.grids.activations.OBSERVERS`."""
+        return {}
+
+    def limits(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What lies below or above these is cut by the stored parameters."""
+        return torch.tensor(-torch.inf), torch.tensor(torch.inf)
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+
+class ActivationQuant(NamedTuple):
+    """How a linear's inputs are rounded, and the parameters of it that are stored."""
+
+    grid: ActivationGrid
+    params: Params
+
+    def round(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... in"]:
+        """What the linear computes with, in the dtype of x."""
+        return self.grid.round(x, self.grid.params(x, self.params)).to(x.dtype) if x.numel() else x
+
 
 PATTERN = re.compile(
     r"(?P<number>int[2-8]|fp8-e4m3|fp8-e5m2)-(?P<span>tensor|token|static|head|g(?P<group>[1-9]\d*))(?P<asym>-asym)?"
@@ -40,19 +94,19 @@ PERCENTILE = 0.9999
 
 
 @dataclass(frozen=True)
-class ScaledInputs(InputGrid):
+class ScaledActivations(ActivationGrid):
     """Integers or 8-bit floats times a scale in fp32."""
 
     number: str
     """int2 to int8, or a key of FLOATS."""
-    span: int | str
+    granularity: int | str
     """In-features per scale, or "token", "tensor", "static", "head"."""
     symmetric: bool = True
 
     pattern = PATTERN
 
     @classmethod
-    def parse(cls, name: str) -> "ScaledInputs":
+    def parse(cls, name: str) -> "ScaledActivations":
         match = PATTERN.fullmatch(name)
         if match is None or (match["asym"] and match["number"] in FLOATS):
             raise BadRequest(
@@ -61,12 +115,12 @@ class ScaledInputs(InputGrid):
         return cls(match["number"], int(match["group"]) if match["group"] else match["span"], not match["asym"])
 
     def __str__(self) -> str:
-        span = f"g{self.span}" if isinstance(self.span, int) else self.span
+        span = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
         return f"{self.number}-{span}{'' if self.symmetric else '-asym'}"
 
     @property
     def stored(self) -> tuple[str, ...]:
-        return () if self.span not in STORED else ("scale",) if self.symmetric else ("scale", "zero")
+        return () if self.granularity not in STORED else ("scale",) if self.symmetric else ("scale", "zero")
 
     @property
     def bits(self) -> int:
@@ -103,7 +157,7 @@ class ScaledInputs(InputGrid):
         if self.static:
             return dict(stored)
         x = x.float()
-        if self.span == "tensor":
+        if self.granularity == "tensor":
             return self.spanning(x.min(), x.max())
         grouped = self._grouped(x)
         return self.spanning(grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True))
@@ -111,8 +165,8 @@ class ScaledInputs(InputGrid):
     def _grouped(self, x: Tensor) -> Tensor:
         """The groups of each token, the last filled up with zeros."""
         return (
-            functional.pad(x, (0, -x.shape[-1] % self.span)).unflatten(-1, (-1, self.span))
-            if isinstance(self.span, int)
+            functional.pad(x, (0, -x.shape[-1] % self.granularity)).unflatten(-1, (-1, self.granularity))
+            if isinstance(self.granularity, int)
             else x
         )
 
@@ -128,12 +182,12 @@ class ScaledInputs(InputGrid):
     def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
         numbers = self._numbers(self._grouped(x.float()), params)
         values = (numbers - params.get("zero", 0)) * params["scale"]
-        return values.flatten(-2)[..., : x.shape[-1]] if isinstance(self.span, int) else values
+        return values.flatten(-2)[..., : x.shape[-1]] if isinstance(self.granularity, int) else values
 
-    def fit(self, seen: Seen, how: str) -> Params:
+    def fit(self, stats: ActivationStats, observer: str) -> Params:
         if not self.static:
             return {}
-        params = self.spanning(*RANGES[how](self, seen))
+        params = self.spanning(*OBSERVERS[observer](self, stats))
         return {name: value.float().view(1) for name, value in params.items()}
 
     def limits(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -151,33 +205,34 @@ class ScaledInputs(InputGrid):
         return low, high
 
 
-def _all_of_it(grid: ScaledInputs, seen: Seen) -> tuple[Tensor, Tensor]:
-    return seen.low.min(), seen.high.max()
+def _max(grid: ScaledActivations, stats: ActivationStats) -> tuple[Tensor, Tensor]:
+    return stats.low.min(), stats.high.max()
 
 
-def _most_of_it(grid: ScaledInputs, seen: Seen) -> tuple[Tensor, Tensor]:
+def _percentile(grid: ScaledActivations, stats: ActivationStats) -> tuple[Tensor, Tensor]:
     """All but one in ten thousand, on each side."""
-    values = seen.rows.flatten().sort().values
+    values = stats.rows.flatten().sort().values
     cut = round((1 - PERCENTILE) * len(values))
     return values[cut], values[len(values) - 1 - cut]
 
 
-def _least_error(grid: ScaledInputs, seen: Seen) -> tuple[Tensor, Tensor]:
-    """The range that minimises the squared error of the rows seen."""
-    low, high = _all_of_it(grid, seen)
+def _mse(grid: ScaledActivations, stats: ActivationStats) -> tuple[Tensor, Tensor]:
+    """The range that minimises the squared error of the rows stats."""
+    low, high = _max(grid, stats)
     errors = [
-        (grid.round(seen.rows, grid.spanning(low * share, high * share)) - seen.rows).square().sum() for share in SHARES
+        (grid.round(stats.rows, grid.spanning(low * share, high * share)) - stats.rows).square().sum()
+        for share in SHARES
     ]
     share = SHARES[int(torch.stack(errors).argmin())]
     return low * share, high * share
 
 
-RANGES = {"max": _all_of_it, "percentile": _most_of_it, "mse": _least_error}
+OBSERVERS = {"max": _max, "percentile": _percentile, "mse": _mse}
 """What a stored scale spans."""
 
 
 @dataclass(frozen=True)
-class BlockInputs(InputGrid):
+class BlockActivations(ActivationGrid):
     """Inputs on a grid of weights, whose scales a token has for itself."""
 
     grid: Grid
@@ -194,7 +249,7 @@ class BlockInputs(InputGrid):
 
 
 @dataclass(frozen=True)
-class NVFP4Inputs(BlockInputs):
+class NVFP4Activations(BlockActivations):
     """NVFP4 inputs: a block's scale is an E4M3 number over one stored divisor."""
 
     grid: FloatGrid = FLOAT_GRIDS["nvfp4-global"]
@@ -209,9 +264,9 @@ class NVFP4Inputs(BlockInputs):
     def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
         return self.grid.under(x.flatten(0, -2), stored["divisor"])
 
-    def fit(self, seen: Seen, how: str) -> Params:
-        low, high = RANGES["max"](
-            ScaledInputs("fp8-e4m3", "static"), seen
+    def fit(self, stats: ActivationStats, observer: str) -> Params:
+        low, high = OBSERVERS["max"](
+            ScaledActivations("fp8-e4m3", "static"), stats
         )  # blocks have scales of their own: nothing is won by cutting
         most = ELEMENTS["e4m3"].top * ELEMENTS["e2m1"].top
         return {"divisor": (most / torch.maximum(low.abs(), high.abs()).clamp(min=1e-12)).view(1)}
@@ -222,12 +277,12 @@ class NVFP4Inputs(BlockInputs):
 
 
 @dataclass(frozen=True)
-class LLMInt8Inputs(InputGrid):
+class LLMInt8Activations(ActivationGrid):
     """LLM.int8(): in-features with an input of `threshold` or more stay as they are (bitsandbytes int8_vectorwise_quant)."""
 
     threshold: float = 6.0
 
-    tokens = ScaledInputs("int8", "token")
+    tokens = ScaledActivations("int8", "token")
 
     def __str__(self) -> str:
         return "llm-int8"
@@ -240,24 +295,24 @@ class LLMInt8Inputs(InputGrid):
         return torch.where(params["stays"], x.float(), self.tokens.round(x, params))
 
 
-INPUT_GRIDS: dict[str, InputGrid] = {
+ACTIVATION_GRIDS: dict[str, ActivationGrid] = {
     **{
-        name: ScaledInputs.parse(name)
+        name: ScaledActivations.parse(name)
         for number in ("int8", "int4", "fp8-e4m3")
         for span in ("token", "tensor", "static", "g128")
         for name in (f"{number}-{span}", *([f"{number}-{span}-asym"] if number not in FLOATS else []))
     },
-    "mxfp8-e4m3": BlockInputs(FLOAT_GRIDS["mxfp8-e4m3"]),
-    "mxfp4": BlockInputs(LEVEL_GRIDS["mxfp4"]),
-    "nvfp4": NVFP4Inputs(),
-    "llm-int8": LLMInt8Inputs(),
+    "mxfp8-e4m3": BlockActivations(FLOAT_GRIDS["mxfp8-e4m3"]),
+    "mxfp4": BlockActivations(LEVEL_GRIDS["mxfp4"]),
+    "nvfp4": NVFP4Activations(),
+    "llm-int8": LLMInt8Activations(),
 }
 
 
-def parse(name: str) -> InputGrid:
+def parse(name: str) -> ActivationGrid:
     """`str(parse(name)) == name`."""
     if PATTERN.fullmatch(name):
-        return ScaledInputs.parse(name)
-    if name not in INPUT_GRIDS:
-        raise UnknownName("way to round inputs", name, INPUT_GRIDS)
-    return INPUT_GRIDS[name]
+        return ScaledActivations.parse(name)
+    if name not in ACTIVATION_GRIDS:
+        raise UnknownName("way to round inputs", name, ACTIVATION_GRIDS)
+    return ACTIVATION_GRIDS[name]

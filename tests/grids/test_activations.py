@@ -9,8 +9,7 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from halfbyte.containers.compressed.inputs import input_arguments, input_grid
 from halfbyte.errors import HalfbyteError
-from halfbyte.grids.grid import Inputs, Seen
-from halfbyte.grids.inputs import INPUT_GRIDS, RANGES, parse
+from halfbyte.grids.activations import ACTIVATION_GRIDS, OBSERVERS, ActivationQuant, ActivationStats, parse
 
 
 def tokens(outliers: bool = True) -> torch.Tensor:
@@ -19,17 +18,17 @@ def tokens(outliers: bool = True) -> torch.Tensor:
     return x
 
 
-def seen(x: torch.Tensor) -> Seen:
+def seen(x: torch.Tensor) -> ActivationStats:
     rows = x.flatten(0, -2)
-    return Seen(rows.amin(0), rows.amax(0), rows)
+    return ActivationStats(rows.amin(0), rows.amax(0), rows)
 
 
-def fitted(name: str, x: torch.Tensor, how: str = "max") -> Inputs:
+def fitted(name: str, x: torch.Tensor, how: str = "max") -> ActivationQuant:
     grid = parse(name)
-    return Inputs(grid, grid.fit(seen(x), how))
+    return ActivationQuant(grid, grid.fit(seen(x), how))
 
 
-@pytest.mark.parametrize("name", INPUT_GRIDS)
+@pytest.mark.parametrize("name", ACTIVATION_GRIDS)
 def test_a_name_is_read_as_it_is_written_and_so_is_a_config(name):
     grid = parse(name)
     assert str(grid) == name
@@ -67,7 +66,7 @@ def test_scales_that_engines_find_are_those_of_compressed_tensors(name):
 
 
 @pytest.mark.parametrize("name", ["int8-static", "int8-static-asym", "int4-static", "fp8-e4m3-static"])
-@pytest.mark.parametrize("how", RANGES)
+@pytest.mark.parametrize("how", OBSERVERS)
 def test_stored_scales_round_as_compressed_tensors_rounds_by_them(name, how):
     x = tokens()
     inputs = fitted(name, x, how)
@@ -82,14 +81,14 @@ def test_stored_scales_round_as_compressed_tensors_rounds_by_them(name, how):
 def test_a_range_may_leave_outliers_out():
     x = tokens(outliers=False)
     x[0, 0, 0] = 100
-    error = {how: (fitted("int4-static", x, how).round(x) - x).square().mean().item() for how in RANGES}
+    error = {how: (fitted("int4-static", x, how).round(x) - x).square().mean().item() for how in OBSERVERS}
     assert error["mse"] < error["max"]
     assert error["percentile"] < error["max"]
     low, high = (parse("int4-static").limits(fitted("int4-static", x, how).params) for how in ("max", "percentile"))
     assert low[1] > 100 > high[1]
 
 
-@pytest.mark.parametrize("name", INPUT_GRIDS)
+@pytest.mark.parametrize("name", ACTIVATION_GRIDS)
 def test_rounding_is_finite_and_close_whatever_is_read(name):
     for x in (tokens(), torch.zeros(1, 2, 256), torch.full((1, 2, 256), 1e-30), tokens().bfloat16(), tokens()[:, :0]):
         rounded = fitted(name, tokens()).round(x)

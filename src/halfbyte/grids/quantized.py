@@ -1,0 +1,76 @@
+"""Quantized: the one value that crosses every border. Scheme: what becomes of a linear."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from halfbyte.grids.activations import ActivationGrid, ActivationQuant
+from halfbyte.grids.grid import Codes, Grid, Params, Shape
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What becomes of a linear whose inputs are rounded too: W8A8 is int8-channel/int8-token."""
+
+    weight: Grid
+    activations: ActivationGrid
+
+    def __str__(self) -> str:
+        return f"{self.weight}/{self.activations}"
+
+
+AnyScheme = Grid | Scheme
+
+
+class Quantized(NamedTuple):
+    """A matrix on a grid: what a solver returns, a container packs and a kernel multiplies by."""
+
+    grid: Grid
+    codes: Codes
+    params: Params
+    activations: ActivationQuant | None = None
+    """None: what it is multiplied by stays in 16 bits."""
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.codes.shape)
+
+    @property
+    def scheme(self) -> AnyScheme:
+        return Scheme(self.grid, self.activations.grid) if self.activations else self.grid
+
+    def decode(self) -> Float32[Tensor, "out in"]:
+        return self.grid.decode(self.codes, self.params)
+
+    def equal(self, other: "Quantized") -> bool:
+        """Same scheme, same codes, same parameters, bit for bit."""
+        return self.scheme == other.scheme and _equal(self.tensors, other.tensors)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every bit of it, by name."""
+        stored = {f"input {name}": p for name, p in self.activations.params.items()} if self.activations else {}
+        return {"codes": self.codes, **self.params, **stored}
+
+
+def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in some.items())
+
+
+def split_rows(q: Quantized, sizes: list[int]) -> list[Quantized]:
+    """The matrices that lie below each other in one, which share what all of its rows share."""
+    codes = q.codes.split(sizes)
+    params = {name: p.split(sizes) if p.shape[0] == q.shape[0] else [p] * len(sizes) for name, p in q.params.items()}
+    return [
+        Quantized(q.grid, c.contiguous(), {name: p[i].contiguous() for name, p in params.items()}, q.activations)
+        for i, c in enumerate(codes)
+    ]
+
+
+def select_rows(q: Quantized, rows: Int64[Tensor, " rows"] | slice) -> Quantized:
+    """The matrix that has these rows of another, whose rows share no parameters."""
+    return q._replace(codes=q.codes[rows], params={name: p[rows] for name, p in q.params.items()})
