@@ -11,6 +11,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from halfbyte.errors import BadCheckpoint, HalfbyteError
 
 LARGEST = 128 << 20
@@ -19,6 +21,8 @@ MOST_VALUES = 1 << 22
 """Values in one text of JSON, twice as many as the largest tokenizer.json has: the smallest of them take 60 bytes of memory for each byte of the file."""
 DEEPEST = 64
 """Objects and arrays in one another."""
+PATIENCE = 0.1
+"""Seconds of a pattern on one name, of which those that people write take a thousandth."""
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -105,6 +109,15 @@ def parse_json(data: bytes | str, most: int = MOST_VALUES, unique: bool = False)
         except UnicodeEncodeError:
             raise ValueError("it has half of a pair of surrogates, which is no character") from None
     return value
+
+
+def matches(pattern: str, name: str, place: object) -> bool:
+    """Whether a name begins as a pattern says that stands in `place`. Raises BadCheckpoint for none that ends."""
+    try:
+        return bool(regex.match(pattern, name, timeout=PATIENCE))
+    except (regex.error, TimeoutError) as wrong:
+        reason = str(wrong) or "it takes too long"
+        raise BadCheckpoint(f"{place} has a pattern '{pattern:.80}' that cannot be looked for: {reason}") from None
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,13 +16,17 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from halfbyte.containers.safetensors import Entry, read_header
-from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.files import read_object
+from halfbyte.errors import BadCheckpoint, Unsupported, brief
+from halfbyte.files import matches, read_object
 from halfbyte.models.checkpoint import Checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LOW_RANK = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
 PREFIX = "base_model.model."
+LARGEST = 1 << 24
+"""Rank or alpha that anybody has, and far beyond."""
+PATTERNS = ("rank_pattern", "alpha_pattern")
+"""Entries of a config that have numbers for some modules."""
 ELSEWHERE = ("use_qalora", "target_parameters", "alora_invocation_tokens", "lora_bias", "layer_replication")
 """Entries of a config that make of an adapter more than a product for each linear."""
 
@@ -64,6 +68,10 @@ class Adapter:
         if odd := next((name for name in ELSEWHERE if config.get(name)), None):
             raise Unsupported(
                 f"{self.path} has '{odd}', which is not merged here; merge it with peft's merge_and_unload(), and quantize that"
+            )
+        if odd := next((name for name in PATTERNS if not isinstance(config.get(name) or {}, dict)), None):
+            raise BadCheckpoint(
+                f"{self.path / CONFIG}: {odd} is {brief(config[odd])}, which should be an object of patterns and numbers"
             )
         if not (self.path / WEIGHTS).is_file():
             raise BadCheckpoint(f"{self.path} has no {WEIGHTS}; save the adapter again as safetensors")
@@ -123,14 +131,13 @@ class Adapter:
         return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _of_module(self, patterns: str, tensor: str, otherwise: Any) -> Any:
-        said = self.config.get(patterns) or {}
+        said, place = self.config.get(patterns) or {}, self.path / CONFIG
         value = next(
-            (v for pattern, v in said.items() if re.match(rf"(.*\.)?({pattern})$", self.modules[tensor])), otherwise
+            (v for pattern, v in said.items() if matches(rf"(.*\.)?({pattern})$", self.modules[tensor], place)),
+            otherwise,
         )
-        if not isinstance(value, int | float) or value <= 0:
-            raise BadCheckpoint(
-                f"{self.path / CONFIG}: rank and alpha of '{tensor}' are numbers above 0, not {value!r}"
-            )
+        if type(value) not in (int, float) or not 0 < value < LARGEST:
+            raise BadCheckpoint(f"{place}: rank and alpha of '{tensor}' are numbers above 0, not {brief(value)}")
         return value
 
     def merge(self, tensor: str, w: Tensor, first: int = 0) -> Tensor:

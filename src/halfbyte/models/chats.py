@@ -17,7 +17,8 @@ from halfbyte.errors import BadCheckpoint
 
 SECONDS, SECONDS_PER_CHAT = 4.0, 0.005
 """Of processor time, of which the start takes one."""
-MEMORY = 1e9
+MEMORY = 0.8e9
+"""Bytes, of which the start takes a tenth; what it takes until the next look comes on top."""
 LOOK = 0.02
 """Seconds between two looks at what the process takes."""
 
@@ -63,7 +64,7 @@ def _watched(child: subprocess.Popen, words: bytes, seconds: float) -> tuple[byt
         except subprocess.TimeoutExpired:
             first, (taken, used) = None, _taken(process)  # what it began to send, it goes on sending
         if used > MEMORY:
-            raise BadCheckpoint(f"the model's chat template takes more than {MEMORY / 1e9:.0f} GB of memory; {INSTEAD}")
+            raise BadCheckpoint(f"the model's chat template takes more than {MEMORY / 1e9:.1f} GB of memory; {INSTEAD}")
         if taken > seconds:
             raise BadCheckpoint(f"the model's chat template does not end within {seconds:.0f} s; {INSTEAD}")
 

@@ -1,6 +1,8 @@
 """A tokenizer as Transformers reads it, out of files that anybody may have made."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from halfbyte.errors import BadCheckpoint
 from halfbyte.files import exists, read_bytes, read_object
@@ -27,8 +29,28 @@ def load(folder: Path):
         if exists(folder / name):
             read_bytes(folder / name)
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         if type(error) is not Exception:  # which is all that the tokenizers package, written in Rust, ever raises
             raise
         raise BadCheckpoint(f"the tokenizer of {folder} cannot be read: {' '.join(str(error).split())}") from None
+    if lost := _unknown_piece(getattr(found, "backend_tokenizer", None)):
+        raise BadCheckpoint(
+            f"the tokenizer of {folder} puts '{lost:.80}' around a text and does not say what that is; download it again"
+        )
+    return found
+
+
+def _unknown_piece(tokenizer: Any) -> str | None:
+    """A token that the template of texts names and does not number, at which the tokenizers package ends the process."""
+    if tokenizer is None or tokenizer.post_processor is None:
+        return None
+    said = json.loads(tokenizer.post_processor.__getstate__())
+    for part in said.get("processors", [said]):
+        if part["type"] == "TemplateProcessing":
+            used = [
+                piece["SpecialToken"]["id"] for piece in (*part["single"], *part["pair"]) if "SpecialToken" in piece
+            ]
+            if (lost := next((name for name in used if name not in part["special_tokens"]), None)) is not None:
+                return lost
+    return None

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-import regex
-
 from halfbyte.containers.container import Config
-from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.errors import Unsupported
+from halfbyte.files import matches
 from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid, ScaledActivations
 
 MICRO: dict[str, Config] = {
@@ -19,8 +18,6 @@ MICRO: dict[str, Config] = {
         "scale_dtype": "torch.float8_e4m3fn",
     },
 }
-PATIENCE = 1.0
-"""Seconds for one pattern and one module."""
 STRATEGIES = {"token": ("token", True), "tensor": ("tensor", True), "static": ("tensor", False)}
 
 
@@ -94,22 +91,12 @@ def input_grid(said: Config | None) -> ActivationGrid | None:
     return ScaledActivations.parse(f"{number}-{span}{'' if said.get('symmetric', True) or is_float else '-asym'}")
 
 
-def _matches(pattern: str, module: str) -> bool:
-    """Whether a pattern of the config is that of a module; of one that never ends, the end is not waited for."""
-    try:
-        return bool(regex.match(pattern, module, timeout=PATIENCE))
-    except (regex.error, TimeoutError) as error:
-        raise BadCheckpoint(
-            f"config.json has a target 're:{pattern:.80}' that cannot be looked for: {str(error) or 'it takes too long'}"
-        ) from None
-
-
 def group_of(module: str, groups: Mapping[str, Config]) -> Config:
     """The group of the config that a module is in: the one that names it, or the one that names a class, such as Linear."""
     rest: Config = {}
     for group in groups.values():
         for target in group.get("targets") or []:
-            if target == module or (target.startswith("re:") and _matches(target[3:], module)):
+            if target == module or (target.startswith("re:") and matches(target[3:], module, "config.json")):
                 return group
             if target[:1].isupper():  # a class; "lm_head" is a module's name
                 rest = group

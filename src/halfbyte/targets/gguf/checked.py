@@ -4,37 +4,41 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from halfbyte.containers.config import require_sound
-from halfbyte.errors import BadCheckpoint, brief
+from halfbyte.errors import BadCheckpoint, Unsupported, brief
 from halfbyte.targets.gguf.file import Value
-from halfbyte.targets.gguf.hyperparameters import KEYS
+from halfbyte.targets.gguf.hyperparameters import KEYS, SAME
 
 NEEDED = ("block_count", "embedding_length", "attention.head_count")
-BY_LAYER = (
-    "attention.head_count",
-    "attention.head_count_kv",
-    "feed_forward_length",
-    "attention.sliding_window_pattern",
-)
-"""What may be a list, with an entry for each layer."""
+ABOVE_ZERO = (*NEEDED, "attention.key_length")
+PATTERN = "attention.sliding_window_pattern"
+"""What is a list, with an entry for each layer."""
 KINDS: dict[str, tuple[type, ...]] = {"uint32": (int,), "float32": (int, float), "bool": (bool,), "string": (str,)}
 
 
 def require_hyperparameters(metadata: Mapping[str, Value], arch: str) -> None:
-    """Raise BadCheckpoint, naming the key, for what is missing or is no such value."""
+    """Raise BadCheckpoint, naming the key, for what is missing or is no such value; Unsupported for layers of different sizes."""
     for name, key in KEYS.items():
         value = metadata.get(f"{arch}.{name}")
         if value is None:
             if name in NEEDED:
                 raise BadCheckpoint(f"the GGUF does not say its {arch}.{name}; convert the model again")
             continue
-        items = (
-            value.value
-            if isinstance(value.value, list) and (name in BY_LAYER or len(value.value) == 1)
-            else [value.value]
-        )
-        if not items or any(type(item) not in KINDS[key.type] for item in items) or (name in NEEDED and not all(items)):
+        items = value.value if isinstance(value.value, list) and name in (*SAME, PATTERN) else [value.value]
+        if name == PATTERN and items is not value.value:
+            raise BadCheckpoint(
+                f"the GGUF's {arch}.{name} is {brief(value.value)}, which should be a list, with an entry for each layer"
+            )
+        if (
+            not items
+            or any(type(item) not in KINDS[key.type] for item in items)
+            or (name in ABOVE_ZERO and not all(items))
+        ):
             raise BadCheckpoint(
                 f"the GGUF's {arch}.{name} is {brief(value.value)}, which should be {key.type}, not {value.type}"
+            )
+        if name in SAME and len(set(items)) > 1:
+            raise Unsupported(
+                f"the GGUF's {arch}.{name} differs from layer to layer ({brief(items)}), which is not read here; take the original model"
             )
         require_sound(dict.fromkeys(key.names, items[0]), f"the GGUF's {arch}.{name}")
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import Shape
 from halfbyte.targets.gguf.entries import unanswered
 from halfbyte.targets.gguf.settings import settings
@@ -119,20 +119,29 @@ PHI3: Names = {
 }
 
 
+def _numbered(rows: int, heads: int, parts: int) -> Int64[Tensor, "heads parts rest"]:
+    """Rows by the head that they are of, and by their part of it."""
+    if rows % (heads * parts):
+        raise BadCheckpoint(
+            f"a matrix of {rows} rows is not that of {heads} heads of {parts} parts; it is not whole, or the model's config is of another"
+        )
+    return torch.arange(rows).reshape(heads, parts, -1)
+
+
 def _pairs(heads: str) -> Callable[[Any, int], Rows]:
     """Rotary pairs as neighbours, as ggml's NORM rotation takes them; Hugging Face stores the first of every pair, then the second."""
-    return lambda s, rows: torch.arange(rows).reshape(getattr(s, heads), 2, -1).transpose(1, 2).reshape(-1)
+    return lambda s, rows: _numbered(rows, getattr(s, heads), 2).transpose(1, 2).reshape(-1)
 
 
 def _thirds(s: Any, rows: int) -> Rows:
     """All of q, all of k, all of v, out of a checkpoint that has them head by head."""
-    return torch.arange(rows).reshape(s.num_attention_heads, 3, -1).transpose(0, 1).reshape(-1)
+    return _numbered(rows, s.num_attention_heads, 3).transpose(0, 1).reshape(-1)
 
 
 def _groups(s: Any, rows: int) -> Rows:
     """All of q, all of k, all of v, out of Falcon's groups: the heads of q that share a k and a v, then these two."""
     shared = s.num_kv_heads if s.new_decoder_architecture else 1 if s.multi_query else s.num_attention_heads
-    grouped = torch.arange(rows).reshape(shared, s.num_attention_heads // shared + 2, -1)
+    grouped = _numbered(rows, shared, s.num_attention_heads // shared + 2)
     return torch.cat([grouped[:, :-2].reshape(-1), grouped[:, -2].reshape(-1), grouped[:, -1].reshape(-1)])
 
 

@@ -151,6 +151,8 @@ KEYS: dict[str, Key] = {
     "expert_shared_feed_forward_length": Key("uint32", ("shared_expert_intermediate_size",)),
 }
 
+SAME = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+"""Keys that may be a list, with the same number for each layer: no family here has layers of different sizes."""
 BIASES = {"attention_bias": "attn_q", "use_qkv_bias": "attn_q", "mlp_bias": "ffn_up"}
 """What configs say of biases, and the tensor of the first block that has one then."""
 
@@ -208,6 +210,7 @@ def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Ma
         name.removeprefix(f"{arch}."): value.value for name, value in metadata.items() if name.startswith(f"{arch}.")
     }
     said = {name: _shortest(value) if isinstance(value, float) else value for name, value in said.items()}
+    said |= {name: said[name][0] for name in SAME if isinstance(said.get(name), list)}
     kind, family = family_named(arch, said.get("expert_count", 0), "attention.sliding_window" in said)
     if "blk.0.attn_norm_2.weight" in tensors:
         raise Unsupported(f"a GGUF of '{arch}' with two norms before the attention is not read yet")
