@@ -9,7 +9,8 @@ import halfbyte
 
 ROOT = Path(halfbyte.__file__).parent
 LAYERS = [
-    ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "display"], ["recipe", "grids"], ["solvers", "containers"], ["demo"], ["models"],
+    ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "display"], ["recipe", "grids"],
+    ["words", "solvers", "containers"], ["demo"], ["models"],
     ["transforms", "nn", "evaluation", "engines"], ["targets"], ["plan"], ["report"], ["run"],
     ["blockwise", "kv_cache"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip

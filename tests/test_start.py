@@ -34,10 +34,37 @@ def start(*words: str) -> tuple[int, list[str]]:
         (["-o", "x", "--method", "gptq+awq"], "put transforms first"),
         (["-o", "x", "--samples", "0"], "calibration.samples"),
         (["-o", "x", "--override", "no-sign"], "PATTERN=GRID"),
+        (["-o", "x", "--override", "layers.0.*=int4-h128"], "unknown grid 'int4-h128'"),
+        (["-o", "x", "--grid", "int4"], "did you mean int4-g128"),
+        (["-o", "x", "--grid", "q4km", "--to", "gguf"], "did you mean Q4_K_M"),
+        (["-o", "x", "--grid", "q4km", "--engine", "llama.cpp"], "unknown preset or type of GGUF 'q4km'"),
+        (["-o", "x", "--to", "gtpq"], "did you mean gptq"),
+        (["-o", "x", "--engine", "vlm"], "did you mean vllm"),
     ],
 )
 def test_wrong_words_are_refused_without_torch(words, said):
-    status, lines = start("quantize", str(demo.MODEL), *words)
+    refused_early("quantize", str(demo.MODEL), *words, said=said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["convert", "x", "-o", "y", "--to", "gtpq"], "did you mean gptq"),
+        (["convert", "x", "-o", "y", "--to", "gptq", "--grid", "int4"], "did you mean int4-g128"),
+        (["convert", "x", "-o", "y"], "Missing option '--to'"),
+        (["dequantize", "x", "-o", "y", "--dtype", "float8"], "unknown dtype 'float8'"),
+        (["dequantize", "x", "-o", "y", "--to", "gptq"], "16 bits are written as safetensors or gguf"),
+        (["eval", "x", "--against", "y", "--convention", "paper"], "did you mean papers"),
+        (["support", "--engine", "vlm"], "did you mean vllm"),
+        (["inspect"], "Missing argument 'path'"),
+    ],
+)
+def test_wrong_words_of_other_commands_are_refused_without_torch(words, said):
+    refused_early(*words, said=said)
+
+
+def refused_early(*words: str, said: str) -> None:
+    status, lines = start(*words)
     assert status == 2
     assert said in lines[-2]
     assert lines[-1] == "False PASSIVE"

@@ -18,11 +18,14 @@ from rich.table import Table
 
 from halfbyte import display
 from halfbyte.endings import Stop, hang_up, is_want_of_memory, speak_any_language
+from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
 from halfbyte.errors import BadRequest, HalfbyteError, brief
+from halfbyte.evaluation.conventions import convention_named
 from halfbyte.progress import shown
 from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.surroundings import arrange
 from halfbyte.terminal import Terminal, as_json
+from halfbyte.words import require_container, require_grid, require_plain
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 INTERRUPTED, BUG = 130, 70
@@ -184,6 +187,7 @@ def quantize(
     asked = Recipe.of(**base)
     if asked.method not in OTHER_COMMANDS:
         method_named(asked.method)
+        _require_names(asked.to, asked.engine, asked.grid, *asked.override.values())
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
 
     report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not as_json)
@@ -212,6 +216,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Move a quantized checkpoint into another container, exactly where the grids coincide."""
+    _require_names(to, engine, *([grid] if grid else ()))
     from halfbyte.api import convert as run
 
     report = run(path, output, to, grid, engine, overwrite=overwrite, progress=not as_json)
@@ -232,6 +237,7 @@ def dequantize(
     as_json: Json = False,
 ) -> None:
     """Write a quantized checkpoint in 16 bits, for tools that read nothing else."""
+    require_plain(to, dtype)
     from halfbyte.api import dequantize as run
 
     report = run(path, output, to, dtype, adapter, overwrite, progress=not as_json)
@@ -322,6 +328,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity, and divergence from the original on the same tokens."""
+    convention_named(convention)
     from halfbyte.api import evaluate as run
 
     result = run(
@@ -415,6 +422,8 @@ def support(
     ] = None,
 ) -> None:
     """Which grids each container holds, found by trying, and what engines load."""
+    if engine:
+        engine_named(engine)
     from halfbyte.engines import support
 
     print(support.of_engine(engine) if engine else support.markdown())
@@ -424,6 +433,16 @@ def _print_version(asked: bool) -> None:
     if asked:
         print(f"halfbyte {metadata.version('halfbyte')}")
         raise typer.Exit
+
+
+def _require_names(to: str | None, engine: str | None, *grids: str) -> None:
+    """Raise BadRequest for names that are in no table; whether they fit each other and the model is looked at later."""
+    if to:
+        require_container(to)
+    own = ENGINES[engine_named(engine)].default if engine and engine != NOBODY else None
+    for grid in grids:
+        if grid != "keep":
+            require_grid(grid, ggufs=(to or own) == "gguf")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -1,9 +1,12 @@
 """How a text becomes scored positions. Perplexities of one model differ by half between conventions, so each has a name."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import UnknownName
-from halfbyte.models.calibrate import Begin
+
+if TYPE_CHECKING:
+    from halfbyte.models.calibrate import Begin
 
 
 @dataclass(frozen=True)
@@ -12,7 +15,7 @@ class Convention:
 
     name: str
     skip: float
-    begin: Begin
+    begin: "Begin"
     about: str
 
     def first(self, length: int, opening: int) -> int:

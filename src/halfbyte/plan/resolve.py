@@ -24,6 +24,7 @@ from halfbyte.targets.gguf.source import translation_of
 from halfbyte.targets.hf import cache
 from halfbyte.targets.hf import schemes as folder
 from halfbyte.targets.plan import Job, commonest, doubts
+from halfbyte.words import require_plain
 
 DEFAULT_PRESET = "Q4_K_M"
 """Of a GGUF for which no grid is named."""
@@ -288,10 +289,7 @@ def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Job
     `to` is "safetensors" or "gguf"; without `dtype` it is the one that the checkpoint says engines compute in, and bfloat16 for a GGUF, which
     does not say. Raises HalfbyteError.
     """
-    if to not in (Plain.name, GGUF.name):
-        raise BadRequest(f"16 bits are written as {Plain.name} or {GGUF.name}, not as {to}")
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise UnknownName("dtype", dtype, DTYPE_NAMES)
+    require_plain(to, dtype)
     checkpoint = source_of(Recipe(model=source, adapter=folder))
     if checkpoint.container is None and checkpoint.adapter is None:
         raise BadRequest(

@@ -16,7 +16,7 @@ from halfbyte.targets.gguf.container import LAYOUTS, type_of
 from halfbyte.targets.gguf.file import TYPES
 from halfbyte.targets.gguf.source import GGUFCheckpoint, Names, translation_of
 from halfbyte.targets.plan import AS_ASKED, SKIPPED, Choice, Job, check_patterns, keep, matches
-from halfbyte.targets.words import unknown_grid
+from halfbyte.words import unknown_grid
 
 MISFIT = "neither"
 PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -16,7 +16,7 @@ from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.recipe import Method, Recipe
 from halfbyte.targets.gguf import presets
 from halfbyte.targets.plan import AS_ASKED, SKIPPED, Choice, Job, check_patterns, keep, matches
-from halfbyte.targets.words import unknown_grid
+from halfbyte.words import unknown_grid
 
 SMALLER_GROUPS = (256, 128, 64, 32)
 SMALLER = "--smaller-groups"

@@ -1,0 +1,75 @@
+"""Names of grids that people write, and what they are told."""
+
+import pytest
+
+from halfbyte import grids, words
+from halfbyte.containers import CONTAINERS, GGUF, READ_ONLY
+from halfbyte.containers.plain import Plain
+from halfbyte.errors import BadRequest, UnknownName
+from halfbyte.grids import schemes
+from halfbyte.models.checkpoint import DTYPE_NAMES
+from halfbyte.targets.gguf import presets
+from halfbyte.targets.gguf.container import LAYOUTS
+from halfbyte.words import unknown_grid
+
+MEANT = {
+    "int4": ("int4-g128", "Q4_K_M"),
+    "int8": ("int8-channel", "Q8_0"),
+    "4bit": ("int4-g128", "Q4_K_M"),
+    "q4": ("int4-g128", "Q4_K_M"),
+    "Q4KM": ("Q4_K_M", "Q4_K_M"),
+    "q6k": ("q6_k", "Q6_K"),
+    "iq4": ("iq4_nl", "IQ4_NL"),
+    "int4_g128": ("int4-g128", None),
+    "fp8e4m3": ("fp8-e4m3-tensor", None),
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_the_sensible_name_comes_first(name):
+    for ggufs, meant in enumerate(MEANT[name]):
+        if meant:
+            error = unknown_grid(name, ggufs=bool(ggufs))
+            assert isinstance(error, UnknownName)
+            assert f"did you mean {meant}" in str(error)
+
+
+@pytest.mark.parametrize("name", ["awq", "GPTQ", "imatrix", "awq+gptq"])
+def test_a_method_is_called_one(name):
+    assert f"write --method {name.lower()} with a grid" in str(unknown_grid(name))
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        (words.CONTAINERS, CONTAINERS),
+        (words.READ_ONLY, READ_ONLY),
+        (words.PLAIN, (Plain.name, GGUF.name)),
+        (words.DTYPES, DTYPE_NAMES),
+        (words.GRIDS, grids.GRIDS),
+        (words.ALIASES, grids.ALIASES),
+        (words.SCHEMES, schemes.PRESETS),
+        (words.PRESETS, presets.PRESETS),
+        (words.TYPES, LAYOUTS),
+    ],
+)
+def test_names_are_those_of_the_tables(names, table):
+    assert sorted(names) == sorted(table)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(*grids.GRIDS, *grids.ALIASES, *schemes.PRESETS, *presets.PRESETS, *presets.ALIASES, *LAYOUTS),
+        *("int4-g128-asym-bf16", "int4-g96", "int4-g64-actorder", "nf4-g4096-double", "fp8-e4m3-channel-bf16"),
+        *("INT4-G128", "int8-channel/int8-token", "q4_k_m", "mxfp4/mxfp4"),
+    ],
+)
+def test_every_name_of_a_grid_may_be_written(name):
+    words.require_grid(name)
+
+
+@pytest.mark.parametrize("name", ["int4-h128", "int9-g128", "int4", "nf5-g64", "fp8-e4m4-tensor", "Q4KM", "gptq", ""])
+def test_a_name_that_is_none_is_refused_early(name):
+    with pytest.raises(BadRequest):
+        words.require_grid(name)
