@@ -20,7 +20,7 @@ from halfbyte.models.walk import Walk
 HIDDEN_BYTES = 512e6
 """Hidden states of all models kept at once; a longer text is walked in slices."""
 LOGITS_BYTES, COPIES = 512e6, 4
-"""Predictions in memory, and how many of one size there are at a time: the logits of two models and what is made of them."""
+"""Predictions in memory, and how many of one size there are at a time: the original's twice, and a model's as logits and as logarithms."""
 
 
 @dataclass
@@ -105,10 +105,10 @@ def _compared(walks: Sequence[Walk], first: int, shared: bool) -> list[Tokens]:
             rows: list[list[Tokens]] = [[] for _ in walks]
             for positions in _positions(walks[0], tokens.shape, first):
                 following = tokens[:, positions.start + 1 : positions.stop + 1]
-                reference = predict[0](batch, positions).float().log_softmax(-1)
-                for collected, own in zip(rows, predict, strict=True):
-                    said = reference if own is predict[0] else own(batch, positions).float().log_softmax(-1)
-                    collected.append(_score(reference, said, following))
+                original = Original(_said(predict[0](batch, positions)), following)
+                rows[0].append(original.of_itself())
+                for collected, own in zip(rows[1:], predict[1:], strict=True):
+                    collected.append(original.against(_said(own(batch, positions))))
             for collected, row in zip(parts, rows, strict=True):
                 collected.append(_joined(row, dim=1))
     return [_joined(part) for part in parts]
@@ -126,16 +126,33 @@ def _joined(parts: Sequence[Tokens], dim: int = 0) -> Tokens:
     return Tokens(*(torch.cat([getattr(part, field.name) for part in parts], dim) for field in fields(Tokens)))
 
 
-def _score(reference: Tensor, own: Tensor, following: Tensor) -> Tokens:
-    following = following[..., None].to(own.device)
-    chosen, was = own.gather(-1, following)[..., 0], reference.gather(-1, following)[..., 0]
-    if own is reference:
-        return Tokens(-chosen, torch.zeros_like(chosen), torch.ones_like(chosen), torch.zeros_like(chosen))
-    same_top = (own.argmax(-1) == reference.argmax(-1)).float()
-    kl = (
-        (reference.exp() * own.sub_(reference).neg_()).sum(-1).clamp(min=0)
-    )  # in place: what is large here is the vocabulary
-    return Tokens(-chosen, kl, same_top, chosen.exp() - was.exp())
+def _said(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
+
+
+class Original:
+    """What the first model says at some positions, looked at once for all the others: each of these looks takes as long as a model's head."""
+
+    def __init__(self, said: Tensor, following: Tensor):
+        """Logarithms of probabilities, and the tokens that came next."""
+        self.said, self.probabilities = said, said.exp()
+        self.following = following[..., None].to(said.device)
+        self.chosen = self._chosen(said)
+        self.top = said.argmax(-1, keepdim=True)
+
+    def _chosen(self, said: Tensor) -> Tensor:
+        return said.gather(-1, self.following)[..., 0]
+
+    def of_itself(self) -> Tokens:
+        zeros = torch.zeros_like(self.chosen)
+        return Tokens(-self.chosen, zeros, torch.ones_like(zeros), zeros)
+
+    def against(self, own: Tensor) -> Tokens:
+        """Another model at these positions. `own` is spent: what is large here is the vocabulary, and fresh memory takes longer than the sums."""
+        chosen = self._chosen(own)
+        same_top = (own.gather(-1, self.top)[..., 0] == own.amax(-1)).float()
+        kl = own.sub_(self.said).mul_(self.probabilities).sum(-1).neg_().clamp_(min=0)
+        return Tokens(-chosen, kl, same_top, chosen.exp() - self.chosen.exp())
 
 
 def summary(tokens: Tokens, reference: bool) -> dict[str, Any]:

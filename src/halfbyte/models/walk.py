@@ -19,11 +19,11 @@ from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 import torch
-import transformers
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import ActivationQuant
@@ -35,6 +35,8 @@ BATCH_TOKENS = 2048
 BUDGET = 4e9
 """Bytes of hidden states that are kept in memory; more than these are pages of files, which the system writes out as it needs."""
 PROBE, PROBE_TOKENS = 0, 64
+MASKED = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+"""Classes that fill gaps in a text. By their names: Transformers would import the code of all these families to compare classes."""
 DROPPED = {"past_key_values", "past_key_value", "use_cache", "cache_position"}
 Report = Callable[[list["Matrix"], Tensor], Tensor | None]
 """Sees what some matrices read, and may return what they are to read instead."""
@@ -379,7 +381,7 @@ class Walk:
 
     def _require_decoder(self) -> None:
         config = self.model.config
-        if config.is_encoder_decoder or type(self.model) in transformers.MODEL_FOR_MASKED_LM_MAPPING.values():
+        if config.is_encoder_decoder or type(self.model).__name__ in MASKED:
             raise Unsupported(
                 f"calibration and eval run decoders on text, and {type(self.model).__name__} is none; {skeleton.NO_MODEL}"
             )

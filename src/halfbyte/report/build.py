@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template, TemplateError
 
 from halfbyte.containers.place import beside, is_file, replace_text
 from halfbyte.engines.engines import ENGINES
@@ -166,6 +167,37 @@ def worst_inputs(report: Mapping[str, Any], count: int = WORST) -> list[dict[str
 
 def card(report: Mapping[str, Any], path: Path) -> str:
     """The model card: README.md of the output. It is to be published, so of this machine's files it says the names only."""
+    report = without_paths(report, local_paths(report, path))
+    recipe = {
+        name: value
+        for name, value in report["recipe"].items()
+        if value not in ([], {}, False) and (name != "calibration" or report["calibration"])
+    }
+    place = Path(report["recipe"].get("repository") or path.resolve().name)
+    file = report["output"]["file"]
+    served = place / file if file and not is_file(path) else place if not file else Path(file)
+    original = original_of(report)
+    against = shlex.quote(original) + (f" --adapter {shlex.quote(recipe['adapter'])}" if recipe.get("adapter") else "")
+    engines = [{**e, "title": ENGINES[e["engine"]].title, "code": code(e, served, original)} for e in report["engines"]]
+    return _template().render(
+        r=report,
+        provenance=report["source"].get("provenance", {}),
+        name=path.resolve().name,
+        is_file=is_file(path),
+        path=str(place),
+        against=against,
+        recipe=recipe,
+        recipe_file=beside(path, "recipe.yaml").name,
+        engines=engines,
+        worst=worst(report),
+        worst_inputs=worst_inputs(report),
+        evaluation=report.get("evaluation"),
+    )
+
+
+@cache
+def _template() -> Template:
+    """Of the card. Compiling it takes longer than all that is filled in, so it is compiled once."""
     environment = Environment(
         loader=PackageLoader("halfbyte.report"),
         undefined=StrictUndefined,
@@ -180,32 +212,7 @@ def card(report: Mapping[str, Any], path: Path) -> str:
         "zip": zip,
         "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
     }
-    report = without_paths(report, local_paths(report, path))
-    recipe = {
-        name: value
-        for name, value in report["recipe"].items()
-        if value not in ([], {}, False) and (name != "calibration" or report["calibration"])
-    }
-    place = Path(report["recipe"].get("repository") or path.resolve().name)
-    file = report["output"]["file"]
-    served = place / file if file and not is_file(path) else place if not file else Path(file)
-    original = original_of(report)
-    against = shlex.quote(original) + (f" --adapter {shlex.quote(recipe['adapter'])}" if recipe.get("adapter") else "")
-    engines = [{**e, "title": ENGINES[e["engine"]].title, "code": code(e, served, original)} for e in report["engines"]]
-    return environment.get_template("card.md.jinja").render(
-        r=report,
-        provenance=report["source"].get("provenance", {}),
-        name=path.resolve().name,
-        is_file=is_file(path),
-        path=str(place),
-        against=against,
-        recipe=recipe,
-        recipe_file=beside(path, "recipe.yaml").name,
-        engines=engines,
-        worst=worst(report),
-        worst_inputs=worst_inputs(report),
-        evaluation=report.get("evaluation"),
-    )
+    return environment.get_template("card.md.jinja")
 
 
 def local_paths(report: Mapping[str, Any], path: Path) -> dict[str, str]:
