@@ -156,6 +156,12 @@ def test_hopper_kernel_of_w4a8_pads_nothing():
     assert "no multiple of 128 x 128" in refused.reasons[0]
 
 
+def test_every_flag_of_a_kernel_has_a_place_in_its_command():
+    for engine in ENGINES.values():
+        for reads in engine.reads.values():
+            assert "{flags}" in (reads.command or engine.command) or not any(kernel.flag for kernel in reads.kernels)
+
+
 def test_serving_says_how():
     verdict = judge("vllm", "compressed-tensors", place("int4-g128"))
     assert verdict.command.format(path="out") == "vllm serve out"

@@ -32,10 +32,15 @@ class Kernel:
 
 
 def named(
-    pattern: str, offer: str, note: str = "", tiles: tuple[tuple[int, int], ...] = (), whole_tiles: bool = False
+    pattern: str,
+    offer: str,
+    note: str = "",
+    tiles: tuple[tuple[int, int], ...] = (),
+    whole_tiles: bool = False,
+    flag: str = "",
 ) -> Kernel:
     """A kernel for schemes by their names."""
-    return Kernel(NONE, frozenset(), tiles, note, named=pattern, offer=offer, whole_tiles=whole_tiles)
+    return Kernel(NONE, frozenset(), tiles, note, flag, named=pattern, offer=offer, whole_tiles=whole_tiles)
 
 
 class Tested(NamedTuple):
@@ -365,6 +370,10 @@ LOADED = (
     r"\w+(ForCausalLM|ForConditionalGeneration|LMHeadModel)|(Llama|Qwen3)Model|(Llama|Qwen2)ForSequenceClassification"
 )
 """The models that tests/engines/test_transformers.py loads: all of the list in architectures.yaml, and of those that derive from it, these."""
+ROUNDS_INPUTS = "inputs are rounded, and multiplied in 16 bits"
+# compressed_tensors/compressors/nvfp4/helpers.py, mx_utils.py: a model of another dtype loads, and its first product fails.
+IN_BFLOAT16 = "compressed-tensors 0.20 decodes MX and NVFP4 in bfloat16, so the model is loaded in that"
+AS_BFLOAT16 = ', dtype="bfloat16"'
 TRANSFORMERS = {
     # transformers/quantizers/quantizer_compressed_tensors.py; compressed_tensors/quantization/lifecycle/apply.py: nn.Linear only.
     # Experts become 3-D parameters, decoded on the way (integrations/compressed_tensors.py CompressedTensorsDequantize: no zero points,
@@ -372,15 +381,24 @@ TRANSFORMERS = {
     "compressed-tensors": Reads(
         (
             Kernel(ANY, SPANS | {"any group", "tensor"}),
+            named(r"fp8-e4m3-[^/]*", "fp8-e4m3"),
             named(
-                r"fp8-e4m3-[^/]*|mxfp8-e4m3|mxfp6-e2m3|mxfp4|nvfp4-global",
-                "fp8-e4m3, mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4-global",
+                r"mxfp8-e4m3|mxfp6-e2m3|mxfp4|nvfp4-global",
+                "mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4-global",
+                IN_BFLOAT16,
+                flag=AS_BFLOAT16,
             ),
             # compressed_tensors/quantization/lifecycle/forward.py rounds inputs and multiplies in 16 bits.
             named(
-                r"(int[2-8]|fp8-e4m3)-[^/]*/(int[2-8]|fp8-e4m3)-(token|tensor|static|g\d+)(-asym)?|mxfp8-e4m3/mxfp8-e4m3|mxfp4/mxfp4|nvfp4-global/nvfp4",
+                r"(int[2-8]|fp8-e4m3)-[^/]*/(int[2-8]|fp8-e4m3)-(token|tensor|static|g\d+)(-asym)?",
                 "integers and floats under inputs rounded in any way",
-                "inputs are rounded, and multiplied in 16 bits",
+                ROUNDS_INPUTS,
+            ),
+            named(
+                r"mxfp8-e4m3/mxfp8-e4m3|mxfp4/mxfp4|nvfp4-global/nvfp4",
+                "mxfp8-e4m3, mxfp4 and nvfp4-global under inputs of their kind",
+                f"{ROUNDS_INPUTS}; {IN_BFLOAT16}",
+                flag=AS_BFLOAT16,
             ),
         ),
         experts=frozenset((bits, True) for bits in range(2, 9)),
@@ -520,14 +538,14 @@ ENGINES: dict[str, Engine] = {
     "vllm": Engine("vLLM", "vllm serve {path}", "compressed-tensors", VLLM, "write compressed-tensors, gptq or awq"),
     "sglang": Engine(
         "SGLang",
-        "python -m sglang.launch_server --model-path {path}",
+        "python -m sglang.launch_server --model-path {path}{flags}",
         "gptq",
         SGLANG,
         "write gptq, compressed-tensors or awq",
     ),
     "transformers": Engine(
         "Transformers",
-        '{auto}.from_pretrained("{path}", device_map="auto"{asks})',
+        '{auto}.from_pretrained("{path}", device_map="auto"{flags})',
         "compressed-tensors",
         TRANSFORMERS,
         "write compressed-tensors, gptq or awq",

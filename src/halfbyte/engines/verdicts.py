@@ -124,8 +124,8 @@ def check(engine: str, container: str, placed: Placed, config: Config) -> Verdic
         notes += note
     if reasons:
         return _refused(engine, reasons, notes)
-    command = (reads.command or spec.command) + "".join(k.flag for k in kernels)
-    command = command.replace("{auto}", auto_class(config)).replace("{asks}", DEQUANTIZE if decoded else "")
+    flags = "".join(dict.fromkeys([*(k.flag for k in kernels), DEQUANTIZE if decoded else ""]))
+    command = (reads.command or spec.command).replace("{auto}", auto_class(config)).replace("{flags}", flags)
     word, source = _rests_on(reads, quantized, config)
     return Verdict(
         engine, word, source, (), tuple(notes), tuple(degrees) if spec.parallel and reads.parallel else (), command

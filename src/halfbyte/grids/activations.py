@@ -29,7 +29,6 @@ from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.grids import rounding
 from halfbyte.grids.floats import ELEMENTS, FLOAT_GRIDS, FloatGrid
 from halfbyte.grids.grid import Grid, Params
-from halfbyte.grids.levels import LEVEL_GRIDS
 
 
 class ActivationStats(NamedTuple):
@@ -249,6 +248,14 @@ class BlockActivations(ActivationGrid):
 
 
 @dataclass(frozen=True)
+class MXFP4Activations(BlockActivations):
+    """MXFP4 inputs: scales span as those of MXFP8 do (compressed-tensors mxfp_utils.py); of weights they are searched."""
+
+    def __str__(self) -> str:
+        return "mxfp4"
+
+
+@dataclass(frozen=True)
 class NVFP4Activations(BlockActivations):
     """NVFP4 inputs: a block's scale is an E4M3 number over one stored divisor."""
 
@@ -303,7 +310,7 @@ ACTIVATION_GRIDS: dict[str, ActivationGrid] = {
         for name in (f"{number}-{span}", *([f"{number}-{span}-asym"] if number not in FLOATS else []))
     },
     "mxfp8-e4m3": BlockActivations(FLOAT_GRIDS["mxfp8-e4m3"]),
-    "mxfp4": BlockActivations(LEVEL_GRIDS["mxfp4"]),
+    "mxfp4": MXFP4Activations(FloatGrid(ELEMENTS["e2m1"], 32, "e8m0")),
     "nvfp4": NVFP4Activations(),
     "llm-int8": LLMInt8Activations(),
 }
