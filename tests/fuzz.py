@@ -270,8 +270,9 @@ def read_vocabulary(path: Path) -> None:
 
 
 def read_report(path: Path) -> None:
-    written.read(path.parent)
     inspect.inspect(path.parent)
+    written.add(path.parent)  # with a card
+    written.read(path.parent)
 
 
 def read_card(path: Path) -> None:
@@ -328,7 +329,7 @@ READERS: dict[str, Reader] = {
     "json": Reader("plain", "texts.json", of_json, read_calibration),
     "csv": Reader("plain", "texts.csv", of_bytes, read_calibration),
     "txt": Reader("plain", "text.txt", of_bytes, read_calibration),
-    "report": Reader("compressed-tensors", "report.json", of_json, read_report, ignores=True),
+    "report": Reader("compressed-tensors", "report.json", of_json, read_report),
     "card": Reader("model", "README.md", of_bytes, read_card, ignores=True),
     "recipe": Reader("compressed-tensors", "recipe.yaml", of_bytes, Recipe.load),
     "imatrix": Reader("gguf", "imatrix.gguf", of_bytes, imatrix.read),

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from halfbyte import display
+from halfbyte.report import types
 
 LONG = "a-model-whose-name-is-as-long-as-those-of-real-models-are-Instruct-v0.3-Q4_K_M.gguf"
 
@@ -17,55 +18,91 @@ def rendered(parts) -> str:
     return console.file.getvalue()
 
 
-def model(path, kv=None) -> dict:
-    numbers = {
-        "kl": 0.123456,
-        "kl_error": 0.0123456,
-        "kl_median": 0.01234,
-        "kl_p99": 12.3456,
-        "kl_max": 123.456,
-        "perplexity": 12345.678,
-    }
-    return {
-        "path": path,
-        "kv": kv,
-        **numbers,
-        "same_top": 0.98765,
-        "probability_change_rms": 0.12345,
-        "size_bytes": 123_456.7e6,
-        "kl_minus_first": (0.1, 0.2),
-    }
+def model(path, kv=None) -> types.Divergence:
+    return types.Divergence(
+        path=path,
+        kv=kv,
+        tokens=123456,
+        nll=9.421,
+        kl=0.123456,
+        kl_error=0.0123456,
+        kl_median=0.01234,
+        kl_p99=12.3456,
+        kl_max=123.456,
+        perplexity=12345.678,
+        same_top=0.98765,
+        probability_change=0.0,
+        probability_change_rms=0.12345,
+        size_bytes=123_456_700_000,
+        kl_minus_first=(0.1, 0.2),
+    )
 
 
-def weight(name, note="") -> dict:
-    return {"name": name, "grid": "int8-channel/int8-token", "bits_per_weight": 8.125, "error": 0.123456, "note": note}
+def weight(name) -> types.WeightReport:
+    return types.WeightReport(
+        name=name, grid="int8-channel/int8-token", shape=(2, 2), bits_per_weight=8.125, error=0.123456
+    )
 
 
-EVALUATION = {
-    "reference": {"perplexity": 12345.678},
-    "reference_path": f"/home/{LONG}",
-    "models": [model(f"/models/{LONG}"), model("/models/b", "fp8-e4m3-head")],
-}
+EVALUATION = types.Evaluation(
+    compared="predictions",
+    text="heldout",
+    length=512,
+    windows=2,
+    tokens_sha256="",
+    convention="served",
+    reference=types.Perplexity(tokens=123456, nll=9.421, perplexity=12345.678),
+    reference_path=f"/home/{LONG}",
+    models=[model(f"/models/{LONG}"), model("/models/b", "fp8-e4m3-head")],
+)
+DEMO = types.DemoRow(
+    method="smoothquant+gptq",
+    grid="int4-g128-asym",
+    container="gptq",
+    bits_per_weight=4.157,
+    size_bytes=123_456_700_000,
+    kl=0.123456,
+    kl_error=0.0123456,
+    same_top=0.98765,
+    perplexity=12345.678,
+    seconds=123.4,
+)
+RECALLED = [types.Recalled(length=131072, depth=i / 9, gain=-12.34, found=1.0) for i in range(10)]
+NEEDLE = types.Needle(
+    text="heldout",
+    lengths=[131072],
+    depths=10,
+    facts=8,
+    seed=0,
+    reference_path=LONG,
+    reference=RECALLED,
+    models=[types.NeedleModel(path=LONG, rows=RECALLED)],
+)
+CACHE = types.CacheReport(
+    grid="fp8-e4m3",
+    input_range="max",
+    calibration=types.CalibrationReport(source="default", windows=(2, 8), tokens_sha256=""),
+    rows=[
+        types.AttentionReport(
+            module=f"model.layers.{i}.self_attn", key_scale=12.34567, value_scale=None, keys_clipped=1.0
+        )
+        for i in (1, 2)
+    ],
+    most_clipped=1.0,
+    serve="",
+    warnings=[],
+)
+EXPERTS = [weight(f"model.layers.{i}.block_sparse_moe.experts.127.down_projection") for i in (1, 2)]
 PARTS = {
-    "eval": (display.evaluated(EVALUATION), ["0.12346 ± 0.01235", "12345.678", "98.77 %", "12.3456", "123.456", "123456.7"]),
-    "worst": (display.worst([weight(f"model.layers.{i}.block_sparse_moe.experts.127.down_projection") for i in (1, 2)], "outputs"), ["0.1235", "8.125"]),
-    "demo": (
-        display.demonstrated([{"method": "smoothquant+gptq", "grid": "int4-g128-asym", "bits_per_weight": 4.157, "seconds": 123.4, **model(LONG)}]),
-        ["0.12346 ± 0.01235", "12345.68", "123456.70", "123.4"],
+    "eval": (
+        display.evaluated(EVALUATION),
+        ["0.12346 ± 0.01235", "12345.678", "98.77 %", "12.3456", "123.456", "123456.7"],
     ),
-    "needle": (
-        display.needles(
-            {"models": [{"path": LONG, "kv": None, "rows": [{"depth": i / 9, "gain": -12.34, "found": 1.0} for i in range(10)]}], "facts": 8,
-             "reference": [{"depth": i / 9, "gain": -12.34, "found": 1.0} for i in range(10)]}, [131072], 10,
-        ),
-        ["-12.34 → -12.34", "131072", "100 % → 100 %"],
-    ),
-    "cache": (
-        display.cached({"rows": [{"module": f"model.layers.{i}.self_attn", "key_scale": 12.34567, "value_scale": None,
-                                  "keys_clipped": 1.0, "values_clipped": 0.0} for i in (1, 2)]}),
-        ["12.34567", "100.0000 %"],
-    ),
-}  # fmt: skip
+    "worst": (display.worst(EXPERTS, "outputs"), ["0.1235", "8.125"]),
+    "demo": (display.demonstrated([DEMO]), ["0.12346 ± 0.01235", "12345.68", "123456.70", "123.4"]),
+    "needle": (display.needles(NEEDLE), ["-12.34 → -12.34", "131072", "100 % → 100 %"]),
+    "cache": (display.cached(CACHE), ["12.34567", "100.0000 %"]),
+}
 
 
 @pytest.mark.parametrize("name", PARTS)

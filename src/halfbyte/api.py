@@ -15,10 +15,9 @@ from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.stamp import origin
 from halfbyte.progress import Progress, shown
 from halfbyte.recipe import Calibration, Recipe
-from halfbyte.report import build, lineage
-from halfbyte.report.inspect import counted, inspect
-from halfbyte.report.numbers import require_finite
-from halfbyte.report.summary import Report
+from halfbyte.report import lineage, measured
+from halfbyte.report.inspect import inspect
+from halfbyte.report.types import CacheReport, Evaluation, ImatrixReport, Needle, Plan, Report, StatesEvaluation
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +50,7 @@ def quantize(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | bool = False,
-) -> Report:
+) -> Report | Plan:
     """Quantize `model` (a folder, a GGUF, a hub id, or a whole Recipe) into `out`, a folder or a .gguf file; returns the report.
 
     What is None is as the recipe has it, or the default of `Recipe`.
@@ -88,7 +87,7 @@ def quantize(
         **{**asked, **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()}}
     )
     if dry_run:
-        return Report(pipeline.plan(recipe, out, overwrite=overwrite))
+        return pipeline.plan(recipe, out, overwrite=overwrite)
     with shown(progress) as show:
         if recipe.method == "convert":
             if recipe.to is None:
@@ -96,16 +95,10 @@ def quantize(
                     f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}"
                 )
             rounded = recipe.grid if "grid" in recipe.model_fields_set else None
-            return Report(
-                pipeline.convert(
-                    recipe.model, out, recipe.to, rounded, recipe.engine, overwrite=overwrite, progress=show
-                )
-            )
+            return pipeline.convert(recipe.model, out, recipe.to, rounded, recipe.engine, overwrite, show)
         if recipe.method == "dequantize":
-            return Report(
-                pipeline.dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, show)
-            )
-        return Report(pipeline.quantize(recipe, out, overwrite=overwrite, progress=show))
+            return pipeline.dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, show)
+        return pipeline.quantize(recipe, out, overwrite=overwrite, progress=show)
 
 
 def convert(
@@ -123,7 +116,7 @@ def convert(
     what no engine loads). The report's errors are those against the quantized source: 0 where nothing was rounded. Raises HalfbyteError.
     """
     with shown(progress) as show:
-        return Report(pipeline.convert(source, out, to, grid, engine, overwrite, show))
+        return pipeline.convert(source, out, to, grid, engine, overwrite, show)
 
 
 def dequantize(
@@ -141,7 +134,7 @@ def dequantize(
     Raises HalfbyteError, with nothing half-written left behind.
     """
     with shown(progress) as show:
-        return Report(pipeline.dequantize(source, out, to, dtype, adapter, overwrite, show))
+        return pipeline.dequantize(source, out, to, dtype, adapter, overwrite, show)
 
 
 def evaluate(
@@ -155,7 +148,7 @@ def evaluate(
     adapter: str | Path | None = None,
     foreign: bool = False,
     progress: Progress | bool = False,
-) -> dict[str, Any]:
+) -> Evaluation | StatesEvaluation:
     """Perplexity of `against` and `models`, and what each of `models` diverges from it, on the same tokens; of models without a head that
     predicts tokens (reward, embedding), how far their last hidden states are from those of `against`. `compared` says which.
 
@@ -186,8 +179,7 @@ def evaluate(
             )
         else:
             rows = states.compare(checkpoints, taken.tokens, progress=show)
-    common = {
-        "compared": "predictions" if predicts else "last hidden states",
+    conditions = {
         "text": text,
         "length": length,
         "windows": len(taken.tokens),
@@ -196,33 +188,8 @@ def evaluate(
         "opening": list(taken.stream.opening_words),
         **_about(reference),
     }
-    require_finite(rows, "evaluation")
-    for checkpoint, row in zip(checkpoints, rows, strict=True):
-        size = counted(checkpoint)
-        row |= {name: size[name] for name in ("size_bytes", "bits_per_parameter")}
-    measured = [
-        {"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, **row}
-        for c, row in zip(checkpoints[1:], rows[1:], strict=True)
-    ]
-    for (model, kind), row in zip(kinds, measured, strict=True):
-        if kind == "stored":
-            others = [
-                other
-                for (same, _), other in zip(kinds, measured, strict=True)
-                if same == model and other["kv"] != row["kv"]
-            ]
-            found = {
-                **common,
-                "foreign": model in strangers,
-                "reference": rows[0],
-                "model": row,
-                "other_caches": others,
-            }
-            name = "foreign_states" if model in strangers else "states"
-            build.add_evaluation(Path(row["path"]), found) if predicts else build.add(
-                Path(row["path"]), **{name: found}
-            )
-    return {**common, "reference": rows[0], "models": measured}
+    result = measured.evaluation(conditions, checkpoints, rows, predicts)
+    return result.model_copy(update={"warnings": measured.record(result, kinds, strangers)})
 
 
 def needle(
@@ -237,7 +204,7 @@ def needle(
     adapter: str | Path | None = None,
     foreign: bool = False,
     progress: Progress | bool = False,
-) -> dict[str, Any]:
+) -> Needle:
     """How well `against` and `models` read back a fact that is planted in texts of these lengths, at `depths` places from beginning to end.
 
     For each length and depth: `gain`, how much likelier its having been told makes the answer, in nats per token; `found`, the share of
@@ -260,26 +227,16 @@ def needle(
             seed,
             show,
         )
-    common = {
+    conditions = {
         "text": text,
         "lengths": list(lengths),
         "depths": depths,
         "facts": facts,
         "seed": seed,
         **_about(reference),
-        "reference": rows[0],
     }
-    require_finite(rows, "needle")
-    measured = [
-        {"path": str(c.path), "kv": str(c.kv.grid) if c.kv else None, "rows": own}
-        for c, own in zip(checkpoints, rows[1:], strict=True)
-    ]
-    for (model, kind), row in zip(kinds, measured, strict=True):
-        if kind == "stored":
-            build.add(
-                Path(row["path"]), **{"foreign_needle" if model in strangers else "needle": {**common, "model": row}}
-            )
-    return {**common, "models": measured}
+    result = measured.needle(conditions, [reference, *checkpoints], rows)
+    return result.model_copy(update={"warnings": measured.record_needle(result, kinds, strangers)})
 
 
 def _reference(against: str | Path, adapter: str | Path | None) -> Checkpoint:
@@ -332,7 +289,7 @@ def kv(
     input_range: str = "max",
     overwrite: bool = False,
     progress: Progress | bool = False,
-) -> dict[str, Any]:
+) -> CacheReport:
     """Write a checkpoint, quantized or not, into `out` with the scales of a quantized KV cache; returns the report of it."""
     from halfbyte.kv_cache import attach
 
@@ -357,7 +314,7 @@ def imatrix(
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress | bool = False,
-) -> dict[str, Any]:
+) -> ImatrixReport:
     """Measure an importance matrix of a model and write it in llama.cpp's format; returns what was measured."""
     from halfbyte.targets.gguf import imatrix as files
     from halfbyte.targets.gguf import importance
@@ -367,9 +324,9 @@ def imatrix(
     with one_file(out, overwrite) as partial:
         windows = calibrate.calibration(checkpoint, calibration, samples, length, seed)
         with shown(progress) as show:
-            measured = importance.measure(checkpoint, windows, show)
-        files.write(partial, measured)
-    return {"path": str(out), "matrices": len(measured.tensors), **windows.about}
+            found = importance.measure(checkpoint, windows, show)
+        files.write(partial, found)
+    return ImatrixReport(path=str(out), matrices=len(found.tensors), **windows.about)
 
 
 def load(path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cpu") -> "PreTrainedModel":

@@ -1,7 +1,6 @@
 """Quantizing with calibration: block after block, each fed by the blocks before it as they were quantized."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.walk import Block, Walk
 from halfbyte.progress import RESUMING
 from halfbyte.recipe import Method
+from halfbyte.report.types import ActivationReport
 from halfbyte.run import Run, apart, digest, note, recall, relative, row_of, squares, tell, with_inputs
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import NotPositive, Statistics
@@ -131,7 +131,7 @@ def _solve(run: Run, block: Block, finder: Finder) -> None:
 
 def inputs_of(
     block: Block, schemes: Mapping[Weight, AnyScheme], statistics: Mapping[Weight, Statistics], ranges: str
-) -> tuple[dict[Weight, Params], dict[Weight, dict[str, Any]]]:
+) -> tuple[dict[Weight, Params], dict[Weight, ActivationReport]]:
     """What is to be stored of the inputs of each weight, and what the report tells of them.
 
     Engines run all experts of a block as one, with the largest of their scales: all of one kind get what suits them together.

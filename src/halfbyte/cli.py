@@ -23,6 +23,9 @@ from halfbyte.errors import BadRequest, HalfbyteError, brief
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.progress import shown
 from halfbyte.recipe import OTHER_COMMANDS
+from halfbyte.report.numbers import require_finite
+from halfbyte.report.summary import headline, size, worst, worst_inputs
+from halfbyte.report.types import Evaluation, Part, Plan, Report
 from halfbyte.surroundings import arrange
 from halfbyte.terminal import Terminal, as_json
 from halfbyte.words import require_container, require_grid, require_plain
@@ -191,10 +194,12 @@ def quantize(
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
 
     report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not as_json)
-    if dry_run:
-        _show_plan(report, output, as_json)
-        return
-    _show_report(report, output, as_json)
+    if as_json:
+        _print_json(report)
+    elif isinstance(report, Plan):
+        _show_plan(report, output)
+    else:
+        _show_report(report, output)
 
 
 @app.command()
@@ -220,7 +225,10 @@ def convert(
     from halfbyte.api import convert as run
 
     report = run(path, output, to, grid, engine, overwrite=overwrite, progress=not as_json)
-    _show_report(report, output, as_json)
+    if as_json:
+        _print_json(report)
+    else:
+        _show_report(report, output)
 
 
 @app.command()
@@ -241,7 +249,10 @@ def dequantize(
     from halfbyte.api import dequantize as run
 
     report = run(path, output, to, dtype, adapter, overwrite, progress=not as_json)
-    _show_report(report, output, as_json)
+    if as_json:
+        _print_json(report)
+    else:
+        _show_report(report, output)
 
 
 @app.command()
@@ -269,8 +280,8 @@ def kv(
         _print_json(found)
         return
     _show(display.cached(found))
-    out.print(f"{output}: the KV cache in {found['grid']}; read back and verified. {found['serve']}", soft_wrap=True)
-    for warning in found["warnings"]:
+    out.print(f"{output}: the KV cache in {found.grid}; read back and verified. {found.serve}", soft_wrap=True)
+    for warning in found.warnings:
         out.print(f"note: {warning}")
 
 
@@ -295,7 +306,8 @@ def imatrix(
         _print_json(made)
     else:
         out.print(
-            f"{output}: {made['matrices']} matrices, measured on {made['windows'][0]} windows of {made['windows'][1]} tokens of {calibration}"
+            f"{output}: {made.matrices} matrices, measured on {made.windows[0]} windows of {made.windows[1]} tokens "
+            f"of {calibration}"
         )
 
 
@@ -337,9 +349,9 @@ def evaluate(
     if as_json:
         _print_json(result)
         return
-    begins = f", each begins with {''.join(result['opening'])}" if result["opening"] else ""
-    out.print(f"{result['windows']} windows of {length} tokens of {text}, convention {result['convention']}{begins}")
-    _show(display.evaluated(result) if result["compared"] == "predictions" else display.states(result))
+    begins = f", each begins with {''.join(result.opening)}" if result.opening else ""
+    out.print(f"{result.windows} windows of {length} tokens of {text}, convention {result.convention}{begins}")
+    _show(display.evaluated(result) if isinstance(result, Evaluation) else display.states(result))
 
 
 @app.command()
@@ -373,7 +385,7 @@ def needle(
     if as_json:
         _print_json(result)
         return
-    _show(display.needles(result, sizes, depths))
+    _show(display.needles(result))
 
 
 @app.command()
@@ -390,11 +402,10 @@ def inspect(
         _print_json(found)
         return
     _show(display.inspected(found, worst))
-    if found["evaluation"]:
-        model, was = found["evaluation"]["model"], found["evaluation"]["reference"]["perplexity"]
-        out.print(
-            f"KL to the original {model['kl']:.5f} ± {model['kl_error']:.5f}, perplexity {model['perplexity']:.3f} (was {was:.3f})"
-        )
+    if found.evaluation:
+        model, was = found.evaluation.model, found.evaluation.reference.perplexity
+        kl = display.with_error(model.kl, model.kl_error, 5)
+        out.print(f"KL to the original {kl}, perplexity {model.perplexity:.3f} (was {was:.3f})")
 
 
 @app.command()
@@ -452,66 +463,65 @@ def _pair(text: str) -> tuple[str, str]:
     return pattern, grid
 
 
-def _show_plan(report: dict[str, Any], output: Path, as_json: bool) -> None:
-    if as_json:
-        _print_json(report)
-        return
-    from halfbyte.report.summary import headline, size
-
-    o = report["output"]
-    out.print(f"{output} would be: {headline(report)}")
-    for kind, count in Counter(row["grid"] for row in report["weights"]).most_common():
+def _show_plan(plan: Plan, output: Path) -> None:
+    o = plan.output
+    out.print(f"{output} would be: {headline(plan)}")
+    for kind, count in Counter(row.grid for row in plan.weights).most_common():
         out.print(f"  {count} matrices on {kind}")
-    for reason, count in Counter(report["kept"].values()).most_common():
+    for reason, count in Counter(plan.kept.values()).most_common():
         out.print(f"  {count} tensors kept: {reason}")
-    for reason, count in Counter(report["dropped"].values()).most_common():
+    for reason, count in Counter(plan.dropped.values()).most_common():
         out.print(f"  {count} tensors left out: {reason}")
-    out.print(f"  {len(o['files'])} file{'s' if len(o['files']) > 1 else ''} of tensors, {size(o['size_bytes'])}: {', '.join(o['files'][:3])}"
-              f"{' ...' if len(o['files']) > 3 else ''}")  # fmt: skip
-    for warning in report["warnings"]:
+    names = ", ".join(o.files[:3]) + (" ..." if len(o.files) > 3 else "")
+    out.print(f"  {len(o.files)} file{'s' if len(o.files) > 1 else ''} of tensors, {size(o.size_bytes)}: {names}")
+    for warning in plan.warnings:
         out.print(f"note: {warning}")
-    for engine in report["engines"]:
-        reason = "" if engine["loads"] else f": {engine['reasons'][0]}"
-        out.print(f"{engine['engine']} {'loads it' if engine['loads'] else 'does not load it'}{reason}", soft_wrap=True)
+    for engine in plan.engines:
+        reason = "" if engine.loads else f": {engine.reasons[0]}"
+        out.print(f"{engine.engine} {'loads it' if engine.loads else 'does not load it'}{reason}", soft_wrap=True)
     out.print("nothing was written", highlight=False)
 
 
-def _show_report(report: dict[str, Any], output: Path, as_json: bool) -> None:
-    if as_json:
-        _print_json(report)
-        return
-    from halfbyte.containers.place import is_file
-    from halfbyte.recipe import OTHER_COMMANDS
-    from halfbyte.report.build import command, original_of, worst_inputs
-    from halfbyte.report.summary import headline
-
-    o, r = report["output"], report["recipe"]
-    place = output / o["file"] if o["file"] and not is_file(output) else output
-    out.print(f"{output}: {headline(report)}, {report['seconds']:.1f} s; read back and verified")
-    _show(display.worst(sorted(report["weights"], key=lambda row: -row["error"])[:5], report["error_of"]))
+def _show_report(report: Report, output: Path) -> None:
+    out.print(f"{output}: {headline(report)}, {report.seconds:.1f} s; read back and verified")
+    _show(display.worst(worst(report), report.error_of))
     for row in worst_inputs(report, 1):
-        i = row["input"]
-        out.print(f"inputs: {i['grid']}, the largest error {i['error']:.4f} where {row['name']} reads from {i['low']:.3g} to {i['high']:.3g}; "
-                  f"{i['saturated']} of {i['values']} values cut there")  # fmt: skip
-    if cache := report.get("kv"):
-        out.print(f"KV cache: {cache['grid']}, at most {100 * cache['most_clipped']:.4f}% of an attention's keys or values beyond the scales on other text. "
-                  f"{cache['serve']}", soft_wrap=True)  # fmt: skip
-    for warning in (*report["warnings"], *(cache["warnings"] if cache else ())):
-        out.print(f"note: {warning}")
-    for engine in report["engines"]:
-        if engine["loads"] and r.get("engine") in (None, "none", engine["engine"]):
+        if i := row.input:
             out.print(
-                f"{engine['engine']} ({engine['word']}): {command(engine, place, original_of(report))}", soft_wrap=True
+                f"inputs: {i.grid}, the largest error {i.error:.4f} where {row.name} reads from {i.low:.3g} to "
+                f"{i.high:.3g}; {i.saturated} of {i.values} values cut there"
             )
-    if report["engines"] and not any(engine["loads"] for engine in report["engines"]):
+    if cache := report.kv:
         out.print(
-            "note: no engine is known to load it; halfbyte.load does, and report.json says of each engine why it does not",
+            f"KV cache: {cache.grid}, at most {100 * cache.most_clipped:.4f}% of an attention's keys or values beyond "
+            f"the scales on other text. {cache.serve}",
             soft_wrap=True,
         )
-    if r["method"] not in OTHER_COMMANDS:
-        merged = f" --adapter {shlex.quote(r['adapter'])}" if "adapter" in r else ""
+    for warning in (*report.warnings, *(cache.warnings if cache else ())):
+        out.print(f"note: {warning}")
+    _show_engines(report, output)
+    asked = report.recipe
+    if asked.method not in OTHER_COMMANDS:
+        merged = f" --adapter {shlex.quote(asked.adapter)}" if asked.adapter else ""
+        words = f"{shlex.quote(str(output))} --against {shlex.quote(asked.model)}{merged}"
+        out.print(f"what was lost: halfbyte eval {words}", soft_wrap=True)
+
+
+def _show_engines(report: Report, output: Path) -> None:
+    """What serves the output; of one engine, if it was asked for."""
+    from halfbyte.containers.place import is_file
+    from halfbyte.report.card import command, original_of
+
+    o, asked = report.output, report.recipe
+    place = output / o.file if o.file and not is_file(output) else output
+    for engine in report.engines:
+        if engine.loads and asked.engine in (None, "none", engine.engine):
+            words = command(engine, place, original_of(asked))
+            out.print(f"{engine.engine} ({engine.word}): {words}", soft_wrap=True)
+    if report.engines and not any(engine.loads for engine in report.engines):
         out.print(
-            f"what was lost: halfbyte eval {shlex.quote(str(output))} --against {shlex.quote(r['model'])}{merged}",
+            "note: no engine is known to load it; halfbyte.load does, and report.json says of each engine "
+            "why it does not",
             soft_wrap=True,
         )
 
@@ -521,9 +531,8 @@ def _show(parts: Sequence[Table | str]) -> None:
         out.print(part)
 
 
-def _print_json(value: Any) -> None:
-    from halfbyte.report.numbers import require_finite
-
+def _print_json(found: Part | Sequence[Part]) -> None:
+    value = found.as_dict() if isinstance(found, Part) else [part.as_dict() for part in found]
     print(as_json(require_finite(value)))
 
 

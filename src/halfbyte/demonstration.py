@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from halfbyte import api, demo
+from halfbyte import api, demo, pipeline
 from halfbyte.errors import BadRequest
+from halfbyte.recipe import Calibration, Recipe
+from halfbyte.report.types import DemoRow, Divergence, Evaluation, Report
 
 RUNS = [
     ("minmax", "int4-g128", "compressed-tensors"),
@@ -33,57 +35,44 @@ def require_own(folder: Path) -> None:
         raise BadRequest(f"{folder} holds other things than a demonstration's folders; name one that is new or empty")
 
 
-def rows(
-    folder: Path, samples: int, windows: int, progress: Callable[[str, float, float], None]
-) -> list[dict[str, Any]]:
+def rows(folder: Path, samples: int, windows: int, progress: Callable[[str, float, float], None]) -> list[DemoRow]:
     """Quantize with every method, then measure them all in one pass over the held-out text."""
     require_own(folder)
     reports = []
     for number, (method, grid, container) in enumerate(RUNS):
         progress(f"{method} {grid}", number, len(RUNS) + 1)
         out = folder / f"{method}-{grid}-{container}"
-        reports.append(
-            (
-                out,
-                api.quantize(
-                    demo.MODEL,
-                    out,
-                    method=method,
-                    grid=grid,
-                    to=container,
-                    calibration={"samples": samples},
-                    overwrite=True,
-                ),
-            )
+        recipe = Recipe(
+            model=str(demo.MODEL), method=method, grid=grid, to=container, calibration=Calibration(samples=samples)
         )
+        reports.append((out, pipeline.quantize(recipe, out, overwrite=True)))
     progress("measuring", len(RUNS), len(RUNS) + 1)
-    measured = api.evaluate([out for out, _ in reports], demo.MODEL, windows=windows)
-    original = {
-        "method": "original",
-        "grid": "",
-        "container": "",
-        "bits_per_weight": 16.0,
-        "size_bytes": reports[0][1]["source"]["size_bytes"],
-    }
-    table = [
-        {
-            **original,
-            "kl": 0.0,
-            "kl_error": 0.0,
-            "same_top": 1.0,
-            "perplexity": measured["reference"]["perplexity"],
-            "seconds": 0.0,
-        }
-    ]
-    for (_, report), row in zip(reports, measured["models"], strict=True):
-        asked = {name: report["recipe"][name] for name in ("method", "grid")}
-        stored = {name: report["output"][name] for name in ("container", "bits_per_weight", "size_bytes")}
-        table.append(
-            {
-                **asked,
-                **stored,
-                **{name: row[name] for name in ("kl", "kl_error", "same_top", "perplexity")},
-                "seconds": report["seconds"],
-            }
-        )
-    return table
+    measured = cast(Evaluation, api.evaluate([out for out, _ in reports], demo.MODEL, windows=windows))
+    original = DemoRow(
+        method="original",
+        grid="",
+        container="",
+        bits_per_weight=16.0,
+        size_bytes=reports[0][1].source.size_bytes,
+        kl=0.0,
+        kl_error=0.0,
+        same_top=1.0,
+        perplexity=measured.reference.perplexity,
+        seconds=0.0,
+    )
+    return [original, *(_row(report, row) for (_, report), row in zip(reports, measured.models, strict=True))]
+
+
+def _row(report: Report, measured: Divergence) -> DemoRow:
+    return DemoRow(
+        method=report.recipe.method,
+        grid=report.recipe.grid,
+        container=report.output.container,
+        bits_per_weight=report.output.bits_per_weight or 16.0,
+        size_bytes=report.output.size_bytes,
+        kl=measured.kl,
+        kl_error=measured.kl_error,
+        same_top=measured.same_top,
+        perplexity=measured.perplexity,
+        seconds=report.seconds,
+    )

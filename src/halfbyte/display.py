@@ -4,10 +4,23 @@ from collections import Counter
 from collections.abc import Sequence
 from math import expm1
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from halfbyte.report.types import (
+    CacheReport,
+    DemoRow,
+    Divergence,
+    Evaluation,
+    Inspection,
+    Measured,
+    Needle,
+    NeedleModel,
+    StateError,
+    StatesEvaluation,
+    WeightReport,
+)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Table:
@@ -29,17 +42,15 @@ def without_prefix(names: Sequence[str], separator: str = ".") -> tuple[str, lis
     return shared, [name.removeprefix(shared) for name in names]
 
 
-def worst(rows: Sequence[dict[str, Any]], error_of: str | None) -> list[Table | str]:
+def worst(rows: Sequence[WeightReport], error_of: str | None) -> list[Table | str]:
     """The weights that lost most, and what is to be said of them."""
     if not rows:
         return []
-    if rows[0]["error"] == 0:
+    if rows[0].error == 0:
         return ["every weight is bit for bit that of the source"]
-    shared, names = without_prefix([row["name"] for row in rows])
-    cells = [
-        (n, r["grid"], f"{r['bits_per_weight']:.3f}", f"{r['error']:.4f}") for n, r in zip(names, rows, strict=True)
-    ]
-    notes = Counter(row["note"] for row in rows if row["note"])
+    shared, names = without_prefix([row.name for row in rows])
+    cells = [(n, r.grid, f"{r.bits_per_weight:.3f}", f"{r.error:.4f}") for n, r in zip(names, rows, strict=True)]
+    notes = Counter(row.note for row in rows if row.note)
     said = f"lost most: relative error of the {error_of}{f'; names begin with {shared}' if shared else ''}"
     return [
         said,
@@ -48,30 +59,30 @@ def worst(rows: Sequence[dict[str, Any]], error_of: str | None) -> list[Table | 
     ]
 
 
-def inspected(found: dict[str, Any], count: int) -> list[Table | str]:
+def inspected(found: Inspection, count: int) -> list[Table | str]:
     rows = [
-        (k, str(r["tensors"]), f"{r['weights']:,}", f"{r['size_bytes'] / 1e6:.2f}", f"{r['bits_per_weight']:.3f}")
-        for k, r in found["grids"].items()
+        (k, str(r.tensors), f"{r.weights:,}", f"{r.size_bytes / 1e6:.2f}", f"{r.bits_per_weight:.3f}")
+        for k, r in found.grids.items()
     ]
     return [
-        f"{found['path']}: {found['model_type']}, {found['container'] or 'not quantized'}",
-        f"{found['size_bytes'] / 1e6:.2f} MB, {found['parameters'] / 1e6:.2f} M parameters, {found['bits_per_parameter']:.3f} bits per parameter",
+        f"{found.path}: {found.model_type}, {found.container or 'not quantized'}",
+        f"{found.size_bytes / 1e6:.2f} MB, {found.parameters / 1e6:.2f} M parameters, {found.bits_per_parameter:.3f} bits per parameter",
         table(["stored as", "tensors", "weights", "MB", "bits"], rows),
-        *worst(found["weights"][:count], found["error_of"]),
-        *(f"- {warning}" for warning in found["warnings"]),
+        *worst(found.weights[:count], found.error_of),
+        *(f"- {warning}" for warning in found.warnings),
     ]
 
 
-def evaluated(result: dict[str, Any]) -> list[Table | str]:
+def evaluated(result: Evaluation) -> list[Table | str]:
     """The models of an evaluation beside their original, and what that means in a sentence for each."""
-    models = result["models"]
+    models = result.models
     names = short_names(models)
     rows = [
         (
-            f"original: {Path(result['reference_path']).name}",
-            _megabytes(result["reference"]),
+            f"original: {Path(result.reference_path).name}",
+            _megabytes(result.reference),
             "",
-            f"{result['reference']['perplexity']:.3f}",
+            f"{result.reference.perplexity:.3f}",
             "",
         )
     ]
@@ -80,18 +91,18 @@ def evaluated(result: dict[str, Any]) -> list[Table | str]:
             (
                 name,
                 _megabytes(row),
-                _with_error(row["kl"], row["kl_error"], 5),
-                f"{row['perplexity']:.3f}",
-                f"{100 * row['same_top']:.2f} %",
+                with_error(row.kl, row.kl_error, 5),
+                f"{row.perplexity:.3f}",
+                f"{100 * row.same_top:.2f} %",
             )
         )
     tails = [
         (
             name,
-            f"{r['kl_median']:.5f}",
-            f"{r['kl_p99']:.4f}",
-            f"{r['kl_max']:.3f}",
-            f"{100 * r['probability_change_rms']:.2f} %",
+            f"{r.kl_median:.5f}",
+            f"{r.kl_p99:.4f}",
+            f"{r.kl_max:.3f}",
+            f"{100 * r.probability_change_rms:.2f} %",
         )
         for name, r in zip(names, models, strict=True)
     ]
@@ -101,32 +112,33 @@ def evaluated(result: dict[str, Any]) -> list[Table | str]:
         table(["model", "half", "99 %", "all", "chance"], tails),
         *(verdict(name, row) for name, row in zip(names, models, strict=True)),
     ]
-    for name, row in list(zip(names, models, strict=True))[1:]:
-        difference, error = row["kl_minus_first"]
-        shown.append(f"KL of {name} minus that of {names[0]}: {_signed(difference, error, 5)}")
-    return shown
+    for name, row in zip(names, models, strict=True):
+        if row.kl_minus_first:
+            shown.append(f"KL of {name} minus that of {names[0]}: {_signed(*row.kl_minus_first, 5)}")
+    return [*shown, *(f"note: {warning}" for warning in result.warnings)]
 
 
-def states(result: dict[str, Any]) -> list[Table | str]:
+def states(result: StatesEvaluation) -> list[Table | str]:
     """A row for each model that predicts no tokens."""
     rows = [
         [
             name,
-            _with_error(row["state_error"], row["state_error_error"], 4),
-            f"{row['state_error_max']:.3f}",
-            f"{row['cosine']:.5f}",
-            f"{row['cosine_min']:.4f}",
+            with_error(row.state_error, row.state_error_error, 4),
+            f"{row.state_error_max:.3f}",
+            f"{row.cosine:.5f}",
+            f"{row.cosine_min:.4f}",
         ]
-        for name, row in zip(short_names(result["models"]), result["models"], strict=True)
+        for name, row in zip(short_names(result.models), result.models, strict=True)
     ]
     said = "the model predicts no tokens: last hidden states are compared, each with the original's of the same token"
-    return [said, table(["model", "relative error", "largest", "cosine", "smallest"], rows)]
+    notes = [f"note: {warning}" for warning in result.warnings]
+    return [said, table(["model", "relative error", "largest", "cosine", "smallest"], rows), *notes]
 
 
-def verdict(name: str, row: dict[str, Any]) -> str:
+def verdict(name: str, row: Divergence) -> str:
     """What a model lost, in a sentence."""
-    said = f"{name}: the original's most likely next word is also its own in {100 * row['same_top']:.1f} % of places; it loses {row['kl']:.4f} nats a token"
-    if paired := row.get("nll_minus_reference"):
+    said = f"{name}: the original's most likely next word is also its own in {100 * row.same_top:.1f} % of places; it loses {row.kl:.4f} nats a token"
+    if paired := row.nll_minus_reference:
         difference, error = paired
         change = f"{100 * expm1(difference):+.2f} %"
         said += (
@@ -135,32 +147,32 @@ def verdict(name: str, row: dict[str, Any]) -> str:
     return said
 
 
-def short_names(models: Sequence[dict[str, Any]]) -> list[str]:
+def short_names(models: Sequence[Divergence | StateError | NeedleModel]) -> list[str]:
     """The last part of each path, or the whole where two would be called alike; and the KV cache."""
-    lasts = Counter(Path(row["path"]).name for row in models if not row["kv"])
-    names = [name if lasts[name := Path(row["path"]).name] < 2 else row["path"] for row in models]
-    return [f"{name}, KV cache {row['kv']}" if row["kv"] else name for name, row in zip(names, models, strict=True)]
+    lasts = Counter(Path(row.path).name for row in models if not row.kv)
+    names = [name if lasts[name := Path(row.path).name] < 2 else row.path for row in models]
+    return [f"{name}, KV cache {row.kv}" if row.kv else name for name, row in zip(names, models, strict=True)]
 
 
-def needles(result: dict[str, Any], sizes: Sequence[int], depths: int) -> list[Table | str]:
+def needles(result: Needle) -> list[Table | str]:
     """A table for each model: a row for each length, before and after."""
     shown: list[Table | str] = [
         "What having read the fact adds to the log-probability of its answer, nats per token: the original → the model"
     ]
-    for name, model in zip(short_names(result["models"]), result["models"], strict=True):
+    for name, model in zip(short_names(result.models), result.models, strict=True):
         rows = []
-        for number, size in enumerate(sizes):
-            part = slice(number * depths, (number + 1) * depths)
-            before, after = result["reference"][part], model["rows"][part]
-            found = [sum(row["found"] for row in rows) / depths for rows in (before, after)]
-            gains = [f"{b['gain']:.2f} → {a['gain']:.2f}" for b, a in zip(before, after, strict=True)]
+        for number, size in enumerate(result.lengths):
+            part = slice(number * result.depths, (number + 1) * result.depths)
+            before, after = result.reference[part], model.rows[part]
+            found = [sum(row.found for row in rows) / result.depths for rows in (before, after)]
+            gains = [f"{b.gain:.2f} → {a.gain:.2f}" for b, a in zip(before, after, strict=True)]
             rows.append((str(size), *gains, " → ".join(f"{100 * share:.0f} %" for share in found)))
-        headers = ["tokens", *(f"at {100 * row['depth']:.0f} %" for row in model["rows"][:depths]), "found"]
+        headers = ["tokens", *(f"at {100 * row.depth:.0f} %" for row in model.rows[: result.depths]), "found"]
         shown += [
-            f"{name}; {result['facts']} facts at each place, from the beginning of the text (0 %) to its end",
+            f"{name}; {result.facts} facts at each place, from the beginning of the text (0 %) to its end",
             *_parts(headers, rows),
         ]
-    return shown
+    return [*shown, *(f"note: {warning}" for warning in result.warnings)]
 
 
 def _parts(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Table]:
@@ -180,14 +192,19 @@ def _parts(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Table]
     ]
 
 
-def demonstrated(rows: Sequence[dict[str, Any]]) -> list[Table | str]:
+def demonstrated(rows: Sequence[DemoRow]) -> list[Table | str]:
     cells = [
         (
-            f"{r['method']} {r['grid']}".strip(), f"{r['bits_per_weight']:.3f}", f"{r['size_bytes'] / 1e6:.2f}", _with_error(r["kl"], r.get("kl_error"), 5),
-            f"{r['perplexity']:.2f}", f"{100 * r['same_top']:.1f}", f"{r['seconds']:.1f}",
+            f"{r.method} {r.grid}".strip(),
+            f"{r.bits_per_weight:.3f}",
+            f"{r.size_bytes / 1e6:.2f}",
+            with_error(r.kl, r.kl_error, 5),
+            f"{r.perplexity:.2f}",
+            f"{100 * r.same_top:.1f}",
+            f"{r.seconds:.1f}",
         )
         for r in rows
-    ]  # fmt: skip
+    ]
     return [
         table(["method and grid", "bits", "MB", "KL, nats", "perpl.", "same %", "s"], cells),
         "bits: of a quantized weight, scales counted; KL: what a token's prediction differs from the original's, ± its standard error;",
@@ -195,25 +212,25 @@ def demonstrated(rows: Sequence[dict[str, Any]]) -> list[Table | str]:
     ]
 
 
-def cached(found: dict[str, Any]) -> list[Table | str]:
-    shared, names = without_prefix([row["module"] for row in found["rows"]])
+def cached(found: CacheReport) -> list[Table | str]:
+    shared, names = without_prefix([row.module for row in found.rows])
     cells = [
         (
             name,
-            *(f"{row[f'{part}_scale']:.5f}" if row[f"{part}_scale"] is not None else "" for part in ("key", "value")),
-            *(f"{100 * row[f'{part}_clipped']:.4f} %" for part in ("keys", "values")),
+            *("" if scale is None else f"{scale:.5f}" for scale in (row.key_scale, row.value_scale)),
+            *(f"{100 * share:.4f} %" for share in (row.keys_clipped, row.values_clipped)),
         )
-        for name, row in zip(names, found["rows"], strict=True)
+        for name, row in zip(names, found.rows, strict=True)
     ]
     said = f"scales of the KV cache (the largest of heads), and what lies beyond them on other text{f'; names begin with {shared}' if shared else ''}"
     return [said, table(["attention", "keys", "values", "keys cut", "values cut"], cells)]
 
 
-def _megabytes(row: dict[str, Any]) -> str:
-    return f"{row['size_bytes'] / 1e6:.1f}" if row.get("size_bytes") else ""
+def _megabytes(row: Measured) -> str:
+    return f"{row.size_bytes / 1e6:.1f}" if row.size_bytes else ""
 
 
-def _with_error(value: float, error: float | None, digits: int) -> str:
+def with_error(value: float, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 

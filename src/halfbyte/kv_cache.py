@@ -3,8 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,26 +28,14 @@ from halfbyte.models.stamp import stamp
 from halfbyte.models.walk import Block, Walk
 from halfbyte.progress import Progress, silent
 from halfbyte.recipe import Calibration
-from halfbyte.report import build
+from halfbyte.report import build, written
+from halfbyte.report.types import AttentionReport, CacheReport
 from halfbyte.run import Run, digest
 
 CHECKED = 16
 """Windows of held-out text on which values beyond the scales are counted."""
 CLIPPED = 1e-3
 """A larger share of values beyond the scales is warned of."""
-
-
-@dataclass
-class Row:
-    """What was found for one attention."""
-
-    module: str
-    key_scale: float | None
-    value_scale: float | None
-    """The largest, where heads have their own; None: it is found as the engine runs."""
-    keys_clipped: float = 0.0
-    values_clipped: float = 0.0
-    """Shares of values beyond what the scales span, on text that they were not found with."""
 
 
 def attach(
@@ -59,8 +46,8 @@ def attach(
     input_range: str = "max",
     overwrite: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """Write `source` into the folder `out` with the scales of a KV cache; returns the report of it, which is written there too.
+) -> CacheReport:
+    """Write `source` into the folder `out` with the scales of a KV cache; returns the report of it, which is written there.
 
     Raises HalfbyteError, with nothing half-written left behind.
     """
@@ -82,15 +69,14 @@ def attach(
     windows = calibrate.calibration(checkpoint, c.source, c.samples, c.length, c.seed)
     cache, rows = find_scales(checkpoint, kind, windows.tokens, input_range, progress)
     tensors = cache.tensors()
-    about = describe(kind, input_range, windows, rows)
-    about["warnings"] += checkpoint.left_out
+    about = describe(kind, input_range, windows, rows, checkpoint.left_out)
     files = _files(checkpoint, tensors)
     shards = {
         name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in files.items()
     }
     folder = Folder(out, shards, xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode()), overwrite)
     if folder.is_published:
-        return folder.published("report.json")["kv"]
+        return written.cache_of(out)
     with kept_on_interrupt(folder):
         for number, (name, specs) in enumerate(files.items()):
             old = read_header(checkpoint.path / name)
@@ -100,27 +86,32 @@ def attach(
         folder.seal()
         _accompany(checkpoint, folder.partial, {**checkpoint.config, "quantization_config": config}, files)
         _verify(checkpoint, folder.partial, tensors)
-        about["seconds"] = round(time.perf_counter() - started, 2)
-        build.add_kv(checkpoint.path, folder.partial, out, about)
+        about = about.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
+        written.add_cache(checkpoint.path, folder.partial, out, about)
         folder.publish()
     return about
 
 
-def describe(grid: KVGrid, how: str, windows: calibrate.Windows, rows: list[Row]) -> dict[str, Any]:
+def describe(
+    grid: KVGrid, how: str, windows: calibrate.Windows, rows: list[AttentionReport], left_out: Sequence[str] = ()
+) -> CacheReport:
     """For the report."""
-    return {
-        "grid": str(grid),
-        "input_range": how,
-        "calibration": windows.about,
-        "rows": [asdict(row) for row in rows],
-        "most_clipped": max(max(row.keys_clipped, row.values_clipped) for row in rows),
-        "serve": layout.served(grid),
-        "warnings": warnings(rows),
-    }
+    return CacheReport(
+        grid=str(grid),
+        input_range=how,
+        calibration=build.calibration(windows),
+        rows=rows,
+        most_clipped=max(max(row.keys_clipped, row.values_clipped) for row in rows),
+        serve=layout.served(grid),
+        warnings=[*warnings(rows), *left_out],
+    )
 
 
-def complete(run: Run) -> dict[str, Any] | None:
-    """Write the scales that a job plans: those of the source, or new ones of what was just written. Returns what the report says of them."""
+def complete(run: Run) -> CacheReport | None:
+    """Write the scales that a job plans: those of the source, or new ones of what was just written.
+
+    Returns what the report says of them.
+    """
     job, about = run.job, None
     if job.recipe.kv and job.kv:
         run.edition.accompany(run.folder.partial)  # with it, what is written is a checkpoint
@@ -146,7 +137,7 @@ def find_scales(
     how: str = "max",
     progress: Progress = silent,
     scratch: Path | None = None,
-) -> tuple[KVCache, list[Row]]:
+) -> tuple[KVCache, list[AttentionReport]]:
     """Stored scales of every attention, found block after block, each fed by blocks whose caches are rounded already.
 
     `how` is a key of `halfbyte.grids.activations.OBSERVERS`, `scratch` a folder for hidden states beyond the memory's budget. Raises Unsupported
@@ -169,9 +160,18 @@ def find_scales(
             _require_heads(checkpoint, grid, seen[0])
             latent = kv.is_latent(attention)
             keys[name], values[name] = _together(seen[0].fit(grid.key, how), seen[1].fit(grid.value, how), latent)
-            rows.append(Row(name, _largest(keys[name]), _largest(values[name])))
             key, value = ActivationQuant(grid.key, keys[name]), ActivationQuant(grid.value, values[name])
-            _run(walk, block, checked_on, attention, _count(rows[-1], key, value, len(checked_on)))
+            clipped = Clipped(key, value, len(checked_on))
+            _run(walk, block, checked_on, attention, clipped)
+            rows.append(
+                AttentionReport(
+                    module=name,
+                    key_scale=_largest(keys[name]),
+                    value_scale=_largest(values[name]),
+                    keys_clipped=clipped.keys,
+                    values_clipped=clipped.values,
+                )
+            )
             kv.put(walk.model, attention, kv.rounded(key, value))
         walk.advance(block)
         block.free()
@@ -221,13 +221,17 @@ def _note(keys: kv.Heads, values: kv.Heads) -> kv.Through:
     return through
 
 
-def _count(row: Row, key: ActivationQuant, value: ActivationQuant, batches: int) -> kv.Through:
-    def through(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        row.keys_clipped += _beyond(k, key) / batches
-        row.values_clipped += _beyond(v, value) / batches
-        return k, v
+class Clipped:
+    """A look at the keys and values of some batches: which shares of them lie beyond what scales span."""
 
-    return through
+    def __init__(self, key: ActivationQuant, value: ActivationQuant, batches: int):
+        self.key, self.value, self.batches = key, value, batches
+        self.keys = self.values = 0.0
+
+    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys += _beyond(k, self.key) / self.batches
+        self.values += _beyond(v, self.value) / self.batches
+        return k, v
 
 
 def _beyond(x: Tensor, inputs: ActivationQuant) -> float:
@@ -253,7 +257,7 @@ def _require_heads(checkpoint: Checkpoint, grid: KVGrid, keys: kv.Heads) -> None
         )
 
 
-def warnings(rows: list[Row]) -> list[str]:
+def warnings(rows: list[AttentionReport]) -> list[str]:
     """What a user should know of the scales."""
     most = max(rows, key=lambda row: max(row.keys_clipped, row.values_clipped))
     share = max(most.keys_clipped, most.values_clipped)

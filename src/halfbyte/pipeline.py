@@ -23,6 +23,9 @@ from halfbyte.plan import Job, decoding, resolve, transcoding
 from halfbyte.progress import RESUMING, Progress, silent
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report import build
+from halfbyte.report.card import card
+from halfbyte.report.types import CacheReport, Plan, Report
+from halfbyte.report.written import as_json, report_of
 from halfbyte.run import SAMPLED, Run, Squares, apart, digest, note, recall, relative, row_of, squares, with_inputs
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
@@ -33,7 +36,7 @@ SIDE_BY_SIDE = 1 << 28
 """Weights in memory at a time, where no single matrix has more."""
 
 
-def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
+def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress: Progress = silent) -> Report:
     """Quantize a checkpoint into the folder `out` and return the report that is also written there.
 
     Raises HalfbyteError, with nothing half-written left behind. A run that is killed is taken up again by the same call.
@@ -50,7 +53,7 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
     edition = edition_of(job)
     folder = Folder(out, edition.shards(stem_of(out)), identity(job, windows), overwrite)
     if folder.is_published:
-        return folder.published("report.json")
+        return report_of(out)
     with kept_on_interrupt(folder):
         run = Run(job, edition, folder, progress, windows=windows)
         if windows is None:
@@ -77,8 +80,8 @@ def _job(recipe: Recipe, out: Path) -> Job:
     return resolve(recipe)
 
 
-def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
-    """What `quantize` would do, as a report without results; nothing is written and no weight is read. Raises what `quantize` would."""
+def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> Plan:
+    """What `quantize` would do; nothing is written and no weight is read. Raises what `quantize` would."""
     if recipe.method in OTHER_COMMANDS:
         raise BadRequest(f"a recipe of {recipe.method} has no plan before the values are read; plan those of quantize")
     out = Path(out).expanduser()
@@ -86,9 +89,8 @@ def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> dict[str, 
     _claim(out, job, overwrite)
     edition = edition_of(job)
     shards = edition.shards(stem_of(out))
-    found = build.planned(job, sum(shard.size_bytes for shard in shards.values()))
-    found["output"] |= {"file": edition.entrance(stem_of(out)), "files": list(shards)}
-    return found
+    size_bytes = sum(shard.size_bytes for shard in shards.values())
+    return build.planned(job, size_bytes, edition.entrance(stem_of(out)), list(shards))
 
 
 def convert(
@@ -99,7 +101,7 @@ def convert(
     engine: str | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Report:
     """Move a quantized checkpoint into another container: bit for bit where it holds the same grid, else by rounding again.
 
     `engine`: one that has to load it, or "none" to write what no engine loads.
@@ -112,7 +114,7 @@ def convert(
     edition = edition_of(job)
     folder = Folder(out, edition.shards(stem_of(out)), identity(job, None), overwrite)
     if folder.is_published:
-        return folder.published("report.json")
+        return report_of(out)
 
     def transcode(_: Weight, q: Quantized, scheme: AnyScheme) -> Quantized:
         for near in (job.container.same(q), with_minimum(q), with_divisor(q)):
@@ -143,7 +145,7 @@ def dequantize(
     adapter: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Report:
     """Write a quantized checkpoint in 16 bits, with its tokenizer, template and config: a folder of safetensors, or a GGUF if `out` is called so.
 
     `dtype` is bfloat16, float16 or float32 (by default what the checkpoint says); `adapter` the folder of one to merge.
@@ -158,7 +160,7 @@ def dequantize(
     edition = edition_of(job)
     folder = Folder(out, edition.shards(stem_of(out)), identity(job, None), overwrite)
     if folder.is_published:
-        return folder.published("report.json")
+        return report_of(out)
     with kept_on_interrupt(folder):
         run = Run(job, edition, folder, progress)
         _stream(
@@ -282,7 +284,7 @@ def _workers(largest: int) -> Iterator[Executor]:
             torch.set_num_threads(cores)
 
 
-def _finish(run: Run, started: float) -> dict[str, Any]:
+def _finish(run: Run, started: float) -> Report:
     """Small files, the check of what was written, and the report."""
     folder = run.folder.partial
     for part in run.edition.extra():
@@ -294,18 +296,19 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
         verify(run)
         sealed.result()
     size_bytes = sum(shard.size_bytes for shard in run.folder.shards.values())
-    report = build.report(run.job, run.rows, run.folds, run.windows, size_bytes, time.perf_counter() - started)
-    report["output"]["file"] = run.edition.entrance(stem_of(run.folder.target))
-    if cache:
-        report["kv"] = cache
-    run.folder.companion("recipe.yaml").write_text(run.job.recipe.dump(), encoding="utf-8", newline="\n")
-    report["seconds"] = round(time.perf_counter() - started, 2)
-    run.folder.companion("report.json").write_text(build.as_json(report), encoding="utf-8", newline="\n")
-    run.folder.companion("README.md").write_text(build.card(report, run.folder.target), encoding="utf-8", newline="\n")
+    file, seconds = run.edition.entrance(stem_of(run.folder.target)), time.perf_counter() - started
+    report = build.report(run.job, run.rows, run.folds, run.windows, cache, size_bytes, file, seconds)
+    texts = {
+        "recipe.yaml": run.job.recipe.dump(),
+        "report.json": as_json(report),
+        "README.md": card(report, run.folder.target),
+    }
+    for name, text in texts.items():
+        run.folder.companion(name).write_text(text, encoding="utf-8", newline="\n")
     return report
 
 
-def _cache(run: Run) -> dict[str, Any] | None:
+def _cache(run: Run) -> CacheReport | None:
     """Scales of the KV cache, where there are some."""
     if not run.job.scales:
         return None

@@ -3,10 +3,10 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from halfbyte.errors import BadRequest, UnknownName, brief
 from halfbyte.files import read_text
@@ -26,10 +26,18 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-class Calibration(BaseModel):
+class Entries(BaseModel, frozen=True):
+    """A value whose entries are attributes; by the names that they have in YAML or JSON, `value["name"]` reads them too."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in type(self).model_fields and name not in (self.model_extra or ()):
+            raise KeyError(name)
+        return getattr(self, name)
+
+
+class Calibration(Entries, frozen=True, extra="forbid"):
     """Which text to run through the model, and how much of it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     source: str | tuple[str, ...] = "default"
     """A file, a dataset, or the texts themselves."""
     samples: int = Field(default=128, ge=1)
@@ -50,10 +58,9 @@ class Calibration(BaseModel):
         return tuple(words)
 
 
-class Recipe(BaseModel):
+class Recipe(Entries, frozen=True, extra="forbid"):
     """All that a run depends on. The same recipe on the same checkpoint gives the same bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     model: str
     adapter: str | None = None
     """The folder of a LoRA adapter that is merged into the model as it is read."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -17,6 +17,7 @@ from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, require_finite
 from halfbyte.plan import SKIPPED, Job
 from halfbyte.progress import Progress
+from halfbyte.report.types import ActivationReport, WeightReport
 from halfbyte.targets.table import Edition
 
 SAMPLED = 1 << 18
@@ -35,24 +36,6 @@ class Squares(NamedTuple):
 
 
 @dataclass
-class Row:
-    """What became of one weight, for the report."""
-
-    name: str
-    grid: str
-    shape: list[int]
-    bits_per_weight: float
-    error: float
-    """Relative error: of the outputs on the calibration tokens, or of the weights where there are none."""
-    tokens: int | None = None
-    note: str = ""
-    input: dict[str, Any] | None = None
-    """How what it reads is rounded, where calibration saw that."""
-    worst_row: float = 0.0
-    """The largest relative error of the weights of a row, of those that were looked at."""
-
-
-@dataclass
 class Run:
     """A job under way: where its results go and what is known of them."""
 
@@ -60,7 +43,7 @@ class Run:
     edition: Edition
     folder: Folder
     progress: Progress
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[str, WeightReport] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     """Of every module and kept tensor, as the solver returned it or the source held it; of each piece, where it was written in pieces."""
     folds: list[dict] = field(default_factory=list)
@@ -142,39 +125,47 @@ def row_of(
     errors: tuple[float, float],
     tokens: int | None,
     note: str,
-    read: dict[str, Any] | None = None,
-) -> Row:
+    activations: ActivationReport | None = None,
+) -> WeightReport:
     """`errors`: of the matrix, and of the worst of its rows."""
     error, worst = errors
-    return Row(
-        weight.name, str(scheme), list(weight.shape), scheme.weight.bits(weight.shape), error, tokens, note, read, worst
+    return WeightReport(
+        name=weight.name,
+        grid=str(scheme),
+        shape=weight.shape,
+        bits_per_weight=scheme.weight.bits(weight.shape),
+        error=error,
+        tokens=tokens,
+        note=note,
+        input=activations,
+        worst_row=worst,
     )
 
 
-def tell(inputs: ActivationQuant, seen: ActivationStats) -> dict[str, Any]:
-    """What is to be known of rounded inputs: what is stored, the error on the tokens seen, and how many of their values are cut."""
+def tell(inputs: ActivationQuant, seen: ActivationStats) -> ActivationReport:
+    """Of rounded inputs: what is stored, the error on the tokens seen, and how many of their values are cut."""
     low, high = inputs.grid.limits(inputs.params)
     cut = int(((seen.rows < low) | (seen.rows > high)).sum())
     error = (inputs.round(seen.rows) - seen.rows).norm() / seen.rows.norm().clamp(min=1e-30)
-    return {
-        "grid": str(inputs.grid),
+    return ActivationReport(
+        grid=str(inputs.grid),
         **{name: value.item() for name, value in inputs.params.items()},
-        "low": seen.low.min().item(),
-        "high": seen.high.max().item(),
-        "error": error.item(),
-        "values": seen.rows.numel(),
-        "saturated": cut,
-        "clipped": cut / seen.rows.numel(),
-    }
+        low=seen.low.min().item(),
+        high=seen.high.max().item(),
+        error=error.item(),
+        values=seen.rows.numel(),
+        saturated=cut,
+        clipped=cut / seen.rows.numel(),
+    )
 
 
-def note(run: Run, rows: list[Row], digests: dict[str, str], **step) -> None:
+def note(run: Run, rows: list[WeightReport], digests: dict[str, str], **step) -> None:
     run.rows |= {row.name: row for row in rows}
     run.digests |= digests
-    run.folder.record({**step, "rows": [vars(row) for row in rows], "digests": digests})
+    run.folder.record({**step, "rows": [row.as_dict() for row in rows], "digests": digests})
 
 
 def recall(run: Run, record: dict) -> None:
-    run.rows |= {row["name"]: Row(**row) for row in record.get("rows", [])}
+    run.rows |= {row["name"]: WeightReport(**row) for row in record.get("rows", [])}
     run.digests |= record.get("digests", {})
     run.folds += record.get("folds", [])

@@ -15,7 +15,7 @@ from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.experts import apart
 from halfbyte.nn import QuantLinear
-from halfbyte.report import build
+from halfbyte.report.card import code
 from halfbyte.targets.gguf.container import TYPE_OF
 from models.every import ENCODERS, EVERY
 from models.families import FAMILIES, Family
@@ -49,12 +49,12 @@ def verdict(report):
 
 def run(report, path, dtype=None):
     """What the card's lines of Python make, on this processor, and of another dtype than they say if one is named."""
-    code = build.code(verdict(report), path, "ORIGINAL").partition("\ntokenizer")[0]
+    lines = code(verdict(report), path, "ORIGINAL").partition("\ntokenizer")[0]
     found = {}
     if dtype:
         said = f'device_map="auto", dtype="{str(dtype).removeprefix("torch.")}"'
-        code = re.sub(', dtype="[^"]*"', "", code).replace('device_map="auto"', said)
-    exec(code.replace('device_map="auto"', 'device_map="cpu"'), found)
+        lines = re.sub(', dtype="[^"]*"', "", lines).replace('device_map="auto"', said)
+    exec(lines.replace('device_map="auto"', 'device_map="cpu"'), found)
     return found["model"]
 
 

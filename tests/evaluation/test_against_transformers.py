@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -131,15 +132,14 @@ def test_one_at_a_time_is_the_same(home):
     both = halfbyte.evaluate([home / "int4", home / "int3"], home / "model", text, LENGTH)
     alone = halfbyte.evaluate([home / "int3"], home / "model", text, LENGTH)
     difference = {"kl_minus_first", "nll_minus_first"}
-    assert alone["models"][0] == {k: v for k, v in both["models"][1].items() if k not in difference}
-    assert not difference & both["models"][0].keys()
+    assert alone.models[0].as_dict() == {k: v for k, v in both.models[1].as_dict().items() if k not in difference}
+    assert not difference & both.models[0].as_dict().keys()
 
 
 def test_paired_difference(home):
     """Both models stumble over the same tokens, so their difference is known better than either."""
-    first, second = halfbyte.evaluate([home / "int4", home / "int3"], home / "model", str(home / "text.txt"), LENGTH)[
-        "models"
-    ]
+    text = str(home / "text.txt")
+    first, second = halfbyte.evaluate([home / "int4", home / "int3"], home / "model", text, LENGTH).models
     difference, error = second["kl_minus_first"]
     assert difference == pytest.approx(second["kl"] - first["kl"])
     assert 0 < error < (first["kl_error"] ** 2 + second["kl_error"] ** 2) ** 0.5
@@ -210,13 +210,34 @@ def test_a_shorter_run_and_another_reference_do_not_replace_what_the_card_shows(
     assert f"{report['evaluation']['model']['kl']:.5f}" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_report_of_another_version_stays_as_it_is(home, tmp_path):
-    halfbyte.quantize(home / "model", tmp_path / "out", method="nearest", grid="int4-g64")
-    (tmp_path / "out" / "report.json").write_text('{"halfbyte": "0.0.0"}')
-    assert (
-        tiny.halfbyte(
-            "eval", tmp_path / "out", "--against", home / "model", "--text", home / "text.txt", "--length", LENGTH
-        ).code
-        == 0
-    )
-    assert (tmp_path / "out" / "report.json").read_text() == '{"halfbyte": "0.0.0"}'
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"schema_version": 99}, "is of schema version 99, and this halfbyte reads 1; what was measured is not put"),
+        ({"weights": 3}, "is no report of this version's: weights: "),
+        (None, "is no report of this version's: kv: field required; what was measured is not put into it"),
+    ],
+)
+def test_a_report_of_another_form_stays_as_it_is_and_is_named(home, tmp_path, change, reason):
+    out = Path(shutil.copytree(home / "int4", tmp_path / "out"))
+    report = {**json.loads((out / "report.json").read_text()), **change} if change else {"halfbyte": "0.0.0"}
+    (out / "report.json").write_text(json.dumps(report))
+    words = "--against", home / "model", "--text", home / "text.txt", "--length", LENGTH
+    said = tiny.halfbyte("eval", out, *words)
+    assert said.code == 0
+    assert f"note: {out / 'report.json'} {reason}" in said.out.replace("\n", " ")
+    assert json.loads((out / "report.json").read_text()) == report
+    shown = tiny.halfbyte("inspect", out)
+    assert shown.code == 0
+    assert "nothing of it is shown" in shown.out.replace("\n", " ")
+
+
+def test_a_report_of_before_there_were_schema_versions_takes_measurements(home, tmp_path):
+    out = Path(shutil.copytree(home / "int4", tmp_path / "out"))
+    report = json.loads((out / "report.json").read_text())
+    assert report.pop("schema_version") == 1
+    (out / "report.json").write_text(json.dumps(report))
+    result = halfbyte.evaluate([out], home / "model", str(home / "text.txt"), LENGTH, 2)
+    assert result.warnings == []
+    written = json.loads((out / "report.json").read_text())
+    assert written["evaluations"][-1]["model"]["kl"] == result.models[0].kl

@@ -11,7 +11,7 @@ import yaml
 import halfbyte
 import tiny
 from halfbyte.engines import engines
-from halfbyte.report import build
+from halfbyte.report.summary import size
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_card_to_be_published(tmp_path):
 
 
 def test_size():
-    assert [build.size(n) for n in (291_000, 15_020_000_000)] == ["0.29 MB", "15.02 GB"]
+    assert [size(n) for n in (291_000, 15_020_000_000)] == ["0.29 MB", "15.02 GB"]
 
 
 def test_report_counts_every_byte(home):

@@ -115,10 +115,6 @@ class Folder:
         """Where a small file of the output is written: next to an output that is one file, it is to bear that file's name."""
         return self.partial / (beside(self.place.final, name).name if self.place.is_file else name)
 
-    def published(self, name: str) -> Any:
-        """A JSON file of the output that is in place."""
-        return json.loads(beside(self.place.final, name).read_text(encoding="utf-8"))
-
     def record(self, record: dict[str, Any]) -> None:
         """Note a step as done. What it wrote has left this process; a later check of every byte covers the rest."""
         self._file.write(json.dumps(record) + "\n")

@@ -1,60 +1,57 @@
 """What is in a checkpoint: tensors, grids, bits per weight, sizes, and, where a report lies beside it, the worst layers."""
 
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
+from halfbyte.errors import BadCheckpoint
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report import written
+from halfbyte.report.types import Inspection, Report, Sizes, Stored, WeightReport
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
-    """Read headers only, and zero points and orders where only they tell a grid."""
+def inspect(path: str | Path) -> Inspection:
+    """What is in a checkpoint. Reads headers only, and zero points and orders where only they tell a grid.
+
+    Raises HalfbyteError. A report beside it that is not one of ours is named among the warnings.
+    """
     checkpoint = Checkpoint.open(path)
-    report = written.read(checkpoint.path)
-    return {
-        "path": str(checkpoint.path),
-        "model_type": checkpoint.model_type,
-        "container": checkpoint.container.name if checkpoint.container else None,
-        **counted(checkpoint),
-        "error_of": report.get("error_of"),
-        "weights": sorted(report.get("weights", []), key=lambda row: -row["error"]),
-        "warnings": report.get("warnings", []),
-        "evaluation": report.get("evaluation"),
-    }
+    weights: list[WeightReport] = []
+    report, warnings = None, []
+    try:
+        report = written.read(checkpoint.path)
+    except BadCheckpoint as error:
+        warnings = [f"{error}; nothing of it is shown"]
+    if isinstance(report, Report):
+        weights, warnings = sorted(report.weights, key=lambda row: -row.error), report.warnings
+    return Inspection(
+        path=str(checkpoint.path),
+        model_type=checkpoint.model_type,
+        container=checkpoint.container.name if checkpoint.container else None,
+        **counted(checkpoint).as_dict(),
+        error_of=report.error_of if isinstance(report, Report) else None,
+        weights=weights,
+        warnings=warnings,
+        evaluation=report.evaluation if report else None,
+    )
 
 
-def counted(checkpoint: Checkpoint) -> dict[str, Any]:
+def counted(checkpoint: Checkpoint) -> Sizes:
     """How large it is, in all and by what its weights are stored as."""
-    kinds: dict[str, dict[str, Any]] = {}
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)  # weights and bytes of each tensor
     for module, (grid, shape) in checkpoint.quantized.items():
-        _count(
-            kinds,
-            str(grid),
-            shape[0] * shape[1],
-            sum(checkpoint.entries[t].size_bytes for t in checkpoint.parts_of[module]),
-        )
+        size_bytes = sum(checkpoint.entries[t].size_bytes for t in checkpoint.parts_of[module])
+        found[str(grid)].append((shape[0] * shape[1], size_bytes))
     for name, entry in checkpoint.entries.items():
         if name not in checkpoint.parts:
-            _count(
-                kinds,
-                str(entry.dtype).removeprefix("torch."),
-                entry.size_bytes // entry.dtype.itemsize,
-                entry.size_bytes,
-            )
-    for row in kinds.values():
-        row["bits_per_weight"] = 8 * row["size_bytes"] / max(row["weights"], 1)
-    total = sum(row["size_bytes"] for row in kinds.values())
-    parameters = sum(row["weights"] for row in kinds.values())
-    return {
-        "size_bytes": total,
-        "parameters": parameters,
-        "bits_per_parameter": 8 * total / max(parameters, 1),
-        "grids": kinds,
-    }
+            weights = entry.size_bytes // entry.dtype.itemsize
+            found[str(entry.dtype).removeprefix("torch.")].append((weights, entry.size_bytes))
+    kinds = {kind: _stored(tensors) for kind, tensors in found.items()}
+    size_bytes, parameters = sum(k.size_bytes for k in kinds.values()), sum(k.weights for k in kinds.values())
+    bits = 8 * size_bytes / max(parameters, 1)
+    return Sizes(size_bytes=size_bytes, parameters=parameters, bits_per_parameter=bits, grids=kinds)
 
 
-def _count(kinds: dict[str, dict[str, Any]], kind: str, weights: int, size_bytes: int) -> None:
-    row = kinds.setdefault(kind, {"tensors": 0, "weights": 0, "size_bytes": 0})
-    row["tensors"] += 1
-    row["weights"] += weights
-    row["size_bytes"] += size_bytes
+def _stored(tensors: list[tuple[int, int]]) -> Stored:
+    weights, size_bytes = (sum(part) for part in zip(*tensors, strict=True))
+    bits = 8 * size_bytes / max(weights, 1)
+    return Stored(tensors=len(tensors), weights=weights, size_bytes=size_bytes, bits_per_weight=bits)

@@ -1,47 +1,52 @@
 """What a model was made of, as the report beside it says: what it lost is what it differs from that by, and from no other model."""
 
 from pathlib import Path
-from typing import Any
 
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.stamp import origin
 from halfbyte.recipe import OTHER_COMMANDS
-from halfbyte.report.written import read
+from halfbyte.report.types import Lineage, Origin, Report
+from halfbyte.report.written import known
 
 
-def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of a source, for the report of what is made of it: where it is, its digest, and the models behind it, nearest first.
+def source_of(checkpoint: Checkpoint) -> Lineage:
+    """Of a source, for the report of what is made of it: where it is, its digest, and the models behind it.
 
     `made_of` is None where it is quantized and nobody says of what.
     """
-    known = {"path": str(checkpoint.path), "xxh3_128": origin(checkpoint)}
-    said = read(checkpoint.path).get("source")
-    if checkpoint.adapter or (not said and checkpoint.container is None):
-        return {**known, "made_of": []}  # an original: nobody has lost anything of it
-    if not said or said.get("made_of") is None:
-        return {**known, "made_of": None}
-    return {**known, "made_of": [{"path": said["path"], "xxh3_128": said.get("xxh3_128")}, *said["made_of"]]}
+
+    def made(of: list[Origin] | None) -> Lineage:
+        return Lineage(path=str(checkpoint.path), xxh3_128=origin(checkpoint), made_of=of)
+
+    report = known(checkpoint.path)
+    source = report.source if isinstance(report, Report) else None
+    if checkpoint.adapter or (not source and checkpoint.container is None):
+        return made([])  # an original: nobody has lost anything of it
+    if not source or source.made_of is None:
+        return made(None)
+    return made([Origin(path=source.path, xxh3_128=source.xxh3_128), *source.made_of])
 
 
 def stranger(model: Path, reference: Checkpoint) -> str | None:
-    """What a model was made of, where that is something else than this reference. A model without a report of ours may be of any."""
-    report = read(model)
-    said, asked = report.get("source"), report.get("recipe") or {}
-    if not said:
+    """What a model was made of, where that is something else than this reference.
+
+    A model without a report of ours may be of any.
+    """
+    report = known(model)
+    if not isinstance(report, Report):
         return None
-    behind = said.get("made_of")
-    is_known = behind is not None or asked.get("method") not in OTHER_COMMANDS
-    if not is_known or any(is_source(one, reference) for one in (said, *(behind or []))):
+    source, recipe = report.source, report.recipe
+    is_known = source.made_of is not None or recipe.method not in OTHER_COMMANDS
+    if not is_known or any(is_source(one, reference) for one in (source, *(source.made_of or []))):
         return None
-    return told(said["path"], asked.get("adapter"))
+    return told(source.path, recipe.adapter)
 
 
-def is_source(said: dict[str, Any], reference: Checkpoint) -> bool:
+def is_source(said: Origin, reference: Checkpoint) -> bool:
     """By its digest, which stays where folders move; by its path in a report that has none."""
-    digest = said.get("xxh3_128")
-    return (
-        digest == origin(reference) if digest else said["path"] in (str(reference.path), str(reference.path.resolve()))
-    )
+    if said.xxh3_128:
+        return said.xxh3_128 == origin(reference)
+    return said.path in (str(reference.path), str(reference.path.resolve()))
 
 
 def told(path: str | Path, adapter: str | Path | None) -> str:

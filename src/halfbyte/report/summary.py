@@ -1,47 +1,53 @@
 """A report in a line, for terminals and notebooks."""
 
 import html
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from halfbyte.report.types import Planned, Report, WeightReport
+
+WORST = 5
 
 
-class Report(dict[str, Any]):
-    """What report.json holds. Shown in one line, and as a small table in notebooks; `dict(report)` shows all of it."""
-
-    def __repr__(self) -> str:
-        return f"<Report: {headline(self)}>"
-
-    def _repr_html_(self) -> str:
-        output = self["output"]
-        rows = {
-            "method": self["recipe"]["method"],
-            "grid": self["recipe"]["grid"],
-            "container": output["container"],
-            "size": f"{size(output['size_bytes'])} (was {size(self['source']['size_bytes'])})",
-            "bits per parameter": f"{output['bits_per_parameter']:.3f}",
-            "worst weight": worst_of(self),
-            "notes": "; ".join(self["warnings"]),
-        }
-        cells = "".join(
-            f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items() if value
-        )
-        return f"<table>{cells}</table>"
-
-
-def headline(report: dict[str, Any]) -> str:
+def headline(report: "Planned") -> str:
     """Method, grid, container, size, and what was made of how much."""
-    output, recipe = report["output"], report["recipe"]
-    per_weight = f"{output['bits_per_weight']:.3f} bits per quantized weight, " if output["quantized"] else ""
+    output, recipe = report.output, report.recipe
+    per_weight = f"{output.bits_per_weight:.3f} bits per quantized weight, " if output.bits_per_weight else ""
     return (
-        f"{recipe['method']} {output.get('grid', recipe['grid'])} as {output['container']}, "
-        f"{size(output['size_bytes'])} (was {size(report['source']['size_bytes'])}), "
-        f"{per_weight}{output['bits_per_parameter']:.3f} bits per parameter"
+        f"{recipe.method} {output.grid or recipe.grid} as {output.container}, "
+        f"{size(output.size_bytes)} (was {size(report.source.size_bytes)}), "
+        f"{per_weight}{output.bits_per_parameter:.3f} bits per parameter"
     )
 
 
-def worst_of(report: dict[str, Any]) -> str:
-    rows = [row for row in report["weights"] if row.get("error")]
-    worst = max(rows, key=lambda row: row["error"], default=None)
-    return f"{worst['name']}, relative error of the {report['error_of']} {worst['error']:.4f}" if worst else ""
+def table(report: "Report") -> str:
+    """HTML, for notebooks."""
+    output = report.output
+    lost = [row for row in worst(report, 1) if row.error]
+    rows = {
+        "method": report.recipe.method,
+        "grid": report.recipe.grid,
+        "container": output.container,
+        "size": f"{size(output.size_bytes)} (was {size(report.source.size_bytes)})",
+        "bits per parameter": f"{output.bits_per_parameter:.3f}",
+        "worst weight": "".join(f"{row.name}, relative error of the {report.error_of} {row.error:.4f}" for row in lost),
+        "notes": "; ".join(report.warnings),
+    }
+    cells = "".join(
+        f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items() if value
+    )
+    return f"<table>{cells}</table>"
+
+
+def worst(report: "Report", count: int = WORST) -> "list[WeightReport]":
+    """The weights that lost most."""
+    return sorted(report.weights, key=lambda row: -row.error)[:count]
+
+
+def worst_inputs(report: "Report", count: int = WORST) -> "list[WeightReport]":
+    """Of the activations with the largest errors, the first of the weights that they are multiplied by."""
+    found = {repr(row.input): row for row in reversed(report.weights) if row.input}
+    return sorted(found.values(), key=lambda row: -row.input.error if row.input else 0.0)[:count]
 
 
 def size(size_bytes: float) -> str:

@@ -1,0 +1,144 @@
+"""The model card: README.md of an output."""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from halfbyte.containers.place import beside, is_file
+from halfbyte.engines.engines import ENGINES
+from halfbyte.recipe import OTHER_COMMANDS, Recipe
+from halfbyte.report.summary import size, worst, worst_inputs
+from halfbyte.report.types import EngineReport, Report
+
+
+def card(report: Report, path: Path) -> str:
+    """The model card of what lies in `path`. It is to be published, so of this machine's files it says the names only."""
+    report = Report.model_validate(without_paths(report.as_dict(), local_paths(report, path)))
+    recipe = {
+        name: value
+        for name, value in report.recipe.model_dump(mode="json", exclude_none=True).items()
+        if value not in ([], {}, False) and (name != "calibration" or report.calibration)
+    }
+    served = _served(report, path)
+    original = original_of(report.recipe)
+    adapter = report.recipe.adapter
+    return _template().render(
+        r=report,
+        name=path.resolve().name,
+        is_file=is_file(path),
+        path=report.recipe.repository or path.resolve().name,
+        against=shlex.quote(original) + (f" --adapter {shlex.quote(adapter)}" if adapter else ""),
+        recipe=recipe,
+        recipe_file=beside(path, "recipe.yaml").name,
+        engines=[(e, _title(e), code(e, served, original)) for e in report.engines],
+        worst=worst(report),
+        worst_inputs=worst_inputs(report),
+        evaluation=report.evaluation,
+    )
+
+
+@cache
+def _template() -> Template:
+    """Of the card. Compiling it takes longer than all that is filled in, so it is compiled once."""
+    environment = Environment(
+        loader=PackageLoader("halfbyte.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals["begins"] = begins
+    environment.filters |= {
+        "size": size,
+        "quote": shlex.quote,
+        "zip": zip,
+        "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
+    }
+    return environment.get_template("card.md.jinja")
+
+
+def _title(engine: EngineReport) -> str:
+    return ENGINES[engine.engine].title if engine.engine in ENGINES else engine.engine
+
+
+def _served(report: Report, path: Path) -> Path:
+    """What engines open, as somebody who has downloaded it calls it."""
+    place, file = Path(report.recipe.repository or path.resolve().name), report.output.file
+    if not file:
+        return place
+    return Path(file) if is_file(path) else place / file
+
+
+def local_paths(report: Report, path: Path) -> dict[str, str]:
+    """Every file of this machine that a report speaks of, and its name alone."""
+    recipe = report.recipe
+    said = [path, path.resolve(), report.source.path, recipe.adapter, recipe.imatrix, recipe.calibration.source]
+    said += [of for r in (report.evaluation, report.needle) if r for of in (r.reference_path, r.text)]
+    said += [] if report.source.hub else [recipe.model]
+    paths = {
+        str(one): os.path.basename(os.path.abspath(os.path.expanduser(one)))  # which asks no disk
+        for one in said
+        if isinstance(one, str | Path) and os.sep in str(one)
+    }
+    return dict(sorted(paths.items(), key=lambda item: -len(item[0])))
+
+
+def without_paths(value: Any, names: Mapping[str, str]) -> Any:
+    """The same with every path in a text replaced by a name."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(one, names) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_paths(one, names) for one in value]
+    if isinstance(value, str):
+        for path, name in names.items():
+            value = value.replace(path, name)
+    return value
+
+
+def original_of(recipe: Recipe) -> str:
+    """The model in 16 bits; a word for it where only its quantized offspring is known."""
+    return "ORIGINAL" if recipe.method in OTHER_COMMANDS else recipe.model
+
+
+def command(engine: EngineReport, path: Path, original: str) -> str:
+    """What serves the folder or file: a line for the shell, or of Python, whose strings stand in quotes."""
+    return _filled(engine.command or "", path, original)
+
+
+def code(engine: EngineReport, path: Path, original: str) -> str:
+    """The same with what Python needs around it."""
+    line = engine.command or ""
+    if "AutoModel" not in line:
+        return _filled(line, path, original)
+    needed = sorted({"AutoTokenizer", *re.findall(r"\bAutoModel\w*|\bCompressedTensorsConfig\b", line)})
+    place = '"{folder}", gguf_file="{file}"' if "gguf_file" in line else '"{path}"'
+    imported = f"from transformers import {', '.join(needed)}"
+    whole = f"{imported}\n\nmodel = {line}\ntokenizer = AutoTokenizer.from_pretrained({place})"
+    return _filled(whole, path, original)
+
+
+def _filled(text: str, path: Path, original: str) -> str:
+    said = {
+        "path": path,
+        "folder": path.parent,
+        "file": path.name,
+        "modelfile": beside(path, "Modelfile"),
+        "name": path.stem.lower(),
+        "original": original,
+    }
+    for name, value in said.items():
+        text = text.replace(f'"{{{name}}}"', json.dumps(str(value))).replace(f"{{{name}}}", shlex.quote(str(value)))
+    return text
+
+
+def begins(opening: list[str]) -> str:
+    """What windows began with, as the end of a sentence."""
+    return f", each begins with `{''.join(opening)}`" if opening else ""

@@ -1,0 +1,499 @@
+"""What a report says, as types: of a run (report.json), of its plan, of a KV cache, of an evaluation, and of a checkpoint.
+
+A report is read only, and its entries are attributes by their names in report.json; `report["output"]` reads one too.
+Entries that are not known of a run are not written.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, field_serializer
+
+from halfbyte.recipe import Entries, Recipe
+from halfbyte.report.summary import headline, table
+
+SCHEMA = 1
+"""Counted up when an entry of report.json is renamed or means something else. A report without it is read as of the first."""
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Mean = Annotated[tuple[float, float | None], Field(strict=False)]
+"""A mean and its standard error, which nobody knows of one value."""
+Shape = Annotated[tuple[Count, ...], Field(strict=False, min_length=2)]
+
+
+class Part(Entries, BaseModel, frozen=True, strict=True, extra="allow", protected_namespaces=()):
+    """A part of a report."""  # BaseModel by name: linters look for it in this file
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, as report.json has it."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Origin(Part, frozen=True):
+    """A model: where it was, and the digest of its files."""
+
+    path: str
+    xxh3_128: str | None = None
+
+
+class Lineage(Origin, frozen=True):
+    """A model and those that it was made of."""
+
+    made_of: list[Origin] | None = None
+    """Nearest first; empty for an original, None where it is quantized and nobody says of what."""
+
+
+class Provenance(Part, frozen=True):
+    """What a source's own card says of where it comes from and under which terms."""
+
+    name: str
+    repository: str | None = None
+    """Its id on the hub, org/name."""
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    base_models: list[str] = []
+    """Hub ids of what it was made from."""
+    tags: list[str] = []
+    languages: list[str] = []
+
+    @property
+    def made_of(self) -> list[str]:
+        """Hub ids of what a quantized version of it was made from: itself, or what is known to be behind it."""
+        return [self.repository] if self.repository else self.base_models
+
+
+class Source(Lineage, frozen=True):
+    """The checkpoint that a run read."""
+
+    hub: str | None = None
+    """Its id on the hub, if it was asked for by one."""
+    provenance: Provenance | None = None
+    has_chat_template: bool = False
+    model_type: str
+    dtype: str
+    size_bytes: Count
+    parameters: Annotated[Count, Field(gt=0)]
+
+
+class Output(Part, frozen=True):
+    """The checkpoint that a run wrote."""
+
+    container: str
+    grid: str | None = None
+    """What its quantized weights are on, in a word."""
+    size_bytes: Count
+    """Of all its tensors."""
+    bits_per_weight: float | None
+    """Of quantized weights, scales counted."""
+    bits_per_parameter: float
+    """Of all parameters, everything counted."""
+    quantized: Count
+    """How many weights are quantized."""
+    kept: Count
+    """How many tensors are not."""
+    file: str | None = None
+    """The file that an engine opens; None: the folder."""
+    files: list[str] = []
+    """Of a plan: the files of tensors."""
+
+
+class EngineReport(Part, frozen=True):
+    """Whether an engine loads the output."""
+
+    engine: str
+    loads: bool
+    word: str
+    """What this rests on: tested here, documented there, or refused."""
+    source: str
+    """The test of this repository, or the file or page of the engine's."""
+    reasons: list[str]
+    """Why it is refused, and what would work."""
+    notes: list[str]
+    tensor_parallel: list[int]
+    """Over how many GPUs it can be split."""
+    command: str | None
+    """What serves the folder {path}."""
+
+
+class PlannedWeight(Part, frozen=True):
+    """What a weight becomes."""
+
+    name: str
+    grid: str
+    shape: Shape
+    bits_per_weight: float
+    note: str = ""
+
+
+class ActivationReport(Part, frozen=True):
+    """How what a weight is multiplied by is rounded, on the calibration tokens; beside this, what is stored of it (scale, zero)."""
+
+    grid: str
+    low: float
+    high: float
+    error: float
+    """Relative."""
+    values: Count
+    saturated: Count
+    """How many values were beyond what the scale spans."""
+    clipped: float
+    """The share of these."""
+
+
+class WeightReport(PlannedWeight, frozen=True):
+    """What became of a weight."""
+
+    error: float
+    """Relative error: of the outputs on the calibration tokens, or of the weights where there are none."""
+    tokens: Count | None = None
+    """How many calibration tokens reached it."""
+    input: ActivationReport | None = None
+    """How its activations are rounded, where calibration saw that."""
+    worst_row: float = 0.0
+    """The largest relative error of a row, of those that were looked at."""
+
+
+class FoldReport(Part, frozen=True):
+    """A scale that was moved from what reads a tensor into what makes it."""
+
+    producer: str
+    readers: list[str]
+    alpha: float | None = None
+    error: float | None = None
+    """After the fold, as a share of that before it."""
+
+
+class Environment(Part, frozen=True):
+    """What a run ran on: versions, threads, and the processor's instructions."""
+
+    python: str
+    torch: str
+    transformers: str
+    numpy: str
+    numba: str
+    threads: Count
+    instructions: str
+
+
+class CalibrationReport(Part, frozen=True):
+    """The text that ran through the model."""
+
+    source: str
+    windows: Shape
+    """How many, and of how many tokens each."""
+    opening: list[str] = []
+    """The tokens that every window begins with."""
+    chats: Count = 0
+    """How many windows are of chats."""
+    chat_opening: list[str] | None = None
+    tokens_sha256: str
+
+
+class AttentionReport(Part, frozen=True):
+    """The scales of one attention's cached keys and values: the largest, where heads have their own."""
+
+    module: str
+    key_scale: float | None
+    """None: it is found as the engine runs."""
+    value_scale: float | None
+    keys_clipped: float = 0.0
+    """The share of keys beyond what the scale spans, on text that it was not found with."""
+    values_clipped: float = 0.0
+
+
+class CacheReport(Part, frozen=True):
+    """A quantized KV cache."""
+
+    grid: str
+    input_range: str
+    calibration: CalibrationReport
+    rows: list[AttentionReport]
+    most_clipped: float
+    """The largest share of an attention's keys or values beyond their scales."""
+    serve: str
+    """What to tell an engine."""
+    warnings: list[str]
+    seconds: float | None = None
+
+
+class Conditions(Part, frozen=True):
+    """What an evaluation was measured on."""
+
+    compared: str
+    """`predictions`, or `last hidden states` of models that predict no tokens."""
+    text: str
+    length: Count
+    windows: Count
+    tokens_sha256: str
+    convention: str
+    opening: list[str] = []
+    reference_path: str
+    reference_adapter: str | None = None
+    reference_xxh3_128: str | None = None
+
+
+class Measured(Part, frozen=True):
+    """A model on the tokens of an evaluation."""
+
+    tokens: Count
+    """How many of its predictions, or states, were scored."""
+    size_bytes: Count | None = None
+    bits_per_parameter: float | None = None
+
+
+class Perplexity(Measured, frozen=True):
+    """How well a model predicts the tokens."""
+
+    nll: float
+    """Nats per token."""
+    perplexity: float
+    perplexity_error: float | None = None
+
+
+class Divergence(Perplexity, frozen=True):
+    """How far a model's predictions are from the reference's, in nats per token."""
+
+    path: str
+    kv: str | None = None
+    """The KV cache that it ran with; None: in 16 bits."""
+    kl: float
+    kl_error: float | None
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    same_top: float
+    """The share of places where both have the same most likely token."""
+    same_top_error: float | None = None
+    probability_change: float
+    """Of the token that came next: the mean."""
+    probability_change_rms: float
+    """The same, root mean square."""
+    nll_minus_reference: Mean | None = None
+    perplexity_minus_reference: Mean | None = None
+    kl_minus_first: Mean | None = None
+    """Token by token, against the first of the models."""
+    nll_minus_first: Mean | None = None
+
+
+class StateError(Measured, frozen=True):
+    """How far a model's last hidden states are from the reference's, relative to the length of these."""
+
+    path: str
+    kv: str | None = None
+    state_error: float
+    state_error_error: float | None
+    """The standard error of the mean."""
+    state_error_p99: float
+    state_error_max: float
+    cosine: float
+    cosine_min: float
+
+
+class Evaluation(Conditions, frozen=True):
+    """Models of which predictions were compared with the reference's."""
+
+    reference: Perplexity
+    models: list[Divergence]
+    warnings: list[str] = []
+
+
+class StatesEvaluation(Conditions, frozen=True):
+    """Models of which last hidden states were compared with the reference's."""
+
+    reference: Measured
+    models: list[StateError]
+    warnings: list[str] = []
+
+
+class EvaluationRecord(Conditions, frozen=True):
+    """One model of an evaluation, for the report beside it."""
+
+    foreign: bool = False
+    """Whether the reference is another model than it was made of."""
+    reference: Perplexity
+    model: Divergence
+    other_caches: list[Divergence] = []
+    """The same model with other KV caches."""
+
+
+class StatesRecord(Conditions, frozen=True):
+    """The same for last hidden states."""
+
+    foreign: bool = False
+    reference: Measured
+    model: StateError
+    other_caches: list[StateError] = []
+
+
+class Recalled(Part, frozen=True):
+    """Facts at one place of texts of one length: the mean over facts."""
+
+    length: Count
+    """Tokens."""
+    depth: float
+    """0: the text begins with the fact; 1: it ends with it."""
+    gain: float
+    """How much likelier the fact's having been told makes the answer, in nats per token."""
+    found: float
+    """The share of answers that greedy decoding gives."""
+
+
+class NeedleModel(Part, frozen=True):
+    """A model of a needle test: a row for every length and depth."""
+
+    path: str
+    kv: str | None = None
+    rows: list[Recalled]
+
+
+class NeedleConditions(Part, frozen=True):
+    """What a needle test was measured on."""
+
+    text: str
+    lengths: list[Count]
+    depths: Annotated[Count, Field(gt=0)]
+    facts: Count
+    seed: Count
+    reference_path: str
+    reference_adapter: str | None = None
+    reference_xxh3_128: str | None = None
+    reference: list[Recalled]
+
+
+class Needle(NeedleConditions, frozen=True):
+    """How well models read back facts that were planted in long texts."""
+
+    models: list[NeedleModel]
+    warnings: list[str] = []
+
+
+class NeedleRecord(NeedleConditions, frozen=True):
+    """One model of a needle test, for the report beside it."""
+
+    model: NeedleModel
+
+
+class Versioned(Part, frozen=True):
+    schema_version: int = SCHEMA
+    halfbyte: str
+    """The version of halfbyte that wrote it."""
+
+
+class Measurements(Versioned, frozen=True):
+    """What lies beside a checkpoint as report.json: what was measured of it."""
+
+    evaluations: list[EvaluationRecord] = []
+    evaluation: EvaluationRecord | None = None
+    """The one that the card shows: the longest against the source."""
+    states: StatesRecord | None = None
+    needle: NeedleRecord | None = None
+    foreign_states: StatesRecord | None = None
+    foreign_needle: NeedleRecord | None = None
+
+
+class CacheRecord(Measurements, frozen=True):
+    """The report beside a checkpoint of another tool, to which a KV cache was added."""
+
+    kv: CacheReport
+
+
+class Planned(Versioned, frozen=True):
+    """What is known of a run before it."""
+
+    recipe: Recipe
+    source: Source
+    output: Output
+    warnings: list[str]
+    engines: list[EngineReport]
+    weights: Sequence[PlannedWeight]
+    kept: dict[str, str]
+    """Tensors that are not quantized, and why."""
+    dropped: dict[str, str]
+    """Tensors of the source that are not in the output, and why."""
+
+    @field_serializer("recipe", mode="wrap")
+    def _recipe(self, recipe: Recipe, _: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return recipe.model_dump(mode="json", exclude_none=True)
+
+
+class Plan(Planned, frozen=True):
+    """What a run would do: of `dry_run`."""
+
+    weights: list[PlannedWeight]
+
+    def __repr__(self) -> str:
+        return f"<Plan: {headline(self)}>"
+
+
+class Report(Measurements, Planned, frozen=True):
+    """What became of a run: report.json. Shown in one line, and as a table in notebooks; `as_dict()` is all of it."""
+
+    weights: list[WeightReport]
+    kv: CacheReport | None = None
+    calibration: CalibrationReport | None = None
+    error_of: str
+    """What the errors of weights are errors of."""
+    folds: list[FoldReport] = []
+    environment: Environment | None = None
+    peak_memory_bytes: Count | None = None
+    seconds: float
+
+    def __repr__(self) -> str:
+        return f"<Report: {headline(self)}>"
+
+    def _repr_html_(self) -> str:
+        return table(self)
+
+
+class Stored(Part, frozen=True):
+    """The tensors of a checkpoint that are stored alike."""
+
+    tensors: Count
+    weights: Count
+    size_bytes: Count
+    bits_per_weight: float
+
+
+class Sizes(Part, frozen=True):
+    """How large a checkpoint is, in all and by what its tensors are stored as."""
+
+    size_bytes: Count
+    parameters: Count
+    bits_per_parameter: float
+    grids: dict[str, Stored]
+
+
+class Inspection(Sizes, frozen=True):
+    """What is in a checkpoint, and what the report beside it says of its weights: those that lost most first."""
+
+    path: str
+    model_type: str
+    container: str | None
+    """None: it is not quantized."""
+    error_of: str | None = None
+    weights: list[WeightReport]
+    warnings: list[str]
+    evaluation: EvaluationRecord | None = None
+
+
+class ImatrixReport(CalibrationReport, frozen=True):
+    """An importance matrix that was measured."""
+
+    path: str
+    matrices: Count
+
+
+class DemoRow(Part, frozen=True):
+    """One method of the demonstration: what it costs, and what is lost."""
+
+    method: str
+    grid: str
+    container: str
+    bits_per_weight: float
+    size_bytes: Count
+    kl: float
+    kl_error: float | None
+    same_top: float
+    perplexity: float
+    seconds: float
