@@ -11,7 +11,7 @@ ROOT = Path(halfbyte.__file__).parent
 LAYERS = [
     ["errors", "surroundings", "endings", "terminal"], ["files", "progress"], ["recipe", "grids"],
     ["words", "solvers", "containers"], ["demo"], ["models"],
-    ["transforms", "nn", "evaluation", "engines"], ["targets"], ["plan"], ["report"], ["run", "display"],
+    ["transforms", "nn", "evaluation", "engines", "block_solvers"], ["targets"], ["plan"], ["report"], ["run", "display"],
     ["blockwise", "kv_cache"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip
 UPWARD = {

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from halfbyte.containers.folder import Folder
 from halfbyte.containers.safetensors import read_header
-from halfbyte.models import walk
+from halfbyte.models import placement, streams
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128}
 METHODS = ["nearest", "gptq", "awq+gptq"]
@@ -294,9 +294,9 @@ def test_a_crash_keeps_what_is_done(home, whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["gptq", "gptaq"])
 def test_hidden_states_beyond_the_budget_lie_in_files(home, tmp_path, method, monkeypatch):
     assert tiny.halfbyte(*words(home, method), "-o", tmp_path / "memory").code == 0
-    monkeypatch.setattr(walk, "BUDGET", 0)
+    monkeypatch.setattr(placement, "HIDDEN_BYTES", 0)
     files = []
-    monkeypatch.setattr(walk, "TemporaryFile", lambda dir: files.append(dir) or TemporaryFile(dir=dir))  # noqa: SIM115
+    monkeypatch.setattr(streams, "TemporaryFile", lambda dir: files.append(dir) or TemporaryFile(dir=dir))  # noqa: SIM115
     assert tiny.halfbyte(*words(home, method), "-o", tmp_path / "files").code == 0
     assert set(files) == {tmp_path.resolve()}
     assert tiny.weights(tmp_path / "files") == tiny.weights(tmp_path / "memory")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from halfbyte.grids import GRIDS, parse
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.run import SAMPLED, relative, squares
+from halfbyte.run import SAMPLED, relative, squared_error
 from halfbyte.solvers import SOLVERS
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -21,16 +21,16 @@ WRITTEN = [name for name in GRIDS if not name.startswith("iq1")]
 def test_the_error_over_some_rows_is_near_that_over_all(name):
     w = torch.randn(4 * SAMPLED // 256, 256, generator=torch.Generator().manual_seed(0)) * 0.02
     q = SOLVERS["minmax"](w, parse(name), None)
-    assert relative([squares(w, q)])[0] == pytest.approx(float((q.decode() - w).norm() / w.norm()), rel=0.02)
+    assert relative([squared_error(w, q)])[0] == pytest.approx(float((q.decode() - w).norm() / w.norm()), rel=0.02)
 
 
 @pytest.mark.parametrize("factor", [1e11, 1e-12], ids=["large", "small"])
 @pytest.mark.parametrize("grid", ["int4-g64-fp16", "q8_0", "q4_k", "iq2_xs", "nvfp4"])
 def test_a_row_that_a_grid_cannot_hold_is_seen_wherever_it_is(grid, factor):
     w = torch.randn(4 * SAMPLED // 256, 256, generator=torch.Generator().manual_seed(0)) * 0.02
-    assert squares(w, SOLVERS["minmax"](w, parse(grid), None)).worst < 0.6
+    assert squared_error(w, SOLVERS["minmax"](w, parse(grid), None)).worst < 0.6
     w[1234] *= factor
-    assert squares(w, SOLVERS["minmax"](w, parse(grid), None)).worst > 0.9
+    assert squared_error(w, SOLVERS["minmax"](w, parse(grid), None)).worst > 0.9
 
 
 @pytest.mark.parametrize("method", ["nearest", "gptq"])

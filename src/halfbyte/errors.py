@@ -5,7 +5,8 @@ HalfbyteError          a user's request that cannot be met; its text is one line
 ├── BadRequest         a name, option or file of the request is wrong
 │   └── UnknownName    not in a table; the nearest names are offered
 ├── Unsupported        a grid, layout or engine that cannot hold what was asked
-└── BrokenOutput       what was written does not read back as what was solved
+├── BrokenOutput       what was written does not read back as what was solved
+└── OutOfMemory        a device has too little memory, whatever is done in parts
 """
 
 import difflib
@@ -77,3 +78,7 @@ class Unsupported(HalfbyteError):
 
 class BrokenOutput(HalfbyteError):
     """The written file does not decode to what the solver returned."""
+
+
+class OutOfMemory(HalfbyteError):
+    """A device has too little memory even for the smallest part of the work."""

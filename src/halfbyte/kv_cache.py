@@ -23,9 +23,11 @@ from halfbyte.errors import BadRequest, BrokenOutput, UnknownName, Unsupported
 from halfbyte.grids.activations import OBSERVERS, ActivationQuant
 from halfbyte.grids.grid import Params
 from halfbyte.models import calibrate, kv
+from halfbyte.models.block import Block
 from halfbyte.models.checkpoint import INDEX, Checkpoint
+from halfbyte.models.placement import Placement
 from halfbyte.models.stamp import stamp
-from halfbyte.models.walk import Block, Walk
+from halfbyte.models.walk import Walk
 from halfbyte.progress import Progress, silent
 from halfbyte.recipe import Calibration
 from halfbyte.report import build, written
@@ -118,15 +120,14 @@ def complete(run: Run) -> CacheReport | None:
         checkpoint, c = Checkpoint(run.folder.partial), job.recipe.calibration
         checkpoint.kv = None
         windows = run.windows or calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
-        cache, rows = find_scales(
-            checkpoint, job.kv, windows.tokens, job.recipe.input_range, run.progress, run.folder.partial.parent
-        )
+        placement = Placement.on(run.device, run.folder.partial.parent)
+        cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.input_range, run.progress, placement)
         about = describe(job.kv, job.recipe.input_range, windows, rows)
     else:
         cache = job.checkpoint.kv
     for name, scale in cache.tensors().items() if cache else ():
         run.folder.write(name, scale)
-        run.digests[name] = digest([scale])
+        run.digests[name] = [digest([scale])]
     return about
 
 
@@ -136,48 +137,46 @@ def find_scales(
     windows: Int64[Tensor, "windows length"],
     how: str = "max",
     progress: Progress = silent,
-    scratch: Path | None = None,
+    placement: Placement | None = None,
 ) -> tuple[KVCache, list[AttentionReport]]:
     """Stored scales of every attention, found block after block, each fed by blocks whose caches are rounded already.
 
-    `how` is a key of `halfbyte.grids.activations.OBSERVERS`, `scratch` a folder for hidden states beyond the memory's budget. Raises Unsupported
+    `how` is a key of `halfbyte.grids.activations.OBSERVERS`, `placement` where the model runs. Raises Unsupported
     for a model without such a cache.
     """
-    walk = Walk(checkpoint, windows, checkpoint.dtype, scratch=scratch, as_served=True)
-    found_on = range(1, len(walk.batches))
-    walk.batches += calibrate.evaluation(checkpoint, str(demo.HELDOUT), windows.shape[1], CHECKED).tokens.split(
-        len(walk.batches[-1])
+    held_out = calibrate.evaluation(checkpoint, str(demo.HELDOUT), windows.shape[1], CHECKED).tokens
+    walk = Walk(
+        checkpoint,
+        windows,
+        checkpoint.dtype,
+        placement,
+        held_out=held_out,
+        as_served=True,
+        to_the_end=False,
+        progress=progress,
     )
-    checked_on = range(found_on.stop, len(walk.batches))
     keys, values, rows, latent = {}, {}, [], False
-    walk.start()
-    for number, block in enumerate(walk.blocks):
-        progress(block.name, number, len(walk.blocks))
-        block.load(checkpoint)
+    for block in walk:
         for name, attention in kv.names(walk.model, walk.places, block.module).items():
-            seen = kv.Heads(), kv.Heads()
-            _run(walk, block, found_on, attention, _note(*seen))
+            seen = walk.fitting(partial(_observed, walk, block, attention))
             _require_heads(checkpoint, grid, seen[0])
             latent = kv.is_latent(attention)
             keys[name], values[name] = _together(seen[0].fit(grid.key, how), seen[1].fit(grid.value, how), latent)
             key, value = ActivationQuant(grid.key, keys[name]), ActivationQuant(grid.value, values[name])
-            clipped = Clipped(key, value, len(checked_on))
-            _run(walk, block, checked_on, attention, clipped)
+            clipped = walk.fitting(partial(_clipped, walk, block, attention, key, value))
             rows.append(
                 AttentionReport(
                     module=name,
                     key_scale=_largest(keys[name]),
                     value_scale=_largest(values[name]),
-                    keys_clipped=clipped.keys,
-                    values_clipped=clipped.values,
+                    keys_clipped=clipped[0],
+                    values_clipped=clipped[1],
                 )
             )
             kv.put(walk.model, attention, kv.rounded(key, value))
-        walk.advance(block)
-        block.free()
     if not rows:
         raise Unsupported(f"{checkpoint.model_type} has no attention that caches keys and values")
-    return KVCache(grid, keys, values, latent), rows
+    return KVCache(grid, _on_cpu(keys), _on_cpu(values), latent), rows
 
 
 def with_cache(path: str | Path, kind: str, progress: Progress = silent) -> Checkpoint:
@@ -200,38 +199,50 @@ def with_cache(path: str | Path, kind: str, progress: Progress = silent) -> Chec
     return checkpoint
 
 
+def _on_cpu(found: Mapping[str, Params]) -> dict[str, Params]:
+    return {name: {entry: value.cpu() for entry, value in params.items()} for name, params in found.items()}
+
+
 def _largest(params: Params) -> float | None:
     return float(params["scale"].max()) if params else None
 
 
-def _run(walk: Walk, block: Block, batches: range, attention: nn.Module, through: kv.Through) -> None:
-    """Run batches of the block with a look at what an attention caches."""
-    handle = kv.put(walk.model, attention, through)
-    for batch in batches:
-        block.run(walk.hidden[batch], batch)
-    handle.remove()
+def _observed(walk: Walk, block: Block, attention: nn.Module) -> tuple[kv.Heads, kv.Heads]:
+    """Keys and values that an attention caches of the calibration's samples."""
+    keys, values = kv.Heads(), kv.Heads()
 
-
-def _note(keys: kv.Heads, values: kv.Heads) -> kv.Through:
     def through(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys.add(k)
         values.add(v)
         return k, v
 
-    return through
+    _run(walk, block, walk.calibrating, attention, through)
+    return keys, values
 
 
-class Clipped:
-    """A look at the keys and values of some batches: which shares of them lie beyond what scales span."""
+def _clipped(
+    walk: Walk, block: Block, attention: nn.Module, key: ActivationQuant, value: ActivationQuant
+) -> tuple[float, float]:
+    """Shares of keys and values beyond what the scales span, of the samples that they were not found with."""
+    shares: list[tuple[float, float]] = []
 
-    def __init__(self, key: ActivationQuant, value: ActivationQuant, batches: int):
-        self.key, self.value, self.batches = key, value, batches
-        self.keys = self.values = 0.0
-
-    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys += _beyond(k, self.key) / self.batches
-        self.values += _beyond(v, self.value) / self.batches
+    def through(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        shares.append((_beyond(k, key), _beyond(v, value)))
         return k, v
+
+    _run(walk, block, walk.checking, attention, through)
+    keys, values = zip(*shares, strict=True)
+    return sum(keys) / len(keys), sum(values) / len(values)
+
+
+def _run(walk: Walk, block: Block, batches: range, attention: nn.Module, through: kv.Through) -> None:
+    """Run batches of the block with a look at what an attention caches."""
+    handle = kv.put(walk.model, attention, through)
+    try:
+        for batch in batches:
+            block.run(walk.inputs[batch], batch)
+    finally:
+        handle.remove()
 
 
 def _beyond(x: Tensor, inputs: ActivationQuant) -> float:

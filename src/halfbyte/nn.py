@@ -15,7 +15,7 @@ from halfbyte.grids.quantized import Quantized
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import Checkpoint, Weight
-from halfbyte.models.walk import Matrix, Uses
+from halfbyte.models.matmuls import MatmulCapture, Matrix
 
 
 class QuantLinear(nn.Module):
@@ -180,7 +180,7 @@ def _round_inputs(
 
     @wraps(forward)
     def rounded(*args, **kwargs):
-        with Uses(matrices, read):
+        with MatmulCapture(matrices, read):
             return forward(*args, **kwargs)
 
     model.forward = rounded

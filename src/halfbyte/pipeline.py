@@ -26,7 +26,7 @@ from halfbyte.report import build
 from halfbyte.report.card import card
 from halfbyte.report.types import CacheReport, Plan, Report
 from halfbyte.report.written import as_json, report_of
-from halfbyte.run import SAMPLED, Run, Squares, apart, digest, note, recall, relative, row_of, squares, with_inputs
+from halfbyte.run import SAMPLED, Committed, Run, commit, digest, record_step, restore_step, weight_report
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
 from halfbyte.targets.gguf.container import with_minimum
@@ -221,7 +221,7 @@ def _stream(
     """Without calibration: piece after piece at the disk's speed, as many side by side as there are cores."""
     job = run.job
     for record in run.folder.journal:
-        recall(run, record)
+        restore_step(run, record)
     if run.rows:
         run.progress(
             f"{RESUMING}: {len(run.rows)} of {len(job.schemes)} matrices are done", len(run.rows), len(job.schemes)
@@ -232,14 +232,11 @@ def _stream(
     total = sum(map(_size, todo))
     seen = 0
 
-    def write(unit: list[Weight], pieces: list[Weight], sampled: int) -> list[tuple[Squares, str]]:
+    def write(unit: list[Weight], pieces: list[Weight], sampled: int) -> list[Committed]:
         values = [read(piece) for piece in pieces]
         scheme = job.schemes[unit[0]]
         q = solve(unit[0], values[0] if len(values) == 1 else torch.cat(values), scheme)
-        parts = [with_inputs(part, scheme) for part in apart(q, pieces)]
-        for piece, part in zip(pieces, parts, strict=True):
-            run.put(piece, part)
-        return [(squares(w, part, sampled), digest(part)) for w, part in zip(values, parts, strict=True)]
+        return commit(run, pieces, q, values, scheme, sampled=sampled)
 
     def keep(tensor: str) -> None:
         run.keep(tensor, cast(tensor, job.checkpoint.read(tensor), job.spec(tensor).dtype, job.wider))
@@ -250,13 +247,11 @@ def _stream(
             for unit, tasks in zip(todo, cut, strict=True)
         ]
         for unit, tasks in zip(todo, written, strict=True):
-            rows, digests = [], {}
-            for weight, parts in zip(unit, zip(*(task.result() for task in tasks), strict=True), strict=True):
-                rows.append(
-                    row_of(weight, job.schemes[weight], relative(part for part, _ in parts), None, notes[weight])
-                )
-                digests[weight.name] = " ".join(found for _, found in parts)
-            note(run, rows, digests, module=unit[0].name)
+            reports, digests = [], {}
+            for weight, chunks in zip(unit, zip(*(task.result() for task in tasks), strict=True), strict=True):
+                reports.append(weight_report(weight, job.schemes[weight], chunks, notes[weight]))
+                digests[weight.name] = [chunk.digest for chunk in chunks]
+            record_step(run, reports, digests, module=unit[0].name)
             seen += _size(unit)
             run.progress(unit[-1].name, seen, total)
         for number, _ in enumerate(pool.map(keep, job.kept)):
@@ -324,12 +319,12 @@ def verify(run: Run) -> None:
     if lost := [n for n in (*run.job.kept, *schemes) if n not in run.digests]:
         raise BrokenOutput(f"{len(lost)} tensors of the source are in no part of the output, the first '{lost[0]}'")
 
-    def read_again(name: str) -> str:
+    def read_again(name: str) -> list[str]:
         if name not in schemes:
-            return digest(run.edition.kept(entries, name))
+            return [digest(run.edition.kept(entries, name))]
         weight, scheme = schemes[name]
-        pieces = run.edition.pieces(weight) if " " in run.digests[name] else [weight]
-        return " ".join(digest(run.edition.unpack(entries, piece, scheme)) for piece in pieces)
+        chunks = run.edition.pieces(weight) if len(run.digests[name]) > 1 else [weight]
+        return [digest(run.edition.unpack(entries, chunk, scheme)) for chunk in chunks]
 
     with _workers(max(map(_size, run.job.units), default=1)) as pool:
         for number, (name, again) in enumerate(zip(run.digests, pool.map(read_again, run.digests), strict=True)):

@@ -143,7 +143,7 @@ class Method:
     transforms: tuple[str, ...]
     solver: str
     calibrated: bool
-    twin: bool = False
+    full_precision: bool = False
     """Whether the unquantized model runs beside the one that is being quantized."""
 
 
@@ -152,7 +152,7 @@ PARTS: dict[str, Method] = {
     "nearest": Method((), "nearest", calibrated=False),
     "imatrix": Method((), "nearest", calibrated=True),
     "gptq": Method((), "gptq", calibrated=True),
-    "gptaq": Method((), "gptaq", calibrated=True, twin=True),
+    "gptaq": Method((), "gptaq", calibrated=True, full_precision=True),
     "awq": Method(("awq",), "nearest", calibrated=True),
     "smoothquant": Method(("smoothquant",), "nearest", calibrated=True),
 }
@@ -176,5 +176,5 @@ def method_named(name: str) -> Method:
         sum((m.transforms for m in chosen), ()),
         chosen[-1].solver,
         any(m.calibrated for m in chosen),
-        any(m.twin for m in chosen),
+        any(m.full_precision for m in chosen),
     )

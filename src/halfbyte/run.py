@@ -1,6 +1,8 @@
-"""A job under way: where its results go, and what is known of them."""
+"""A job under way: what becomes of a weight once it is solved, where it goes, and what is known of it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import NamedTuple
@@ -15,6 +17,7 @@ from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows, split_rows
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, require_finite
+from halfbyte.models.placement import CPU
 from halfbyte.plan import SKIPPED, Job
 from halfbyte.progress import Progress
 from halfbyte.report.types import ActivationReport, WeightReport
@@ -24,15 +27,23 @@ SAMPLED = 1 << 18
 """Weights that the error of a matrix without calibration is taken over."""
 
 
-class Squares(NamedTuple):
-    """Sums of squares, over some rows of a matrix."""
+class SquaredError(NamedTuple):
+    """Over some rows of a matrix."""
 
-    missed: float
-    """Of what rounded weights miss."""
-    size: float
-    """Of the weights."""
+    squared_error: float
+    """Sum of squares of what rounded weights miss."""
+    squared_norm: float
+    """Sum of squares of the weights."""
     worst: float = 0.0
     """The largest relative error of a row, those among them that are likeliest to have overflown or vanished."""
+
+
+class Committed(NamedTuple):
+    """What became of a matrix, or of a chunk of its rows."""
+
+    error: SquaredError
+    digest: "Future[str]"
+    """Of every bit of it, once it is written."""
 
 
 @dataclass
@@ -44,22 +55,29 @@ class Run:
     folder: Folder
     progress: Progress
     rows: dict[str, WeightReport] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
-    """Of every module and kept tensor, as the solver returned it or the source held it; of each piece, where it was written in pieces."""
+    digests: dict[str, list[str]] = field(default_factory=dict)
+    """Of every module and unquantized tensor, as the solver returned it or the source held it; one for each chunk of rows it was written in."""
     folds: list[dict] = field(default_factory=list)
     windows: Windows | None = None
+    device: torch.device = CPU
+    """Where is solved."""
+    writer: Executor = field(default_factory=lambda: Inline())
+    """Who writes."""
 
-    def put(self, weight: Weight, q: Quantized) -> None:
+    def put(self, weight: Weight, q: Quantized) -> str:
+        """Pack and write a matrix; its digest."""
+        q = on_cpu(q)
         for name, values in q.params.items():
             require_finite(f"{weight.name} ({name} of {q.grid})", values)
         for part in self.edition.pack(weight, q):
             self.folder.write(*part)
+        return digest(q)
 
     def keep(self, tensor: str, value: Tensor) -> None:
         if self.job.kept[tensor] != SKIPPED:
             require_finite(tensor, value)
         parts = list(self.edition.keep(tensor, value))
-        self.digests[tensor] = digest([part.tensor for part in parts])
+        self.digests[tensor] = [digest([part.tensor for part in parts])]
         for part in parts:
             self.folder.write(*part)
 
@@ -75,25 +93,26 @@ def digest(value: Quantized | list[Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def relative(parts: Iterable[Squares]) -> tuple[float, float]:
-    """The error of a matrix, and of the worst of its rows, from those of its pieces."""
-    missed, size, worst = zip(*parts, strict=True)
-    return sqrt(sum(missed) / max(sum(size), 1e-60)), max(worst)
+def relative(parts: Iterable[SquaredError]) -> tuple[float, float]:
+    """The relative error of a matrix, and of the worst of its rows, from those of its chunks."""
+    missed, norms, worst = zip(*parts, strict=True)
+    return sqrt(sum(missed) / max(sum(norms), 1e-60)), max(worst)
 
 
-def squares(w: Tensor | Quantized, q: Quantized, sampled: int = SAMPLED) -> Squares:
+def squared_error(w: Tensor | Quantized, q: Quantized, sampled: int = SAMPLED) -> SquaredError:
     """Over evenly spaced rows, of some `sampled` weights in all."""
     if w is q:
-        return Squares(0.0, 0.0)
+        return SquaredError(0.0, 0.0)
     even = torch.arange(0, q.shape[0], max(1, q.shape[0] * q.shape[1] // max(sampled, 1)))
     # Where rows share parameters (a tensor's one scale, blocks of 128 x 128, nested scales), a part of them cannot be decoded alone.
     alone = all(p.shape[0] == q.shape[0] for p in q.params.values())
-    rows = torch.cat([even, _extreme(q)]) if alone else even
+    rows = (torch.cat([even, _extreme(q)]) if alone else even).to(q.codes.device)
     exact = (w.decode() if isinstance(w, Quantized) else w)[rows].float()
     rounded = select_rows(q, rows).decode() if alone else q.decode()[rows]
-    missed, size = (torch.linalg.vector_norm(m, dim=1, dtype=torch.float64) for m in (rounded - exact, exact))
-    worst = (missed / size).where(size > 0, 0).max().item()
-    return Squares(missed[: len(even)].square().sum().item(), size[: len(even)].square().sum().item(), worst)
+    # On the CPU, since not every device has numbers of 64 bits.
+    missed, norms = (torch.linalg.vector_norm(m.cpu(), dim=1, dtype=torch.float64) for m in (rounded - exact, exact))
+    worst = (missed / norms).where(norms > 0, 0).max().item()
+    return SquaredError(missed[: len(even)].square().sum().item(), norms[: len(even)].square().sum().item(), worst)
 
 
 def _extreme(q: Quantized) -> Tensor:
@@ -105,36 +124,43 @@ def _extreme(q: Quantized) -> Tensor:
     return torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.long)
 
 
-def apart(q: Quantized, unit: list[Weight]) -> list[Quantized]:
-    """What became of each of the weights that were rounded as one matrix."""
-    return split_rows(q, [w.shape[0] for w in unit]) if len(unit) > 1 else [q]
+def commit(
+    run: Run,
+    weights: Sequence[Weight],
+    q: Quantized,
+    originals: Sequence[Tensor | Quantized],
+    scheme: AnyScheme,
+    activations: Mapping[Weight, Params] | None = None,
+    sampled: int = SAMPLED,
+) -> list[Committed]:
+    """Everything that becomes of a solved matrix: its rows are split into the weights (or chunks of one) that were solved together, each
+    is told how its activations are rounded, compared with its original, packed, written and digested."""
+    parts = split_rows(q, [w.shape[0] for w in weights]) if len(weights) > 1 else [q]
+    done = []
+    for weight, part, original in zip(weights, parts, originals, strict=True):
+        part = with_activations(part, scheme, (activations or {}).get(weight))
+        error = squared_error(original, part, sampled)
+        done.append(Committed(error, run.writer.submit(run.put, weight, part)))
+    return done
 
 
-def with_inputs(q: Quantized, scheme: AnyScheme, params: Params | None = None) -> Quantized:
-    """The matrix as its scheme has it: with how its inputs are rounded, and what is stored of that."""
-    return (
-        q._replace(activations=ActivationQuant(scheme.activations, params or {}))
-        if scheme.activations and not q.activations
-        else q
-    )
-
-
-def row_of(
+def weight_report(
     weight: Weight,
     scheme: AnyScheme,
-    errors: tuple[float, float],
-    tokens: int | None,
+    chunks: Sequence[Committed],
     note: str,
+    tokens: int | None = None,
+    error: float | None = None,
     activations: ActivationReport | None = None,
 ) -> WeightReport:
-    """`errors`: of the matrix, and of the worst of its rows."""
-    error, worst = errors
+    """`error`: of the outputs, where it is known; else that of the weights is told."""
+    of_weights, worst = relative(chunk.error for chunk in chunks)
     return WeightReport(
         name=weight.name,
         grid=str(scheme),
         shape=weight.shape,
         bits_per_weight=scheme.weight.bits(weight.shape),
-        error=error,
+        error=of_weights if error is None else error,
         tokens=tokens,
         note=note,
         input=activations,
@@ -142,8 +168,17 @@ def row_of(
     )
 
 
-def tell(inputs: ActivationQuant, seen: ActivationStats) -> ActivationReport:
-    """Of rounded inputs: what is stored, the error on the tokens seen, and how many of their values are cut."""
+def with_activations(q: Quantized, scheme: AnyScheme, params: Params | None = None) -> Quantized:
+    """The matrix as its scheme has it: with how its activations are rounded, and what is stored of that."""
+    return (
+        q._replace(activations=ActivationQuant(scheme.activations, params or {}))
+        if scheme.activations and not q.activations
+        else q
+    )
+
+
+def activation_report(inputs: ActivationQuant, seen: ActivationStats) -> ActivationReport:
+    """Of rounded activations: what is stored, the error on the tokens seen, and how many of their values are cut."""
     low, high = inputs.grid.limits(inputs.params)
     cut = int(((seen.rows < low) | (seen.rows > high)).sum())
     error = (inputs.round(seen.rows) - seen.rows).norm() / seen.rows.norm().clamp(min=1e-30)
@@ -159,13 +194,49 @@ def tell(inputs: ActivationQuant, seen: ActivationStats) -> ActivationReport:
     )
 
 
-def note(run: Run, rows: list[WeightReport], digests: dict[str, str], **step) -> None:
-    run.rows |= {row.name: row for row in rows}
-    run.digests |= digests
-    run.folder.record({**step, "rows": [row.as_dict() for row in rows], "digests": digests})
+def record_step(
+    run: Run, reports: Iterable[WeightReport], digests: Mapping[str, Sequence["str | Future[str]"]], **step
+) -> None:
+    """Note a step as done, in the report and in the journal."""
+    known = {name: [d if isinstance(d, str) else d.result() for d in found] for name, found in digests.items()}
+    reports = list(reports)
+    run.rows |= {report.name: report for report in reports}
+    run.digests |= known
+    run.folder.record({**step, "rows": [report.as_dict() for report in reports], "digests": known})
 
 
-def recall(run: Run, record: dict) -> None:
+def restore_step(run: Run, record: dict) -> None:
+    """What a step of an earlier run has found."""
     run.rows |= {row["name"]: WeightReport(**row) for row in record.get("rows", [])}
     run.digests |= record.get("digests", {})
     run.folds += record.get("folds", [])
+
+
+class Inline(Executor):
+    """Does at once what it is given."""
+
+    def submit(self, fn: Callable, /, *args, **kwargs) -> Future:
+        done: Future = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+@contextmanager
+def writing_beside(run: Run, beside: bool) -> Iterator[None]:
+    """While this lasts, a thread writes what is committed, one thing after another, while a device computes the next."""
+    if not beside:
+        yield
+        return
+    with ThreadPoolExecutor(1) as run.writer:
+        yield
+    run.writer = Inline()
+
+
+def on_cpu(q: Quantized) -> Quantized:
+    """The same matrix in the CPU's memory."""
+    activations = q.activations and ActivationQuant(
+        q.activations.grid, {name: p.cpu() for name, p in q.activations.params.items()}
+    )
+    return q._replace(
+        codes=q.codes.cpu(), params={name: p.cpu() for name, p in q.params.items()}, activations=activations
+    )

@@ -13,7 +13,7 @@ from halfbyte.containers.bitsandbytes import BitsAndBytes
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids import parse
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.run import with_inputs
+from halfbyte.run import with_activations
 from halfbyte.solvers.nearest import nearest
 
 bitsandbytes = pytest.importorskip(
@@ -173,7 +173,7 @@ def test_other_containers_take_its_weights_by_rounding_them_again(written, tmp_p
 @pytest.mark.parametrize("shape", [(64, 256), (160, 80), (271, 37)])
 def test_what_is_packed_is_what_was_planned_and_comes_back(name, shape):
     container = BitsAndBytes()
-    q = with_inputs(
+    q = with_activations(
         nearest(torch.randn(shape, generator=torch.Generator().manual_seed(0)), parse(name)),
         container.native(parse(name), torch.bfloat16),
     )

@@ -48,22 +48,12 @@ def difference(a, b):
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
-def steps(walk):
-    """Blocks, loaded and run one after another."""
-    walk.start()
-    for block in walk.blocks:
-        block.load(walk.checkpoint)
-        yield block
-        walk.advance(block)
-        block.free()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_walk_computes_what_transformers_computes(folders, family):
     checkpoint = Checkpoint.open(folders(family))
     walk = Walk(checkpoint, TOKENS, checkpoint.dtype)
     assert set(walk.places) == set(checkpoint.tensors())
-    assert len(list(steps(walk))) == 2
+    assert len(list(walk)) == 2
     logits = torch.cat([logits for _, logits in walk.logits()])
     expected = by_transformers(checkpoint.path)
     assert expected.std() > 0.1
@@ -78,9 +68,11 @@ def last_block(folder):
     checkpoint = Checkpoint.open(folder)
     walk = Walk(checkpoint, TOKENS, checkpoint.dtype)
     *_, block = walk.blocks
-    for loaded in steps(walk):
-        if loaded is block:
-            return block
+    steps = iter(walk)
+    while next(steps) is not block:
+        pass
+    block.steps = steps  # as long as these are not closed, it is loaded
+    return block
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,7 +94,7 @@ def test_folds_are_those_that_the_formulas_allow(folders, family):
 def test_a_block_with_scales_in_its_folds_computes_the_same(folders, family):
     block = last_block(folders(family))
     batch = 1  # not the probe that found the folds
-    before = block.run(block.walk.hidden[batch], batch)
+    before = block.run(block.walk.inputs[batch], batch)
     grids = dict.fromkeys(block.weights)
     generator = torch.Generator().manual_seed(0)
     for fold in Finder().find(block):
@@ -112,10 +104,10 @@ def test_a_block_with_scales_in_its_folds_computes_the_same(folders, family):
         ):
             rows = weight.shape[0]
         Site(block, fold, grids, {}).apply(torch.exp(torch.rand(rows, generator=generator) * 2 - 1))
-    assert block.columns
+    assert block.scales.columns
     for weight in block.weights:
         block.put(weight, block.target(weight))
-    assert difference(block.run(block.walk.hidden[batch], batch), before) < 1e-5
+    assert difference(block.run(block.walk.inputs[batch], batch), before) < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,8 @@ def by_transformers(path):
 def walked(path):
     checkpoint = Checkpoint.open(path)
     walk = Walk(checkpoint, TOKENS, checkpoint.dtype)
-    walk.start()
-    for block in walk.blocks:
-        block.load(checkpoint)
-        walk.advance(block)
-        block.free()
+    for _ in walk:
+        pass
     return torch.cat([logits for _, logits in walk.logits()])
 
 

@@ -20,7 +20,7 @@ def first_block(family, folder, tokens=TOKENS):
     checkpoint = Checkpoint.open(family.save(folder / "model"))
     walk = Walk(checkpoint, tokens, checkpoint.dtype)
     walk.start()
-    walk.blocks[0].load(checkpoint)
+    walk.blocks[0].load(walk.source)
     return walk.blocks[0]
 
 
@@ -131,7 +131,7 @@ def test_a_kept_router_takes_powers_of_two_in_memory(tmp_path):
     before = block.matrix(router).clone()
     Site(block, fold, dict.fromkeys(block.weights, GRID), {}).apply(torch.full((64,), 2.0))
     assert torch.equal(block.matrix(router), before * 2)
-    assert set(block.columns) == {m.weight for m in fold.readers} - {None}
+    assert set(block.scales.columns) == {m.weight for m in fold.readers} - {None}
 
 
 @pytest.mark.parametrize(

@@ -71,12 +71,8 @@ def measure(
     for number, part in enumerate(slices):
         walks = [Walk(c, part, dtype, as_served=True) for c in checkpoints]
         for index, walk in enumerate(walks):
-            walk.start()
-            for at, block in enumerate(walk.blocks):
+            for at, _ in enumerate(walk):
                 progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))
-                block.load(walk.checkpoint)
-                walk.advance(block)
-                block.free()
             walk.finish()
         progress("comparing predictions", number + 1, len(slices))
         for collected, found in zip(parts, _scores(walks, first), strict=True):

@@ -85,12 +85,8 @@ def score(
 ):
     """Log-probability of each answer per token, and whether every token of it is the most likely one: [texts], [texts]."""
     walk = Walk(checkpoint, planted.tokens, dtype, as_served=True)
-    walk.start()
-    for number, block in enumerate(walk.blocks):
+    for number, _ in enumerate(walk):
         progress("reading", number, len(walk.blocks))
-        block.load(checkpoint)
-        walk.advance(block)
-        block.free()
     walk.finish()
     likely, found = [], []
     sizes, last, longest = iter(planted.answers), planted.tokens.shape[1] - 1, max(planted.answers)

@@ -44,12 +44,8 @@ def compare(
     for number, part in enumerate(slices):
         walks = [Walk(c, part, dtype, as_served=True) for c in checkpoints]
         for index, walk in enumerate(walks):
-            walk.start()
-            for at, block in enumerate(walk.blocks):
+            for at, _ in enumerate(walk):
                 progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))
-                block.load(walk.checkpoint)
-                walk.advance(block)
-                block.free()
         for batch in zip(*(walk.states() for walk in walks), strict=True):
             reference = batch[0][1].float()
             for error, cosine, (_, states) in zip(errors, cosines, batch, strict=True):

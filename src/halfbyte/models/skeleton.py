@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -40,6 +40,14 @@ CHOICES = (
 INITIALIZED = "_is_hf_initialized"
 """Where Transformers marks what it has not to initialize."""
 NO_MODEL = "methods without calibration need no model: --method nearest"
+
+
+class Source(Protocol):
+    """What tensors are read from."""
+
+    def read(self, tensor: str) -> Tensor:
+        """A tensor of the unquantized checkpoint, by its name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,8 @@ def refusing(checkpoint: Checkpoint, verb: str, advice: str = f" ({NO_MODEL})") 
     """What Transformers raises becomes one line."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError, and no fault of the model
+        raise
     except REFUSALS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadCheckpoint(
@@ -388,7 +398,7 @@ def put(model: nn.Module, name: str, p: nn.Parameter) -> None:
 
 def load(
     model: nn.Module,
-    checkpoint: Checkpoint,
+    source: Source,
     found: Places,
     tied: dict[str, str],
     names: Iterable[str],
@@ -406,10 +416,18 @@ def load(
     for name in fresh:
         if state[name].is_meta:
             put(model, name, nn.Parameter(torch.empty_like(state[name], device=device), requires_grad=False))
-    fill(model, checkpoint, found, [tensor for tensor, place in found.items() if place.parameter in fresh], device)
+    fill(model, source, found, [tensor for tensor, place in found.items() if place.parameter in fresh], device)
     for name in names:
         if name in tied:
             put(model, name, model.get_parameter(tied[name]))
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Have the model's tables on a device; its parameters come there as they are loaded."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def blind(model: nn.Module, names: Iterable[str]) -> None:
@@ -427,13 +445,11 @@ def release(model: nn.Module, names: Iterable[str]) -> None:
             put(model, name, nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False))
 
 
-def fill(
-    model: nn.Module, checkpoint: Checkpoint, found: Places, names: Iterable[str], device: torch.device | str
-) -> None:
+def fill(model: nn.Module, source: Source, found: Places, names: Iterable[str], device: torch.device | str) -> None:
     """Read tensors of the checkpoint into the parameters in which they lie."""
     state = dict(model.state_dict(keep_vars=True))
     for name in names:
-        value = checkpoint.read(name)
+        value = source.read(name)
         require_finite(name, value)
         try:
             view = found[name].view(state[found[name].parameter].data, tuple(value.shape))
@@ -441,4 +457,4 @@ def fill(
             view = None
         if view is None or view.shape != value.shape:
             raise BadCheckpoint(f"tensor '{name}' is {list(value.shape)}, which config.json has no place for")
-        view.copy_(value.to(device))
+        view.copy_(value.to(device, non_blocking=True))

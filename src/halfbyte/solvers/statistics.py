@@ -50,6 +50,11 @@ class Statistics:
         for first, last in self._stripes():
             self._sum[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
 
+    @staticmethod
+    def size_bytes(width: int, drift: bool = False) -> int:
+        """What one takes in memory, but for the tokens that are kept whole."""
+        return 4 * width * width * (2 if drift else 1)
+
     def _stripes(self) -> list[tuple[int, int]]:
         size = max(256, -(-self.width // STRIPES))
         return [(first, min(first + size, self.width)) for first in range(0, self.width, size)]

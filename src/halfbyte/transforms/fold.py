@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from halfbyte.models.block import PROBE, Block, Trial
 from halfbyte.models.checkpoint import Weight
-from halfbyte.models.walk import PROBE, Block, Matrix
+from halfbyte.models.matmuls import Matrix
 
 EXACT, ROUNDED = 1e-3, 0.02
 """Of what a matrix reads, or of the block's own contribution to the hidden states. A norm that multiplies by 1 + weight is
@@ -118,7 +119,7 @@ class Proof:
         self.matrices = {m: block.matrix(m) for m, _ in block.matrices()}
         self.vectors = [t for t in dict.fromkeys(pattern(t, block) for t in block.tensors) if self._is_vector(t)]
         self.inputs, self.output = self._run()
-        self.contribution = (self.output - block.walk.hidden[PROBE].float()).norm()
+        self.contribution = (self.output - block.walk.inputs[PROBE].to(self.output)).norm()
         self.generator = torch.Generator().manual_seed(0)
 
     def _is_vector(self, name: str) -> bool:
@@ -136,7 +137,7 @@ class Proof:
             for m in matrices:
                 inputs.setdefault(m, x.float().reshape(-1, x.shape[-1]))
 
-        return inputs, self.block.observe(note, [PROBE])[0].float()
+        return inputs, self.block.observe(note, [PROBE], self.block.walk.inputs)[0].float()
 
     def prove(self, producers: list[Producer], taken: set[Matrix]) -> list[Fold]:
         """Folds of one pattern of producers, all at once: each expert has its own scale and its own readers."""
@@ -145,40 +146,38 @@ class Proof:
         if width not in {view.shape[1] for view in self.matrices.values()}:
             return []
         scales = {p: 2.0 ** torch.randint(-2, 3, (first.shape[0],), generator=self.generator) for p in producers}
+        tolerance = ROUNDED if producers[0].offset and first.element_size() < 4 else EXACT
+        with self.block.trial(*(t for p in producers for t in (p.tensor, p.bias))) as trial:
+            for producer in producers:
+                divide(self.block, producer, scales[producer])
+            folds, output = self._mended(trial, scales, taken, width, tolerance)
+            unchanged = (output - self.output).norm() <= tolerance * self.contribution
+            return [fold for fold in folds if fold.readers] if unchanged else []
+
+    def _mended(
+        self, trial: Trial, scales: dict[Producer, Tensor], taken: set[Matrix], width: int, tolerance: float
+    ) -> tuple[list[Fold], Tensor]:
+        """Multiply the columns of all that reads divided channels. The folds, none where a reader is taken; and the block's output."""
+        producers = list(scales)
         folds = {p: Fold(p, ()) for p in producers}
-        before = {}
-        for producer in producers:
-            for t in (producer.tensor, producer.bias):
-                if t in self.block.tensors:
-                    before.setdefault(t, self.block.view(t).clone())
-            divide(self.block, producer, scales[producer])
         readers: set[str] = set()
         output = self.output
-        tolerance = ROUNDED if producers[0].offset and first.element_size() < 4 else EXACT
-        try:
-            for _ in range(
-                4
-            ):  # a router that reads the scaled norm must be mended before its experts show what they read
-                inputs, output = self._run()
-                more = {
-                    pattern_of(m, self.block) for m in self._divided(inputs, folds, scales, width, tolerance)
-                } - readers
-                if not more:
-                    break
-                readers |= more
-                for m, view in self.matrices.items():
-                    if pattern_of(m, self.block) in more:
-                        if m in taken:
-                            return []
-                        fold = folds[self._partner(m, producers)]
-                        before.setdefault(m.tensor, self.block.view(m.tensor).clone())
-                        view.mul_(fold.channels(scales[fold.producer]).to(view))
-                        folds[fold.producer] = Fold(fold.producer, (*fold.readers, m))
-            unchanged = (output - self.output).norm() <= tolerance * self.contribution
-            return [f for f in folds.values() if f.readers] if readers and unchanged else []
-        finally:
-            for t, value in before.items():
-                self.block.view(t).copy_(value)
+        for _ in range(4):  # a router that reads the scaled norm must be mended before its experts show what they read
+            inputs, output = self._run()
+            divided = self._divided(inputs, folds, scales, width, tolerance)
+            more = {pattern_of(m, self.block) for m in divided} - readers
+            if not more:
+                break
+            readers |= more
+            for m, view in self.matrices.items():
+                if pattern_of(m, self.block) in more:
+                    if m in taken:
+                        return [], output
+                    fold = folds[self._partner(m, producers)]
+                    trial.save(m.tensor)
+                    view.mul_(fold.channels(scales[fold.producer]).to(view))
+                    folds[fold.producer] = Fold(fold.producer, (*fold.readers, m))
+        return list(folds.values()), output
 
     def _divided(
         self,

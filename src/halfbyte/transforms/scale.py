@@ -10,8 +10,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from halfbyte.grids.quantized import AnyScheme
+from halfbyte.models.block import Block
 from halfbyte.models.checkpoint import Weight
-from halfbyte.models.walk import Block
 from halfbyte.solvers.statistics import Statistics
 from halfbyte.transforms.fold import Finder, Fold, divide, only_used, producer_view, weight_of
 
@@ -91,7 +91,7 @@ class Site:
         block, producer = self.block, self.fold.producer
         if self.made:
             scale = only_used(producer, scale)
-            block.rows[self.made] = block.rows.get(self.made, 1.0) / scale
+            block.scales.divide_rows(self.made, scale)
             if producer.bias in block.tensors:
                 bias = block.view(producer.bias)
                 bias.copy_(bias.float() / scale)
@@ -100,7 +100,7 @@ class Site:
         channels = self.fold.channels(scale)
         for m in self.fold.readers:
             if m.weight and m.weight in self.schemes:
-                block.columns[m.weight] = block.columns.get(m.weight, 1.0) * channels
+                block.scales.multiply_columns(m.weight, channels)
             else:
                 matrix = block.matrix(m)
                 matrix.copy_(matrix.float() * channels)

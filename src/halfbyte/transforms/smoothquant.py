@@ -59,16 +59,9 @@ def output(site: Site, scale: Float32[Tensor, " rows"] | None, ranges: str | Non
     the fold are rounded to nearest, without a search for scales. The block is as it was afterwards."""
     block, fold = site.block, site.fold
     takes_part = {*site.readers, *([site.made] if site.made else [])}
-    moved = takes_part | set(block.rows) | set(block.columns)  # scales of earlier folds are not in memory yet
-    names = {
-        fold.producer.tensor,
-        fold.producer.bias,
-        *(m.tensor for m in fold.readers),
-        *(w.tensor for w in moved),
-    } & set(block.tensors)
-    before = {t: block.view(t).clone() for t in names}
-    rows, columns, inputs = dict(block.rows), dict(block.columns), dict(block.inputs)
-    try:
+    moved = takes_part | block.scales.weights  # scales of earlier folds are not in memory yet
+    changed = [fold.producer.tensor, fold.producer.bias, *(m.tensor for m in fold.readers), *(w.tensor for w in moved)]
+    with block.trial(*changed):
         channels = torch.ones(()) if scale is None else Site(block, fold, site.schemes, {}).apply(scale)
         for weight in moved:
             w = block.target(weight)
@@ -76,12 +69,8 @@ def output(site: Site, scale: Float32[Tensor, " rows"] | None, ranges: str | Non
                 w = rounded(site, weight, w, channels)
             block.put(weight, w)
         if ranges:
-            block.inputs |= {w: i for w in site.readers if (i := read(site, w, channels, ranges))}
-        return block.run(block.walk.hidden[BATCH], BATCH).float()
-    finally:
-        for t, value in before.items():
-            block.view(t).copy_(value)
-        block.rows, block.columns, block.inputs = rows, columns, inputs
+            block.activations |= {w: i for w in site.readers if (i := read(site, w, channels, ranges))}
+        return block.run(block.walk.inputs[BATCH], BATCH).float()
 
 
 def rounded(site: Site, weight: Weight, w: Tensor, channels: Tensor) -> Float32[Tensor, "out in"]:

@@ -1,7 +1,8 @@
 """Importance matrices of llama.cpp for the weights of a checkpoint: measured here, or read from a file."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,28 +12,29 @@ from torch import Tensor
 from halfbyte.errors import BadRequest
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.collect import collect, in_parts, reading_groups
+from halfbyte.models.placement import Placement
 from halfbyte.models.walk import Walk
+from halfbyte.progress import Progress, silent
 from halfbyte.targets.gguf import imatrix
 from halfbyte.targets.gguf.imatrix import Importance, Squares
 from halfbyte.targets.gguf.source import translation_of
 
 
 def measure(
-    checkpoint: Checkpoint, windows: Windows, progress: Callable[[str, float, float], None] = lambda *_: None
+    checkpoint: Checkpoint, windows: Windows, progress: Progress = silent, placement: Placement | None = None
 ) -> Importance:
     """Mean squares of the inputs of every matrix of the unquantized model, experts in stacks: what llama-imatrix measures."""
     places = _places(checkpoint, checkpoint.weights())
     sums: dict[str, dict[int, tuple[Tensor, int]]] = {}
-    walk = Walk(checkpoint, windows.tokens, checkpoint.dtype)
-    walk.start()
-    for number, block in enumerate(walk.blocks):
-        progress(block.name, number, len(walk.blocks))
-        block.load(checkpoint)
-        for weight, statistics in block.collect(set(block.weights)).items():
-            for name, expert in places[weight]:
-                sums.setdefault(name, {})[expert] = statistics.hessian.diagonal().clone(), statistics.tokens
-        walk.advance(block)
-        block.free()
+    walk = Walk(checkpoint, windows.tokens, checkpoint.dtype, placement, to_the_end=False, progress=progress)
+    for block in walk:
+        groups = reading_groups(block, [[weight] for weight in block.weights])
+        for wanted in in_parts(groups, walk.placement.statistics_bytes):
+            found = walk.fitting(partial(collect, block, wanted, walk.inputs))
+            for weight, statistics in found.items():
+                for name, expert in places[weight]:
+                    sums.setdefault(name, {})[expert] = statistics.hessian.diagonal().cpu().clone(), statistics.tokens
     experts = Counter(name for found in places.values() for name, _ in found)
     return Importance(
         {name: _stacked(found, experts[name]) for name, found in sums.items()}, (windows.source,), *windows.tokens.shape

@@ -1,0 +1,153 @@
+"""Solvers of whole blocks: they see a block, what it reads, and what it returns in the full-precision model.
+
+`per_matrix` makes one of a solver that sees a matrix and the statistics of its inputs. To add another: one file, and one line in
+`BLOCK_SOLVERS`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.grids.activations import ActivationStats
+from halfbyte.grids.grid import Grid
+from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.models.block import Block
+from halfbyte.models.checkpoint import Weight
+from halfbyte.models.collect import collect, in_parts, reading_groups
+from halfbyte.models.streams import Stream
+from halfbyte.models.walk import Walk
+from halfbyte.recipe import Method
+from halfbyte.solvers import SOLVERS
+from halfbyte.solvers.statistics import NotPositive, Statistics
+
+FEWEST_TOKENS = 32
+"""An expert that fewer calibration tokens reach is rounded to nearest."""
+
+
+class Solution(NamedTuple):
+    """What a fused group becomes."""
+
+    weights: Sequence[Weight]
+    q: Quantized
+    """All rows of them, one below the other."""
+    errors: Sequence[float] | None = None
+    """Relative errors of the outputs of each, where they are known."""
+    tokens: int = 0
+    """How many a solver went by."""
+    note: str = ""
+
+
+@dataclass
+class BlockTask:
+    """One block to quantize, and what is known of it."""
+
+    walk: Walk
+    block: Block
+    """As the original has it, but for scales that transforms have moved."""
+    fused_groups: Sequence[Sequence[Weight]]
+    """Weights that are rounded as one matrix, most of them alone."""
+    schemes: Mapping[Weight, AnyScheme]
+    statistics: dict[Weight, Statistics] | None = None
+    """Of all weights at once, where transforms had to see them."""
+    seen: dict[Weight, ActivationStats] = field(default_factory=dict)
+    """What weights with rounded activations read, as far as it was collected."""
+
+    @property
+    def inputs(self) -> Stream:
+        """What the block reads after the blocks before it were quantized, batch by batch."""
+        return self.walk.inputs
+
+    @property
+    def targets(self) -> Stream:
+        """What the block returns in the full-precision model: of a method that asks for it (`Method.full_precision`)."""
+        self.walk.run_full_precision(self.block)
+        if self.walk.full_outputs is None:
+            raise ValueError("the method does not say that it needs the full-precision model (Method.full_precision)")
+        return self.walk.full_outputs
+
+    @property
+    def batches(self) -> Iterable[int]:
+        """Numbers of those to calibrate on."""
+        return self.walk.calibrating
+
+    def collect_all(self) -> dict[Weight, Statistics]:
+        """Statistics of all weights at once, whatever they take."""
+        self.statistics = self._collected(self.schemes)
+        return self.statistics
+
+    def parts(self) -> Iterator[tuple[list[Sequence[Weight]], dict[Weight, Statistics]]]:
+        """Fused groups with the statistics of their weights, as many at a time as the memory's budget holds."""
+        if self.statistics is not None:
+            self._note_seen(self.statistics)
+            yield list(self.fused_groups), self.statistics
+            return
+        groups = reading_groups(self.block, self.fused_groups)
+        for wanted in in_parts(groups, self.walk.placement.statistics_bytes, self.walk.full_inputs is not None):
+            statistics = self._collected(wanted)
+            self._note_seen(statistics)
+            yield [group for group in self.fused_groups if group[0] in wanted], statistics
+
+    def _note_seen(self, statistics: Mapping[Weight, Statistics]) -> None:
+        seen = {id(s): s.activation_stats for w, s in statistics.items() if self.schemes[w].activations}
+        self.seen |= {w: seen[id(s)] for w, s in statistics.items() if id(s) in seen}
+
+    def _collected(self, wanted: Iterable[Weight]) -> dict[Weight, Statistics]:
+        walk, wanted = self.walk, list(wanted)
+        outputs = None
+        if walk.full_inputs is not None and walk.full_outputs is None:
+            outputs = walk.full_outputs = walk.full_inputs.fork()
+        return walk.fitting(lambda: collect(self.block, wanted, walk.inputs, walk.full_inputs, outputs))
+
+
+BlockSolver = Callable[[BlockTask], Iterator[Solution]]
+"""Yields a solution for each fused group. The block itself stays as it is until all are there."""
+
+
+def per_matrix(method: Method) -> BlockSolver:
+    """Every matrix by itself, by the statistics of what it reads."""
+
+    def solve_block(task: BlockTask) -> Iterator[Solution]:
+        for groups, statistics in task.parts():
+            for weights in groups:
+                known = statistics.get(weights[0])  # what is one matrix to engines reads one tensor
+                for weight in weights:  # the last weight of a group frees its Hessian
+                    statistics.pop(weight, None)
+                targets = [task.block.target(weight) for weight in weights]
+                w = targets[0] if len(targets) == 1 else torch.cat(targets)
+                q, note = solve(w, task.schemes[weights[0]].weight, known, method)
+                if known is None:
+                    yield Solution(weights, q, note=note)
+                    continue
+                decoded = q.decode().split([w.shape[0] for w in weights])
+                errors = [known.error(w, rounded) for w, rounded in zip(targets, decoded, strict=True)]
+                yield Solution(weights, q, errors, known.tokens, note)
+
+    return solve_block
+
+
+def solve(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) -> tuple[Quantized, str]:
+    """The solver's answer, or that of `nearest` and the reason."""
+    solver = SOLVERS[method.solver]
+    if not method.calibrated:  # the text is there for stored scales of activations
+        return solver(w, grid, None), ""
+    if statistics is None:
+        reason = "no calibration token reached it"
+    elif statistics.tokens < FEWEST_TOKENS:
+        reason = f"only {statistics.tokens} calibration tokens reached it"
+    else:
+        try:
+            return solver(w, grid, statistics), ""
+        except NotPositive:
+            reason = "its Hessian could not be factored"
+    return SOLVERS["nearest"](w, grid, None), f"{reason}: rounded to nearest"
+
+
+BLOCK_SOLVERS: dict[str, BlockSolver] = {}
+"""Those that are no solvers of single matrices, by their names in `halfbyte.recipe.PARTS`."""
+
+
+def block_solver(method: Method) -> BlockSolver:
+    return BLOCK_SOLVERS.get(method.solver) or per_matrix(method)

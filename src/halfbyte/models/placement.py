@@ -1,0 +1,61 @@
+"""Where a pass over a model computes, and where what it needs between two blocks is kept."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+CPU = torch.device("cpu")
+HIDDEN_BYTES = 4e9
+"""Hidden states in memory; more than these are pages of files, which the system writes out as it needs."""
+MEMORY_SHARE = 1 / 3
+"""Of this machine's memory: for Hessians, without a GPU."""
+HIDDEN_SHARE, STATISTICS_SHARE = 1 / 4, 1 / 4
+"""Of a GPU's free memory: the rest is for the block, the next one, and what a solver and the block compute with."""
+BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 8192
+"""Tokens that run through a block at once. A GPU is busy only with more of them."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A device and budgets in bytes. Nothing that is computed depends on the budgets: what does not fit is kept elsewhere, or done in parts."""
+
+    device: torch.device = CPU
+    scratch: Path | None = None
+    """A folder on a disk, for hidden states beyond the memory's budget; None: they stay in memory."""
+    hidden_device_bytes: float = 0
+    hidden_memory_bytes: float = HIDDEN_BYTES
+    statistics_bytes: float = field(default_factory=lambda: MEMORY_SHARE * psutil.virtual_memory().total)
+    batch_tokens: int = BATCH_TOKENS
+    reads_ahead: bool = False
+    """Whether a thread reads the next block while one runs, and another writes results: for devices that compute beside the CPU."""
+
+    @classmethod
+    def on(cls, device: torch.device, scratch: Path | None = None, free_bytes: float | None = None) -> "Placement":
+        """Budgets for a device with so much memory free; by default, with what is free now."""
+        if device.type == "cpu":
+            return cls(device, scratch, hidden_memory_bytes=HIDDEN_BYTES)
+        free = free_memory(device) if free_bytes is None else free_bytes
+        return cls(
+            device,
+            scratch,
+            hidden_device_bytes=HIDDEN_SHARE * free,
+            hidden_memory_bytes=HIDDEN_BYTES,
+            statistics_bytes=STATISTICS_SHARE * free,
+            batch_tokens=DEVICE_BATCH_TOKENS,
+            reads_ahead=True,
+        )
+
+    def of_hidden(self, size_bytes: float) -> str:
+        """Where hidden states of so many bytes in all are kept: on the "device", in "memory", or in "files"."""
+        if size_bytes <= self.hidden_device_bytes:
+            return "device"
+        return "memory" if self.scratch is None or size_bytes <= self.hidden_memory_bytes else "files"
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a device that nothing has taken; of one that shares the system's memory (mps), what it recommends."""
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return torch.get_device_module(device).mem_get_info(device)[0]
