@@ -95,7 +95,7 @@ def speed(peer: str | None, presets: list[str], layers: int, scratch: Path) -> I
 def quality(peer: str | None, presets: list[str], samples: int, windows: int, scratch: Path) -> Iterator[str]:
     """Rows of the table of losses, preset by preset."""
     matrix, whole = scratch / "imatrix.gguf", scratch / "original.gguf"
-    halfbyte.imatrix(demo.MODEL, matrix, samples=samples)
+    halfbyte.imatrix(demo.MODEL, matrix, calibration={"samples": samples})
     halfbyte.quantize(demo.MODEL, whole, method="nearest", grid="BF16", to="gguf")
     for preset in presets:
         files: dict[str, Path] = {}

@@ -105,7 +105,7 @@ def make(case: Case, out: Path, samples: int) -> Path:
         made = out / "weights"
         halfbyte.quantize(demo.MODEL, made, calibration={"samples": samples}, **case.recipe)
     if case.kv:
-        halfbyte.kv(made, out / "kv", case.kv, samples=samples)
+        halfbyte.kv(made, out / "kv", case.kv, {"samples": samples})
         made = out / "kv"
     return made
 

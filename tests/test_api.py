@@ -10,7 +10,10 @@ import torch
 
 import halfbyte
 import tiny
-from halfbyte.recipe import Recipe
+from halfbyte.containers import CONTAINERS
+from halfbyte.engines.engines import ENGINES
+from halfbyte.grids import activations
+from halfbyte.recipe import METHODS, OBSERVERS, Calibration, Recipe, meaning
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +30,21 @@ def test_dir_and_version_need_no_torch():
     assert all(name in made.stdout for name in ("quantize", "evaluate", "load", "__version__"))
 
 
+@pytest.mark.parametrize("words", [Recipe, Calibration])
+def test_every_entry_says_what_it_is(words):
+    assert not [name for name in words.model_fields if len(meaning(name, words)) < 15]
+
+
+def test_observers_are_those_of_the_table():
+    assert tuple(activations.OBSERVERS) == OBSERVERS
+
+
 def test_every_word_of_a_recipe_is_a_documented_argument():
     taken = inspect.signature(halfbyte.quantize).parameters
     assert Recipe.model_fields.keys() <= taken.keys()
-    for name in Recipe.model_fields:
+    for name in taken.keys() - {"model", "out"}:
+        assert f"\n    {name}: " in halfbyte.quantize.__doc__
+    for name in (*METHODS, *CONTAINERS, *ENGINES, *OBSERVERS, *Calibration.model_fields):
         assert name in halfbyte.quantize.__doc__
     assert not any(p.kind is p.VAR_KEYWORD for p in taken.values())
 

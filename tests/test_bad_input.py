@@ -378,7 +378,7 @@ REQUESTS = {
         ["--grid", "w8a8", "--method", "gptq", "--alpha", "0.5"],
         ("alpha is for smoothquant", "method is gptq"),
     ),
-    "range of nothing": (["--grid", "w8a8", "--input-range", "mse"], ("scales that the file stores", "w8a8-static")),
+    "range of nothing": (["--grid", "w8a8", "--observer", "mse"], ("scales that the file stores", "w8a8-static")),
     "engine without the inputs": (
         ["--grid", "w8a8-static", "--engine", "sglang"],
         ("sglang will not load this", "it takes fp8-e4m3", "it loads in vllm"),

@@ -11,8 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
+from halfbyte import cli
+from halfbyte.engines.engines import ENGINES
+from halfbyte.recipe import METHODS, OBSERVERS, Recipe
+from halfbyte.words import CONTAINERS as WRITTEN
+from halfbyte.words import DTYPES, PLAIN, PRESETS, SCHEMES
 
-COMMANDS = ["quantize", "convert", "imatrix", "eval", "inspect", "demo", "support"]
+COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
 LINEARS = [f"mlp.{n}_proj" for n in ("down", "gate", "up")] + [f"self_attn.{n}_proj" for n in "koqv"]
 CONTAINERS = ["compressed-tensors", "gptq", "awq"]
 
@@ -79,6 +84,31 @@ def test_help_names_the_defaults():
     ):
         assert words in said
     assert all(command in tiny.halfbyte("--help").out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("quantize", (*METHODS, *WRITTEN, *ENGINES, *OBSERVERS, *SCHEMES, *PRESETS)),
+        ("convert", (*WRITTEN, *ENGINES)),
+        ("dequantize", (*PLAIN, *DTYPES)),
+        ("kv", OBSERVERS),
+    ],
+)
+def test_help_lists_what_the_tables_have(command, names):
+    said = " ".join(tiny.halfbyte(command, "--help").out.replace("│", " ").split())
+    assert not [name for name in names if name not in said]
+
+
+def test_the_old_name_of_the_observer_is_understood(home, tmp_path):
+    words = ("quantize", home / "model", "--method", "nearest", "--grid", "fp8-static", "--samples", 2, "--length", 64)
+    for name, option in (("new", "--observer"), ("old", "--input-range")):
+        assert tiny.halfbyte(*words, "--calibration", home / "text.txt", option, "mse", "-o", tmp_path / name).code == 0
+    new, old = ((tmp_path / name / "recipe.yaml").read_text() for name in ("new", "old"))
+    assert new == old
+    assert "observer: mse" in new
+    (tmp_path / "recipe.yaml").write_text(new.replace("observer: mse", "input_range: mse"))
+    assert Recipe.load(tmp_path / "recipe.yaml") == Recipe.load(tmp_path / "new" / "recipe.yaml")
 
 
 def test_version():

@@ -80,7 +80,7 @@ NEEDLE = types.Needle(
 )
 CACHE = types.CacheReport(
     grid="fp8-e4m3",
-    input_range="max",
+    observer="max",
     calibration=types.CalibrationReport(source="default", windows=(2, 8), tokens_sha256=""),
     rows=[
         types.AttentionReport(

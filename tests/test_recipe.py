@@ -72,7 +72,7 @@ def test_options_win_over_the_recipe(home, tmp_path):
     assert said.code == 0, said.err
     assert yaml.safe_load((tmp_path / "q" / "recipe.yaml").read_text()) == {
         "model": str(home / "model"), "requantize": False, "method": "nearest", "grid": "int8-g64", "to": "gptq", "engine": "none",
-        "input_range": "max", "head": False,
+        "observer": "max", "head": False,
         "pure": False,
         "skip": ["layers.0.*"], "override": {"layers.1.mlp.*": "int4-g64"}, "calibration": {**calibrated(home)["calibration"], "seed": 7},
     }  # fmt: skip

@@ -1,12 +1,13 @@
 """The public functions: what the command line calls, and nothing more."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from halfbyte import demo, pipeline
 from halfbyte.containers import CONTAINERS
 from halfbyte.containers.place import one_file
+from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import BadRequest
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.models import adapter as adapters
@@ -14,16 +15,29 @@ from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.stamp import origin
 from halfbyte.progress import Progress, shown
-from halfbyte.recipe import Calibration, Recipe
+from halfbyte.recipe import METHODS, Calibration, CalibrationWords, Recipe, meaning
 from halfbyte.report import lineage, measured
 from halfbyte.report.inspect import inspect
 from halfbyte.report.types import CacheReport, Evaluation, ImatrixReport, Needle, Plan, Report, StatesEvaluation
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
+def _with_entries(function: Function) -> Function:
+    """Its documentation, with a line for each entry of a recipe."""
+    names = {"method": METHODS, "to": CONTAINERS, "engine": ENGINES}
+    more = {name: f" One of {', '.join(table)}." for name, table in names.items()}
+    more["calibration"] = f" {meaning('source', Calibration)} Or a Calibration: {', '.join(Calibration.model_fields)}."
+    lines = [f"{name}: {meaning(name)}{more.get(name, '')}" for name in Recipe.model_fields if name != "model"]
+    function.__doc__ = (function.__doc__ or "").replace("{entries}", "\n    ".join(lines))
+    return function
+
+
+@_with_entries
 def quantize(
     model: str | Path | Recipe,
     out: str | Path,
@@ -34,8 +48,8 @@ def quantize(
     engine: str | None = None,
     adapter: str | Path | None = None,
     requantize: bool | None = None,
-    calibration: str | Path | Sequence[str] | Mapping[str, Any] | Calibration | None = None,
-    input_range: str | None = None,
+    calibration: CalibrationWords | None = None,
+    observer: str | None = None,
     kv: str | None = None,
     alpha: float | None = None,
     smaller_groups: bool | None = None,
@@ -51,28 +65,13 @@ def quantize(
     dry_run: bool = False,
     progress: Progress | bool = False,
 ) -> Report | Plan:
-    """Quantize `model` (a folder, a GGUF, a hub id, or a whole Recipe) into `out`, a folder or a .gguf file; returns the report.
+    """Quantize `model` (a folder, a GGUF, a hub id, or a whole Recipe) into `out`, a folder or a .gguf file.
 
-    What is None is as the recipe has it, or the default of `Recipe`.
+    Returns the report, which is also written there. What is None is as the recipe has it, or the default of `Recipe`.
 
-    method: minmax, nearest, imatrix, gptq (the default), gptaq, awq, smoothquant; or awq+gptq, smoothquant+gptq.
-    grid: of weights, such as int4-g128 (the default) or nf4; with inputs, such as int8-channel/int8-token; a preset, such as w8a8 or Q4_K_M.
-    to: the container; by default the engine's, or one that holds the grid.
-    engine: which engine is to load it; its rules are checked first. "none" writes what no engine loads.
-    adapter: the folder of a LoRA adapter that is merged into the model as it is read.
-    requantize: take the values of a model that is quantized already as the original.
-    calibration: a text file, .jsonl, .json or .csv, a dataset org/name:split, a list of whole texts (which the recipe then holds), or a
-        Calibration with `source`, `samples`, `length`, `seed`.
-    input_range: what stored scales of inputs span: max (the default), percentile or mse.
-    kv: a KV cache whose scales are found and stored too: fp8-e4m3 or fp8-e4m3-head.
-    alpha: how much of the inputs' range smoothquant moves into the weights, 0 to 1; searched if None.
-    smaller_groups: whether rows that the grid's groups do not divide get smaller ones, or are refused (the default where a grid is named).
-    skip: patterns of weights that stay in 16 bits. override: pattern to grid, or to "keep". head: quantize lm_head too.
-    pure, pre: of GGUF: one type for all tensors; llama.cpp's name of the pre-tokenizer.
-    imatrix: an importance matrix of llama.cpp in place of calibration.
-    repository: where it will be published, org/name: the card's commands name it.
-    shard_gb: files above this size are split (5 by default; a GGUF is one file).
-    overwrite: replace an output that exists. dry_run: return the plan, a report without results, and write nothing.
+    {entries}
+    overwrite: Replace an output that exists.
+    dry_run: Return the plan, and write nothing.
     progress: True for a bar, or a function of (what, done, total).
 
     Raises HalfbyteError, with nothing half-written left behind.
@@ -152,10 +151,11 @@ def evaluate(
     """Perplexity of `against` and `models`, and what each of `models` diverges from it, on the same tokens; of models without a head that
     predicts tokens (reward, embedding), how far their last hidden states are from those of `against`. `compared` says which.
 
-    `text`: a file, a dataset, or "heldout", the embedded text. `convention`: "served", each window begins as the tokenizer begins a text;
-    "papers", none does; "llama.cpp". `kv`: caches to run each model with; "stored" is the one that it says
-    it has, "none" one of 16 bits. `adapter`: the folder of a LoRA adapter that is merged into `against`. The result is also put into each
-    model's report.json, beside those of other conditions; its card shows the longest against the source.
+    `text`: a file, a dataset, or "heldout", the embedded text. `convention`: how it becomes windows and scored positions,
+    a key of `halfbyte.evaluation.conventions.CONVENTIONS`: "served", each window begins as the tokenizer begins a text;
+    "papers", none does; "llama.cpp". `kv`: caches to run each model with; "stored" is the one that it says it has, "none"
+    one of 16 bits. `adapter`: the folder of a LoRA adapter that is merged into `against`. The result is also put into
+    each model's report.json, beside those of other conditions; its card shows the longest against the source.
 
     `foreign`: compare a model with another than its report names as its source too, or with one whose tokenizer has other tokens; else
     that raises BadRequest. The card never shows such a comparison.
@@ -282,47 +282,40 @@ def kv(
     model: str | Path,
     out: str | Path,
     grid: str = "fp8-e4m3",
-    calibration: str = "default",
-    samples: int = 128,
-    length: int = 512,
-    seed: int = 0,
-    input_range: str = "max",
+    calibration: CalibrationWords | None = None,
+    observer: str = "max",
     overwrite: bool = False,
     progress: Progress | bool = False,
 ) -> CacheReport:
-    """Write a checkpoint, quantized or not, into `out` with the scales of a quantized KV cache; returns the report of it."""
+    """Write a checkpoint, quantized or not, into `out` with the scales of a quantized KV cache; returns the report of it.
+
+    `grid`: fp8-e4m3, or fp8-e4m3-head with a scale for each head. `calibration` and `observer`: as in `quantize`.
+    Raises HalfbyteError.
+    """
     from halfbyte.kv_cache import attach
 
     with shown(progress) as show:
-        return attach(
-            model,
-            out,
-            grid,
-            Calibration(source=calibration, samples=samples, length=length, seed=seed),
-            input_range,
-            overwrite,
-            show,
-        )
+        return attach(model, out, grid, Calibration.of(calibration), observer, overwrite, show)
 
 
 def imatrix(
     model: str | Path,
     out: str | Path,
-    calibration: str = "default",
-    samples: int = 128,
-    length: int = 512,
-    seed: int = 0,
+    calibration: CalibrationWords | None = None,
     overwrite: bool = False,
     progress: Progress | bool = False,
 ) -> ImatrixReport:
-    """Measure an importance matrix of a model and write it in llama.cpp's format; returns what was measured."""
+    """Measure an importance matrix of a model and write it in llama.cpp's format; returns what was measured.
+
+    `calibration`: as in `quantize`. Raises HalfbyteError.
+    """
     from halfbyte.targets.gguf import imatrix as files
     from halfbyte.targets.gguf import importance
 
-    out = Path(out).expanduser()
+    out, c = Path(out).expanduser(), Calibration.of(calibration)
     checkpoint = Checkpoint.open(model)
     with one_file(out, overwrite) as partial:
-        windows = calibrate.calibration(checkpoint, calibration, samples, length, seed)
+        windows = calibrate.calibration(checkpoint, c.source, c.samples, c.length, c.seed)
         with shown(progress) as show:
             found = importance.measure(checkpoint, windows, show)
         files.write(partial, found)

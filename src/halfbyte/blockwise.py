@@ -118,11 +118,11 @@ def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolv
     task = BlockTask(walk, block, [weights for weights in job.units if weights[0] in schemes], schemes)
     folds = []
     for name in job.method.transforms:
-        settings = Settings(job.recipe.alpha, job.recipe.input_range)
+        settings = Settings(job.recipe.alpha, job.recipe.observer)
         folds += TRANSFORMS[name](block, finder, schemes, task.statistics or task.collect_all(), settings)
     solutions = list(solver(task))
     walk.run_full_precision(block)
-    return Solved(schemes, solutions, folds, *activations_of(block, schemes, task.seen, job.recipe.input_range))
+    return Solved(schemes, solutions, folds, *activations_of(block, schemes, task.seen, job.recipe.observer))
 
 
 def _commit(run: Run, block: Block, solved: Solved) -> Future:

@@ -7,7 +7,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -20,15 +20,15 @@ from halfbyte import display
 from halfbyte.endings import Stop, hang_up, is_want_of_memory, speak_any_language
 from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
 from halfbyte.errors import BadRequest, HalfbyteError, brief
-from halfbyte.evaluation.conventions import convention_named
+from halfbyte.evaluation.conventions import CONVENTIONS, convention_named
 from halfbyte.progress import shown
-from halfbyte.recipe import OTHER_COMMANDS
+from halfbyte.recipe import METHODS, OTHER_COMMANDS, Calibration, Entries, Recipe, meaning, method_named
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.summary import headline, size, worst, worst_inputs
 from halfbyte.report.types import Evaluation, Part, Plan, Report
 from halfbyte.surroundings import arrange
 from halfbyte.terminal import Terminal, as_json
-from halfbyte.words import require_container, require_grid, require_plain
+from halfbyte.words import CONTAINERS, DTYPES, PLAIN, PRESETS, SCHEMES, require_container, require_grid, require_plain
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 INTERRUPTED, BUG = 130, 70
@@ -36,12 +36,33 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # of click, which some versions
 out = Terminal(width=None if sys.stdout.isatty() else 180)
 err = Terminal(stderr=True)
 
+
+def entry(
+    name: str, *flags: str, names: Iterable[str] = (), more: str = "", of: type[Entries] = Recipe, **settings: Any
+) -> Any:
+    """An option for an entry of a recipe, of which its own documentation is the help; `names` that it may be are listed."""
+    listed = f"{', '.join(names)}." if names else ""
+    return typer.Option(*flags, help=" ".join(filter(None, (meaning(name, of), listed, more))), **settings)
+
+
+DEFAULT = Calibration()
+Source = Annotated[str | None, entry("source", of=Calibration, show_default="the embedded text")]
+Samples = Annotated[int | None, entry("samples", of=Calibration, show_default=str(DEFAULT.samples))]
+Length = Annotated[int | None, entry("length", of=Calibration, show_default=str(DEFAULT.length))]
+Seed = Annotated[int | None, entry("seed", of=Calibration, show_default=str(DEFAULT.seed))]
+Observer = Annotated[
+    str | None, entry("observer", "--observer", show_default=str(Recipe.model_fields["observer"].default))
+]
+OldObserver = Annotated[str | None, typer.Option("--input-range", hidden=True)]
+"""As it was called once."""
+Container = Annotated[str | None, entry("to", names=CONTAINERS, show_default="the engine's, else what holds the grid")]
+Engine = Annotated[str | None, entry("engine", names=ENGINES)]
+Adapter = Annotated[str | None, entry("adapter")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Adapter = Annotated[str | None, typer.Option(help="A LoRA adapter's folder, merged into the original.")]
 Foreign = Annotated[
     bool, typer.Option("--foreign", help="Compare with another model than the source, or one with other tokens, too.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 
 @app.callback()
@@ -60,105 +81,39 @@ def options(
 def quantize(
     model: Annotated[str | None, typer.Argument(help="A folder, a GGUF, or a hub id such as org/name.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="minmax, nearest, imatrix, gptq, gptaq, awq, smoothquant, awq+gptq, smoothquant+gptq.",
-            show_default="the preset's, or gptq",
-        ),
-    ] = None,
+    method: Annotated[str | None, entry("method", names=METHODS, show_default="the preset's, or gptq")] = None,
     grid: Annotated[
         str | None,
-        typer.Option(
-            help="Weights such as int4-g128, nf4-g64; with inputs such as int8-channel/int8-token; a preset such as w8a8, fp8, or Q4_K_M for GGUF.",
-            show_default="int4-g128",
+        entry(
+            "grid",
+            more=f"Schemes: {', '.join(SCHEMES)}. Of GGUF: {', '.join(PRESETS)}.",
+            show_default=Recipe.model_fields["grid"].default,
         ),
     ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            help="compressed-tensors, gptq, awq, bitsandbytes, fp8 or gguf.",
-            show_default="the engine's, else what holds the grid",
-        ),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            help="vllm, sglang, transformers, tgi, tensorrt-llm, llama.cpp, ollama, lm-studio, jan or mlx; its rules are checked first. "
-            "none: write it although no engine loads it."
-        ),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="A text file, a .jsonl, .json or .csv of texts, instructions or chats, or a dataset org/name:split.",
-            show_default="the embedded text",
-        ),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows.", show_default="128")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens in a window.", show_default="512")] = None,
-    seed: Annotated[int | None, typer.Option(help="Which windows are drawn.", show_default="0")] = None,
-    kv: Annotated[
-        str | None, typer.Option(help="Find and store the scales of a KV cache too: fp8-e4m3 or fp8-e4m3-head.")
-    ] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Keep weights that match this pattern in 16 bits; repeatable.")
-    ] = None,
+    to: Container = None,
+    engine: Engine = None,
+    calibration: Source = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    kv: Annotated[str | None, entry("kv")] = None,
+    skip: Annotated[list[str] | None, entry("skip", more="Repeatable.")] = None,
     override: Annotated[
         list[str] | None,
-        typer.Option(help="PATTERN=GRID, such as 'layers.0.*=int8-channel', or PATTERN=keep; repeatable."),
+        entry("override", more="PATTERN=GRID, such as 'layers.0.*=int8-channel', or PATTERN=keep; repeatable."),
     ] = None,
-    input_range: Annotated[
-        str | None,
-        typer.Option(
-            help="What stored scales of inputs span: max, percentile (99.99) or mse (the least error).",
-            show_default="max",
-        ),
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="smoothquant: how much of the inputs' range moves into the weights, 0 to 1.",
-            show_default="searched for each fold",
-        ),
-    ] = None,
-    head: Annotated[
-        bool | None,
-        typer.Option(
-            "--head/--no-head", help="Quantize lm_head too (a GGUF's preset decides by itself).", show_default="no"
-        ),
-    ] = None,
-    smaller_groups: Annotated[
-        bool | None,
-        typer.Option(
-            "--smaller-groups",
-            help="Rows that the grid's groups do not divide get smaller groups; else they are refused.",
-            show_default=False,
-        ),
-    ] = None,
-    pure: Annotated[
-        bool | None, typer.Option("--pure", help="GGUF: one type for all tensors, whatever the preset says.")
-    ] = None,
-    imatrix: Annotated[
-        str | None,
-        typer.Option(help="An importance matrix of llama.cpp, in place of calibration (methods nearest and imatrix)."),
-    ] = None,
-    pre: Annotated[
-        str | None, typer.Option(help="GGUF: llama.cpp's name of the pre-tokenizer, where it is not recognised.")
-    ] = None,
-    shard_gb: Annotated[
-        float | None, typer.Option(help="Split files above this size.", show_default="5; a GGUF is one file")
-    ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="A LoRA adapter's folder, merged into the model as it is read.")
-    ] = None,
-    requantize: Annotated[
-        bool | None,
-        typer.Option("--requantize", help="Take the values of a model that is quantized already as the original."),
-    ] = None,
-    repository: Annotated[
-        str | None, typer.Option(help="Where it will be published, org/name: the card's commands name it.")
-    ] = None,
+    observer: Observer = None,
+    old_observer: OldObserver = None,
+    alpha: Annotated[float | None, entry("alpha")] = None,
+    head: Annotated[bool | None, entry("head", "--head/--no-head", show_default="no")] = None,
+    smaller_groups: Annotated[bool | None, entry("smaller_groups", "--smaller-groups", show_default=False)] = None,
+    pure: Annotated[bool | None, entry("pure", "--pure")] = None,
+    imatrix: Annotated[str | None, entry("imatrix")] = None,
+    pre: Annotated[str | None, entry("pre")] = None,
+    shard_gb: Annotated[float | None, entry("shard_gb")] = None,
+    adapter: Adapter = None,
+    requantize: Annotated[bool | None, entry("requantize", "--requantize")] = None,
+    repository: Annotated[str | None, entry("repository")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these; options win over it.")] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
@@ -170,23 +125,14 @@ def quantize(
 
     halfbyte quantize org/model -o model-Q4_K_M.gguf --grid Q4_K_M
     """
-    from halfbyte.recipe import Recipe, method_named
-
-    words = {"model": model, "method": method, "grid": grid, "to": to, "engine": engine, "head": head, "skip": skip or None,
-             "input_range": input_range, "alpha": alpha, "adapter": adapter, "requantize": requantize,
-             "pure": pure, "imatrix": imatrix, "kv": kv, "smaller_groups": smaller_groups, "pre": pre, "shard_gb": shard_gb,
-             "repository": repository}  # fmt: skip
-    words = {name: value for name, value in words.items() if value is not None}
-    if override:
-        words["override"] = dict(_pair(pair) for pair in override)
+    given = {name: value for name, value in locals().items() if name in Recipe.model_fields and value not in (None, [])}
+    given |= {"observer": observer or old_observer} if observer or old_observer else {}
+    given |= {"override": dict(_pair(pair) for pair in override)} if override else {}
+    given.pop("calibration", None)
     if output is None or (model is None and recipe is None):
         raise BadRequest("quantize needs a model and an output folder: halfbyte quantize MODEL -o OUT")
-    base = Recipe.load(recipe, **words).model_dump(exclude_unset=True) if recipe else words
-    sampling = {"source": calibration, "samples": samples, "length": length, "seed": seed}
-    base["calibration"] = {
-        **base.get("calibration", {}),
-        **{name: value for name, value in sampling.items() if value is not None},
-    }
+    base = Recipe.load(recipe, **given).model_dump(exclude_unset=True) if recipe else given
+    base["calibration"] = {**base.get("calibration", {}), **_sampling(calibration, samples, length, seed)}
     asked = Recipe.of(**base)
     if asked.method not in OTHER_COMMANDS:
         method_named(asked.method)
@@ -206,17 +152,14 @@ def quantize(
 def convert(
     path: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")],
-    to: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, fp8 or gguf.")],
+    to: Annotated[str, entry("to", names=CONTAINERS)],
     grid: Annotated[
         str | None,
         typer.Option(
             help="What to round to where the container does not hold the source's grid.", show_default="as it is"
         ),
     ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(help="As in quantize: its rules are checked first; none: write it although no engine loads it."),
-    ] = None,
+    engine: Engine = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -235,12 +178,13 @@ def convert(
 def dequantize(
     path: Annotated[str, typer.Argument(help="A quantized checkpoint, or one to merge an adapter into.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")],
-    to: Annotated[str | None, typer.Option(help="safetensors or gguf.", show_default="as the output is called")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="bfloat16, float16 or float32.", show_default="the checkpoint's; bfloat16 for a GGUF"),
+    to: Annotated[
+        str | None, typer.Option(help=f"{' or '.join(PLAIN)}.", show_default="as the output is called")
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="A LoRA adapter's folder, merged into the model.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}.", show_default="the checkpoint's; bfloat16 for a GGUF")
+    ] = None,
+    adapter: Adapter = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -262,20 +206,20 @@ def kv(
     grid: Annotated[
         str, typer.Option("--kv", help="fp8-e4m3, or fp8-e4m3-head with a scale for each head.")
     ] = "fp8-e4m3",
-    calibration: Annotated[
-        str, typer.Option(help="A text file, a .jsonl, .json or .csv, or a dataset.", show_default="the embedded text")
-    ] = "default",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Which windows are drawn.")] = 0,
-    input_range: Annotated[str, typer.Option(help="What scales span: max, percentile or mse.")] = "max",
+    calibration: Source = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    observer: Observer = None,
+    old_observer: OldObserver = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Add the scales of a quantized KV cache to a checkpoint; all else is copied byte for byte."""
     from halfbyte.api import kv as run
 
-    found = run(model, output, grid, calibration, samples, length, seed, input_range, overwrite, progress=not as_json)
+    asked = _sampling(calibration, samples, length, seed)
+    found = run(model, output, grid, asked, observer or old_observer or "max", overwrite, progress=not as_json)
     if as_json:
         _print_json(found)
         return
@@ -289,25 +233,23 @@ def kv(
 def imatrix(
     model: Annotated[str, typer.Argument(help="A folder, a GGUF, or a hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
-    calibration: Annotated[
-        str, typer.Option(help="A text file, a .jsonl, .json or .csv, or a dataset.", show_default="the embedded text")
-    ] = "default",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Which windows are drawn.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    calibration: Source = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Measure an importance matrix, in the format of llama.cpp's own tools."""
     from halfbyte.api import imatrix as run
 
-    made = run(model, output, calibration, samples, length, seed, overwrite, progress=not as_json)
+    made = run(model, output, _sampling(calibration, samples, length, seed), overwrite, progress=not as_json)
     if as_json:
         _print_json(made)
     else:
         out.print(
             f"{output}: {made.matrices} matrices, measured on {made.windows[0]} windows of {made.windows[1]} tokens "
-            f"of {calibration}"
+            f"of {made.source}"
         )
 
 
@@ -326,7 +268,7 @@ def evaluate(
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
     convention: Annotated[
-        str, typer.Option(help="served (windows begin as the tokenizer begins a text), papers (no BOS) or llama.cpp.")
+        str, typer.Option(help=". ".join(f"{c.name}: {c.about}" for c in CONVENTIONS.values()))
     ] = "served",
     kv: Annotated[
         list[str] | None,
@@ -454,6 +396,12 @@ def _require_names(to: str | None, engine: str | None, *grids: str) -> None:
     for grid in grids:
         if grid != "keep":
             require_grid(grid, ggufs=(to or own) == "gguf")
+
+
+def _sampling(source: str | None, samples: int | None, length: int | None, seed: int | None) -> dict[str, Any]:
+    """What was asked of a calibration; the rest is as `Calibration` has it."""
+    given = {"source": source, "samples": samples, "length": length, "seed": seed}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -45,7 +45,7 @@ def attach(
     out: str | Path,
     grid: str = "fp8-e4m3",
     calibration: Calibration | None = None,
-    input_range: str = "max",
+    observer: str = "max",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> CacheReport:
@@ -54,8 +54,8 @@ def attach(
     Raises HalfbyteError, with nothing half-written left behind.
     """
     started = time.perf_counter()
-    if input_range not in OBSERVERS:
-        raise UnknownName("range of scales", input_range, OBSERVERS)
+    if observer not in OBSERVERS:
+        raise UnknownName("observer", observer, OBSERVERS)
     kind, out = KVGrid.parse(grid), Path(out).expanduser()
     checkpoint = Checkpoint.open(source)
     if is_file(checkpoint.path):
@@ -69,9 +69,9 @@ def attach(
     checkpoint.kv = None  # what it had is replaced
     c = calibration or Calibration()
     windows = calibrate.calibration(checkpoint, c.source, c.samples, c.length, c.seed)
-    cache, rows = find_scales(checkpoint, kind, windows.tokens, input_range, progress)
+    cache, rows = find_scales(checkpoint, kind, windows.tokens, observer, progress)
     tensors = cache.tensors()
-    about = describe(kind, input_range, windows, rows, checkpoint.left_out)
+    about = describe(kind, observer, windows, rows, checkpoint.left_out)
     files = _files(checkpoint, tensors)
     shards = {
         name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in files.items()
@@ -100,7 +100,7 @@ def describe(
     """For the report."""
     return CacheReport(
         grid=str(grid),
-        input_range=how,
+        observer=how,
         calibration=build.calibration(windows),
         rows=rows,
         most_clipped=max(max(row.keys_clipped, row.values_clipped) for row in rows),
@@ -121,8 +121,8 @@ def complete(run: Run) -> CacheReport | None:
         checkpoint.kv = None
         windows = run.windows or calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
         placement = Placement.on(run.device, run.folder.partial.parent)
-        cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.input_range, run.progress, placement)
-        about = describe(job.kv, job.recipe.input_range, windows, rows)
+        cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.observer, run.progress, placement)
+        about = describe(job.kv, job.recipe.observer, windows, rows)
     else:
         cache = job.checkpoint.kv
     for name, scale in cache.tensors().items() if cache else ():

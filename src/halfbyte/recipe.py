@@ -1,12 +1,13 @@
 """The words of a run: what a user asks for, as a value that can be written down and read again."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from halfbyte.errors import BadRequest, UnknownName, brief
 from halfbyte.files import read_text
@@ -35,20 +36,29 @@ class Entries(BaseModel, frozen=True):
         return getattr(self, name)
 
 
-class Calibration(Entries, frozen=True, extra="forbid"):
-    """Which text to run through the model, and how much of it."""
+class Calibration(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Which text to run through the model, and how much of it. A file's name, or a list of texts, stands for its `source`."""
 
     source: str | tuple[str, ...] = "default"
-    """A file, a dataset, or the texts themselves."""
+    """A text file, a .jsonl, .json or .csv of texts, instructions or chats, or a dataset org/name:split; in Python and in
+    recipes also a list of whole texts."""
     samples: int = Field(default=128, ge=1)
+    """Calibration samples: how many windows of text."""
     length: int = Field(default=512, ge=8)
+    """Tokens in a sample."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Which samples are drawn."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, words: object) -> object:
+        return {"source": words} if isinstance(words, str | Path | list | tuple) else words
 
     @field_validator("source", mode="before")
     @classmethod
     def _texts(cls, words: object) -> object:
         if not isinstance(words, list | tuple):
-            return words
+            return str(words) if isinstance(words, Path) else words
         if not words or not all(isinstance(text, str) for text in words):
             raise ValueError("is a file, a dataset, or a list of texts")
         if sum(len(text.encode()) for text in words) > MOST // 2:
@@ -57,42 +67,65 @@ class Calibration(Entries, frozen=True, extra="forbid"):
             )
         return tuple(words)
 
+    @classmethod
+    def of(cls, words: "CalibrationWords | None") -> "Calibration":
+        """What somebody asks for. Raises BadRequest."""
+        return Recipe.of(model="", **({} if words is None else {"calibration": words})).calibration
 
-class Recipe(Entries, frozen=True, extra="forbid"):
+
+CalibrationWords = str | Path | Sequence[str] | Mapping[str, Any] | Calibration
+"""What stands for a Calibration in Python."""
+
+
+class Recipe(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """All that a run depends on. The same recipe on the same checkpoint gives the same bytes."""
 
     model: str
+    """A folder, a GGUF, or a hub id such as org/name."""
     adapter: str | None = None
-    """The folder of a LoRA adapter that is merged into the model as it is read."""
+    """A LoRA adapter's folder, merged into the model as it is read."""
     requantize: bool = False
     """Take the values of a model that is quantized already as the original."""
     method: str = "gptq"
+    """How weights are rounded."""
     grid: str = "int4-g128"
+    """What weights are rounded to, such as int4-g128 or nf4-g64; with what activations are rounded to, such as
+    int8-channel/int8-token; or a scheme's name; or of a GGUF a preset or a type."""
     to: str | None = None
+    """The container to write."""
     engine: str | None = None
+    """The engine that is to load it: its rules are checked first. none: write it although no engine loads it."""
     calibration: Calibration = Calibration()
-    input_range: Literal["max", "percentile", "mse"] = "max"
-    """What the stored scales of inputs and of the KV cache span."""
+    """The text that runs through the model, where the method or the grid needs one."""
+    observer: Literal["max", "percentile", "mse"] = Field(
+        default="max",
+        validation_alias=AliasChoices("observer", "input_range"),  # as it was called once
+    )
+    """What stored scales of activations and of a KV cache span: all values (max), 99.99 % of them (percentile), or what
+    has the least error (mse)."""
     kv: str | None = None
-    """A KV cache whose scales are found and stored too."""
+    """A KV cache whose scales are found and stored too: fp8-e4m3, or fp8-e4m3-head with a scale for each head."""
     alpha: float | None = Field(default=None, ge=0, le=1)
-    """How much of the inputs' range smoothquant moves into the weights; None: searched."""
+    """smoothquant: how much of the activations' range moves into the weights, 0 to 1; by default searched for each fold."""
     skip: tuple[str, ...] = ()
+    """Patterns of weights that stay in 16 bits."""
     override: dict[str, str] = {}
+    """What some weights become: patterns, and the grid of each, or keep for 16 bits."""
     smaller_groups: bool | None = None
-    """Whether rows that the grid's groups do not divide get smaller ones; None: where no grid is named."""
+    """Give rows that the grid's groups do not divide smaller groups; else they are refused. By default where no grid is
+    named."""
     head: bool = False
+    """Quantize lm_head too (a GGUF's preset decides by itself)."""
     pure: bool = False
+    """GGUF: one type for all tensors, whatever the preset says."""
     imatrix: str | None = None
+    """An importance matrix of llama.cpp, in place of calibration (methods nearest and imatrix)."""
     pre: str | None = None
+    """GGUF: llama.cpp's name of the pre-tokenizer, where it is not recognised."""
     repository: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
     """Where it will be published, org/name: the card's commands name it."""
     shard_gb: float | None = Field(default=None, gt=0)
-
-    @field_validator("calibration", mode="before")
-    @classmethod
-    def _source(cls, words: object) -> object:
-        return {"source": words} if isinstance(words, str | list | tuple) else words
+    """Split files above this size, in GB; by default 5, and a GGUF is one file."""
 
     @field_validator("skip", mode="before")
     @classmethod
@@ -141,8 +174,11 @@ class Method:
     """Transforms, then a solver."""
 
     transforms: tuple[str, ...]
+    """What is done to a block before its weights are rounded: keys of `halfbyte.transforms.TRANSFORMS`."""
     solver: str
+    """A key of `halfbyte.solvers.SOLVERS`."""
     calibrated: bool
+    """Whether text runs through the model."""
     full_precision: bool = False
     """Whether the unquantized model runs beside the one that is being quantized."""
 
@@ -159,6 +195,14 @@ PARTS: dict[str, Method] = {
 OTHER_COMMANDS = ("convert", "dequantize")
 """What the recipe of an output that another command made says in place of a method."""
 METHODS = (*PARTS, "awq+gptq", "smoothquant+gptq")
+
+
+OBSERVERS: tuple[str, ...] = get_args(Recipe.model_fields["observer"].annotation)
+
+
+def meaning(name: str, of: type[Entries] = Recipe) -> str:
+    """What an entry says, in a sentence or two for whoever writes one."""
+    return " ".join((of.model_fields[name].description or "").split())
 
 
 def method_named(name: str) -> Method:

@@ -98,7 +98,7 @@ def test_evaluation_computes_what_a_loaded_model_computes(home, made, name):
 
 def test_the_report_tells_scales_and_what_is_cut(made):
     _, widest = made("w8a8-static")
-    _, narrow = made("w8a8-static", input_range="mse")
+    _, narrow = made("w8a8-static", observer="mse")
     rows = [row["input"] for row in widest["weights"]]
     assert all(
         row["clipped"] == row["saturated"] == 0 and row["scale"] * 127 >= 0.99 * max(-row["low"], row["high"])

@@ -37,7 +37,7 @@ def small(source) -> dict:
 
 def add(source: Path, out: Path, grid: str, small: dict, **how) -> dict:
     """The command, with a little calibration."""
-    return halfbyte.kv(source, out, grid, small["source"], small["samples"], small["length"], **how)
+    return halfbyte.kv(source, out, grid, small, **how)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_the_rest_of_the_checkpoint_is_the_same_to_the_byte(source, cached):
 def test_the_largest_key_of_the_calibration_text_is_the_largest_number_of_fp8(source, tmp_path):
     """Against the cache that Transformers keeps itself; with one window, the first layer reads the same in both."""
     text = tiny.text(tmp_path / "text.txt", words=40)
-    found = halfbyte.kv(source, tmp_path / "out", calibration=str(text), samples=1, length=128)
+    found = halfbyte.kv(source, tmp_path / "out", calibration={"source": str(text), "samples": 1, "length": 128})
     tokens = torch.tensor(transformers.AutoTokenizer.from_pretrained(source)(text.read_text())["input_ids"])
     start = next(s for s in range(len(tokens)) if _sha256(tokens[s : s + 128]) == found["calibration"]["tokens_sha256"])
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -151,7 +151,7 @@ def _sha256(tokens: torch.Tensor) -> str:
 
 def test_text_that_the_scales_do_not_span_is_warned_of(source, small, tmp_path):
     """Calibrated on one window; the held-out text goes far beyond most of its values."""
-    found = add(source, tmp_path / "out", "fp8-e4m3", small | {"samples": 1, "length": 8}, input_range="percentile")
+    found = add(source, tmp_path / "out", "fp8-e4m3", small | {"samples": 1, "length": 8}, observer="percentile")
     assert found["most_clipped"] > 1e-3
     assert "beyond its scale" in found["warnings"][0]
     assert add(source, tmp_path / "whole", "fp8-e4m3", small)["warnings"] == []

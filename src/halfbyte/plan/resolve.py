@@ -198,9 +198,9 @@ def _check_inputs(job: Job) -> None:
         raise BadRequest(
             f"alpha is for smoothquant, and the method is {job.recipe.method}; leave it out, or write --method smoothquant+gptq"
         )
-    if job.recipe.input_range != "max" and not job.recipe.kv and not any(i.static for i in read):
+    if job.recipe.observer != "max" and not job.recipe.kv and not any(i.static for i in read):
         raise BadRequest(
-            "input_range is for scales that the file stores, and here it stores none; leave it out, or write --grid w8a8-static"
+            "observer is for scales that the file stores, and here it stores none; leave it out, or write --grid w8a8-static"
         )
     if "smoothquant" in job.method.transforms and not read:
         raise BadRequest(

@@ -7,7 +7,7 @@ Entries that are not known of a run are not written.
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, field_serializer
+from pydantic import AliasChoices, BaseModel, Field, SerializerFunctionWrapHandler, field_serializer
 
 from halfbyte.recipe import Entries, Recipe
 from halfbyte.report.summary import headline, table
@@ -206,7 +206,8 @@ class CacheReport(Part, frozen=True):
     """A quantized KV cache."""
 
     grid: str
-    input_range: str
+    observer: Annotated[str, Field(validation_alias=AliasChoices("observer", "input_range"))]
+    """What the scales span."""
     calibration: CalibrationReport
     rows: list[AttentionReport]
     most_clipped: float

@@ -218,5 +218,5 @@ def test_quantizing_again_warns(home, tmp_path):
 
 def test_importance_is_measured_of_a_gguf_as_of_the_model(home, tmp_path):
     for name, source in (("hub", demo.MODEL), ("gguf", home / "bf16.gguf")):
-        halfbyte.imatrix(source, tmp_path / f"{name}.gguf", **CALIBRATION)
+        halfbyte.imatrix(source, tmp_path / f"{name}.gguf", CALIBRATION)
     assert same(tensors(tmp_path / "hub.gguf"), tensors(tmp_path / "gguf.gguf"))
