@@ -43,8 +43,8 @@ WHOLE = "all of it"
 REFUSED = 2
 """The exit code."""
 CACHE = Path.home() / ".cache/halfbyte/same_bytes"
-NOT_GOLDEN = re.compile(r"report\.json$|README\.md$|recipe\.yaml$")
-"""What goldens leave out: errors in a report are sums, whose last digits depend on the processor."""
+GOLDEN = re.compile(r"\.(safetensors|gguf)$|(^|/)config\.json$")
+"""Files that goldens hold. Errors in a report are sums, whose last digits depend on the processor."""
 
 Result = dict[str, Any]
 
@@ -92,15 +92,15 @@ class Bench:
         package = self._package(revision)
         kept = self.cache / "results" / f"{package.name}-{self.machine}.jsonl"
         kept.parent.mkdir(exist_ok=True)
-        known = {line["key"]: line for line in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+        known = {line["key"]: line for line in map(json.loads, whole_lines(kept))}
         keys = {case.name: self._key(case.commands) for case in chosen}
         missing = [case.name for case in chosen if keys[case.name] not in known]
         print(f"{revision or 'working tree'}: {len(chosen)} cases, {len(missing)} of them to run", file=sys.stderr)
-        with open(kept, "a", encoding="utf-8") as file:
+        with open(kept, "ab", buffering=0) as file:  # a line at once: others may write into the same cache
             for result in self._run(package, missing):
-                known[keys[result["case"]]] = result
-                file.write(json.dumps(result | {"key": keys[result["case"]]}) + "\n")
-                file.flush()
+                key = keys[result["case"]]
+                known[key] = result
+                file.write(json.dumps(result | {"key": key}).encode() + b"\n")
         return {case.name: known[keys[case.name]] for case in chosen}
 
     def _run(self, package: Path, names: list[str]) -> Iterator[Result]:
@@ -178,6 +178,12 @@ class Bench:
         return [word, self.digests.get(word, "")]
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Without one that is being written."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
 def processor() -> str:
     """What its instructions are."""
     try:
@@ -206,8 +212,8 @@ def tell(
     refusals: bool,
 ) -> int:
     """Print what differs and what does not end as it should; the exit code."""
-    unlike = {case.name: difference(before[case.name], after[case.name], left_out) for case in chosen}
-    unlike = {name: said for name, said in unlike.items() if said}
+    differing = {case.name: difference(before[case.name], after[case.name], left_out) for case in chosen}
+    differing = {name: said for name, said in differing.items() if said}
     broken = {case.name: wrong(case, before[case.name]) or wrong(case, after[case.name]) for case in chosen}
     broken = {name: said for name, said in broken.items() if said}
     refused = [case.name for case in chosen if case.may_refuse and after[case.name]["code"] == REFUSED]
@@ -215,12 +221,12 @@ def tell(
         print(*(f"refused: {name}: {after[name]['last']}" for name in refused), sep="\n")
     for name, said in broken.items():
         print(f"ends as it should not: {name}: {said}")
-    for name, said in unlike.items():
+    for name, said in differing.items():
         print(f"differs: {name}: {said}")
-    same = len(chosen) - len(unlike)
-    print(f"{len(chosen)} cases, {same} the same, {len(unlike)} differ, {len(broken)} end as they should not;")
+    same = len(chosen) - len(differing)
+    print(f"{len(chosen)} cases, {same} the same, {len(differing)} differ, {len(broken)} end as they should not;")
     print(f"{len(refused)} are refused, as they may be (--refusals says why)")
-    return int(bool(unlike or broken))
+    return int(bool(differing or broken))
 
 
 def wrong(case: Case, result: Result) -> str | None:
@@ -231,17 +237,22 @@ def wrong(case: Case, result: Result) -> str | None:
 
 
 def difference(a: Result, b: Result, left_out: re.Pattern) -> str | None:
-    """The first, in words."""
+    """File by file, the first part that differs; None if none does."""
     if (a["code"], a["last"]) != (b["code"], b["last"]):
         return f"{ending(a)}, then {ending(b)}"
     names = [name for name in dict.fromkeys([*a["files"], *b["files"]]) if not left_out.search(name)]
-    for name in sorted(names, key=lambda name: bool(NOT_GOLDEN.search(name))):  # weights are told of first
-        one, other = a["files"].get(name), b["files"].get(name)
-        if one is None or other is None:
-            return f"{name} is there {'after' if one is None else 'before'} only"
-        if unlike := [part for part in dict.fromkeys([*one, *other]) if one.get(part) != other.get(part)]:
-            return f"{name}: {unlike[0]}" + (f" and {len(unlike) - 1} more" if unlike[1:] else "")
-    return None
+    said = [(name, unlike(a["files"].get(name), b["files"].get(name))) for name in names]
+    return "; ".join(f"{name}: {words}" for name, words in said if words) or None
+
+
+def unlike(one: dict[str, str] | None, other: dict[str, str] | None) -> str | None:
+    """What differs between two files."""
+    if one is None or other is None:
+        return f"there {'after' if one is None else 'before'} only"
+    parts = [part for part in dict.fromkeys([*one, *other]) if one.get(part) != other.get(part)]
+    if not parts:
+        return None
+    return parts[0] + (f" and {len(parts) - 1} more" if parts[1:] else "")
 
 
 def ending(result: Result) -> str:
@@ -262,7 +273,7 @@ def write_goldens(bench: Bench) -> int:
 
 
 def golden_files(result: Result) -> dict[str, str]:
-    return {name: parts[WHOLE] for name, parts in result["files"].items() if not NOT_GOLDEN.search(name)}
+    return {name: parts[WHOLE] for name, parts in result["files"].items() if GOLDEN.search(name)}
 
 
 if __name__ == "__main__":

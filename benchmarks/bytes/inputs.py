@@ -88,7 +88,8 @@ def adapter(model: Path, folder: Path, rank: int = 4) -> None:
 def imatrix(model: Path, path: Path) -> None:
     """An importance matrix of random values in llama.cpp's format, by its own writer."""
     config = json.loads((model / "config.json").read_text())
-    widths = dict.fromkeys(("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"), config["hidden_size"])
+    widths: dict[str, int] = {}
+    widths |= dict.fromkeys(("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"), config["hidden_size"])
     widths["attn_output"] = config["num_attention_heads"] * config["head_dim"]
     widths["ffn_down"] = config["intermediate_size"]
     random = np.random.default_rng(0)
