@@ -28,7 +28,17 @@ from halfbyte.report.summary import headline, size, worst, worst_inputs
 from halfbyte.report.types import Evaluation, Part, Plan, Report
 from halfbyte.surroundings import arrange
 from halfbyte.terminal import Terminal, as_json
-from halfbyte.words import CONTAINERS, DTYPES, PLAIN, PRESETS, SCHEMES, require_container, require_grid, require_plain
+from halfbyte.words import (
+    CONTAINERS,
+    DTYPES,
+    PLAIN,
+    PRESETS,
+    SCHEMES,
+    is_of_ggufs,
+    require_container,
+    require_grid,
+    require_plain,
+)
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 INTERRUPTED, BUG = 130, 70
@@ -136,7 +146,8 @@ def quantize(
     asked = Recipe.of(**base)
     if asked.method not in OTHER_COMMANDS:
         method_named(asked.method)
-        _require_names(asked.to, asked.engine, asked.grid, *asked.override.values())
+        meant = asked.to or ("gguf" if output.suffix == ".gguf" else None)
+        _require_names(meant, asked.engine, asked.grid, *asked.override.values())
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
 
     report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not as_json)
@@ -393,9 +404,10 @@ def _require_names(to: str | None, engine: str | None, *grids: str) -> None:
     if to:
         require_container(to)
     own = ENGINES[engine_named(engine)].default if engine and engine != NOBODY else None
+    ggufs = (to or own) == "gguf" or (to is None and any(map(is_of_ggufs, grids)))
     for grid in grids:
         if grid != "keep":
-            require_grid(grid, ggufs=(to or own) == "gguf")
+            require_grid(grid, ggufs)
 
 
 def _sampling(source: str | None, samples: int | None, length: int | None, seed: int | None) -> dict[str, Any]:

@@ -71,6 +71,11 @@ def require_container(name: str) -> None:
         raise UnknownName("container", name, CONTAINERS)
 
 
+def is_of_ggufs(grid: str) -> bool:
+    """Whether it is a preset or a type of GGUF."""
+    return grid.upper() in (*PRESETS, *TYPES)
+
+
 def require_grid(name: str, ggufs: bool = False) -> None:
     """Raise BadRequest for what no grid, scheme, preset or type is called, or is called like."""
     weight = name.lower().partition("/")[0]

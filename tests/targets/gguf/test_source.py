@@ -220,3 +220,54 @@ def test_importance_is_measured_of_a_gguf_as_of_the_model(home, tmp_path):
     for name, source in (("hub", demo.MODEL), ("gguf", home / "bf16.gguf")):
         halfbyte.imatrix(source, tmp_path / f"{name}.gguf", CALIBRATION)
     assert same(tensors(tmp_path / "hub.gguf"), tensors(tmp_path / "gguf.gguf"))
+
+
+ODD = {
+    "tokenizer.ggml.add_bos_token": Value("string", "x"),
+    "tokenizer.ggml.eos_token_id": Value("string", "257"),
+    "tokenizer.ggml.token_type": Value("float32[]", [1.0] * 264),
+    "tokenizer.chat_template": Value("string[]", ["x"]),
+    "general.name": Value("uint32", 7),
+    "general.tags": Value("string", "a"),
+    "general.file_type": Value("string", "Q4_0"),
+    "llama.block_count": Value("uint64", 1),
+    "llama.rope.freq_base": Value("float64", 1e4),
+}
+
+
+def changed(source: Path, path: Path, changes: dict[str, Value]) -> Path:
+    """A GGUF with other metadata, of the same tensors."""
+    found = gguf_file.read(source)
+    kinds = {name: (stored.type, stored.shape) for name, stored in found.tensors.items()}
+    writer = gguf_file.Writer(path, {**found.metadata, **changes}, kinds)
+    for name, stored in found.tensors.items():
+        writer.write(name, stored.entry.read())
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_an_entry_that_llamacpp_does_not_read_is_not_written_on(key, home, tmp_path):
+    odd = changed(home / "q4.gguf", tmp_path / "odd.gguf", {key: ODD[key]})
+    outputs = [tmp_path / "out.gguf"] + [tmp_path / "out"] * key.startswith("tokenizer.")
+    for out in outputs:
+        tiny.refused(tiny.halfbyte("dequantize", odd, "-o", out), key, ODD[key].type)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["add_bos_token", "add_eos_token"])
+def test_a_tokenizer_config_that_answers_no_question_is_refused(name, tmp_path):
+    model = tiny.make(tmp_path / "model", num_hidden_layers=1)
+    about = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**about, name: "x"}))
+    result = tiny.halfbyte("quantize", model, "-o", tmp_path / "out.gguf", "--method", "nearest", "--grid", "Q8_0")
+    tiny.refused(result, "tokenizer_config.json", f"{name} is 'x'")
+
+
+def test_layers_of_different_numbers_of_heads_are_refused(home, tmp_path):
+    arch = gguf_file.read(home / "q4.gguf").metadata["general.architecture"].value
+    name = f"{arch}.attention.head_count"
+    same = changed(home / "q4.gguf", tmp_path / "same.gguf", {name: Value("uint32[]", [4] * 8)})
+    differ = changed(home / "q4.gguf", tmp_path / "differ.gguf", {name: Value("uint32[]", [4] * 7 + [8])})
+    assert type(Checkpoint.open(same).config["num_attention_heads"]) is int
+    tiny.refused(tiny.halfbyte("inspect", differ), name, "differs from layer to layer")

@@ -1,5 +1,6 @@
 """Metadata of a GGUF that anybody may have made, as far as it is used: of the types that llama.cpp reads, and of sizes that a model may have."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,6 +14,38 @@ ABOVE_ZERO = (*NEEDED, "attention.key_length")
 PATTERN = "attention.sliding_window_pattern"
 """What is a list, with an entry for each layer."""
 KINDS: dict[str, tuple[type, ...]] = {"uint32": (int,), "float32": (int, float), "bool": (bool,), "string": (str,)}
+
+
+STRINGS = (
+    "architecture|type|name|author|version|organization|description|finetune|basename|size_label|url|doi|uuid|repo_url"
+    r"|quantized_by|license|license\.(name|link)|source\..+|(base_model|dataset)\.\d+\..+"
+)
+TYPES = {
+    rf"general\.({STRINGS})": "string",
+    r"general\.(tags|languages)": "string[]",
+    r"general\.(alignment|file_type|quantization_version|(base_model|dataset)\.count)": "uint32",
+    r"tokenizer\.(chat_template(\..+)?|ggml\.(model|pre))": "string",
+    r"tokenizer\.(chat_templates|ggml\.(tokens|merges))": "string[]",
+    r"tokenizer\.ggml\.token_type": "int32[]",
+    r"tokenizer\.ggml\.scores": "float32[]",
+    r"tokenizer\.ggml\.\w+_token_id": "uint32",
+    r"tokenizer\.ggml\.(add_\w+|remove_extra_whitespaces)": "bool",
+}
+"""Keys of every architecture, and the only type in which llama.cpp reads them (src/llama-model-loader.cpp, get_key)."""
+
+
+def require_types(metadata: Mapping[str, Value]) -> None:
+    """Raise BadCheckpoint, naming the key, for a value with which llama.cpp would refuse the file."""
+    arch = metadata["general.architecture"].value if "general.architecture" in metadata else ""
+    sizes = {f"{arch}.{name}": key.type for name, key in KEYS.items()}
+    for name, value in metadata.items():
+        wanted = sizes.get(name) or next((kind for key, kind in TYPES.items() if re.fullmatch(key, name)), value.type)
+        by_layer = name in sizes and isinstance(value.value, list)
+        if value.type not in ((f"{wanted}[]", "int32[]") if by_layer else (wanted,)):
+            raise BadCheckpoint(
+                f"the GGUF's {brief(name)} is the {value.type} {brief(value.value)}, which should be {wanted}; "
+                "llama.cpp loads no such file: take the original model, or one that was converted anew"
+            )
 
 
 def require_hyperparameters(metadata: Mapping[str, Value], arch: str) -> None:
@@ -45,28 +78,20 @@ def require_hyperparameters(metadata: Mapping[str, Value], arch: str) -> None:
 
 def require_tokenizer(metadata: Mapping[str, Value], special: Collection[str]) -> None:
     """Raise BadCheckpoint for a vocabulary whose parts are of other types or lengths; `special` are the keys of special tokens."""
+    require_types({name: value for name, value in metadata.items() if name.startswith("tokenizer.")})
 
-    def get(key: str, kind: str) -> Any:
+    def get(key: str) -> Any:
         value = metadata.get(f"tokenizer.{key}")
-        if value is not None and not value.type.startswith(kind):
-            raise BadCheckpoint(f"the GGUF's tokenizer.{key} is {value.type}, which should be {kind}")
         return None if value is None else value.value
 
-    tokens = get("ggml.tokens", "string[]") or []
-    for key, kind in (("ggml.token_type", "int32[]"), ("ggml.scores", "float32[]")):
-        if (values := get(key, kind)) is not None and len(values) != len(tokens):
+    tokens = get("ggml.tokens") or []
+    for key in ("ggml.token_type", "ggml.scores"):
+        if (values := get(key)) is not None and len(values) != len(tokens):
             raise BadCheckpoint(f"the GGUF's tokenizer.{key} has {len(values)} entries for {len(tokens)} tokens")
-    words = (
-        ("ggml.model", "string"),
-        ("ggml.pre", "string"),
-        ("chat_template", "string"),
-        ("chat_templates", "string[]"),
-        ("ggml.merges", "string[]"),
-    )
     texts = [
         text
-        for key, kind in words
-        for found in [get(key, kind)]
+        for key in ("ggml.model", "ggml.pre", "chat_template", "chat_templates", "ggml.merges")
+        for found in [get(key)]
         if found is not None
         for text in (found if isinstance(found, list) else [found])
     ]
@@ -74,7 +99,7 @@ def require_tokenizer(metadata: Mapping[str, Value], special: Collection[str]) -
         raise BadCheckpoint(
             f"the GGUF's tokenizer has {half!r}, which is not UTF-8 text; put the model's tokenizer.json beside the file"
         )
-    if any(" " not in merge[1:] for merge in get("ggml.merges", "string[]") or []):
+    if any(" " not in merge[1:] for merge in get("ggml.merges") or []):
         raise BadCheckpoint("the GGUF's tokenizer.ggml.merges has an entry that is no two tokens")
     for key in special:
         number = metadata.get(f"tokenizer.ggml.{key}_token_id")

@@ -18,6 +18,7 @@ from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.provenance import provenance_of
 from halfbyte.targets.gguf import families, file, hyperparameters, modelfile, presets, tokenizer
+from halfbyte.targets.gguf.checked import require_types
 from halfbyte.targets.gguf.container import GGUF, type_of
 from halfbyte.targets.gguf.families import Place
 from halfbyte.targets.gguf.file import TYPES, Value, row_bytes
@@ -228,6 +229,7 @@ def metadata_of(job: Job) -> dict[str, Value]:
     """What the file says of the model."""
     source = job.checkpoint
     if isinstance(source, GGUFCheckpoint):
+        require_types(source.file.metadata)
         kept = {
             k: v
             for k, v in source.file.metadata.items()
