@@ -114,7 +114,7 @@ BROKEN = {
     "LFS pointer": (written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"), "git lfs pull"),
     "dangling link": (linked_to_nothing, "No such file"),
     "missing shard": (indexed({"a": "model-1-of-2.safetensors", "b": "model.safetensors"}), ("lacks 1 of 2 shards", "model-1-of-2.safetensors")),
-    "index of another": (indexed({"gone.weight": "model.safetensors"}), ("names 1 tensors that no shard holds", "gone.weight")),
+    "index of another": (indexed({"gone.weight": "model.safetensors"}), ("names 1 tensor that no shard holds", "gone.weight")),
     "index is a list": (indexed(["a"]), "maps no tensors to files"),
     "index of numbers": (indexed({"a": 3}), "maps no tensors to files"),
     "index leaves the folder": (indexed({"a": "../model/model.safetensors"}), "maps no tensors to files"),

@@ -5,7 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
+import tiny
 from halfbyte import display
+from halfbyte.errors import plural
 from halfbyte.report import types
 
 LONG = "a-model-whose-name-is-as-long-as-those-of-real-models-are-Instruct-v0.3-Q4_K_M.gguf"
@@ -125,3 +127,17 @@ def test_what_all_names_share_is_said_once():
     assert (shared, names) == ("model.layers.", ["0.mlp.up_proj", "11.mlp.up_proj"])
     assert display.without_prefix(["lm_head"]) == ("", ["lm_head"])
     assert display.without_prefix(["lm_head", "model.layers.0.q"]) == ("", ["lm_head", "model.layers.0.q"])
+
+
+def test_one_is_no_several(tmp_path):
+    assert [plural(n, "window") for n in (0, 1, 2)] == ["0 windows", "1 window", "2 windows"]
+    assert plural(1, "matrix", "matrices") == "1 matrix"
+    model = tiny.make(tmp_path / "model", num_hidden_layers=1)
+    tiny.text(tmp_path / "text.txt")
+    words = ["--calibration", tmp_path / "text.txt", "--samples", "1", "--length", "64"]
+    assert tiny.halfbyte("quantize", model, "-o", tmp_path / "out", "--method", "gptq", *words).code == 0
+    assert "Calibrated on 1 window of 64 tokens" in " ".join((tmp_path / "out" / "README.md").read_text().split())
+    measured = ["--against", model, "--text", tmp_path / "text.txt", "--length", "64", "--windows", "1"]
+    assert "1 window of 64 tokens" in tiny.halfbyte("eval", tmp_path / "out", *measured).out
+    assert "Measured" in (card := (tmp_path / "out" / "README.md").read_text())
+    assert "1 windows" not in card

@@ -16,6 +16,7 @@ import tiny
 from halfbyte.containers.folder import Folder
 from halfbyte.containers.safetensors import read_header
 from halfbyte.models import placement, streams
+from halfbyte.targets.gguf import file as gguf_file
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128}
 METHODS = ["nearest", "gptq", "awq+gptq"]
@@ -237,6 +238,21 @@ def test_another_config_starts_anew(name, home, tmp_path, monkeypatch):
     assert tiny.halfbyte(*command[:-1], tmp_path / "fresh").code == 0
     assert tiny.weights(tmp_path / "fresh") == tiny.weights(tmp_path / "out")
     assert (tmp_path / "out" / name).read_text().count("99") == 1
+
+
+def test_another_card_starts_anew(home, tmp_path, monkeypatch):
+    """The licence in a GGUF is what the model's card says when the run ends."""
+    model = Path(shutil.copytree(home / "model", tmp_path / "model"))
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
+    command = ["quantize", model, "--method", "nearest", "--grid", "Q8_0", "-o", tmp_path / "out.gguf"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "record", stop_after(1))
+        assert tiny.halfbyte(*command).code == 130
+    (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert tiny.halfbyte(*command).code == 0
+    assert gguf_file.read(tmp_path / "out.gguf").metadata["general.license"].value == "apache-2.0"
+    assert tiny.halfbyte(*command[:-1], tmp_path / "fresh.gguf").code == 0
+    assert (tmp_path / "fresh.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
 
 
 def stop_after(count: int):

@@ -19,7 +19,7 @@ from rich.table import Table
 from halfbyte import display
 from halfbyte.endings import Stop, hang_up, is_want_of_memory, speak_any_language
 from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
-from halfbyte.errors import BadRequest, HalfbyteError, brief
+from halfbyte.errors import BadRequest, HalfbyteError, brief, plural
 from halfbyte.evaluation.conventions import CONVENTIONS, convention_named
 from halfbyte.progress import shown
 from halfbyte.recipe import METHODS, OTHER_COMMANDS, Calibration, Entries, Recipe, meaning, method_named
@@ -259,8 +259,8 @@ def imatrix(
         _print_json(made)
     else:
         out.print(
-            f"{output}: {made.matrices} matrices, measured on {made.windows[0]} windows of {made.windows[1]} tokens "
-            f"of {made.source}"
+            f"{output}: {plural(made.matrices, 'matrix', 'matrices')}, measured on {plural(made.windows[0], 'window')} "
+            f"of {made.windows[1]} tokens of {made.source}"
         )
 
 
@@ -303,7 +303,9 @@ def evaluate(
         _print_json(result)
         return
     begins = f", each begins with {''.join(result.opening)}" if result.opening else ""
-    out.print(f"{result.windows} windows of {length} tokens of {text}, convention {result.convention}{begins}")
+    out.print(
+        f"{plural(result.windows, 'window')} of {length} tokens of {text}, convention {result.convention}{begins}"
+    )
     _show(display.evaluated(result) if isinstance(result, Evaluation) else display.states(result))
 
 
@@ -427,13 +429,13 @@ def _show_plan(plan: Plan, output: Path) -> None:
     o = plan.output
     out.print(f"{output} would be: {headline(plan)}")
     for kind, count in Counter(row.grid for row in plan.weights).most_common():
-        out.print(f"  {count} matrices on {kind}")
+        out.print(f"  {plural(count, 'matrix', 'matrices')} on {kind}")
     for reason, count in Counter(plan.kept.values()).most_common():
-        out.print(f"  {count} tensors kept: {reason}")
+        out.print(f"  {plural(count, 'tensor')} kept: {reason}")
     for reason, count in Counter(plan.dropped.values()).most_common():
-        out.print(f"  {count} tensors left out: {reason}")
+        out.print(f"  {plural(count, 'tensor')} left out: {reason}")
     names = ", ".join(o.files[:3]) + (" ..." if len(o.files) > 3 else "")
-    out.print(f"  {len(o.files)} file{'s' if len(o.files) > 1 else ''} of tensors, {size(o.size_bytes)}: {names}")
+    out.print(f"  {plural(len(o.files), 'file')} of tensors, {size(o.size_bytes)}: {names}")
     for warning in plan.warnings:
         out.print(f"note: {warning}")
     for engine in plan.engines:

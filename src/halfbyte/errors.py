@@ -72,6 +72,11 @@ def brief(value: object) -> str:
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
 
 
+def plural(number: int, noun: str, several: str = "") -> str:
+    """A number with its noun: 1 window, 2 windows."""
+    return f"{number} {noun if number == 1 else several or noun + 's'}"
+
+
 class Unsupported(HalfbyteError):
     """A combination that the format or the engine cannot hold."""
 

@@ -12,7 +12,7 @@ import xxhash
 
 from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
 from halfbyte.containers.place import is_file
-from halfbyte.errors import BadRequest, BrokenOutput
+from halfbyte.errors import BadRequest, BrokenOutput, plural
 from halfbyte.grids.cast import with_divisor
 from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models import calibrate
@@ -317,7 +317,9 @@ def verify(run: Run) -> None:
     entries = run.edition.reopen(run.folder.partial)
     schemes = {w.name: (w, s) for w, s in run.job.schemes.items()}
     if lost := [n for n in (*run.job.kept, *schemes) if n not in run.digests]:
-        raise BrokenOutput(f"{len(lost)} tensors of the source are in no part of the output, the first '{lost[0]}'")
+        raise BrokenOutput(
+            f"{plural(len(lost), 'tensor of the source is', 'tensors of the source are')} in no part of the output, the first '{lost[0]}'"
+        )
 
     def read_again(name: str) -> list[str]:
         if name not in schemes:

@@ -120,7 +120,7 @@ def test_chats_that_the_template_does_not_take_are_left_out_and_counted(home, tm
         Checkpoint(with_template(home / "plain", tmp_path / "model", template)), str(tmp_path / "x.jsonl"), 4, 64, 0
     )
     assert any(
-        "1 of 6 chats are left out" in warning and "line 6" in warning and "who?" in warning
+        "left out: 1 of 6 chats;" in warning and "line 6" in warning and "who?" in warning
         for warning in windows.warnings
     )
 

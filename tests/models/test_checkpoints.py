@@ -149,9 +149,9 @@ def test_gpt2_as_it_lies_on_the_hub(tmp_path):
 def test_what_config_says_is_more_than_what_is_there(tmp_path):
     source = LLAMA.save(tmp_path / "model")
     rename(source, lambda name: None if name == "model.layers.1.mlp.up_proj.weight" else name)
-    with pytest.raises(BadCheckpoint, match=r"lacks 1 tensors.*up_proj"):
+    with pytest.raises(BadCheckpoint, match=r"lacks 1 tensor.*up_proj"):
         load(source)
-    with pytest.raises(BadCheckpoint, match=r"lacks 1 tensors.*up_proj"):
+    with pytest.raises(BadCheckpoint, match=r"lacks 1 tensor.*up_proj"):
         walked(source)
 
 

@@ -79,7 +79,7 @@ def test_one_expert_that_is_missing_is_missed(tmp_path):
     for use in (lambda: halfbyte.load(folder), lambda: walked(Checkpoint.open(folder))):
         with pytest.raises(
             BadCheckpoint,
-            match=r"lacks 1 tensors of 'mixtral', or parts of them, the first 'model\.layers\.1\.mlp\.experts\.gate_up_proj'",
+            match=r"lacks 1 tensor of 'mixtral', or parts of them, the first 'model\.layers\.1\.mlp\.experts\.gate_up_proj'",
         ):
             use()
 
@@ -90,7 +90,7 @@ def test_a_tensor_of_another_shape_is_not_spread_over_its_place(tmp_path):
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:1].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        BadCheckpoint, match=r"lacks 1 tensors of 'llama', or parts of them, the first 'model\.norm\.weight'"
+        BadCheckpoint, match=r"lacks 1 tensor of 'llama', or parts of them, the first 'model\.norm\.weight'"
     ):
         halfbyte.load(folder)
 

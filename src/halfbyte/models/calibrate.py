@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from halfbyte import demo
-from halfbyte.errors import BadCheckpoint, BadRequest
+from halfbyte.errors import BadCheckpoint, BadRequest, plural
 from halfbyte.models import chats, texts
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.texts import Record
@@ -124,7 +124,7 @@ def read(checkpoint: Checkpoint, tokenizer: Any, source: str | tuple[str, ...], 
     stream = _stream(checkpoint, tokenizer, texts.records(source))
     if not stream.starts(length):
         count = len(stream.tokens)
-        what = f"has {count} tokens, fewer than one window of {length}" if count else "is empty"
+        what = f"has {plural(count, 'token')}, fewer than one window of {length}" if count else "is empty"
         raise BadRequest(f"{texts.called(source)}: the text {what}; give more text or a smaller --length")
     return stream
 
@@ -188,7 +188,7 @@ def _rendered(tokenizer: Any, talks: Sequence[Record]) -> tuple[list[str | None]
     if len(refused) == len(talks):
         raise BadRequest(reasons[0])
     said = [text if text is None else texts.sound(text, record.place) for text, record in zip(said, talks, strict=True)]
-    return said, (f"{len(refused)} of {len(talks)} chats are left out; {reasons[0]}",) if refused else ()
+    return said, (f"left out: {len(refused)} of {plural(len(talks), 'chat')}; {reasons[0]}",) if refused else ()
 
 
 def _drawn(
@@ -196,13 +196,13 @@ def _drawn(
 ) -> tuple[Int64[Tensor, "windows length"], tuple[str, ...]]:
     """Windows without overlap where there are enough, else windows that begin anywhere."""
     if samples > (distinct := stream.starts(length)):
-        what = f"{source} has {len(stream.tokens)} tokens, from which {samples} windows of {length} cannot be drawn"
+        what = f"{source} has {plural(len(stream.tokens), 'token')}, from which {plural(samples, 'window')} of {length} cannot be drawn"
         raise BadRequest(f"{what}; give more text, or smaller --samples or --length")
     whole = stream.consecutive(length)
     if len(whole) >= samples:
         return whole[torch.randperm(len(whole), generator=generator)[:samples]], ()
     starts = torch.randint(0, distinct, (samples,), generator=generator)
-    warning = f"the text fills {len(whole)} windows of {length} tokens, so the {samples} asked for overlap; more text would be better"
+    warning = f"the text fills {plural(len(whole), 'window')} of {length} tokens, so the {samples} asked for overlap; more text would be better"
     return torch.stack([stream.window(int(start), length) for start in starts]), (warning,)
 
 

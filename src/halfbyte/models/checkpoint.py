@@ -17,7 +17,7 @@ from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Containe
 from halfbyte.containers.config import require_sound
 from halfbyte.containers.container import require_parts, told
 from halfbyte.containers.safetensors import Entry, Spec, read_header
-from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief
+from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief, plural
 from halfbyte.files import exists, is_within, read_object
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.grid import Shape
@@ -425,7 +425,9 @@ def _entries(path: Path) -> dict[str, Entry]:
     if index:
         lost = [name for name in index["weight_map"] if name not in entries]
         if lost:
-            raise BadCheckpoint(f"{path}: {INDEX} names {len(lost)} tensors that no shard holds, the first '{lost[0]}'")
+            raise BadCheckpoint(
+                f"{path}: {INDEX} names {plural(len(lost), 'tensor')} that no shard holds, the first '{lost[0]}'"
+            )
     return entries
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from halfbyte.files import exists, read_object
+from halfbyte.files import exists, is_within, read_object
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.targets.gguf.source import GGUFCheckpoint
 
@@ -48,7 +48,8 @@ def provenance_of(checkpoint: Checkpoint, asked: str) -> Provenance:
     if isinstance(checkpoint, GGUFCheckpoint):
         return _of_gguf({name: value.value for name, value in checkpoint.file.metadata.items()}, checkpoint.path)
     repository = _repository(checkpoint.path, asked)
-    said = _front_matter(checkpoint.path / "README.md")
+    card = checkpoint.path / "README.md"
+    said = _front_matter(card) if is_within(card, checkpoint.path) else {}
     return Provenance(
         repository.partition("/")[2] if repository else checkpoint.path.resolve().name,
         repository,

@@ -19,7 +19,7 @@ from transformers import core_model_loading as loading
 from transformers import initialization
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported, plural
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, require_finite
 
@@ -130,7 +130,7 @@ def _require_layers(checkpoint: Checkpoint) -> None:
     for name, count in (item for part in parts for item in part.items()):
         if isinstance(count, int) and LAYERS.fullmatch(name) and count > len(checkpoint.tensors()):
             raise BadCheckpoint(
-                f"{checkpoint.path}/config.json has {name} {count}, and the checkpoint only {len(checkpoint.tensors())} tensors"
+                f"{checkpoint.path}/config.json has {name} {count}, and the checkpoint only {plural(len(checkpoint.tensors()), 'tensor')}"
             )
 
 
@@ -373,7 +373,7 @@ def require_whole(
         )
     if bare:
         raise BadCheckpoint(
-            f"{checkpoint.path} lacks {len(bare)} tensors of '{checkpoint.model_type}', or parts of them, the first '{bare[0]}'"
+            f"{checkpoint.path} lacks {plural(len(bare), 'tensor')} of '{checkpoint.model_type}', or parts of them, the first '{bare[0]}'"
         )
     buffers = dict(model.named_buffers(remove_duplicate=False))
     if empty := next(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halfbyte.errors import BadRequest
+from halfbyte.errors import BadRequest, plural
 
 DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 LINES, LISTS, TABLES = (".jsonl", ".ndjson"), (".json",), {".csv": ",", ".tsv": "\t"}
@@ -46,7 +46,7 @@ class Record(NamedTuple):
 
 def called(source: str | Path | tuple[str, ...]) -> str:
     """A source of text in messages and reports."""
-    return f"{len(source)} text{'s' if len(source) > 1 else ''} given" if isinstance(source, tuple) else str(source)
+    return f"{plural(len(source), 'text')} given" if isinstance(source, tuple) else str(source)
 
 
 def records(source: str | Path | tuple[str, ...]) -> list[Record]:

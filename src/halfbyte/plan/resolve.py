@@ -9,7 +9,7 @@ from halfbyte.containers import CONTAINERS, GGUF, Container, container_named
 from halfbyte.containers.plain import Plain
 from halfbyte.engines import verdicts
 from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
-from halfbyte.errors import BadCheckpoint, BadRequest, UnknownName, Unsupported
+from halfbyte.errors import BadCheckpoint, BadRequest, UnknownName, Unsupported, plural
 from halfbyte.grids import schemes
 from halfbyte.grids.floats import FloatGrid
 from halfbyte.grids.quantized import AnyScheme
@@ -97,7 +97,7 @@ def _require_names(checkpoint: Checkpoint) -> None:
 def _of_adapter(checkpoint: Checkpoint) -> list[str]:
     """What is to be said of an adapter that was merged, or of one that lies beside the model and was not."""
     if checkpoint.adapter:
-        counts = f"{len(checkpoint.adapter.low_rank)} products, {len(checkpoint.adapter.whole)} tensors whole"
+        counts = f"{plural(len(checkpoint.adapter.low_rank), 'product')}, {plural(len(checkpoint.adapter.whole), 'tensor')} whole"
         return [
             f"the adapter {checkpoint.adapter.path} was merged into the model as it was read ({counts}): the original is the model with it"
         ]

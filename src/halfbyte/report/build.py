@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from halfbyte.engines.verdicts import Verdict
+from halfbyte.errors import plural
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.provenance import has_chat_template, provenance_of
 from halfbyte.plan import Job
@@ -70,7 +71,7 @@ def report(
     """All that is known of a run after it; `file` is what engines open of the output, None for the folder."""
     notes = Counter(row.note for row in rows.values() if row.note)
     warnings = [*job.warnings, *job.checkpoint.left_out, *(windows.warnings if windows else ()), *lost(rows.values())]
-    warnings += [f"{count} weight{'s' if count > 1 else ''}: {note}" for note, count in notes.items()]
+    warnings += [f"{plural(count, 'weight')}: {note}" for note, count in notes.items()]
     made = Report(
         **_common(job),
         output=_output(job, size_bytes).model_copy(update={"file": file}),
@@ -164,7 +165,7 @@ def lost(rows: Iterable[WeightReport]) -> list[str]:
     if not found:
         return []
     worst = max(found, key=lambda row: max(row.error, row.worst_row))
-    count = f"{len(found)} weights are" if len(found) > 1 else "1 weight is"
+    count = plural(len(found), "weight is", "weights are")
     return [
         f"NEARLY LOST: {count} hardly what the source has, the worst {worst.name} on {worst.grid} (relative error "
         f"{worst.error:.2f}, of its worst row {worst.worst_row:.2f}); give it a finer grid with --override, or --skip it"

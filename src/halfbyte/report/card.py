@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from halfbyte.containers.place import beside, is_file
 from halfbyte.engines.engines import ENGINES
+from halfbyte.errors import plural
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report.summary import size, worst, worst_inputs
 from halfbyte.report.types import EngineReport, Report
@@ -55,7 +56,7 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals["begins"] = begins
+    environment.globals |= {"begins": begins, "plural": plural}
     environment.filters |= {
         "size": size,
         "quote": shlex.quote,
