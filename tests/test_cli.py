@@ -304,4 +304,4 @@ def test_demo():
     assert rows[0]["method"] == "original"
     by_name = {(r["method"], r["grid"]): r["kl"] for r in rows}
     assert all(kl > 0 for kl in list(by_name.values())[1:])
-    assert by_name["gptq", "int8-channel"] < by_name["gptq", "int4-g128"] < by_name["gptq", "int3-g128"]
+    assert by_name["smoothquant+gptq", "w8a8"] < by_name["gptq", "int4-g128"] < by_name["gptq", "int3-g128"]

@@ -40,6 +40,7 @@ def quantize(run: Run, windows: Windows) -> None:
         placement,
         full_precision=job.method.full_precision,
         to_the_end=job.method.solver in MODEL_STAGES,
+        trials=job.method.trials,
         progress=run.progress,
     )
     inside = {t for block in walk.blocks for t in block.tensors}

@@ -181,6 +181,8 @@ class Method:
     """Whether text runs through the model."""
     full_precision: bool = False
     """Whether the unquantized model runs beside the one that is being quantized."""
+    trials: bool = False
+    """Whether each block is run again and again on a few tokens."""
 
 
 PARTS: dict[str, Method] = {
@@ -190,7 +192,7 @@ PARTS: dict[str, Method] = {
     "gptq": Method((), "gptq", calibrated=True),
     "gptaq": Method((), "gptaq", calibrated=True, full_precision=True),
     "awq": Method(("awq",), "nearest", calibrated=True),
-    "smoothquant": Method(("smoothquant",), "nearest", calibrated=True),
+    "smoothquant": Method(("smoothquant",), "nearest", calibrated=True, trials=True),
 }
 OTHER_COMMANDS = ("convert", "dequantize")
 """What the recipe of an output that another command made says in place of a method."""
@@ -221,4 +223,5 @@ def method_named(name: str) -> Method:
         chosen[-1].solver,
         any(m.calibrated for m in chosen),
         any(m.full_precision for m in chosen),
+        any(m.trials for m in chosen),
     )

@@ -48,11 +48,13 @@ class Walk:
         full_precision: bool = False,
         as_served: bool = False,
         to_the_end: bool = True,
+        trials: bool = False,
         progress: Progress = silent,
     ):
         """`held_out`: samples that run along, in batches of their own. `full_precision`: the model runs unquantized too, beside itself
         as it is changed. `as_served`: activations and the KV cache are rounded as the checkpoint says that engines do; a checkpoint
-        that is only the source of another is as precise as its weights. `to_the_end`: what the last block returns is wanted."""
+        that is only the source of another is as precise as its weights. `to_the_end`: what the last block returns is wanted.
+        `trials`: the first batch is a single sample, for searches that run a block on it again and again."""
         self.checkpoint, self.placement = checkpoint, placement or Placement()
         self.as_served, self.to_the_end, self.progress = as_served, to_the_end, progress
         self.source = ReadAhead(checkpoint, self.placement)
@@ -66,7 +68,9 @@ class Walk:
             kv.apply(self.model, self.places, checkpoint.kv)
         self.weights = list(checkpoint.weights())
         per_batch = max(1, self.placement.batch_tokens // samples.shape[1])
-        self.batches = [samples[:1, :PROBE_TOKENS], *samples.split(per_batch)]
+        first = 1 if trials else per_batch
+        rest = samples[first:].split(per_batch) if len(samples) > first else ()
+        self.batches = [samples[:1, :PROBE_TOKENS], samples[:first], *rest]
         """The first is a probe, small enough to be run again and again."""
         self.calibrating = range(PROBE + 1, len(self.batches))
         self.batches += held_out.split(per_batch) if held_out is not None else []

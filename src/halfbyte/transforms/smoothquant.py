@@ -20,7 +20,8 @@ COARSE, STEP = (0.5, 0.7, 0.9), 0.1
 Half steps win nothing
 (KL of bookworm-6m with outliers, int8-channel/int8-token: .00052 and .00053, standard error .00001)."""
 BATCH = 1
-"""Of calibration tokens: the first after the probe."""
+"""Of calibration tokens: the first after the probe, one window of text. Four windows choose nearly the same (KL of the same model,
+w8a8: .000447 and .000449 with gptq, .00051 and .00049 without, standard error .00001) and take longer than all of gptq."""
 
 
 def smoothquant(site: Site, settings: Settings) -> Chosen | None:
