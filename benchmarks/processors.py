@@ -82,7 +82,7 @@ def difference(path: Path, other: Path) -> Difference:
         p, q = a.read_quantized(module), b.read_quantized(module)
         differing, codes = differing + int((p.codes != q.codes).sum()), codes + p.codes.numel()
         values = p.decode().double()
-        grouped = values.unflatten(1, (-1, p.grid.block or values.shape[1]))
+        grouped = values.unflatten(1, (-1, p.grid.group_size or values.shape[1]))
         step = (grouped.amax(-1) - grouped.amin(-1)) / (2 ** round(p.grid.bits((1024, 1024))) - 1)
         apart = (values - q.decode().double()).abs().view(grouped.shape).amax(-1)
         steps = max(steps, (apart / step.clamp(min=1e-30)).max().item())
