@@ -14,6 +14,7 @@ from halfbyte.models import adapter as adapters
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.stamp import origin
+from halfbyte.pipeline import convert, dequantize
 from halfbyte.progress import Progress, shown
 from halfbyte.recipe import METHODS, Calibration, CalibrationWords, Recipe, meaning
 from halfbyte.report import lineage, measured
@@ -87,53 +88,15 @@ def quantize(
     )
     if dry_run:
         return pipeline.plan(recipe, out, overwrite=overwrite)
+    if recipe.method == "convert":
+        if recipe.to is None:
+            raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}")
+        rounded = recipe.grid if "grid" in recipe.model_fields_set else None
+        return convert(recipe.model, out, recipe.to, rounded, recipe.engine, overwrite, progress)
+    if recipe.method == "dequantize":
+        return dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, progress)
     with shown(progress) as show:
-        if recipe.method == "convert":
-            if recipe.to is None:
-                raise BadRequest(
-                    f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}"
-                )
-            rounded = recipe.grid if "grid" in recipe.model_fields_set else None
-            return pipeline.convert(recipe.model, out, recipe.to, rounded, recipe.engine, overwrite, show)
-        if recipe.method == "dequantize":
-            return pipeline.dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, show)
         return pipeline.quantize(recipe, out, overwrite=overwrite, progress=show)
-
-
-def convert(
-    source: str | Path,
-    out: str | Path,
-    to: str,
-    grid: str | None = None,
-    engine: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | bool = False,
-) -> Report:
-    """Move a quantized checkpoint into another container: bit for bit where it holds the same grid, else by rounding again; returns the report.
-
-    `to` is the container, `grid` what to round to where it does not hold the source's, `engine` one that has to load it (or "none": write
-    what no engine loads). The report's errors are those against the quantized source: 0 where nothing was rounded. Raises HalfbyteError.
-    """
-    with shown(progress) as show:
-        return pipeline.convert(source, out, to, grid, engine, overwrite, show)
-
-
-def dequantize(
-    source: str | Path,
-    out: str | Path,
-    to: str | None = None,
-    dtype: str | None = None,
-    adapter: str | Path | None = None,
-    overwrite: bool = False,
-    progress: Progress | bool = False,
-) -> Report:
-    """Write a quantized checkpoint in 16 bits, with its tokenizer, template and config: a folder of safetensors, or a GGUF if `out` is called so.
-
-    `dtype` is bfloat16, float16 or float32 (by default what the checkpoint says); `adapter` the folder of a LoRA adapter to merge.
-    Raises HalfbyteError, with nothing half-written left behind.
-    """
-    with shown(progress) as show:
-        return pipeline.dequantize(source, out, to, dtype, adapter, overwrite, show)
 
 
 def evaluate(

@@ -20,7 +20,7 @@ from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.stamp import digest as digest_of
 from halfbyte.models.stamp import stamp
 from halfbyte.plan import Job, decoding, resolve, transcoding
-from halfbyte.progress import RESUMING, Progress, silent
+from halfbyte.progress import RESUMING, Progress, shown, silent
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report import build
 from halfbyte.report.card import card
@@ -100,12 +100,15 @@ def convert(
     grid: str | None = None,
     engine: str | None = None,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress | bool = False,
 ) -> Report:
-    """Move a quantized checkpoint into another container: bit for bit where it holds the same grid, else by rounding again.
+    """Move a quantized checkpoint into another container: bit for bit where it holds the same grid, else by rounding
+    again; returns the report.
 
-    `engine`: one that has to load it, or "none" to write what no engine loads.
-    The report's errors are those against the quantized source: 0 where nothing was rounded.
+    `to` is the container, `grid` what to round to where it does not hold the source's, `engine` one that has to load it
+    (or "none": write what no engine loads), `progress` True for a bar, or a function of (what, done, total). The report's
+    errors are those against the quantized source: 0 where nothing was rounded.
+    Raises HalfbyteError, with nothing half-written left behind.
     """
     started = time.perf_counter()
     job = transcoding(str(source), to, grid, engine)
@@ -124,8 +127,8 @@ def convert(
             activations=q.activations if q.scheme.activations == scheme.activations else None
         )
 
-    with kept_on_interrupt(folder):
-        run = Run(job, edition, folder, progress)
+    with shown(progress) as show, kept_on_interrupt(folder):
+        run = Run(job, edition, folder, show)
         _stream(
             run,
             [[weight] for weight in job.schemes],
@@ -144,11 +147,13 @@ def dequantize(
     dtype: str | None = None,
     adapter: str | Path | None = None,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress | bool = False,
 ) -> Report:
-    """Write a quantized checkpoint in 16 bits, with its tokenizer, template and config: a folder of safetensors, or a GGUF if `out` is called so.
+    """Write a quantized checkpoint in 16 bits, with its tokenizer, template and config: a folder of safetensors, or a
+    GGUF if `out` is called so; returns the report.
 
-    `dtype` is bfloat16, float16 or float32 (by default what the checkpoint says); `adapter` the folder of one to merge.
+    `dtype` is bfloat16, float16 or float32 (by default what the checkpoint says); `adapter` the folder of a LoRA adapter
+    to merge; `progress` True for a bar, or a function of (what, done, total).
     Raises HalfbyteError, with nothing half-written left behind.
     """
     started = time.perf_counter()
@@ -161,8 +166,8 @@ def dequantize(
     folder = Folder(out, edition.shards(stem_of(out)), identity(job, None), overwrite)
     if folder.is_published:
         return report_of(out)
-    with kept_on_interrupt(folder):
-        run = Run(job, edition, folder, progress)
+    with shown(progress) as show, kept_on_interrupt(folder):
+        run = Run(job, edition, folder, show)
         _stream(
             run, [], job.checkpoint.read_weight, lambda weight, w, scheme: SOLVERS["nearest"](w, scheme.weight, None)
         )

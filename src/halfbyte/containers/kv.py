@@ -192,12 +192,9 @@ def find(said: Config, entries: Mapping[str, Entry]) -> KVCache | None:
     """The cache that a checkpoint says it has."""
     found: dict[str, dict[str, Params]] = {"k": {}, "v": {}}
     names = scales(entries)
-    for name in names:
-        match = SCALE.fullmatch(name)
-        assert match
-        found[match["part"] or match["was"]][match["module"] or match["older"]] = {
-            "scale": entries[name].read().float()
-        }
+    for match in filter(None, map(SCALE.fullmatch, names)):
+        scale = entries[match[0]].read().float()
+        found[match["part"] or match["was"]][match["module"] or match["older"]] = {"scale": scale}
     if not found["k"] or not found["v"]:
         return None
     scheme = said.get("kv_cache_scheme") or {}

@@ -228,7 +228,8 @@ def codebook(name: str) -> UInt8[Tensor, "entries dimension"]:
 
     held = _type_traits[GGMLQuantizationType[name.upper()]]
     held.init_grid()
-    assert held.grid is not None
+    if held.grid is None:
+        raise Unsupported(f"the installed gguf package has no codebook of {name}; install another version of it")
     table = torch.from_numpy(held.grid.reshape(held.grid_shape).copy())
     return torch.searchsorted(torch.tensor(held.grid_map, dtype=torch.float32), table).to(torch.uint8)
 

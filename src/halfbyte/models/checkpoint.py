@@ -233,9 +233,10 @@ class Checkpoint:
 
     def read_quantized(self, module: str) -> Quantized:
         """The matrix of a module that is quantized already, as it lies in the file."""
+        if self.container is None:
+            raise BadCheckpoint(f"{self.path} is not quantized")
         scheme, shape = self.quantized[module]
         tensors = {n.removeprefix(f"{module}."): self.entries[n].read() for n in self.parts_of[module]}
-        assert self.container is not None
         return self.container.unpack(tensors, scheme, shape)
 
     def read_inputs(self, module: str) -> ActivationQuant | None:
