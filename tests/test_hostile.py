@@ -258,3 +258,8 @@ def test_a_gguf_of_a_broken_tokenizer_is_refused_by_the_files_name(name, change,
         tiny.halfbyte("quantize", model, "-o", tmp_path / "x.gguf", "--method", "nearest", "--grid", "Q8_0"), name
     )
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_a_model_without_a_type_is_inspected(model):
+    (model / "config.json").write_text(json.dumps(tiny.config(num_hidden_layers=1) | {"model_type": None}))
+    assert tiny.halfbyte("inspect", model).code == 0

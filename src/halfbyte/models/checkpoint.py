@@ -101,7 +101,7 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        return self.text_config.get("model_type", "")
+        return self.text_config.get("model_type") or ""
 
     @property
     def dtype(self) -> torch.dtype:
