@@ -10,7 +10,7 @@ import halfbyte
 ROOT = Path(halfbyte.__file__).parent
 LAYERS = [
     ["errors", "surroundings", "endings", "terminal"], ["files", "progress"], ["recipe", "grids"],
-    ["words", "solvers", "containers"], ["demo"], ["models"],
+    ["words", "devices", "solvers", "containers"], ["demo"], ["models"],
     ["transforms", "nn", "evaluation", "engines", "block_solvers"], ["targets"], ["plan"], ["report"], ["run", "display"],
     ["blockwise", "kv_cache"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip

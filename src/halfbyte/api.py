@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from halfbyte import demo, pipeline
 from halfbyte.containers import CONTAINERS
 from halfbyte.containers.place import one_file
+from halfbyte.devices import AUTO, device_named, title
 from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import BadRequest
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.models import adapter as adapters
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.placement import Placement
 from halfbyte.models.stamp import origin
 from halfbyte.pipeline import convert, dequantize
 from halfbyte.progress import Progress, shown
@@ -65,6 +67,7 @@ def quantize(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | bool = False,
+    device: str = AUTO,
 ) -> Report | Plan:
     """Quantize `model` (a folder, a GGUF, a hub id, or a whole Recipe) into `out`, a folder or a .gguf file.
 
@@ -74,9 +77,11 @@ def quantize(
     overwrite: Replace an output that exists.
     dry_run: Return the plan, and write nothing.
     progress: True for a bar, or a function of (what, done, total).
+    device: What solves and runs the model: auto (a GPU where there is one), cpu, cuda, cuda:1, mps or xpu.
 
     Raises HalfbyteError, with nothing half-written left behind.
     """
+    chosen = device_named(device)
     given = {
         name: value
         for name, value in locals().items()
@@ -96,7 +101,7 @@ def quantize(
     if recipe.method == "dequantize":
         return dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, progress)
     with shown(progress) as show:
-        return pipeline.quantize(recipe, out, overwrite=overwrite, progress=show)
+        return pipeline.quantize(recipe, out, overwrite=overwrite, progress=show, device=chosen)
 
 
 def evaluate(
@@ -110,6 +115,7 @@ def evaluate(
     adapter: str | Path | None = None,
     foreign: bool = False,
     progress: Progress | bool = False,
+    device: str = AUTO,
 ) -> Evaluation | StatesEvaluation:
     """Perplexity of `against` and `models`, and what each of `models` diverges from it, on the same tokens; of models without a head that
     predicts tokens (reward, embedding), how far their last hidden states are from those of `against`. `compared` says which.
@@ -121,8 +127,9 @@ def evaluate(
     each model's report.json, beside those of other conditions; its card shows the longest against the source.
 
     `foreign`: compare a model with another than its report names as its source too, or with one whose tokenizer has other tokens; else
-    that raises BadRequest. The card never shows such a comparison.
+    that raises BadRequest. The card never shows such a comparison. `device`: what runs the models, as in `quantize`.
     """
+    chosen = device_named(device)
     from halfbyte.evaluation import divergence, states
     from halfbyte.kv_cache import with_cache
 
@@ -130,24 +137,30 @@ def evaluate(
     reference = _reference(against, adapter)
     kinds = [(model, kind) for model in models for kind in kv]
     strangers = _strangers(reference, models, foreign)
+    placement = Placement.on(chosen)
     with shown(progress) as show:
-        checkpoints = [reference, *(with_cache(model, kind, show) for model, kind in kinds)]
+        checkpoints = [reference, *(with_cache(model, kind, show, placement) for model, kind in kinds)]
         taken = calibrate.evaluation(
             reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows, rule.begin
         )
         predicts = states.predicts(checkpoints)
         if predicts:
             rows = divergence.compare(
-                checkpoints, taken.tokens, rule.first(length, len(taken.stream.opening)), progress=show
+                checkpoints,
+                taken.tokens,
+                rule.first(length, len(taken.stream.opening)),
+                progress=show,
+                placement=placement,
             )
         else:
-            rows = states.compare(checkpoints, taken.tokens, progress=show)
+            rows = states.compare(checkpoints, taken.tokens, progress=show, placement=placement)
     conditions = {
         "text": text,
         "length": length,
         "windows": len(taken.tokens),
         "tokens_sha256": taken.digest,
         "convention": rule.name,
+        "device": title(chosen),
         "opening": list(taken.stream.opening_words),
         **_about(reference),
     }
@@ -167,20 +180,24 @@ def needle(
     adapter: str | Path | None = None,
     foreign: bool = False,
     progress: Progress | bool = False,
+    device: str = AUTO,
 ) -> Needle:
     """How well `against` and `models` read back a fact that is planted in texts of these lengths, at `depths` places from beginning to end.
 
     For each length and depth: `gain`, how much likelier its having been told makes the answer, in nats per token; `found`, the share of
-    answers that greedy decoding gives. `kv`, `adapter` and `foreign` are as in `evaluate`. The result is also written into each model's report.json.
+    answers that greedy decoding gives. `kv`, `adapter`, `foreign` and `device` are as in `evaluate`. The result is also written into each
+    model's report.json.
     """
+    chosen = device_named(device)
     from halfbyte.evaluation.needle import measure
     from halfbyte.kv_cache import with_cache
 
     reference = _reference(against, adapter)
     kinds = [(model, kind) for model in models for kind in kv]
     strangers = _strangers(reference, models, foreign)
+    placement = Placement.on(chosen)
     with shown(progress) as show:
-        checkpoints = [with_cache(model, kind, show) for model, kind in kinds]
+        checkpoints = [with_cache(model, kind, show, placement) for model, kind in kinds]
         rows = measure(
             [reference, *checkpoints],
             str(demo.HELDOUT) if text == "heldout" else text,
@@ -189,6 +206,7 @@ def needle(
             facts,
             seed,
             show,
+            placement,
         )
     conditions = {
         "text": text,
@@ -196,6 +214,7 @@ def needle(
         "depths": depths,
         "facts": facts,
         "seed": seed,
+        "device": title(chosen),
         **_about(reference),
     }
     result = measured.needle(conditions, [reference, *checkpoints], rows)
@@ -249,6 +268,7 @@ def kv(
     observer: str = "max",
     overwrite: bool = False,
     progress: Progress | bool = False,
+    device: str = AUTO,
 ) -> CacheReport:
     """Write a checkpoint, quantized or not, into `out` with the scales of a quantized KV cache; returns the report of it.
 
@@ -257,8 +277,9 @@ def kv(
     """
     from halfbyte.kv_cache import attach
 
+    chosen = device_named(device)
     with shown(progress) as show:
-        return attach(model, out, grid, Calibration.of(calibration), observer, overwrite, show)
+        return attach(model, out, grid, Calibration.of(calibration), observer, overwrite, show, chosen)
 
 
 def imatrix(
@@ -267,6 +288,7 @@ def imatrix(
     calibration: CalibrationWords | None = None,
     overwrite: bool = False,
     progress: Progress | bool = False,
+    device: str = AUTO,
 ) -> ImatrixReport:
     """Measure an importance matrix of a model and write it in llama.cpp's format; returns what was measured.
 
@@ -275,14 +297,14 @@ def imatrix(
     from halfbyte.targets.gguf import imatrix as files
     from halfbyte.targets.gguf import importance
 
-    out, c = Path(out).expanduser(), Calibration.of(calibration)
+    chosen, out, c = device_named(device), Path(out).expanduser(), Calibration.of(calibration)
     checkpoint = Checkpoint.open(model)
     with one_file(out, overwrite) as partial:
         windows = calibrate.calibration(checkpoint, c.source, c.samples, c.length, c.seed)
         with shown(progress) as show:
-            found = importance.measure(checkpoint, windows, show)
+            found = importance.measure(checkpoint, windows, show, Placement.on(chosen))
         files.write(partial, found)
-    return ImatrixReport(path=str(out), matrices=len(found.tensors), **windows.about)
+    return ImatrixReport(path=str(out), matrices=len(found.tensors), device=title(chosen), **windows.about)
 
 
 def load(path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cpu") -> "PreTrainedModel":

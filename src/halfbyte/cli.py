@@ -17,6 +17,7 @@ import typer
 from rich.table import Table
 
 from halfbyte import display
+from halfbyte.devices import AUTO, require_name
 from halfbyte.endings import Stop, hang_up, is_want_of_memory, speak_any_language
 from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
 from halfbyte.errors import BadRequest, HalfbyteError, brief, plural
@@ -71,6 +72,13 @@ Adapter = Annotated[str | None, entry("adapter")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Foreign = Annotated[
     bool, typer.Option("--foreign", help="Compare with another model than the source, or one with other tokens, too.")
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="What computes: auto (a GPU where there is one), cpu, cuda, cuda:1, mps or xpu.",
+        callback=lambda words: require_name(words),
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
@@ -127,6 +135,7 @@ def quantize(
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these; options win over it.")] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    device: Device = AUTO,
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint into a folder, or a GGUF, that an engine loads.
@@ -150,7 +159,7 @@ def quantize(
         _require_names(meant, asked.engine, asked.grid, *asked.override.values())
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
 
-    report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not as_json)
+    report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not as_json, device=device)
     if as_json:
         _print_json(report)
     elif isinstance(report, Plan):
@@ -224,13 +233,16 @@ def kv(
     observer: Observer = None,
     old_observer: OldObserver = None,
     overwrite: Overwrite = False,
+    device: Device = AUTO,
     as_json: Json = False,
 ) -> None:
     """Add the scales of a quantized KV cache to a checkpoint; all else is copied byte for byte."""
     from halfbyte.api import kv as run
 
     asked = _sampling(calibration, samples, length, seed)
-    found = run(model, output, grid, asked, observer or old_observer or "max", overwrite, progress=not as_json)
+    found = run(
+        model, output, grid, asked, observer or old_observer or "max", overwrite, progress=not as_json, device=device
+    )
     if as_json:
         _print_json(found)
         return
@@ -249,12 +261,15 @@ def imatrix(
     length: Length = None,
     seed: Seed = None,
     overwrite: Overwrite = False,
+    device: Device = AUTO,
     as_json: Json = False,
 ) -> None:
     """Measure an importance matrix, in the format of llama.cpp's own tools."""
     from halfbyte.api import imatrix as run
 
-    made = run(model, output, _sampling(calibration, samples, length, seed), overwrite, progress=not as_json)
+    made = run(
+        model, output, _sampling(calibration, samples, length, seed), overwrite, progress=not as_json, device=device
+    )
     if as_json:
         _print_json(made)
     else:
@@ -290,6 +305,7 @@ def evaluate(
     ] = None,
     adapter: Adapter = None,
     foreign: Foreign = False,
+    device: Device = AUTO,
     as_json: Json = False,
 ) -> None:
     """Perplexity, and divergence from the original on the same tokens."""
@@ -297,7 +313,17 @@ def evaluate(
     from halfbyte.api import evaluate as run
 
     result = run(
-        models, against, text, length, windows, convention, kv or ["stored"], adapter, foreign, progress=not as_json
+        models,
+        against,
+        text,
+        length,
+        windows,
+        convention,
+        kv or ["stored"],
+        adapter,
+        foreign,
+        progress=not as_json,
+        device=device,
     )
     if as_json:
         _print_json(result)
@@ -326,6 +352,7 @@ def needle(
     ] = None,
     adapter: Adapter = None,
     foreign: Foreign = False,
+    device: Device = AUTO,
     as_json: Json = False,
 ) -> None:
     """Is a fact that was planted in a long text read back? By depth and length, before and after."""
@@ -335,7 +362,18 @@ def needle(
     if len(sizes) != len(lengths.split(",")):
         raise BadRequest(f"--lengths takes numbers of tokens, such as 256,1024, not '{lengths}'")
     result = run(
-        models, against, text, sizes, depths, facts, seed, kv or ["stored"], adapter, foreign, progress=not as_json
+        models,
+        against,
+        text,
+        sizes,
+        depths,
+        facts,
+        seed,
+        kv or ["stored"],
+        adapter,
+        foreign,
+        progress=not as_json,
+        device=device,
     )
     if as_json:
         _print_json(result)

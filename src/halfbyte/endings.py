@@ -16,6 +16,7 @@ WANT_OF_MEMORY = (
     "can't start new thread",
     "failed to map segment",
     "not enough memory",
+    "out of memory",
 )
 """What torch, Python's threads and the system's loader say then, in errors of other kinds."""
 

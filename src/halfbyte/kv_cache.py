@@ -19,13 +19,14 @@ from halfbyte.containers.folder import Folder, Shard, claim, kept_on_interrupt
 from halfbyte.containers.kv import KVCache, KVGrid
 from halfbyte.containers.place import is_file
 from halfbyte.containers.safetensors import Spec, Writer, read_header
+from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, UnknownName, Unsupported
 from halfbyte.grids.activations import OBSERVERS, ActivationQuant
 from halfbyte.grids.grid import Params
 from halfbyte.models import calibrate, kv
 from halfbyte.models.block import Block
 from halfbyte.models.checkpoint import INDEX, Checkpoint
-from halfbyte.models.placement import Placement
+from halfbyte.models.placement import CPU, Placement
 from halfbyte.models.stamp import stamp
 from halfbyte.models.walk import Walk
 from halfbyte.progress import Progress, silent
@@ -48,6 +49,7 @@ def attach(
     observer: str = "max",
     overwrite: bool = False,
     progress: Progress = silent,
+    device: torch.device = CPU,
 ) -> CacheReport:
     """Write `source` into the folder `out` with the scales of a KV cache; returns the report of it, which is written there.
 
@@ -69,9 +71,9 @@ def attach(
     checkpoint.kv = None  # what it had is replaced
     c = calibration or Calibration()
     windows = calibrate.calibration(checkpoint, c.source, c.samples, c.length, c.seed)
-    cache, rows = find_scales(checkpoint, kind, windows.tokens, observer, progress)
+    cache, rows = find_scales(checkpoint, kind, windows.tokens, observer, progress, Placement.on(device))
     tensors = cache.tensors()
-    about = describe(kind, observer, windows, rows, checkpoint.left_out)
+    about = describe(kind, observer, windows, rows, device, checkpoint.left_out)
     files = _files(checkpoint, tensors)
     shards = {
         name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in files.items()
@@ -95,7 +97,12 @@ def attach(
 
 
 def describe(
-    grid: KVGrid, how: str, windows: calibrate.Windows, rows: list[AttentionReport], left_out: Sequence[str] = ()
+    grid: KVGrid,
+    how: str,
+    windows: calibrate.Windows,
+    rows: list[AttentionReport],
+    device: torch.device,
+    left_out: Sequence[str] = (),
 ) -> CacheReport:
     """For the report."""
     return CacheReport(
@@ -105,6 +112,7 @@ def describe(
         rows=rows,
         most_clipped=max(max(row.keys_clipped, row.values_clipped) for row in rows),
         serve=layout.served(grid),
+        device=title(device),
         warnings=[*warnings(rows), *left_out],
     )
 
@@ -122,7 +130,7 @@ def complete(run: Run) -> CacheReport | None:
         windows = run.windows or calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
         placement = Placement.on(run.device, run.folder.partial.parent)
         cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.observer, run.progress, placement)
-        about = describe(job.kv, job.recipe.observer, windows, rows)
+        about = describe(job.kv, job.recipe.observer, windows, rows, run.device)
     else:
         cache = job.checkpoint.kv
     for name, scale in cache.tensors().items() if cache else ():
@@ -179,7 +187,9 @@ def find_scales(
     return KVCache(grid, _on_cpu(keys), _on_cpu(values), latent), rows
 
 
-def with_cache(path: str | Path, kind: str, progress: Progress = silent) -> Checkpoint:
+def with_cache(
+    path: str | Path, kind: str, progress: Progress = silent, placement: Placement | None = None
+) -> Checkpoint:
     """A checkpoint whose cache is of another kind than it says, to measure it: "none" for 16 bits, "stored" for what it says.
 
     Scales that would be stored are found on the embedded text.
@@ -193,7 +203,7 @@ def with_cache(path: str | Path, kind: str, progress: Progress = silent) -> Chec
         c = Calibration()
         length = min(c.length, calibrate.longest(checkpoint, c.length))
         windows = calibrate.calibration(checkpoint, c.source, c.samples, length, c.seed)
-        checkpoint.kv, _ = find_scales(checkpoint, grid, windows.tokens, progress=progress)
+        checkpoint.kv, _ = find_scales(checkpoint, grid, windows.tokens, progress=progress, placement=placement)
     elif grid:
         checkpoint.kv = KVCache(grid)
     return checkpoint

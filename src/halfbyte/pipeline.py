@@ -12,11 +12,13 @@ import xxhash
 
 from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
 from halfbyte.containers.place import is_file
+from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, plural
 from halfbyte.grids.cast import with_divisor
 from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight, cast
+from halfbyte.models.placement import CPU
 from halfbyte.models.stamp import digest as digest_of
 from halfbyte.models.stamp import stamp
 from halfbyte.plan import Job, decoding, resolve, transcoding
@@ -24,7 +26,7 @@ from halfbyte.progress import RESUMING, Progress, shown, silent
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report import build
 from halfbyte.report.card import card
-from halfbyte.report.types import CacheReport, Plan, Report
+from halfbyte.report.types import CacheReport, Devices, Plan, Report
 from halfbyte.report.written import as_json, report_of
 from halfbyte.run import SAMPLED, Committed, Run, commit, digest, record_step, restore_step, weight_report
 from halfbyte.solvers import SOLVERS
@@ -36,7 +38,13 @@ SIDE_BY_SIDE = 1 << 28
 """Weights in memory at a time, where no single matrix has more."""
 
 
-def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress: Progress = silent) -> Report:
+def quantize(
+    recipe: Recipe,
+    out: str | Path,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    device: torch.device = CPU,
+) -> Report:
     """Quantize a checkpoint into the folder `out` and return the report that is also written there.
 
     Raises HalfbyteError, with nothing half-written left behind. A run that is killed is taken up again by the same call.
@@ -45,23 +53,23 @@ def quantize(recipe: Recipe, out: str | Path, overwrite: bool = False, progress:
     out = Path(out).expanduser()
     job = _job(recipe, out)
     _claim(out, job, overwrite)
-    known = _importance(job)
+    known = _importance(job, device)
     windows = None
     if job.calibrated:
         c = job.recipe.calibration
         windows = calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
     edition = edition_of(job)
-    folder = Folder(out, edition.shards(stem_of(out)), identity(job, windows), overwrite)
+    folder = Folder(out, edition.shards(stem_of(out)), identity(job, windows, device), overwrite)
     if folder.is_published:
         return report_of(out)
     with kept_on_interrupt(folder):
-        run = Run(job, edition, folder, progress, windows=windows)
+        run = Run(job, edition, folder, progress, windows=windows, device=device)
         if windows is None:
             solver = SOLVERS[job.method.solver]
             _stream(
                 run,
                 job.units,
-                job.checkpoint.read_weight,
+                lambda weight: job.checkpoint.read_weight(weight).to(device),
                 lambda weight, w, scheme: solver(w, scheme.weight, known.get(weight)),
             )
         else:
@@ -189,14 +197,14 @@ def _claim(out: Path, job: Job, overwrite: bool) -> None:
     claim(out, job.checkpoint.path, overwrite, {entry.path for entry in job.checkpoint.entries.values()})
 
 
-def _importance(job: Job) -> dict[Weight, Diagonal]:
+def _importance(job: Job, device: torch.device) -> dict[Weight, Diagonal]:
     """What an importance matrix says of each weight, where one was given."""
     if job.recipe.imatrix is None:
         return {}
     from halfbyte.targets.gguf import importance  # needs the model's code, as calibration does
 
     means = importance.read(Path(job.recipe.imatrix).expanduser(), job.checkpoint, job.schemes)
-    return {weight: Diagonal(mean) for weight, mean in means.items()}
+    return {weight: Diagonal(mean.to(device)) for weight, mean in means.items()}
 
 
 def stem_of(out: Path) -> str:
@@ -204,16 +212,17 @@ def stem_of(out: Path) -> str:
     return out.resolve().stem if is_file(out) else out.resolve().name
 
 
-def identity(job: Job, windows: calibrate.Windows | None) -> str:
+def identity(job: Job, windows: calibrate.Windows | None, device: torch.device = CPU) -> str:
     """Two runs with the same identity write the same bytes, as far as a file whose size and time are the same has not changed.
 
-    With calibration they depend on the number of threads too: factors of Hessians and sums over many values differ in their last bits.
+    They depend on the device too and, with calibration, on the number of threads: factors of Hessians and sums over many values differ in
+    their last bits.
     """
     imatrix = job.recipe.imatrix and digest_of(Path(job.recipe.imatrix).expanduser())
     adapter = job.checkpoint.adapter and job.checkpoint.adapter.digest
     calibration = windows and (windows.digest, torch.get_num_threads())
     return xxhash.xxh3_128_hexdigest(
-        repr((job.recipe.digest, stamp(job.checkpoint), adapter, imatrix, calibration)).encode()
+        repr((job.recipe.digest, stamp(job.checkpoint), adapter, imatrix, calibration, title(device))).encode()
     )
 
 
@@ -297,7 +306,9 @@ def _finish(run: Run, started: float) -> Report:
         sealed.result()
     size_bytes = sum(shard.size_bytes for shard in run.folder.shards.values())
     file, seconds = run.edition.entrance(stem_of(run.folder.target)), time.perf_counter() - started
-    report = build.report(run.job, run.rows, run.folds, run.windows, cache, size_bytes, file, seconds)
+    device = title(run.device)
+    devices = Devices(solve=device, calibration=device if run.windows or cache else None)
+    report = build.report(run.job, run.rows, run.folds, run.windows, cache, size_bytes, file, seconds, devices)
     texts = {
         "recipe.yaml": run.job.recipe.dump(),
         "report.json": as_json(report),

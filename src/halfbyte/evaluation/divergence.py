@@ -5,7 +5,7 @@ hidden states and the logits of a few positions, however long the text is and ho
 beside a block or two heads. Per token a few numbers are kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,7 +15,9 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.placement import Placement
 from halfbyte.models.walk import Walk
+from halfbyte.progress import Progress, silent
 
 HIDDEN_BYTES = 512e6
 """Hidden states of all models kept at once; a longer text is walked in slices."""
@@ -33,6 +35,9 @@ class Tokens:
     change: Tensor
     """Of the probability of the token that came next."""
 
+    def cpu(self) -> "Tokens":
+        return Tokens(*(getattr(self, field.name).cpu() for field in fields(self)))
+
 
 @torch.no_grad()
 def compare(
@@ -40,13 +45,14 @@ def compare(
     windows: Int64[Tensor, "windows length"],
     first: int = 0,
     dtype: torch.dtype = torch.float32,
-    progress: Callable[[str, float, float], None] = lambda *_: None,
+    progress: Progress = silent,
+    placement: Placement | None = None,
 ) -> list[dict[str, Any]]:
     """A row of measures for each checkpoint, the first being the reference; rows after the second are also compared with the second, pair by pair.
 
     `first`: the first position of each window whose prediction is scored.
     """
-    per_token = measure(checkpoints, windows, first, dtype, progress)
+    per_token = measure(checkpoints, windows, first, dtype, progress, placement)
     rows = [summary(t, reference=i == 0) for i, t in enumerate(per_token)]
     for row, tokens in list(zip(rows, per_token, strict=True))[1:]:
         difference, error = mean_and_error(tokens.nll - per_token[0].nll)
@@ -62,14 +68,19 @@ def compare(
 
 
 def measure(
-    checkpoints: Sequence[Checkpoint], windows: Tensor, first: int, dtype: torch.dtype, progress: Callable
+    checkpoints: Sequence[Checkpoint],
+    windows: Tensor,
+    first: int,
+    dtype: torch.dtype,
+    progress: Progress,
+    placement: Placement | None,
 ) -> list[Tokens]:
     width = checkpoints[0].text_config.get("hidden_size") or checkpoints[0].text_config.get("n_embd") or 4096
     at_once = max(1, int(HIDDEN_BYTES / (len(checkpoints) * windows.shape[1] * width * dtype.itemsize)))
     parts: list[list[Tokens]] = [[] for _ in checkpoints]
     slices = windows.split(at_once)
     for number, part in enumerate(slices):
-        walks = [Walk(c, part, dtype, as_served=True) for c in checkpoints]
+        walks = [Walk(c, part, dtype, placement, as_served=True) for c in checkpoints]
         for index, walk in enumerate(walks):
             for at, _ in enumerate(walk):
                 progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))
@@ -106,7 +117,7 @@ def _compared(walks: Sequence[Walk], first: int, shared: bool) -> list[Tokens]:
                 for collected, own in zip(rows[1:], predict[1:], strict=True):
                     collected.append(original.against(_said(own(batch, positions))))
             for collected, row in zip(parts, rows, strict=True):
-                collected.append(_joined(row, dim=1))
+                collected.append(_joined(row, dim=1).cpu())
     return [_joined(part) for part in parts]
 
 

@@ -7,7 +7,7 @@ questions is measured too, as soon as it copies (Kamradt's needle in a haystack 
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from halfbyte.errors import BadRequest
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.placement import Placement
 from halfbyte.models.walk import Walk
+from halfbyte.progress import Progress, silent
 
 CUES = (
     "The password of the old lighthouse keeper is",
@@ -81,12 +83,12 @@ def score(
     checkpoint: Checkpoint,
     planted: Planted,
     dtype: torch.dtype = torch.float32,
-    progress: Callable[[str, float, float], None] = lambda *_: None,
+    placement: Placement | None = None,
 ):
     """Log-probability of each answer per token, and whether every token of it is the most likely one: [texts], [texts]."""
-    walk = Walk(checkpoint, planted.tokens, dtype, as_served=True)
-    for number, _ in enumerate(walk):
-        progress("reading", number, len(walk.blocks))
+    walk = Walk(checkpoint, planted.tokens, dtype, placement, as_served=True)
+    for _ in walk:
+        pass  # it runs as it is
     walk.finish()
     likely, found = [], []
     sizes, last, longest = iter(planted.answers), planted.tokens.shape[1] - 1, max(planted.answers)
@@ -94,10 +96,10 @@ def score(
         for number, tokens in list(enumerate(walk.batches))[1:]:
             for row, row_logits in zip(tokens, predict(number, slice(last - longest, last)), strict=True):
                 size = next(sizes)
-                answer, said = row[-size:], row_logits[-size:].float().log_softmax(-1)
+                answer, said = row[-size:].to(row_logits.device), row_logits[-size:].float().log_softmax(-1)
                 likely.append(said.gather(-1, answer[:, None]).mean())
                 found.append((said.argmax(-1) == answer).all())
-    return torch.stack(likely), torch.stack(found).float()
+    return torch.stack(likely).cpu(), torch.stack(found).float().cpu()
 
 
 def grid(planted: Planted, likely: Tensor, found: Tensor) -> list[dict[str, float]]:
@@ -120,7 +122,8 @@ def measure(
     depths: int,
     facts: int,
     seed: int,
-    progress: Callable[[str, float, float], None] = lambda *_: None,
+    progress: Progress = silent,
+    placement: Placement | None = None,
 ) -> list[list[dict[str, Any]]]:
     """For every checkpoint, a row for every length and depth: `length`, `depth`, `gain`, `found`. All read the same texts."""
     places = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
@@ -129,5 +132,7 @@ def measure(
         planted = plant(checkpoints[0], text, length, places, facts, seed)
         for rows, checkpoint in zip(found, checkpoints, strict=True):
             progress(f"{length} tokens", number, len(lengths))
-            rows += [{"length": length, **row} for row in grid(planted, *score(checkpoint, planted))]
+            rows += [
+                {"length": length, **row} for row in grid(planted, *score(checkpoint, planted, placement=placement))
+            ]
     return found

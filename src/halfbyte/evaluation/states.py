@@ -4,7 +4,7 @@ Of every token, the distance of a model's last hidden state from the reference's
 cosine of the angle between them: a score or an embedding is made of these states.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from halfbyte.errors import BadRequest
 from halfbyte.evaluation.divergence import HIDDEN_BYTES, mean_and_error
 from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.placement import Placement
 from halfbyte.models.walk import Walk
+from halfbyte.progress import Progress, silent
 
 
 def predicts(checkpoints: Sequence[Checkpoint]) -> bool:
@@ -34,7 +36,8 @@ def compare(
     checkpoints: Sequence[Checkpoint],
     windows: Int64[Tensor, "windows length"],
     dtype: torch.dtype = torch.float32,
-    progress: Callable[[str, float, float], None] = lambda *_: None,
+    progress: Progress = silent,
+    placement: Placement | None = None,
 ) -> list[dict[str, Any]]:
     """A row of measures for each checkpoint, the first being the reference."""
     width = skeleton.outline(checkpoints[0]).config.get_text_config(decoder=True).hidden_size
@@ -42,7 +45,7 @@ def compare(
     errors: list[list[Tensor]] = [[] for _ in checkpoints]
     cosines: list[list[Tensor]] = [[] for _ in checkpoints]
     for number, part in enumerate(slices):
-        walks = [Walk(c, part, dtype, as_served=True) for c in checkpoints]
+        walks = [Walk(c, part, dtype, placement, as_served=True) for c in checkpoints]
         for index, walk in enumerate(walks):
             for at, _ in enumerate(walk):
                 progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))
@@ -50,8 +53,8 @@ def compare(
             reference = batch[0][1].float()
             for error, cosine, (_, states) in zip(errors, cosines, batch, strict=True):
                 own = states.float()
-                error.append((own - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-30))
-                cosine.append(functional.cosine_similarity(own, reference, dim=-1))
+                error.append(((own - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-30)).cpu())
+                cosine.append(functional.cosine_similarity(own, reference, dim=-1).cpu())
     return [
         summary(torch.cat(e), torch.cat(c), reference=i == 0)
         for i, (e, c) in enumerate(zip(errors, cosines, strict=True))

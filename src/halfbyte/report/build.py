@@ -25,6 +25,7 @@ from halfbyte.report.types import (
     SCHEMA,
     CacheReport,
     CalibrationReport,
+    Devices,
     EngineReport,
     Environment,
     FoldReport,
@@ -67,6 +68,7 @@ def report(
     size_bytes: int,
     file: str | None,
     seconds: float,
+    devices: Devices,
 ) -> Report:
     """All that is known of a run after it; `file` is what engines open of the output, None for the folder."""
     notes = Counter(row.note for row in rows.values() if row.note)
@@ -89,6 +91,7 @@ def report(
             threads=torch.get_num_threads(),
             instructions=torch.backends.cpu.get_cpu_capability(),
         ),
+        device=devices,
         peak_memory_bytes=peak_memory_bytes(),
         seconds=round(seconds, 2),
     )

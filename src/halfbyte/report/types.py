@@ -176,6 +176,15 @@ class Environment(Part, frozen=True):
     instructions: str
 
 
+class Devices(Part, frozen=True):
+    """What computed each part of a run, such as `cpu` or `cuda:0 (NVIDIA H100)`."""
+
+    solve: str
+    """Fitting, factorisation and rounding."""
+    calibration: str | None = None
+    """The model's forward; None where no text ran through it."""
+
+
 class CalibrationReport(Part, frozen=True):
     """The text that ran through the model."""
 
@@ -214,6 +223,8 @@ class CacheReport(Part, frozen=True):
     """The largest share of an attention's keys or values beyond their scales."""
     serve: str
     """What to tell an engine."""
+    device: str | None = None
+    """What ran the model."""
     warnings: list[str]
     seconds: float | None = None
 
@@ -228,6 +239,8 @@ class Conditions(Part, frozen=True):
     windows: Count
     tokens_sha256: str
     convention: str
+    device: str | None = None
+    """What ran the models."""
     opening: list[str] = []
     reference_path: str
     reference_adapter: str | None = None
@@ -356,6 +369,8 @@ class NeedleConditions(Part, frozen=True):
     depths: Annotated[Count, Field(gt=0)]
     facts: Count
     seed: Count
+    device: str | None = None
+    """What ran the models."""
     reference_path: str
     reference_adapter: str | None = None
     reference_xxh3_128: str | None = None
@@ -437,6 +452,7 @@ class Report(Measurements, Planned, frozen=True):
     """What the errors of weights are errors of."""
     folds: list[FoldReport] = []
     environment: Environment | None = None
+    device: Devices | None = None
     peak_memory_bytes: Count | None = None
     seconds: float
 
@@ -483,6 +499,8 @@ class ImatrixReport(CalibrationReport, frozen=True):
 
     path: str
     matrices: Count
+    device: str | None = None
+    """What ran the model."""
 
 
 class DemoRow(Part, frozen=True):
