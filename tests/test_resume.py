@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -106,18 +105,16 @@ def test_signals(number, method, home, whole, tmp_path):
 def test_ctrl_c_from_outside(home, whole, tmp_path):
     command = [*words(home, "gptq"), "-o", tmp_path / "out"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "halfbyte", *map(str, command)], stderr=subprocess.PIPE, text=True, env=tiny.ALONE
-    )
-    journal = tmp_path / "out.partial.jsonl"
-    while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 1):
-        time.sleep(0.005)
+        [sys.executable, "-c", tiny.WAIT, *map(str, command)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tiny.ALONE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    if process.returncode:  # else it was faster than we
-        assert process.returncode == 130
-        assert "Traceback" not in said
-        assert not (tmp_path / "out").exists()
-        assert tiny.halfbyte(*command).code == 0
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+    assert tiny.halfbyte(*command).code == 0
     check(tmp_path / "out", whole["gptq"])
 
 
@@ -147,16 +144,8 @@ def test_every_step(method, home, whole, tmp_path, monkeypatch):
 
 def interrupt(home: Path, out: Path, monkeypatch, method: str = "gptq", *more: object) -> list[object]:
     """Leave the partial folder of a run with one record."""
-    record = Folder.record
-
-    def cut(self, value):
-        record(self, value)
-        if "rows" in value:
-            raise KeyboardInterrupt
-
     command = [*words(home, method), "-o", out, *more]
-    with monkeypatch.context() as patch:
-        patch.setattr(Folder, "record", cut)
+    with tiny.cut_after_each_record(monkeypatch):
         assert tiny.halfbyte(*command).code == 130
     return command
 

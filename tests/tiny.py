@@ -13,12 +13,45 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from halfbyte import cli
+from halfbyte.containers.folder import Folder
 
 # Tests run side by side: on matrices this small, threads that wait for each other cost ten times what they save.
 torch.set_num_threads(1)
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 """The environment of a process of its own."""
 
+
+@contextlib.contextmanager
+def cut_after_each_record(monkeypatch):
+    """Inside, whatever writes a checkpoint is interrupted as soon as it has noted a step as done."""
+    record = Folder.record
+
+    def cut(self, value):
+        record(self, value)
+        if "rows" in value:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "record", cut)
+        yield
+
+
+WAIT = """
+import sys, time
+from halfbyte import cli
+from halfbyte.containers.folder import Folder
+record = Folder.record
+
+def wait(self, value):
+    record(self, value)
+    if "rows" in value:
+        print("waiting", flush=True)
+        time.sleep(600)
+
+Folder.record = wait
+cli.main(sys.argv[1:])
+"""
+"""A run that waits, once it has noted a step as done, for whatever comes from outside."""
 # The command line in a process of its own, which sends itself a signal when a number of records is in the journal.
 CUT = """
 import os, sys

@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from compressed_tensors.quantization import QuantizationConfig
-from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
 import halfbyte
@@ -19,6 +18,7 @@ from halfbyte.containers.kv import KVGrid
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import Checkpoint
+from models.families import FAMILIES
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "llm_compressor_kv"
 TOKENS = torch.arange(48).view(2, 24) * 5

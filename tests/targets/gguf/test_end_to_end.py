@@ -16,7 +16,6 @@ from variants import CASES, distance, transformers_logits
 import halfbyte
 import tiny
 from halfbyte import demo
-from halfbyte.containers.folder import Folder
 from halfbyte.containers.place import BESIDE
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
@@ -328,34 +327,19 @@ def command(home: Path, method: str, out: Path, *more: object) -> list[object]:
 
 
 def cut_after_first(monkeypatch, words: list[object]) -> None:
-    record = Folder.record
-
-    def cut(self, value):
-        record(self, value)
-        if "rows" in value:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Folder, "record", cut)
+    with tiny.cut_after_each_record(monkeypatch):
         assert tiny.halfbyte(*words).code == 130
 
 
 @pytest.mark.parametrize("method", ["nearest", "gptq", "awq+gptq"])
 def test_a_run_that_is_cut_off_again_and_again_gives_the_same_bytes(method, gemma, tmp_path, monkeypatch):
     assert tiny.halfbyte(*command(gemma, method, tmp_path / "whole.gguf")).code == 0
-    words, record = command(gemma, method, tmp_path / "out.gguf"), Folder.record
-
-    def cut(self, value):
-        record(self, value)
-        if "rows" in value:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Folder, "record", cut)
-    cuts = 0
-    while (result := tiny.halfbyte(*words)).code == 130:
-        cuts += 1
-        assert not (tmp_path / "out.gguf").exists()
-        assert cuts < 60
+    words, cuts = command(gemma, method, tmp_path / "out.gguf"), 0
+    with tiny.cut_after_each_record(monkeypatch):
+        while (result := tiny.halfbyte(*words)).code == 130:
+            cuts += 1
+            assert not (tmp_path / "out.gguf").exists()
+            assert cuts < 60
     assert result.code == 0, result.err
     assert cuts >= 3
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
