@@ -175,12 +175,12 @@ def options() -> Iterator[Case]:
     int4 = ("--grid", "int4-g32", *NO_ENGINE)
     gptq, nearest = ("small", "--method", "gptq", *int4, *FEW), ("small", "--method", "nearest", *int4)
     mixed = ("--override", "layers.0.*=int8-channel", "--override", "*o_proj=keep")
-    ranges = ("small", "--method", "nearest", "--grid", "fp8-static", *FEW, "--input-range")
+    ranges = ("small", "--method", "nearest", "--grid", "fp8-static", *FEW, "--observer")
     chats = ("--calibration", "chats.jsonl", "--samples", "2", "--length", "32")
     for name, words in {
         "alpha": ("small", "--method", "smoothquant", "--grid", "w8a8", "--alpha", "0.7", *FEW),
-        "input-range-mse": (*ranges, "mse"),
-        "input-range-percentile": (*ranges, "percentile"),
+        "observer-mse": (*ranges, "mse"),
+        "observer-percentile": (*ranges, "percentile"),
         "kv": (*gptq, "--kv", "fp8-e4m3"),
         "kv-head": (*nearest, *FEW, "--kv", "fp8-e4m3-head"),
         "skip": (*gptq, "--skip", "down_proj"),
@@ -260,7 +260,7 @@ def moves() -> Iterator[Case]:
 
 def measured() -> Iterator[Case]:
     """Numbers, compared digit by digit."""
-    per_head = ("kv", "small", "-o", "out/model", "--kv", "fp8-e4m3-head", "--input-range", "mse", *FEW, "--json")
+    per_head = ("kv", "small", "-o", "out/model", "--kv", "fp8-e4m3-head", "--observer", "mse", *FEW, "--json")
     yield Case("kv small", (per_head,))
     yield Case("kv demo", (("kv", "demo", "-o", "out/model", *DEMO_FEW, "--json"),))
     yield Case("imatrix-file demo", (("imatrix", "demo", "-o", "out/imatrix.gguf", *DEMO_FEW),))
