@@ -10,7 +10,7 @@ from llama_cpp import Llama, llama_cpp
 from tests import tiny
 
 import halfbyte
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.targets import open_checkpoint
 from halfbyte.targets.gguf import file
 
 SOURCES = {
@@ -38,7 +38,7 @@ def name_of(container: str) -> str:
 
 
 def decoded(path) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     return {name: checkpoint.read(name).float() for name in checkpoint.tensors()}
 
 
@@ -88,11 +88,11 @@ def test_quantizing_again_is_quantizing_the_decoded_values(home, tmp_path, conta
     words = {"method": "nearest", "grid": "int4-g64"}
     halfbyte.dequantize(home / name_of(container), tmp_path / "plain", dtype="float32")
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
-    dtype = str(Checkpoint.open(home / name_of(container)).dtype).removeprefix("torch.")  # of scales
+    dtype = str(open_checkpoint(home / name_of(container)).dtype).removeprefix("torch.")  # of scales
     (tmp_path / "plain" / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
     halfbyte.quantize(tmp_path / "plain", tmp_path / "b", **words)
     report = halfbyte.quantize(home / name_of(container), tmp_path / "a", requantize=True, **words)
-    a, b = (Checkpoint.open(tmp_path / name) for name in "ab")
+    a, b = (open_checkpoint(tmp_path / name) for name in "ab")
     assert a.quantized.keys() == b.quantized.keys()
     assert all(torch.equal(a.read_quantized(m).decode(), b.read_quantized(m).decode()) for m in a.quantized)
     assert any("taken as the original" in warning for warning in report["warnings"])

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.containers import CONTAINERS
-from halfbyte.engines import support
 from halfbyte.recipe import METHODS
+from halfbyte.report import support
+from halfbyte.targets import TARGETS
 
 
 @pytest.mark.slow
 def test_every_triple_round_trips_or_says_why_not():
     found = list(support.triples())
-    assert len(found) == len(METHODS) * len(support.SCHEMES) * len(CONTAINERS)
+    assert len(found) == len(METHODS) * len(support.SCHEMES) * len(TARGETS)
     held = [t for t in found if not t[3]]
-    assert {c for _, _, c, _ in held} == set(CONTAINERS)
+    assert {c for _, _, c, _ in held} == set(TARGETS)
     assert all(container in reason for _, _, container, reason in found if reason)
 
 

@@ -150,8 +150,7 @@ def test_every_refusal_is_of_one_tree(home):
 )
 def test_an_engine_gets_a_container_in_which_it_reads_the_grid(engine, grid, container, home):
     assert (
-        resolve(Recipe(model=str(home / "model"), engine=engine, grid=grid, method="nearest")).container.name
-        == container
+        resolve(Recipe(model=str(home / "model"), engine=engine, grid=grid, method="nearest")).target.name == container
     )
 
 

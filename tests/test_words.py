@@ -3,13 +3,13 @@
 import pytest
 
 from halfbyte import grids, words
-from halfbyte.containers import CONTAINERS, GGUF, READ_ONLY
-from halfbyte.containers.plain import Plain
+from halfbyte.containers import FOREIGN
 from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.grids import schemes
 from halfbyte.models.checkpoint import DTYPE_NAMES
+from halfbyte.targets import TARGETS, UNQUANTIZED
 from halfbyte.targets.gguf import presets
-from halfbyte.targets.gguf.container import LAYOUTS
+from halfbyte.targets.gguf.blocks import LAYOUTS
 from halfbyte.words import unknown_grid
 
 MEANT = {
@@ -27,9 +27,9 @@ MEANT = {
 
 @pytest.mark.parametrize("name", MEANT)
 def test_the_sensible_name_comes_first(name):
-    for ggufs, meant in enumerate(MEANT[name]):
+    for container, meant in zip((None, "gguf"), MEANT[name], strict=True):
         if meant:
-            error = unknown_grid(name, ggufs=bool(ggufs))
+            error = unknown_grid(name, container)
             assert isinstance(error, UnknownName)
             assert f"did you mean {meant}" in str(error)
 
@@ -42,9 +42,9 @@ def test_a_method_is_called_one(name):
 @pytest.mark.parametrize(
     ("names", "table"),
     [
-        (words.CONTAINERS, CONTAINERS),
-        (words.READ_ONLY, READ_ONLY),
-        (words.PLAIN, (Plain.name, GGUF.name)),
+        (words.CONTAINERS, TARGETS),
+        (words.READ_ONLY, FOREIGN),
+        (words.PLAIN, UNQUANTIZED),
         (words.DTYPES, DTYPE_NAMES),
         (words.GRIDS, grids.GRIDS),
         (words.ALIASES, grids.ALIASES),

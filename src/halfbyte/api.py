@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from halfbyte import demo, pipeline
-from halfbyte.containers import CONTAINERS
 from halfbyte.containers.place import one_file
 from halfbyte.devices import AUTO, device_named, title
 from halfbyte.engines.engines import ENGINES
@@ -22,6 +21,7 @@ from halfbyte.recipe import METHODS, Calibration, CalibrationWords, Recipe, mean
 from halfbyte.report import lineage, measured
 from halfbyte.report.inspect import inspect
 from halfbyte.report.types import CacheReport, Evaluation, ImatrixReport, Needle, Plan, Report, StatesEvaluation
+from halfbyte.targets import TARGETS, open_checkpoint
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def _with_entries(function: Function) -> Function:
     """Its documentation, with a line for each entry of a recipe."""
-    names = {"method": METHODS, "to": CONTAINERS, "engine": ENGINES}
+    names = {"method": METHODS, "to": TARGETS, "engine": ENGINES}
     more = {name: f" One of {', '.join(table)}." for name, table in names.items()}
     more["calibration"] = f" {meaning('source', Calibration)} Or a Calibration: {', '.join(Calibration.model_fields)}."
     lines = [f"{name}: {meaning(name)}{more.get(name, '')}" for name in Recipe.model_fields if name != "model"]
@@ -95,7 +95,7 @@ def quantize(
         return pipeline.plan(recipe, out, overwrite=overwrite)
     if recipe.method == "convert":
         if recipe.to is None:
-            raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(CONTAINERS)}")
+            raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(TARGETS)}")
         rounded = recipe.grid if "grid" in recipe.model_fields_set else None
         return convert(recipe.model, out, recipe.to, rounded, recipe.engine, overwrite, progress)
     if recipe.method == "dequantize":
@@ -222,7 +222,7 @@ def needle(
 
 
 def _reference(against: str | Path, adapter: str | Path | None) -> Checkpoint:
-    reference = Checkpoint.open(against)
+    reference = open_checkpoint(against)
     return adapters.merged(reference, adapter) if adapter else reference
 
 
@@ -241,7 +241,7 @@ def _strangers(reference: Checkpoint, models: Sequence[str | Path], foreign: boo
 
     found, given = set(), lineage.told(reference.path, reference.adapter and reference.adapter.path)
     for model in models:
-        checkpoint = Checkpoint.open(model)
+        checkpoint = open_checkpoint(model)
         if checkpoint.text_config.get("vocab_size") != reference.text_config.get("vocab_size"):
             raise BadRequest(
                 f"{checkpoint.path} and {reference.path} have different vocabularies; their predictions cannot be compared"
@@ -298,7 +298,7 @@ def imatrix(
     from halfbyte.targets.gguf import importance
 
     chosen, out, c = device_named(device), Path(out).expanduser(), Calibration.of(calibration)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model)
     with one_file(out, overwrite) as partial:
         windows = calibrate.calibration(checkpoint, c.source, c.samples, c.length, c.seed)
         with shown(progress) as show:

@@ -35,7 +35,7 @@ from halfbyte.words import (
     PLAIN,
     PRESETS,
     SCHEMES,
-    is_of_ggufs,
+    owner_of,
     require_container,
     require_grid,
     require_plain,
@@ -428,7 +428,7 @@ def support(
     """Which grids each container holds, found by trying, and what engines load."""
     if engine:
         engine_named(engine)
-    from halfbyte.engines import support
+    from halfbyte.report import support
 
     print(support.of_engine(engine) if engine else support.markdown())
 
@@ -444,10 +444,10 @@ def _require_names(to: str | None, engine: str | None, *grids: str) -> None:
     if to:
         require_container(to)
     own = ENGINES[engine_named(engine)].default if engine and engine != NOBODY else None
-    ggufs = (to or own) == "gguf" or (to is None and any(map(is_of_ggufs, grids)))
+    container = to or next(filter(None, map(owner_of, grids)), own)
     for grid in grids:
         if grid != "keep":
-            require_grid(grid, ggufs)
+            require_grid(grid, container)
 
 
 def _sampling(source: str | None, samples: int | None, length: int | None, seed: int | None) -> dict[str, Any]:
@@ -509,8 +509,8 @@ def _show_report(report: Report, output: Path) -> None:
 
 def _show_engines(report: Report, output: Path) -> None:
     """What serves the output; of one engine, if it was asked for."""
-    from halfbyte.containers.place import is_file
     from halfbyte.report.card import command, original_of
+    from halfbyte.targets import is_file
 
     o, asked = report.output, report.recipe
     place = output / o.file if o.file and not is_file(output) else output

@@ -17,7 +17,6 @@ from halfbyte import demo
 from halfbyte.containers import kv as layout
 from halfbyte.containers.folder import Folder, Shard, claim, kept_on_interrupt
 from halfbyte.containers.kv import KVCache, KVGrid
-from halfbyte.containers.place import is_file
 from halfbyte.containers.safetensors import Spec, Writer, read_header
 from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, UnknownName, Unsupported
@@ -34,6 +33,7 @@ from halfbyte.recipe import Calibration
 from halfbyte.report import build, written
 from halfbyte.report.types import AttentionReport, CacheReport
 from halfbyte.run import Run, digest
+from halfbyte.targets import file_target, is_file, open_checkpoint, place_of
 
 CHECKED = 16
 """Windows of held-out text on which values beyond the scales are counted."""
@@ -59,15 +59,15 @@ def attach(
     if observer not in OBSERVERS:
         raise UnknownName("observer", observer, OBSERVERS)
     kind, out = KVGrid.parse(grid), Path(out).expanduser()
-    checkpoint = Checkpoint.open(source)
-    if is_file(checkpoint.path):
-        raise Unsupported(f"a GGUF stores nothing of a KV cache: llama.cpp chooses it as it starts, {layout.LLAMA_CPP}")
+    checkpoint = open_checkpoint(source)
+    if source_form := file_target(checkpoint.path):
+        source_form.require_cache(kind)
     if is_file(out):
-        raise BadRequest(f"a checkpoint is a folder, and {out} is called like a file; name it without .gguf")
+        raise BadRequest(f"a checkpoint is a folder, and {out} is called like a file; name it without {out.suffix}")
     config = layout.config(
         checkpoint.config.get("quantization_config") or checkpoint.text_config.get("quantization_config"), kind
     )
-    claim(out, checkpoint.path, overwrite)
+    claim(place_of(out), checkpoint.path, overwrite)
     checkpoint.kv = None  # what it had is replaced
     c = calibration or Calibration()
     windows = calibrate.calibration(checkpoint, c.source, c.samples, c.length, c.seed)
@@ -78,7 +78,9 @@ def attach(
     shards = {
         name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in files.items()
     }
-    folder = Folder(out, shards, xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode()), overwrite)
+    folder = Folder(
+        place_of(out), shards, xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode()), overwrite
+    )
     if folder.is_published:
         return written.cache_of(out)
     with kept_on_interrupt(folder):
@@ -124,7 +126,7 @@ def complete(run: Run) -> CacheReport | None:
     """
     job, about = run.job, None
     if job.recipe.kv and job.kv:
-        run.edition.accompany(run.folder.partial)  # with it, what is written is a checkpoint
+        run.edition.write_sidecars(run.folder.partial)  # with it, what is written is a checkpoint
         checkpoint, c = Checkpoint(run.folder.partial), job.recipe.calibration
         checkpoint.kv = None
         windows = run.windows or calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
@@ -194,7 +196,7 @@ def with_cache(
 
     Scales that would be stored are found on the embedded text.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     if kind == "stored":
         return checkpoint
     grid = None if kind == "none" else KVGrid.parse(kind)

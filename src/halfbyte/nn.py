@@ -16,6 +16,7 @@ from halfbyte.grids.scalar import IntGrid
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.models.matmuls import MatmulCapture, Matrix
+from halfbyte.targets import open_checkpoint
 
 
 class QuantLinear(nn.Module):
@@ -123,7 +124,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     Linears that are quantized stay so in memory, but for models that rescale them; fused experts and transposed matrices are decoded.
     A KV cache that is quantized holds the values that an engine would read from it, in 16 bits.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     dtype = dtype or checkpoint.dtype
     model = skeleton.build(checkpoint, dtype)
     places = skeleton.places(model, checkpoint.tensors())

@@ -1,7 +1,7 @@
 """quantize(): plan, walk, transform, solve, write, verify, report."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,28 +11,26 @@ import torch
 import xxhash
 
 from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
-from halfbyte.containers.place import is_file
 from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, plural
-from halfbyte.grids.cast import with_divisor
 from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.placement import CPU
 from halfbyte.models.stamp import digest as digest_of
 from halfbyte.models.stamp import stamp
-from halfbyte.plan import Job, decoding, resolve, transcoding
+from halfbyte.plan import decoding, resolve, transcoding
 from halfbyte.progress import RESUMING, Progress, shown, silent
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report import build
 from halfbyte.report.card import card
-from halfbyte.report.types import CacheReport, Devices, Plan, Report
+from halfbyte.report.types import CacheReport, Devices, Report
+from halfbyte.report.types import Plan as PlanReport
 from halfbyte.report.written import as_json, report_of
 from halfbyte.run import SAMPLED, Committed, Run, commit, digest, record_step, restore_step, weight_report
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
-from halfbyte.targets.gguf.container import with_minimum
-from halfbyte.targets.table import edition_of
+from halfbyte.targets import UNQUANTIZED, Plan, file_target, is_file, place_of
 
 SIDE_BY_SIDE = 1 << 28
 """Weights in memory at a time, where no single matrix has more."""
@@ -58,8 +56,8 @@ def quantize(
     if job.calibrated:
         c = job.recipe.calibration
         windows = calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
-    edition = edition_of(job)
-    folder = Folder(out, edition.shards(stem_of(out)), identity(job, windows, device), overwrite)
+    edition = job.target.writer(job)
+    folder = Folder(place_of(out), edition.shards(stem_of(out)), identity(job, windows, device), overwrite)
     if folder.is_published:
         return report_of(out)
     with kept_on_interrupt(folder):
@@ -81,24 +79,25 @@ def quantize(
     return report
 
 
-def _job(recipe: Recipe, out: Path) -> Job:
+def _job(recipe: Recipe, out: Path) -> Plan:
     """What a recipe means for an output that is called so."""
-    if is_file(out) and not recipe.to and recipe.engine in (None, "none"):
-        recipe = recipe.model_copy(update={"to": "gguf"})
+    named = file_target(out)
+    if named and not recipe.to and recipe.engine in (None, "none"):
+        recipe = recipe.model_copy(update={"to": named.name})
     return resolve(recipe)
 
 
-def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> Plan:
+def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> PlanReport:
     """What `quantize` would do; nothing is written and no weight is read. Raises what `quantize` would."""
     if recipe.method in OTHER_COMMANDS:
         raise BadRequest(f"a recipe of {recipe.method} has no plan before the values are read; plan those of quantize")
     out = Path(out).expanduser()
     job = _job(recipe, out)
     _claim(out, job, overwrite)
-    edition = edition_of(job)
+    edition = job.target.writer(job)
     shards = edition.shards(stem_of(out))
     size_bytes = sum(shard.size_bytes for shard in shards.values())
-    return build.planned(job, size_bytes, edition.entrance(stem_of(out)), list(shards))
+    return build.planned(job, size_bytes, edition.entry_file(stem_of(out)), list(shards))
 
 
 def convert(
@@ -122,14 +121,14 @@ def convert(
     job = transcoding(str(source), to, grid, engine)
     out = Path(out).expanduser()
     _claim(out, job, overwrite)
-    edition = edition_of(job)
-    folder = Folder(out, edition.shards(stem_of(out)), identity(job, None), overwrite)
+    edition = job.target.writer(job)
+    folder = Folder(place_of(out), edition.shards(stem_of(out)), identity(job, None), overwrite)
     if folder.is_published:
         return report_of(out)
 
     def transcode(_: Weight, q: Quantized, scheme: AnyScheme) -> Quantized:
-        for near in (job.container.same(q), with_minimum(q), with_divisor(q)):
-            if near and near.scheme == scheme:
+        for near in job.target.casts(q):
+            if near.scheme == scheme:
                 return near
         return SOLVERS["nearest"](q.decode(), scheme.weight, None)._replace(
             activations=q.activations if q.scheme.activations == scheme.activations else None
@@ -166,12 +165,12 @@ def dequantize(
     """
     started = time.perf_counter()
     out = Path(out).expanduser()
-    job = decoding(
-        str(source), to or ("gguf" if is_file(out) else "safetensors"), dtype, str(adapter) if adapter else None
-    )
+    named = file_target(out)
+    to = to or (named.name if named else next(iter(UNQUANTIZED)))
+    job = decoding(str(source), to, dtype, str(adapter) if adapter else None)
     _claim(out, job, overwrite)
-    edition = edition_of(job)
-    folder = Folder(out, edition.shards(stem_of(out)), identity(job, None), overwrite)
+    edition = job.target.writer(job)
+    folder = Folder(place_of(out), edition.shards(stem_of(out)), identity(job, None), overwrite)
     if folder.is_published:
         return report_of(out)
     with shown(progress) as show, kept_on_interrupt(folder):
@@ -184,20 +183,21 @@ def dequantize(
     return report
 
 
-def _claim(out: Path, job: Job, overwrite: bool) -> None:
-    """Refuse an output that is in the way, or is called like a file and is none: only a GGUF that is not split is one file."""
-    if is_file(out) and job.container.name != "gguf":
+def _claim(out: Path, job: Plan, overwrite: bool) -> None:
+    """Refuse an output that is in the way, or is called like a file and is none."""
+    named, target = file_target(out), job.target
+    if named and named.file_suffix != target.file_suffix:
         raise BadRequest(
-            f"{job.container.name} needs a folder, and {out} is called like a file; name it without .gguf, or write one file with --to gguf"
+            f"{target.name} needs a folder, and {out} is called like a file; name it without {out.suffix}, or write one file with --to {named.name}"
         )
-    if is_file(out) and job.recipe.shard_gb:
+    if named and job.recipe.shard_gb:
         raise BadRequest(
-            f"parts of a GGUF need a folder, and {out} is called like a file; name it without .gguf, or leave out --shard-gb"
+            f"parts of a {target.title} need a folder, and {out} is called like a file; name it without {out.suffix}, or leave out --shard-gb"
         )
-    claim(out, job.checkpoint.path, overwrite, {entry.path for entry in job.checkpoint.entries.values()})
+    claim(place_of(out), job.checkpoint.path, overwrite, {entry.path for entry in job.checkpoint.entries.values()})
 
 
-def _importance(job: Job, device: torch.device) -> dict[Weight, Diagonal]:
+def _importance(job: Plan, device: torch.device) -> dict[Weight, Diagonal]:
     """What an importance matrix says of each weight, where one was given."""
     if job.recipe.imatrix is None:
         return {}
@@ -212,7 +212,7 @@ def stem_of(out: Path) -> str:
     return out.resolve().stem if is_file(out) else out.resolve().name
 
 
-def identity(job: Job, windows: calibrate.Windows | None, device: torch.device = CPU) -> str:
+def identity(job: Plan, windows: calibrate.Windows | None, device: torch.device = CPU) -> str:
     """Two runs with the same identity write the same bytes, as far as a file whose size and time are the same has not changed.
 
     They depend on the device too and, with calibration, on the number of threads: factors of Hessians and sums over many values differ in
@@ -228,7 +228,7 @@ def identity(job: Job, windows: calibrate.Windows | None, device: torch.device =
 
 def _stream(
     run: Run,
-    units: list[list[Weight]],
+    units: Iterable[Sequence[Weight]],
     read: Callable[[Weight], Any],
     solve: Callable[[Weight, Any, AnyScheme], Quantized],
 ) -> None:
@@ -246,7 +246,7 @@ def _stream(
     total = sum(map(_size, todo))
     seen = 0
 
-    def write(unit: list[Weight], pieces: list[Weight], sampled: int) -> list[Committed]:
+    def write(unit: Sequence[Weight], pieces: Sequence[Weight], sampled: int) -> list[Committed]:
         values = [read(piece) for piece in pieces]
         scheme = job.schemes[unit[0]]
         q = solve(unit[0], values[0] if len(values) == 1 else torch.cat(values), scheme)
@@ -272,7 +272,7 @@ def _stream(
             run.progress("tensors that are not quantized", number, len(job.kept))
 
 
-def _size(weights: list[Weight]) -> int:
+def _size(weights: Sequence[Weight]) -> int:
     return sum(w.shape[0] * w.shape[1] for w in weights)
 
 
@@ -301,11 +301,11 @@ def _finish(run: Run, started: float) -> Report:
     cache = _cache(run)
     with ThreadPoolExecutor(1) as disk:  # until it has every byte, what was written can be read already
         sealed = disk.submit(run.folder.seal)
-        run.edition.accompany(folder)
+        run.edition.write_sidecars(folder)
         verify(run)
         sealed.result()
     size_bytes = sum(shard.size_bytes for shard in run.folder.shards.values())
-    file, seconds = run.edition.entrance(stem_of(run.folder.target)), time.perf_counter() - started
+    file, seconds = run.edition.entry_file(stem_of(run.folder.target)), time.perf_counter() - started
     device = title(run.device)
     devices = Devices(solve=device, calibration=device if run.windows or cache else None)
     report = build.report(run.job, run.rows, run.folds, run.windows, cache, size_bytes, file, seconds, devices)
@@ -349,5 +349,5 @@ def verify(run: Run) -> None:
             run.progress("checking what was written", number, len(run.digests))
             if again != run.digests[name]:
                 raise BrokenOutput(
-                    f"'{name}' reads back as something else than was written; the disk or {run.job.container.name}'s reader is broken"
+                    f"'{name}' reads back as something else than was written; the disk or {run.job.target.name}'s reader is broken"
                 )

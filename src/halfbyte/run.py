@@ -18,10 +18,9 @@ from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows, split_ro
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, require_finite
 from halfbyte.models.placement import CPU
-from halfbyte.plan import SKIPPED, Job
 from halfbyte.progress import Progress
 from halfbyte.report.types import ActivationReport, WeightReport
-from halfbyte.targets.table import Edition
+from halfbyte.targets import SKIPPED, CheckpointWriter, Plan
 
 SAMPLED = 1 << 18
 """Weights that the error of a matrix without calibration is taken over."""
@@ -50,8 +49,8 @@ class Committed(NamedTuple):
 class Run:
     """A job under way: where its results go and what is known of them."""
 
-    job: Job
-    edition: Edition
+    job: Plan
+    edition: CheckpointWriter
     folder: Folder
     progress: Progress
     rows: dict[str, WeightReport] = field(default_factory=dict)

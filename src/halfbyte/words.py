@@ -61,6 +61,8 @@ TYPES = (
     *("MXFP4", "NVFP4", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"),
 )
 """Of a GGUF's tensors."""
+OWN = {"gguf": ("preset or type of GGUF", (*PRESETS, *TYPES))}
+"""Containers whose grids are called otherwise: what such names are, and all of them."""
 BITS = re.compile(r"(?:u?int|w|q)?([2-8])(?:b|bits?)?")
 PRESET_OF_BITS = {"2": "Q2_K", "3": "Q3_K_M", "4": "Q4_K_M", "5": "Q5_K_M", "6": "Q6_K", "8": "Q8_0"}
 
@@ -71,17 +73,17 @@ def require_container(name: str) -> None:
         raise UnknownName("container", name, CONTAINERS)
 
 
-def is_of_ggufs(grid: str) -> bool:
-    """Whether it is a preset or a type of GGUF."""
-    return grid.upper() in (*PRESETS, *TYPES)
+def owner_of(grid: str) -> str | None:
+    """The container that has such a grid of its own."""
+    return next((name for name, (_, known) in OWN.items() if grid.upper() in known), None)
 
 
-def require_grid(name: str, ggufs: bool = False) -> None:
-    """Raise BadRequest for what no grid, scheme, preset or type is called, or is called like."""
+def require_grid(name: str, container: str | None = None) -> None:
+    """Raise BadRequest for what no grid, scheme, preset or type is called, or is called like; `container`: where it is asked for."""
     weight = name.lower().partition("/")[0]
     known = {other.lower() for other in (*GRIDS, *ALIASES, *SCHEMES, *PRESETS, *TYPES)}
     if weight not in known and not OTHERS.match(weight):
-        raise unknown_grid(name, ggufs)
+        raise unknown_grid(name, container)
 
 
 def require_plain(to: str | None, dtype: str | None) -> None:
@@ -92,8 +94,8 @@ def require_plain(to: str | None, dtype: str | None) -> None:
         raise UnknownName("dtype", dtype, DTYPES)
 
 
-def unknown_grid(name: str, ggufs: bool = False) -> BadRequest:
-    """The error to raise where grids are wanted, or types of GGUF if `ggufs`.
+def unknown_grid(name: str, container: str | None = None) -> BadRequest:
+    """The error to raise where a grid is wanted, of a container if that is known.
 
     Names that are the same but for their dashes come first, then the usual ones of as many bits, then those that begin so.
     """
@@ -103,13 +105,14 @@ def unknown_grid(name: str, ggufs: bool = False) -> BadRequest:
         return BadRequest(
             f"'{name}' is a method, not a grid; write --method {name.lower()} with a grid such as --grid {grid}"
         )
-    known = list(dict.fromkeys((*PRESETS, *TYPES) if ggufs else (*GRIDS, *ALIASES, *SCHEMES, *PRESETS)))
+    kind, names = OWN.get(container or "", ("grid", (*GRIDS, *ALIASES, *SCHEMES, *PRESETS)))
+    known = list(dict.fromkeys(names))
     meant = [other for other in known if _plain(other) == plain]
     if match := BITS.fullmatch(plain):
         usual = [f"int{match[1]}-{'channel' if match[1] == '8' else 'g128'}", PRESET_OF_BITS.get(match[1])]
         meant += [other for other in usual if other in known]
     meant += [other for other in known if plain and _plain(other).startswith(plain) and not match]
-    return UnknownName("preset or type of GGUF" if ggufs else "grid", name, known, list(dict.fromkeys(meant))[:3])
+    return UnknownName(kind, name, known, list(dict.fromkeys(meant))[:3])
 
 
 def _plain(name: str) -> str:

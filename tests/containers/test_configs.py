@@ -9,11 +9,12 @@ from compressed_tensors.utils import match_named_modules
 from safetensors.torch import save_file
 from torch import nn
 
-from halfbyte.containers import AWQ, CONTAINERS, GPTQ, CompressedTensors
+from halfbyte.containers import AWQ, GPTQ, CompressedTensors
 from halfbyte.containers.safetensors import read_header
 from halfbyte.errors import Unsupported
 from halfbyte.grids import GRIDS, parse
 from halfbyte.grids.quantized import Quantized
+from halfbyte.targets import TARGETS
 
 LAYERS = [
     f"model.layers.{i}.{n}"
@@ -35,13 +36,13 @@ def quantized(name, out=64, width=128):
     return Quantized(grid, grid.encode(w, params), params)
 
 
-@pytest.mark.parametrize("kind", CONTAINERS.values(), ids=CONTAINERS)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("name", GRIDS)
-def test_bits_are_the_bytes_of_codes_scales_and_zero_points(name, kind):
-    container, shape = kind(), (128, 256)
+def test_bits_are_the_bytes_of_codes_scales_and_zero_points(name, target):
+    shape = (128, 256)
     try:
-        scheme = container.native(parse(name), torch.bfloat16)
-        container.check(scheme, shape)
+        scheme = target.resolve(parse(name), torch.bfloat16)
+        target.check(scheme, shape)
     except Unsupported:
         return
     # Not counted: shapes, labels, tables, the order of a file without one, and zero points that a container makes a symmetric grid store.
@@ -51,9 +52,9 @@ def test_bits_are_the_bytes_of_codes_scales_and_zero_points(name, kind):
     uncounted |= {
         "weight.quant_map",
         "weight.nested_quant_map",
-        *(s for s in container.plan(scheme, shape) if "quant_state" in s),
+        *(s for s in target.specs(scheme, shape) if "quant_state" in s),
     }  # tables and labels
-    stored = sum(spec.size_bytes for suffix, spec in container.plan(scheme, shape).items() if suffix not in uncounted)
+    stored = sum(spec.size_bytes for suffix, spec in target.specs(scheme, shape).items() if suffix not in uncounted)
     stored += 4 if "double" in name else 0  # the offset of the scales lies among the labels
     assert scheme.weight.bits(shape) * shape[0] * shape[1] == stored * 8
 

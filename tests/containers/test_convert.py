@@ -7,10 +7,10 @@ import torch
 
 import halfbyte
 from halfbyte import demo
-from halfbyte.containers import AWQ, CONTAINERS
+from halfbyte.containers import AWQ
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import parse
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.targets import TARGETS, open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def start(request, home):
 
 
 def decoded(folder) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     return {m: checkpoint.read_quantized(m).decode() for m in checkpoint.quantized}
 
 
@@ -45,7 +45,7 @@ def test_round_through_all_three_is_exact(start):
 def test_a_zero_point_of_zero_makes_version_2(home):
     source, out = home / "zero", home / "zero-gptq"
     halfbyte.quantize(demo.MODEL, source, method="minmax", grid="int4-g128-asym", to="awq")
-    checkpoint = Checkpoint.open(source)
+    checkpoint = open_checkpoint(source)
     module = next(iter(checkpoint.quantized))
     entry, words = checkpoint.entries[f"{module}.qzeros"], checkpoint.entries[f"{module}.qzeros"].read()
     words[0] &= ~0xF  # another tool's file may hold a zero point of 0
@@ -71,11 +71,11 @@ def test_an_unquantized_checkpoint_is_sent_to_quantize(home):
         halfbyte.convert(demo.MODEL, home / "nothing", "gptq")
 
 
-@pytest.mark.parametrize("to", CONTAINERS)
+@pytest.mark.parametrize("to", TARGETS)
 def test_scales_that_fp16_cannot_hold(to):
     grid, w = parse("int4-g32-fp32"), torch.randn(64, 64)
     params = {"scale": grid.fit(w, None)["scale"] * 1.0001}
-    same = CONTAINERS[to]().same(halfbyte_quantized(grid, w, params))
+    same = TARGETS[to].cast_exact(halfbyte_quantized(grid, w, params))
     assert (same is not None) == (to == "compressed-tensors")
 
 

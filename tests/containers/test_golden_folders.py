@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import halfbyte
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.targets import open_checkpoint
 
 FOLDERS = Path(__file__).parents[1] / "goldens" / "folders"
 MODULE = "model.layers.0.mlp.down_proj"
@@ -27,12 +27,12 @@ GRIDS = {
 
 
 def read(path: Path) -> torch.Tensor:
-    return Checkpoint.open(path).read_quantized(MODULE).decode()
+    return open_checkpoint(path).read_quantized(MODULE).decode()
 
 
 @pytest.mark.parametrize(("name", "grid"), GRIDS.items())
 def test_the_reader_decodes_what_the_writer_meant(name, grid):
-    checkpoint = Checkpoint.open(FOLDERS / name)
+    checkpoint = open_checkpoint(FOLDERS / name)
     assert {module: str(found) for module, (found, _) in checkpoint.quantized.items()} == {MODULE: grid}
     expected = load_file(FOLDERS / name / "expected")["decoded"]
     assert torch.equal(read(FOLDERS / name)[::4].to(expected.dtype), expected)
@@ -41,7 +41,7 @@ def test_the_reader_decodes_what_the_writer_meant(name, grid):
 @pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if "asym" in grid])
 def test_zero_points_of_zero_are_among_them(name):
     """Version 1 wraps them around: read code by code, they would be 16, and neighbours one off."""
-    zero = Checkpoint.open(FOLDERS / name).read_quantized(MODULE).params["zero"]
+    zero = open_checkpoint(FOLDERS / name).read_quantized(MODULE).params["zero"]
     assert (zero[:8] == 0).any()
     assert int(zero.max()) < 16
 
@@ -57,7 +57,7 @@ def test_groups_that_are_no_order_of_columns_are_refused(wrong, tmp_path):
         order[(order == group).nonzero()[0]] = other
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(BadCheckpoint, match="each of 4 groups 32 of 128"):
-        Checkpoint.open(folder).quantized  # noqa: B018
+        open_checkpoint(folder).quantized  # noqa: B018
 
 
 @pytest.mark.parametrize("to", ["gptq", "awq", "compressed-tensors"])
@@ -71,6 +71,6 @@ def test_they_convert_without_loss_or_not_at_all(name, to, tmp_path):
     report = halfbyte.convert(FOLDERS / name, tmp_path / "out", to)
     assert [row["error"] for row in report["weights"]] == [0]
     assert torch.equal(read(tmp_path / "out"), read(FOLDERS / name))
-    version = Checkpoint.open(tmp_path / "out").config["quantization_config"].get("checkpoint_format")
+    version = open_checkpoint(tmp_path / "out").config["quantization_config"].get("checkpoint_format")
     if to == "gptq":
         assert version == ("gptq_v2" if "asym" in grid else "gptq")  # they all hold zero points of 0

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from halfbyte.containers import CONTAINERS
 from halfbyte.engines.engines import ENGINES, engine_named
 from halfbyte.engines.verdicts import check, default_container, verdicts
 from halfbyte.errors import UnknownName
 from halfbyte.grids.schemes import PRESETS, parse
 from halfbyte.models.checkpoint import Weight
+from halfbyte.targets import TARGETS
 
 SHAPES = {  # Llama-3 8B
     "self_attn.q_proj": (4096, 4096),
@@ -45,9 +45,9 @@ QWEN3_MOE = model("Qwen3MoeForCausalLM", "qwen3_moe")
 
 
 def judge(engine, container, placed, config=LLAMA):
-    native = CONTAINERS[
+    native = TARGETS[
         container
-    ]().native  # what a run asks of: the container's own scales, and inputs where it always rounds them
+    ].resolve  # what a run asks of: the container's own scales, and inputs where it always rounds them
     verdict = check(engine, container, {w: native(s, torch.bfloat16) if s else None for w, s in placed.items()}, config)
     assert verdict.loads == (not verdict.reasons) == (verdict.command is not None)
     assert verdict.loads or verdict.tensor_parallel == ()
@@ -286,8 +286,8 @@ def test_experts_that_are_no_linears_stay_and_are_not_promised_to_vllm():
 
 def test_every_engine_answers():
     assert [v.engine for v in verdicts("gptq", place("int4-g128"), LLAMA)] == list(ENGINES)
-    assert all(default_container(engine) in CONTAINERS for engine in ENGINES)
-    assert all(set(engine.reads) <= set(CONTAINERS) for engine in ENGINES.values())
+    assert all(default_container(engine) in TARGETS for engine in ENGINES)
+    assert all(set(engine.reads) <= set(TARGETS) for engine in ENGINES.values())
 
 
 SPELLINGS = {

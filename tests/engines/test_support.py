@@ -3,9 +3,9 @@
 import pytest
 
 import tiny
-from halfbyte.containers import CONTAINERS
 from halfbyte.engines.engines import ENGINES
 from halfbyte.engines.verdicts import Word
+from halfbyte.targets import TARGETS
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -15,7 +15,7 @@ def test_an_engine_is_told_in_80_columns(engine):
     lines = result.out.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith(f"{ENGINES[engine].title} (--engine {engine})")
-    for container in CONTAINERS:  # each has a section, or is refused whole
+    for container in TARGETS:  # each has a section, or is refused whole
         assert f"\n{container}, read in\n" in result.out or container in result.out.partition("refused, all of it:")[2]
     for container, reads in ENGINES[engine].reads.items():
         section = result.out.partition(f"\n{container}, read in\n")[2].partition("\n\n")[0]

@@ -14,6 +14,7 @@ from halfbyte import demo
 from halfbyte.errors import BadCheckpoint
 from halfbyte.models import calibrate, chats
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.targets import open_checkpoint
 
 BOS, BOS_ID = tiny.BOS, 256
 
@@ -76,7 +77,7 @@ def test_what_a_text_begins_with(home, tmp_path):
 def test_a_gguf_begins_as_it_says(home, tmp_path):
     for name, opening in (("begins", [BOS]), ("plain", [])):
         halfbyte.quantize(home / name, tmp_path / f"{name}.gguf", grid="Q8_0", method="nearest", pre="llama-bpe")
-        windows = calibrate.calibration(Checkpoint.open(tmp_path / f"{name}.gguf"), str(home / "text.txt"), 2, 64, 0)
+        windows = calibrate.calibration(open_checkpoint(tmp_path / f"{name}.gguf"), str(home / "text.txt"), 2, 64, 0)
         assert windows.about["opening"] == opening
 
 

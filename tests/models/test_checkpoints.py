@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 import halfbyte
 import tiny
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
-from halfbyte.models.checkpoint import INDEX, Checkpoint
+from halfbyte.models.checkpoint import INDEX
 from halfbyte.models.walk import Walk
 from halfbyte.nn import QuantLinear, load
+from halfbyte.targets import open_checkpoint
 from models.families import FAMILIES, GEOMETRY, Family
 
 TOKENS = torch.randint(0, 250, (2, 32), generator=torch.Generator().manual_seed(1))
@@ -31,7 +32,7 @@ def by_transformers(path):
 
 
 def walked(path):
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     walk = Walk(checkpoint, TOKENS, checkpoint.dtype)
     for _ in walk:
         pass
@@ -115,8 +116,8 @@ def test_what_is_skipped_and_what_is_overridden(tmp_path):
     }
     assert "model.layers.1.mlp.down_proj.weight" in report["kept"]
     assert {"model.layers.1.mlp.up_proj", "model.layers.1.self_attn.o_proj"} <= set(grids)
-    assert {w.tensor for w in Checkpoint.open(source).weights() if w.name in grids} | set(report["kept"]) == set(
-        Checkpoint.open(source).entries
+    assert {w.tensor for w in open_checkpoint(source).weights() if w.name in grids} | set(report["kept"]) == set(
+        open_checkpoint(source).entries
     )
     assert torch.equal(by_transformers(tmp_path / "out"), logits_of(load(tmp_path / "out")))
     with pytest.raises(BadRequest, match=r"matches no weight.*model\.layers\.0"):
@@ -210,7 +211,7 @@ def test_the_text_decoder_beside_an_image_encoder(tmp_path, kind):
     model.save_pretrained(source)
     torch.testing.assert_close(walked(source), logits_of(model))
     report = halfbyte.quantize(source, out, **WORDS)
-    assert {w.name for w in Checkpoint.open(source).weights() if w.block} == {row["name"] for row in report["weights"]}
+    assert {w.name for w in open_checkpoint(source).weights() if w.block} == {row["name"] for row in report["weights"]}
     assert not any("vision" in row["name"] or "visual" in row["name"] for row in report["weights"])
     again = transformers.AutoModelForImageTextToText.from_pretrained(out, dtype="auto")
     torch.testing.assert_close(logits_of(again), logits_of(load(out)))

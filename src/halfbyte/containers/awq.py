@@ -13,7 +13,7 @@ from torch import Tensor
 from halfbyte.containers import bits
 from halfbyte.containers.container import (
     Config,
-    ConfigContainer,
+    Container,
     Has,
     Part,
     any_of,
@@ -35,7 +35,7 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
-class AWQ(ConfigContainer):
+class AWQ(Container):
     """4 bits per group or channel. A symmetric grid is held with every zero point 8."""
 
     name = "awq"

@@ -19,11 +19,12 @@ integrations/bitsandbytes.py).
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from halfbyte.containers.container import Config, ConfigContainer, Has, Part, commonest, stored
+from halfbyte.containers.container import Config, Container, Has, Part, commonest, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.files import parse_json
@@ -45,18 +46,19 @@ ROOM = 32
 """Bytes for the dtype and the offset, whose lengths no shape tells: blanks fill what is left, and JSON does not mind."""
 
 
-class BitsAndBytes(ConfigContainer):
+@dataclass(frozen=True)
+class BitsAndBytes(Container):
     """NF4, FP4 and LLM.int8()."""
 
     name = "bitsandbytes"
     mixes = False
+    dtype: torch.dtype = torch.bfloat16
+    """What engines decode to, which every matrix notes."""
 
-    def __init__(self, dtype: torch.dtype = torch.bfloat16):
-        self.dtype = dtype
-        """What engines decode to, which every matrix notes: that of the last model that this was asked for."""
+    def for_model(self, dtype: torch.dtype) -> "BitsAndBytes":
+        return BitsAndBytes(dtype)
 
     def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
-        self.dtype = dtype
         grid = scheme.weight
         is_integer = isinstance(grid, IntGrid) and (grid.bits_per_code, grid.granularity, grid.symmetric) == (
             8,
@@ -192,7 +194,6 @@ class BitsAndBytes(ConfigContainer):
             module, _, kind = name.rpartition(f".{STATE}")
             if module:
                 said = _said(name, entries)
-                self.dtype = next((dtype for dtype, known in DTYPES.items() if known == said["dtype"]), self.dtype)
                 grid = AbsmaxGrid.parse(f"{kind}-g{said['blocksize']}{'-double' if 'nested_blocksize' in said else ''}")
                 if grid.double and said["nested_blocksize"] != NESTED:
                     raise Unsupported(

@@ -1,6 +1,7 @@
-"""Container: how the bits of a Quantized lie in a checkpoint, and how the checkpoint says so.
+"""Container: how the bits of a Quantized lie in a folder of safetensors, and how its config.json says so.
 
-A container moves bits and never does arithmetic on weights: `unpack(pack(q), q.scheme, q.shape) == q`.
+A container moves bits and never does arithmetic on weights: `unpack(pack(q), q.scheme, q.shape) == q`. All of them are values: what
+one is asked changes nothing in it.
 """
 
 import re
@@ -33,6 +34,8 @@ SCALES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 Has = Callable[[str], bool]
+Modules = dict[str, tuple[AnyScheme, Shape]]
+"""Scheme and shape by module."""
 
 
 class Part(NamedTuple):
@@ -46,14 +49,58 @@ def any_of(shapes: Collection[Shape], dtypes: Collection[torch.dtype], optional:
     return Part(tuple(Spec(shape, dtype) for shape in shapes for dtype in dtypes), optional)
 
 
-class Container(ABC):
-    """One layout of quantized matrices in files."""
+class Reader(ABC):
+    """One layout of quantized matrices, as far as it is read: whoever wrote it, and whether it is written here or not.
+
+    Modules are named without their `.weight`; tensors of a module by the suffix that follows `module.`.
+    """
 
     name: str
+    read_too: tuple[str, ...] = ()
+    """Suffixes of tensors that belong to a module in files of others."""
+
+    @abstractmethod
+    def reads(self, config: Config) -> bool:
+        """Whether a `quantization_config` is of this layout."""
+
+    def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """The tensors of a checkpoint, those that several modules share (fused experts) cut up."""
+        return dict(entries)
+
+    @abstractmethod
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> Modules:
+        """Scheme and shape of every quantized module of a checkpoint."""
+
+    def opened(self, config: Config, entries: Mapping[str, Entry]) -> tuple["Reader", Modules]:
+        """The version of this layout that a checkpoint is in, and what `find` finds."""
+        return self, self.find(config, entries)
+
+    def suffixes(self, scheme: AnyScheme, shape: Shape) -> set[str]:
+        """Of the tensors that such a module may have."""
+        return set(self.read_too)
+
+    @abstractmethod
+    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        """What the tensors of such a module may be, by suffix. `has` tells whether a module has a tensor of a suffix."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        """A matrix, from the tensors of its module."""
+
+    def inputs(self, tensors: Mapping[str, Tensor], grid: ActivationGrid | None) -> ActivationQuant | None:
+        """How what the matrix is multiplied by is rounded, from its tensors."""
+        return inputs_of(tensors, grid)
+
+
+class Container(Reader):
+    """A layout that is written too. `unpack` is the inverse of `pack`."""
+
     mixes = True
     """Whether one checkpoint may hold several grids."""
-    read_too: tuple[str, ...] = ()
-    """Suffixes of tensors that belong to a module in files of others, beside those of `plan`."""
+
+    def for_model(self, dtype: torch.dtype) -> "Container":
+        """The version of this container for models that engines compute in `dtype`."""
+        return self
 
     @abstractmethod
     def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
@@ -76,9 +123,11 @@ class Container(ABC):
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
         """Suffix, shape and dtype of every tensor that `pack` will return."""
 
+    def suffixes(self, scheme: AnyScheme, shape: Shape) -> set[str]:
+        return {*self.plan(scheme, shape), *self.read_too}
+
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
-        """What the tensors of such a module may be, by suffix: those of `plan`, and where others write them otherwise, that. `has` tells
-        whether a module has a tensor of a suffix."""
+        """Those of `plan`, and where others write them otherwise, that."""
         return {suffix: Part((spec,)) for suffix, spec in self.plan(scheme, shape).items()}
 
     @abstractmethod
@@ -86,35 +135,8 @@ class Container(ABC):
         """The tensors to write, by suffix."""
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
-        """The inverse of `pack`."""
-
-    def inputs(self, tensors: Mapping[str, Tensor], grid: ActivationGrid | None) -> ActivationQuant | None:
-        """How what the matrix is multiplied by is rounded, from its tensors."""
-        return inputs_of(tensors, grid)
-
-
-class ConfigContainer(Container):
-    """A layout of safetensors in a Hugging Face folder, whose config.json says which one it is.
-
-    Modules are named without their `.weight`; tensors of a module by the suffix that follows `module.`.
-    """
-
-    @abstractmethod
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
         """`quantization_config` for these modules; `kept` are linear modules left as they were."""
-
-    @abstractmethod
-    def reads(self, config: Config) -> bool:
-        """Whether a `quantization_config` is of this container."""
-
-    def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        """The tensors of a checkpoint, those that several modules share (fused experts) cut up."""
-        return dict(entries)
-
-    @abstractmethod
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
-        """Scheme and shape of every quantized module of a checkpoint."""
 
     def extra_files(self, config: Config) -> dict[str, Config]:
         """Further JSON files that readers of this container look for."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from halfbyte.containers.place import Place, beside, not_through_links, remove
+from halfbyte.containers.place import Place, not_through_links, remove
 from halfbyte.containers.safetensors import Entry, Output
 from halfbyte.errors import BadRequest, HalfbyteError
 
@@ -45,10 +45,10 @@ class Shard(NamedTuple):
 class Folder:
     """Writes the tensors and files of one checkpoint."""
 
-    def __init__(self, target: Path, shards: Mapping[str, Shard], identity: str, overwrite: bool = False):
+    def __init__(self, place: Place, shards: Mapping[str, Shard], identity: str, overwrite: bool = False):
         """`shards` by their file names. Raises BadRequest for a target that is in the way, or is being written."""
-        self.target = target
-        self.place = Place(target)
+        self.target = place.target
+        self.place = place
         self.partial = self.place.partial
         self.journal: list[dict[str, Any]] = []
         """Records of an earlier run that was cut off, in order."""
@@ -113,7 +113,7 @@ class Folder:
 
     def companion(self, name: str) -> Path:
         """Where a small file of the output is written: next to an output that is one file, it is to bear that file's name."""
-        return self.partial / (beside(self.place.final, name).name if self.place.is_file else name)
+        return self.partial / (self.place.companion(name).name if self.place.is_file else name)
 
     def record(self, record: dict[str, Any]) -> None:
         """Note a step as done. What it wrote has left this process; a later check of every byte covers the rest."""
@@ -178,13 +178,12 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.2f} MB"
 
 
-def claim(target: Path, source: Path, overwrite: bool, files: Collection[Path] = ()) -> None:
+def claim(place: Place, source: Path, overwrite: bool, files: Collection[Path] = ()) -> None:
     """Refuse a target that holds something, unless it may be replaced; never the source, one of its `files`, or a folder around it or in it.
 
     This changes nothing: what a killed run has left is mended when the folder is opened again.
     """
-    place = Place(target)
-    source_place = source.resolve()
+    target, source_place = place.target, source.resolve()
     if (
         place.final == source_place
         or place.final in source_place.parents

@@ -18,7 +18,7 @@ from halfbyte.containers.container import (
     ONE,
     SCALES,
     Config,
-    ConfigContainer,
+    Container,
     Has,
     Part,
     any_of,
@@ -53,7 +53,7 @@ READ: dict[int | str, ActivationGrid] = {
 STATIC = ACTIVATION_GRIDS["fp8-e4m3-static"]
 
 
-class FP8(ConfigContainer):
+class FP8(Container):
     """Blocks of 128 x 128, or whole matrices."""
 
     name = "fp8"

@@ -10,6 +10,7 @@ version 2 (`gptq_v2`) stores the zero point itself. A fresh quantization never n
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch import Tensor
 from halfbyte.containers import bits
 from halfbyte.containers.container import (
     Config,
-    ConfigContainer,
+    Container,
     Has,
+    Modules,
     Part,
     any_of,
     commonest,
@@ -36,26 +38,18 @@ from halfbyte.grids.actorder import ActOrderGrid
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
+from halfbyte.names import FUSED_OF
 
-# vLLM matches rules against the fused module that it builds of several of the checkpoint's.
-FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
 WIDTHS = (2, 3, 4, 8)
 EVERY_EXPERT = r"\.experts\.\d+"
 
 
-class GPTQ(ConfigContainer):
+@dataclass(frozen=True)
+class GPTQ(Container):
     """GPTQ safetensors of 2, 3, 4 or 8 bits, per group or per channel."""
 
     name = "gptq"
-
-    def __init__(self, version: int = 1):
-        self.version = version
+    version: int = 1
 
     def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         return integer(scheme, self.name).with_scale(stored_scale(dtype))
@@ -159,8 +153,11 @@ class GPTQ(ConfigContainer):
     def reads(self, config: Config) -> bool:
         return config.get("quant_method") == "gptq"
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
-        found: dict[str, tuple[AnyScheme, Shape]] = {}
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> Modules:
+        return self.opened(config, entries)[1]
+
+    def opened(self, config: Config, entries: Mapping[str, Entry]) -> tuple["GPTQ", Modules]:
+        found: Modules = {}
         versions = set()
         sizes = [config.get("group_size"), *(rule.get("group_size") for rule in (config.get("dynamic") or {}).values())]
         for name in entries:
@@ -183,10 +180,8 @@ class GPTQ(ConfigContainer):
                     versions.add(1 if first == middle - 1 else 2)
                 grid = IntGrid(grid_bits, span_of(module, width, groups, sizes), symmetric, scale_held(scales))
                 found[module] = (_as_ordered(module, grid, width, entries), (out, width))
-        self.version = (
-            versions.pop() if len(versions) == 1 else 2 if config.get("checkpoint_format") == "gptq_v2" else 1
-        )
-        return found
+        said = 2 if config.get("checkpoint_format") == "gptq_v2" else 1
+        return GPTQ(versions.pop() if len(versions) == 1 else said), found
 
 
 def stored_scale(dtype: torch.dtype) -> str:
@@ -236,8 +231,8 @@ def _settings(grid: IntGrid) -> Config:
 def _either_spelling(pattern: str) -> str:
     """The pattern, that also matches what vLLM makes of such a module: a fused matrix, or all experts as one."""
     head, dot, last = pattern.rpartition(r"\.")
-    if last in FUSED:
-        last = f"({last}|{FUSED[last]})"
+    if last in FUSED_OF and FUSED_OF[last].module:
+        last = f"({last}|{FUSED_OF[last].module})"
     if head.endswith(EVERY_EXPERT):
         return f"{head.removesuffix(EVERY_EXPERT)}\\.experts(\\.\\d+\\.{last})?"
     return head + dot + last

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.compressed.small_floats import unpack
-from halfbyte.containers.container import ONE, Config, Has, Part, any_of, input_parts, inputs_of
+from halfbyte.containers.container import ONE, Config, Has, Part, Reader, any_of, input_parts, inputs_of
 from halfbyte.containers.fp8 import FP8, STATIC
 from halfbyte.containers.fused import apart
-from halfbyte.containers.read_only import ReadOnly
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
 from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid, ActivationQuant
@@ -34,11 +33,10 @@ NOT_FOLLOWED = ("pre_quant_scale", "svdquant_lora_a")
 """Parts of a module that change what its weights are multiplied by (AWQ, SVDQuant)."""
 
 
-class ModelOpt(ReadOnly):
+class ModelOpt(Reader):
     """FP8, MXFP8 and NVFP4, one beside the other."""
 
     name = "modelopt"
-    instead = "compressed-tensors"
     read_too = ("weight", "weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale", "k_bias", "v_bias")
 
     def reads(self, config: Config) -> bool:

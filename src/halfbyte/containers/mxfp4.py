@@ -13,20 +13,18 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.compressed.small_floats import MXFP4 as PACKED
-from halfbyte.containers.container import Config, Has, Part, any_of
+from halfbyte.containers.container import Config, Has, Part, Reader, any_of
 from halfbyte.containers.fused import apart
-from halfbyte.containers.read_only import ReadOnly
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
 
 
-class MXFP4(ReadOnly):
+class MXFP4(Reader):
     """Blocks of 32 in-features, 16 bytes each."""
 
     name = "mxfp4"
-    instead = "compressed-tensors"
     read_too = ("blocks", "scales")
 
     def reads(self, config: Config) -> bool:

@@ -27,10 +27,11 @@ BESIDE = ("report.json", "README.md", "recipe.yaml", "Modelfile")
 class Place:
     """The names, and the steps from one to the other."""
 
-    def __init__(self, target: Path):
+    def __init__(self, target: Path, is_file: bool, marks: tuple[str, ...]):
+        """`is_file`: the output is one file, with its report beside it, and no folder; `marks`: what folders of outputs hold, as patterns."""
         self.target = target
         self.final = target.resolve()  # links are followed: rename would replace them
-        self.is_file = is_file(self.final)
+        self.is_file, self.marks = is_file, marks
         self.partial = self._named(".partial")
         self.journal = self._named(".partial.jsonl")
         self.old = self._named(".halfbyte-old")
@@ -78,10 +79,12 @@ class Place:
             self.final if self.final.exists() or self.is_file else self.old
         )  # where a run was killed between two renames
         if self.is_file and standing.is_dir():
-            raise BadRequest(f"the output {self.target} is a folder; name a file, or a folder without .gguf")
+            raise BadRequest(
+                f"the output {self.target} is a folder; name a file, or a folder without {self.final.suffix}"
+            )
         if not self.is_file and standing.exists() and not standing.is_dir():
             raise BadRequest(f"the output {self.target} is a file; name a folder")
-        taken = [path for name in BESIDE if self.is_file and (path := beside(self.final, name)).exists()]
+        taken = [path for name in BESIDE if self.is_file and (path := self.companion(name)).exists()]
         if taken and not standing.exists() and not overwrite:
             raise BadRequest(
                 f"{taken[0]} is in the way of what is written beside {self.target}; name another file, move it, or give --overwrite"
@@ -92,10 +95,15 @@ class Place:
             raise BadRequest(
                 f"the output {self.target} exists and is kept; name another {self.kind} or give --overwrite"
             )
-        if not self.is_file and not (standing / "config.json").exists() and not any(standing.glob("*.gguf")):
+        if not self.is_file and not any(any(standing.glob(mark)) for mark in self.marks):
+            marks = " and no ".join(mark.removeprefix("*") for mark in self.marks)
             raise BadRequest(
-                f"the output {self.target} is no checkpoint (it has no config.json and no .gguf), so --overwrite does not replace it"
+                f"the output {self.target} is no checkpoint (it has no {marks}), so --overwrite does not replace it"
             )
+
+    def companion(self, name: str) -> Path:
+        """A small file that belongs to the output: in its folder, or next to the one file under that file's name."""
+        return self.final.with_name(f"{self.final.stem}.{name}") if self.is_file else self.final / name
 
     @property
     def is_untouched(self) -> bool:
@@ -149,16 +157,6 @@ class Place:
             os.rename(self.old, self.final)
         elif self.is_file or not self.partial.exists():
             self.publish()
-
-
-def is_file(target: Path) -> bool:
-    """Whether an output is one file, with its report beside it, and no folder."""
-    return target.suffix == ".gguf"
-
-
-def beside(checkpoint: Path, name: str) -> Path:
-    """A file that belongs to a checkpoint: in its folder, or next to a GGUF under the GGUF's name."""
-    return checkpoint.with_name(f"{checkpoint.stem}.{name}") if is_file(checkpoint) else checkpoint / name
 
 
 def remove(path: Path) -> None:

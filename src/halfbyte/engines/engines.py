@@ -144,19 +144,10 @@ BY_LLAMA_CPP = (
 CPU_RUNS = "benchmarks/vllm_cpu.py"
 GPTQMODEL_RUNS = "tests/containers/test_gptqmodel_oracle.py"
 
-# What engines fuse: packed_modules_mapping of vllm model_executor/models/{llama,mixtral,qwen3_5}.py.
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
-)
 # Split along `in` in tensor parallelism: RowParallelLinear in vllm model_executor/models/*.py. All others are split along `out`.
 ROW = re.compile(
     r"(^|\.)(o_proj|down_proj|out_proj|c_proj|wo|w2|fc2|fc_out|dense_4h_to_h|attention\.dense|self_attn\.dense)$"
 )
-EXPERT = re.compile(r"\.experts\.\d+\.")
 
 # Paths: vllm/ of vllm-project/vllm; python/sglang/srt/ of sgl-project/sglang; server/text_generation_server/ of
 # huggingface/text-generation-inference. (quantization) is model_executor/layers/quantization in vLLM, layers/quantization in SGLang.

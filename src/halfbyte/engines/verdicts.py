@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 from halfbyte.containers import CONTAINERS
 from halfbyte.engines.architectures import Config, Registry, architecture_of, auto_class, decoder_of, registry
-from halfbyte.engines.engines import DEGREES, ENGINES, EXPERT, FUSED, ROW, Kernel, Reads, engine_named
+from halfbyte.engines.engines import DEGREES, ENGINES, ROW, Kernel, Reads, engine_named
 from halfbyte.grids.absmax import AbsmaxGrid
 from halfbyte.grids.floats import SIDE, FloatGrid
 from halfbyte.grids.levels import LevelGrid
 from halfbyte.grids.quantized import AnyScheme
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models.checkpoint import Weight
+from halfbyte.names import Expert, Fused, fused_set
 
 Placed = Mapping[Weight, AnyScheme | None]
 
@@ -186,7 +187,7 @@ def _scaled(decoder: Config) -> str | None:
 
 def _is_decoded(known: Registry, container: str, quantized: Mapping[Weight, AnyScheme], config: Config) -> bool:
     """Whether the engine has to be asked to decode every weight as it loads."""
-    packed = {s for s in set(quantized.values()) if "weight" not in CONTAINERS[container]().plan(s, ANY_SHAPE)}
+    packed = {s for s in set(quantized.values()) if "weight" not in CONTAINERS[container].plan(s, ANY_SHAPE)}
     asymmetric = any(isinstance(s.weight, IntGrid) and not s.weight.symmetric and not s.activations for s in packed)
     return bool(asymmetric or (packed and known.name_of(config) in known.dequantized))
 
@@ -213,7 +214,7 @@ def _inputs(engine: str, known: Registry, quantized: Mapping[Weight, AnyScheme],
 def _stacks(
     engine: str, known: Registry, reads: Reads, quantized: Mapping[Weight, AnyScheme], config: Config
 ) -> Iterator[str]:
-    name, numbered = known.name_of(config), [w for w in quantized if EXPERT.search(w.name)]
+    name, numbered = known.name_of(config), [w for w in quantized if Expert.of(w.name)]
     if numbered and name in known.stacked:
         yield f"{engine} does not read numbered experts of {name}, such as {numbered[0].name}: keep them in 16 bits, with {_skipping(numbered, reads)}"
     if quantized and name in known.uneven:
@@ -293,7 +294,7 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, config: C
     """What is wrong with where the grids are."""
     quantized = [w for w, g in placed.items() if g is not None]
     if fused := [
-        w for w in quantized if w.expert is not None or (w.name.endswith(".gate_up_proj") and EXPERT.search(w.name))
+        w for w in quantized if w.expert is not None or (w.name.endswith(".gate_up_proj") and Expert.of(w.name))
     ]:
         yield f"{engine} holds fused experts in one tensor, not as '{fused[0].name}' ({len(fused)} such): keep them in 16 bits, with {_skipping(fused, reads)}"
     if heads := [w.name for w in quantized if w.block is None and not reads.head]:
@@ -313,7 +314,7 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, config: C
             break
     kept = [w for w, g in placed.items() if g is None and w.block is not None]
     if reads.keeps == "unfused":
-        kept = [w for w in kept if any(w.name.rpartition(".")[2] in names for names in FUSED)]
+        kept = [w for w in kept if fused_set(w.name)]
     if quantized and kept and reads.keeps != "any":
         yield f"{engine} does not see in {container} that {kept[0].name} is kept ({len(kept)} such): quantize it, or write compressed-tensors"
 
@@ -330,7 +331,7 @@ def _skipping(weights: Iterable[Weight], reads: Reads) -> str:
 
 
 def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Iterator[str]:
-    experts = {w: g for w, g in placed.items() if EXPERT.search(w.name)}
+    experts = {w: g for w, g in placed.items() if Expert.of(w.name)}
     grids = Counter(g for g in placed.values() if g is not None)
     if not experts or not grids:
         return
@@ -363,16 +364,14 @@ def _is_expert(reads: Reads, scheme: AnyScheme) -> bool:
     return any(re.fullmatch(name, _name(scheme)) for name in reads.named_experts)
 
 
-def _siblings(placed: Placed) -> dict[tuple[str, int], tuple[list[str], list[AnyScheme | None]]]:
+def _siblings(placed: Placed) -> dict[tuple[str, Fused], tuple[list[str], list[AnyScheme | None]]]:
     """Names and grids of each set of matrices that engines fuse."""
-    sets: dict[tuple[str, int], tuple[list[str], list[AnyScheme | None]]] = {}
+    sets: dict[tuple[str, Fused], tuple[list[str], list[AnyScheme | None]]] = {}
     for weight, grid in placed.items():
-        prefix, _, last = weight.name.rpartition(".")
-        for index, names in enumerate(FUSED):
-            if last in names:
-                found, grids = sets.setdefault((prefix, index), ([], []))
-                found.append(weight.name)
-                grids.append(grid)
+        if key := fused_set(weight.name):
+            found, grids = sets.setdefault(key, ([], []))
+            found.append(weight.name)
+            grids.append(grid)
     return sets
 
 

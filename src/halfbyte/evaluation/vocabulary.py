@@ -5,9 +5,6 @@ from pathlib import Path
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.stamp import digest
-from halfbyte.targets.gguf.checked import require_tokenizer
-from halfbyte.targets.gguf.source import GGUFCheckpoint
-from halfbyte.targets.gguf.tokenizer import SPECIAL
 
 FILES = (
     "tokenizer.json",
@@ -40,25 +37,19 @@ def difference(reference: Checkpoint, other: Checkpoint) -> str | None:
 
 
 def _has(checkpoint: Checkpoint) -> bool:
-    return (
-        "tokenizer.ggml.tokens" in checkpoint.file.metadata
-        if isinstance(checkpoint, GGUFCheckpoint)
-        else bool(_files(checkpoint))
-    )
+    return bool(_files(checkpoint) if checkpoint.vocabulary is None else checkpoint.vocabulary)
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, str]:
-    if isinstance(checkpoint, GGUFCheckpoint):
+    if checkpoint.vocabulary is not None:
         return {}
     paths: list[Path] = [checkpoint.path / name for name in FILES]
     return {path.name: digest(path) for path in paths if path.is_file()}
 
 
 def _words(checkpoint: Checkpoint) -> dict[int, str]:
-    """Every token as it is written; a GGUF has blanks in place of the signs for them in tokens that were added."""
-    if isinstance(checkpoint, GGUFCheckpoint):
-        require_tokenizer(checkpoint.file.metadata, SPECIAL.values())
-        words = dict(enumerate(checkpoint.file.metadata["tokenizer.ggml.tokens"].value))
-    else:
+    """Every token as it is written; some files have blanks in place of the signs for them in tokens that were added."""
+    words = checkpoint.vocabulary
+    if words is None:
         words = {token: word for word, token in calibrate.tokenizer_of(checkpoint).get_vocab().items()}
     return {token: word.replace("\u2581", " ") for token, word in words.items()}

@@ -1,6 +1,5 @@
 """The checkpoint is the truth: its tensors, its config, and everything else in its folder."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halfbyte.containers import CONTAINERS, READ_ONLY, ConfigContainer, Container, kv
+from halfbyte.containers import READERS, Reader, kv
 from halfbyte.containers.config import require_sound
-from halfbyte.containers.container import require_parts, told
+from halfbyte.containers.container import Modules, require_parts, told
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief, plural
 from halfbyte.files import exists, is_within, read_object
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.models import roles, tokenizers
+from halfbyte.models import cards, roles, tokenizers
 from halfbyte.models.linears import Linears, linears
 
 if TYPE_CHECKING:
@@ -66,6 +65,8 @@ class Checkpoint:
     """What is merged into its weights as they are read (halfbyte.models.adapter)."""
     pieces: "Mapping[str, Piece]" = MappingProxyType({})
     """Linears of single experts that are read out of stacks (halfbyte.models.experts)."""
+    splits_stacks = True
+    """Whether experts that lie in one tensor may be read apart."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -74,26 +75,8 @@ class Checkpoint:
         )
         require_sound(self.config, path / "config.json")
         self.entries = _entries(path)
-        if self._config_container:
-            self.entries = self._config_container.apart(self.entries)
-
-    @classmethod
-    def open(cls, source: str | Path) -> "Checkpoint":
-        """A folder, a GGUF file, or the id of a repository on the Hugging Face hub (org/name or org/name@revision)."""
-        from halfbyte.targets.gguf.source import GGUFCheckpoint, is_gguf  # one of its kinds
-
-        path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
-        if exists(path) and is_gguf(path):
-            return GGUFCheckpoint(path)
-        if exists(path) and path.is_dir():
-            return cls(path)
-        if exists(path):
-            raise BadCheckpoint(
-                f"{source} is a file and no .gguf; name the folder that holds config.json and the safetensors"
-            )
-        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(source)):
-            return cls(_download(str(source)))
-        raise BadCheckpoint(f"there is no folder {source}, and it is no hub id (org/name)")
+        if self._reader:
+            self.entries = self._reader.apart(self.entries)
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -112,6 +95,33 @@ class Checkpoint:
                 return DTYPE_NAMES[name]
         floats = [e.dtype for e in self.entries.values() if e.dtype in DTYPE_NAMES.values()]
         return max(set(floats), key=floats.count) if floats else torch.float32
+
+    @property
+    def unquantized_dtype(self) -> torch.dtype:
+        """What its weights are decoded to, where nothing else is asked for."""
+        return self.dtype
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """What the model's card says at its top, under the hub's names."""
+        card = self.path / "README.md"
+        return cards.front_matter(card) if is_within(card, self.path) else {}
+
+    @property
+    def vocabulary(self) -> dict[int, str] | None:
+        """Every token by its number, where the file of the weights says them."""
+        return None
+
+    @property
+    def known_as(self) -> tuple[str, str | None] | None:
+        """The model's name and its repository on the hub, where the file of the weights says them."""
+        return None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer says how a chat is written."""
+        beside = (self.path / name for name in ("chat_template.jinja", "chat_template.json"))
+        return any(map(exists, beside)) or bool(read_object(self.path / "tokenizer_config.json").get("chat_template"))
 
     @cached_property
     def tied(self) -> bool:
@@ -168,27 +178,26 @@ class Checkpoint:
         return said or read_object(self.path / MODELOPT)
 
     @cached_property
-    def _config_container(self) -> ConfigContainer | None:
+    def _reader(self) -> Reader | None:
         config = self._quantization
         if not config:
             return None
-        for kind in (*CONTAINERS.values(), *READ_ONLY.values()):
-            container = kind()
-            if isinstance(container, ConfigContainer) and container.reads(config):
-                return container
-        raise Unsupported(
-            f"{self.path} is quantized with '{config.get('quant_method')}', which is not read yet; known: {', '.join((*CONTAINERS, *READ_ONLY))}"
-        )
+        known = next((reader for reader in READERS.values() if reader.reads(config)), None)
+        if known is None:
+            raise Unsupported(
+                f"{self.path} is quantized with '{config.get('quant_method')}', which is not read yet; known: {', '.join(READERS)}"
+            )
+        return known
 
     @property
-    def container(self) -> Container | None:
-        """The container of a checkpoint that is quantized already."""
-        return self._config_container
+    def container(self) -> str | None:
+        """The name of the container of a checkpoint that is quantized already."""
+        return self._reader.name if self._reader else None
 
     @property
     def quantized(self) -> dict[str, tuple[AnyScheme, Shape]]:
         """Scheme and shape of every module that is quantized already."""
-        return self._found
+        return self._opened[1]
 
     @cached_property
     def kv(self) -> kv.KVCache | None:
@@ -201,55 +210,60 @@ class Checkpoint:
         return frozenset(kv.scales(self.entries))
 
     @cached_property
-    def _found(self) -> dict[str, tuple[AnyScheme, Shape]]:
-        if self._config_container is None:
-            return {}
+    def _opened(self) -> tuple[Reader | None, Modules]:
+        """How the checkpoint is read, and what of it is quantized."""
+        if self._reader is None:
+            return None, {}
         try:
-            found = self._config_container.find(self._quantization, self.entries)
+            reader, found = self._reader.opened(self._quantization, self.entries)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
             raise BadCheckpoint(
-                f"{self.path} says that it is {self._config_container.name}, but its tensors are not so: {brief(error)}"
+                f"{self.path} says that it is {self._reader.name}, but its tensors are not so: {brief(error)}"
             ) from None
         for module, (scheme, shape) in found.items():
             has = partial(_has, self.entries, module)
-            require_parts(module, scheme, shape, self._config_container.parts(scheme, shape, has), self.entries)
+            require_parts(module, scheme, shape, reader.parts(scheme, shape, has), self.entries)
         for name, entry in self.entries.items():
             if name.endswith(".weight") and entry.dtype in CODES and name.removesuffix(".weight") not in found:
                 raise BadCheckpoint(
                     f"'{name}' is {told(entry)}, and no scale of it is stored; the checkpoint is not whole"
                 )
-        return found
+        return reader, found
 
     @cached_property
     def parts(self) -> dict[str, str]:
         """Tensor name to module, for every tensor that is a part of a quantized module."""
-        if self.container is None:
+        reader, modules = self._opened
+        if reader is None:
             return {}
-        suffixes = {
-            suffix for scheme, shape in set(self.quantized.values()) for suffix in self.container.plan(scheme, shape)
-        }
-        suffixes.update(self.container.read_too)
-        return {f"{m}.{s}": m for m in self.quantized for s in suffixes if f"{m}.{s}" in self.entries}
+        suffixes = {suffix for scheme, shape in set(modules.values()) for suffix in reader.suffixes(scheme, shape)}
+        return {f"{m}.{s}": m for m in modules for s in suffixes if f"{m}.{s}" in self.entries}
 
     def read_quantized(self, module: str) -> Quantized:
         """The matrix of a module that is quantized already, as it lies in the file."""
-        if self.container is None:
-            raise BadCheckpoint(f"{self.path} is not quantized")
+        layout = self._layout
         scheme, shape = self.quantized[module]
         tensors = {n.removeprefix(f"{module}."): self.entries[n].read() for n in self.parts_of[module]}
-        return self.container.unpack(tensors, scheme, shape)
+        return layout.unpack(tensors, scheme, shape)
+
+    @property
+    def _layout(self) -> Reader:
+        reader, _ = self._opened
+        if reader is None:
+            raise BadCheckpoint(f"{self.path} is not quantized")
+        return reader
 
     def read_inputs(self, module: str) -> ActivationQuant | None:
         """How engines round what a module reads; None where it stays in 16 bits."""
         scheme, _ = self.quantized.get(module, (None, ()))
-        if scheme is None or scheme.activations is None or self.container is None:
+        if scheme is None or scheme.activations is None:
             return None
         numbers = {
             n.removeprefix(f"{module}."): self.entries[n].read()
             for n in self.parts_of[module]
             if prod(self.entries[n].shape) == 1
         }
-        return self.container.inputs(numbers, scheme.activations)
+        return self._layout.inputs(numbers, scheme.activations)
 
     @cached_property
     def parts_of(self) -> dict[str, list[str]]:
@@ -445,7 +459,7 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _download(source: str) -> Path:
+def download(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

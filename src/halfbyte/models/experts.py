@@ -14,7 +14,6 @@ from halfbyte.containers.safetensors import Entry
 from halfbyte.grids.grid import Shape
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.targets.gguf.source import GGUFCheckpoint
 
 
 class Piece(NamedTuple):
@@ -36,8 +35,8 @@ class Piece(NamedTuple):
 
 
 def apart(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint, its experts apart wherever there are names for that. A GGUF's stacks are as llama.cpp has them."""
-    if isinstance(checkpoint, GGUFCheckpoint):
+    """The same checkpoint, its experts apart wherever there are names for that."""
+    if not checkpoint.splits_stacks:
         return checkpoint
     transposed, shapes = checkpoint.linears.transposed, checkpoint.tensors()
     stacks = [t for t in transposed if len(shapes[t]) == 3 and t in checkpoint.entries]

@@ -1,6 +1,5 @@
-"""What becomes of every tensor of a checkpoint: words and shapes to a Job."""
+"""Words to a plan: what becomes of every tensor of a checkpoint, settled before any weight is read."""
 
 from halfbyte.plan.resolve import decoding, resolve, transcoding
-from halfbyte.targets.plan import AS_ASKED, SKIPPED, Choice, Job
 
-__all__ = ["AS_ASKED", "SKIPPED", "Choice", "Job", "decoding", "resolve", "transcoding"]
+__all__ = ["decoding", "resolve", "transcoding"]

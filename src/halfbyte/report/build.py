@@ -18,8 +18,7 @@ import torch
 from halfbyte.engines.verdicts import Verdict
 from halfbyte.errors import plural
 from halfbyte.models.calibrate import Windows
-from halfbyte.models.provenance import has_chat_template, provenance_of
-from halfbyte.plan import Job
+from halfbyte.models.provenance import provenance_of
 from halfbyte.report.lineage import source_of
 from halfbyte.report.types import (
     SCHEMA,
@@ -30,23 +29,24 @@ from halfbyte.report.types import (
     Environment,
     FoldReport,
     Output,
-    Plan,
     PlannedWeight,
     Provenance,
     Report,
     Source,
     WeightReport,
 )
+from halfbyte.report.types import Plan as PlanReport
+from halfbyte.targets import Plan
 
 LOST, LOST_ROW = 0.5, 0.75
 """Relative errors beyond which a weight, or a row of one, says little of what it did; of two bits, usual ones lose .4,
 and a few rows .6."""
 
 
-def planned(job: Job, size_bytes: int, file: str | None, files: list[str]) -> Plan:
+def planned(job: Plan, size_bytes: int, file: str | None, files: list[str]) -> PlanReport:
     """All that is known of a run before it; `size_bytes` of all tensors of the output, which lie in `files`."""
     notes = {c.weight: c.note for c in job.choices}
-    return Plan(
+    return PlanReport(
         **_common(job),
         output=_output(job, size_bytes).model_copy(update={"file": file, "files": files}),
         warnings=[*job.warnings, *job.checkpoint.left_out],
@@ -60,7 +60,7 @@ def planned(job: Job, size_bytes: int, file: str | None, files: list[str]) -> Pl
 
 
 def report(
-    job: Job,
+    job: Plan,
     rows: Mapping[str, WeightReport],
     folds: list[dict[str, Any]],
     windows: Windows | None,
@@ -98,7 +98,7 @@ def report(
     return made.model_copy(update={"kv": cache}) if cache else made
 
 
-def _common(job: Job) -> dict[str, Any]:
+def _common(job: Plan) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA,
         "halfbyte": version("halfbyte"),
@@ -110,14 +110,14 @@ def _common(job: Job) -> dict[str, Any]:
     }
 
 
-def _source(job: Job) -> Source:
+def _source(job: Plan) -> Source:
     source = job.checkpoint
     said = asdict(provenance_of(source, job.recipe.model))
     return Source(
         **source_of(source).as_dict(),
         hub=None if Path(job.recipe.model).expanduser().exists() else job.recipe.model,
         provenance=Provenance.model_validate_json(json.dumps(said)),  # in which its tuples are lists
-        has_chat_template=has_chat_template(source),
+        has_chat_template=source.has_chat_template,
         model_type=source.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
         size_bytes=sum(e.size_bytes for e in source.entries.values()),
@@ -125,15 +125,15 @@ def _source(job: Job) -> Source:
     )
 
 
-def _parameters(job: Job) -> int:
+def _parameters(job: Plan) -> int:
     return sum(prod(w.shape) for w in job.schemes) + sum(prod(job.checkpoint.spec(t).shape) for t in job.kept)
 
 
-def _output(job: Job, size_bytes: int) -> Output:
+def _output(job: Plan, size_bytes: int) -> Output:
     counted = sum(prod(w.shape) for w in job.schemes)
-    stored = sum(spec.size_bytes for w, s in job.schemes.items() for spec in job.container.plan(s, w.shape).values())
+    stored = sum(spec.size_bytes for w, s in job.schemes.items() for spec in job.target.specs(s, w.shape).values())
     return Output(
-        container=job.container.name,
+        container=job.target.name,
         grid=job.label,
         size_bytes=size_bytes,
         bits_per_weight=8 * stored / counted if counted else None,

@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from halfbyte.containers.place import beside, is_file
 from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import plural
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report.summary import size, worst, worst_inputs
 from halfbyte.report.types import EngineReport, Report
+from halfbyte.targets import beside, is_file
 
 
 def card(report: Report, path: Path) -> str:

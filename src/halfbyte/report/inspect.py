@@ -7,6 +7,7 @@ from halfbyte.errors import BadCheckpoint
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report import written
 from halfbyte.report.types import Inspection, Report, Sizes, Stored, WeightReport
+from halfbyte.targets import open_checkpoint
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -14,7 +15,7 @@ def inspect(path: str | Path) -> Inspection:
 
     Raises HalfbyteError. A report beside it that is not one of ours is named among the warnings.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     weights: list[WeightReport] = []
     report, warnings = None, []
     try:
@@ -26,7 +27,7 @@ def inspect(path: str | Path) -> Inspection:
     return Inspection(
         path=str(checkpoint.path),
         model_type=checkpoint.model_type,
-        container=checkpoint.container.name if checkpoint.container else None,
+        container=checkpoint.container,
         **counted(checkpoint).as_dict(),
         error_of=report.error_of if isinstance(report, Report) else None,
         weights=weights,

@@ -1,17 +1,142 @@
-"""Edition: a job's output as files: which tensors lie where, and what lies beside them."""
+"""Target: a form of output, and everything that it knows: words, grids, casts, files. To add one: a folder, and a line in the table."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from halfbyte.containers.folder import Shard
+from halfbyte.containers.kv import KVGrid
 from halfbyte.containers.safetensors import Entry, Spec
+from halfbyte.errors import Unsupported
+from halfbyte.grids import schemes
+from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.models.checkpoint import Weight
-from halfbyte.targets.plan import Job
+from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.recipe import Method, Recipe
+from halfbyte.targets import choosing
+from halfbyte.targets.constraints import EACH, Rule, TiedGroup, stacks
+from halfbyte.targets.plan import Plan
+
+
+class Target(ABC):
+    """What a quantized model is written as. Targets are values: what one is asked changes nothing in it."""
+
+    file_suffix: ClassVar[str | None] = None
+    """Of an output that is one file, with its report beside it; None: outputs are folders."""
+    marks: ClassVar[tuple[str, ...]] = ()
+    """Files, as patterns, by which a folder of it is known."""
+    words: ClassVar[frozenset[str]] = frozenset()
+    """Entries of a recipe that mean something to this target alone."""
+    default_grid: ClassVar[str | None] = None
+    """Where no grid is named; None: that of every recipe."""
+    has_presets: ClassVar[bool] = False
+    """Whether some of its grids are mixtures that have a name."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As `--to` has it."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether one output may hold several grids."""
+        return True
+
+    @property
+    def title(self) -> str:
+        """As sentences have it."""
+        return self.name
+
+    # Words ---------------------------------------------------------------------------------------------------------------
+
+    def require_name(self, name: str, mixture: bool) -> None:
+        """Raise UnknownName for a word that is no grid, nor, where a mixture is wanted, a preset."""
+        schemes.parse(name)
+
+    def prefers(self, name: str, scheme: AnyScheme | None) -> bool:
+        """Whether a grid that is called so is meant for this target, if none is asked for."""
+        return False
+
+    def label(self, plan: Plan) -> str:
+        """What most of an output is."""
+        named = [self.grid_name(scheme) for scheme in plan.schemes.values()]
+        return max(named, key=named.count) if plan.recipe.method == "convert" and named else plan.recipe.grid
+
+    def grid_name(self, scheme: AnyScheme) -> str:
+        """As readers of the output call it."""
+        return str(scheme)
+
+    # What becomes of a matrix --------------------------------------------------------------------------------------------
+
+    def for_model(self, dtype: torch.dtype) -> "Target":
+        """The version of this target for models that engines compute in `dtype`."""
+        return self
+
+    def for_tensor(self, q: Quantized) -> "Target":
+        """The version of this target that holds such a matrix too."""
+        return self
+
+    @abstractmethod
+    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        """`scheme` with scales in the precision that engines compute with when the model is of `dtype`, and with the activations
+        that they round whether asked or not."""
+
+    @abstractmethod
+    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        """Raise Unsupported, saying what the target can hold, unless it holds such a matrix."""
+
+    def cast_exact(self, q: Quantized) -> Quantized | None:
+        """A matrix from elsewhere, value for value on a grid that this target may hold; None where it must be rounded."""
+        return None
+
+    def casts(self, q: Quantized) -> Iterator[Quantized]:
+        """What a matrix from elsewhere may become without being rounded anew: first value for value, then nearly so."""
+        if exact := self.cast_exact(q):
+            yield exact
+
+    @abstractmethod
+    def specs(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        """Suffix, shape and dtype of every tensor that `pack` will return."""
+
+    @abstractmethod
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """The tensors to write, by suffix."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        """The inverse of `pack`."""
+
+    def ties(self, checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[TiedGroup]:
+        """Which weights' schemes depend on one another in an output, whoever reads it."""
+        others = f"{self.name} holds one scheme for all weights, not {EACH}; compressed-tensors and gptq mix them"
+        whole = [] if self.mixes else [TiedGroup(tuple(weights), Rule.ONE_SCHEME, others)]
+        return [*stacks(weights), *whole]
+
+    # What becomes of a checkpoint ----------------------------------------------------------------------------------------
+
+    def plan(self, recipe: Recipe, checkpoint: Checkpoint, method: Method) -> Plan:
+        """What quantizing makes of every tensor. Raises HalfbyteError for words and shapes that do not fit."""
+        return choosing.quantizing(self.for_model(checkpoint.dtype), recipe, checkpoint, method)
+
+    def convert(self, recipe: Recipe, checkpoint: Checkpoint, grid: str | None) -> Plan:
+        """What moving a quantized checkpoint makes of every tensor; `grid`: what to round to where values cannot stay."""
+        return choosing.converting(self.for_model(checkpoint.dtype), recipe, checkpoint, grid)
+
+    def decode(self, recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+        """What writing every tensor in the dtype that is the recipe's grid makes of it."""
+        raise Unsupported(f"16 bits are not written as {self.name}")
+
+    def require_cache(self, grid: KVGrid) -> None:
+        """Raise Unsupported unless engines read the scales of such a KV cache beside this target's weights."""
+        raise Unsupported(f"{self.title} stores nothing of a KV cache")
+
+    @abstractmethod
+    def writer(self, plan: Plan) -> "CheckpointWriter":
+        """What lays a plan's output out and writes it."""
 
 
 class Part(NamedTuple):
@@ -23,11 +148,25 @@ class Part(NamedTuple):
     """The first of these rows; None for the whole tensor."""
 
 
-class Edition(ABC):
-    """What a container makes of a whole checkpoint."""
+class CheckpointWriter(ABC):
+    """Which tensors of a plan's output lie where, and what lies beside them: under the checkpoint's own names, unless it is told otherwise."""
 
-    def __init__(self, job: Job):
-        self.job = job
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    def tensors(self) -> dict[str, Spec]:
+        """Every tensor of the output, in the order of the source."""
+        plan, found = self.plan, dict[str, Spec]()
+        by_tensor: dict[str, list[Weight]] = {}
+        for weight in plan.schemes:
+            by_tensor.setdefault(weight.tensor, []).append(weight)
+        for tensor in plan.checkpoint.tensors():
+            if tensor in plan.kept:
+                found[tensor] = plan.spec(tensor)
+            for weight in by_tensor.get(tensor, []):
+                specs = plan.target.specs(plan.schemes[weight], weight.shape)
+                found.update({f"{weight.name}.{suffix}": spec for suffix, spec in specs.items()})
+        return {**found, **plan.scales}
 
     @abstractmethod
     def shards(self, stem: str) -> dict[str, Shard]:
@@ -37,27 +176,30 @@ class Edition(ABC):
         """Runs of a matrix's rows that can be read, rounded and written each by itself, in order."""
         return [weight]
 
-    @abstractmethod
     def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
         """What is written of a matrix."""
+        for suffix, tensor in self.plan.target.pack(q).items():
+            yield Part(f"{weight.name}.{suffix}", tensor)
 
-    @abstractmethod
     def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: AnyScheme) -> Quantized:
         """The inverse of `pack`, from a file."""
+        suffixes = self.plan.target.specs(scheme, weight.shape)
+        tensors = {suffix: entries[f"{weight.name}.{suffix}"].read() for suffix in suffixes}
+        return self.plan.target.unpack(tensors, scheme, weight.shape)
 
-    @abstractmethod
     def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
         """What is written of a tensor that is not quantized."""
+        yield Part(tensor, value)
 
-    @abstractmethod
     def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
         """What `keep` wrote, from a file."""
+        return [entries[tensor].read()]
 
-    @abstractmethod
     def restored(self, entries: Mapping[str, Entry], tensor: str) -> Tensor:
         """The value that `keep` was given, from a file."""
+        return entries[tensor].read()
 
-    def entrance(self, stem: str) -> str | None:
+    def entry_file(self, stem: str) -> str | None:
         """The file that engines are given; None where they are given the folder."""
         return None
 
@@ -66,7 +208,7 @@ class Edition(ABC):
         yield from ()
 
     @abstractmethod
-    def accompany(self, folder: Path) -> None:
+    def write_sidecars(self, folder: Path) -> None:
         """Write what else belongs to the output, and is not a report."""
 
     @abstractmethod

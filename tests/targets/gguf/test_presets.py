@@ -11,7 +11,7 @@ from halfbyte.errors import UnknownName
 from halfbyte.plan import resolve
 from halfbyte.recipe import Recipe
 from halfbyte.targets.gguf import presets
-from halfbyte.targets.table import GGUFEdition
+from halfbyte.targets.gguf.writer import GGUFWriter
 from tiny import make
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
@@ -74,9 +74,9 @@ def llama_quantize(whole: Path, preset: str, imatrix: bool, log: list[str]) -> d
 @pytest.mark.parametrize("imatrix", [False, True], ids=["plain", "imatrix"])
 def test_types_are_llama_quantizes(source, preset, imatrix, log):
     model, whole = source
-    edition = GGUFEdition(resolve(Recipe(model=str(model), grid=preset, method="imatrix" if imatrix else "nearest")))
+    writer = GGUFWriter(resolve(Recipe(model=str(model), grid=preset, method="imatrix" if imatrix else "nearest")))
     ours = {
-        name: "F16" if kind == "BF16" else kind for name, (kind, _) in edition.tensors.items()
+        name: "F16" if kind == "BF16" else kind for name, (kind, _) in writer.types.items()
     }  # where no type fits: as wide as the source
     assert ours == llama_quantize(whole, preset, imatrix, log)
 

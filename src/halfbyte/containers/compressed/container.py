@@ -13,7 +13,7 @@ from halfbyte.containers.compressed.small_floats import MXFP4, MXFP6, NV4
 from halfbyte.containers.compressed.unpacked import FLOAT, INT, MX8, NAIVE
 from halfbyte.containers.container import (
     Config,
-    ConfigContainer,
+    Container,
     Has,
     Part,
     input_parts,
@@ -37,7 +37,7 @@ MIXED = "mixed-precision"
 """What the config calls several formats."""
 
 
-class CompressedTensors(ConfigContainer):
+class CompressedTensors(Container):
     """Weights of any format, and inputs rounded in any way that the config has words for."""
 
     name = "compressed-tensors"

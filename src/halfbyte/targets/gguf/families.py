@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import Shape
+from halfbyte.names import Expert
 from halfbyte.targets.gguf.entries import unanswered
 from halfbyte.targets.gguf.settings import settings
 
@@ -524,8 +525,8 @@ class Translation:
         if self.dropped(tensor):
             return ()
         name, suffix, block = self._split(tensor)
-        pattern = re.sub(r"\bexperts\.\d+\.", "experts.{e}.", name)
-        expert = int(re.search(r"\bexperts\.(\d+)\.", name)[1]) if pattern != name else None  # pyright: ignore[reportOptionalSubscript]
+        of = Expert.of(name)
+        pattern, expert = (f"{of.home}.{{e}}.{of.part}", of.number) if of else (name, None)
         names = (self.family.outside if block is None else self.family.block).get(pattern)
         if names is None:
             raise Unsupported(

@@ -6,6 +6,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows
 from halfbyte.models import tokenizers
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.targets.gguf import file, hyperparameters
+from halfbyte.models.provenance import HUB, HUB_ID, text_of
+from halfbyte.targets.gguf import blocks, file, hyperparameters
+from halfbyte.targets.gguf.blocks import LAYOUTS
 from halfbyte.targets.gguf.checked import require_hyperparameters, require_tokenizer
-from halfbyte.targets.gguf.container import GGUF, LAYOUTS
 from halfbyte.targets.gguf.families import (
     FAMILIES,
     Place,
@@ -35,6 +37,8 @@ from halfbyte.targets.gguf.tokenizer_files import tokenizer_files
 
 class GGUFCheckpoint(Checkpoint):
     """A GGUF file, whole or split. Of an architecture that is in no table, tensors keep ggml's names, and only methods without calibration work."""
+
+    splits_stacks = False  # they are as llama.cpp has them
 
     def __init__(self, path: Path):
         self.path = path
@@ -93,6 +97,42 @@ class GGUFCheckpoint(Checkpoint):
         ]
         return max(set(floats), key=floats.count) if floats else torch.float16 if self._quantized else torch.float32
 
+    @property
+    def known_as(self) -> tuple[str, str | None]:
+        said = {name: value.value for name, value in self.file.metadata.items()}
+        own = (text_of(said.get("general.source.repo_url")) or "").removeprefix(HUB)
+        name = text_of(said.get("general.name")) or self.path.resolve().stem
+        return name, own if HUB_ID.fullmatch(own) else None
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """general.* of the file (ggml's docs/gguf.md)."""
+        said = {name: value.value for name, value in self.file.metadata.items()}
+        count = said.get("general.base_model.count", 0)
+        numbers = range(min(count, 16) if isinstance(count, int) else 0)
+        urls = [text_of(said.get(f"general.base_model.{number}.repo_url")) or "" for number in numbers]
+        return {
+            **{
+                name.replace(".", "_"): said.get(f"general.{name}")
+                for name in ("license", "license.name", "license.link")
+            },
+            "base_model": [url.removeprefix(HUB) for url in urls],
+            "tags": said.get("general.tags"),
+            "language": said.get("general.languages"),
+        }
+
+    @property
+    def has_chat_template(self) -> bool:
+        return "tokenizer.chat_template" in self.file.metadata
+
+    @property
+    def vocabulary(self) -> dict[int, str]:
+        tokens = self.file.metadata.get("tokenizer.ggml.tokens")
+        if tokens is None:
+            return {}
+        require_tokenizer(self.file.metadata, SPECIAL.values())
+        return dict(enumerate(tokens.value))
+
     @cached_property
     def tied(self) -> bool:
         return "output.weight" not in self.file.tensors
@@ -102,15 +142,25 @@ class GGUFCheckpoint(Checkpoint):
         return []
 
     @property
-    def container(self) -> GGUF | None:
-        return GGUF() if self._quantized else None
+    def container(self) -> str | None:
+        return "gguf" if self._quantized else None
+
+    @property
+    def unquantized_dtype(self) -> torch.dtype:
+        """A GGUF does not say what its model was computed in."""
+        return torch.bfloat16 if self._quantized else self.dtype
 
     @property
     def quantized(self) -> dict[str, tuple[AnyScheme, Shape]]:
         return self._quantized
 
+    @cached_property
+    def parts(self) -> dict[str, str]:
+        return {f"{module}.": module for module in self._quantized}
+
     def read_quantized(self, module: str) -> Quantized:
-        q = super().read_quantized(module)
+        scheme, _ = self._quantized[module]
+        q = blocks.unpack(self.entries[f"{module}."].read(), scheme.weight)
         rows = self.names.places(f"{module}.weight" if f"{module}.weight" in self.shapes else module)[0].rows
         return q if rows is None else select_rows(q, torch.argsort(rows))
 
@@ -187,10 +237,3 @@ def translation_of(checkpoint: Checkpoint) -> Names:
     if isinstance(checkpoint, GGUFCheckpoint):
         return checkpoint.names
     return Translation(family_of(checkpoint.config), checkpoint.config, checkpoint.tensors())
-
-
-def is_gguf(path: Path) -> bool:
-    """A GGUF file, or a folder of one without safetensors."""
-    if path.is_file():
-        return path.suffix == ".gguf"
-    return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))

@@ -1,48 +1,46 @@
 """Types for the tensors of a GGUF: those of llama.cpp's presets."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from halfbyte.containers import GGUF
-from halfbyte.errors import BadRequest, UnknownName, Unsupported
+from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.scalar import IntGrid
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.recipe import PARTS, Method, Recipe
-from halfbyte.targets.gguf import families, hyperparameters, presets
-from halfbyte.targets.gguf.container import LAYOUTS, type_of
+from halfbyte.targets.choosing import ROUNDING, left, modules_of, require_ties
+from halfbyte.targets.gguf import blocks, families, hyperparameters, presets
+from halfbyte.targets.gguf.blocks import LAYOUTS, type_of
 from halfbyte.targets.gguf.file import TYPES
 from halfbyte.targets.gguf.source import GGUFCheckpoint, Names, translation_of
-from halfbyte.targets.plan import AS_ASKED, SKIPPED, Choice, Job, check_patterns, keep, matches
-from halfbyte.words import unknown_grid
+from halfbyte.targets.patterns import first_match
+from halfbyte.targets.plan import AS_ASKED, SKIPPED, Choice, Plan, keep
+from halfbyte.targets.target import Target
 
 MISFIT = "neither"
 PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def job_of(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Method) -> Job:
+def quantizing(target: Target, recipe: Recipe, checkpoint: Checkpoint, method: Method) -> Plan:
+    """What quantizing makes of every tensor."""
     names = translation_of(checkpoint)
     preset, base = _preset_and_type(recipe.grid, recipe.pure)
     weights = list(checkpoint.weights(embedding=True))
-    check_patterns(weights, (*recipe.override, *recipe.skip))
+    overridden, skipped = first_match(weights, recipe.override), first_match(weights, dict.fromkeys(recipe.skip, True))
     wanted = _types(preset, base, weights, names, checkpoint, method.calibrated or recipe.imatrix is not None)
     choices = []
     for weight in weights:
-        override = next((g for p, g in recipe.override.items() if matches(weight, p)), None)
-        places = names.places(weight.tensor)
-        type_name = max(
-            (wanted.get(p.name, "F16") for p in places),
-            key=lambda t: TYPES[t].size_bytes / TYPES[t].block,
-            default="F16",
-        )
-        if any(matches(weight, p) for p in recipe.skip):
+        override = overridden.get(weight)
+        types = [wanted.get(place.name, "F16") for place in names.places(weight.tensor)]
+        type_name = max(types, key=lambda t: TYPES[t].size_bytes / TYPES[t].block, default="F16")
+        if weight in skipped:
             choices.append(Choice(weight, None, SKIPPED))
-        elif override == "keep" or not places or (type_name in presets.PLAIN and override is None):
+        elif override == "keep" or not types or (type_name in presets.PLAIN and override is None):
             choices.append(Choice(weight, None, AS_ASKED if override == "keep" else f"stored as {type_name}"))
         else:
-            choices.append(_fitting(weight, type_name if override is None else _type_named(override)))
+            choices.append(_fitting(weight, type_name if override is None else type_named(override)))
     dropped = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
     choices = [c for c in choices if c.weight.tensor not in dropped]
     kept = {t: reason for t, reason in keep(checkpoint, choices).items() if t not in dropped}
@@ -50,24 +48,21 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint, container: GGUF, method: Meth
         recipe, method = recipe.model_copy(update={"method": "nearest"}), PARTS["nearest"]
     elif not any(c.scheme for c in choices):
         raise BadRequest(f"nothing is left to quantize: {next((c.note for c in choices), 'the model has no matrix')}")
-    job = Job(
-        recipe,
-        checkpoint,
-        container,
-        method,
-        choices,
-        kept,
-        dropped=dropped,
-        preset=preset if _is_mostly(preset, choices, wanted, names) else None,
-    )
-    if preset and not job.preset:
-        job.warnings.append(f"most of this is {job.label}, not {preset}, and the file says so")
-    job.warnings += remarks_on(checkpoint, dropped)
-    misfits = Counter(c.note for c in choices if c.note.startswith(MISFIT))
-    job.warnings += [
-        f"{count} matri{'ces' if count > 1 else 'x'} kept as in the source: {note}" for note, count in misfits.items()
-    ]
-    return job
+    require_ties(target, checkpoint, choices)
+    borne = preset if _is_mostly(preset, choices, wanted, names) else None
+    plan = Plan(recipe, checkpoint, target, method, tuple(choices), kept, dropped, borne)
+    return replace(plan, warnings=(*_remarks_on_types(plan, preset), *_misfits(choices)))
+
+
+def _remarks_on_types(plan: Plan, preset: str | None) -> Iterator[str]:
+    if preset and not plan.preset:
+        yield f"most of this is {plan.label}, not {preset}, and the file says so"
+    yield from remarks_on(plan.checkpoint, plan.dropped)
+
+
+def _misfits(choices: Iterable[Choice]) -> Iterator[str]:
+    for note, count in Counter(c.note for c in choices if c.note.startswith(MISFIT)).items():
+        yield f"{count} matri{'ces' if count > 1 else 'x'} kept as in the source: {note}"
 
 
 def _is_mostly(preset: str | None, choices: list[Choice], wanted: Mapping[str, str], names: Names) -> bool:
@@ -101,14 +96,12 @@ def _preset_and_type(name: str, pure: bool = False) -> tuple[str | None, str]:
         preset = presets.preset_named(name)
         base = presets.PRESETS[preset].type
         return preset if base in presets.PLAIN or not pure else None, base
-    return None, _type_named(name)
+    return None, type_named(name)
 
 
-def _type_named(name: str) -> str:
-    try:
-        scheme = schemes.parse(name)
-    except UnknownName:
-        raise unknown_grid(name, ggufs=True) from None
+def type_named(name: str) -> str:
+    """Raises UnknownName, and Unsupported for what is no type."""
+    scheme = schemes.parse(name)
     if scheme.activations:
         raise Unsupported(
             f"a GGUF does not say how inputs are rounded, llama.cpp chooses it, and {name} does; write Q8_0 or Q4_K_M, or --to compressed-tensors"
@@ -147,15 +140,22 @@ def _fitting(weight: Weight, type_name: str) -> Choice:
         return Choice(
             weight, None, f"{MISFIT} {type_name} nor a type in smaller blocks divides its {weight.shape[1]} in-features"
         )
-    GGUF().check(LAYOUTS[fits].grid, weight.shape)
+    blocks.check(LAYOUTS[fits].grid, weight.shape)
     note = "" if fits == type_name else f"{type_name} does not divide {weight.shape[1]} in-features: {fits}"
     return Choice(weight, LAYOUTS[fits].grid, note)
 
 
-def transcode(
-    checkpoint: Checkpoint, container: GGUF, weights: list[Weight], names: Names, grid: str | None
-) -> tuple[list[Choice], str | None]:
-    """Rounded to what is asked for, and the preset that it is then; else as it is, or to the type of as many bits where a GGUF does not hold that."""
+def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str | None) -> Plan:
+    """As it is; or rounded to what is asked for, and the preset that it is then, or to the type of as many bits where none holds it."""
+    if grid and isinstance(checkpoint, GGUFCheckpoint):
+        source = recipe.model
+        raise BadRequest(
+            f"{source} is a GGUF already, whose types convert keeps; to round it to others: "
+            f"halfbyte quantize {source} -o OUT.gguf --grid {grid} --requantize"
+        )
+    names = translation_of(checkpoint)
+    dropped = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
+    weights = [w for w in modules_of(checkpoint) if w.tensor not in dropped]
     preset, base = _preset_and_type(grid) if grid else (None, "")
     if preset in presets.PLAIN:
         raise BadRequest(
@@ -167,7 +167,7 @@ def transcode(
         own, read = checkpoint.quantized[weight.name][0].weight, checkpoint.quantized[weight.name][0].activations
         remark = f"a GGUF does not say how inputs are rounded: no longer to {read}" if read else ""
         asked = _fitting(weight, wanted[names.places(weight.tensor)[0].name]) if grid else None
-        same = container.same(checkpoint.read_quantized(weight.name))
+        same = blocks.cast_exact(checkpoint.read_quantized(weight.name))
         if same and (asked is None or same.grid == asked.scheme):
             choices.append(Choice(weight, same.grid, remark))
         else:
@@ -176,7 +176,12 @@ def transcode(
                 f"{own} rounded again, as asked" if same else f"gguf does not hold {own} value for value: rounded again"
             )
             choices.append(replace(choice, note="; ".join(filter(None, (again, remark, choice.note)))))
-    return choices, preset if _is_mostly(preset, choices, wanted, names) else None
+    kept, said = left(checkpoint, choices, dropped), tuple(remarks_on(checkpoint, dropped))
+    shapes = {t: checkpoint.spec(t).shape for t in kept}
+    alone = [Weight(t.removesuffix(".weight"), t, None, shape) for t, shape in shapes.items() if len(shape) == 2]
+    require_ties(target, checkpoint, [*choices, *(Choice(weight, None) for weight in alone)])
+    borne = preset if _is_mostly(preset, choices, wanted, names) else None
+    return Plan(recipe, checkpoint, target, ROUNDING, tuple(choices), kept, dropped, borne, said)
 
 
 def _type_like(grid: Grid) -> str:

@@ -10,51 +10,46 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.folder import Shard
-from halfbyte.containers.place import beside
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.errors import BrokenOutput, Unsupported
+from halfbyte.errors import BrokenOutput
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.provenance import provenance_of
-from halfbyte.targets.gguf import families, file, hyperparameters, modelfile, presets, tokenizer
+from halfbyte.targets.gguf import blocks, families, file, hyperparameters, modelfile, presets, tokenizer
+from halfbyte.targets.gguf.blocks import type_of
 from halfbyte.targets.gguf.checked import require_types
-from halfbyte.targets.gguf.container import GGUF, type_of
 from halfbyte.targets.gguf.families import Place
 from halfbyte.targets.gguf.file import TYPES, Value, row_bytes
 from halfbyte.targets.gguf.origin import FALSE_OF_ANOTHER, origin
 from halfbyte.targets.gguf.settings import settings
 from halfbyte.targets.gguf.source import GGUFCheckpoint, translation_of
-from halfbyte.targets.plan import AS_ASKED, SKIPPED, Job
-from halfbyte.targets.target import Edition, Part, rows_of, split
+from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan
+from halfbyte.targets.target import CheckpointWriter, Part, rows_of, split
 
 PIECE, HEADS_ROWS = 1 << 20, 256
 """Weights of a piece: few enough for a core's cache. Rows of it come in multiples of a few heads', whose order may differ."""
 
 
-class GGUFEdition(Edition):
+class GGUFWriter(CheckpointWriter):
     """Rows may lie in another order than in the checkpoint, and experts in stacks; kept matrices stay in 16 bits, the rest is in 32."""
 
-    def __init__(self, job: Job):
-        super().__init__(job)
-        self.container = GGUF()
-        self.names = translation_of(job.checkpoint)
+    def __init__(self, plan: Plan):
+        super().__init__(plan)
+        self.names = translation_of(plan.checkpoint)
 
     @cached_property
-    def tensors(self) -> dict[str, tuple[str, Shape]]:
+    def types(self) -> dict[str, tuple[str, Shape]]:
         """Type and shape of every tensor of the file, in llama.cpp's order."""
         found: dict[str, tuple[str, Shape]] = {}
         experts: dict[str, int] = {}
 
         def add(place: Place, type_name: str, shape: Shape, expert: int | None) -> None:
-            if found.setdefault(place.name, (type_name, shape))[0] != type_name:
-                raise Unsupported(
-                    f"'{place.name}' holds all experts of a block, so they need one type, not {found[place.name][0]} and {type_name}"
-                )
+            found.setdefault(place.name, (type_name, shape))
             if expert is not None:
                 experts[place.name] = max(experts.get(place.name, 0), expert + 1)
 
-        for weight, scheme in self.job.schemes.items():
+        for weight, scheme in self.plan.schemes.items():
             for place in self.names.places(weight.tensor):
                 out = weight.shape[0] if place.rows is None else len(place.rows)
                 add(
@@ -63,8 +58,8 @@ class GGUFEdition(Edition):
                     (out, weight.shape[1]),
                     place.expert if weight.expert is None else weight.expert,
                 )
-        for tensor in self.job.kept:
-            shape = self.job.checkpoint.spec(tensor).shape
+        for tensor in self.plan.kept:
+            shape = self.plan.checkpoint.spec(tensor).shape
             for place in self.names.places(tensor):
                 stored = _stored_shape(place, shape)
                 add(place, self._plain(tensor, place), stored, place.expert)
@@ -77,14 +72,19 @@ class GGUFEdition(Edition):
 
     def _plain(self, tensor: str, place: Place) -> str:
         """F32 for what llama.cpp wants so; a matrix keeps its 16 bits, or has those that were asked for."""
-        if place.plain or len(self.job.checkpoint.spec(tensor).shape) < 2:
+        if place.plain or len(self.plan.checkpoint.spec(tensor).shape) < 2:
             return "F32"
-        asked = None if self.job.kept[tensor] in (SKIPPED, AS_ASKED) else self.job.plain
-        return asked or presets.PLAIN_NAMES.get(self.job.checkpoint.spec(tensor).dtype, "F32")
+        asked = None if self.plan.kept[tensor] in (SKIPPED, AS_ASKED) else self._asked_type
+        return asked or presets.PLAIN_NAMES.get(self.plan.checkpoint.spec(tensor).dtype, "F32")
+
+    @property
+    def _asked_type(self) -> str | None:
+        """Of every matrix, where none is quantized."""
+        return self.plan.preset if self.plan.preset in presets.PLAIN else None
 
     def shards(self, stem: str) -> dict[str, Shard]:
-        specs = {name: _spec(*tensor) for name, tensor in self.tensors.items()}
-        parts = split(specs, (self.job.recipe.shard_gb or float("inf")) * 1e9)
+        specs = {name: _spec(*tensor) for name, tensor in self.types.items()}
+        parts = split(specs, (self.plan.recipe.shard_gb or float("inf")) * 1e9)
         said = (
             [self.metadata]
             if len(parts) == 1
@@ -95,20 +95,20 @@ class GGUFEdition(Edition):
         )
         return {
             name: Shard(
-                sum(s.size_bytes for s in part.values()), partial(_writer, metadata, {t: self.tensors[t] for t in part})
+                sum(s.size_bytes for s in part.values()), partial(_writer, metadata, {t: self.types[t] for t in part})
             )
             for name, metadata, part in zip(names, said, parts, strict=True)
         }
 
-    def entrance(self, stem: str) -> str:
+    def entry_file(self, stem: str) -> str:
         return next(iter(self.shards(stem)))
 
     @cached_property
     def metadata(self) -> dict[str, Value]:
-        said = metadata_of(self.job)
-        if self.job.recipe.method == "convert" and "general.file_type" in said:
+        said = metadata_of(self.plan)
+        if self.plan.recipe.method == "convert" and "general.file_type" in said:
             return said
-        label, kinds = self.job.label, [kind for kind, shape in self.tensors.values() if len(shape) > 1]
+        label, kinds = self.plan.label, [kind for kind, shape in self.types.values() if len(shape) > 1]
         commonest = (
             label
             if label in presets.PRESETS
@@ -118,7 +118,7 @@ class GGUFEdition(Edition):
 
     def pieces(self, weight: Weight) -> list[Weight]:
         """Blocks lie within rows, so rows go apart wherever the file's order of them does not mix the pieces."""
-        source, places, (out, width) = self.job.checkpoint, self.names.places(weight.tensor), weight.shape
+        source, places, (out, width) = self.plan.checkpoint, self.names.places(weight.tensor), weight.shape
         plain = (
             not isinstance(source, GGUFCheckpoint)
             and weight.tensor in source.entries
@@ -134,7 +134,7 @@ class GGUFEdition(Edition):
     def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
         for place in self.names.places(weight.tensor):
             order = _order(place, weight)
-            raw = self.container.pack(q if order is None else select_rows(q, order))[""]
+            raw = blocks.pack(q if order is None else select_rows(q, order))
             expert = place.expert if weight.expert is None else weight.expert
             yield Part(place.name, raw, weight.first) if expert is None else Part(place.name, raw[None], expert)
 
@@ -148,7 +148,7 @@ class GGUFEdition(Edition):
                 else entries[place.name].read(weight.first, weight.first + weight.shape[0])
             )
             raw = raw if expert is None else raw[0]
-            part = self.container.unpack({"": raw}, scheme, (raw.shape[0], weight.shape[1]))
+            part = blocks.unpack(raw, scheme.weight)
             if part.shape == weight.shape:
                 order = _order(place, weight)
                 return part if order is None else select_rows(part, torch.argsort(order))
@@ -159,14 +159,14 @@ class GGUFEdition(Edition):
 
     def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
         for place in self.names.places(tensor):
-            stored = cast(tensor, place.stored(value), TYPES[self._plain(tensor, place)].dtype, self.job.wider)
+            stored = cast(tensor, place.stored(value), TYPES[self._plain(tensor, place)].dtype, self.plan.wider)
             yield Part(place.name, stored) if place.expert is None else Part(place.name, stored[None], place.expert)
 
     def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
         return [rows_of(entries[place.name], place.expert) for place in self.names.places(tensor)]
 
     def restored(self, entries: Mapping[str, Entry], tensor: str) -> Tensor:
-        spec = self.job.checkpoint.spec(tensor)
+        spec = self.plan.checkpoint.spec(tensor)
         values = []
         for place, stored in zip(self.names.places(tensor), self.kept(entries, tensor), strict=True):
             value = stored if place.expert is None else stored[0]
@@ -179,16 +179,18 @@ class GGUFEdition(Edition):
         for name, value in self.names.extra().items():
             yield Part(name, value.float())
 
-    def accompany(self, folder: Path) -> None:
+    def write_sidecars(self, folder: Path) -> None:
         """What Ollama is told; a GGUF is whole by itself otherwise."""
         first = min(folder.glob("*.gguf"))
-        beside(first, "Modelfile").write_text(modelfile.text(first.name, self.metadata), encoding="utf-8", newline="\n")
+        first.with_name(f"{first.stem}.Modelfile").write_text(
+            modelfile.text(first.name, self.metadata), encoding="utf-8", newline="\n"
+        )
 
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
         written = file.read(next(folder.glob("*.gguf")))
-        if {n: (s.type, s.shape) for n, s in written.tensors.items()} != self.tensors:
+        if {n: (s.type, s.shape) for n, s in written.tensors.items()} != self.types:
             raise BrokenOutput(
-                f"the written file holds {len(written.tensors)} tensors, and not the {len(self.tensors)} that were planned as they were planned"
+                f"the written file holds {len(written.tensors)} tensors, and not the {len(self.types)} that were planned as they were planned"
             )
         return {name: stored.entry for name, stored in written.tensors.items()}
 
@@ -220,25 +222,25 @@ def _stored_shape(place: Place, shape: Shape) -> Shape:
 
 
 def _writer(
-    metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], path: Path, resume: bool
+    metadata: Mapping[str, Value], types: Mapping[str, tuple[str, Shape]], path: Path, resume: bool
 ) -> file.Writer:
-    return file.Writer(path, metadata, tensors, resume)
+    return file.Writer(path, metadata, types, resume)
 
 
-def metadata_of(job: Job) -> dict[str, Value]:
+def metadata_of(plan: Plan) -> dict[str, Value]:
     """What the file says of the model."""
-    source = job.checkpoint
+    source = plan.checkpoint
     if isinstance(source, GGUFCheckpoint):
         require_types(source.file.metadata)
         kept = {
             k: v
             for k, v in source.file.metadata.items()
-            if job.recipe.method == "convert" or not FALSE_OF_ANOTHER.fullmatch(k)
+            if plan.recipe.method == "convert" or not FALSE_OF_ANOTHER.fullmatch(k)
         }
         return {**kept, "general.quantization_version": Value("uint32", hyperparameters.QUANTIZATION_VERSION)}
     family = families.family_of(source.config)
-    parameters = sum(prod(shape) for tensor, shape in source.tensors().items() if tensor not in job.dropped)
+    parameters = sum(prod(shape) for tensor, shape in source.tensors().items() if tensor not in plan.dropped)
     said = hyperparameters.metadata(source.config, family, source.path) | origin(
-        provenance_of(source, job.recipe.model), parameters
+        provenance_of(source, plan.recipe.model), parameters
     )
-    return {**said, **tokenizer.tokenizer_metadata(source.path, settings(source.config).vocab_size, job.recipe.pre)}
+    return {**said, **tokenizer.tokenizer_metadata(source.path, settings(source.config).vocab_size, plan.recipe.pre)}

@@ -2,53 +2,36 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from halfbyte.containers import kv
-from halfbyte.containers.container import Config, ConfigContainer
+from halfbyte.containers import Container, kv
+from halfbyte.containers.container import Config
 from halfbyte.containers.folder import Shard
 from halfbyte.containers.safetensors import Entry, Spec, Writer
 from halfbyte.errors import BrokenOutput
-from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models import roles
-from halfbyte.models.checkpoint import Checkpoint, Weight
-from halfbyte.targets.plan import Job
-from halfbyte.targets.target import Edition, Part, split
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.targets.plan import Plan
+from halfbyte.targets.target import CheckpointWriter, split
 
 SHARD_GB = 5.0
 OURS = {"README.md", "report.json", "recipe.yaml"}
 
 
-class FolderEdition(Edition):
-    """Bits as a ConfigContainer lays them, in files that Transformers and the engines find by config.json."""
+class FolderWriter(CheckpointWriter):
+    """Bits as a container lays them, in files that Transformers and the engines find by config.json."""
 
-    def __init__(self, job: Job, container: ConfigContainer):
-        super().__init__(job)
+    def __init__(self, plan: Plan, container: Container | None):
+        super().__init__(plan)
         self.container = container
 
     def files(self) -> dict[str, dict[str, Spec]]:
         """What each file holds, in the order of the source."""
-        by_tensor: dict[str, list[tuple[Weight, AnyScheme]]] = {}
-        for weight, scheme in self.job.schemes.items():
-            by_tensor.setdefault(weight.tensor, []).append((weight, scheme))
-        specs: dict[str, Spec] = {}
-        for tensor in self.job.checkpoint.tensors():
-            if tensor in self.job.kept:
-                specs[tensor] = self.job.spec(tensor)
-            for weight, scheme in by_tensor.get(tensor, []):
-                specs.update(
-                    {
-                        f"{weight.name}.{suffix}": spec
-                        for suffix, spec in self.container.plan(scheme, weight.shape).items()
-                    }
-                )
-        specs.update(self.job.scales)
-        parts = split(specs, (self.job.recipe.shard_gb or SHARD_GB) * 1e9)
+        parts = split(self.tensors(), (self.plan.recipe.shard_gb or SHARD_GB) * 1e9)
         names = (
             ["model.safetensors"]
             if len(parts) == 1
@@ -62,30 +45,16 @@ class FolderEdition(Edition):
             for name, specs in self.files().items()
         }
 
-    def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
-        for suffix, tensor in self.container.pack(q).items():
-            yield Part(f"{weight.name}.{suffix}", tensor)
-
-    def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: AnyScheme) -> Quantized:
-        tensors = {
-            suffix: entries[f"{weight.name}.{suffix}"].read() for suffix in self.container.plan(scheme, weight.shape)
-        }
-        return self.container.unpack(tensors, scheme, weight.shape)
-
-    def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
-        yield Part(tensor, value)
-
-    def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
-        return [entries[tensor].read()]
-
-    def restored(self, entries: Mapping[str, Entry], tensor: str) -> Tensor:
-        return entries[tensor].read()
-
-    def accompany(self, folder: Path) -> None:
-        job, source = self.job, self.job.checkpoint
-        config = self.container.config({w.name: s for w, s in job.schemes.items()}, self._linears_kept(), source.dtype)
-        config = kv.config(config, job.kv) if job.kv else config
-        files = {"config.json": self._config(config), **self.container.extra_files(config)}
+    def write_sidecars(self, folder: Path) -> None:
+        plan, source = self.plan, self.plan.checkpoint
+        config: Config = {}
+        files: dict[str, Config] = {}
+        if self.container:
+            named = {w.name: s for w, s in plan.schemes.items()}
+            config = self.container.config(named, self._linears_kept(), source.dtype)
+            config = kv.config(config, plan.kv) if plan.kv else config
+            files = self.container.extra_files(config)
+        files = {"config.json": self._config(config), **files}
         for path in source.other_files:
             name = str(path.relative_to(source.path))
             if name not in OURS:
@@ -103,13 +72,13 @@ class FolderEdition(Edition):
 
     def _config(self, quantization: Config) -> Config:
         """The source's, with what this output is: what it said of the source's own quantization goes."""
-        source = self.job.checkpoint
+        source = self.plan.checkpoint
         config = {name: value for name, value in source.config.items() if name != "quantization_config"}
         if isinstance(text := config.get("text_config"), dict):
             config["text_config"] = {name: value for name, value in text.items() if name != "quantization_config"}
-        if self.job.plain_dtype:
+        if self.plan.plain_dtype:
             config = {name: value for name, value in config.items() if name != "torch_dtype"} | {
-                "dtype": _name(self.job.plain_dtype)
+                "dtype": _name(self.plan.plain_dtype)
             }
         elif not config.keys() & {"dtype", "torch_dtype"}:
             config["dtype"] = _name(
@@ -119,14 +88,14 @@ class FolderEdition(Edition):
 
     def _linears_kept(self) -> list[str]:
         """Modules left in 16 bits that engines would take to be quantized if config.json did not name them."""
-        job, source = self.job, self.job.checkpoint
-        weights = {c.weight.tensor for c in job.choices}
+        plan, source = self.plan, self.plan.checkpoint
+        weights = {c.weight.tensor for c in plan.choices}
         matrices = (
-            t for t in job.kept if t.endswith(".weight") and t not in weights and len(source.spec(t).shape) == 2
+            t for t in plan.kept if t.endswith(".weight") and t not in weights and len(source.spec(t).shape) == 2
         )
         routers = [t.removesuffix(".weight") for t in matrices if not roles.EMBEDDING.match(t)]
-        kept = [c.weight.name for c in job.choices if not c.scheme] + routers
-        if all(w.block for w in job.schemes) and "lm_head" not in kept:
+        kept = [c.weight.name for c in plan.choices if not c.scheme] + routers
+        if all(w.block for w in plan.schemes) and "lm_head" not in kept:
             kept.append(
                 "lm_head"
             )  # a head that is tied, or has another name in the file, is a linear to engines all the same
@@ -140,7 +109,7 @@ class FolderEdition(Edition):
 
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
         written = Checkpoint(folder)
-        if written.quantized.keys() != (expected := {w.name for w in self.job.schemes}):
+        if written.quantized.keys() != (expected := {w.name for w in self.plan.schemes}):
             raise BrokenOutput(
                 f"the written folder holds {len(written.quantized)} quantized modules, not {len(expected)}"
             )

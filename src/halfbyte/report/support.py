@@ -6,7 +6,6 @@ from contextlib import suppress
 
 import torch
 
-from halfbyte.containers import CONTAINERS
 from halfbyte.engines.architectures import Config, Registry, registry
 from halfbyte.engines.engines import ENGINES, engine_named
 from halfbyte.engines.verdicts import Word, check
@@ -18,6 +17,7 @@ from halfbyte.models.checkpoint import Weight
 from halfbyte.recipe import METHODS, method_named
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Statistics
+from halfbyte.targets import TARGETS
 
 OUT, WIDTH = 128, 256
 SCHEMES = [*GRIDS, *(preset.scheme for preset in schemes.PRESETS.values() if "/" in preset.scheme)]
@@ -34,10 +34,9 @@ def triples() -> Iterator[tuple[str, str, str, str]]:
     statistics = Statistics(WIDTH)
     statistics.add(torch.randn(512, WIDTH, generator=generator))
     for name in SCHEMES:
-        for kind in CONTAINERS.values():
-            container = kind()
+        for container in TARGETS.values():
             try:
-                scheme = container.native(schemes.parse(name), torch.bfloat16)
+                scheme = container.resolve(schemes.parse(name), torch.bfloat16)
                 container.check(scheme, (OUT, WIDTH))
             except Unsupported as error:
                 yield from ((method, name, container.name, str(error)) for method in METHODS)
@@ -52,7 +51,7 @@ def triples() -> Iterator[tuple[str, str, str, str]]:
                         )
                     )
                 packed = container.pack(q)
-                plan = container.plan(scheme, q.shape)
+                plan = container.specs(scheme, q.shape)
                 made = {n: (tuple(t.shape), t.dtype) for n, t in packed.items()}
                 if made != {n: (s.shape, s.dtype) for n, s in plan.items()}:
                     raise BrokenOutput(f"{container.name} packs {name} into other tensors than it plans")
@@ -69,26 +68,26 @@ def markdown() -> str:
         fits.setdefault(grid, {})[container] = not reason
     families: dict[tuple[str, ...], list[str]] = {}
     for grid, held in fits.items():
-        families.setdefault(tuple(c for c in CONTAINERS if held[c]), []).append(grid)
+        families.setdefault(tuple(c for c in TARGETS if held[c]), []).append(grid)
     lines = [
         f"Every method ({', '.join(f'`{m}`' for m in METHODS)}) meets every grid. After a slash: how inputs are rounded, where they are. The containers hold:",
         "",
-        f"| schemes | {' | '.join(CONTAINERS)} |",
-        f"|---|{':-:|' * len(CONTAINERS)}",
+        f"| schemes | {' | '.join(TARGETS)} |",
+        f"|---|{':-:|' * len(TARGETS)}",
     ]
     for held, names in families.items():
-        lines.append(f"| {_condensed(names)} | {' | '.join('yes' if c in held else '' for c in CONTAINERS)} |")
+        lines.append(f"| {_condensed(names)} | {' | '.join('yes' if c in held else '' for c in TARGETS)} |")
     lines += [
         "",
         "Engines load a Llama-shaped model so; group sizes, other shapes, families and mixtures are checked before each run. Tested here: a test or a",
         "benchmark of this repository runs it; documented there: read in the engine's source or documentation; the rest is refused.",
         "",
-        f"| engine | {' | '.join(CONTAINERS)} |",
-        f"|---|{'---|' * len(CONTAINERS)}",
+        f"| engine | {' | '.join(TARGETS)} |",
+        f"|---|{'---|' * len(TARGETS)}",
     ]
     for engine in ENGINES:
         lines.append(
-            f"| {engine} | {' | '.join(_cell(engine, container, [g for g, held in fits.items() if held[container]]) for container in CONTAINERS)} |"
+            f"| {engine} | {' | '.join(_cell(engine, container, [g for g, held in fits.items() if held[container]]) for container in TARGETS)} |"
         )
     return "\n".join(lines)
 
@@ -112,7 +111,7 @@ def of_engine(engine: str) -> str:
             lines += [f"  {word}{by}:", *_wrapped(_condensed(names).replace("`", ""), "    ")] if names else []
         for note in reads.notes:
             lines += _wrapped(f"- {note}", "  ", "    ")
-    if others := [container for container in CONTAINERS if container not in spec.reads]:
+    if others := [container for container in TARGETS if container not in spec.reads]:
         lines += ["", *_wrapped(f"{Word.REFUSED}, all of it: {', '.join(others)} ({spec.otherwise})", "", "  ")]
     return "\n".join(lines)
 
@@ -136,10 +135,10 @@ def _models(known: Registry) -> str:
 
 def _held(container: str) -> list[str]:
     """The schemes that a container holds."""
-    kind, held = CONTAINERS[container](), []
+    kind, held = TARGETS[container], []
     for name in SCHEMES:
         with suppress(Unsupported):
-            kind.check(kind.native(schemes.parse(name), torch.bfloat16), (OUT, WIDTH))
+            kind.check(kind.resolve(schemes.parse(name), torch.bfloat16), (OUT, WIDTH))
             held.append(name)
     return held
 
@@ -152,7 +151,7 @@ def _by_word(engine: str, container: str, names: list[str]) -> dict[Word, list[s
     weights = [
         Weight(f"model.layers.0.{n}", f"model.layers.0.{n}.weight", "model.layers.0", s) for n, s in LLAMA.items()
     ]
-    native = CONTAINERS[container]().native
+    native = TARGETS[container].resolve
     found: dict[Word, list[str]] = {word: [] for word in Word}
     for name in names:
         scheme = native(schemes.parse(name), torch.bfloat16)

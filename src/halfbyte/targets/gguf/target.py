@@ -1,0 +1,114 @@
+"""GGUF: rows of blocks, one ggml type for each tensor (ggml's docs/gguf.md), under ggml's names, in one file or parts of one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers import kv
+from halfbyte.containers.container import weights_only
+from halfbyte.containers.kv import KVGrid
+from halfbyte.containers.safetensors import Spec
+from halfbyte.errors import Unsupported
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.scalar import IntGrid
+from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
+from halfbyte.recipe import PARTS, Method, Recipe
+from halfbyte.targets.constraints import EACH, Rule, TiedGroup, tied_by
+from halfbyte.targets.gguf import blocks, presets, types
+from halfbyte.targets.gguf.blocks import TYPE_OF, type_of
+from halfbyte.targets.gguf.source import translation_of
+from halfbyte.targets.gguf.writer import GGUFWriter
+from halfbyte.targets.plan import Plan
+from halfbyte.targets.target import Target
+
+
+@dataclass(frozen=True)
+class GGUF(Target):
+    """Any type of ggml that the installed gguf package decodes."""
+
+    file_suffix = ".gguf"
+    marks = ("*.gguf",)
+    words = frozenset({"pure", "pre"})
+    default_grid = "Q4_K_M"
+    has_presets = True
+
+    @property
+    def name(self) -> str:
+        return blocks.NAME
+
+    @property
+    def title(self) -> str:
+        return "GGUF"
+
+    def grid_name(self, scheme: AnyScheme) -> str:
+        return type_of(scheme.weight)
+
+    def require_name(self, name: str, mixture: bool) -> None:
+        if not (mixture and presets.is_preset(name)):
+            types.type_named(name)
+
+    def prefers(self, name: str, scheme: AnyScheme | None) -> bool:
+        return presets.is_preset(name) or (scheme in TYPE_OF and not isinstance(scheme, IntGrid))
+
+    def label(self, plan: Plan) -> str:
+        """Its preset, or the commonest type."""
+        named = [self.grid_name(scheme) for scheme in plan.schemes.values()]
+        return plan.preset or (max(named, key=named.count) if named else plan.recipe.grid)
+
+    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        grid = weights_only(scheme, self.name)
+        return grid.with_scale("fp16") if isinstance(grid, IntGrid) else grid
+
+    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        blocks.check(scheme, shape)
+
+    def cast_exact(self, q: Quantized) -> Quantized | None:
+        return blocks.cast_exact(q)
+
+    def casts(self, q: Quantized) -> Iterator[Quantized]:
+        yield from super().casts(q)
+        if near := blocks.with_minimum(q):
+            yield near
+
+    def specs(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        return {"": blocks.spec(weights_only(scheme, self.name), shape)}
+
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        return {"": blocks.pack(q)}
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        return blocks.unpack(tensors[""], weights_only(scheme, self.name))
+
+    def ties(self, checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[TiedGroup]:
+        """Experts of a block are one tensor, however they lie in the source."""
+        names = translation_of(checkpoint)
+
+        def stack(weight: Weight) -> str | None:
+            expert = next(
+                (p for p in names.places(weight.tensor) if weight.expert is not None or p.expert is not None), None
+            )
+            return expert.name if expert else None
+
+        return tied_by(
+            weights, stack, Rule.SAME, f"'{{key}}' holds all experts of a block, so they need one type, not {EACH}"
+        )
+
+    def plan(self, recipe: Recipe, checkpoint: Checkpoint, method: Method) -> Plan:
+        return types.quantizing(self, recipe, checkpoint, method)
+
+    def convert(self, recipe: Recipe, checkpoint: Checkpoint, grid: str | None) -> Plan:
+        return types.converting(self, recipe, checkpoint, grid)
+
+    def decode(self, recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+        plain = recipe.model_copy(update={"grid": presets.PLAIN_NAMES[DTYPE_NAMES[recipe.grid]]})
+        plan = types.quantizing(self, plain, checkpoint, PARTS["nearest"])
+        return replace(plan, recipe=recipe, plain_dtype=torch.float32)  # the writer rounds what it is given, once
+
+    def require_cache(self, grid: KVGrid) -> None:
+        raise Unsupported(f"a GGUF stores nothing of a KV cache: llama.cpp chooses it as it starts, {kv.LLAMA_CPP}")
+
+    def writer(self, plan: Plan) -> GGUFWriter:
+        return GGUFWriter(plan)

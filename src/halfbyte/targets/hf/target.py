@@ -1,0 +1,103 @@
+"""A folder of safetensors as on the Hugging Face hub, whose config.json says how its weights are quantized, if they are."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from halfbyte.containers import Container
+from halfbyte.containers import kv as layout
+from halfbyte.containers.kv import KVGrid
+from halfbyte.containers.safetensors import Spec
+from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.grids.cast import with_divisor
+from halfbyte.grids.grid import Shape
+from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint
+from halfbyte.recipe import Recipe
+from halfbyte.targets.choosing import ROUNDING
+from halfbyte.targets.hf.writer import FolderWriter
+from halfbyte.targets.plan import Plan
+from halfbyte.targets.target import Target
+
+
+@dataclass(frozen=True)
+class HuggingFace(Target):
+    """Bits as a container lays them, in files that Transformers and the engines find by config.json."""
+
+    marks = ("config.json",)
+    container: Container | None = None
+    """None: in 16 or 32 bits, nothing is quantized."""
+
+    @property
+    def name(self) -> str:
+        return self.container.name if self.container else "safetensors"
+
+    @property
+    def mixes(self) -> bool:
+        return self.container is None or self.container.mixes
+
+    @property
+    def _quantized(self) -> Container:
+        if self.container is None:
+            raise Unsupported("plain safetensors hold no quantized matrix; compressed-tensors does")
+        return self.container
+
+    def for_model(self, dtype: torch.dtype) -> "HuggingFace":
+        return replace(self, container=self._quantized.for_model(dtype))
+
+    def for_tensor(self, q: Quantized) -> "HuggingFace":
+        return replace(self, container=self._quantized.holding(q))
+
+    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        return self._quantized.native(scheme, dtype)
+
+    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        self._quantized.check(scheme, shape)
+
+    def cast_exact(self, q: Quantized) -> Quantized | None:
+        return self._quantized.same(q)
+
+    def casts(self, q: Quantized) -> Iterator[Quantized]:
+        yield from super().casts(q)
+        if near := with_divisor(q):
+            yield near
+
+    def specs(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        return self._quantized.plan(scheme, shape)
+
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        return self._quantized.pack(q)
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        return self._quantized.unpack(tensors, scheme, shape)
+
+    def decode(self, recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+        _require_names(checkpoint)
+        kept = dict.fromkeys(checkpoint.tensors(), "decoded" if checkpoint.container else "as in the source")
+        return Plan(recipe, checkpoint, self, ROUNDING, (), kept, plain_dtype=DTYPE_NAMES[recipe.grid])
+
+    def require_cache(self, grid: KVGrid) -> None:
+        layout.config({"quant_method": self.name}, grid)
+
+    def writer(self, plan: Plan) -> FolderWriter:
+        return FolderWriter(plan, self.container)
+
+
+def _require_names(checkpoint: Checkpoint) -> None:
+    """Raise Unsupported for experts that lie apart and that no one looks for so in 16 bits: Transformers would fill its stacks at random."""
+    numbered = [m for m in checkpoint.quantized if re.search(r"\.\d+\.[^.]+$", m) and "expert" in m]
+    if not numbered:
+        return
+    from halfbyte.models import modules, skeleton  # Transformers takes seconds to import
+
+    try:
+        model = skeleton.outline(checkpoint)
+    except BadCheckpoint:
+        return
+    if lost := modules.read_in_stacks(model, numbered):
+        raise Unsupported(
+            f"in 16 bits Transformers reads '{lost}' out of one tensor of all experts, which is not put together yet; take the original model"
+        )

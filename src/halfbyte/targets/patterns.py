@@ -1,0 +1,46 @@
+"""Patterns of weights' names, as users write them: `layers.0.*` matches model.layers.0.mlp.up_proj, since one may start at any dot."""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
+
+from halfbyte.errors import BadRequest
+from halfbyte.models.checkpoint import Weight
+
+Value = TypeVar("Value")
+WILD = re.compile(r"\[!?.[^]]*\]|[*?[]")
+
+
+class Pattern(NamedTuple):
+    """One pattern, ready to be asked of very many weights."""
+
+    words: str
+    literal: str
+    """A part of every name that it matches: one search for it spares most names the expression."""
+    expression: re.Pattern[str]
+
+    @classmethod
+    def of(cls, words: str) -> "Pattern":
+        literal = max(WILD.split(words), key=len)
+        return cls(words, literal, re.compile(rf"(?s:.*\.)?{fnmatch.translate(words)}"))
+
+    def among(self, names: Mapping[Weight, str]) -> list[Weight]:
+        """Those that are called so, by their modules or by their tensors: both names, in a line each."""
+        literal, match = self.literal, self.expression.match
+        near = [weight for weight, both in names.items() if literal in both]
+        return [weight for weight in near if match(weight.name) or match(weight.tensor)]
+
+
+def first_match(weights: Iterable[Weight], table: Mapping[str, Value]) -> dict[Weight, Value]:
+    """The value of the first pattern in the table that matches, by weight. Raises BadRequest for a pattern that matches none of them."""
+    names = {weight: f"{weight.name}\n{weight.tensor}" for weight in weights} if table else {}
+    found: dict[Weight, Value] = {}
+    for words, value in table.items():
+        matching = Pattern.of(words).among(names)
+        if not matching:
+            example = next(w.name for w in names if w.block)
+            raise BadRequest(f"pattern '{words}' matches no weight; they are called like {example}")
+        for weight in matching:
+            found.setdefault(weight, value)
+    return found
