@@ -7,8 +7,9 @@
 >>> halfbyte.evaluate(["model-int4"], against="org/model")
 >>> model = halfbyte.load("model-int4")
 
-quantize, convert, dequantize and kv write checkpoints; evaluate, needle and inspect measure them; imatrix writes an importance
-matrix; load gives a Transformers model. Whatever is wrong with a request is a HalfbyteError, whose text is one line.
+quantize, convert, dequantize and kv write checkpoints; evaluate, needle and inspect measure them; imatrix writes an
+importance matrix; load gives a Transformers model. Whatever is wrong with a request is a HalfbyteError, whose text is
+one line.
 """
 
 from importlib import import_module

@@ -117,17 +117,20 @@ def evaluate(
     progress: Progress | bool = False,
     device: str = AUTO,
 ) -> Evaluation | StatesEvaluation:
-    """Perplexity of `against` and `models`, and what each of `models` diverges from it, on the same tokens; of models without a head that
-    predicts tokens (reward, embedding), how far their last hidden states are from those of `against`. `compared` says which.
+    """Perplexity of `against` and `models`, and how far each of `models` diverges from it, on the same tokens; of
+    models that predict no tokens (reward, embedding), how far their last hidden states are from those of `against`.
+    `compared` says which.
 
-    `text`: a file, a dataset, or "heldout", the embedded text. `convention`: how it becomes windows and scored positions,
-    a key of `halfbyte.evaluation.conventions.CONVENTIONS`: "served", each window begins as the tokenizer begins a text;
-    "papers", none does; "llama.cpp". `kv`: caches to run each model with; "stored" is the one that it says it has, "none"
-    one of 16 bits. `adapter`: the folder of a LoRA adapter that is merged into `against`. The result is also put into
-    each model's report.json, beside those of other conditions; its card shows the longest against the source.
+    `text`: a file, a dataset, or "heldout", the embedded text. `convention`: how it becomes windows and scored
+    positions, a key of `halfbyte.evaluation.conventions.CONVENTIONS`: "served", each window begins as the tokenizer
+    begins a text; "papers", none does; "llama.cpp". `kv`: caches to run each model with; "stored" is the one that it
+    says it has, "none" one of 16 bits. `adapter`: the folder of a LoRA adapter that is merged into `against`. The
+    result is also put into each model's report.json, beside those of other conditions; its card shows the longest
+    against the source.
 
-    `foreign`: compare a model with another than its report names as its source too, or with one whose tokenizer has other tokens; else
-    that raises BadRequest. The card never shows such a comparison. `device`: what runs the models, as in `quantize`.
+    `foreign`: compare a model with another than its report names as its source too, or with one whose tokenizer has
+    other tokens; else that raises BadRequest. The card never shows such a comparison. `device`: what runs the models,
+    as in `quantize`.
     """
     chosen = device_named(device)
     from halfbyte.evaluation import divergence, states
@@ -182,11 +185,12 @@ def needle(
     progress: Progress | bool = False,
     device: str = AUTO,
 ) -> Needle:
-    """How well `against` and `models` read back a fact that is planted in texts of these lengths, at `depths` places from beginning to end.
+    """How well `against` and `models` read back a fact that is planted in texts of these lengths, at `depths` places
+    from beginning to end.
 
-    For each length and depth: `gain`, how much likelier its having been told makes the answer, in nats per token; `found`, the share of
-    answers that greedy decoding gives. `kv`, `adapter`, `foreign` and `device` are as in `evaluate`. The result is also written into each
-    model's report.json.
+    For each length and depth: `gain`, how much likelier its having been told makes the answer, in nats per token;
+    `found`, the share of answers that greedy decoding gives. `kv`, `adapter`, `foreign` and `device` are as in
+    `evaluate`. The result is also written into each model's report.json.
     """
     chosen = device_named(device)
     from halfbyte.evaluation.needle import measure
@@ -244,7 +248,8 @@ def _strangers(reference: Checkpoint, models: Sequence[str | Path], foreign: boo
         checkpoint = open_checkpoint(model)
         if checkpoint.text_config.get("vocab_size") != reference.text_config.get("vocab_size"):
             raise BadRequest(
-                f"{checkpoint.path} and {reference.path} have different vocabularies; their predictions cannot be compared"
+                f"{checkpoint.path} and {reference.path} have different vocabularies; their predictions cannot be "
+                "compared"
             )
         reasons = []
         if source := lineage.stranger(checkpoint.path, reference):
@@ -270,7 +275,7 @@ def kv(
     progress: Progress | bool = False,
     device: str = AUTO,
 ) -> CacheReport:
-    """Write a checkpoint, quantized or not, into `out` with the scales of a quantized KV cache; returns the report of it.
+    """Write a checkpoint, quantized or not, into `out` with the scales of a quantized KV cache; returns its report.
 
     `grid`: fp8-e4m3, or fp8-e4m3-head with a scale for each head. `calibration` and `observer`: as in `quantize`.
     Raises HalfbyteError.
@@ -308,7 +313,7 @@ def imatrix(
 
 
 def load(path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cpu") -> "PreTrainedModel":
-    """Any checkpoint that halfbyte reads, as a Transformers model that runs; quantized linears stay packed in memory."""
+    """Any checkpoint that halfbyte reads, as a Transformers model that runs; quantized linears stay packed."""
     from halfbyte import nn
 
     return nn.load(path, dtype, device)

@@ -51,7 +51,7 @@ err = Terminal(stderr=True)
 def entry(
     name: str, *flags: str, names: Iterable[str] = (), more: str = "", of: type[Entries] = Recipe, **settings: Any
 ) -> Any:
-    """An option for an entry of a recipe, of which its own documentation is the help; `names` that it may be are listed."""
+    """An option for an entry of a recipe, whose own documentation is the help; `names` that it may be are listed."""
     listed = f"{', '.join(names)}." if names else ""
     return typer.Option(*flags, help=" ".join(filter(None, (meaning(name, of), listed, more))), **settings)
 
@@ -537,8 +537,8 @@ def _print_json(found: Part | Sequence[Part]) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Entry point. A request that cannot be met is one line and exit code 2; an interrupted run says how to go on; a bug of ours is one
-    line and exit code 70, unless HALFBYTE_DEBUG is set and it is a traceback."""
+    """Entry point. A request that cannot be met is one line and exit code 2; an interrupted run says how to go on; a
+    bug of ours is one line and exit code 70, unless HALFBYTE_DEBUG is set and it is a traceback."""
     started = time.monotonic()
     words = list(sys.argv[1:] if words is None else words) or ["--help"]
     arrange()
@@ -572,22 +572,25 @@ def main(words: Sequence[str] | None = None) -> None:
             raise
         if is_want_of_memory(error):
             _refuse(
-                f"there is too little memory ({brief(error)}); close other programs or raise the limit, and give the same command again"
+                f"there is too little memory ({brief(error)}); close other programs or raise the limit, and give "
+                "the same command again"
             )
         _admit(error)
 
 
 def _admit(error: Exception) -> NoReturn:
-    """The last net: what no reader and no check foresaw is a fault of ours, and all that is known of it goes into a file."""
+    """The last net: what no check foresaw is a fault of ours, and what is known of it goes into a file."""
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", errors="backslashreplace", prefix="halfbyte-", suffix=".txt", delete=False
     ) as file:
         file.write(f"halfbyte {metadata.version('halfbyte')}, {' '.join(map(shlex.quote, sys.argv[1:]))}\n\n")
         file.writelines(traceback.format_exception(error))
     err.print(
-        f"halfbyte: this is a bug of halfbyte ({brief(error)}); please report it with {file.name}, which says where it happened",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"halfbyte: this is a bug of halfbyte ({brief(error)}); please report it with {file.name}, which says where it "
+        "happened",
+        highlight=False,
+        soft_wrap=True,
+    )
     sys.exit(BUG)
 
 

@@ -1,4 +1,4 @@
-"""What the command line shows: tables of at most 80 columns that cut neither a number nor a name, and sentences about them."""
+"""What the command line shows: tables of at most 80 columns that cut neither numbers nor names, and sentences."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ from halfbyte.report.types import (
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Table:
-    """The first `words` columns are names, which go on in the next line where they are long; the rest are numbers, which are never broken."""
+    """The first `words` columns are names, which go on in the next line where they are long; the rest are numbers,
+    which are never broken."""
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for number, header in enumerate(headers):
         is_name = number < words
@@ -60,13 +61,15 @@ def worst(rows: Sequence[WeightReport], error_of: str | None) -> list[Table | st
 
 
 def inspected(found: Inspection, count: int) -> list[Table | str]:
+    """What a checkpoint is stored as, and the `count` weights that lost most."""
+    megabytes, millions = found.size_bytes / 1e6, found.parameters / 1e6
     rows = [
         (k, str(r.tensors), f"{r.weights:,}", f"{r.size_bytes / 1e6:.2f}", f"{r.bits_per_weight:.3f}")
         for k, r in found.grids.items()
     ]
     return [
         f"{found.path}: {found.model_type}, {found.container or 'not quantized'}",
-        f"{found.size_bytes / 1e6:.2f} MB, {found.parameters / 1e6:.2f} M parameters, {found.bits_per_parameter:.3f} bits per parameter",
+        f"{megabytes:.2f} MB, {millions:.2f} M parameters, {found.bits_per_parameter:.3f} bits per parameter",
         table(["stored as", "tensors", "weights", "MB", "bits"], rows),
         *worst(found.weights[:count], found.error_of),
         *(f"- {warning}" for warning in found.warnings),
@@ -108,7 +111,8 @@ def evaluated(result: Evaluation) -> list[Table | str]:
     ]
     shown: list[Table | str] = [
         table(["model", "MB", "KL, nats", "perplexity", "same word"], rows),
-        "KL by token: of half the tokens at most, of 99 in 100, of all; how far the chance of the right word moves (root mean square)",
+        "KL by token: of half the tokens at most, of 99 in 100, of all; "
+        "how far the chance of the right word moves (root mean square)",
         table(["model", "half", "99 %", "all", "chance"], tails),
         *(verdict(name, row) for name, row in zip(names, models, strict=True)),
     ]
@@ -137,13 +141,14 @@ def states(result: StatesEvaluation) -> list[Table | str]:
 
 def verdict(name: str, row: Divergence) -> str:
     """What a model lost, in a sentence."""
-    said = f"{name}: the original's most likely next word is also its own in {100 * row.same_top:.1f} % of places; it loses {row.kl:.4f} nats a token"
+    said = (
+        f"{name}: the original's most likely next word is also its own in {100 * row.same_top:.1f} % of places; "
+        f"it loses {row.kl:.4f} nats a token"
+    )
     if paired := row.nll_minus_reference:
         difference, error = paired
-        change = f"{100 * expm1(difference):+.2f} %"
-        said += (
-            f", and its perplexity is {change}{'' if error is None else f' ± {100 * error:.2f} %'} from the original's"
-        )
+        unsure = "" if error is None else f" ± {100 * error:.2f} %"
+        said += f", and its perplexity is {100 * expm1(difference):+.2f} %{unsure} from the original's"
     return said
 
 
@@ -193,6 +198,7 @@ def _parts(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Table]
 
 
 def demonstrated(rows: Sequence[DemoRow]) -> list[Table | str]:
+    """A row for each method of the demonstration."""
     cells = [
         (
             f"{r.method} {r.grid}".strip(),
@@ -207,12 +213,14 @@ def demonstrated(rows: Sequence[DemoRow]) -> list[Table | str]:
     ]
     return [
         table(["method and grid", "bits", "MB", "KL, nats", "perpl.", "same %", "s"], cells),
-        "bits: of a quantized weight, scales counted; KL: what a token's prediction differs from the original's, ± its standard error;",
+        "bits: of a quantized weight, scales counted; "
+        "KL: what a token's prediction differs from the original's, ± its standard error;",
         "same: how often the most likely next word is the original's; s: seconds of quantizing",
     ]
 
 
 def cached(found: CacheReport) -> list[Table | str]:
+    """The scales of a KV cache, a row for each attention."""
     shared, names = without_prefix([row.module for row in found.rows])
     cells = [
         (
@@ -222,7 +230,8 @@ def cached(found: CacheReport) -> list[Table | str]:
         )
         for name, row in zip(names, found.rows, strict=True)
     ]
-    said = f"scales of the KV cache (the largest of heads), and what lies beyond them on other text{f'; names begin with {shared}' if shared else ''}"
+    said = "scales of the KV cache (the largest of heads), and what lies beyond them on other text"
+    said += f"; names begin with {shared}" if shared else ""
     return [said, table(["attention", "keys", "values", "keys cut", "values cut"], cells)]
 
 
@@ -231,6 +240,7 @@ def _megabytes(row: Measured) -> str:
 
 
 def with_error(value: float, error: float | None, digits: int) -> str:
+    """A number and its standard error, if it is known."""
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 

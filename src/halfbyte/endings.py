@@ -8,7 +8,8 @@ from io import TextIOWrapper
 from types import FrameType
 
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK")
-"""Those that mean what Ctrl-C means: batch systems and containers send the first, a terminal that is closed the second, Windows' the third."""
+"""Those that mean what Ctrl-C means: batch systems and containers send the first, a terminal that is closed the second,
+Windows' the third."""
 
 WANT_OF_MEMORY = (
     "can't allocate memory",
@@ -22,7 +23,8 @@ WANT_OF_MEMORY = (
 
 
 class Stop:
-    """Makes of these signals what Ctrl-C is to Python, once: while a run is tidying up, more of them are ignored. One that was ignored stays so (nohup)."""
+    """Makes of these signals what Ctrl-C is to Python, once: while a run is tidying up, more of them are ignored. One
+    that was ignored stays so (nohup)."""
 
     def __init__(self) -> None:
         self.number = int(signal.SIGINT)
@@ -54,6 +56,7 @@ class Stop:
 
     @property
     def said(self) -> str:
+        """What happened, for the user."""
         return f"interrupted by {signal.Signals(self.number).name}" if self.came else "interrupted"
 
 

@@ -1,4 +1,4 @@
-"""Files that anybody may have made: regular ones only, no larger than their like, and JSON that nests no deeper and counts no more.
+"""Files that anybody may have made: regular ones only, no larger than their like, JSON of no more levels and values.
 
 What is wrong with one is said in one line, as the kind of error that the caller names.
 """
@@ -18,7 +18,8 @@ from halfbyte.errors import BadCheckpoint, HalfbyteError
 LARGEST = 128 << 20
 """Bytes of a file that is read whole: four times the largest tokenizer.json that is known."""
 MOST_VALUES = 1 << 22
-"""Values in one text of JSON, twice as many as the largest tokenizer.json has: the smallest of them take 60 bytes of memory for each byte of the file."""
+"""Values in one text of JSON, twice as many as the largest tokenizer.json has: the smallest of them take 60 bytes of
+memory for each byte of the file."""
 DEEPEST = 64
 """Objects and arrays in one another."""
 PATIENCE = 0.1
@@ -38,7 +39,8 @@ def exists(path: Path) -> bool:
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder, links followed; for a snapshot of the hub's cache, which has links to its blobs: in these."""
+    """Whether a file lies in a folder, links followed; of a snapshot in the hub's cache, which links to its blobs: in
+    these."""
     place = folder.resolve()
     places = [place, place.parent.parent / "blobs"] if place.parent.name == "snapshots" else [place]
     return any(path.resolve().is_relative_to(home) for home in places)
@@ -58,6 +60,7 @@ def opened(path: Path, error: type[HalfbyteError] = BadCheckpoint) -> BufferedRe
 
 
 def read_bytes(path: Path, error: type[HalfbyteError] = BadCheckpoint, most: int = LARGEST) -> bytes:
+    """A whole file. Raises `error` for what is none, and for more than `most` bytes."""
     with opened(path, error) as file:
         try:
             size = os.fstat(file.fileno()).st_size
@@ -70,6 +73,7 @@ def read_bytes(path: Path, error: type[HalfbyteError] = BadCheckpoint, most: int
 
 
 def read_text(path: Path, error: type[HalfbyteError] = BadCheckpoint, most: int = LARGEST) -> str:
+    """A whole file of UTF-8. Raises `error` for what is none, and for more than `most` bytes."""
     try:
         return read_bytes(path, error, most).decode()
     except UnicodeDecodeError as wrong:
@@ -93,7 +97,8 @@ def read_object(path: Path, error: type[HalfbyteError] = BadCheckpoint, missing:
 
 
 def parse_json(data: bytes | str, most: int = MOST_VALUES, unique: bool = False) -> Any:
-    """Any value. Raises ValueError for what is no JSON of Unicode text, nests too deep or counts too much; `unique`: or names an entry twice."""
+    """Any value. Raises ValueError for what is no JSON of Unicode text, nests too deep or counts too much; `unique`: or
+    names an entry twice."""
     text = data.decode() if isinstance(data, bytes) else data
     if sum(map(text.count, ",[{")) > most:
         raise ValueError(f"it has more than {most} values")

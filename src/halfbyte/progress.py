@@ -17,7 +17,8 @@ def silent(what: str, done: float, total: float) -> None:
 
 @contextmanager
 def shown(progress: Progress | bool) -> Iterator[Progress]:
-    """What is to be called: the function itself, a bar on standard error for True (one that nobody looks at is not drawn), nothing for False."""
+    """What is to be called: the function itself, a bar on standard error for True (one that nobody looks at is not
+    drawn), nothing for False."""
     if progress is True:
         with _bar() as show:
             yield show

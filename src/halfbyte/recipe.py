@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class Entries(BaseModel, frozen=True):
-    """A value whose entries are attributes; by the names that they have in YAML or JSON, `value["name"]` reads them too."""
+    """A value whose entries are attributes; `value["name"]` reads one too, by its name in YAML or JSON."""
 
     def __getitem__(self, name: str) -> Any:
         if name not in type(self).model_fields and name not in (self.model_extra or ()):
@@ -37,11 +37,11 @@ class Entries(BaseModel, frozen=True):
 
 
 class Calibration(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """Which text to run through the model, and how much of it. A file's name, or a list of texts, stands for its `source`."""
+    """Which text to run through the model, and how much of it. A file's name, or a list of texts, stands for one."""
 
     source: str | tuple[str, ...] = "default"
-    """A text file, a .jsonl, .json or .csv of texts, instructions or chats, or a dataset org/name:split; in Python and in
-    recipes also a list of whole texts."""
+    """A text file, a .jsonl, .json or .csv of texts, instructions or chats, or a dataset org/name:split; in Python and
+    in recipes also a list of whole texts."""
     samples: int = Field(default=128, ge=1)
     """Calibration samples: how many windows of text."""
     length: int = Field(default=512, ge=8)
@@ -106,7 +106,7 @@ class Recipe(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True
     kv: str | None = None
     """A KV cache whose scales are found and stored too: fp8-e4m3, or fp8-e4m3-head with a scale for each head."""
     alpha: float | None = Field(default=None, ge=0, le=1)
-    """smoothquant: how much of the activations' range moves into the weights, 0 to 1; by default searched for each fold."""
+    """smoothquant: how much of the activations' range moves into the weights, 0 to 1; by default searched for."""
     skip: tuple[str, ...] = ()
     """Patterns of weights that stay in 16 bits."""
     override: dict[str, str] = {}
@@ -147,6 +147,7 @@ class Recipe(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True
 
     @classmethod
     def of(cls, **words) -> "Recipe":
+        """A recipe of these entries. Raises BadRequest for one that is unknown, missing or wrong."""
         try:
             return cls(**words)
         except ValidationError as error:
@@ -157,15 +158,16 @@ class Recipe(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True
                 raise UnknownName("recipe entry", name, known) from None
             if first["type"] == "missing":
                 raise BadRequest(f"the recipe has no {name}") from None
-            raise BadRequest(
-                f"recipe entry {name}: {first['msg'].lower().removeprefix('value error, ')}, not {brief(first.get('input'))}"
-            ) from None
+            reason = first["msg"].lower().removeprefix("value error, ")
+            raise BadRequest(f"recipe entry {name}: {reason}, not {brief(first.get('input'))}") from None
 
     def dump(self) -> str:
+        """YAML that `load` reads again."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
     @property
     def digest(self) -> str:
+        """SHA-256 of all entries."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Names that people write, and what somebody most likely means by one that is in no table.
 
-All are checked before torch is imported, which takes seconds. What the names stand for is in the tables beside their subjects, whose
-keys these are: tests/test_words.py holds them together.
+All are checked before torch is imported, which takes seconds. What the names stand for is in the tables beside their
+subjects, whose keys these are: tests/test_words.py holds them together.
 """
 
 import re
@@ -27,7 +27,8 @@ GRIDS = (
     *("mxfp8-e4m3", "mxfp8-e5m2", "mxfp6-e2m3", "mxfp6-e3m2", "nvfp4-global"),
     *("nf4-g64", "nf4-g64-double", "fp4-g64", "fp4-g64-double", "llm-int8"),
 )
-"""The grids that are listed; others of these kinds have other sizes of groups or precisions of scales, and begin as `OTHERS` has it."""
+"""The grids that are listed; others of these kinds have other sizes of groups or precisions of scales, and begin as
+`OTHERS` has it."""
 OTHERS = re.compile(r"int[2-8]-(g\d+|channel|tensor)|(nf4|fp4)-g\d+|fp8-(e4m3|e5m2)-(channel|tensor|block)")
 ALIASES = ("q4_0", "q5_0", "q8_0", "nf4", "fp4")
 SCHEMES = (
@@ -97,7 +98,8 @@ def require_plain(to: str | None, dtype: str | None) -> None:
 def unknown_grid(name: str, container: str | None = None) -> BadRequest:
     """The error to raise where a grid is wanted, of a container if that is known.
 
-    Names that are the same but for their dashes come first, then the usual ones of as many bits, then those that begin so.
+    Names that are the same but for their dashes come first, then the usual ones of as many bits, then those that begin
+    so.
     """
     plain = _plain(name)
     if any(plain in (_plain(part), _plain(f"{part}+gptq")) for part in PARTS):

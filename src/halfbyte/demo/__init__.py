@@ -1,4 +1,4 @@
-"""A small real model and text, so that everything runs offline. demo/model/README.md and demo/text/README.md tell their origin."""
+"""A small real model and text, so that everything runs offline; the README.md beside each tells its origin."""
 
 from pathlib import Path
 

@@ -31,14 +31,16 @@ class Registry:
     uneven: frozenset[str] = frozenset()
     """Those whose experts it takes to be quantized as the rest is, though they are no linears and stay in 16 bits."""
     settings: Mapping[str, Mapping[str, list]] | None = None
-    """Where the engine does not look at a model's settings: by name, each setting and the values that it takes for granted."""
+    """Where the engine does not look at a model's settings: by name, each setting and the values that it assumes."""
 
     def name_of(self, config: Config) -> str:
+        """What the engine calls a model of this config.json."""
         if self.by == "architecture":
             return architecture_of(config)
         return str((decoder_of(config) if self.by == "decoder" else config).get("model_type") or "")
 
     def knows(self, config: Config) -> bool:
+        """Whether the engine has code for such a model."""
         name = self.name_of(config)
         bases = [name.removesuffix(end) + "ForCausalLM" for end in self.derived if name.endswith(end)]
         return any(n in self.names or n in self.dequantized for n in (name, *bases))
@@ -58,6 +60,7 @@ def decoder_of(config: Config) -> Config:
 
 @cache
 def registry(name: str) -> Registry:
+    """The row of architectures.yaml that is called so."""
     row = _rows()[name]
     words = {
         field: str(row.get(field, "")).split()

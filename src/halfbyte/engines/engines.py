@@ -83,6 +83,8 @@ class Reads:
 
 @dataclass(frozen=True)
 class Engine:
+    """An engine, and how it reads each container."""
+
     title: str
     command: str
     default: str

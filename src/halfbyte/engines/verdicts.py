@@ -35,6 +35,8 @@ class Word(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
+    """Whether one engine loads a checkpoint, and what that rests on."""
+
     engine: str
     word: Word
     source: str  # the test or benchmark of this repository, or what was read of the engine's; empty when refused
@@ -47,6 +49,7 @@ class Verdict:
 
     @property
     def loads(self) -> bool:
+        """Whether the engine loads it."""
         return self.word is not Word.REFUSED
 
 
@@ -72,6 +75,7 @@ def multiplies(engine: str, container: str, scheme: AnyScheme) -> bool:
 
 
 def verdicts(container: str, placed: Placed, config: Config) -> list[Verdict]:
+    """Of every engine."""
     return [check(engine, container, placed, config) for engine in ENGINES]
 
 

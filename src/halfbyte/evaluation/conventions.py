@@ -46,6 +46,7 @@ CONVENTIONS = {
 
 
 def convention_named(name: str) -> Convention:
+    """Raises UnknownName."""
     if name not in CONVENTIONS:
         raise UnknownName("convention", name, CONVENTIONS)
     return CONVENTIONS[name]

@@ -171,7 +171,8 @@ def lost(rows: Iterable[WeightReport]) -> list[str]:
     count = plural(len(found), "weight is", "weights are")
     return [
         f"NEARLY LOST: {count} hardly what the source has, the worst {worst.name} on {worst.grid} (relative error "
-        f"{worst.error:.2f}, of its worst row {worst.worst_row:.2f}); give it a finer grid with --override, or --skip it"
+        f"{worst.error:.2f}, of its worst row {worst.worst_row:.2f}); give it a finer grid with --override, or --skip "
+        "it"
     ]
 
 

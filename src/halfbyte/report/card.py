@@ -21,7 +21,8 @@ from halfbyte.targets import beside, is_file
 
 
 def card(report: Report, path: Path) -> str:
-    """The model card of what lies in `path`. It is to be published, so of this machine's files it says the names only."""
+    """The model card of what lies in `path`. It is to be published, so of this machine's files it has the names
+    only."""
     report = Report.model_validate(without_paths(report.as_dict(), local_paths(report, path)))
     recipe = {
         name: value

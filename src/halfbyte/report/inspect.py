@@ -1,4 +1,4 @@
-"""What is in a checkpoint: tensors, grids, bits per weight, sizes, and, where a report lies beside it, the worst layers."""
+"""What is in a checkpoint: tensors, grids, bits per weight, sizes, and, of the report beside it, what was lost."""
 
 from collections import defaultdict
 from pathlib import Path

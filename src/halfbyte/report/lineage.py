@@ -1,4 +1,5 @@
-"""What a model was made of, as the report beside it says: what it lost is what it differs from that by, and from no other model."""
+"""What a model was made of, as the report beside it says: what it lost is what it differs from that by, and from no
+other model."""
 
 from pathlib import Path
 
@@ -50,4 +51,5 @@ def is_source(said: Origin, reference: Checkpoint) -> bool:
 
 
 def told(path: str | Path, adapter: str | Path | None) -> str:
+    """A model as a message names it."""
     return f"{path} with the adapter {adapter}" if adapter else str(path)

@@ -51,4 +51,5 @@ def worst_inputs(report: "Report", count: int = WORST) -> "list[WeightReport]":
 
 
 def size(size_bytes: float) -> str:
+    """Bytes in MB or GB, of powers of ten."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.2f} MB"

@@ -1,4 +1,4 @@
-"""What a report says, as types: of a run (report.json), of its plan, of a KV cache, of an evaluation, and of a checkpoint.
+"""What a report says, as types: of a run (report.json), of its plan, a KV cache, an evaluation, a checkpoint.
 
 A report is read only, and its entries are attributes by their names in report.json; `report["output"]` reads one too.
 Entries that are not known of a run are not written.
@@ -13,7 +13,8 @@ from halfbyte.recipe import Entries, Recipe
 from halfbyte.report.summary import headline, table
 
 SCHEMA = 1
-"""Counted up when an entry of report.json is renamed or means something else. A report without it is read as of the first."""
+"""Counted up when an entry of report.json is renamed or means something else. One without it is read as of the
+first."""
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Mean = Annotated[tuple[float, float | None], Field(strict=False)]
@@ -127,7 +128,8 @@ class PlannedWeight(Part, frozen=True):
 
 
 class ActivationReport(Part, frozen=True):
-    """How what a weight is multiplied by is rounded, on the calibration tokens; beside this, what is stored of it (scale, zero)."""
+    """How the activations that a weight is multiplied by are rounded, on the calibration tokens; beside this, what is
+    stored for it (scale, zero)."""
 
     grid: str
     low: float
@@ -391,6 +393,8 @@ class NeedleRecord(NeedleConditions, frozen=True):
 
 
 class Versioned(Part, frozen=True):
+    """What every report.json says of itself."""
+
     schema_version: int = SCHEMA
     halfbyte: str
     """The version of halfbyte that wrote it."""

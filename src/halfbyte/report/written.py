@@ -114,8 +114,8 @@ def _is_against(measured: EvaluationRecord, source: Origin) -> bool:
 
 
 def add_cache(source: Path, folder: Path, path: Path, cache: CacheReport) -> None:
-    """Write the report of a KV cache into `folder`, which is to be `path`: beside what the source's own report says, but
-    for what was measured of the model before."""
+    """Write the report of a KV cache into `folder`, which is to be `path`: beside what the source's own report says,
+    but for what was measured of the model before."""
     report = known(source)
     said = report.as_dict() if report else {"schema_version": SCHEMA, "halfbyte": version("halfbyte")}
     said = {name: value for name, value in said.items() if name not in MEASURED} | {"kv": cache}
