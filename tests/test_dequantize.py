@@ -99,6 +99,19 @@ def test_quantizing_again_is_quantizing_the_decoded_values(home, tmp_path, conta
     assert "taken as the original" in (tmp_path / "a" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+def test_a_decoded_tensor_is_kept_in_the_precision_planned(home, tmp_path, method):
+    """Embedding, head and what is skipped are quantized in the source, and decoded in float32."""
+    words = {"grid": "int4-g64", "skip": "layers.0.*", "calibration": {"samples": 2, "length": 32}}
+    halfbyte.quantize(home / name_of("gguf"), tmp_path / "out", requantize=True, method=method, **words)
+    source, written = Checkpoint.open(home / name_of("gguf")), Checkpoint.open(tmp_path / "out")
+    decoded = [tensor for tensor in written.entries if tensor in source.tensors()]
+    assert any("layers.0" in tensor and len(written.spec(tensor).shape) == 2 for tensor in decoded)
+    for tensor in decoded:
+        assert written.read(tensor).dtype == source.spec(tensor).dtype
+        assert torch.equal(written.read(tensor), source.read(tensor).to(source.spec(tensor).dtype))
+
+
 def test_what_is_not_quantized_is_said_to_be_so(home, tmp_path):
     result = tiny.halfbyte("dequantize", home / "model", "-o", tmp_path / "out")
     tiny.refused(result, "is not quantized", "--adapter")

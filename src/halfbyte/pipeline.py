@@ -15,7 +15,7 @@ from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, plural
 from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models import calibrate
-from halfbyte.models.checkpoint import Weight, cast
+from halfbyte.models.checkpoint import Weight
 from halfbyte.models.placement import CPU
 from halfbyte.models.stamp import digest as digest_of
 from halfbyte.models.stamp import stamp
@@ -253,7 +253,7 @@ def _stream(
         return commit(run, pieces, q, values, scheme, sampled=sampled)
 
     def keep(tensor: str) -> None:
-        run.keep(tensor, cast(tensor, job.checkpoint.read(tensor), job.spec(tensor).dtype, job.wider))
+        run.keep(tensor, job.checkpoint.read(tensor))
 
     with _workers(max((_size(pieces) for tasks in cut for pieces in tasks), default=1)) as pool:
         written = [

@@ -16,7 +16,7 @@ from halfbyte.grids.activations import ActivationQuant, ActivationStats
 from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows, split_rows
 from halfbyte.models.calibrate import Windows
-from halfbyte.models.checkpoint import Weight, require_finite
+from halfbyte.models.checkpoint import Weight, cast, require_finite
 from halfbyte.models.placement import CPU
 from halfbyte.progress import Progress
 from halfbyte.report.types import ActivationReport, WeightReport
@@ -73,6 +73,8 @@ class Run:
         return digest(q)
 
     def keep(self, tensor: str, value: Tensor) -> None:
+        """Write a tensor that is not quantized in the precision planned, which that of a decoded one is not."""
+        value = cast(tensor, value, self.job.spec(tensor).dtype, self.job.wider)
         if self.job.kept[tensor] != SKIPPED:
             require_finite(tensor, value)
         parts = list(self.edition.keep(tensor, value))
