@@ -159,7 +159,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     if decoded:
         _round_inputs(model, checkpoint, places, decoded)
     if checkpoint.kv:
-        kv.apply(model, places, checkpoint.kv)
+        kv.apply(model, places, checkpoint.kv, device)
     return model
 
 

@@ -103,13 +103,20 @@ def names(model: PreTrainedModel, places: Mapping[str, Place], block: nn.Module)
     return found
 
 
-def apply(model: PreTrainedModel, places: Mapping[str, Place], cache: KVCache) -> None:
+def apply(
+    model: PreTrainedModel, places: Mapping[str, Place], cache: KVCache, device: torch.device | str = "cpu"
+) -> None:
     """From now on, the model computes with keys and values as this cache would return them. Raises Unsupported where it has none."""
     found = names(model, places, model)
     if not found:
         raise Unsupported(f"{model.config.model_type} has no attention that caches keys and values")
     for name, attention in found.items():
-        put(model, attention, rounded(*cache.of(name)))
+        key, value = (_on(device, part) for part in cache.of(name))
+        put(model, attention, rounded(key, value))
+
+
+def _on(device: torch.device | str, part: ActivationQuant) -> ActivationQuant:
+    return ActivationQuant(part.grid, {name: p.to(device) for name, p in part.params.items()})
 
 
 def blank(checkpoint: Checkpoint, grid: KVGrid) -> KVCache:

@@ -65,7 +65,7 @@ class Walk:
         self.places = skeleton.places(self.model, self.shapes)
         self.ties = skeleton.ties(self.model, self.places)
         if as_served and checkpoint.kv:
-            kv.apply(self.model, self.places, checkpoint.kv)
+            kv.apply(self.model, self.places, checkpoint.kv, self.device)
         self.weights = list(checkpoint.weights())
         per_batch = max(1, self.placement.batch_tokens // samples.shape[1])
         first = 1 if trials else per_batch
@@ -204,13 +204,16 @@ class Walk:
     @contextmanager
     def _standing_in(self, stand_in: "Callable[[int], Callable] | StandIns") -> Iterator[Any]:
         """While this lasts, something else runs in place of each block."""
+        own = [block.module.__dict__.get("forward") for block in self.blocks]
         for number, block in enumerate(self.blocks):
             block.module.forward = stand_in(number)
         try:
             yield stand_in
         finally:
-            for block in self.blocks:
+            for block, forward in zip(self.blocks, own, strict=True):
                 block.module.__dict__.pop("forward", None)
+                if forward is not None:
+                    block.module.forward = forward
 
     def as_returned(self, hidden: Tensor) -> Any:
         """What a block with this output returns."""

@@ -50,6 +50,25 @@ class Statistics:
         for first, last in self._stripes():
             self._sum[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
 
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Add what another has seen of the same inputs, as if it came after what this has seen. Returns this.
+
+        Sums of floats depend on their order in the last bits. So whoever shares samples out to several workers merges their statistics in
+        the order of the samples, whichever is ready first: the same parts in the same order give the same bytes. These are not the bytes
+        of one statistic that has seen all samples, but for the number of tokens, the ranges and the tokens kept whole, which are.
+        """
+        self._sum += other._sum.to(self._sum.device)
+        self._whole = self._whole and other._whole
+        if other.drift is not None:
+            drift = other.drift.to(self._sum.device)
+            self.drift = drift.clone() if self.drift is None else self.drift.add_(drift)
+        self.tokens += other.tokens
+        self._low = torch.minimum(self._low, other._low.to(self._low.device))
+        self._high = torch.maximum(self._high, other._high.to(self._high.device))
+        self._rows += [rows.to(self._sum.device) for rows in other._rows]
+        self._factor = None
+        return self
+
     @staticmethod
     def size_bytes(width: int, drift: bool = False) -> int:
         """What one takes in memory, but for the tokens that are kept whole."""
