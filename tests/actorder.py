@@ -1,4 +1,5 @@
-"""A GPTQ folder as activation order leaves it, of one that has none: columns of all matrices change places, and the groups with them."""
+"""A GPTQ folder as activation order leaves it, of one that has none: columns of all matrices change places, and the
+groups with them."""
 
 from pathlib import Path
 

@@ -1,6 +1,8 @@
-"""A process in which what only Unix has is not there, and files that are open or mapped are neither moved nor deleted, as on Windows.
+"""A process in which what only Unix has is not there, and files that are open or mapped are neither moved nor deleted,
+as on Windows.
 
-Words: how many records of a run's journal to write before the process ends at once (0: it runs on), then the commands as JSON.
+Words: how many records of a run's journal to write before the process ends at once (0: it runs on), then the commands
+as JSON.
 """
 
 import builtins
@@ -13,8 +15,28 @@ import warnings
 from types import ModuleType
 
 MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "pty", "posix_ipc", "syslog")
-FUNCTIONS = ("pwrite", "pread", "posix_fallocate", "posix_fadvise", "fork", "forkpty", "geteuid", "getuid", "getegid", "getgid", "chown", "mkfifo", "sysconf",
-             "sched_getaffinity", "getloadavg", "uname", "O_NOFOLLOW", "O_DIRECTORY", "O_CLOEXEC", "O_NONBLOCK")  # fmt: skip
+FUNCTIONS = (
+    "pwrite",
+    "pread",
+    "posix_fallocate",
+    "posix_fadvise",
+    "fork",
+    "forkpty",
+    "geteuid",
+    "getuid",
+    "getegid",
+    "getgid",
+    "chown",
+    "mkfifo",
+    "sysconf",
+    "sched_getaffinity",
+    "getloadavg",
+    "uname",
+    "O_NOFOLLOW",
+    "O_DIRECTORY",
+    "O_CLOEXEC",
+    "O_NONBLOCK",
+)
 SIGNALS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGKILL", "SIGPIPE")
 
 

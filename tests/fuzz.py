@@ -46,7 +46,8 @@ from halfbyte.targets.gguf import imatrix, tokenizer
 SECONDS, MEMORY = 5, 1 << 30
 """Of processor time and of memory beyond what the process had, for one case and what it starts."""
 WORDS = (
-    None, True, -1, 0, 1 << 31, 1 << 64, 10**400, 1e308, float("nan"), "", "x", "[/b]\x1b[2J", "\ud800", [], [1], {}, {"a": 1}, "9" * 5000
+    None, True, -1, 0, 1 << 31, 1 << 64, 10**400, 1e308, float("nan"), "", "x", "[/b]\x1b[2J", "\ud800", [], [1], {},
+    {"a": 1}, "9" * 5000
 )  # fmt: skip
 EXTREMES = (
     0,
@@ -98,12 +99,18 @@ ALIKE = (
 )
 """Dtypes of the same size."""
 PIECES = (
-    "{{ messages[0].content }}", "{{ messages * 100000 }}", "{{ 'x' * 10000000000 }}", "{{ 9 ** 9 ** 9 }}", "{% for a in range(99999) %}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}", "{% endfor %}", "{% if messages %}", "{% endif %}",
-    "{{ messages.__class__.__mro__ }}", "{{ raise_exception('[/b]\x1b[2J') }}", "{{ bos_token + 1 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-    "{% set ns = namespace(s='x') %}{% for a in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}", "{{ '%1000000000d' % 1 }}",
-    "{{ lipsum(999999) }}", "{% include '/etc/passwd' %}", "{{ messages | map(attribute='x') | list | sort }}", "{{", "\x00", "\u202e", "{{ {}.x.y }}",
-    "{{ strftime_now('%' * 9999) }}", "{{ messages | tojson(indent=999999999) }}", "{{ 'x'.center(9999999999) }}", "{{ 'a' | replace('', 'y' * 999999) }}",
+    "{{ messages[0].content }}", "{{ messages * 100000 }}", "{{ 'x' * 10000000000 }}", "{{ 9 ** 9 ** 9 }}",
+    "{% for a in range(99999) %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}", "{% endfor %}",
+    "{% if messages %}", "{% endif %}",
+    "{{ messages.__class__.__mro__ }}", "{{ raise_exception('[/b]\x1b[2J') }}", "{{ bos_token + 1 }}",
+    "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "{% set ns = namespace(s='x') %}{% for a in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ lipsum(999999) }}", "{% include '/etc/passwd' %}", "{{ messages | map(attribute='x') | list | sort }}", "{{",
+    "\x00", "\u202e", "{{ {}.x.y }}",
+    "{{ strftime_now('%' * 9999) }}", "{{ messages | tojson(indent=999999999) }}", "{{ 'x'.center(9999999999) }}",
+    "{{ 'a' | replace('', 'y' * 999999) }}",
 )  # fmt: skip
 """Of templates that anybody may have made."""
 
@@ -112,7 +119,8 @@ PIECES = (
 
 
 def of_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Bits turned, the end cut off, a number put in, a stretch left out or repeated, or all but the beginning at random."""
+    """Bits turned, the end cut off, a number put in, a stretch left out or repeated, or all but the beginning at
+    random."""
     end = min(len(data), HEAD)
     first, last = sorted(rng.randrange(end) for _ in range(2))
     match rng.randrange(5):
@@ -152,7 +160,8 @@ def of_lines(data: bytes, rng: random.Random) -> bytes:
 
 
 def of_header(data: bytes, rng: random.Random) -> bytes:
-    """The JSON at the beginning of a safetensors file: mostly another name, shape or dtype that the tensor's bytes would fill as well."""
+    """The JSON at the beginning of a safetensors file: mostly another name, shape or dtype that the tensor's bytes
+    would fill as well."""
     end = 8 + struct.unpack("<Q", data[:8])[0]
     if rng.random() < 0.2:
         header = of_json(data[8:end], rng)
@@ -461,7 +470,8 @@ def _try(read: Callable[[Path], None], path: Path, found: Found, case: str) -> N
 
 
 def _begin() -> int:
-    """Bytes that the process holds; what it held at most before is forgotten where the system can do that (else `_peak` tells too much)."""
+    """Bytes that the process holds; what it held at most before is forgotten where the system can do that (else `_peak`
+    tells too much)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
@@ -489,7 +499,8 @@ if __name__ == "__main__":
             started = time.monotonic()
             found = fuzz(reader, home, asked.cases, asked.seed)
             print(
-                f"{reader}: {found.ends['read']} read, {found.ends['refused']} refused, {time.monotonic() - started:.0f} s; "
+                f"{reader}: {found.ends['read']} read, {found.ends['refused']} refused, "
+                f"{time.monotonic() - started:.0f} s; "
                 f"at most {found.seconds:.2f} s and {found.memory >> 20} MB for one",
                 flush=True,
             )

@@ -1,8 +1,9 @@
 """A model's twin with outlier channels: the same function, and inputs such as large models have and small ones do not.
 
-In models of billions of parameters a few channels of what a linear reads are 30 to 100 times as large as the rest (Dettmers et al.,
-2208.07339). Here a few channels of each norm are multiplied by 32 or 64, and the columns of the linears that read them divided by
-as much. Powers of two round nothing, in whatever float, so the twin's logits are the model's own.
+In models of billions of parameters a few channels of what a linear reads are 30 to 100 times as large as the rest
+(Dettmers et al., 2208.07339). Here a few channels of each norm are multiplied by 32 or 64, and the columns of the
+linears that read them divided by as much. Powers of two round nothing, in whatever float, so the twin's logits are the
+model's own.
 """
 
 import shutil

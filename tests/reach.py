@@ -1,8 +1,8 @@
 """What rounding can make of a product with rounded inputs, on any processor.
 
-Rounding to a grid is monotone: what another order of operations, each of them rounded, makes of an input lies between what
-is made of a slightly smaller one and of a slightly larger one. Both are the same but where an input, or a block's scale, is
-about in the middle between two numbers of its grid.
+Rounding to a grid is monotone: what another order of operations, each of them rounded, makes of an input lies between
+what is made of a slightly smaller one and of a slightly larger one. Both are the same but where an input, or a block's
+scale, is about in the middle between two numbers of its grid.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,8 @@ def reach(x: Tensor, grid: ActivationGrid, stored: Mapping[str, Tensor], spanned
 def require_product(
     made: Tensor, w: Tensor, x: Tensor, grid: ActivationGrid, stored: Mapping[str, Tensor], spanned: float = 1
 ) -> None:
-    """That `made` is rounded inputs times `w`: sums in float32 in any order, factors and the result in x's precision."""
+    """That `made` is rounded inputs times `w`: sums in float32 in any order, factors and the result in x's
+    precision."""
     (low, high), w, half_ulp = reach(x, grid, stored, spanned), w.double(), torch.finfo(x.dtype).eps / 2
     middle, apart = (low + high) / 2 @ w.T, (high - low) / 2 @ w.abs().T
     rounded = ((x.shape[-1] + 4) * HALF_ULP + half_ulp) * torch.maximum(low.abs(), high.abs()) @ w.abs().T

@@ -1,4 +1,5 @@
-"""GPTQ's activation order: columns of a group lie anywhere, and every command that reads a model reads them where they lie."""
+"""GPTQ's activation order: columns of a group lie anywhere, and every command that reads a model reads them where they
+lie."""
 
 import shutil
 

@@ -106,15 +106,30 @@ BROKEN = {
     "config is binary": (written("config.json", b"\xff\xfe\0"), "is not JSON"),
     "config is a list": (written("config.json", "[]"), "no JSON object"),
     "config nests wrongly": (configured(text_config="x"), "text_config should be an object"),
-    "quantization_config is a word": (configured(quantization_config="int4"), "quantization_config should be an object"),
+    "quantization_config is a word": (
+        configured(quantization_config="int4"),
+        "quantization_config should be an object",
+    ),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "it has no safetensors"),
-    "pickled weights": (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), ("has .bin files", "save it again as safetensors")),
+    "pickled weights": (
+        lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
+        ("has .bin files", "save it again as safetensors"),
+    ),
     "empty file": (written("model.safetensors", b""), ("cut short", "0 bytes")),
     "truncated": (truncated, ("cut short", "bytes more", "download the file again")),
-    "LFS pointer": (written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"), "git lfs pull"),
+    "LFS pointer": (
+        written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"),
+        "git lfs pull",
+    ),
     "dangling link": (linked_to_nothing, "No such file"),
-    "missing shard": (indexed({"a": "model-1-of-2.safetensors", "b": "model.safetensors"}), ("lacks 1 of 2 shards", "model-1-of-2.safetensors")),
-    "index of another": (indexed({"gone.weight": "model.safetensors"}), ("names 1 tensor that no shard holds", "gone.weight")),
+    "missing shard": (
+        indexed({"a": "model-1-of-2.safetensors", "b": "model.safetensors"}),
+        ("lacks 1 of 2 shards", "model-1-of-2.safetensors"),
+    ),
+    "index of another": (
+        indexed({"gone.weight": "model.safetensors"}),
+        ("names 1 tensor that no shard holds", "gone.weight"),
+    ),
     "index is a list": (indexed(["a"]), "maps no tensors to files"),
     "index of numbers": (indexed({"a": 3}), "maps no tensors to files"),
     "index leaves the folder": (indexed({"a": "../model/model.safetensors"}), "maps no tensors to files"),
@@ -122,8 +137,11 @@ BROKEN = {
     "Inf": (poisoned(UP, float("-inf")), (f"'{UP}'", "NaN or Inf")),
     "NaN in a norm": (poisoned("model.norm.weight", float("nan")), ("'model.norm.weight'", "NaN or Inf")),
     "Inf in the head": (poisoned("lm_head.weight", float("inf")), ("'lm_head.weight'", "NaN or Inf")),
-    "quantized by a stranger": (configured(quantization_config={"quant_method": "exl3"}), ("quantized with 'exl3'", "known: compressed-tensors")),
-}  # fmt: skip
+    "quantized by a stranger": (
+        configured(quantization_config={"quant_method": "exl3"}),
+        ("quantized with 'exl3'", "known: compressed-tensors"),
+    ),
+}
 BROKEN_FOR_CALIBRATION = {
     "unknown architecture": (
         configured(model_type="gronk", architectures=["GronkForCausalLM"]),
@@ -215,11 +233,25 @@ def test_quantized_already(home, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("damage", "says"), [
-    (with_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight_scale")), "'model.layers.1.mlp.up_proj.weight_scale' is not stored"),
-    (with_tensors(lambda t: t.update({"model.layers.1.mlp.up_proj.weight_shape": torch.tensor([1, 2, 3])})), "weight_shape' is int64 [3]"),
-    (with_tensors(lambda t: t.update({"model.layers.1.mlp.up_proj.weight_packed": torch.zeros(3, 3, dtype=torch.int32)})), "no packing of 256 x 128"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (
+            with_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight_scale")),
+            "'model.layers.1.mlp.up_proj.weight_scale' is not stored",
+        ),
+        (
+            with_tensors(lambda t: t.update({"model.layers.1.mlp.up_proj.weight_shape": torch.tensor([1, 2, 3])})),
+            "weight_shape' is int64 [3]",
+        ),
+        (
+            with_tensors(
+                lambda t: t.update({"model.layers.1.mlp.up_proj.weight_packed": torch.zeros(3, 3, dtype=torch.int32)})
+            ),
+            "no packing of 256 x 128",
+        ),
+    ],
+)
 def test_broken_quantized_checkpoint(damage, says, home, tmp_path):
     model = shutil.copytree(home / "quantized", tmp_path / "model")
     damage(model)
@@ -275,7 +307,8 @@ MALFORMED = {
     "bytes after the last": {"a": entry(shape=(1, 4), offsets=(0, 16))},
     "metadata of numbers": {"__metadata__": {"a": 1}, "a": entry()},
     "metadata is a list": {"__metadata__": ["a"], "a": entry()},
-    "a name twice": b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"a":{"dtype":"F32","shape":[4],"data_offsets":[16,32]}}',
+    "a name twice": b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
+    b'"a":{"dtype":"F32","shape":[4],"data_offsets":[16,32]}}',
     "half a surrogate": b'{"\\ud800":{"dtype":"F32","shape":[8],"data_offsets":[0,32]}}',
     "UTF-16": json.dumps({"a": entry()}).encode("utf-16-le"),
 }

@@ -55,7 +55,8 @@ def process(*words: object) -> subprocess.CompletedProcess:
 def test_help_is_quick():
     """Neither torch nor Transformers is imported to print a few lines, or to refuse a word."""
     heavy = "{'torch', 'transformers', 'numpy'}"
-    code = f"import sys\nfrom halfbyte.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    assert not {heavy} & sys.modules.keys()"
+    code = "import sys\nfrom halfbyte.cli import main\n"
+    code += f"try:\n    main(sys.argv[1:])\nfinally:\n    assert not {heavy} & sys.modules.keys()"
     for words, status in ((["--help"], 0), (["quantize", "-h"], 0), (["--version"], 0), ([], 0), (["nonsense"], 2)):
         started = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)

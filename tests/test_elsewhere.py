@@ -1,4 +1,5 @@
-"""Windows and macOS, as far as Linux can be them: nothing of Unix alone is asked for, no open file is moved, text is UTF-8 with bare ends of lines."""
+"""Windows and macOS, as far as Linux can be them: nothing of Unix alone is asked for, no open file is moved, text is
+UTF-8 with bare ends of lines."""
 
 import ast
 import json
@@ -68,7 +69,8 @@ def elsewhere(after: int, *commands: list[object]) -> subprocess.CompletedProces
 
 @pytest.mark.slow
 def test_all_that_a_user_does(tmp_path):
-    """Quantize, go on after the process was ended, convert, evaluate, a GGUF and what goes into it; in a folder with a name of many letters."""
+    """Quantize, go on after the process was ended, convert, evaluate, a GGUF and what goes into it; in a folder with a
+    name of many letters."""
     home = tmp_path / "Größe 模型 é" / ("long " * 20).strip()
     tiny.make(home / "model", num_hidden_layers=2, hidden_size=64, intermediate_size=128)
     tiny.text(home / "text.txt")

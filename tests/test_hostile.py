@@ -1,4 +1,5 @@
-"""Files that somebody made on purpose: one line each, whatever they hold, and nothing of theirs is an instruction to the terminal."""
+"""Files that somebody made on purpose: one line each, whatever they hold, and nothing of theirs is an instruction to
+the terminal."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""A run that is killed before any single change to the file system: old or new is whole under its name, and the same command ends well.
+"""A run that is killed before any single change to the file system: old or new is whole under its name, and the same
+command ends well.
 
 From the change that it is killed before nothing changes any more, as after SIGKILL: cleaning up is refused as well.
 """
@@ -105,7 +106,8 @@ def sweep(
     check: Callable[[bool], None],
     first: int = 1,
 ) -> int:
-    """Kill the command before its first change, its second, and so on, until it ends; each time run it again. How many changes it has."""
+    """Kill the command before its first change, its second, and so on, until it ends; each time run it again. How many
+    changes it has."""
     for number in range(first, 200):
         for path in sorted(place.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()

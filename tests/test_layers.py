@@ -11,7 +11,8 @@ ROOT = Path(halfbyte.__file__).parent
 LAYERS = [
     ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names"], ["recipe", "grids"],
     ["words", "devices", "solvers", "containers"], ["demo"], ["models"],
-    ["transforms", "engines", "block_solvers"], ["targets"], ["nn", "evaluation", "plan"], ["report"], ["run", "display"],
+    ["transforms", "engines", "block_solvers"], ["targets"], ["nn", "evaluation", "plan"], ["report"],
+    ["run", "display"],
     ["blockwise", "kv_cache"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -1,4 +1,5 @@
-"""Every method x scheme x container comes back bit for bit or is refused with a reason; the table in docs/support.md is that loop's."""
+"""Every method x scheme x container comes back bit for bit or is refused with a reason; the table in docs/support.md is
+that loop's."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Outlier channels, such as large models have: the twin is the same model, and what rounds it without care loses what care keeps."""
+"""Outlier channels, such as large models have: the twin is the same model, and what rounds it without care loses what
+care keeps."""
 
 import pytest
 import torch

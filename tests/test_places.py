@@ -198,7 +198,8 @@ from pathlib import Path
 package = os.path.dirname(sys.argv.pop(1))
 
 def refuse(event, args):
-    writes = event == "os.mkdir" or (event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR))
+    opens = event == "open" and isinstance(args[2], int)
+    writes = event == "os.mkdir" or (opens and args[2] & (os.O_WRONLY | os.O_RDWR))
     if writes and str(args[0]).startswith(package):
         raise PermissionError(13, "Permission denied", args[0])
 
@@ -210,7 +211,8 @@ cli.main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_an_installation_that_is_read_only_without_a_home(home, tmp_path):
-    """As a container's image is run under any user's number; the folder for Numba's cache cannot be made either, and its threads are those of old systems."""
+    """As a container's image is run under any user's number; the folder for Numba's cache cannot be made either, and
+    its threads are those of old systems."""
     nowhere = "/proc/none"
     env = {
         **tiny.ALONE,

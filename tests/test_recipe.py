@@ -71,10 +71,12 @@ def test_options_win_over_the_recipe(home, tmp_path):
     said = tiny.halfbyte("quantize", home / "model", "--recipe", recipe, "-o", tmp_path / "q", *options)
     assert said.code == 0, said.err
     assert yaml.safe_load((tmp_path / "q" / "recipe.yaml").read_text()) == {
-        "model": str(home / "model"), "requantize": False, "method": "nearest", "grid": "int8-g64", "to": "gptq", "engine": "none",
+        "model": str(home / "model"), "requantize": False, "method": "nearest", "grid": "int8-g64", "to": "gptq",
+        "engine": "none",
         "observer": "max", "head": False,
         "pure": False,
-        "skip": ["layers.0.*"], "override": {"layers.1.mlp.*": "int4-g64"}, "calibration": {**calibrated(home)["calibration"], "seed": 7},
+        "skip": ["layers.0.*"], "override": {"layers.1.mlp.*": "int4-g64"},
+        "calibration": {**calibrated(home)["calibration"], "seed": 7},
     }  # fmt: skip
 
 

@@ -301,7 +301,8 @@ def test_hidden_states_beyond_the_budget_lie_in_files(home, tmp_path, method, mo
     assert tiny.halfbyte(*words(home, method), "-o", tmp_path / "memory").code == 0
     monkeypatch.setattr(placement, "HIDDEN_BYTES", 0)
     files = []
-    monkeypatch.setattr(streams, "TemporaryFile", lambda dir: files.append(dir) or TemporaryFile(dir=dir))  # noqa: SIM115
+    spilt = lambda dir: files.append(dir) or TemporaryFile(dir=dir)  # noqa: E731, SIM115
+    monkeypatch.setattr(streams, "TemporaryFile", spilt)
     assert tiny.halfbyte(*words(home, method), "-o", tmp_path / "files").code == 0
     assert set(files) == {tmp_path.resolve()}
     assert tiny.weights(tmp_path / "files") == tiny.weights(tmp_path / "memory")

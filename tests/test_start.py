@@ -1,4 +1,5 @@
-"""What a start costs: wrong words are refused before torch is imported, and threads that wait leave the processor to others."""
+"""What a start costs: wrong words are refused before torch is imported, and threads that wait leave the processor to
+others."""
 
 import subprocess
 import sys

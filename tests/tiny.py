@@ -1,4 +1,5 @@
-"""A checkpoint that is made in a second (two Llama layers of random weights, a tokenizer of single bytes), and the command line on it."""
+"""A checkpoint that is made in a second (two Llama layers of random weights, a tokenizer of single bytes), and the
+command line on it."""
 
 import contextlib
 import io
@@ -97,8 +98,10 @@ WORDS = [
 
 def config(**changes) -> dict:
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 264, "max_position_embeddings": 512, "tie_word_embeddings": False,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 264, "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
         "bos_token_id": 256, "eos_token_id": 257, "rms_norm_eps": 1e-5, "dtype": "bfloat16", **changes,
     }  # fmt: skip
 

@@ -46,8 +46,8 @@ def test_transformers_computes_what_our_decode_computes(folder):
     state = plain.state_dict()
     for module in checkpoint.quantized:
         state[f"{module}.weight"].copy_(checkpoint.read_quantized(module).decode())
-    # compressed-tensors 0.20 plans an unpacked zero point for a compressed module and so refuses every packed asymmetric file, its
-    # own too; asked to dequantize, it reads them.
+    # compressed-tensors 0.20 plans an unpacked zero point for a compressed module and so refuses every packed
+    # asymmetric file, its own too; asked to dequantize, it reads them.
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if folder.name.endswith("asym") else {}
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
     with torch.no_grad():

@@ -45,7 +45,8 @@ def test_bits_are_the_bytes_of_codes_scales_and_zero_points(name, target):
         target.check(scheme, shape)
     except Unsupported:
         return
-    # Not counted: shapes, labels, tables, the order of a file without one, and zero points that a container makes a symmetric grid store.
+    # Not counted: shapes, labels, tables, the order of a file without one, and zero points that a container makes a
+    # symmetric grid store.
     uncounted = {"weight_shape", "g_idx", "weight_format"} | (
         {"qzeros"} if getattr(scheme, "symmetric", False) else set()
     )

@@ -1,4 +1,5 @@
-"""Folders that GPTQModel and compressed-tensors wrote, and what they themselves read from them (tests/goldens/make_folders.py)."""
+"""Folders that GPTQModel and compressed-tensors wrote, and what they themselves read from them
+(tests/goldens/make_folders.py)."""
 
 import shutil
 from pathlib import Path

@@ -26,7 +26,8 @@ def case(kind: str, grid: str) -> tuple[Container, dict[str, torch.Tensor], torc
 def test_gptqmodel_and_we_decode_the_same_bytes_to_the_same_weights(kind, grid):
     container, tensors, decoded = case(kind, grid)
     q = container.unpack(tensors, parse(grid), SHAPE)
-    # They multiply in fp16; the product of a code and an fp16 scale is exact in fp32, so one rounding is all that differs.
+    # They multiply in fp16; the product of a code and an fp16 scale is exact in fp32, so one rounding is all that
+    # differs.
     assert torch.equal(q.decode().half(), decoded.half())
 
 

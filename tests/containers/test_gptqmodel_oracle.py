@@ -1,4 +1,5 @@
-"""Transformers with GPTQModel's kernels loads our gptq and awq folders: every weight is what `decode()` says, and so are the outputs."""
+"""Transformers with GPTQModel's kernels loads our gptq and awq folders: every weight is what `decode()` says, and so
+are the outputs."""
 
 import importlib.util
 import os
@@ -15,7 +16,8 @@ from halfbyte import demo
 from halfbyte.targets import open_checkpoint
 
 CASES = [
-    "gptq int4-g128", "gptq int4-g128-asym", "gptq int2-g32-asym", "gptq int3-g64", "gptq int3-g64-asym", "gptq int8-g64", "gptq int8-channel",
+    "gptq int4-g128", "gptq int4-g128-asym", "gptq int2-g32-asym", "gptq int3-g64", "gptq int3-g64-asym",
+    "gptq int8-g64", "gptq int8-channel",
     "awq int4-g128", "awq int4-g64-asym", "awq int4-channel-asym",
 ]  # fmt: skip
 

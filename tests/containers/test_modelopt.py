@@ -1,4 +1,5 @@
-"""Folders that Model Optimizer exported, what it reads from them itself (tests/goldens/make_modelopt.py), and what becomes of them."""
+"""Folders that Model Optimizer exported, what it reads from them itself (tests/goldens/make_modelopt.py), and what
+becomes of them."""
 
 import json
 import shutil

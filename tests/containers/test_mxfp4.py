@@ -19,8 +19,10 @@ EXPERTS = "model.layers.{}.mlp.experts"
 SHAPES = {"gate_up_proj": (192, 64), "down_proj": (64, 96)}
 """[out, in]"""
 CONFIG: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "vocab_size": 264, "max_position_embeddings": 256,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "vocab_size": 264,
+    "max_position_embeddings": 256,
     "bos_token_id": 256, "eos_token_id": 257, "architectures": ["GptOssForCausalLM"],
 }  # fmt: skip
 TOKENS = torch.arange(5, 69)[None]

@@ -1,4 +1,5 @@
-"""A packed tensor that does not fit its module is refused by name, never decoded to other values, whichever tensor of whichever container it is."""
+"""A packed tensor that does not fit its module is refused by name, never decoded to other values, whichever tensor of
+whichever container it is."""
 
 import shutil
 from pathlib import Path

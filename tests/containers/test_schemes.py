@@ -63,7 +63,8 @@ def test_compressed_tensors_reads_what_is_written(made, name):
     checkpoint = open_checkpoint(folder)
     config = QuantizationConfig.model_validate(json.loads((folder / "config.json").read_text())["quantization_config"])
     (scheme,) = config.config_groups.values()
-    # Weights of 4 bits under inputs in FP8 are packed for vLLM's kernel; the package would infer a byte each, and reads both.
+    # Weights of 4 bits under inputs in FP8 are packed for vLLM's kernel; the package would infer a byte each, and reads
+    # both.
     assert infer_module_format(torch.nn.Linear, scheme) == scheme.format or name == "w4a8-fp8"
     for module, (found, _) in checkpoint.quantized.items():
         assert str(found) == str(CompressedTensors().native(parse(name), torch.bfloat16))

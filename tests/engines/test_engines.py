@@ -1,4 +1,5 @@
-"""The rules were read in the engines' own loaders: see the comments in engines/engines.py. What is pinned here is what users rely on."""
+"""The rules were read in the engines' own loaders: see the comments in engines/engines.py. What is pinned here is what
+users rely on."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""For each claim of Transformers: the command that is printed loads what was written, and computes what the decoded weights compute."""
+"""For each claim of Transformers: the command that is printed loads what was written, and computes what the decoded
+weights compute."""
 
 import re
 from functools import partial

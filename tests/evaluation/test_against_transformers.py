@@ -31,7 +31,8 @@ def home(tmp_path_factory) -> Path:
 
 
 def windows_of(home: Path, convention: str) -> torch.Tensor:
-    """Every byte is a token, and the tokenizer's ids are those of byte-level BPE; 256 is BOS, which the tokenizer puts before a text."""
+    """Every byte is a token, and the tokenizer's ids are those of byte-level BPE; 256 is BOS, which the tokenizer puts
+    before a text."""
     letters = sorted(tiny.pre_tokenizers.ByteLevel.alphabet())
     text = (home / "text.txt").read_text().replace(" ", "Ġ")
     ids = torch.tensor([letters.index(c) for c in text])

@@ -1,4 +1,5 @@
-"""What a model lost is what it differs from its own source by: another reference, or other tokens, are refused unless asked for."""
+"""What a model lost is what it differs from its own source by: another reference, or other tokens, are refused unless
+asked for."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"""However many words models know and however many models there are: 1 GB beside the weights that are in memory at a time."""
+"""However many words models know and however many models there are: 1 GB beside the weights that are in memory at a
+time."""
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"""The needle: planted where it should be, scored as Transformers would, found by a model that reads and lost by a cache that is too coarse."""
+"""The needle: planted where it should be, scored as Transformers would, found by a model that reads and lost by a cache
+that is too coarse."""
 
 import json
 from pathlib import Path

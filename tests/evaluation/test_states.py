@@ -1,4 +1,5 @@
-"""Reward and embedding models: calibrated, written, loaded as the class that they are, and compared by their last hidden states."""
+"""Reward and embedding models: calibrated, written, loaded as the class that they are, and compared by their last
+hidden states."""
 
 import json
 

@@ -19,8 +19,10 @@ from halfbyte.grids.quantized import Quantized
 
 OUT, WIDTH = 64, 128
 CASES = [
-    ("gptq", "int4-g32"), ("gptq", "int4-g32-asym"), ("gptq", "int3-g32"), ("gptq", "int3-g32-asym"), ("gptq", "int2-g64"), ("gptq", "int2-g64-asym"),
-    ("gptq", "int8-channel"), ("gptq", "int8-g32-asym"), ("awq", "int4-g32"), ("awq", "int4-g32-asym"), ("awq", "int4-channel-asym"),
+    ("gptq", "int4-g32"), ("gptq", "int4-g32-asym"), ("gptq", "int3-g32"), ("gptq", "int3-g32-asym"), ("gptq",
+    "int2-g64"), ("gptq", "int2-g64-asym"),
+    ("gptq", "int8-channel"), ("gptq", "int8-g32-asym"), ("awq", "int4-g32"), ("awq", "int4-g32-asym"), ("awq",
+    "int4-channel-asym"),
 ]  # fmt: skip
 
 
@@ -56,7 +58,8 @@ for container, name in CASES:
         decoded = dequantize_gemm(packed["qweight"], packed["qzeros"], packed["scales"], 4, group).T.contiguous()
     saved |= {f"{container}/{name}/{suffix}": tensor for suffix, tensor in packed.items()}
     saved[f"{container}/{name}/decoded"] = decoded
-# Tensors of their own packing, symmetric and not: scales and zero points are chosen here, the codes and bits are theirs.
+# Tensors of their own packing, symmetric and not: scales and zero points are chosen here, the codes and bits are
+# theirs.
 for name in ("int4-g32", "int4-g32-asym"):
     grid, w = parse(name), torch.randn(OUT, WIDTH, generator=generator) * 0.05
     params = grid.fit(w, None, search=False)

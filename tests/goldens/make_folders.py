@@ -1,4 +1,5 @@
-"""Makes folders/: checkpoints that GPTQModel and compressed-tensors wrote, and the weights that they themselves read from them.
+"""Makes folders/: checkpoints that GPTQModel and compressed-tensors wrote, and the weights that they themselves read
+from them.
 
 Run it where both are installed (tests/requirements-oracles.txt):
 

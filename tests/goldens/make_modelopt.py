@@ -1,10 +1,12 @@
-"""Makes folders/modelopt-*: checkpoints that NVIDIA's Model Optimizer exported, and the weights that it reads from them itself.
+"""Makes folders/modelopt-*: checkpoints that NVIDIA's Model Optimizer exported, and the weights that it reads from them
+itself.
 
-    python -m venv modelopt && modelopt/bin/pip install torch==2.13.0 nvidia-modelopt==0.47.0 transformers==5.23.0 accelerate requests datasets
+    python -m venv modelopt
+    modelopt/bin/pip install torch==2.13.0 nvidia-modelopt==0.47.0 transformers==5.23.0 accelerate requests datasets
     modelopt/bin/python tests/goldens/make_modelopt.py
 
-The model has one layer; of its matrices k_proj (64 x 64) and down_proj (64 x 256) are kept, of what these decode to every fourth row, and
-some inputs of down_proj, which it rounds.
+The model has one layer; of its matrices k_proj (64 x 64) and down_proj (64 x 256) are kept, of what these decode to
+every fourth row, and some inputs of down_proj, which it rounds.
 """
 
 import copy

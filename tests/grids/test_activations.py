@@ -1,4 +1,5 @@
-"""Inputs are rounded as engines round them: bitsandbytes' kernels, compressed-tensors' own quantization, PyTorch's casts."""
+"""Inputs are rounded as engines round them: bitsandbytes' kernels, compressed-tensors' own quantization, PyTorch's
+casts."""
 
 import bitsandbytes.functional as bnb
 import pytest

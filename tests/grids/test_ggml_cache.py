@@ -1,4 +1,5 @@
-"""llama.cpp's KV caches: blocks as gguf packs them, rotated as llama.cpp rotates heads, and the same loss as in llama.cpp itself."""
+"""llama.cpp's KV caches: blocks as gguf packs them, rotated as llama.cpp rotates heads, and the same loss as in
+llama.cpp itself."""
 
 from functools import reduce
 from pathlib import Path
@@ -45,8 +46,9 @@ def test_heads_are_rotated_before_they_are_rounded(width, keys, values):
         )
         theirs = packed(turned.astype(np.float32), "q4_0").astype(np.float64)
         apart, step = np.abs(ours - theirs), np.abs(turned).max(-1, keepdims=True) / 8
-        # Sums of float32 differ with the processor: by so much at most. A scale in the middle between two numbers of fp16 may
-        # become either, and so may a value in the middle between two steps. (Rotated back, one such value moves its whole head.)
+        # Sums of float32 differ with the processor: by so much at most. A scale in the middle between two numbers of
+        # fp16 may become either, and so may a value in the middle between two steps. (Rotated back, one such value
+        # moves its whole head.)
         slack = size * 2.0**-24 * np.abs(heads).sum(-1).max() / size**0.5
         same = apart <= 2.0**-10 * np.abs(theirs) + slack
         halfway = (np.abs(apart - step) <= 2.0**-7 * step) & (

@@ -50,8 +50,8 @@ def test_the_accelerated_search_is_the_reference(name, data):
                 codes = kquant_search.encode_reference(grid, w, *grid.lines(params))
                 assert torch.equal(grid.encode(w, params), codes)
                 losses.append(lost(w, grid.decode(codes, params), h))
-            # Sums in another order choose another candidate where two are as good as one. In groups of a few weights that many grids
-            # fit exactly, the choice is chance, and decides d for the groups beside them.
+            # Sums in another order choose another candidate where two are as good as one. In groups of a few weights
+            # that many grids fit exactly, the choice is chance, and decides d for the groups beside them.
             chance = 0.15 if data in ("sparse", "outlier") else 0.02
             assert abs(losses[0] - losses[1]) <= chance * losses[1] + NOISE * lost(w, torch.zeros_like(w), h)
     quick = [

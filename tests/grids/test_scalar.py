@@ -54,8 +54,9 @@ def test_the_accelerated_rounding_is_the_reference(data, bits, symmetric):
                         ((codes - offset.double()) * scale.double().repeat_interleave(group, 1) - w).square(), h, group
                     )
                 )
-            # Sums in another order choose another candidate where two are as good as one. What becomes of a single group then is
-            # chance where the codes are rounded again to a scale that moved them: scales of 16 bits, and codes of 8.
+            # Sums in another order choose another candidate where two are as good as one. What becomes of a single
+            # group then is chance where the codes are rounded again to a scale that moved them: scales of 16 bits, and
+            # codes of 8.
             energy = per_group(w.float().square(), h, group)
             if stored == torch.float32 and bits < 8:
                 assert (lost[0] <= lost[1] * (1 + 1e-5) + NOISE * energy).all()

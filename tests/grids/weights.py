@@ -73,7 +73,8 @@ def solve(grid, w, h=None, search=True):
 
 
 def rounded_in_any_order(grid, w, count):
-    """Codes of `count` columns in random order, each making up for what those before it missed: compiled, and the reference."""
+    """Codes of `count` columns in random order, each making up for what those before it missed: compiled, and the
+    reference."""
     params = grid.fit(w, None)
     runs = torch.randperm(w.shape[1] // grid.vector_size, generator=torch.Generator().manual_seed(1))[
         : count // grid.vector_size

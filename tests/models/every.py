@@ -17,28 +17,38 @@ SIZES = {
     r".*image.*token.*_(id|index)": 261, r".*video.*token.*_(id|index)": 262, r".*audio.*token.*_(id|index)": 263,
     r"(vision|image|audio|boi|eoi|boa|eoa).*_(id|index)": 260,
     r"bos_token_id|decoder_start_token_id": 0, r"(eos|pad|sep)_token_id": 1, r".*_token_id": 3,
-    r"hidden_size|d_model|n_embd|dim|embed(ding)?_(size|dim)|emb_dim|word_embed_proj_dim|ple_embed_dim|out_hidden_size|projection_dim"
+    r"hidden_size|d_model|n_embd|dim|embed(ding)?_(size|dim)|emb_dim|word_embed_proj_dim|ple_embed_dim"
+    r"|out_hidden_size|projection_dim"
     r"|lru_width|attention_hidden_size|(input|output)_embedding_size|hidden_size_per_layer_input": 64,
-    r"intermediate_size(_mlp)?|n_inner|d_ff|dff|(ffn|d|mlp)_(dim|inner|hidden_size)|ffn_hidden_size|(en|de)coder_ffn_dim|hidden_dim|block_ff_dim": 128,
+    r"intermediate_size(_mlp)?|n_inner|d_ff|dff|(ffn|d|mlp)_(dim|inner|hidden_size)|ffn_hidden_size"
+    r"|(en|de)coder_ffn_dim|hidden_dim|block_ff_dim": 128,
     r"(moe|shared_experts?|moe_shared_expert|shared)_intermediate_size|expert_(hidden|ffn_hidden)_size": 64,
-    r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|depth|num_blocks|encoder_num_layers": 2,
-    r"(num_)?((en|de)coder_|hidden_)?attention_heads|n_heads?|num_heads|num_(hidden_)?attention_heads|(num_)?encoder_(num_)?heads": 4,
+    r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|depth|num_blocks"
+    r"|encoder_num_layers": 2,
+    r"(num_)?((en|de)coder_|hidden_)?attention_heads|n_heads?|num_heads|num_(hidden_)?attention_heads"
+    r"|(num_)?encoder_(num_)?heads": 4,
     r"(num|swa_num|num_global)_key_value_heads|num_kv_heads|num_query_groups|attention_groups|kv_n_heads": 2,
     r"(global_|swa_|linear_|dim_|attention_)*head_(dim|size)|kv_channels|dim_head|d_kv|d_head|index_head_dim": 16,
-    r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length|max_(target|source)_positions": 128,
+    r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length"
+    r"|max_(target|source)_positions": 128,
     r"num_experts|n_routed_experts|(num_local|moe_num|num_moe|n)_experts|zero_expert_num": 4,
     r"num_experts_per_tok(en)?|moe_(k|topk|top_k)|top_k_experts|num_selected_experts|n_group|num_expert_group": 2,
-    r"topk_group|(n|num|moe_num)_shared_experts|pretraining_tp|first_k_dense_replace|num_dense_layers|moe_layer_(start|end)_index": 1,
-    r"(q|kv|o)_lora_rank|index_topk|sliding_window|attention_window_size|window_size|chunk_size|mamba_chunk_size|(attention_)?chunk_size": 32,
-    r"qk_rope_head_dim|rotary_dim": 8, r"qk_nope_head_dim|v_head_dim|query_pre_attn_scalar|linear_(key|value)_head_dim": 16,
+    r"topk_group|(n|num|moe_num)_shared_experts|pretraining_tp|first_k_dense_replace|num_dense_layers"
+    r"|moe_layer_(start|end)_index": 1,
+    r"(q|kv|o)_lora_rank|index_topk|sliding_window|attention_window_size|window_size|chunk_size|mamba_chunk_size"
+    r"|(attention_)?chunk_size": 32,
+    r"qk_rope_head_dim|rotary_dim": 8,
+    r"qk_nope_head_dim|v_head_dim|query_pre_attn_scalar|linear_(key|value)_head_dim": 16,
     r"qk_head_dim": 24, r"index_n_heads|linear_num_value_heads": 4, r"linear_num_key_heads|linear_num_heads": 2,
-    r"mamba_n(um)?_heads|n_mamba_heads": 8, r"mamba_d_head|mamba_head_?dim": 16, r"mamba_d_ssm": 128, r"mamba_d_state|(ssm_)?state_size": 8,
+    r"mamba_n(um)?_heads|n_mamba_heads": 8, r"mamba_d_head|mamba_head_?dim": 16, r"mamba_d_ssm": 128,
+    r"mamba_d_state|(ssm_)?state_size": 8,
     r"image_size": 28, r"patch_size": 14, r"num_mel_bins": 16, r"(laurel|adapter|time_step|mamba_dt)_rank": 8,
 }  # fmt: skip
 """What a number is called in configs, and what it is here; the first that fits."""
 RULES = [(re.compile(pattern), size) for pattern, size in SIZES.items()]
 LEFT = re.compile(
-    r"id2label|label2id|rope_.*|dtype|torch_dtype|transformers_version|layer_group_size|projector_patch.*|quantization_config"
+    r"id2label|label2id|rope_.*|dtype|torch_dtype|transformers_version|layer_group_size|projector_patch.*"
+    r"|quantization_config"
 )
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -144,14 +154,35 @@ def sections(kind: str) -> dict[str, Any]:
     )
 
 
-TOWER = {"vision_config": {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-                           "head_dim": 16, "image_size": 28, "patch_size": 14}, "text_config": {"model_type": "mistral"}}  # fmt: skip
-DBRX = {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4, "model_type": "dbrx"},
-        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64, "ffn_act_fn": {"name": "silu"}}}  # fmt: skip
+TOWER = {
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "text_config": {"model_type": "mistral"},
+}
+DBRX = {
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4, "model_type": "dbrx"},
+    "ffn_config": {
+        "ffn_hidden_size": 64,
+        "moe_num_experts": 4,
+        "moe_top_k": 2,
+        "hidden_size": 64,
+        "ffn_act_fn": {"name": "silu"},
+    },
+}
 
 SEEING = (
-    "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "ernie4_5_vl_moe", "exaone4_5", "gemma3", "gemma4", "glm4v", "glm4v_moe", "idefics2", "idefics3",
-    "internvl", "kimi_k25", "lfm2_vl", "llama4", "llava", "llava_next", "llava_onevision", "minimax_m3_vl", "mistral3", "mistral4", "mllama", "ovis2",
+    "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "ernie4_5_vl_moe", "exaone4_5", "gemma3", "gemma4", "glm4v",
+    "glm4v_moe", "idefics2", "idefics3",
+    "internvl", "kimi_k25", "lfm2_vl", "llama4", "llava", "llava_next", "llava_onevision", "minimax_m3_vl", "mistral3",
+    "mistral4", "mllama", "ovis2",
     "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "smolvlm",
 )  # fmt: skip
 

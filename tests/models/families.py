@@ -1,7 +1,7 @@
 """Small random checkpoints of many families, as their users would have them on disk.
 
-Values are drawn so that nothing hides: norms and biases differ from channel to channel, and every part of a block matters
-to what it returns.
+Values are drawn so that nothing hides: norms and biases differ from channel to channel, and every part of a block
+matters to what it returns.
 """
 
 import json
@@ -33,7 +33,8 @@ GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 128, "n_positions": 1
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 
 Folds = dict[str, str]
-"""Producer to readers, as they are called in the block; `*` is the number of an expert, `1+` a norm that adds 1 to its weight."""
+"""Producer to readers, as they are called in the block; `*` is the number of an expert, `1+` a norm that adds 1 to its
+weight."""
 
 QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
 GATED = "mlp.gate_proj mlp.up_proj"
@@ -173,7 +174,8 @@ FAMILIES = {
         "mixtral",
         {
             **ATTENTION,
-            "post_attention_layernorm": "block_sparse_moe.gate block_sparse_moe.experts.*.w1 block_sparse_moe.experts.*.w3",
+            "post_attention_layernorm": "block_sparse_moe.gate block_sparse_moe.experts.*.w1 "
+            "block_sparse_moe.experts.*.w3",
         }
         | {"block_sparse_moe.experts.*.w3": "block_sparse_moe.experts.*.w2"},
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
@@ -250,7 +252,8 @@ FAMILIES = {
         {
             "1+input_layernorm": QKV,
             **VALUES,
-            "1+post_attention_layernorm": "mlp.gate mlp.experts.gate_up_proj mlp.shared_expert.gate_proj mlp.shared_expert.up_proj mlp.shared_expert_gate",
+            "1+post_attention_layernorm": "mlp.gate mlp.experts.gate_up_proj mlp.shared_expert.gate_proj "
+            "mlp.shared_expert.up_proj mlp.shared_expert_gate",
             "mlp.experts.gate_up_proj": "mlp.experts.down_proj",
             "mlp.shared_expert.up_proj": "mlp.shared_expert.down_proj",
         },

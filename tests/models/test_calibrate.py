@@ -1,4 +1,5 @@
-"""Windows begin as texts begin where the model is served, chats come through the model's template, and no template goes on for ever."""
+"""Windows begin as texts begin where the model is served, chats come through the model's template, and no template goes
+on for ever."""
 
 import json
 import time
@@ -116,7 +117,8 @@ def test_the_default_text_has_chats_for_models_that_chat(home, tmp_path, monkeyp
 def test_chats_that_the_template_does_not_take_are_left_out_and_counted(home, tmp_path):
     lines = (home / "chats.jsonl").read_text().splitlines()
     (tmp_path / "x.jsonl").write_text("\n".join([*lines, json.dumps([{"role": "nobody", "content": ""}])]))
-    template = "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}{{ m.content }}{% endfor %}"
+    refusal = "{% if m.role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}"
+    template = "{% for m in messages %}" + refusal + "{{ m.content }}{% endfor %}"
     windows = calibrate.calibration(
         Checkpoint(with_template(home / "plain", tmp_path / "model", template)), str(tmp_path / "x.jsonl"), 4, 64, 0
     )

@@ -1,4 +1,5 @@
-"""Checkpoints as they come: in shards, with a tied head or one of their own, under old names, beside an image encoder."""
+"""Checkpoints as they come: in shards, with a tied head or one of their own, under old names, beside an image
+encoder."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""What calibrates and what is loaded is the model that Transformers runs, for every family that Transformers can build, or is refused by name."""
+"""What calibrates and what is loaded is the model that Transformers runs, for every family that Transformers can build,
+or is refused by name."""
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from halfbyte.targets import open_checkpoint
 from models.every import ENCODERS, EVERY, TOKENS, outputs
 
 ENCODER_LISTS = (
-    "bert bert-generation big_bird camembert cpmant data2vec-text electra ernie git megatron-bert rembert roberta roberta-prelayernorm roc_bert roformer "
+    "bert bert-generation big_bird camembert cpmant data2vec-text electra ernie git megatron-bert rembert roberta "
+    "roberta-prelayernorm roc_bert roformer "
     "xlm-roberta xlm-roberta-xl"
 )
 REFUSED = {

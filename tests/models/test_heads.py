@@ -1,4 +1,5 @@
-"""config.json and the file may disagree on whether the head is the embedding: what Transformers makes of them is what counts."""
+"""config.json and the file may disagree on whether the head is the embedding: what Transformers makes of them is what
+counts."""
 
 import json
 

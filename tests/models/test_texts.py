@@ -1,4 +1,5 @@
-"""Texts, instructions and chats in the shapes in which people keep them; what is in none of them is refused by what it has and what would work."""
+"""Texts, instructions and chats in the shapes in which people keep them; what is in none of them is refused by what it
+has and what would work."""
 
 import csv
 import json
@@ -49,7 +50,8 @@ def test_every_shape_is_the_same_chat(shape, kind, tmp_path):
 
 @pytest.mark.parametrize("shape", ["Alpaca", "Dolly", "prompt and completion", "question and answer"])
 def test_tables(shape, tmp_path):
-    """With commas, quotes and line ends in cells; and the other way round, a model without a template reads one after the other."""
+    """With commas, quotes and line ends in cells; and the other way round, a model without a template reads one after
+    the other."""
     record = texts.records(write(tmp_path / "x.csv", [SHAPES[shape]]))[0]
     assert record.messages == CHAT
     assert record.text is not None

@@ -79,7 +79,8 @@ def test_one_expert_that_is_missing_is_missed(tmp_path):
     for use in (lambda: halfbyte.load(folder), lambda: walked(open_checkpoint(folder))):
         with pytest.raises(
             BadCheckpoint,
-            match=r"lacks 1 tensor of 'mixtral', or parts of them, the first 'model\.layers\.1\.mlp\.experts\.gate_up_proj'",
+            match=r"lacks 1 tensor of 'mixtral', or parts of them, the first "
+            r"'model\.layers\.1\.mlp\.experts\.gate_up_proj'",
         ):
             use()
 

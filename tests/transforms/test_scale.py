@@ -1,4 +1,5 @@
-"""AWQ and SmoothQuant: whatever they find, the block computes what it did, and the statistics are those of what its matrices now read."""
+"""AWQ and SmoothQuant: whatever they find, the block computes what it did, and the statistics are those of what its
+matrices now read."""
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def uneven_block(family, folder):
 
 
 def scaled_block(family, folder, is_quantized, transforms, alpha=None):
-    """A block after transforms with its unrounded targets in place, the schemes, the statistics, what it returned before, and what was done."""
+    """A block after transforms with its unrounded targets in place, the schemes, the statistics, what it returned
+    before, and what was done."""
     block = uneven_block(family, folder)
     before = block.run(block.walk.inputs[1], 1)
     of = {w: schemes.parse(SCHEMES[transforms]) for w in block.weights if is_quantized(w)}

@@ -18,7 +18,8 @@ def load(path: Path, vocabulary_only: bool = False, cache: int = 0):
     )
     with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", return_value=params):
         return llama_cpp.Llama(
-            str(path), n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1, vocab_only=vocabulary_only, logits_all=True, verbose=False,
+            str(path), n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1, vocab_only=vocabulary_only,
+            logits_all=True, verbose=False,
             type_k=cache, type_v=cache, flash_attn=cache != 0,
         )  # fmt: skip
 

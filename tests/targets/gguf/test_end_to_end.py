@@ -1,4 +1,5 @@
-"""From a checkpoint to a GGUF on the command line: llama.cpp computes from it what we say that it holds, whatever happens on the way."""
+"""From a checkpoint to a GGUF on the command line: llama.cpp computes from it what we say that it holds, whatever
+happens on the way."""
 
 import ctypes
 import json
@@ -25,7 +26,8 @@ from halfbyte.targets.gguf.blocks import LAYOUTS, READ_ONLY
 from models.families import Family
 
 EIGHT_BITS = 1e-3
-"""Nats by which llama.cpp, which rounds activations to 8 bits, strays from exact activations; .00045 to .00075 on files of its own making."""
+"""Nats by which llama.cpp, which rounds activations to 8 bits, strays from exact activations; .00045 to .00075 on files
+of its own making."""
 CALIBRATION = ["--samples", "2", "--length", "128"]
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 FAMILIES = {
@@ -130,7 +132,8 @@ def family(request, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["Q4_K_M", "nearest"], ["q4_k", "awq+gptq"], ["IQ3_S", "imatrix"]], ids=" ".join)
 def test_every_kind_of_family_says_what_we_say(words, family, tmp_path):
-    """Rows in another order, norms of 1 + w, matrices that lie transposed, stacks of experts: with folds and without."""
+    """Rows in another order, norms of 1 + w, matrices that lie transposed, stacks of experts: with folds and
+    without."""
     grid, method = words
     text = tiny.text(tmp_path / "text.txt")
     quantize(
@@ -313,7 +316,8 @@ def test_an_importance_matrix_takes_the_place_of_calibration(tmp_path):
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory) -> Path:
-    """Of 32 bits, and norms that are stored as 1 + w: what a file holds of them is not to the last bit what the model has."""
+    """Of 32 bits, and norms that are stored as 1 + w: what a file holds of them is not to the last bit what the model
+    has."""
     home = tmp_path_factory.mktemp("resume")
     kind, changes = CASES["gemma3"]
     Family(kind, {}, {**changes, "num_hidden_layers": 3}).save(home / "model")

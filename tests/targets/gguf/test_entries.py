@@ -114,7 +114,8 @@ def other(name: str, value: Any) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_another_value_of_any_entry_is_refused_or_computed(kind, tmp_path):
-    """llama.cpp says what Transformers says, whatever an entry says; it runs in a process of its own, since it may abort."""
+    """llama.cpp says what Transformers says, whatever an entry says; it runs in a process of its own, since it may
+    abort."""
     usual = next(changes for family, changes in CASES.values() if family == kind)
     before = transformers.AutoConfig.from_pretrained(Family(kind, {}, usual).save(tmp_path / "usual")).to_dict()
     tried = 0

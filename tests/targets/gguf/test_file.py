@@ -4,6 +4,7 @@ import struct
 import time
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -21,8 +22,6 @@ from halfbyte.targets.gguf.file import (
     row_bytes,
     split_metadata,
 )
-
-gguf = pytest.importorskip("gguf")
 
 METADATA = {
     "general.architecture": Value("string", "llama"),
@@ -239,7 +238,7 @@ def test_a_folder_of_two_models_asks_for_one(tmp_path):
         read(tmp_path / "empty")
 
 
-# What is wrong with a file is said --------------------------------------------------------------------------------------
+# What is wrong with a file is said ------------------------------------------------------------------------------------
 
 
 def string(text: bytes) -> bytes:

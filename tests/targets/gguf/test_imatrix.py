@@ -1,9 +1,11 @@
-"""Importance matrices: laid out as llama.cpp's documentation and the gguf package have them, and used by its quantizer."""
+"""Importance matrices: laid out as llama.cpp's documentation and the gguf package have them, and used by its
+quantizer."""
 
 import ctypes
 import struct
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,6 @@ from halfbyte.targets.gguf import file as gguf_file
 from halfbyte.targets.gguf import imatrix
 from halfbyte.targets.gguf.file import Value, Writer
 from halfbyte.targets.gguf.imatrix import Importance, Squares
-
-gguf = pytest.importorskip("gguf")
 
 
 def importance() -> Importance:
@@ -167,7 +167,7 @@ def quantize(llama_cpp, source: Path, target: Path, ftype: int, means: dict[str,
 
 def test_the_quantizer_of_llama_cpp_takes_the_means_of_our_file(tmp_path):
     """IQ2_XXS is not made without an importance matrix, and its bytes are those that ggml makes with these means."""
-    llama_cpp = pytest.importorskip("llama_cpp.llama_cpp")
+    llama_cpp = pytest.importorskip("llama_cpp.llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
     tensors = model(tmp_path / "f32.gguf")
     random = torch.Generator().manual_seed(2)
     squares = {

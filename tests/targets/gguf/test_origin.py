@@ -1,4 +1,5 @@
-"""A GGUF says what its model is called, how large it is, whence it comes and under which terms, as published files do."""
+"""A GGUF says what its model is called, how large it is, whence it comes and under which terms, as published files
+do."""
 
 from pathlib import Path
 

@@ -27,8 +27,10 @@ MODELS = {
     "llama": {**SMALL, "num_key_value_heads": 2},
     "llama whose keys serve four heads": {**SMALL, "num_key_value_heads": 1},
     "llama with a tied head": {**SMALL, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "llama with rows of no 256": {**SMALL, "hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 96},
-    "mixtral of eight": {**SMALL, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2, "num_local_experts": 8},
+    "llama with rows of no 256": {**SMALL, "hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 5,
+    "intermediate_size": 96},
+    "mixtral of eight": {**SMALL, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"],
+    "num_key_value_heads": 2, "num_local_experts": 8},
 }  # fmt: skip
 QUANTIZED = [name for name in presets.PRESETS if name not in presets.PLAIN]
 

@@ -31,7 +31,8 @@ TEXTS = {
     "scripts": "Привет, мир! 你好,世界。こんにちは 안녕하세요 مرحبا بالعالم שלום Ελληνικά Việt Ünïcödé",
     "marks": "नमस्ते दुनिया ภาษาไทย e\u0301te\u0301",
     "emoji": "😀👍🏽 👩‍👩‍👧 flags 🇩🇪🇯🇵 ☃️ zwj\u200djoin nbsp\u00a0here",
-    "code": "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": x**2}  # ok\n\n\n\tif x != y && z: /usr/local/bin/python3 --flag=1\r\n",
+    "code": "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": x**2}  # ok\n\n\n"
+    "\tif x != y && z: /usr/local/bin/python3 --flag=1\r\n",
     "numbers": "1 12 123 1234 12345 3.14159 1,000,000 2024-05-17 0xdeadbeef ½ ² ٣٤٥",
     "spaces": "a  b   c    d\t\te\n\n\nf \n g\n \nh   ",
     "leading": " leading space, and none after",
@@ -57,8 +58,14 @@ FALCON = pre_tokenizers.Sequence(
         pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), ISOLATED),
     ]
 )
-QWEN35 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SEED = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SEED = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+"
+    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
 BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"  # noqa: RUF001
 BYTE_LEVEL = {
     "llama-bpe": (split(LLAMA3), True),
@@ -84,7 +91,8 @@ UNEQUAL = {
     ("gpt-4o", "marks"),
     *(("falcon", text) for text in ("scripts", "marks", "code", "numbers")),
 }
-"""Where llama.cpp's own rendering of the pattern is not exact: combining marks count as letters only in the pattern; Falcon looks for digits among bytes."""
+"""Where llama.cpp's own rendering of the pattern is not exact: combining marks count as letters only in the pattern;
+Falcon looks for digits among bytes."""
 
 
 def corpus() -> list[str]:
@@ -93,7 +101,8 @@ def corpus() -> list[str]:
 
 @cache
 def learned() -> dict:
-    """Merges of text that nothing has cut: they go across every border of words, so what comes out shows where a pattern cuts."""
+    """Merges of text that nothing has cut: they go across every border of words, so what comes out shows where a
+    pattern cuts."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"[\s\S]{1,12}"), ISOLATED), BYTES])
     shifted = [text[i:] for text in TEXTS.values() for i in range(12)]

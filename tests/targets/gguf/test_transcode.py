@@ -1,4 +1,5 @@
-"""`halfbyte convert` into GGUF and out of it: exact where the grids coincide, rounded with the error stated where they do not."""
+"""`halfbyte convert` into GGUF and out of it: exact where the grids coincide, rounded with the error stated where they
+do not."""
 
 import json
 from pathlib import Path
