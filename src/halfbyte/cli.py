@@ -25,7 +25,7 @@ from halfbyte.evaluation.conventions import CONVENTIONS, convention_named
 from halfbyte.progress import shown
 from halfbyte.recipe import METHODS, OTHER_COMMANDS, Calibration, Entries, Recipe, meaning, method_named
 from halfbyte.report.numbers import require_finite
-from halfbyte.report.summary import headline, size, worst, worst_inputs
+from halfbyte.report.summary import headline, size, worst, worst_activations
 from halfbyte.report.types import Evaluation, Part, Plan, Report
 from halfbyte.surroundings import arrange
 from halfbyte.terminal import Terminal, as_json
@@ -485,11 +485,11 @@ def _show_plan(plan: Plan, output: Path) -> None:
 def _show_report(report: Report, output: Path) -> None:
     out.print(f"{output}: {headline(report)}, {report.seconds:.1f} s; read back and verified")
     _show(display.worst(worst(report), report.error_of))
-    for row in worst_inputs(report, 1):
-        if i := row.input:
+    for row in worst_activations(report, 1):
+        if seen := row.activations:
             out.print(
-                f"inputs: {i.grid}, the largest error {i.error:.4f} where {row.name} reads from {i.low:.3g} to "
-                f"{i.high:.3g}; {i.saturated} of {i.values} values cut there"
+                f"activations: {seen.grid}, the largest error {seen.error:.4f} where {row.name} reads from {seen.low:.3g} "
+                f"to {seen.high:.3g}; {seen.saturated} of {seen.values} values cut there"
             )
     if cache := report.kv:
         out.print(

@@ -164,7 +164,7 @@ def weight_report(
         error=of_weights if error is None else error,
         tokens=tokens,
         note=note,
-        input=activations,
+        activations=activations,
         worst_row=worst,
     )
 

@@ -100,13 +100,13 @@ def test_evaluation_computes_what_a_loaded_model_computes(home, made, name):
 def test_the_report_tells_scales_and_what_is_cut(made):
     _, widest = made("w8a8-static")
     _, narrow = made("w8a8-static", observer="mse")
-    rows = [row["input"] for row in widest["weights"]]
+    rows = [row["activations"] for row in widest["weights"]]
     assert all(
         row["clipped"] == row["saturated"] == 0 and row["scale"] * 127 >= 0.99 * max(-row["low"], row["high"])
         for row in rows
     )
     assert all(0 < row["error"] < 0.5 for row in rows)
-    narrow = [row["input"] for row in narrow["weights"]]
+    narrow = [row["activations"] for row in narrow["weights"]]
     assert any(
         a["scale"] < b["scale"] and a["saturated"] == a["clipped"] * a["values"] > 0
         for a, b in zip(narrow, rows, strict=True)

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import plural
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
-from halfbyte.report.summary import size, worst, worst_inputs
+from halfbyte.report.summary import size, worst, worst_activations
 from halfbyte.report.types import EngineReport, Report
 from halfbyte.targets import beside, is_file
 
@@ -42,7 +42,7 @@ def card(report: Report, path: Path) -> str:
         recipe_file=beside(path, "recipe.yaml").name,
         engines=[(e, _title(e), code(e, served, original)) for e in report.engines],
         worst=worst(report),
-        worst_inputs=worst_inputs(report),
+        worst_activations=worst_activations(report),
         evaluation=report.evaluation,
     )
 

@@ -44,10 +44,10 @@ def worst(report: "Report", count: int = WORST) -> "list[WeightReport]":
     return sorted(report.weights, key=lambda row: -row.error)[:count]
 
 
-def worst_inputs(report: "Report", count: int = WORST) -> "list[WeightReport]":
+def worst_activations(report: "Report", count: int = WORST) -> "list[WeightReport]":
     """Of the activations with the largest errors, the first of the weights that they are multiplied by."""
-    found = {repr(row.input): row for row in reversed(report.weights) if row.input}
-    return sorted(found.values(), key=lambda row: -row.input.error if row.input else 0.0)[:count]
+    found = {repr(row.activations): row for row in reversed(report.weights) if row.activations}
+    return sorted(found.values(), key=lambda row: -row.activations.error if row.activations else 0.0)[:count]
 
 
 def size(size_bytes: float) -> str:

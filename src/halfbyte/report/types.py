@@ -150,8 +150,11 @@ class WeightReport(PlannedWeight, frozen=True):
     """Relative error: of the outputs on the calibration tokens, or of the weights where there are none."""
     tokens: Count | None = None
     """How many calibration tokens reached it."""
-    input: ActivationReport | None = None
-    """How its activations are rounded, where calibration saw that."""
+    activations: ActivationReport | None = Field(
+        default=None,
+        validation_alias=AliasChoices("activations", "input"),  # as it was called once
+    )
+    """How what it is multiplied by is rounded, where calibration saw that."""
     worst_row: float = 0.0
     """The largest relative error of a row, of those that were looked at."""
 
