@@ -11,8 +11,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from llamacpp import logits
-from plain import write
-from variants import BY_LAYERS, CASES, YARN, distance, transformers_logits
+from variants import BY_LAYERS, CASES, YARN, as_f32, distance, transformers_logits
 
 import halfbyte
 from halfbyte.errors import Unsupported
@@ -125,7 +124,7 @@ def test_another_value_of_any_entry_is_refused_or_computed(kind, tmp_path):
             tried += 1
             with suppress(Unsupported, *NO_MODEL):
                 theirs = transformers_logits(Family(kind, {}, {**usual, name: value}).save(model), TOKENS)
-                write(model, path)
+                as_f32(model, path)
             if path.exists():
                 assert said_by_llama_cpp(path, theirs) < 3e-3, f"{name} = {value}"
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from plain import read_back, write
 from safetensors.torch import load_file
-from variants import CASES, distance, transformers_logits
+from variants import CASES, as_f32, distance, transformers_logits
 
+import halfbyte
 from halfbyte.errors import Unsupported
+from halfbyte.targets import open_checkpoint
 from halfbyte.targets.gguf.families import Translation, family_named, family_of
 from models.families import Family
 
@@ -18,11 +19,15 @@ SMALL = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_
 def test_a_checkpoint_comes_back_from_its_gguf(name, tmp_path):
     kind, changes = CASES[name]
     before = Family(kind, {}, changes).save(tmp_path / "before")
-    after = read_back(write(before, tmp_path / "model.gguf"), tmp_path / "after")
-    was, now = (load_file(folder / "model.safetensors") for folder in (before, after))
-    assert all(torch.allclose(was[n].float(), now[n], atol=1e-6) for n in was.keys() & now.keys())  # norms + 1 - 1
+    path = as_f32(before, tmp_path / "model.gguf")
+    was, after = load_file(before / "model.safetensors"), open_checkpoint(path)
+    both = was.keys() & after.tensors().keys()
+    assert len(both) > len(was) / 2
+    assert all(torch.allclose(was[n].float(), after.read(n), atol=1e-6) for n in both)  # norms + 1 - 1
     tokens = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0)).tolist()
-    assert distance(transformers_logits(after, tokens), transformers_logits(before, tokens)) < 1e-5
+    with torch.no_grad():
+        logits = halfbyte.load(path, torch.float32)(torch.tensor([tokens])).logits[0]
+    assert distance(logits, transformers_logits(before, tokens)) < 1e-5
 
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused():

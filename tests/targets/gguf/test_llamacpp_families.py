@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from llamacpp import logits
-from plain import write
-from variants import CASES, distance, transformers_logits
+from variants import CASES, as_f32, distance, transformers_logits
 
 import halfbyte.demo
 from halfbyte.targets.gguf.families import FAMILIES
@@ -30,7 +29,7 @@ COARSE = {
 
 def test_the_demo_model_says_the_same(tmp_path):
     tokens = torch.randint(2, 4096, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    assert distance(logits(write(DEMO, tmp_path / "model.gguf"), tokens), transformers_logits(DEMO, tokens)) < 1e-4
+    assert distance(logits(as_f32(DEMO, tmp_path / "model.gguf"), tokens), transformers_logits(DEMO, tokens)) < 1e-4
 
 
 @pytest.mark.parametrize("published", [True, False], ids=["as-published", "as-in-memory"])
@@ -39,7 +38,7 @@ def test_a_family_says_the_same(name, published, tmp_path):
     kind, changes = CASES[name]
     folder = Family(kind, {}, changes, as_published=published).save(tmp_path / "model")
     tokens = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0)).tolist()
-    ours, theirs = logits(write(folder, tmp_path / "model.gguf"), tokens), transformers_logits(folder, tokens)
+    ours, theirs = logits(as_f32(folder, tmp_path / "model.gguf"), tokens), transformers_logits(folder, tokens)
     assert distance(ours, theirs) < (3e-3 if name in COARSE else 1e-4)
 
 

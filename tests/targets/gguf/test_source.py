@@ -268,5 +268,5 @@ def test_layers_of_different_numbers_of_heads_are_refused(home, tmp_path):
     name = f"{arch}.attention.head_count"
     same = changed(home / "q4.gguf", tmp_path / "same.gguf", {name: Value("uint32[]", [4] * 8)})
     differ = changed(home / "q4.gguf", tmp_path / "differ.gguf", {name: Value("uint32[]", [4] * 7 + [8])})
-    assert type(Checkpoint.open(same).config["num_attention_heads"]) is int
+    assert type(open_checkpoint(same).config["num_attention_heads"]) is int
     tiny.refused(tiny.halfbyte("inspect", differ), name, "differs from layer to layer")

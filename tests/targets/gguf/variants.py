@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import transformers
 
+import halfbyte
 from models.families import GPT
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -93,6 +94,12 @@ CASES: dict[str, tuple[str, dict]] = {
     "cohere": ("cohere", {"logit_scale": 0.25}),
 }
 """Name to `model_type` and what its config changes."""
+
+
+def as_f32(folder: Path, path: Path) -> Path:
+    """The checkpoint in `folder` as a GGUF in which nothing is rounded."""
+    halfbyte.quantize(folder, path, grid="F32", overwrite=True)
+    return path
 
 
 def transformers_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
