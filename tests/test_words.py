@@ -45,6 +45,7 @@ def test_a_method_is_called_one(name):
         (words.CONTAINERS, TARGETS),
         (words.READ_ONLY, FOREIGN),
         (words.PLAIN, UNQUANTIZED),
+        (words.FILES, {target.file_suffix for target in TARGETS.values() if target.file_suffix}),
         (words.DTYPES, DTYPE_NAMES),
         (words.GRIDS, grids.GRIDS),
         (words.ALIASES, grids.ALIASES),

@@ -32,6 +32,7 @@ from halfbyte.terminal import Terminal, as_json
 from halfbyte.words import (
     CONTAINERS,
     DTYPES,
+    FILES,
     PLAIN,
     PRESETS,
     SCHEMES,
@@ -155,7 +156,7 @@ def quantize(
     asked = Recipe.of(**base)
     if asked.method not in OTHER_COMMANDS:
         method_named(asked.method)
-        meant = asked.to or ("gguf" if output.suffix == ".gguf" else None)
+        meant = asked.to or FILES.get(output.suffix)
         _require_names(meant, asked.engine, asked.grid, *asked.override.values())
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
 

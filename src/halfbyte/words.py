@@ -62,6 +62,8 @@ TYPES = (
     *("MXFP4", "NVFP4", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"),
 )
 """Of a GGUF's tensors."""
+FILES = {".gguf": "gguf"}
+"""Containers of outputs that are one file, by what such a file's name ends with."""
 OWN = {"gguf": ("preset or type of GGUF", (*PRESETS, *TYPES))}
 """Containers whose grids are called otherwise: what such names are, and all of them."""
 BITS = re.compile(r"(?:u?int|w|q)?([2-8])(?:b|bits?)?")

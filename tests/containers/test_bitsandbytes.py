@@ -221,3 +221,19 @@ def test_a_state_that_is_no_json_is_a_broken_checkpoint(written, tmp_path, grid)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadCheckpoint, match="bitsandbytes"):
         _ = open_checkpoint(tmp_path).quantized
+
+
+def test_a_model_of_fp16_is_decoded_to_fp16_wherever_its_weights_come_from(tmp_path):
+    """Every matrix notes what it is decoded to, and Transformers goes by that."""
+    half = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "half" / name).write_bytes((demo.MODEL / name).read_bytes())
+    halfbyte.quantize(tmp_path / "half", tmp_path / "made", method="minmax", grid="nf4-g64", to="bitsandbytes")
+    halfbyte.convert(tmp_path / "made", tmp_path / "moved", "bitsandbytes")
+    assert BitsAndBytes() == BitsAndBytes(torch.bfloat16), "what a run asks of a container changes no other"
+    for name in ("made", "moved"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto")
+        states = [m.weight.quant_state for m in model.modules() if isinstance(m, modules.Linear4bit)]
+        assert len(states) == 42
+        assert {state.dtype for state in states} == {torch.float16}

@@ -17,7 +17,7 @@ from halfbyte.errors import plural
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report.summary import size, worst, worst_activations
 from halfbyte.report.types import EngineReport, Report
-from halfbyte.targets import beside, is_file
+from halfbyte.targets import TARGETS, UNQUANTIZED, Target, beside, is_file
 
 
 def card(report: Report, path: Path) -> str:
@@ -36,6 +36,7 @@ def card(report: Report, path: Path) -> str:
         r=report,
         name=path.resolve().name,
         is_file=is_file(path),
+        library=getattr({**UNQUANTIZED, **TARGETS}.get(report.output.container), "library", Target.library),
         path=report.recipe.repository or path.resolve().name,
         against=shlex.quote(original) + (f" --adapter {shlex.quote(adapter)}" if adapter else ""),
         recipe=recipe,
@@ -121,7 +122,8 @@ def code(engine: EngineReport, path: Path, original: str) -> str:
     if "AutoModel" not in line:
         return _filled(line, path, original)
     needed = sorted({"AutoTokenizer", *re.findall(r"\bAutoModel\w*|\bCompressedTensorsConfig\b", line)})
-    place = '"{folder}", gguf_file="{file}"' if "gguf_file" in line else '"{path}"'
+    file = re.search(r'\w+="\{file\}"', line)
+    place = f'"{{folder}}", {file[0]}' if file else '"{path}"'
     imported = f"from transformers import {', '.join(needed)}"
     whole = f"{imported}\n\nmodel = {line}\ntokenizer = AutoTokenizer.from_pretrained({place})"
     return _filled(whole, path, original)

@@ -33,6 +33,8 @@ class Target(ABC):
     """Entries of a recipe that mean something to this target alone."""
     default_grid: ClassVar[str | None] = None
     """Where no grid is named; None: that of every recipe."""
+    library: ClassVar[str] = "transformers"
+    """What the hub says that reads it."""
     has_presets: ClassVar[bool] = False
     """Whether some of its grids are mixtures that have a name."""
 

@@ -33,6 +33,7 @@ class GGUF(Target):
     marks = ("*.gguf",)
     words = frozenset({"pure", "pre"})
     default_grid = "Q4_K_M"
+    library = "gguf"
     has_presets = True
 
     @property

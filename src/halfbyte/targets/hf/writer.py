@@ -83,7 +83,7 @@ class FolderWriter(CheckpointWriter):
         elif not config.keys() & {"dtype", "torch_dtype"}:
             config["dtype"] = _name(
                 source.dtype
-            )  # of a GGUF, which does not say: Transformers would take the first tensor's
+            )  # of a source that does not say: Transformers would take the first tensor's
         return {**config, "quantization_config": quantization} if quantization else config
 
     def _linears_kept(self) -> list[str]:
