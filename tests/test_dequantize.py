@@ -104,7 +104,7 @@ def test_a_decoded_tensor_is_kept_in_the_precision_planned(home, tmp_path, metho
     """Embedding, head and what is skipped are quantized in the source, and decoded in float32."""
     words = {"grid": "int4-g64", "skip": "layers.0.*", "calibration": {"samples": 2, "length": 32}}
     halfbyte.quantize(home / name_of("gguf"), tmp_path / "out", requantize=True, method=method, **words)
-    source, written = Checkpoint.open(home / name_of("gguf")), Checkpoint.open(tmp_path / "out")
+    source, written = open_checkpoint(home / name_of("gguf")), open_checkpoint(tmp_path / "out")
     decoded = [tensor for tensor in written.entries if tensor in source.tensors()]
     assert any("layers.0" in tensor and len(written.spec(tensor).shape) == 2 for tensor in decoded)
     for tensor in decoded:

@@ -302,10 +302,10 @@ def imatrix(
     from halfbyte.targets.gguf import imatrix as files
     from halfbyte.targets.gguf import importance
 
-    chosen, out, c = device_named(device), Path(out).expanduser(), Calibration.of(calibration)
+    chosen, out, asked = device_named(device), Path(out).expanduser(), Calibration.of(calibration)
     checkpoint = open_checkpoint(model)
     with one_file(out, overwrite) as partial:
-        windows = calibrate.calibration(checkpoint, c.source, c.samples, c.length, c.seed)
+        windows = calibrate.calibration(checkpoint, asked)
         with shown(progress) as show:
             found = importance.measure(checkpoint, windows, show, Placement.on(chosen))
         files.write(partial, found)

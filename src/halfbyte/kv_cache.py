@@ -68,9 +68,8 @@ def attach(
         checkpoint.config.get("quantization_config") or checkpoint.text_config.get("quantization_config"), kind
     )
     claim(place_of(out), checkpoint.path, overwrite)
-    checkpoint.kv = None  # what it had is replaced
-    c = calibration or Calibration()
-    windows = calibrate.calibration(checkpoint, c.source, c.samples, c.length, c.seed)
+    checkpoint = checkpoint.replaced(kv=None)  # what it had makes room for another
+    windows = calibrate.calibration(checkpoint, calibration or Calibration())
     cache, rows = find_scales(checkpoint, kind, windows.tokens, observer, progress, Placement.on(device))
     tensors = cache.tensors()
     about = describe(kind, observer, windows, rows, device, checkpoint.left_out)
@@ -127,9 +126,8 @@ def complete(run: Run) -> CacheReport | None:
     job, about = run.job, None
     if job.recipe.kv and job.kv:
         run.edition.write_sidecars(run.folder.partial)  # with it, what is written is a checkpoint
-        checkpoint, c = Checkpoint(run.folder.partial), job.recipe.calibration
-        checkpoint.kv = None
-        windows = run.windows or calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
+        checkpoint = Checkpoint(run.folder.partial).replaced(kv=None)
+        windows = run.windows or calibrate.calibration(job.checkpoint, job.recipe.calibration)
         placement = Placement.on(run.device, run.folder.partial.parent)
         cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.observer, run.progress, placement)
         about = describe(job.kv, job.recipe.observer, windows, rows, run.device)
@@ -200,14 +198,13 @@ def with_cache(
     if kind == "stored":
         return checkpoint
     grid = None if kind == "none" else KVGrid.parse(kind)
-    checkpoint.kv = None
+    checkpoint = checkpoint.replaced(kv=KVCache(grid) if grid and not grid.static else None)
     if grid and grid.static:
-        c = Calibration()
-        length = min(c.length, calibrate.longest(checkpoint, c.length))
-        windows = calibrate.calibration(checkpoint, c.source, c.samples, length, c.seed)
-        checkpoint.kv, _ = find_scales(checkpoint, grid, windows.tokens, progress=progress, placement=placement)
-    elif grid:
-        checkpoint.kv = KVCache(grid)
+        default = Calibration()
+        length = min(default.length, calibrate.longest(checkpoint, default.length))
+        windows = calibrate.calibration(checkpoint, default.model_copy(update={"length": length}))
+        cache, _ = find_scales(checkpoint, grid, windows.tokens, progress=progress, placement=placement)
+        return checkpoint.replaced(kv=cache)
     return checkpoint
 
 

@@ -54,8 +54,7 @@ def quantize(
     known = _importance(job, device)
     windows = None
     if job.calibrated:
-        c = job.recipe.calibration
-        windows = calibrate.calibration(job.checkpoint, c.source, c.samples, c.length, c.seed)
+        windows = calibrate.calibration(job.checkpoint, job.recipe.calibration)
     edition = job.target.writer(job)
     folder = Folder(place_of(out), edition.shards(stem_of(out)), identity(job, windows, device), overwrite)
     if folder.is_published:

@@ -15,9 +15,14 @@ from halfbyte import demo
 from halfbyte.errors import BadCheckpoint
 from halfbyte.models import calibrate, chats
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.recipe import Calibration
 from halfbyte.targets import open_checkpoint
 
 BOS, BOS_ID = tiny.BOS, 256
+
+
+def calibrated(checkpoint: Checkpoint, source: str, samples: int, length: int, seed: int) -> calibrate.Windows:
+    return calibrate.calibration(checkpoint, Calibration(source=source, samples=samples, length=length, seed=seed))
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +52,13 @@ def with_template(source: Path, folder: Path, template: str) -> Path:
 def test_every_window_begins_as_the_tokenizer_begins_a_text(source, home):
     begins, plain = Checkpoint(home / "begins"), Checkpoint(home / "plain")
     for samples in (4, 200):  # without overlap, and drawn at random
-        windows = calibrate.calibration(begins, str(home / source), samples, 64, 0)
+        windows = calibrated(begins, str(home / source), samples, 64, 0)
         assert windows.tokens.shape == (samples, 64)
         assert (windows.tokens[:, 0] == BOS_ID).all()
         assert (windows.tokens[:, 1] != BOS_ID).all()  # once
         assert windows.about["opening"] == [BOS]
         assert windows.about["chats"] == (samples if source == "chats.jsonl" else 0)
-    assert (calibrate.calibration(plain, str(home / source), 4, 64, 0).tokens != BOS_ID).all()
+    assert (calibrated(plain, str(home / source), 4, 64, 0).tokens != BOS_ID).all()
 
 
 def test_windows_lose_no_text(home):
@@ -78,16 +83,16 @@ def test_what_a_text_begins_with(home, tmp_path):
 def test_a_gguf_begins_as_it_says(home, tmp_path):
     for name, opening in (("begins", [BOS]), ("plain", [])):
         halfbyte.quantize(home / name, tmp_path / f"{name}.gguf", grid="Q8_0", method="nearest", pre="llama-bpe")
-        windows = calibrate.calibration(open_checkpoint(tmp_path / f"{name}.gguf"), str(home / "text.txt"), 2, 64, 0)
+        windows = calibrated(open_checkpoint(tmp_path / f"{name}.gguf"), str(home / "text.txt"), 2, 64, 0)
         assert windows.about["opening"] == opening
 
 
 def test_where_only_the_chat_template_puts_bos(home, tmp_path):
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     checkpoint = Checkpoint(with_template(home / "plain", tmp_path / "model", template))
-    windows = calibrate.calibration(checkpoint, str(home / "chats.jsonl"), 20, 64, 0)
+    windows = calibrated(checkpoint, str(home / "chats.jsonl"), 20, 64, 0)
     assert (windows.tokens[:, 0] == BOS_ID).all()
-    assert (calibrate.calibration(checkpoint, str(home / "text.txt"), 4, 64, 0).tokens != BOS_ID).all()
+    assert (calibrated(checkpoint, str(home / "text.txt"), 4, 64, 0).tokens != BOS_ID).all()
 
 
 def test_chats_are_rendered_as_transformers_renders_them(home):
@@ -100,14 +105,14 @@ def test_chats_are_rendered_as_transformers_renders_them(home):
 
 def test_the_default_text_has_chats_for_models_that_chat(home, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "CALIBRATION", home / "text.txt")  # the real one is a million tokens of single bytes
-    windows = calibrate.calibration(Checkpoint(home / "begins"), "default", 16, 128, 0)
+    windows = calibrated(Checkpoint(home / "begins"), "default", 16, 128, 0)
     said = transformers.AutoTokenizer.from_pretrained(home / "begins").decode(windows.tokens.flatten())
     assert windows.about["chats"] == 8
     assert (windows.tokens[:, 0] == BOS_ID).all()
     assert "assistant" in said
     tiny.make(tmp_path / "base")
-    assert calibrate.calibration(Checkpoint(tmp_path / "base"), "default", 16, 128, 0).about["chats"] == 0
-    odd = calibrate.calibration(
+    assert calibrated(Checkpoint(tmp_path / "base"), "default", 16, 128, 0).about["chats"] == 0
+    odd = calibrated(
         Checkpoint(with_template(home / "plain", tmp_path / "odd", "{{ raise_exception('no') }}")), "default", 4, 64, 0
     )
     assert odd.about["chats"] == 0
@@ -119,7 +124,7 @@ def test_chats_that_the_template_does_not_take_are_left_out_and_counted(home, tm
     (tmp_path / "x.jsonl").write_text("\n".join([*lines, json.dumps([{"role": "nobody", "content": ""}])]))
     refusal = "{% if m.role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}"
     template = "{% for m in messages %}" + refusal + "{{ m.content }}{% endfor %}"
-    windows = calibrate.calibration(
+    windows = calibrated(
         Checkpoint(with_template(home / "plain", tmp_path / "model", template)), str(tmp_path / "x.jsonl"), 4, 64, 0
     )
     assert any(

@@ -219,3 +219,16 @@ def test_the_text_decoder_beside_an_image_encoder(tmp_path, kind):
     for name, p in again.named_parameters():
         if "vision" in name or "visual" in name:
             assert torch.equal(p, model.get_parameter(name)), name
+
+
+def test_a_checkpoint_is_a_value_that_others_are_made_of(tmp_path):
+    checkpoint = open_checkpoint(LLAMA.save(tmp_path / "model"))
+    config = {**checkpoint.config, "model_type": "other"}
+    other = checkpoint.replaced(config=config)
+    assert (other.model_type, checkpoint.model_type) == ("other", "llama")
+    assert other.entries is checkpoint.entries
+    for name in ("config", "kv", "adapter", "pieces", "new"):
+        with pytest.raises(
+            AttributeError, match=rf"does not change; checkpoint\.replaced\({name}=\.\.\.\) makes another"
+        ):
+            setattr(checkpoint, name, None)

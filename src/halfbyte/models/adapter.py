@@ -3,7 +3,6 @@
 Format: huggingface/peft, docs/source/developer_guides/checkpoint.md; Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoRA).
 """
 
-import copy
 import re
 from functools import cached_property
 from math import sqrt
@@ -37,9 +36,7 @@ def is_adapter(folder: Path) -> bool:
 
 def merged(checkpoint: Checkpoint, folder: str | Path) -> Checkpoint:
     """The checkpoint as it reads with the adapter in `folder` merged into it. Raises BadCheckpoint for one that does not fit it."""
-    found = copy.copy(checkpoint)
-    found.adapter = Adapter(Path(folder).expanduser(), checkpoint)
-    return found
+    return checkpoint.replaced(adapter=Adapter(Path(folder).expanduser(), checkpoint))
 
 
 class Adapter:

@@ -14,6 +14,7 @@ from halfbyte.errors import BadCheckpoint, BadRequest, plural
 from halfbyte.models import chats, texts
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.texts import Record
+from halfbyte.recipe import Calibration
 
 DEFAULT = "default"
 Begin = Literal["before", "over", "none"]
@@ -84,9 +85,13 @@ class Windows:
         }
 
 
-def calibration(checkpoint: Checkpoint, source: str | tuple[str, ...], samples: int, length: int, seed: int) -> Windows:
-    """`samples` windows drawn without overlap where the text is long enough, else at random. Some of the default text are chats for a model that chats."""
-    generator, tokenizer = torch.Generator().manual_seed(seed), tokenizer_of(checkpoint)
+def calibration(checkpoint: Checkpoint, asked: Calibration) -> Windows:
+    """`asked.samples` windows drawn without overlap where the text is long enough, else at random.
+
+    Some of the default text are chats for a model that chats.
+    """
+    source, samples, length = asked.source, asked.samples, asked.length
+    generator, tokenizer = torch.Generator().manual_seed(asked.seed), tokenizer_of(checkpoint)
     if isinstance(source, tuple) or source != DEFAULT:
         stream = read(checkpoint, tokenizer, source, length)
         windows, warnings = _drawn(stream, texts.called(source), samples, length, generator)

@@ -1,5 +1,6 @@
 """The checkpoint is the truth: its tensors, its config, and everything else in its folder."""
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from functools import cached_property, partial
 from math import prod
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -77,6 +78,23 @@ class Checkpoint:
         self.entries = _entries(path)
         if self._reader:
             self.entries = self._reader.apart(self.entries)
+        self._seal()
+
+    def _seal(self) -> None:
+        """From now on it is a value: `replaced` makes another."""
+        self.__dict__["_is_sealed"] = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if self.__dict__.get("_is_sealed"):
+            raise AttributeError(f"a checkpoint does not change; checkpoint.replaced({name}=...) makes another")
+        super().__setattr__(name, value)
+
+    def replaced(self, **parts: Any) -> Self:
+        """Another checkpoint that reads the same files, with some parts in place of its own: `kv`, another cache (or None);
+        `adapter`, merged into its weights; `pieces`, experts apart; `config`."""
+        other = copy.copy(self)
+        other.__dict__.update(parts)
+        return other
 
     @property
     def text_config(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Engines look for gate, up and down of each expert when these are quantized. So a
 that spells them apart, and what is written is the same from either.
 """
 
-import copy
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -64,6 +63,4 @@ def _pieces(stack: str, shape: Shape, transposed: bool, parts: list[tuple[str, s
 
 
 def _reading(checkpoint: Checkpoint, pieces: Mapping[str, Piece]) -> Checkpoint:
-    found = copy.copy(checkpoint)
-    found.pieces = pieces
-    return found
+    return checkpoint.replaced(pieces=pieces)

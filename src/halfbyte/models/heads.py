@@ -24,18 +24,19 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return bool(_by_default(checkpoint) if said is None else said)
 
 
-def settle(checkpoint: Checkpoint) -> None:
-    """Have the config say what is so, for those who go by it alone. Raises BadCheckpoint for a head that would be random."""
+def settled(checkpoint: Checkpoint) -> Checkpoint:
+    """With a config that says what is so, for those who go by it alone. Raises BadCheckpoint for a head that would be random."""
     said = checkpoint.config.get(TIE, checkpoint.text_config.get(TIE))
     if checkpoint.tied:
-        return
+        return checkpoint
     if not any(map(roles.is_head, checkpoint.tensors())):
         _require_head(checkpoint)
     elif said is not False:
         config = {**checkpoint.config, TIE: False}
         if TIE in checkpoint.text_config and "text_config" in config:
             config["text_config"] = {**checkpoint.text_config, TIE: False}
-        checkpoint.config = config
+        return checkpoint.replaced(config=config)
+    return checkpoint
 
 
 def _is_embedding(checkpoint: Checkpoint, head: str) -> bool:

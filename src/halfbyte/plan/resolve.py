@@ -69,8 +69,7 @@ def _of_source(checkpoint: Checkpoint) -> list[str]:
 
 def source_of(recipe: Recipe) -> Checkpoint:
     """The checkpoint that a recipe names, with its adapter."""
-    checkpoint = open_checkpoint(recipe.model)
-    heads.settle(checkpoint)
+    checkpoint = heads.settled(open_checkpoint(recipe.model))
     sizes.require(checkpoint)
     return adapter.merged(checkpoint, recipe.adapter) if recipe.adapter else checkpoint
 
@@ -211,8 +210,7 @@ def _with_importance(method: Method, recipe: Recipe) -> Method:
 
 def transcoding(source: str, to: str, grid: str | None = None, engine: str | None = None) -> Plan:
     """Moving a quantized checkpoint into another container, every grid as it is where the container holds its values."""
-    checkpoint = open_checkpoint(source)
-    heads.settle(checkpoint)
+    checkpoint = heads.settled(open_checkpoint(source))
     sizes.require(checkpoint)
     if checkpoint.container is None:
         raise BadRequest(f"{source} is not quantized; to quantize it: halfbyte quantize {source} -o OUT --to {to}")

@@ -65,6 +65,7 @@ class GGUFCheckpoint(Checkpoint):
             self.shapes = checkpoint_shapes(family, stored)
             self.names = Translation(family, self.config, self.shapes)
         self._collect()
+        self._seal()
 
     def _collect(self) -> None:
         """The bytes of every tensor, and its grid where it is one quantized matrix."""
