@@ -75,3 +75,13 @@ def test_they_convert_without_loss_or_not_at_all(name, to, tmp_path):
     version = open_checkpoint(tmp_path / "out").config["quantization_config"].get("checkpoint_format")
     if to == "gptq":
         assert version == ("gptq_v2" if "asym" in grid else "gptq")  # they all hold zero points of 0
+
+
+def test_what_one_folder_says_of_its_version_is_not_taken_for_another():
+    """Both are open at once, and only what lies in each says whether zero points are stored or one less."""
+    names = ("gptq-v2-asym", "gptq-v1-asym", "gptq-v2-asym")
+    checkpoints = [open_checkpoint(FOLDERS / name) for name in names]
+    assert all(checkpoint.quantized for checkpoint in checkpoints)
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        expected = load_file(FOLDERS / name / "expected")["decoded"]
+        assert torch.equal(checkpoint.read_quantized(MODULE).decode()[::4].to(expected.dtype), expected)

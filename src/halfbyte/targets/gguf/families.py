@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import Shape
+from halfbyte.models import roles
 from halfbyte.names import Expert
 from halfbyte.targets.gguf.entries import unanswered
 from halfbyte.targets.gguf.settings import settings
@@ -348,7 +349,6 @@ FAMILIES: dict[str, Family] = {
 """Transformers' `model_type` to its row."""
 
 WRAPPERS = re.compile(r"^((model|transformer|gpt_neox|language_model)\.)+")
-FOREIGN = re.compile(r"(^|\.)(vision|visual|image|audio|multi_modal|mm_projector)[^.]*\.")
 AHEAD = re.compile(r"(^|\.)mtp[^.]*\.")
 ELSEWHERE = "not of the text decoder"
 BUFFERS = re.compile(r"rotary_emb\.|\.rotary\.|(^|\.)attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")
@@ -507,10 +507,10 @@ class Translation:
 
     def dropped(self, tensor: str) -> str | None:
         """Why the GGUF has no such tensor; None if it has."""
-        if FOREIGN.search(tensor):
-            return ELSEWHERE
         if AHEAD.search(tensor):
             return "for predicting several tokens at once"
+        if roles.FOREIGN.search(tensor):
+            return ELSEWHERE
         if BUFFERS.search(tensor):
             return "computed from the config"
         name, _, block = self._split(tensor)
