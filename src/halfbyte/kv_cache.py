@@ -1,4 +1,5 @@
-"""attach(): give a checkpoint a quantized KV cache. Scales are found on the model as it is; all else is copied byte for byte."""
+"""attach(): give a checkpoint a quantized KV cache. Scales are found on the model as it is; all else is copied byte for
+byte."""
 
 import json
 import shutil
@@ -51,7 +52,8 @@ def attach(
     progress: Progress = silent,
     device: torch.device = CPU,
 ) -> CacheReport:
-    """Write `source` into the folder `out` with the scales of a KV cache; returns the report of it, which is written there.
+    """Write `source` into the folder `out` with the scales of a KV cache; returns the report of it, which is written
+    there.
 
     Raises HalfbyteError, with nothing half-written left behind.
     """
@@ -190,7 +192,8 @@ def find_scales(
 def with_cache(
     path: str | Path, kind: str, progress: Progress = silent, placement: Placement | None = None
 ) -> Checkpoint:
-    """A checkpoint whose cache is of another kind than it says, to measure it: "none" for 16 bits, "stored" for what it says.
+    """A checkpoint whose cache is of another kind than it says, to measure it: "none" for 16 bits, "stored" for what it
+    says.
 
     Scales that would be stored are found on the embedded text.
     """
@@ -260,7 +263,8 @@ def _beyond(x: Tensor, inputs: ActivationQuant) -> float:
 
 
 def _together(key: Params, value: Params, latent: bool) -> tuple[Params, Params]:
-    """Latents and positions lie in one row of an engine's cache, under one scale (vllm csrc/cache_kernels.cu concat_and_cache_mla)."""
+    """Latents and positions lie in one row of an engine's cache, under one scale (vllm csrc/cache_kernels.cu
+    concat_and_cache_mla)."""
     if not (latent and key and value):
         return key, value
     scale = torch.maximum(key["scale"], value["scale"])
@@ -289,7 +293,8 @@ def warnings(rows: list[AttentionReport]) -> list[str]:
 
 
 def _files(checkpoint: Checkpoint, scales: Mapping[str, Tensor]) -> dict[str, dict[str, Spec]]:
-    """What each file of safetensors holds: the source's tensors where they were, and the scales at the end of the last."""
+    """What each file of safetensors holds: the source's tensors where they were, and the scales at the end of the
+    last."""
     was = set(layout.scales(checkpoint.entries))
     files: dict[str, dict[str, Spec]] = {}
     for path in sorted({entry.path for entry in checkpoint.entries.values()}):

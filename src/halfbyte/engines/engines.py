@@ -1,8 +1,9 @@
 """What each engine loads, as data: one row per engine and container.
 
-The rules were read in the engines' own sources (vLLM 0.33, SGLang 0.5.23, TGI 3.3, TensorRT-LLM, mlx-lm 0.32, Transformers 5.23 and
-earlier snapshots of them); each row names its file, and which test or benchmark of this repository runs part of it. A rule that could
-not be verified refuses, and so does one that says an engine would round inputs otherwise than the scheme has it, but for finer scales.
+The rules were read in the engines' own sources (vLLM 0.33, SGLang 0.5.23, TGI 3.3, TensorRT-LLM, mlx-lm 0.32,
+Transformers 5.23 and earlier snapshots of them); each row names its file, and which test or benchmark of this
+repository runs part of it. A rule that could not be verified refuses, and so does one that says an engine would round
+inputs otherwise than the scheme has it, but for finer scales.
 """
 
 import re
@@ -101,11 +102,12 @@ INT4 = frozenset({(4, True), (4, False)})
 PACKED = frozenset((bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False))
 ANY = frozenset((bits, symmetric) for bits in range(2, 9) for symmetric in (True, False))
 ODD = frozenset((bits, True) for bits in (2, 3, 5, 6, 7))
-# Marlin's groups: vllm-project/vllm model_executor/layers/quantization/utils/marlin_utils.py; SGLang and TGI have the same.
+# Marlin's groups: vllm-project/vllm model_executor/layers/quantization/utils/marlin_utils.py; SGLang and TGI have the
+# same.
 GROUPS: frozenset[int | str] = frozenset({32, 64, 128})
 SPANS = GROUPS | {"channel"}
-# Marlin's tiles: either (vllm marlin_utils.py marlin_padded_nk; TGI layers/marlin/gptq.py _check_valid_shape), or the first alone
-# (sglang awq/schemes/awq_marlin.py verify_marlin_supports_shape).
+# Marlin's tiles: either (vllm marlin_utils.py marlin_padded_nk; TGI layers/marlin/gptq.py _check_valid_shape), or the
+# first alone (sglang awq/schemes/awq_marlin.py verify_marlin_supports_shape).
 TILES = ((128, 64), (64, 128))
 SIXTEENS = ((16, 16),)
 """Tiles of products of 8 bits (vllm csrc/quantization/w8a8/cutlass; sgl-kernel csrc/gemm)."""
@@ -146,18 +148,20 @@ BY_LLAMA_CPP = (
 CPU_RUNS = "benchmarks/vllm_cpu.py"
 GPTQMODEL_RUNS = "tests/containers/test_gptqmodel_oracle.py"
 
-# Split along `in` in tensor parallelism: RowParallelLinear in vllm model_executor/models/*.py. All others are split along `out`.
+# Split along `in` in tensor parallelism: RowParallelLinear in vllm model_executor/models/*.py. All others are split
+# along `out`.
 ROW = re.compile(
     r"(^|\.)(o_proj|down_proj|out_proj|c_proj|wo|w2|fc2|fc_out|dense_4h_to_h|attention\.dense|self_attn\.dense)$"
 )
 
 # Paths: vllm/ of vllm-project/vllm; python/sglang/srt/ of sgl-project/sglang; server/text_generation_server/ of
-# huggingface/text-generation-inference. (quantization) is model_executor/layers/quantization in vLLM, layers/quantization in SGLang.
+# huggingface/text-generation-inference. (quantization) is model_executor/layers/quantization in vLLM,
+# layers/quantization in SGLang.
 VLLM = {
-    # (quantization)/compressed_tensors/schemes/compressed_tensors_wNa16.py: symmetric 2 to 8 bits, zero points at 4 and 8; of those
-    # only Hopper's Machete and the package conch have 8 (model_executor/kernels/linear/mixed_precision/*.py can_implement);
-    # requirements/cuda.txt: humming-kernels; models/gpt2.py transposes tensors named .weight only. lm_head: get_quant_method in
-    # compressed_tensors.py asks for a target that names it, and "Linear" does not.
+    # (quantization)/compressed_tensors/schemes/compressed_tensors_wNa16.py: symmetric 2 to 8 bits, zero points at 4 and
+    # 8; of those only Hopper's Machete and the package conch have 8 (model_executor/kernels/linear/mixed_precision/*.py
+    # can_implement); requirements/cuda.txt: humming-kernels; models/gpt2.py transposes tensors named .weight only.
+    # lm_head: get_quant_method in compressed_tensors.py asks for a target that names it, and "Linear" does not.
     "compressed-tensors": Reads(
         (
             Kernel(SYMMETRIC | INT4, SPANS, TILES, TURING),
@@ -171,18 +175,21 @@ VLLM = {
                 "NVFP4 weights alone run on Marlin kernels: compute capability 7.5 or later",
                 TILES,
             ),
-            # schemes/compressed_tensors_{w4a4_mxfp4,w8a8_mxfp8}.py do not look at input_activations: kernels decide, in the order of
-            # kernels/linear/__init__.py, where FlashInfer's (Blackwell) round inputs and Marlin's, which come next, do not.
+            # schemes/compressed_tensors_{w4a4_mxfp4,w8a8_mxfp8}.py do not look at input_activations: kernels decide, in
+            # the order of kernels/linear/__init__.py, where FlashInfer's (Blackwell) round inputs and Marlin's, which
+            # come next, do not.
             named(r"mxfp4(/mxfp4)?", "mxfp4", MX_INPUTS.format("MXFP4"), TILES),
             named(r"mxfp8-e4m3(/mxfp8-e4m3)?", "mxfp8-e4m3", MX_INPUTS.format("MXFP8"), TILES),
-            # schemes/compressed_tensors_w8a8_int8.py (symmetric weights; inputs per token or stored, with zero points or not).
+            # schemes/compressed_tensors_w8a8_int8.py (symmetric weights; inputs per token or stored, with zero points
+            # or not).
             named(
                 r"int8-(channel|tensor)/int8-(token|static)(-asym)?",
                 "int8-channel/int8-token or -static, and -asym",
                 INPUTS_IN_INT8,
                 SIXTEENS,
             ),
-            # schemes/compressed_tensors_w8a8_fp8.py: per tensor, a fused matrix is rounded again to the largest of its scales.
+            # schemes/compressed_tensors_w8a8_fp8.py: per tensor, a fused matrix is rounded again to the largest of its
+            # scales.
             named(r"fp8-e4m3-(channel|tensor)/fp8-e4m3-(token|static)", FP8_ROUNDED, INPUTS_IN_FP8),
             named(
                 r"fp8-e4m3-(channel|tensor)/fp8-e4m3-tensor",
@@ -190,15 +197,19 @@ VLLM = {
                 f"{INPUTS_IN_FP8}; vLLM finds a scale for each token, not one for all",
             ),
             FP8_BLOCKS,
-            # schemes/compressed_tensors_w4a4_nvfp4.py: fused matrices share the largest divisor, and warn if theirs differ.
+            # schemes/compressed_tensors_w4a4_nvfp4.py: fused matrices share the largest divisor, and warn if theirs
+            # differ.
             named(r"nvfp4-global/nvfp4", "nvfp4-global/nvfp4", NVFP4_INPUTS, TILES),
-            # schemes/compressed_tensors_w4a8_fp8.py and kernels/linear/mixed_precision/cutlass.py: compute capability 9.0 exactly.
+            # schemes/compressed_tensors_w4a8_fp8.py and kernels/linear/mixed_precision/cutlass.py: compute capability
+            # 9.0 exactly.
             named(r"int4-g128/fp8-e4m3-token", "int4-g128/fp8-e4m3-token", W4A8_FP8, ((128, 128),), whole_tiles=True),
-            # schemes/compressed_tensors_w4a8_int.py: of kernels/linear/mixed_precision, dynamic_4bit.py and xpu.py take signed 4 bits in bytes.
+            # schemes/compressed_tensors_w4a8_int.py: of kernels/linear/mixed_precision, dynamic_4bit.py and xpu.py take
+            # signed 4 bits in bytes.
             named(r"int4-(channel|g32|g64|g128)/int8-token(-asym)?", "int4-g128/int8-token", W4A8_INT),
         ),
         experts=SYMMETRIC,
-        # compressed_tensors_moe.py get_moe_method: FP8 has experts with quantized inputs only; int8 per channel and token only.
+        # compressed_tensors_moe.py get_moe_method: FP8 has experts with quantized inputs only; int8 per channel and
+        # token only.
         named_experts=(
             *(
                 "nvfp4-global",
@@ -222,8 +233,8 @@ VLLM = {
         source="vLLM 0.33.0, model_executor/layers/quantization/compressed_tensors",
         tested=(Tested(CPU_RUNS, r"int4-(g128|channel)(-asym)?|int8-(channel|tensor)/int8-token(-asym)?"),),
     ),
-    # (quantization)/auto_gptq.py TYPE_MAP; utils/gptq_utils.py get_dynamic_override (experts have one name, mlp.experts). Pull request
-    # 38288 (mid-2026) took away gptq.py, whose exllama kernel ran zero points, 2 and 3 bits.
+    # (quantization)/auto_gptq.py TYPE_MAP; utils/gptq_utils.py get_dynamic_override (experts have one name,
+    # mlp.experts). Pull request 38288 (mid-2026) took away gptq.py, whose exllama kernel ran zero points, 2 and 3 bits.
     "gptq": Reads(
         (Kernel(SYMMETRIC, SPANS, TILES),),
         experts=SYMMETRIC,
@@ -249,7 +260,8 @@ VLLM = {
         source="vLLM 0.33.0, model_executor/layers/quantization/auto_awq.py",
         tested=(Tested(CPU_RUNS, "int4-g128(-asym)?"),),
     ),
-    # (quantization)/fp8.py Fp8Config, Fp8LinearMethod, Fp8MoEMethod; per tensor, a fused matrix is rounded again to the largest scale.
+    # (quantization)/fp8.py Fp8Config, Fp8LinearMethod, Fp8MoEMethod; per tensor, a fused matrix is rounded again to the
+    # largest scale.
     "fp8": Reads(
         (FP8_LOADED,),
         named_experts=FP8_EXPERTS,
@@ -257,9 +269,9 @@ VLLM = {
         models="vllm",
         source="vLLM 0.33.0, model_executor/layers/quantization/fp8.py",
     ),
-    # vllm_bnb_plugin/bitsandbytes_loader.py: _verify_model_compatibility, _fuse_moe_quant_states (NF4 only); bitsandbytes.py:
-    # is_layer_skipped_bnb looks for the kept names in fused names. Found without flags since pull request 16027 (April 2025), out of
-    # the tree since 43529 (0.27.2).
+    # vllm_bnb_plugin/bitsandbytes_loader.py: _verify_model_compatibility, _fuse_moe_quant_states (NF4 only);
+    # bitsandbytes.py: is_layer_skipped_bnb looks for the kept names in fused names. Found without flags since pull
+    # request 16027 (April 2025), out of the tree since 43529 (0.27.2).
     "bitsandbytes": Reads(
         (BLOCKS_AND_BYTES,),
         named_experts=("nf4-.*",),
@@ -270,7 +282,8 @@ VLLM = {
         models="vllm",
         source="vllm-bnb-plugin, bitsandbytes_loader.py (before 0.27.2 in vLLM itself)",
     ),
-    # vllm_gguf_plugin/quantization/utils.py DEQUANT_TYPES; loader.py. config.json and the tokenizer are looked for beside the file.
+    # vllm_gguf_plugin/quantization/utils.py DEQUANT_TYPES; loader.py. config.json and the tokenizer are looked for
+    # beside the file.
     "gguf": Reads(
         (Kernel(GGUF_INTEGERS, frozenset({32})), GGUF_TYPES),
         named_experts=(".*",),
@@ -288,10 +301,11 @@ VLLM = {
     ),
 }
 SGLANG = {
-    # (quantization)/compressed_tensors/schemes/compressed_tensors_wNa16.py; a quantized lm_head gave noise in silence (issue 35358).
-    # schemes/compressed_tensors_w8a16_fp8.py has rows and tensors, no blocks. schemes/compressed_tensors_w8a8_int8.py rounds inputs per
-    # token without zero points whatever the config says, so stored scales and zero points would be ignored; its scales are of channels.
-    # _get_scheme_from_parts goes by the format of the whole checkpoint, which several formats do not have.
+    # (quantization)/compressed_tensors/schemes/compressed_tensors_wNa16.py; a quantized lm_head gave noise in silence
+    # (issue 35358). schemes/compressed_tensors_w8a16_fp8.py has rows and tensors, no blocks.
+    # schemes/compressed_tensors_w8a8_int8.py rounds inputs per token without zero points whatever the config says, so
+    # stored scales and zero points would be ignored; its scales are of channels. _get_scheme_from_parts goes by the
+    # format of the whole checkpoint, which several formats do not have.
     "compressed-tensors": Reads(
         (
             Kernel(SYMMETRIC | INT4, SPANS, TILES[:1], AMPERE),
@@ -320,7 +334,8 @@ SGLANG = {
         models="sglang",
         source="SGLang, srt/layers/quantization/compressed_tensors",
     ),
-    # (quantization)/gptq/gptq.py: GPTQMarlinConfig, or else GPTQConfig (float16, no experts); gptq/schemes/gptq_linear.py.
+    # (quantization)/gptq/gptq.py: GPTQMarlinConfig, or else GPTQConfig (float16, no experts);
+    # gptq/schemes/gptq_linear.py.
     "gptq": Reads(
         (Kernel(SYMMETRIC, SPANS, TILES[:1], AMPERE), Kernel(PACKED, SPANS, note=EXLLAMA, flag=" --dtype float16")),
         experts=SYMMETRIC,
@@ -348,7 +363,8 @@ SGLANG = {
         models="sglang",
         source="SGLang, srt/layers/quantization/awq",
     ),
-    # (quantization)/gguf.py; model_loader/loader.py GGUFModelLoader; found by the file's first bytes (arg_groups/overrides.py).
+    # (quantization)/gguf.py; model_loader/loader.py GGUFModelLoader; found by the file's first bytes
+    # (arg_groups/overrides.py).
     "gguf": Reads(
         (Kernel(GGUF_INTEGERS, frozenset({32})), GGUF_TYPES),
         fuses=False,
@@ -362,15 +378,18 @@ SGLANG = {
 LOADED = (
     r"\w+(ForCausalLM|ForConditionalGeneration|LMHeadModel)|(Llama|Qwen3)Model|(Llama|Qwen2)ForSequenceClassification"
 )
-"""The models that tests/engines/test_transformers.py loads: all of the list in architectures.yaml, and of those that derive from it, these."""
+"""The models that tests/engines/test_transformers.py loads: all of the list in architectures.yaml, and of those that
+derive from it, these."""
 ROUNDS_INPUTS = "inputs are rounded, and multiplied in 16 bits"
-# compressed_tensors/compressors/nvfp4/helpers.py, mx_utils.py: a model of another dtype loads, and its first product fails.
+# compressed_tensors/compressors/nvfp4/helpers.py, mx_utils.py: a model of another dtype loads, and its first product
+# fails.
 IN_BFLOAT16 = "compressed-tensors 0.20 decodes MX and NVFP4 in bfloat16, so the model is loaded in that"
 AS_BFLOAT16 = ', dtype="bfloat16"'
 TRANSFORMERS = {
-    # transformers/quantizers/quantizer_compressed_tensors.py; compressed_tensors/quantization/lifecycle/apply.py: nn.Linear only.
-    # Experts become 3-D parameters, decoded on the way (integrations/compressed_tensors.py CompressedTensorsDequantize: no zero points,
-    # no blocks, none in 16 bits where others are quantized, and one scheme for whatever is called experts).
+    # transformers/quantizers/quantizer_compressed_tensors.py; compressed_tensors/quantization/lifecycle/apply.py:
+    # nn.Linear only. Experts become 3-D parameters, decoded on the way (integrations/compressed_tensors.py
+    # CompressedTensorsDequantize: no zero points, no blocks, none in 16 bits where others are quantized, and one scheme
+    # for whatever is called experts).
     "compressed-tensors": Reads(
         (
             Kernel(ANY, SPANS | {"any group", "tensor"}),
@@ -407,8 +426,8 @@ TRANSFORMERS = {
         source="Transformers 5.23.0, quantizers/quantizer_compressed_tensors.py",
         tested=(Tested("tests/engines/test_transformers.py", ".*", LOADED),),
     ),
-    # transformers/quantizers/quantizer_gptq.py, huggingface/optimum optimum/gptq/quantizer.py convert_model: all layers of the blocks
-    # get one setting (`dynamic` is not read), lm_head none; Conv1D is replaced too.
+    # transformers/quantizers/quantizer_gptq.py, huggingface/optimum optimum/gptq/quantizer.py convert_model: all layers
+    # of the blocks get one setting (`dynamic` is not read), lm_head none; Conv1D is replaced too.
     "gptq": Reads(
         (Kernel(PACKED, SPANS),),
         fuses=False,
@@ -430,8 +449,8 @@ TRANSFORMERS = {
         source="Transformers 5.23.0, quantizers/quantizer_awq.py",
         tested=(Tested(GPTQMODEL_RUNS, r"int4-g128|int4-(g64|channel)-asym"),),
     ),
-    # transformers/quantizers/quantizer_finegrained_fp8.py, integrations/finegrained_fp8.py: nn.Linear, and experts that it fuses itself.
-    # Without a GPU it decodes them.
+    # transformers/quantizers/quantizer_finegrained_fp8.py, integrations/finegrained_fp8.py: nn.Linear, and experts that
+    # it fuses itself. Without a GPU it decodes them.
     "fp8": Reads(
         (FP8_BLOCKS,),
         named_experts=(FP8_BLOCKS.named,),
@@ -441,8 +460,8 @@ TRANSFORMERS = {
         source="Transformers 5.23.0, quantizers/quantizer_finegrained_fp8.py",
         tested=(Tested("tests/containers/test_fp8.py", ".*"),),
     ),
-    # transformers/quantizers/quantizer_bnb_{4,8}bit.py, integrations/bitsandbytes.py: nn.Linear and Conv1D, and the head if it is not
-    # among the skipped modules.
+    # transformers/quantizers/quantizer_bnb_{4,8}bit.py, integrations/bitsandbytes.py: nn.Linear and Conv1D, and the
+    # head if it is not among the skipped modules.
     "bitsandbytes": Reads(
         (BLOCKS_AND_BYTES,),
         fuses=False,
@@ -467,9 +486,9 @@ TRANSFORMERS = {
     ),
 }
 TGI = {
-    # layers/compressed_tensors/{loader,wna16_int}.py (zero points are looked for as .qzeros); the head: layers/tensor_parallel.py.
-    # w8a8_int.py finds scales of tokens even where some are stored; w8an_fp.py takes rows and tensors, and blocks of neither kind;
-    # loader.py goes by the format of the whole checkpoint.
+    # layers/compressed_tensors/{loader,wna16_int}.py (zero points are looked for as .qzeros); the head:
+    # layers/tensor_parallel.py. w8a8_int.py finds scales of tokens even where some are stored; w8an_fp.py takes rows
+    # and tensors, and blocks of neither kind; loader.py goes by the format of the whole checkpoint.
     "compressed-tensors": Reads(
         (
             Kernel(SYMMETRIC, SPANS, TILES, AMPERE),
@@ -503,7 +522,8 @@ TGI = {
         models="tgi",
         source="TGI 3.3, server/text_generation_server/layers/gptq",
     ),
-    # layers/marlin/gptq.py: GPTQMarlinWeightsLoader knows no kept modules, and divides by the group size, -1 for channels.
+    # layers/marlin/gptq.py: GPTQMarlinWeightsLoader knows no kept modules, and divides by the group size, -1 for
+    # channels.
     "awq": Reads(
         (Kernel(INT4, GROUPS, TILES, AMPERE),),
         mixes=False,
@@ -513,8 +533,8 @@ TGI = {
         source="TGI 3.3, server/text_generation_server/layers/marlin/gptq.py",
     ),
 }
-# mlx_lm/utils.py _transform_awq_weights: 4 bits per group alone; it refuses GPTQ's g_idx, and looks for compressed-tensors' parts under
-# names that they do not have. mx.quantize knows these groups.
+# mlx_lm/utils.py _transform_awq_weights: 4 bits per group alone; it refuses GPTQ's g_idx, and looks for
+# compressed-tensors' parts under names that they do not have. mx.quantize knows these groups.
 MLX = {
     "awq": Reads(
         (Kernel(INT4, GROUPS),),
@@ -553,15 +573,15 @@ ENGINES: dict[str, Engine] = {
         "write gptq, compressed-tensors or awq",
         names=("textgenerationinference",),
     ),
-    # NVIDIA/TensorRT-LLM tensorrt_llm/_torch/model_config.py load_hf_quant_config; the scripts that converted AutoGPTQ and AutoAWQ
-    # files went with its TensorRT backend.
+    # NVIDIA/TensorRT-LLM tensorrt_llm/_torch/model_config.py load_hf_quant_config; the scripts that converted AutoGPTQ
+    # and AutoAWQ files went with its TensorRT backend.
     "tensorrt-llm": Engine(
         "TensorRT-LLM",
         "trtllm-serve {path}",
         "compressed-tensors",
         {
-            # models/quant_config_utils.py: FP8 per channel and token or in blocks, no integers. Its NVFP4 and MXFP4 are for models that
-            # rename weight_packed themselves.
+            # models/quant_config_utils.py: FP8 per channel and token or in blocks, no integers. Its NVFP4 and MXFP4 are
+            # for models that rename weight_packed themselves.
             "compressed-tensors": Reads(
                 (
                     named(
@@ -572,7 +592,8 @@ ENGINES: dict[str, Engine] = {
                 models="tensorrt-llm",
                 source="TensorRT-LLM, tensorrt_llm/_torch/model_config.py",
             ),
-            # model_config.py load_hf_quant_config: DeepSeek's blocks, whatever the config says of modules that are kept.
+            # model_config.py load_hf_quant_config: DeepSeek's blocks, whatever the config says of modules that are
+            # kept.
             "fp8": Reads(
                 (FP8_BLOCKS,),
                 mixes=False,

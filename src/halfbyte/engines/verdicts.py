@@ -1,7 +1,7 @@
 """Will an engine load a checkpoint? Checked before a run, from names, grids, shapes and config.json alone.
 
-Three kinds of words: tested here (a test or benchmark of this repository runs it), documented there (read in the engine's source or
-documentation), refused.
+Three kinds of words: tested here (a test or benchmark of this repository runs it), documented there (read in the
+engine's source or documentation), refused.
 """
 
 import re
@@ -91,7 +91,8 @@ def nobody_loads(container: str, found: Iterable[Verdict]) -> str:
 
 
 def check(engine: str, container: str, placed: Placed, config: Config) -> Verdict:
-    """Whether `engine` loads these weights on these grids (None: kept in 16 bits) of a model with this config.json. Raises UnknownName."""
+    """Whether `engine` loads these weights on these grids (None: kept in 16 bits) of a model with this config.json.
+    Raises UnknownName."""
     engine = engine_named(engine)
     spec = ENGINES[engine]
     reads = spec.reads.get(container)

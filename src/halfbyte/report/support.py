@@ -173,7 +173,8 @@ MODELS: list[Config] = [
     {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
 ]
 LLAMA = {
-    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096), "self_attn.o_proj": (4096, 4096),
+    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
     "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096), "mlp.down_proj": (4096, 14336),
 }  # fmt: skip
 
