@@ -25,10 +25,7 @@ from halfbyte.targets import open_checkpoint
 sys.path.remove(str(Path(__file__).parent))  # gguf.py beside this file is not the package gguf
 
 RUNS = [
-    *(
-        ("nearest", grid)
-        for grid in ("int4-g128", "nf4-g64", "fp8-e4m3-channel", "mxfp4", "nvfp4-global", "q4_k", "iq3_s")
-    ),
+    *(("nearest", grid) for grid in ("int4-g128", "nf4-g64", "fp8-e4m3-channel", "mxfp4", "nvfp4", "q4_k", "iq3_s")),
     *(("gptq", grid) for grid in ("int4-g128", "nf4-g64", "q4_k")),
     ("awq+gptq", "int4-g128"),
 ]

@@ -43,7 +43,7 @@ FLOATS = Methods(("nearest", "gptq"), ("rtn",))
 CELLS: dict[str, Methods] = {
     **dict.fromkeys(("int4-g128", "int4-g128-asym", "int3-g128-asym", "int2-g128-asym"), WEIGHTS),
     **dict.fromkeys(("int8-channel/int8-token", "int8-channel/int8-static"), INTEGERS),
-    **dict.fromkeys(("fp8-e4m3-channel/fp8-e4m3-token", "nvfp4-global/nvfp4"), FLOATS),
+    **dict.fromkeys(("fp8-e4m3-channel/fp8-e4m3-token", "nvfp4/nvfp4"), FLOATS),
 }
 
 

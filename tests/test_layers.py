@@ -9,7 +9,8 @@ import halfbyte
 
 ROOT = Path(halfbyte.__file__).parent
 LAYERS = [
-    ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names"], ["recipe", "grids"],
+    ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names"],
+    ["kernels"], ["recipe", "grids"],
     ["words", "devices", "solvers", "containers"], ["demo"], ["models"],
     ["transforms", "engines", "block_solvers"], ["targets"], ["nn", "evaluation", "plan"], ["report"],
     ["run", "display"],

@@ -18,7 +18,7 @@ import halfbyte
 import tiny
 from halfbyte import pipeline
 from halfbyte.errors import BadCheckpoint, BadRequest
-from halfbyte.grids import compiled
+from halfbyte.kernels.cpu import compiled
 from halfbyte.models.checkpoint import INDEX, Checkpoint
 from halfbyte.pipeline import identity
 from halfbyte.plan import resolve

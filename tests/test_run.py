@@ -25,7 +25,7 @@ def test_the_error_over_some_rows_is_near_that_over_all(name):
 
 
 @pytest.mark.parametrize("factor", [1e11, 1e-12], ids=["large", "small"])
-@pytest.mark.parametrize("grid", ["int4-g64-fp16", "q8_0", "q4_k", "iq2_xs", "nvfp4"])
+@pytest.mark.parametrize("grid", ["int4-g64-fp16", "q8_0", "q4_k", "iq2_xs", "ggml-nvfp4"])
 def test_a_row_that_a_grid_cannot_hold_is_seen_wherever_it_is(grid, factor):
     w = torch.randn(4 * SAMPLED // 256, 256, generator=torch.Generator().manual_seed(0)) * 0.02
     assert squared_error(w, SOLVERS["minmax"](w, parse(grid), None)).worst < 0.6

@@ -8,7 +8,7 @@ import numba
 import pytest
 
 from halfbyte import demo, surroundings
-from halfbyte.grids import compiled
+from halfbyte.kernels.cpu import compiled
 from halfbyte.progress import told_of_kernels
 
 COMMAND = """

@@ -30,12 +30,12 @@ class Case(NamedTuple):
 INTEGERS = [f"int{bits}-{span}" for bits in range(2, 9) for span in ("g32", "g64", "g128", "channel", "tensor")]
 INTEGERS += [f"int{bits}-{span}-asym" for bits in range(2, 9) for span in ("g32", "g64", "g128", "channel")]
 FLOATS = (
-    "fp8-e4m3-channel", "fp8-e4m3-tensor", "fp8-e4m3-block", "mxfp4", "mxfp8-e4m3", "mxfp6-e2m3", "nvfp4-global",
+    "fp8-e4m3-channel", "fp8-e4m3-tensor", "fp8-e4m3-block", "mxfp4", "mxfp8-e4m3", "mxfp6-e2m3", "nvfp4",
 )  # fmt: skip
 WITH_INPUTS = (
     "fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-block/fp8-e4m3-g128", "mxfp8-e4m3/mxfp8-e4m3",
     "int8-channel/int8-token", "int4-g128/int8-token", "int4-g128/fp8-e4m3-token", "int4-channel/int4-token",
-    "nvfp4-global/nvfp4", "mxfp4/mxfp4",
+    "nvfp4/nvfp4", "mxfp4/mxfp4",
 )  # fmt: skip
 SCHEMES = {
     "compressed-tensors": (*INTEGERS, *FLOATS, *WITH_INPUTS),
@@ -73,7 +73,7 @@ MET_BY_ALL = {
     "llm-int8": "bitsandbytes",
     "fp8-e4m3-block": "fp8",
     "fp8-e4m3-tensor/fp8-e4m3-static": "fp8",
-    "nvfp4-global": "compressed-tensors",
+    "nvfp4": "compressed-tensors",
     "mxfp4/mxfp4": "compressed-tensors",
     "int8-channel/int8-static": "compressed-tensors",
     **dict.fromkeys(("Q4_K_M", "Q2_K", "Q3_K_S", "IQ2_XXS", "IQ3_S", "IQ4_XS", "Q5_0"), "gguf"),
@@ -84,7 +84,7 @@ MET_BY_SMOOTHED = {
     "int8-channel/int8-static": "compressed-tensors",
     "int4-channel/int4-token": "compressed-tensors",
     "fp8-e4m3-tensor/fp8-e4m3-static": "fp8",
-    "nvfp4-global/nvfp4": "compressed-tensors",
+    "nvfp4/nvfp4": "compressed-tensors",
 }
 
 FAMILIES = (
@@ -124,7 +124,7 @@ SOURCES: dict[str, Command] = {
         ("ct-int4-g128-asym", "int4-g128-asym", "compressed-tensors"),
         ("ct-int8", "int8-channel/int8-token", "compressed-tensors"),
         ("ct-fp8", "fp8-e4m3-channel/fp8-e4m3-token", "compressed-tensors"),
-        ("ct-nvfp4", "nvfp4-global/nvfp4", "compressed-tensors"),
+        ("ct-nvfp4", "nvfp4/nvfp4", "compressed-tensors"),
         ("ct-mxfp4", "mxfp4", "compressed-tensors"),
         ("gptq-int4-g32", "int4-g32", "gptq"),
         ("gptq-int8-g128-asym", "int8-g128-asym", "gptq"),

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 SCHEMES = {
     "int8-channel/int8-token": "W8A8",
     "fp8-e4m3-channel/fp8-e4m3-token": "FP8_DYNAMIC",
-    "nvfp4-global/nvfp4": "NVFP4",
+    "nvfp4/nvfp4": "NVFP4",
 }
 STRENGTH = 0.8
 """Of smoothing, as in its example for Llama."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 from halfbyte.grids.activations import FLOATS, ActivationGrid, ActivationQuant, ScaledActivations
 from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import Quantized
-from halfbyte.grids.scalar import IntGrid
+from halfbyte.grids.scalar import is_integer
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.models.matmuls import MatmulCapture, Matrix
@@ -81,7 +81,7 @@ def integer_product(
 ) -> Float32[Tensor, "... out"] | None:
     """int8 times int8 in int32, scaled afterwards, as engines have it. None where a row or a token has several scales, or floats."""
     grid = q.grid
-    if not isinstance(grid, IntGrid) or grid.group_size or not grid.symmetric:
+    if not is_integer(grid) or grid.group_size or not grid.symmetric:
         return None
     if not isinstance(read, ScaledActivations) or read.number in FLOATS or isinstance(read.granularity, int):
         return None

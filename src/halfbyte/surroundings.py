@@ -24,7 +24,8 @@ def kernels() -> Path | None:
     It is named after all of their sources: Numba compares the one file that a kernel is in, and kernels contain what they call in others.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "halfbyte"
-    sources = [*sorted(Path(__file__).parent.glob("*/**/*_numba.py")), Path(__file__).parent / "grids" / "compiled.py"]
+    here = Path(__file__).parent
+    sources = sorted([*here.glob("kernels/**/*.py"), *here.glob("*/**/*_numba.py")])
     name = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     try:
         home.mkdir(parents=True, exist_ok=True)

@@ -21,16 +21,30 @@ GRIDS = (
         for span in ("g32", "g64", "g128", "channel", "tensor")
         for name in (f"int{bits}-{span}", *([f"int{bits}-{span}-asym"] if span != "tensor" else []))
     ),
-    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_1", "q5_1", "tq1_0", "tq2_0", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4"),
+    *(
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "q4_1",
+        "q5_1",
+        "tq1_0",
+        "tq2_0",
+        "iq4_nl",
+        "iq4_xs",
+        "mxfp4",
+        "ggml-nvfp4",
+    ),
     *("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_s", "iq1_m"),
     *(f"fp8-{element}-{span}" for element in ("e4m3", "e5m2") for span in ("tensor", "channel", "block")),
-    *("mxfp8-e4m3", "mxfp8-e5m2", "mxfp6-e2m3", "mxfp6-e3m2", "nvfp4-global"),
+    *("mxfp8-e4m3", "mxfp8-e5m2", "mxfp6-e2m3", "mxfp6-e3m2", "nvfp4"),
     *("nf4-g64", "nf4-g64-double", "fp4-g64", "fp4-g64-double", "llm-int8"),
 )
 """The grids that are listed; others of these kinds have other sizes of groups or precisions of scales, and begin as
 `OTHERS` has it."""
 OTHERS = re.compile(r"int[2-8]-(g\d+|channel|tensor)|(nf4|fp4)-g\d+|fp8-(e4m3|e5m2)-(channel|tensor|block)")
-ALIASES = ("q4_0", "q5_0", "q8_0", "nf4", "fp4")
+ALIASES = ("q4_0", "q5_0", "q8_0", "nf4", "fp4", "nvfp4-global")
 SCHEMES = (
     *("fp8", "fp8-static", "fp8-block", "mxfp8", "w8a16", "w4a16", "w8a8", "w8a8-static", "w4a8", "w4a8-fp8", "w4a4"),
     *("w4a4-nvfp4", "w4a4-mxfp4"),

@@ -17,7 +17,7 @@ from halfbyte.containers.safetensors import read_header
 from halfbyte.targets import open_checkpoint
 
 INTEGERS = ["int4-g128", "int4-g128-asym", "int3-g64", "int5-g32-asym", "int8-channel", "int2-g128-asym"]
-FLOATS = ["fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e4m3-block", "mxfp8-e4m3", "mxfp6-e2m3", "mxfp4", "nvfp4-global"]
+FLOATS = ["fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e4m3-block", "mxfp8-e4m3", "mxfp6-e2m3", "mxfp4", "nvfp4"]
 TOKENS = torch.arange(5, 69)[None]
 
 
@@ -104,7 +104,7 @@ THEIRS = {
         "mxfp4-pack-quantized",
         {"num_bits": 4, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
     ),
-    "nvfp4-global": (
+    "nvfp4": (
         "float",
         "nvfp4-pack-quantized",
         {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn},

@@ -127,7 +127,7 @@ def test_targets_reach_exactly_their_modules():
         at.add_module(last, nn.Linear(1, 1))
     for scheme in config.config_groups.values():
         found = {name for name, _ in match_named_modules(model, scheme.targets, config.ignore)}
-        assert found == {name for name, grid in grids.items() if grid.bits_per_code == scheme.weights.num_bits}
+        assert found == {name for name, grid in grids.items() if grid.levels.bits == scheme.weights.num_bits}
 
 
 def overrides(dynamic, name):
@@ -142,7 +142,7 @@ def test_gptq_rules_reach_modules_and_what_vllm_makes_of_them():
     grids = {name: parse("int8-channel" if "layers.1." in name else "int4-g128") for name in LAYERS + EXPERTS}
     dynamic = GPTQ().config(grids, ["model.layers.0.mlp.gate", "lm_head"], torch.bfloat16)["dynamic"]
     for name, grid in grids.items():
-        assert overrides(dynamic, name).get("bits", 4) == grid.bits_per_code
+        assert overrides(dynamic, name).get("bits", 4) == grid.levels.bits
     assert overrides(dynamic, "model.layers.1.self_attn.qkv_proj")["bits"] == 8
     assert overrides(dynamic, "model.layers.2.self_attn.qkv_proj") == {}
     assert overrides(dynamic, "model.layers.0.mlp.gate") is None

@@ -115,9 +115,7 @@ def test_inputs_of_weights_alone_stay_in_16_bits():
     assert open_checkpoint(FOLDERS / "modelopt-nvfp4-weights").read_inputs(MODULES[1]) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "scheme"), [("modelopt-nvfp4", "nvfp4-global/nvfp4"), ("modelopt-nvfp4-weights", "nvfp4-global")]
-)
+@pytest.mark.parametrize(("name", "scheme"), [("modelopt-nvfp4", "nvfp4/nvfp4"), ("modelopt-nvfp4-weights", "nvfp4")])
 def test_nvfp4_moves_to_compressed_tensors_but_for_the_last_bit(name, scheme, tmp_path):
     """Its factor becomes a divisor: all codes and scales stay."""
     report = halfbyte.convert(FOLDERS / name, tmp_path / "out", "compressed-tensors")

@@ -22,7 +22,7 @@ WRITTEN = {
         "int8-channel/int8-token",
         "fp8-e4m3-channel",
         "mxfp4",
-        "nvfp4-global",
+        "nvfp4",
         "mxfp8-e4m3",
     ),
     "gptq": ("int4-g64-asym", "int8-g64"),

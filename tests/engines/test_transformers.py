@@ -97,7 +97,7 @@ WEIGHTS = [
         "int8-g32-asym",
         "int8-channel-asym",
     ),
-    *("fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e4m3-block", "mxfp8-e4m3", "mxfp6-e2m3", "mxfp4", "nvfp4-global"),
+    *("fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e4m3-block", "mxfp8-e4m3", "mxfp6-e2m3", "mxfp4", "nvfp4"),
 ]
 INPUTS = [
     *(

@@ -53,7 +53,7 @@ for container, name in CASES:
     packed = (GPTQ() if container == "gptq" else AWQ()).pack(q)
     group = grid.group_size or WIDTH
     if container == "gptq":
-        decoded = theirs(packed, grid.bits_per_code, group if grid.group_size else -1, grid.symmetric)
+        decoded = theirs(packed, grid.levels.bits, group if grid.group_size else -1, grid.symmetric)
     else:
         decoded = dequantize_gemm(packed["qweight"], packed["qzeros"], packed["scales"], 4, group).T.contiguous()
     saved |= {f"{container}/{name}/{suffix}": tensor for suffix, tensor in packed.items()}

@@ -5,12 +5,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from weights import edges, heavy_tailed, importance, lost, normal, trained
+from weights import by_reference, edges, heavy_tailed, importance, lost, normal, one_by_one, trained
 
 from halfbyte.errors import BadRequest, UnknownName
-from halfbyte.grids import kquant_numba, kquant_search
 from halfbyte.grids.kquant import KQUANTS, KQuant
 from halfbyte.grids.quantized import Quantized
+from halfbyte.kernels import choose
 from halfbyte.targets.gguf.scalar_blocks import SCALAR_LAYOUTS
 
 NAMES = list(KQUANTS)
@@ -40,24 +40,20 @@ def test_the_accelerated_search_is_the_reference(name, data):
     grid = KQUANTS[name]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         w = EDGES[data].to(dtype)
-        for h, effort in (
-            (None, kquant_search.EFFORT[name]),
-            (importance() + 0.01, kquant_search.EFFORT_WITH_IMPORTANCE[name]),
-        ):
+        for h in (None, importance() + 0.01):
             losses = []
-            for fit in (kquant_numba.fit, kquant_search.fit_reference):
-                params = kquant_search.stored(grid, *fit(grid, w, h, effort))
-                codes = kquant_search.encode_reference(grid, w, *grid.lines(params))
-                assert torch.equal(grid.encode(w, params), codes)
+            for kernels in ("fast", "reference"):
+                with choose.using(kernels):
+                    params = grid.fit(w, h)
+                    codes = grid.encode(w, params)
+                assert torch.equal(by_reference(grid.encode, w, params), codes)
                 losses.append(lost(w, grid.decode(codes, params), h))
             # Sums in another order choose another candidate where two are as good as one. In groups of a few weights
             # that many grids fit exactly, the choice is chance, and decides d for the groups beside them.
             chance = 0.15 if data in ("sparse", "outlier") else 0.02
             assert abs(losses[0] - losses[1]) <= chance * losses[1] + NOISE * lost(w, torch.zeros_like(w), h)
-    quick = [
-        fit(grid, EDGES[data], None, kquant_search.MINMAX) for fit in (kquant_numba.fit, kquant_search.fit_reference)
-    ]
-    assert all(torch.equal(ours, reference) for ours, reference in zip(*quick, strict=True))
+    quick, reference = grid.fit(EDGES[data], None, False), by_reference(grid.fit, EDGES[data], None, False)
+    assert all(torch.equal(ours, reference[key]) for key, ours in quick.items())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,9 +104,7 @@ def test_weights_that_no_input_reaches_keep_their_size(name):
 def test_columns_round_one_by_one_as_all_at_once(name):
     grid, w = KQUANTS[name], EDGES["outlier"]
     whole = solve(grid, w)
-    columns = [grid.round(w[:, k : k + 1], whole.params, k) for k in range(WIDTH)]
-    assert torch.equal(torch.cat([codes for codes, _ in columns], 1), whole.codes)
-    assert torch.equal(torch.cat([values for _, values in columns], 1), whole.decode())
+    assert torch.equal(one_by_one(grid, w, whole.params), whole.codes)
 
 
 @pytest.mark.parametrize("name", ["tq1_0", "tq2_0"])

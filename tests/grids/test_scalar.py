@@ -3,12 +3,13 @@
 import ggml
 import pytest
 import torch
-from weights import edges, heavy_tailed, importance, normal, trained
+from weights import by_reference, edges, heavy_tailed, importance, normal, one_by_one, trained
 
 from halfbyte.errors import BadRequest
-from halfbyte.grids import parse, rounding, rounding_numba
+from halfbyte.grids import parse
 from halfbyte.grids.quantized import Quantized
-from halfbyte.grids.scalar import SCALE_DTYPES
+from halfbyte.grids.scalar import SCALE_DTYPES, integers
+from halfbyte.kernels import choose
 
 GROUP = 32
 NOISE = 1e-6  # of the energy of a group: what float32 sums cannot tell apart
@@ -39,34 +40,26 @@ def per_group(square, h, group):
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("data", EDGES)
 def test_the_accelerated_rounding_is_the_reference(data, bits, symmetric):
-    for dtype, stored, group in zip(DTYPES, SCALE_DTYPES.values(), (GROUP, 96, GROUP), strict=True):
-        w = EDGES[data].to(dtype)
+    for dtype, stored, group in zip(DTYPES, SCALE_DTYPES, (GROUP, 96, GROUP), strict=True):
+        w, grid = EDGES[data].to(dtype), integers(bits, group, symmetric, stored)
         for h in importances().values():
             lost = []
-            for fit in (rounding_numba.fit, rounding.fit_reference):
-                scale, zero = fit(w, h, group, bits, symmetric, True, stored)
-                assert scale.dtype == stored
-                codes = rounding.encode_reference(w, scale.float(), zero, group, bits)
-                assert torch.equal(rounding_numba.encode(w, scale.float(), zero, group, bits), codes)
-                offset = torch.tensor(1 << (bits - 1)) if zero is None else zero.repeat_interleave(group, 1)
-                lost.append(
-                    per_group(
-                        ((codes - offset.double()) * scale.double().repeat_interleave(group, 1) - w).square(), h, group
-                    )
-                )
-            # Sums in another order choose another candidate where two are as good as one. What becomes of a single
-            # group then is chance where the codes are rounded again to a scale that moved them: scales of 16 bits, and
-            # codes of 8.
+            for kernels in ("fast", "reference"):
+                with choose.using(kernels):
+                    params = grid.fit(w, h)
+                    codes = grid.encode(w, params)
+                assert params["scale"].dtype == SCALE_DTYPES[stored]
+                assert torch.equal(by_reference(grid.encode, w, params), codes)
+                lost.append(per_group((grid.decode(codes, params) - w).square(), h, group))
+            # Sums in another order choose another candidate where two are as good as one. What becomes of a single group then is
+            # chance where the codes are rounded again to a scale that moved them: scales of 16 bits, and codes of 8.
             energy = per_group(w.float().square(), h, group)
-            if stored == torch.float32 and bits < 8:
+            if stored == "fp32" and bits < 8:
                 assert (lost[0] <= lost[1] * (1 + 1e-5) + NOISE * energy).all()
             slack, noise = (1.001, NOISE) if bits < 8 else (1.03, 4 * NOISE)
             assert lost[0].sum() <= lost[1].sum() * slack + noise * energy.sum()
-        ours, reference = (
-            fit(w, None, group, bits, symmetric, False, stored) for fit in (rounding_numba.fit, rounding.fit_reference)
-        )
-        assert torch.equal(ours[0], reference[0])
-        assert symmetric or torch.equal(ours[1], reference[1])
+        ours, reference = grid.fit(w, None, False), by_reference(grid.fit, w, None, False)
+        assert all(torch.equal(value, reference[name]) for name, value in ours.items())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,9 +108,9 @@ def test_what_fit_returns_is_what_a_file_can_hold(name, data):
             assert ("zero" in params) != grid.symmetric
             if not grid.symmetric:
                 assert params["zero"].min() >= 1  # version 1 of gptq stores zero - 1
-                assert int(params["zero"].max()) < 1 << grid.bits_per_code
+                assert int(params["zero"].max()) < 1 << grid.levels.bits
             codes = grid.encode(w, params)
-            assert int(codes.max()) < 1 << grid.bits_per_code
+            assert int(codes.max()) < 1 << grid.levels.bits
             assert torch.isfinite(grid.decode(codes, params)).all()
 
 
@@ -129,9 +122,7 @@ def test_columns_round_one_by_one_as_all_at_once(name, data):
         w = EDGES[data].to(dtype)
         params = grid.fit(w, None)
         whole = Quantized(grid, grid.encode(w, params), params)
-        columns = [grid.round(w[:, k : k + 1].float(), params, k) for k in range(w.shape[1])]
-        assert torch.equal(torch.cat([codes for codes, _ in columns], 1), whole.codes)
-        assert torch.equal(torch.cat([values for _, values in columns], 1), whole.decode())
+        assert torch.equal(one_by_one(grid, w, params), whole.codes)
 
 
 def test_decode_is_scale_times_distance_from_zero():

@@ -1,12 +1,12 @@
 """Weights and inputs that the tests of grids share, and how much of them is lost."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 import halfbyte
+from halfbyte.kernels import choose
 from halfbyte.solvers.statistics import Statistics
 
 
@@ -82,5 +82,22 @@ def rounded_in_any_order(grid, w, count):
     columns = (runs[:, None] * grid.vector_size + torch.arange(grid.vector_size)).flatten()
     coupling = torch.tril(normal(count, count, 3, 0.1), -1) + torch.eye(count)
     target = w[:, columns].contiguous()
-    for round_block in (grid.rounder(params, len(w)), partial(grid.round_block, params=params)):
-        yield round_block(target.clone(), target, torch.zeros_like(target), coupling, columns)
+    for kernels in ("fast", "reference"):
+        with choose.using(kernels):
+            yield grid.rounder(params, tuple(w.shape))(
+                target.clone(), target, torch.zeros_like(target), coupling, columns
+            )
+
+
+def one_by_one(grid, w, params):
+    """Codes of columns that are rounded one after another, none of which makes up for anything."""
+    width = w.shape[1]
+    wanted, coupling = w.float().contiguous(), torch.zeros(width, width)
+    columns = torch.arange(width)
+    return grid.rounder(params, tuple(w.shape))(wanted.clone(), wanted, torch.zeros_like(wanted), coupling, columns)
+
+
+def by_reference(call, *args):
+    """What an operation returns where its torch reference runs."""
+    with choose.using("reference"):
+        return call(*args)

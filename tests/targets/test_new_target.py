@@ -18,7 +18,7 @@ from halfbyte.containers.safetensors import Entry, Output, Spec
 from halfbyte.errors import BrokenOutput, Unsupported
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.grids.scalar import IntGrid
+from halfbyte.grids.scalar import is_integer
 from halfbyte.targets import TARGETS, CheckpointWriter, Plan, Target
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -61,7 +61,7 @@ class Raw(Target):
         return "raw"
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
-        return scheme.weight.with_scale("fp32") if isinstance(scheme, IntGrid) else scheme
+        return scheme.weight.with_scale("fp32") if is_integer(scheme) else scheme
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         if str(scheme) != "int8-channel-fp32":

@@ -29,7 +29,7 @@ from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
+from halfbyte.grids.scalar import SCALE_DTYPES, integers
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -46,7 +46,7 @@ class AWQ(Container):
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         grid, (out, _) = integer(scheme, self.name), shape
-        if grid.bits_per_code != 4 or grid.granularity == "tensor":
+        if grid.levels.bits != 4 or grid.granularity == "tensor":
             raise Unsupported(f"awq holds int4 per group or channel, not {grid}")
         if out % 8:
             raise Unsupported(f"awq packs eight out-features to a word, which {out} do not fill")
@@ -121,7 +121,7 @@ class AWQ(Container):
                 scales = stored(entries, f"{module}.scales", SCALE_NAME)
                 symmetric = bool((zeros.read() == -0x77777778).all())  # 0x88888888: every zero point 8
                 span = span_of(module, words.shape[0], scales.shape[0], [config.get("group_size")])
-                found[module] = IntGrid(4, span, symmetric, scale_held(scales)), (words.shape[1] * 8, words.shape[0])
+                found[module] = integers(4, span, symmetric, scale_held(scales)), (words.shape[1] * 8, words.shape[0])
         return found
 
 

@@ -20,6 +20,8 @@ integrations/bitsandbytes.py).
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,20 +30,23 @@ from halfbyte.containers.container import Config, Container, Has, Part, commones
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.files import parse_json
-from halfbyte.grids.absmax import LEVELS, NESTED, AbsmaxGrid, dynamic_map, levels
 from halfbyte.grids.activations import ActivationQuant, LLMInt8Activations
-from halfbyte.grids.grid import Shape
-from halfbyte.grids.llm_int8 import ZERO, LLMInt8
+from halfbyte.grids.grid import Grid, Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
-from halfbyte.grids.scalar import IntGrid
+from halfbyte.grids.scalar import LLM_INT8 as LLM_INT8_GRID
+from halfbyte.grids.scalar import TABLES, ScalarGrid, integers, is_absmax, is_integer, parse
+from halfbyte.kernels.levels import values_of
+from halfbyte.kernels.scales import NESTED, dynamic_map
 
 STATE = "weight.quant_state.bitsandbytes__"
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-LLM_INT8 = Scheme(LLMInt8(), LLMInt8Activations())
+LLM_INT8 = Scheme(LLM_INT8_GRID, LLMInt8Activations())
 """Whoever multiplies by these weights rounds what they read, too."""
 STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 """What bytes of codes are called (bnb_4bit_quant_storage)."""
 LONGEST_STATE = 4096
+ZERO = 128
+"""The code of zero of LLM.int8()."""
 ROOM = 32
 """Bytes for the dtype and the offset, whose lengths no shape tells: blanks fill what is left, and JSON does not mind."""
 
@@ -60,43 +65,35 @@ class BitsAndBytes(Container):
 
     def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         grid = scheme.weight
-        is_integer = isinstance(grid, IntGrid) and (grid.bits_per_code, grid.granularity, grid.symmetric) == (
-            8,
-            "channel",
-            True,
-        )
-        return (
-            LLM_INT8
-            if scheme.activations in (None, LLM_INT8.activations) and (is_integer or isinstance(grid, LLMInt8))
-            else scheme
-        )
+        is_int8 = is_llm_int8(grid) or (is_integer(grid) and grid.with_scale("fp16") == integers(8, "channel"))
+        return LLM_INT8 if is_int8 and scheme.activations in (None, LLM_INT8.activations) else scheme
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         grid = _held(scheme)
-        if isinstance(grid, AbsmaxGrid):
-            grid.require_width(shape)
+        if is_absmax(grid):
+            grid.require_fit(shape)
 
     def same(self, q: Quantized) -> Quantized | None:
-        if isinstance(q.grid, LLMInt8):
+        if is_llm_int8(q.grid):
             return q._replace(activations=ActivationQuant(LLM_INT8.activations, {}))
-        return q if isinstance(q.grid, AbsmaxGrid) and not q.activations else None
+        return q if is_absmax(q.grid) and not q.activations else None
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
         grid, (out, width) = _held(scheme), shape
-        if isinstance(grid, LLMInt8):
+        if is_llm_int8(grid):
             return {
                 "weight": Spec((out, width), torch.int8),
                 "SCB": Spec((out,), torch.float32),
                 "weight_format": Spec((), torch.uint8),
             }
-        blocks = grid.blocks(shape)
+        blocks = prod(grid.scales_shape(shape))
         specs = {
             "weight": Spec((-(-out * width // 2), 1), torch.uint8),
-            "weight.absmax": Spec((blocks,), torch.uint8 if grid.double else torch.float32),
+            "weight.absmax": Spec((blocks,), torch.uint8 if grid.nested else torch.float32),
             "weight.quant_map": Spec((16,), torch.float32),
-            STATE + grid.kind: Spec((len(_state(grid, shape, "", None)) + ROOM,), torch.uint8),
+            STATE + grid.levels.name: Spec((len(_state(grid, shape, "", None)) + ROOM,), torch.uint8),
         }
-        if grid.double:
+        if grid.nested:
             specs["weight.nested_absmax"] = Spec((-(-blocks // NESTED),), torch.float32)
             specs["weight.nested_quant_map"] = Spec((256,), torch.float32)
         return specs
@@ -108,7 +105,7 @@ class BitsAndBytes(Container):
             for suffix, spec in plan.items()
             if not suffix.startswith(STATE)
         }
-        if isinstance(grid, LLMInt8):
+        if is_llm_int8(grid):
             return known
         size_bytes = plan["weight"].size_bytes
         return {
@@ -124,27 +121,31 @@ class BitsAndBytes(Container):
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         grid, params = _held(q.scheme), q.params
-        if isinstance(grid, LLMInt8):
+        if is_llm_int8(grid):
             weight = (q.codes.int() - ZERO).to(torch.int8)
-            return {"weight": weight, "SCB": params["absmax"], "weight_format": torch.zeros((), dtype=torch.uint8)}
-        offset = params["offset"].item() if grid.double else None
+            return {
+                "weight": weight,
+                "SCB": params["scale"].flatten(),
+                "weight_format": torch.zeros((), dtype=torch.uint8),
+            }
+        offset = params["offset"].item() if grid.nested else None
         state = _state(grid, q.shape, DTYPES[self.dtype], offset)
-        length = self.plan(q.scheme, q.shape)[STATE + grid.kind].shape[0]
+        length = self.plan(q.scheme, q.shape)[STATE + grid.levels.name].shape[0]
         pairs = torch.nn.functional.pad(q.codes.flatten(), (0, q.codes.numel() % 2)).view(-1, 2)
         tensors = {
             "weight": pairs[:, :1] << 4 | pairs[:, 1:],
             "weight.absmax": params["scale"].flatten(),
-            "weight.quant_map": levels(grid.kind),
-            STATE + grid.kind: torch.frombuffer(bytearray(state.ljust(length)), dtype=torch.uint8),
+            "weight.quant_map": levels_of(grid),
+            STATE + grid.levels.name: torch.frombuffer(bytearray(state.ljust(length)), dtype=torch.uint8),
         }
-        if grid.double:
+        if grid.nested:
             tensors["weight.nested_absmax"] = params["nested"]
             tensors["weight.nested_quant_map"] = dynamic_map()
         return tensors
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
         grid, (out, width) = _held(scheme), shape
-        if isinstance(grid, LLMInt8):
+        if is_llm_int8(grid):
             if tensors.get("weight_format", torch.zeros(1)).any():
                 raise Unsupported(
                     "LLM.int8() weights in the order of an old GPU (weight_format) are not read; load them with bitsandbytes and save them again"
@@ -152,28 +153,28 @@ class BitsAndBytes(Container):
             return Quantized(
                 grid,
                 (tensors["weight"].int() + ZERO).to(torch.uint8),
-                {"absmax": tensors["SCB"].flatten()},
+                {"scale": tensors["SCB"].reshape(-1, 1)},
                 ActivationQuant(LLM_INT8.activations, {}),
             )
-        _require_same("quant_map", tensors["weight.quant_map"], levels(grid.kind))
+        _require_same("quant_map", tensors["weight.quant_map"], levels_of(grid))
         raw = tensors["weight"].contiguous().flatten().view(torch.uint8)
         codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: out * width].view(out, width)
-        params = {"scale": tensors["weight.absmax"].view(1 if width % grid.group else out, -1)}
-        if grid.double:
+        params = {"scale": tensors["weight.absmax"].view(grid.scales_shape(shape))}
+        if grid.nested:
             _require_same("nested_quant_map", tensors["weight.nested_quant_map"], dynamic_map())
-            offset = _parsed(tensors[STATE + grid.kind])["nested_offset"]
+            offset = _parsed(tensors[STATE + grid.levels.name])["nested_offset"]
             params |= {"nested": tensors["weight.nested_absmax"], "offset": torch.tensor([offset], dtype=torch.float32)}
         return Quantized(grid, codes, params)
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
         grid = _held(commonest(schemes))
-        four = isinstance(grid, AbsmaxGrid)
+        four = is_absmax(grid)
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": four,
             "load_in_8bit": not four,
-            "bnb_4bit_quant_type": grid.kind if four else "fp4",
-            "bnb_4bit_use_double_quant": four and grid.double,
+            "bnb_4bit_quant_type": grid.levels.name if four else "fp4",
+            "bnb_4bit_use_double_quant": four and grid.nested,
             "bnb_4bit_compute_dtype": DTYPES[dtype],
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": sorted(kept),
@@ -194,33 +195,49 @@ class BitsAndBytes(Container):
             module, _, kind = name.rpartition(f".{STATE}")
             if module:
                 said = _said(name, entries)
-                grid = AbsmaxGrid.parse(f"{kind}-g{said['blocksize']}{'-double' if 'nested_blocksize' in said else ''}")
-                if grid.double and said["nested_blocksize"] != NESTED:
+                grid = _known(f"{kind}-g{said['blocksize']}{'-double' if 'nested_blocksize' in said else ''}")
+                if grid.nested and said["nested_blocksize"] != NESTED:
                     raise Unsupported(
                         f"{module}: scales that share a scale by {said['nested_blocksize']} are not read; by {NESTED} they are"
                     )
                 found[module] = (grid, tuple(said["shape"]))
-                grid.require_width(found[module][1])
+                grid.require_fit(found[module][1])
             elif name.endswith(".SCB"):
                 module = name.removesuffix(".SCB")
                 found[module] = (LLM_INT8, stored(entries, f"{module}.weight", [torch.int8]).shape)
         return found
 
 
-def _held(scheme: AnyScheme) -> AbsmaxGrid | LLMInt8:
+def is_llm_int8(grid: Grid) -> TypeGuard[ScalarGrid]:
+    return grid == LLM_INT8_GRID
+
+
+def levels_of(grid: ScalarGrid) -> Tensor:
+    """What codes stand for, from -1 to 1."""
+    return values_of(TABLES[grid.levels.name]) * grid.levels.unit
+
+
+def _known(name: str) -> ScalarGrid:
+    grid = parse(name)
+    if grid is None:
+        raise BadCheckpoint(f"a matrix is said to be {name}, which is no grid of bitsandbytes")
+    return grid
+
+
+def _held(scheme: AnyScheme) -> ScalarGrid:
     grid = scheme.weight
-    if not isinstance(grid, AbsmaxGrid | LLMInt8) or scheme.activations not in (None, LLM_INT8.activations):
-        kinds = " and ".join(LEVELS)
+    if not (is_absmax(grid) or is_llm_int8(grid)) or scheme.activations not in (None, LLM_INT8.activations):
+        kinds = " and ".join(TABLES)
         raise Unsupported(
             f"bitsandbytes holds {kinds} in blocks (such as nf4-g64 or nf4-g64-double) and int8-channel, not {scheme}"
         )
     return grid
 
 
-def _state(grid: AbsmaxGrid, shape: Shape, dtype: str, offset: float | None) -> bytes:
+def _state(grid: ScalarGrid, shape: Shape, dtype: str, offset: float | None) -> bytes:
     """What bitsandbytes notes beside the tensors of a matrix."""
-    said = {"quant_type": grid.kind, "blocksize": grid.group, "dtype": dtype, "shape": list(shape)}
-    if grid.double:
+    said = {"quant_type": grid.levels.name, "blocksize": grid.granularity, "dtype": dtype, "shape": list(shape)}
+    if grid.nested:
         said |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": offset}
     return json.dumps(said).encode()
 

@@ -19,7 +19,7 @@ from halfbyte.grids.activations import ActivationGrid, ActivationQuant
 from halfbyte.grids.actorder import ActOrderGrid
 from halfbyte.grids.grid import Grid, Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.grids.scalar import IntGrid
+from halfbyte.grids.scalar import ScalarGrid, is_integer
 
 Config = dict[str, Any]
 STORED_INPUTS = {
@@ -113,7 +113,7 @@ class Container(Reader):
 
     def same(self, q: Quantized) -> Quantized | None:
         """A matrix from elsewhere, value for value on a grid that this container may hold; None where it must be rounded."""
-        return q._replace(activations=None) if isinstance(q.grid, IntGrid) else None
+        return q._replace(activations=None) if is_integer(q.grid) else None
 
     def holding(self, q: Quantized) -> "Container":
         """The version of this container that holds such a matrix too."""
@@ -186,13 +186,13 @@ def weights_only(scheme: AnyScheme, container: str) -> Grid:
     return scheme.weight
 
 
-def integer(scheme: AnyScheme, container: str) -> IntGrid:
+def integer(scheme: AnyScheme, container: str) -> ScalarGrid:
     grid = weights_only(scheme, container)
     if isinstance(grid, ActOrderGrid):
         raise Unsupported(
             f"{container} is written with groups of neighbouring in-features only, not with those of {grid}"
         )
-    if not isinstance(grid, IntGrid):
+    if not is_integer(grid):
         raise Unsupported(f"{container} holds integer grids only, not {grid}")
     return grid
 

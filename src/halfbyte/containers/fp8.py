@@ -33,9 +33,10 @@ from halfbyte.containers.fused import apart
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid, ActivationQuant
-from halfbyte.grids.floats import FLOAT_GRIDS, SIDE, FloatGrid, e8m0
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
+from halfbyte.grids.scalar import SCALAR_GRIDS, ScalarGrid, is_float
+from halfbyte.kernels.scales import SIDE, e8m0
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 ELEMENTS = {dtype: name for name, dtype in DTYPES.items()}
@@ -77,7 +78,7 @@ class FP8(Container):
             )
 
     def same(self, q: Quantized) -> Quantized | None:
-        if not isinstance(q.grid, FloatGrid) or q.grid.granularity not in ("block", "tensor"):
+        if not is_float(q.grid) or q.grid.granularity not in ("block", "tensor"):
             return None
         read = (
             q.activations
@@ -88,12 +89,12 @@ class FP8(Container):
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
         grid = _float(scheme)
-        weight = Spec(shape, DTYPES[grid.element.name])
+        weight = Spec(shape, DTYPES[grid.levels.name])
         if grid.granularity == "tensor":
             return {"weight": weight, "weight_scale": Spec((), torch.float32), **input_specs(scheme.activations)}
         return {
             "weight": weight,
-            "weight_scale_inv": Spec(grid.scales_shape(shape), torch.uint8 if grid.scale == "e8m0" else torch.float32),
+            "weight_scale_inv": Spec(grid.scales_shape(shape), torch.float32 if grid.scale else torch.uint8),
         }
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
@@ -115,7 +116,7 @@ class FP8(Container):
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         grid, scale = _held(q.grid), q.params["scale"]
-        weight = q.codes.view(DTYPES[grid.element.name])
+        weight = q.codes.view(DTYPES[grid.levels.name])
         if grid.granularity == "tensor":
             return {"weight": weight, "weight_scale": scale.reshape(()), **input_tensors(q.activations)}
         return {"weight": weight, "weight_scale_inv": scale}
@@ -126,7 +127,7 @@ class FP8(Container):
         if _is_transposed(weight.shape, scale.shape):
             weight = weight.T.contiguous()
         scale = scale.view(torch.uint8) if scale.dtype in BYTES else scale.float()
-        if scale.dtype == torch.uint8 and grid.scale != "e8m0":
+        if scale.dtype == torch.uint8 and grid.scale:
             scale = e8m0(scale).float()
         return Quantized(
             grid, weight, {"scale": scale.reshape(grid.scales_shape(shape))}, self.inputs(tensors, scheme.activations)
@@ -143,7 +144,7 @@ class FP8(Container):
         grid = _held(scheme)
         return {
             "quant_method": self.name,
-            "fmt": grid.element.name,
+            "fmt": grid.levels.name,
             "activation_scheme": "static" if scheme.activations == STATIC else "dynamic",
             **({"weight_block_size": [SIDE, SIDE]} if grid.granularity == "block" else {}),
             "modules_to_not_convert": sorted(kept),
@@ -186,17 +187,17 @@ class FP8(Container):
         return found
 
 
-def _grid(name: str, weight: Entry, scale: Entry, in_blocks: bool) -> FloatGrid:
+def _grid(name: str, weight: Entry, scale: Entry, in_blocks: bool) -> ScalarGrid:
     """From shapes: what the config says is true of most modules only."""
     element = ELEMENTS[weight.dtype]
     spans = (
         ("block",) if in_blocks else ("block", "tensor", "channel") if len(scale.shape) > 1 else ("tensor", "channel")
     )
-    grids = [FLOAT_GRIDS[f"fp8-{element}-{span}"] for span in spans]
+    grids = [SCALAR_GRIDS[f"fp8-{element}-{span}"] for span in spans]
     if scale.dtype in BYTES and weight.shape[-1] % 32 == 0:
-        grids.append(FLOAT_GRIDS[f"mxfp8-{element}"])
+        grids.append(SCALAR_GRIDS[f"mxfp8-{element}"])
     if _is_transposed(weight.shape, scale.shape) and not in_blocks:
-        return FLOAT_GRIDS[f"fp8-{element}-channel"]
+        return SCALAR_GRIDS[f"fp8-{element}-channel"]
     shape = {0: (1, 1), 1: (*scale.shape, 1), 4: scale.shape[::2]}.get(
         len(scale.shape), scale.shape
     )  # [1], [out], [rows, 1, columns, 1]
@@ -212,16 +213,16 @@ def _is_transposed(weight: Shape, scale: Shape) -> bool:
     return len(weight) == 2 and weight[0] != weight[1] > SIDE and tuple(scale) in ((1, weight[1]), (weight[1], 1))
 
 
-def _float(scheme: AnyScheme) -> FloatGrid:
+def _float(scheme: AnyScheme) -> ScalarGrid:
     grid = scheme.weight
-    if not isinstance(grid, FloatGrid):
+    if not is_float(grid):
         raise Unsupported(f"fp8 holds 8-bit floats only, not {grid}")
     return grid
 
 
-def _held(scheme: AnyScheme) -> FloatGrid:
+def _held(scheme: AnyScheme) -> ScalarGrid:
     """What is written."""
     grid = _float(scheme)
-    if grid.element.name not in DTYPES or grid.granularity not in ("block", "tensor"):
+    if grid.levels.name not in DTYPES or grid.granularity not in ("block", "tensor"):
         raise Unsupported(f"fp8 holds fp8-e4m3-block, fp8-e4m3-tensor and those of e5m2, not {grid}")
     return grid

@@ -6,7 +6,7 @@
     g_idx    int32 [in], the group of each in-feature: i // group unless columns were sorted before scales were fitted (desc_act), which is read only
 
 Version 1 (`checkpoint_format: gptq`) stores zero - 1 and its readers add 1, so it cannot hold a zero point of 0;
-version 2 (`gptq_v2`) stores the zero point itself. A fresh quantization never needs version 2: see IntGrid.fit.
+version 2 (`gptq_v2`) stores the zero point itself. A fresh quantization never needs version 2: see grids.scalar.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.actorder import ActOrderGrid
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
+from halfbyte.grids.scalar import SCALE_DTYPES, ScalarGrid, integers
 from halfbyte.names import FUSED_OF
 
 WIDTHS = (2, 3, 4, 8)
@@ -56,12 +56,12 @@ class GPTQ(Container):
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         grid, (out, width) = integer(scheme, self.name), shape
-        if grid.bits_per_code not in WIDTHS or grid.granularity == "tensor":
+        if grid.levels.bits not in WIDTHS or grid.granularity == "tensor":
             raise Unsupported(f"gptq holds int2, int3, int4 and int8 per channel or group, not {grid}")
         for what, size in (("in", width), ("out", out)):
-            if size * grid.bits_per_code % 32:
+            if size * grid.levels.bits % 32:
                 raise Unsupported(
-                    f"gptq packs whole 32-bit words: {what}-features {size} x {grid.bits_per_code} bits do not fill them"
+                    f"gptq packs whole 32-bit words: {what}-features {size} x {grid.levels.bits} bits do not fill them"
                 )
 
     def same(self, q: Quantized) -> Quantized | None:
@@ -74,8 +74,8 @@ class GPTQ(Container):
         grid, (out, width) = _integers(scheme), shape
         groups = grid.groups(width)
         return {
-            "qweight": Spec((width * grid.bits_per_code // 32, out), torch.int32),
-            "qzeros": Spec((groups, out * grid.bits_per_code // 32), torch.int32),
+            "qweight": Spec((width * grid.levels.bits // 32, out), torch.int32),
+            "qzeros": Spec((groups, out * grid.levels.bits // 32), torch.int32),
             "scales": Spec((groups, out), torch.float16),
             "g_idx": Spec((width,), torch.int32),
         }
@@ -96,8 +96,8 @@ class GPTQ(Container):
                 raise Unsupported("gptq version 1 cannot hold a zero point of 0; write version 2")
             zero = zero - 1
         return {
-            "qweight": bits.pack(q.codes, grid.bits_per_code).T.contiguous(),
-            "qzeros": bits.pack(zero.T, grid.bits_per_code),
+            "qweight": bits.pack(q.codes, grid.levels.bits).T.contiguous(),
+            "qzeros": bits.pack(zero.T, grid.levels.bits),
             "scales": exact_half(q.params["scale"]).T.contiguous(),
             "g_idx": _order(width, grid),
         }
@@ -106,7 +106,7 @@ class GPTQ(Container):
         grid, (out, width) = _integers(scheme), shape
         if scheme == grid and "g_idx" in tensors and not torch.equal(tensors["g_idx"], _order(width, grid)):
             raise BadCheckpoint(f"in-features are grouped in activation order (g_idx), and not as {grid} has them")
-        zero = self._zero_points(tensors["qzeros"], grid.bits_per_code, out).T.contiguous()
+        zero = self._zero_points(tensors["qzeros"], grid.levels.bits, out).T.contiguous()
         params = {"scale": tensors["scales"].T.contiguous().to(SCALE_DTYPES[grid.scale])}
         if not grid.symmetric:
             params["zero"] = zero
@@ -114,7 +114,7 @@ class GPTQ(Container):
             raise Unsupported(f"zero points differ from {grid.midpoint} in a file that is called symmetric")
         if scheme != grid:
             params["g_idx"] = tensors["g_idx"][None]
-        return Quantized(scheme.weight, bits.unpack(tensors["qweight"].T, grid.bits_per_code, width), params)
+        return Quantized(scheme.weight, bits.unpack(tensors["qweight"].T, grid.levels.bits, width), params)
 
     def _zero_points(self, words: Tensor, width_bits: int, out: int) -> Tensor:
         """Version 1 wraps a zero point of 0 around. GPTQModel, which writes such files, takes 1 from whole words, with borrow,
@@ -178,7 +178,7 @@ class GPTQ(Container):
                     symmetric
                 ):  # the value is the witness: vLLM had to unlearn trusting the label (its pull request 38966)
                     versions.add(1 if first == middle - 1 else 2)
-                grid = IntGrid(grid_bits, span_of(module, width, groups, sizes), symmetric, scale_held(scales))
+                grid = integers(grid_bits, span_of(module, width, groups, sizes), symmetric, scale_held(scales))
                 found[module] = (_as_ordered(module, grid, width, entries), (out, width))
         said = 2 if config.get("checkpoint_format") == "gptq_v2" else 1
         return GPTQ(versions.pop() if len(versions) == 1 else said), found
@@ -198,11 +198,11 @@ def scale_held(scales: Entry) -> str:
 SCALE_NAME = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
-def _order(width: int, grid: IntGrid) -> Tensor:
+def _order(width: int, grid: ScalarGrid) -> Tensor:
     return torch.arange(width, dtype=torch.int32) // (grid.group_size or width)
 
 
-def _as_ordered(module: str, grid: IntGrid, width: int, entries: Mapping[str, Entry]) -> IntGrid | ActOrderGrid:
+def _as_ordered(module: str, grid: ScalarGrid, width: int, entries: Mapping[str, Entry]) -> ScalarGrid | ActOrderGrid:
     """The grid, as the columns' groups make it. Raises BadCheckpoint for groups of unequal size, and for such as have no scale."""
     entry, plain = entries.get(f"{module}.g_idx"), _order(width, grid)
     if (
@@ -219,13 +219,13 @@ def _as_ordered(module: str, grid: IntGrid, width: int, entries: Mapping[str, En
     return ActOrderGrid(grid)
 
 
-def _integers(scheme: AnyScheme) -> IntGrid:
+def _integers(scheme: AnyScheme) -> ScalarGrid:
     """What the codes are, in whichever order the columns are grouped."""
     return scheme.weight.integers if isinstance(scheme.weight, ActOrderGrid) else integer(scheme, GPTQ.name)
 
 
-def _settings(grid: IntGrid) -> Config:
-    return {"bits": grid.bits_per_code, "group_size": grid.group_size or -1, "sym": grid.symmetric}
+def _settings(grid: ScalarGrid) -> Config:
+    return {"bits": grid.levels.bits, "group_size": grid.group_size or -1, "sym": grid.symmetric}
 
 
 def _either_spelling(pattern: str) -> str:

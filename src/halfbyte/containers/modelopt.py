@@ -24,9 +24,9 @@ from halfbyte.containers.fused import apart
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
 from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid, ActivationQuant
-from halfbyte.grids.floats import NVFP4_FACTOR
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
+from halfbyte.grids.scalar import NVFP4_FACTOR
 
 NVFP4_INPUTS = ACTIVATION_GRIDS["nvfp4"]
 NOT_FOLLOWED = ("pre_quant_scale", "svdquant_lora_a")

@@ -170,8 +170,8 @@ VLLM = {
             FP8_ROWS,
             named(r"fp8-e4m3-block", "fp8-e4m3-block", "fp8-e4m3-block with 16-bit inputs needs vLLM of 2026", TILES),
             named(
-                r"nvfp4-global",
-                "nvfp4-global",
+                r"nvfp4",
+                "nvfp4",
                 "NVFP4 weights alone run on Marlin kernels: compute capability 7.5 or later",
                 TILES,
             ),
@@ -199,7 +199,7 @@ VLLM = {
             FP8_BLOCKS,
             # schemes/compressed_tensors_w4a4_nvfp4.py: fused matrices share the largest divisor, and warn if theirs
             # differ.
-            named(r"nvfp4-global/nvfp4", "nvfp4-global/nvfp4", NVFP4_INPUTS, TILES),
+            named(r"nvfp4/nvfp4", "nvfp4/nvfp4", NVFP4_INPUTS, TILES),
             # schemes/compressed_tensors_w4a8_fp8.py and kernels/linear/mixed_precision/cutlass.py: compute capability
             # 9.0 exactly.
             named(r"int4-g128/fp8-e4m3-token", "int4-g128/fp8-e4m3-token", W4A8_FP8, ((128, 128),), whole_tiles=True),
@@ -212,8 +212,8 @@ VLLM = {
         # token only.
         named_experts=(
             *(
-                "nvfp4-global",
-                "nvfp4-global/nvfp4",
+                "nvfp4",
+                "nvfp4/nvfp4",
                 "mxfp4",
                 "mxfp4/mxfp4",
                 "mxfp8-e4m3",
@@ -323,13 +323,13 @@ SGLANG = {
                 SIXTEENS,
             ),
             named(
-                r"nvfp4-global/nvfp4",
-                "nvfp4-global/nvfp4",
+                r"nvfp4/nvfp4",
+                "nvfp4/nvfp4",
                 "4-bit products need an NVIDIA GPU of compute capability 10.0 or later",
             ),
         ),
         experts=SYMMETRIC,
-        named_experts=("fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-tensor/fp8-e4m3-static", "nvfp4-global/nvfp4"),
+        named_experts=("fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-tensor/fp8-e4m3-static", "nvfp4/nvfp4"),
         one_kernel=True,
         models="sglang",
         source="SGLang, srt/layers/quantization/compressed_tensors",
@@ -395,8 +395,8 @@ TRANSFORMERS = {
             Kernel(ANY, SPANS | {"any group", "tensor"}),
             named(r"fp8-e4m3-[^/]*", "fp8-e4m3"),
             named(
-                r"mxfp8-e4m3|mxfp6-e2m3|mxfp4|nvfp4-global",
-                "mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4-global",
+                r"mxfp8-e4m3|mxfp6-e2m3|mxfp4|nvfp4",
+                "mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4",
                 IN_BFLOAT16,
                 flag=AS_BFLOAT16,
             ),
@@ -407,8 +407,8 @@ TRANSFORMERS = {
                 ROUNDS_INPUTS,
             ),
             named(
-                r"mxfp8-e4m3/mxfp8-e4m3|mxfp4/mxfp4|nvfp4-global/nvfp4",
-                "mxfp8-e4m3, mxfp4 and nvfp4-global under inputs of their kind",
+                r"mxfp8-e4m3/mxfp8-e4m3|mxfp4/mxfp4|nvfp4/nvfp4",
+                "mxfp8-e4m3, mxfp4 and nvfp4 under inputs of their kind",
                 f"{ROUNDS_INPUTS}; {IN_BFLOAT16}",
                 flag=AS_BFLOAT16,
             ),

@@ -14,11 +14,9 @@ from typing import NamedTuple
 from halfbyte.containers import CONTAINERS
 from halfbyte.engines.architectures import Config, Registry, architecture_of, auto_class, decoder_of, registry
 from halfbyte.engines.engines import DEGREES, ENGINES, ROW, Kernel, Reads, engine_named
-from halfbyte.grids.absmax import AbsmaxGrid
-from halfbyte.grids.floats import SIDE, FloatGrid
-from halfbyte.grids.levels import LevelGrid
 from halfbyte.grids.quantized import AnyScheme
-from halfbyte.grids.scalar import IntGrid
+from halfbyte.grids.scalar import ScalarGrid, is_absmax, is_float, is_integer
+from halfbyte.kernels.scales import SIDE
 from halfbyte.models.checkpoint import Weight
 from halfbyte.names import Expert, Fused, fused_set
 
@@ -193,7 +191,7 @@ def _scaled(decoder: Config) -> str | None:
 def _is_decoded(known: Registry, container: str, quantized: Mapping[Weight, AnyScheme], config: Config) -> bool:
     """Whether the engine has to be asked to decode every weight as it loads."""
     packed = {s for s in set(quantized.values()) if "weight" not in CONTAINERS[container].plan(s, ANY_SHAPE)}
-    asymmetric = any(isinstance(s.weight, IntGrid) and not s.weight.symmetric and not s.activations for s in packed)
+    asymmetric = any(is_integer(s.weight) and not s.weight.symmetric and not s.activations for s in packed)
     return bool(asymmetric or (packed and known.name_of(config) in known.dequantized))
 
 
@@ -229,7 +227,7 @@ def _stacks(
 def _notes(engine: str, reads: Reads, placed: Placed) -> Iterator[str]:
     quantized = {w: g for w, g in placed.items() if g is not None}
     if reads.spanned and (
-        odd := [w for w, g in quantized.items() if isinstance(g.weight, AbsmaxGrid) and w.shape[1] % g.weight.group]
+        odd := [w for w, g in quantized.items() if is_absmax(g.weight) and w.shape[1] % int(g.weight.granularity)]
     ):
         yield f"{odd[0].name} ({odd[0].shape[0]} x {odd[0].shape[1]}, {len(odd)} such): {reads.spanned}"
     if not reads.decodes and any(w.expert is not None and g is None for w, g in placed.items()):
@@ -261,10 +259,10 @@ def _name(scheme: AnyScheme) -> str:
 
 def _kernel(reads: Reads, scheme: AnyScheme) -> Kernel | None:
     grid = scheme.weight
-    if scheme.activations or not isinstance(grid, IntGrid):
+    if scheme.activations or not is_integer(grid):
         return next((k for k in reads.kernels if k.named and re.fullmatch(k.named, _name(scheme))), None)
     spans = {grid.granularity, "any group"} if grid.group_size else {grid.granularity}
-    return next((k for k in reads.kernels if (grid.bits_per_code, grid.symmetric) in k.codes and spans & k.spans), None)
+    return next((k for k in reads.kernels if (grid.levels.bits, grid.symmetric) in k.codes and spans & k.spans), None)
 
 
 def _grids(engine: str, container: str, reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> Iterator[str]:
@@ -306,9 +304,7 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, config: C
         yield f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
     # vLLM turns what is called .weight, as all of 8 bits is but integers under 16-bit inputs (models/gpt2.py).
     conv1d = {w.name: g for w, g in placed.items() if g and w.transposed and w.expert is None}
-    turned = [
-        name for name, g in conv1d.items() if not reads.transposed or isinstance(g.weight, FloatGrid) or g.activations
-    ]
+    turned = [name for name, g in conv1d.items() if not reads.transposed or is_float(g.weight) or g.activations]
     if turned:
         family = decoder_of(config).get("model_type", "this model")
         yield f"{turned[0]} of {family} is a Conv1D, which {engine} is not known to load from {container}: keep it in 16 bits, or use vllm"
@@ -364,8 +360,8 @@ def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Itera
 
 def _is_expert(reads: Reads, scheme: AnyScheme) -> bool:
     grid = scheme.weight
-    if isinstance(grid, IntGrid) and not scheme.activations:
-        return (grid.bits_per_code, grid.symmetric) in reads.experts
+    if is_integer(grid) and not scheme.activations:
+        return (grid.levels.bits, grid.symmetric) in reads.experts
     return any(re.fullmatch(name, _name(scheme)) for name in reads.named_experts)
 
 
@@ -390,7 +386,7 @@ def _layouts(reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> dict[Layout
     )
     found: dict[Layout, str] = {}
     for w, scheme in quantized.items():
-        if isinstance(scheme.weight, IntGrid | FloatGrid | LevelGrid):
+        if isinstance(scheme.weight, ScalarGrid):
             out, width = w.shape
             found.setdefault(Layout(scheme, bool(ROW.search(w.name)), out, width, together.get(w.name, out)), w.name)
     return found
@@ -402,14 +398,11 @@ def _misfit(reads: Reads, layouts: Mapping[Layout, str], degree: int, tiles: boo
         grid = scheme.weight
         split = width if row else out
         if split % degree or (
-            degree > 1
-            and isinstance(grid, IntGrid)
-            and not scheme.activations
-            and split // degree * grid.bits_per_code % 32
+            degree > 1 and is_integer(grid) and not scheme.activations and split // degree * grid.levels.bits % 32
         ):
             return f"{name} ({out} x {width}) does not split into {degree} parts of whole 32-bit words"
         if (
-            isinstance(grid, FloatGrid)
+            is_float(grid)
             and grid.granularity == "block"
             and (degree > 1 or together != out)
             and split // degree % SIDE

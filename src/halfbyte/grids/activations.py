@@ -26,9 +26,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfbyte.errors import BadRequest, UnknownName
-from halfbyte.grids import rounding
-from halfbyte.grids.floats import ELEMENTS, FLOAT_GRIDS, FloatGrid
 from halfbyte.grids.grid import Grid, Params
+from halfbyte.grids.scalar import NVFP4, SCALAR_GRIDS, ScalarGrid
+from halfbyte.kernels.levels import E2M1, E4M3
+from halfbyte.kernels.levels import FLOATS as LEVELS
+from halfbyte.kernels.scales import BF16, Microscale, Scales, UnderGlobal
 
 
 class ActivationStats(NamedTuple):
@@ -147,7 +149,7 @@ class ScaledActivations(ActivationGrid):
         )
         scale = torch.where(scale == 0, 1.0, scale)
         if self.static:  # whatever precision an engine keeps it in, it is the same number
-            scale = rounding.store(scale, torch.bfloat16).float()
+            scale = BF16.store(scale).float()
         if self.symmetric:
             return {"scale": scale}
         return {"scale": scale, "zero": torch.round(self.bottom - low / scale)}
@@ -194,9 +196,7 @@ class ScaledActivations(ActivationGrid):
             return super().limits(params)
         # To half a step beyond the last number, the nearest one is the last: nothing is cut yet.
         beyond = (
-            self.top * 2.0 ** -(ELEMENTS[self.number.removeprefix("fp8-")].mantissa + 2)
-            if self.number in FLOATS
-            else 0.5
+            self.top * 2.0 ** -(LEVELS[self.number.removeprefix("fp8-")].mantissa + 2) if self.number in FLOATS else 0.5
         )
         low, high = (
             (number - params.get("zero", 0)) * params["scale"] for number in (self.bottom - beyond, self.top + beyond)
@@ -259,7 +259,7 @@ class MXFP4Activations(BlockActivations):
 class NVFP4Activations(BlockActivations):
     """NVFP4 inputs: a block's scale is an E4M3 number over one stored divisor."""
 
-    grid: FloatGrid = FLOAT_GRIDS["nvfp4-global"]
+    grid: ScalarGrid = NVFP4
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -269,17 +269,19 @@ class NVFP4Activations(BlockActivations):
         return "nvfp4"
 
     def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
-        return self.grid.under(x.flatten(0, -2), stored["divisor"])
+        x = x.flatten(0, -2)
+        largest = self.grid.scales.grouped(x).abs().amax(-1).float()
+        return UnderGlobal().under(largest, stored["divisor"])
 
     def fit(self, stats: ActivationStats, observer: str) -> Params:
         low, high = OBSERVERS["max"](
             ScaledActivations("fp8-e4m3", "static"), stats
         )  # blocks have scales of their own: nothing is won by cutting
-        most = ELEMENTS["e4m3"].top * ELEMENTS["e2m1"].top
+        most = E4M3.top * E2M1.top
         return {"divisor": (most / torch.maximum(low.abs(), high.abs()).clamp(min=1e-12)).view(1)}
 
     def limits(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        high = ELEMENTS["e4m3"].top * ELEMENTS["e2m1"].top * (1 + 1 / 32) / params["divisor"]
+        high = E4M3.top * E2M1.top * (1 + 1 / 32) / params["divisor"]
         return -high, high
 
 
@@ -309,8 +311,8 @@ ACTIVATION_GRIDS: dict[str, ActivationGrid] = {
         for span in ("token", "tensor", "static", "g128")
         for name in (f"{number}-{span}", *([f"{number}-{span}-asym"] if number not in FLOATS else []))
     },
-    "mxfp8-e4m3": BlockActivations(FLOAT_GRIDS["mxfp8-e4m3"]),
-    "mxfp4": MXFP4Activations(FloatGrid(ELEMENTS["e2m1"], 32, "e8m0")),
+    "mxfp8-e4m3": BlockActivations(SCALAR_GRIDS["mxfp8-e4m3"]),
+    "mxfp4": MXFP4Activations(ScalarGrid("mxfp4-e2m1", E2M1, Scales(32, Microscale()))),
     "nvfp4": NVFP4Activations(),
     "llm-int8": LLMInt8Activations(),
 }

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import Codes, Grid, Params, Shape
-from halfbyte.grids.scalar import IntGrid
+from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
+from halfbyte.grids.scalar import ScalarGrid
 
 SUFFIX = "-actorder"
 
@@ -23,13 +23,9 @@ SUFFIX = "-actorder"
 class ActOrderGrid(Grid):
     """`g_idx` [1, in] is the group of each in-feature, and all groups are of one size; other parameters are those of the integers."""
 
-    integers: IntGrid
+    integers: ScalarGrid
 
     vector_size = 1
-
-    @classmethod
-    def parse(cls, name: str) -> "ActOrderGrid":
-        return cls(IntGrid.parse(name.removesuffix(SUFFIX)))
 
     def __str__(self) -> str:
         return f"{self.integers}{SUFFIX}"
@@ -53,10 +49,11 @@ class ActOrderGrid(Grid):
     ) -> Params:
         self.refuse()
 
-    def round(
-        self, w: Float32[Tensor, "out vector"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
+    def rounder(self, params: Params, shape: Shape) -> Rounder:
         self.refuse()
+
+    def row_params(self, shape: Shape) -> frozenset[str]:
+        return self.integers.row_params(shape)
 
     def encode(
         self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None

@@ -1,18 +1,37 @@
 """Grid: which numbers a weight can be."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import partial
+from typing import Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, Integer
 from torch import Tensor
 
+from halfbyte.kernels.scales import Params
+
 Shape = tuple[int, ...]
-Codes = UInt8[Tensor, "out in"]
-Params = dict[str, Tensor]
-Rounder = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Codes]
-"""Grid.round_block, given the parameters."""
+Codes = Integer[Tensor, "out units"]
+"""Of any integer type; a unit is a weight, or of codebooks and the like, a vector of weights or a part of one."""
+
+
+@runtime_checkable
+class Rounder(Protocol):
+    """Rounds some columns from the last to the first; what one misses, the ones after it make up for.
+
+    `error` is what each column misses `target` by. As it changes by d in column k, wanted[:, :k] moves by d * coupling[k, :k]. Both
+    change in place. `columns` are the in-features' numbers, in runs of `vector_size`. The diagonal of `coupling` says what columns
+    count for: the squared output error is the sum of (left * coupling[k, k])^2 over columns k, where `left` is what the columns before
+    k cannot make up for. Columns that are rounded one by one have no use for it.
+    """
+
+    def __call__(
+        self,
+        wanted: Float32[Tensor, "out width"],
+        target: Float32[Tensor, "out width"],
+        error: Float32[Tensor, "out width"],
+        coupling: Float32[Tensor, "width width"],
+        columns: Int64[Tensor, " width"],
+        /,
+    ) -> Codes: ...
 
 
 class Grid(ABC):
@@ -36,7 +55,7 @@ class Grid(ABC):
 
     @property
     def weighs_magnitude(self) -> bool:
-        """Whether rounding to nearest by importance goes better when an error in a large weight counts for more (solvers.gptq.magnitude_weights)."""
+        """Whether rounding to nearest by importance loses less where an error in a large weight counts for more."""
         return False
 
     @property
@@ -61,44 +80,12 @@ class Grid(ABC):
         """
 
     @abstractmethod
-    def round(
-        self, w: Float32[Tensor, "out vector"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
-        """The codes nearest to columns `at : at + vector_size`, and the values that they decode to."""
+    def rounder(self, params: Params, shape: Shape) -> Rounder:
+        """What rounds columns of a matrix of this shape, made once for all of its columns in turn."""
 
-    def round_block(
-        self,
-        wanted: Float32[Tensor, "out width"],
-        target: Float32[Tensor, "out width"],
-        error: Float32[Tensor, "out width"],
-        coupling: Float32[Tensor, "width width"],
-        columns: Int64[Tensor, " width"],
-        params: Params,
-    ) -> UInt8[Tensor, "out width"]:
-        """Round columns from the last to the first; what one misses, the ones after it make up for.
-
-        `error` is what each column misses `target` by. As it changes by d in column k, wanted[:, :k] moves by
-        d * coupling[k, :k]. Both change in place. `columns` are the in-features' numbers, in runs of `vector_size`. The diagonal of
-        `coupling` says what columns count for: the squared output error is the sum of (left * coupling[k, k])^2 over columns
-        k, where `left` is what the columns before k cannot make up for. Columns that are rounded one by one have no use for it.
-        """
-        codes, at = torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device), columns.tolist()
-        for last in range(len(at), 0, -self.vector_size):
-            now = slice(last - self.vector_size, last)
-            codes[:, now], value = self.round(wanted[:, now], params, at[last - self.vector_size])
-            missed = target[:, now] - value
-            wanted[:, : last - self.vector_size] += (missed - error[:, now]) @ coupling[now, : last - self.vector_size]
-            error[:, now] = missed
-        return codes
-
-    def rounder(self, params: Params, rows: int) -> Rounder:
-        """`round_block` with the parameters of a matrix, for all of its columns in turn; compiled on CPUs."""
-        on_cpu = all(p.device.type == "cpu" for p in params.values())
-        return (self.compiled_rounder(params, rows) if on_cpu else None) or partial(self.round_block, params=params)
-
-    def compiled_rounder(self, params: Params, rows: int) -> Rounder | None:
-        """`round_block` made faster for CPUs; None: there is only the reference."""
-        return None
+    @abstractmethod
+    def row_params(self, shape: Shape) -> frozenset[str]:
+        """Parameters whose first dimension is that of the rows of such a matrix; others are shared by all of its rows."""
 
     @abstractmethod
     def encode(

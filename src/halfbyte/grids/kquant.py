@@ -18,30 +18,18 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.errors import BadRequest, UnknownName
-from halfbyte.grids import kquant_search
 from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
+from halfbyte.kernels import kquant, scalar
+from halfbyte.kernels.kquant import KFormat
 
 
 @dataclass(frozen=True)
-class KQuant(Grid):
+class KQuant(KFormat, Grid):
     """Evenly spaced levels per group; the scales of a block's groups are small integers times one fp16 number.
 
     Params, by name: `d` fp16 [out, blocks]; with two levels `scale` (uint8 or int8) [out, groups]; and with a minimum
     `dmin` fp16 [out, blocks] and `min` uint8 [out, groups], or with one level `m` fp16 [out, blocks].
     """
-
-    name: str
-    super_block: int
-    group: int
-    """In-features that share one scale of the lowest level."""
-    top: int
-    """The largest code."""
-    zero: int | None
-    """The code of zero; None: codes count from a minimum."""
-    scales: tuple[int, int] | None
-    """The range of the integer scales (and, from 0, of the integer minima); None: one level."""
-    stored_bits: int
-    """Bytes of a block, in bits: padding and all."""
 
     vector_size = 1
 
@@ -63,15 +51,6 @@ class KQuant(Grid):
         """Four or eight levels: KL on bookworm-6m .0169 in place of .0178 with Q3_K_M; Q4_K and integers of 4 bits lose more by it."""
         return self.top in (3, 7)
 
-    @property
-    def has_minimum(self) -> bool:
-        return self.zero is None
-
-    @property
-    def middle(self) -> int:
-        """The code that stands for the offset."""
-        return self.zero or 0
-
     def blocks(self, width: int) -> int:
         """Blocks along a row of `width` in-features."""
         if width % self.group_size:
@@ -88,7 +67,7 @@ class KQuant(Grid):
         self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
     ) -> Params:
         self.blocks(w.shape[1])
-        return kquant_search.fit(self, w, importance, search)
+        return kquant.fit(self, w, importance, search)
 
     def lines(self, params: Params) -> tuple[Float32[Tensor, "out groups"], Float32[Tensor, "out groups"] | None]:
         """Scale and offset of every group: a code q stands for scale * (q - zero) + offset, rounded after each operation."""
@@ -101,28 +80,21 @@ class KQuant(Grid):
             return scale, None
         return scale, -(params["dmin"].float()[..., None] * params["min"].view(out, blocks, -1)).view(out, -1)
 
-    def round(
-        self, w: Float32[Tensor, "out vector"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
-        scale, offset = self.lines(params)
-        group = slice(at // self.group, at // self.group + 1)
-        scale, offset = scale[:, group], None if offset is None else offset[:, group]
-        codes = kquant_search.nearest(self, w, scale, offset)
-        return codes, self.values(codes, scale, offset)
-
-    def compiled_rounder(self, params: Params, rows: int) -> Rounder:
-        from halfbyte.grids.round_block_numba import Even, round_block
-
+    def rounder(self, params: Params, shape: Shape) -> Rounder:
         scale, offset = self.lines(params)
         zero = torch.full_like(scale, self.middle, dtype=torch.uint8)
         base = torch.zeros_like(scale) if offset is None else offset
-        return partial(round_block, Even(kquant_search.usable(scale), zero, base, self.top), self.group)
+        lines = scalar.EvenLines(kquant.usable(scale), zero, base, self.top)
+        return partial(scalar.round_block, lines, self.group)
+
+    def row_params(self, shape: Shape) -> frozenset[str]:
+        return frozenset({"d", "dmin", "m", "scale", "min"})
 
     def encode(
         self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
     ) -> Codes:
         self.blocks(w.shape[1])
-        return kquant_search.encode(self, w, *self.lines(params))
+        return kquant.encode(self, w, *self.lines(params))
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
         scale, offset = self.lines(params)

@@ -1,150 +1,270 @@
-"""Scalar grids: evenly spaced levels times a scale, one rounding per weight.
+"""Scalar grids, levels times scales: every one is a value of the one class, and a line of a table here.
 
     int4-g128          q in [-8, 7], w = scale * q, one scale per 128 in-features
     int4-g128-asym     q in [0, 15], w = scale * (q - zero), an integer zero point per group
-    int8-channel       one scale per out-feature (row)
-    int8-tensor        one scale per matrix
+    int8-channel       one scale per out-feature (row); int8-tensor: one per matrix
+    llm-int8           w = q * absmax / 127, one absmax per row, arithmetic and all (Dettmers et al., 2208.07339)
+    fp8-e4m3-block     one scale per 128 x 128 weights, as DeepSeek's checkpoints have it; also -channel, -tensor, and e5m2
+    mxfp8-e4m3         a power of two (E8M0) per 32 in-features (OCP Microscaling Formats 1.0); mxfp6-e2m3 and others likewise
+    mxfp4              E2M1 under a power of two per 32 in-features, as ggml rounds to it
+    nvfp4              NVIDIA's: E2M1, an E4M3 scale per 16 in-features, and one divisor for the scales of a matrix
+    ggml-nvfp4         ggml's block of the same numbers: an unsigned E4M3 scale per 16, and no divisor
+    iq4_nl, iq4_xs     ggml's table of 16 levels; fp16 scale per 32, or 6-bit scales per 32 under an fp16 scale per 256
+    nf4-g64            bitsandbytes': 16 quantiles of a normal distribution, fp32 scale per 64 consecutive weights; fp4-g64 likewise
+    nf4-g64-double     scales as indices of a table of 256, times an fp32 scale per 256 of them, plus an offset per matrix
 
-Scales are stored in fp16 unless the name ends in `-bf16` or `-fp32`. Codes are unsigned in memory: a symmetric
-grid's q is stored as q + 2^(bits-1). A scale may be negative: on a symmetric grid this gives the extra negative
-level to whichever side of zero needs it (as llama.cpp's Q4_0 does), and every kernel multiplies by it just the same.
+Integer scales are stored in fp16, those of FP8 in fp32, unless the name ends in -fp16, -bf16 or -fp32. Codes are unsigned in memory and
+those of floats and tables are the file's. An integer scale may be negative: on a symmetric grid this gives the extra negative level to
+whichever side of zero needs it (as llama.cpp's Q4_0 does), and every kernel multiplies by it just the same.
 """
 
 import re
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeGuard
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32
 from torch import Tensor
 
-from halfbyte.errors import BadRequest
-from halfbyte.grids import rounding
+from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
-
-SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-PATTERN = re.compile(
-    r"int(?P<bits>[2-8])-(?P<span>tensor|channel|g(?P<group>[1-9]\d*))(?P<asym>-asym)?(-(?P<scale>fp16|bf16|fp32))?"
+from halfbyte.kernels import levels as known
+from halfbyte.kernels import scalar
+from halfbyte.kernels.levels import FLOATS, FP4, IQ4, NF4, Even, Levels, Table, table_of
+from halfbyte.kernels.levels import Float as FloatLevels
+from halfbyte.kernels.scales import (
+    FP16,
+    FP32,
+    NUMBERS,
+    Byte,
+    Microscale,
+    Nested,
+    Number,
+    Scales,
+    UnderGlobal,
+    UnderHalf,
 )
+
+SCALE_DTYPES = {name: number.dtype for name, number in NUMBERS.items()}
+INTEGERS = re.compile(
+    r"int(?P<bits>[2-8])-(?P<granularity>tensor|channel|g(?P<group>[1-9]\d*))(?P<asym>-asym)?(-(?P<scale>fp16|bf16|fp32))?"
+)
+FP8 = re.compile(r"fp8-(?P<levels>e4m3|e5m2)-(?P<granularity>tensor|channel|block)(-(?P<scale>fp32|bf16|fp16))?")
+ABSMAX = re.compile(r"(?P<kind>nf4|fp4)-g(?P<group>[1-9]\d*)(?P<double>-double)?")
+ABSMAX_GROUPS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
-class IntGrid(Grid):
-    """2^bits evenly spaced levels; `granularity` says how many weights share a scale (and a zero point)."""
+class ScalarGrid(Grid):
+    """Levels times scales; one rounding per weight."""
 
-    bits_per_code: int
-    granularity: int | str
-    """In-features per group, or "channel" (the whole row), or "tensor"."""
-    symmetric: bool = True
-    scale: str = "fp16"
+    name: str
+    levels: Levels
+    scales: Scales
 
     vector_size = 1
-    pattern = PATTERN
-
-    @classmethod
-    def parse(cls, name: str) -> "IntGrid":
-        match = PATTERN.fullmatch(name)
-        if match is None:
-            raise BadRequest(
-                f"'{name}' is no integer grid; write int<2..8>-<tensor|channel|gN>[-asym], such as int4-g128 or int8-channel"
-            )
-        span = int(match["group"]) if match["group"] else match["span"]
-        return cls(int(match["bits"]), span, not match["asym"], match["scale"] or "fp16")
 
     def __str__(self) -> str:
-        span = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
-        return f"int{self.bits_per_code}-{span}{'' if self.symmetric else '-asym'}{'' if self.scale == 'fp16' else '-' + self.scale}"
+        return self.name
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether no zero point is stored."""
+        return self.levels.symmetric
+
+    @property
+    def granularity(self) -> int | str:
+        """Weights per group; or "channel" (the whole row), "tensor", or "block" (128 x 128)."""
+        return self.scales.granularity
 
     @property
     def group_size(self) -> int | None:
-        return self.granularity if isinstance(self.granularity, int) else None
+        if isinstance(self.scales.storage, UnderHalf):
+            return scalar.SUPER
+        return self.scales.group_size
 
     @property
     def midpoint(self) -> int:
-        """The code of zero on a symmetric grid."""
-        return 1 << (self.bits_per_code - 1)
+        """The code of zero where levels are integers around it."""
+        return 1 << (self.levels.bits - 1)
+
+    @property
+    def scale(self) -> str:
+        """The precision of scales that are numbers as a Hugging Face folder has them: a key of SCALE_DTYPES; else, an empty string."""
+        storage = self.scales.storage
+        return storage.kind if isinstance(storage, Number) and storage == NUMBERS.get(storage.kind) else ""
+
+    @property
+    def nested(self) -> bool:
+        """Whether scales are quantized in their turn."""
+        return isinstance(self.scales.storage, Nested)
 
     @property
     def shares_params_across_rows(self) -> bool:
-        return self.granularity == "tensor"
+        return self.granularity == "tensor" or isinstance(self.scales.storage, UnderGlobal)
 
-    def with_granularity(self, granularity: int | str) -> "IntGrid":
-        return replace(self, granularity=granularity)
+    def row_params(self, shape: Shape) -> frozenset[str]:
+        rows, _ = self.scales.shape(shape)
+        return frozenset({"scale", "zero", "d"}) - self.scales.storage.shared if rows == shape[0] else frozenset()
 
-    def with_scale(self, scale: str) -> "IntGrid":
-        return replace(self, scale=scale)
+    def require_fit(self, shape: Shape) -> None:
+        """Raise a HalfbyteError for a matrix that the groups do not divide."""
+        if self.group_size and self.granularity != "block" and shape[1] % self.group_size:
+            raise BadRequest(f"{self} does not divide a row of {shape[1]}; it takes multiples of {self.group_size}")
+        if self.scales.flat and isinstance(self.granularity, int):
+            blocks = -(-shape[0] * shape[1] // self.granularity)
+            if blocks * self.granularity // shape[0] != shape[1]:  # the number of blocks does not tell the width
+                raise Unsupported(
+                    f"{self} does not suit a matrix of {shape[0]} x {shape[1]}, whose last block would be nearly empty;"
+                    " use smaller blocks"
+                )
+
+    def scales_shape(self, shape: Shape) -> tuple[int, int]:
+        """[rows of scales, scales in each] of a matrix."""
+        self.require_fit(shape)
+        return self.scales.shape(shape)
 
     def groups(self, width: int) -> int:
         """Groups along a row of `width` in-features."""
-        if self.group_size is None:
-            return 1
-        if width % self.group_size:
-            raise BadRequest(f"{self} does not divide a row of {width}")
-        return width // self.group_size
+        return self.scales_shape((1, width))[1]
 
     def bits(self, shape: Shape) -> float:
-        out, width = shape
-        scales = 1 if self.granularity == "tensor" else out * self.groups(width)
-        overhead = SCALE_DTYPES[self.scale].itemsize * 8 + (0 if self.symmetric else self.bits_per_code)
-        return self.bits_per_code + scales * overhead / (out * width)
+        rows, groups = self.scales_shape(shape)
+        zeros = 0 if self.symmetric else self.levels.bits * rows * groups
+        return self.levels.bits + (self.scales.storage.bits(rows * groups) + zeros) / (shape[0] * shape[1])
 
     def fit(
         self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
     ) -> Params:
-        out, width = w.shape
-        group = self.group_size or width
-        if self.granularity == "tensor":
-            w, group = w.reshape(1, -1), w.numel()
-            importance = importance.expand(out, width).reshape(-1) if importance is not None else None
-        self.groups(width)
-        scale, zero = rounding.fit(
-            w, importance, group, self.bits_per_code, self.symmetric, search, SCALE_DTYPES[self.scale]
-        )
-        if zero is None:
-            return {"scale": scale}
-        # A zero point of 0 is the zero point 2^bits - 1 of the negated scale: the same values, and every container holds it.
-        return {
-            "scale": torch.where(zero == 0, -scale, scale),
-            "zero": torch.where(zero == 0, (1 << self.bits_per_code) - 1, zero),
-        }
+        """`scale`, as `scales_shape` says and as the file stores it; `zero` codes where asymmetric; and what scales share."""
+        self.require_fit(tuple(w.shape))
+        return scalar.fit(self.levels, self.scales, w, importance, search)
 
-    def columns(self, params: Params, at: int) -> tuple[Tensor, Tensor | int]:
-        """Scale [rows, 1] in float32 and zero code of the group that column `at` belongs to."""
-        group = at // self.group_size if self.group_size else 0
-        zero = self.midpoint if self.symmetric else params["zero"][:, group : group + 1].float()
-        return params["scale"][:, group : group + 1].float(), zero
-
-    def round(
-        self, w: Float32[Tensor, "out vector"], params: Params, at: int
-    ) -> tuple[UInt8[Tensor, "out vector"], Float32[Tensor, "out vector"]]:
-        scale, zero = self.columns(params, at)
-        q = (torch.round(w * scale.reciprocal()) + zero).clamp_(0, (1 << self.bits_per_code) - 1)
-        return q.to(torch.uint8), (q - zero) * scale
-
-    def compiled_rounder(self, params: Params, rows: int) -> Rounder:
-        from halfbyte.grids.round_block_numba import Even, round_block
-
-        scale = params["scale"].float().expand(rows, -1)
-        zero = (
-            torch.full_like(scale, self.midpoint, dtype=torch.uint8)
-            if self.symmetric
-            else params["zero"].expand(rows, -1)
-        )
-        return partial(
-            round_block, Even(scale, zero, torch.zeros_like(scale), (1 << self.bits_per_code) - 1), self.group_size
-        )
+    def rounder(self, params: Params, shape: Shape) -> Rounder:
+        lines, size = scalar.lines(self.levels, self.scales, params, *shape)
+        return partial(scalar.round_block, lines, size)
 
     def encode(
         self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
     ) -> Codes:
-        zero = None if self.symmetric else params["zero"]
-        if self.granularity == "tensor":
-            return rounding.encode(w.reshape(1, -1), params["scale"].float(), zero, w.numel(), self.bits_per_code).view(
-                w.shape
-            )
-        return rounding.encode(w, params["scale"].float(), zero, self.group_size or w.shape[1], self.bits_per_code)
+        return scalar.encode(self.levels, self.scales, w, params)
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
-        scale, zero = params["scale"].float(), self.midpoint if self.symmetric else params["zero"].float()[..., None]
-        grouped = codes.view(scale.shape[0], scale.shape[1], -1)
-        return ((grouped.float() - zero) * scale[..., None]).view(codes.shape)
+        return scalar.decode(self.levels, self.scales, codes, params)
+
+    def with_granularity(self, granularity: int | str) -> "ScalarGrid":
+        """The same levels and scales in other groups."""
+        return _named(self.levels, replace(self.scales, granularity=granularity))
+
+    def with_scale(self, scale: str) -> "ScalarGrid":
+        """With scales in another precision: a key of SCALE_DTYPES."""
+        return _named(self.levels, replace(self.scales, storage=NUMBERS[scale]))
+
+
+def is_integer(grid: Grid) -> TypeGuard[ScalarGrid]:
+    """Whether weights are integers times numbers of 16 or 32 bits: what INT kernels multiply by."""
+    return isinstance(grid, ScalarGrid) and isinstance(grid.levels, Even) and grid.scale != ""
+
+
+def is_float(grid: Grid) -> TypeGuard[ScalarGrid]:
+    """Whether weights are small floats."""
+    return isinstance(grid, ScalarGrid) and isinstance(grid.levels, FloatLevels)
+
+
+def is_absmax(grid: Grid) -> TypeGuard[ScalarGrid]:
+    """Whether scales are those of consecutive weights, as bitsandbytes has them."""
+    return isinstance(grid, ScalarGrid) and grid.scales.flat
+
+
+def integers(bits: int, granularity: int | str, symmetric: bool = True, scale: str = "fp16") -> ScalarGrid:
+    """int<bits>-<granularity>"""
+    return _named(Even(bits, symmetric), Scales(granularity, NUMBERS[scale]))
+
+
+def fp8(levels: str, granularity: str, scale: str = "fp32") -> ScalarGrid:
+    """fp8-<levels>-<granularity>"""
+    return _named(FLOATS[levels], Scales(granularity, NUMBERS[scale]))
+
+
+def absmax(table: Table, group: int, double: bool = False) -> ScalarGrid:
+    """<table>-g<group>, -double"""
+    storage = Nested(LARGEST) if double else LARGEST
+    return ScalarGrid(f"{table}-g{group}{'-double' if double else ''}", table, Scales(group, storage, flat=True))
+
+
+def _named(levels: Levels, scales: Scales) -> ScalarGrid:
+    """Named by what it is made of."""
+    storage, usual = scales.storage, FP16 if isinstance(levels, Even) else FP32
+    granularity = f"g{scales.granularity}" if isinstance(scales.granularity, int) else scales.granularity
+    asymmetric = "" if levels.symmetric else "-asym"
+    stored = f"-{storage.kind}" if isinstance(storage, Number) and storage != usual else ""
+    return ScalarGrid(f"{levels}-{granularity}{asymmetric}{stored}", levels, scales)
+
+
+def parse(name: str) -> ScalarGrid | None:
+    """The grid of a name that follows a pattern; None for other names."""
+    if match := INTEGERS.fullmatch(name):
+        granularity = int(match["group"]) if match["group"] else match["granularity"]
+        return integers(int(match["bits"]), granularity, not match["asym"], match["scale"] or "fp16")
+    if match := FP8.fullmatch(name):
+        return fp8(match["levels"], match["granularity"], match["scale"] or "fp32")
+    if match := ABSMAX.fullmatch(name):
+        if int(match["group"]) not in ABSMAX_GROUPS:
+            sizes = ", ".join(map(str, ABSMAX_GROUPS))
+            raise BadRequest(
+                f"'{name}' is no grid of bitsandbytes; write nf4-g<N> or fp4-g<N>, N one of {sizes}, and -double for quantized scales"
+            )
+        return absmax(TABLES[match["kind"]], int(match["group"]), bool(match["double"]))
+    return None
+
+
+TABLES = {"nf4": NF4, "fp4": FP4}
+LARGEST = Number("fp32", torch.float32, 0.0, torch.finfo(torch.float32).max, (1.0, 1.06, 0.96, 0.92, 0.88, 0.82, 0.74))
+"""The largest weight of a group, or a share of it: positive, as readers of an absmax may take for granted."""
+# Two or three more candidates would lower the error of iq4_nl and iq4_xs by 0.5 to 2 %, and take a quarter as long again.
+HALF, SINGLE = (
+    Number(kind, dtype, 0.0, largest, tuple(-127 / level for level in put_on))
+    for kind, dtype, largest, put_on in (
+        ("fp16", torch.float16, 65504.0, (-128, -136, 116, -120, -108, 122)),
+        ("fp32", torch.float32, torch.finfo(torch.float32).max, (-128, -136, 116, -120, -108)),
+    )
+)
+"""Scales that put the weight of the largest magnitude on other levels than IQ4's last, -127."""
+GGML_E2M1 = table_of(known.E2M1, 12), table_of(known.E2M1, 8 * 2**0.5)
+
+NVFP4 = ScalarGrid("nvfp4", known.E2M1, Scales(16, UnderGlobal()))
+NVFP4_FACTOR = ScalarGrid("nvfp4-factor", known.E2M1, Scales(16, UnderGlobal(factor=True)))
+"""nvfp4 with a factor in place of the divisor, as Model Optimizer's files have it. It is read and never fitted, so it is in no table."""
+MXFP4 = ScalarGrid("mxfp4", GGML_E2M1[1], Scales(32, Byte("e8m0", (0, -1, 1))))
+GGML_NVFP4 = ScalarGrid("ggml-nvfp4", GGML_E2M1[0], Scales(16, Byte("e4m3", (0, -2, -1, 1, 2, 3, 4, 5, 6))))
+LLM_INT8 = ScalarGrid("llm-int8", Even(8, steps=127), Scales("channel", LARGEST))
+
+SCALAR_GRIDS: dict[str, ScalarGrid] = {
+    **{
+        grid.name: grid
+        for bits in range(2, 9)
+        for granularity in (32, 64, 128, "channel", "tensor")
+        for grid in (
+            integers(bits, granularity),
+            *([integers(bits, granularity, symmetric=False)] if granularity != "tensor" else []),
+        )
+    },
+    "iq4_nl": ScalarGrid("iq4_nl", IQ4, Scales(32, HALF)),
+    "iq4_xs": ScalarGrid("iq4_xs", IQ4, Scales(32, UnderHalf(SINGLE, 32))),
+    "mxfp4": MXFP4,
+    "ggml-nvfp4": GGML_NVFP4,
+    **{
+        grid.name: grid
+        for levels in ("e4m3", "e5m2")
+        for granularity in ("tensor", "channel", "block")
+        for grid in (fp8(levels, granularity),)
+    },
+    **{
+        f"mxfp{FLOATS[e].bits}-{e}": ScalarGrid(f"mxfp{FLOATS[e].bits}-{e}", FLOATS[e], Scales(32, Microscale()))
+        for e in ("e4m3", "e5m2", "e2m3", "e3m2")
+    },
+    "nvfp4": NVFP4,
+    **{grid.name: grid for table in (NF4, FP4) for double in (False, True) for grid in (absmax(table, 64, double),)},
+    "llm-int8": LLM_INT8,
+}

@@ -27,7 +27,7 @@ PRESETS: dict[str, Preset] = {
     "w4a8": Preset("int4-g128/int8-token", "gptq"),
     "w4a8-fp8": Preset("int4-g128/fp8-e4m3-token", "gptq"),
     "w4a4": Preset("int4-channel/int4-token", "smoothquant+gptq"),
-    "w4a4-nvfp4": Preset("nvfp4-global/nvfp4", "gptq"),
+    "w4a4-nvfp4": Preset("nvfp4/nvfp4", "gptq"),
     "w4a4-mxfp4": Preset("mxfp4/mxfp4", "gptq"),
 }
 

@@ -13,8 +13,8 @@ from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
 from halfbyte.engines.verdicts import Verdict
 from halfbyte.errors import BadRequest, UnknownName, Unsupported, plural
 from halfbyte.grids import schemes
-from halfbyte.grids.floats import FloatGrid
 from halfbyte.grids.quantized import AnyScheme
+from halfbyte.grids.scalar import is_float
 from halfbyte.models import adapter, heads, sizes
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.plan import fits
@@ -173,7 +173,7 @@ def _takes(target: Target, scheme: AnyScheme) -> bool:
 def _is_original(checkpoint: Checkpoint) -> bool:
     """Models are released in floats of 8 bits, in MXFP4 and in NVFP4: there is nothing more precise to quantize."""
     grids = {scheme.weight for scheme, _ in checkpoint.quantized.values()}
-    return all(isinstance(grid, FloatGrid) or str(grid) == "mxfp4" for grid in grids)
+    return all(is_float(grid) or str(grid) == "mxfp4" for grid in grids)
 
 
 def _check_activations(plan: Plan) -> None:

@@ -50,7 +50,7 @@ def gptaq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Qua
 def solve(w: Float[Tensor, "out in"], grid: Grid, params: Params, statistics: Statistics) -> UInt8[Tensor, "out in"]:
     """The codes that GPTQ chooses once the parameters are fixed."""
     order, factor, diagonal = statistics.factor(grid.vector_size)
-    round_block = grid.rounder(params, w.shape[0])
+    round_block = grid.rounder(params, tuple(w.shape))
     ordered = w.index_select(1, order)
     # Errors are kept in bf16 for the products between blocks: what they make up for is of the size of a rounding step, so a
     # 256th of it is next to nothing (KL on bookworm-6m, int3-g128-asym: .0321 in float32, .0323 so; the standard error is .0003),

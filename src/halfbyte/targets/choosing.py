@@ -11,7 +11,7 @@ from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
-from halfbyte.grids.scalar import IntGrid
+from halfbyte.grids.scalar import is_integer
 from halfbyte.models import experts, roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.recipe import Method, Recipe
@@ -82,7 +82,7 @@ def choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[Cho
 def fit(weight: Weight, scheme: AnyScheme, target: "Target", smaller_groups: bool, note: str = "") -> Choice:
     """The scheme, or one with smaller groups where the row is no multiple of the group and that is asked for."""
     width, grid = weight.shape[1], scheme.weight
-    if isinstance(grid, IntGrid) and grid.group_size and width % grid.group_size:
+    if is_integer(grid) and grid.group_size and width % grid.group_size:
         fits = [g for g in SMALLER_GROUPS if width % g == 0]
         smaller = next((g for g in fits if g < grid.group_size), None)
         if smaller is None or not target.mixes or not smaller_groups:
@@ -144,7 +144,7 @@ def transcode(
                 else ""
             )
             choices.append(Choice(weight, same.scheme, note))
-        elif weight.block is None and not isinstance(own.weight, IntGrid):
+        elif weight.block is None and not is_integer(own.weight):
             choices.append(Choice(weight, None, "the head, which engines want in 16 bits"))
         else:
             try:

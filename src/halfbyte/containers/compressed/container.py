@@ -24,10 +24,9 @@ from halfbyte.containers.container import (
 )
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported, brief
-from halfbyte.grids.floats import FLOAT_GRIDS, NVFP4_FACTOR, FloatGrid
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
-from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
+from halfbyte.grids.scalar import NVFP4, NVFP4_FACTOR, ScalarGrid, is_integer
 
 PACKED = Packed()
 LAYOUTS: dict[str, Layout] = {
@@ -44,12 +43,8 @@ class CompressedTensors(Container):
     read_too = ("weight", "weight_zero_point", "input_scale", "input_zero_point", "input_global_scale")
 
     def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
-        grid = FLOAT_GRIDS["nvfp4-global"] if scheme.weight == NVFP4_FACTOR else scheme.weight
-        grid = (
-            grid.with_scale(SCALE_NAMES[dtype])
-            if isinstance(grid, IntGrid | FloatGrid) and grid.scale in SCALE_DTYPES
-            else grid
-        )
+        grid = NVFP4 if scheme.weight == NVFP4_FACTOR else scheme.weight
+        grid = grid.with_scale(SCALE_NAMES[dtype]) if isinstance(grid, ScalarGrid) and grid.scale else grid
         native = Scheme(grid, scheme.activations) if scheme.activations else grid
         layout_of(native)
         return native
@@ -145,7 +140,7 @@ def _weights(said: Config) -> Config:
 
 def _layout_in_file(scheme: AnyScheme, is_packed: bool) -> Layout:
     """Others give weights alone the names of those with inputs, and the other way round."""
-    if isinstance(scheme.weight, IntGrid):
+    if is_integer(scheme.weight):
         return PACKED if is_packed else INT
     return layout_of(scheme)
 
@@ -155,6 +150,6 @@ def layout_of(scheme: AnyScheme) -> Layout:
     layout = next((layout for layout in LAYOUTS.values() if layout.writes(scheme)), None)
     if layout is None:
         raise Unsupported(
-            f"compressed-tensors has no format for {scheme}; it has integers of 2 to 8 bits, fp8-e4m3, mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4-global"
+            f"compressed-tensors has no format for {scheme}; it has integers of 2 to 8 bits, fp8-e4m3, mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4"
         )
     return layout

@@ -20,7 +20,7 @@ from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import FLOATS, ScaledActivations
 from halfbyte.grids.grid import Grid, Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
+from halfbyte.grids.scalar import SCALE_DTYPES, integers, is_integer
 
 NAME = "compressed-tensors"
 
@@ -31,7 +31,7 @@ class Packed(Layout):
     format = "pack-quantized"
 
     def writes(self, scheme: AnyScheme) -> bool:
-        return isinstance(scheme.weight, IntGrid) and (
+        return is_integer(scheme.weight) and (
             scheme.activations is None
             or (isinstance(scheme.activations, ScaledActivations) and scheme.activations.number in FLOATS)
         )
@@ -45,12 +45,12 @@ class Packed(Layout):
         grid, (out, width) = integer(grid, NAME), shape
         groups = grid.groups(width)
         specs = {
-            "weight_packed": Spec((out, -(-width * grid.bits_per_code // 32)), torch.int32),
+            "weight_packed": Spec((out, -(-width * grid.levels.bits // 32)), torch.int32),
             "weight_scale": Spec((1,) if grid.granularity == "tensor" else (out, groups), SCALE_DTYPES[grid.scale]),
             "weight_shape": Spec((2,), torch.int64),
         }
         if not grid.symmetric:
-            specs["weight_zero_point"] = Spec((-(-out * grid.bits_per_code // 32), groups), torch.int32)
+            specs["weight_zero_point"] = Spec((-(-out * grid.levels.bits // 32), groups), torch.int32)
         return specs
 
     def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
@@ -63,12 +63,12 @@ class Packed(Layout):
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         grid = integer(q.grid, NAME)
         tensors = {
-            "weight_packed": bits.pack(q.codes, grid.bits_per_code),
+            "weight_packed": bits.pack(q.codes, grid.levels.bits),
             "weight_scale": q.params["scale"].reshape(-1) if grid.granularity == "tensor" else q.params["scale"],
             "weight_shape": torch.tensor(q.shape),
         }
         if not grid.symmetric:
-            tensors["weight_zero_point"] = bits.pack(q.params["zero"].T, grid.bits_per_code).T.contiguous()
+            tensors["weight_zero_point"] = bits.pack(q.params["zero"].T, grid.levels.bits).T.contiguous()
         return tensors
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
@@ -76,8 +76,8 @@ class Packed(Layout):
         scale = tensors["weight_scale"]
         params = {"scale": scale.reshape(1, 1) if grid.granularity == "tensor" else scale}
         if not grid.symmetric:
-            params["zero"] = bits.unpack(tensors["weight_zero_point"].T, grid.bits_per_code, out).T.contiguous()
-        return Quantized(grid, bits.unpack(tensors["weight_packed"], grid.bits_per_code, width), params)
+            params["zero"] = bits.unpack(tensors["weight_zero_point"].T, grid.levels.bits, out).T.contiguous()
+        return Quantized(grid, bits.unpack(tensors["weight_packed"], grid.levels.bits, width), params)
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
         if f"{module}.weight_packed" not in entries or entries[f"{module}.weight_packed"].dtype != torch.int32:
@@ -93,7 +93,7 @@ class Packed(Layout):
     def arguments(self, grid: Grid) -> Config:
         grid = integer(grid, NAME)
         return arguments(
-            grid.bits_per_code,
+            grid.levels.bits,
             "int",
             "group" if grid.group_size else str(grid.granularity),
             grid.group_size,
@@ -119,4 +119,4 @@ def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: in
             f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint is not whole"
         )
     span = "tensor" if is_tensor else span_of(module, width, groups, [weights.get("group_size") for weights in said])
-    return IntGrid(width_bits, span, symmetric, SCALE_NAMES[scale.dtype])
+    return integers(width_bits, span, symmetric, SCALE_NAMES[scale.dtype])

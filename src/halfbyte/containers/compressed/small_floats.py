@@ -15,10 +15,9 @@ from halfbyte.containers.compressed.layout import Layout, arguments
 from halfbyte.containers.container import ONE, Config, Part, any_of, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
-from halfbyte.grids.floats import FLOAT_GRIDS
 from halfbyte.grids.grid import Grid, Shape
-from halfbyte.grids.levels import LEVEL_GRIDS
 from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.scalar import NVFP4, SCALAR_GRIDS
 
 
 class MX(Layout):
@@ -64,7 +63,7 @@ class NV4(Layout):
     """NVFP4: an E4M3 scale per 16 in-features, under one divisor."""
 
     format = "nvfp4-pack-quantized"
-    grid = FLOAT_GRIDS["nvfp4-global"]
+    grid = NVFP4
 
     def writes(self, scheme: AnyScheme) -> bool:
         return scheme.weight == self.grid
@@ -107,8 +106,8 @@ class NV4(Layout):
         return arguments(4, "float", "tensor_group", 16, scale_dtype="torch.float8_e4m3fn")
 
 
-MXFP4 = MX("mxfp4-pack-quantized", LEVEL_GRIDS["mxfp4"], 4)
-MXFP6 = MX("mxfp6-pack-quantized", FLOAT_GRIDS["mxfp6-e2m3"], 6)
+MXFP4 = MX("mxfp4-pack-quantized", SCALAR_GRIDS["mxfp4"], 4)
+MXFP6 = MX("mxfp6-pack-quantized", SCALAR_GRIDS["mxfp6-e2m3"], 6)
 
 
 def _pack(codes: UInt8[Tensor, "out in"], bits: int) -> UInt8[Tensor, "out bytes"]:

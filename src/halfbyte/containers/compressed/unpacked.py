@@ -18,12 +18,12 @@ from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments
 from halfbyte.containers.container import ONE, Config, Part, any_of, integer, span_of, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.grids.floats import FLOAT_GRIDS, SIDE, FloatGrid
 from halfbyte.grids.grid import Grid, Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
+from halfbyte.grids.scalar import SCALAR_GRIDS, SCALE_DTYPES, fp8, integers, is_float, is_integer
+from halfbyte.kernels.scales import SIDE
 
-MXFP8 = FLOAT_GRIDS["mxfp8-e4m3"]
+MXFP8 = SCALAR_GRIDS["mxfp8-e4m3"]
 
 
 class Unpacked(Layout):
@@ -34,13 +34,13 @@ class Unpacked(Layout):
 
     def writes(self, scheme: AnyScheme) -> bool:
         grid = scheme.weight
-        if isinstance(grid, IntGrid):
+        if is_integer(grid):
             return self.format == "int-quantized" and scheme.activations is not None
-        is_fp8 = isinstance(grid, FloatGrid) and grid.element.name == "e4m3" and grid.scale in SCALE_DTYPES
+        is_fp8 = is_float(grid) and grid.levels.name == "e4m3" and grid.scale in SCALE_DTYPES
         return is_fp8 and self.format == ("float-quantized" if scheme.activations else "naive-quantized")
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
-        if isinstance(grid, FloatGrid):
+        if is_float(grid):
             scales = (1,) if grid.granularity == "tensor" else grid.scales_shape(shape)
             return {"weight": Spec(shape, torch.float8_e4m3fn), "weight_scale": Spec(scales, SCALE_DTYPES[grid.scale])}
         grid = integer(grid, self.format)
@@ -51,7 +51,7 @@ class Unpacked(Layout):
     def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
         plan, span = (
             self.plan(grid, shape),
-            grid.granularity if isinstance(grid, FloatGrid) else integer(grid, self.format).granularity,
+            grid.granularity if is_float(grid) else integer(grid, self.format).granularity,
         )
         shapes = {"tensor": (*ONE, (1, 1)), "channel": ((shape[0], 1), (shape[0],))}.get(
             str(span), (plan["weight_scale"].shape,)
@@ -62,7 +62,7 @@ class Unpacked(Layout):
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         scale = q.params["scale"].reshape(self.plan(q.grid, q.shape)["weight_scale"].shape)
-        if isinstance(q.grid, FloatGrid):
+        if is_float(q.grid):
             return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
         middle = integer(q.grid, self.format).midpoint
         zero = {"weight_zero_point": _signed(q.params["zero"], middle)} if "zero" in q.params else {}
@@ -70,7 +70,7 @@ class Unpacked(Layout):
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
         scale = tensors["weight_scale"]
-        if isinstance(grid, FloatGrid):
+        if is_float(grid):
             return Quantized(
                 grid, tensors["weight"].view(torch.uint8), {"scale": scale.reshape(grid.scales_shape(shape))}
             )
@@ -104,11 +104,11 @@ class Unpacked(Layout):
                 if rows == 1 and out > 1
                 else span_of(module, width, groups, [weights.get("group_size") for weights in said])
             )
-            return IntGrid(
+            return integers(
                 _bits(weight, said), span, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype]
             ), (out, width)
         for span in spans:
-            grid = FloatGrid(MXFP8.element, span, SCALE_NAMES[scale.dtype])
+            grid = fp8("e4m3", span, SCALE_NAMES[scale.dtype])
             if grid.scales_shape((out, width)) == (rows, groups):
                 return grid, (out, width)
         raise Unsupported(
@@ -116,13 +116,13 @@ class Unpacked(Layout):
         )
 
     def arguments(self, grid: Grid) -> Config:
-        if isinstance(grid, FloatGrid):
+        if is_float(grid):
             return arguments(
                 8, "float", str(grid.granularity), block_structure=[SIDE, SIDE] if grid.granularity == "block" else None
             )
         grid = integer(grid, self.format)
         return arguments(
-            grid.bits_per_code,
+            grid.levels.bits,
             "int",
             "group" if grid.group_size else str(grid.granularity),
             grid.group_size,

@@ -9,7 +9,7 @@ from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.grids.scalar import SCALE_DTYPES, IntGrid
+from halfbyte.grids.scalar import SCALE_DTYPES, integers, is_integer
 from halfbyte.targets.gguf.lattice_blocks import LATTICE_LAYOUTS
 from halfbyte.targets.gguf.layout import Layout
 from halfbyte.targets.gguf.scalar_blocks import SCALAR_LAYOUTS
@@ -39,19 +39,19 @@ def cast_exact(q: Quantized) -> Quantized | None:
         return q._replace(activations=None)
     grid, width = q.grid, q.shape[1]
     if (
-        not isinstance(grid, IntGrid)
+        not is_integer(grid)
         or not grid.symmetric
         or width % BLOCK
         or (grid.group_size or width) % BLOCK
         or not fits_half(q.params["scale"])
     ):
         return None
-    bits = next(b for b in (4, 5, 8) if b >= grid.bits_per_code)
+    bits = next(b for b in (4, 5, 8) if b >= grid.levels.bits)
     blocks = width // BLOCK
     scale = q.params["scale"].to(torch.float16).expand(q.shape[0], -1)
     wider = (1 << (bits - 1)) - grid.midpoint
     return Quantized(
-        IntGrid(bits, BLOCK), q.codes + wider, {"scale": scale.repeat_interleave(blocks // scale.shape[1], 1)}
+        integers(bits, BLOCK), q.codes + wider, {"scale": scale.repeat_interleave(blocks // scale.shape[1], 1)}
     )
 
 
@@ -62,7 +62,7 @@ def spec(grid: Grid, shape: Shape) -> Spec:
 
 
 def pack(q: Quantized) -> UInt8[Tensor, "out row_bytes"]:
-    if isinstance(q.grid, IntGrid):
+    if is_integer(q.grid):
         q = q._replace(params={"scale": exact_half(q.params["scale"])})
     return layout_of(q.grid, q.shape[1]).pack(q)
 
@@ -70,7 +70,7 @@ def pack(q: Quantized) -> UInt8[Tensor, "out row_bytes"]:
 def unpack(raw: UInt8[Tensor, "out row_bytes"], grid: Grid) -> Quantized:
     """The inverse of `pack`."""
     q = LAYOUTS[type_of(grid)].unpack(raw, grid)
-    if isinstance(grid, IntGrid):
+    if is_integer(grid):
         return q._replace(params={"scale": q.params["scale"].to(SCALE_DTYPES[grid.scale])})
     return q
 
@@ -81,20 +81,20 @@ def with_minimum(q: Quantized) -> Quantized | None:
     None for integers that are wider, in groups of no whole blocks, or not exact in fp16.
     """
     grid, width = q.grid, q.shape[1]
-    if not isinstance(grid, IntGrid) or grid.symmetric or grid.bits_per_code > 5:
+    if not is_integer(grid) or grid.symmetric or grid.levels.bits > 5:
         return None
     if width % BLOCK or (grid.group_size or width) % BLOCK or not fits_half(q.params["scale"]):
         return None
     scale, zero = (q.params[name].float().expand(q.shape[0], -1) for name in ("scale", "zero"))
     params = {"d": scale.to(torch.float16), "m": (-scale * zero).to(torch.float16)}
     repeats = width // BLOCK // scale.shape[1]
-    wider = LAYOUTS["Q5_1" if grid.bits_per_code == 5 else "Q4_1"].grid
+    wider = LAYOUTS["Q5_1" if grid.levels.bits == 5 else "Q4_1"].grid
     return Quantized(wider, q.codes, {name: value.repeat_interleave(repeats, 1) for name, value in params.items()})
 
 
 def type_of(grid: Grid) -> str:
     """ggml's name of a grid. Raises Unsupported."""
-    known = grid.with_scale("fp16") if isinstance(grid, IntGrid) else grid
+    known = grid.with_scale("fp16") if is_integer(grid) else grid
     if known not in TYPE_OF:
         raise Unsupported(f"gguf has no type for {grid}; it has {', '.join(map(str.lower, LAYOUTS))}")
     return TYPE_OF[known]

@@ -10,9 +10,10 @@ from jaxtyping import Int, Int32, UInt8
 from torch import Tensor
 
 from halfbyte.grids.grid import Codes, Grid, Params
-from halfbyte.grids.lattice import LATTICE_GRIDS, NEGATIVE, codebook, entry_of_key, keys
-from halfbyte.grids.levels import LEVEL_GRIDS
+from halfbyte.grids.lattice import LATTICE_GRIDS
 from halfbyte.grids.quantized import Quantized
+from halfbyte.grids.scalar import GGML_NVFP4, MXFP4, SCALAR_GRIDS
+from halfbyte.kernels.lattice import NEGATIVE, codebook, entry_of_key, keys
 from halfbyte.targets.gguf.layout import Layout
 
 Raw = UInt8[Tensor, "out row_bytes"]
@@ -267,14 +268,10 @@ def _contiguous(codes: Codes) -> Codes:
 
 
 LATTICE_LAYOUTS: dict[str, Layout] = {
-    "IQ4_NL": _layout(LEVEL_GRIDS["iq4_nl"], 32, (2, 16), _pack_iq4_nl, _unpack_iq4_nl),
-    "IQ4_XS": _layout(LEVEL_GRIDS["iq4_xs"], 256, (2, 2, 4, 128), _pack_iq4_xs, _unpack_iq4_xs),
-    "MXFP4": _layout(
-        LEVEL_GRIDS["mxfp4"], 32, (1, 16), partial(_pack_fp4, per_block=1, run=32), partial(_unpack_fp4, run=32)
-    ),
-    "NVFP4": _layout(
-        LEVEL_GRIDS["nvfp4"], 64, (4, 32), partial(_pack_fp4, per_block=4, run=16), partial(_unpack_fp4, run=16)
-    ),
+    "IQ4_NL": _layout(SCALAR_GRIDS["iq4_nl"], 32, (2, 16), _pack_iq4_nl, _unpack_iq4_nl),
+    "IQ4_XS": _layout(SCALAR_GRIDS["iq4_xs"], 256, (2, 2, 4, 128), _pack_iq4_xs, _unpack_iq4_xs),
+    "MXFP4": _layout(MXFP4, 32, (1, 16), partial(_pack_fp4, per_block=1, run=32), partial(_unpack_fp4, run=32)),
+    "NVFP4": _layout(GGML_NVFP4, 64, (4, 32), partial(_pack_fp4, per_block=4, run=16), partial(_unpack_fp4, run=16)),
     "IQ3_S": _layout(LATTICE_GRIDS["iq3_s"], 256, (2, 64, 8, 32, 4), _pack_iq3_s, _unpack_iq3_s),
     "IQ3_XXS": _layout(LATTICE_GRIDS["iq3_xxs"], 256, (2, 64, 32), partial(_pack_xxs, name="iq3_xxs"), _unpack_iq3_xxs),
     "IQ2_S": _layout(LATTICE_GRIDS["iq2_s"], 256, (2, 32, 32, 8, 8), _pack_iq2_s, _unpack_iq2_s),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from halfbyte.grids.compiled import in_threads, inline, kernel
+from halfbyte.kernels.cpu.compiled import in_threads, inline, kernel
 
 W = np.uint64
 EVERY = 0x0101010101010101  # a word with this number in every byte, times the number

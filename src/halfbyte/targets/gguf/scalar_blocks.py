@@ -16,7 +16,7 @@ from torch import Tensor
 from halfbyte.grids.grid import Grid, Params
 from halfbyte.grids.kquant import KQUANTS
 from halfbyte.grids.quantized import Quantized
-from halfbyte.grids.scalar import IntGrid
+from halfbyte.grids.scalar import integers
 from halfbyte.targets.gguf import planes_numba
 from halfbyte.targets.gguf.layout import Layout
 
@@ -209,11 +209,11 @@ SCALES_8 = Scales(16, ("scale",), _pack_8, _unpack_8)
 
 # Plane: size, bits, shift, stride
 FIELDS: dict[str, tuple[Grid, tuple[Field, ...]]] = {
-    "Q4_0": (IntGrid(4, 32), (Half("scale"), Plane(16, 4, 0, 16))),
+    "Q4_0": (integers(4, 32), (Half("scale"), Plane(16, 4, 0, 16))),
     "Q4_1": (KQUANTS["q4_1"], (Half("d"), Half("m"), Plane(16, 4, 0, 16))),
-    "Q5_0": (IntGrid(5, 32), (Half("scale"), Plane(4, 1, 4, 1), Plane(16, 4, 0, 16))),
+    "Q5_0": (integers(5, 32), (Half("scale"), Plane(4, 1, 4, 1), Plane(16, 4, 0, 16))),
     "Q5_1": (KQUANTS["q5_1"], (Half("d"), Half("m"), Plane(4, 1, 4, 1), Plane(16, 4, 0, 16))),
-    "Q8_0": (IntGrid(8, 32), (Half("scale"), Plane(32, 8, 0, 32))),
+    "Q8_0": (integers(8, 32), (Half("scale"), Plane(32, 8, 0, 32))),
     "Q2_K": (KQUANTS["q2_k"], (SCALES_4_4, Plane(64, 2, 0, 32), Half("d"), Half("dmin"))),
     "Q3_K": (KQUANTS["q3_k"], (Plane(32, 1, 2, 32), Plane(64, 2, 0, 32), SCALES_6, Half("d"))),
     "Q4_K": (KQUANTS["q4_k"], (Half("d"), Half("dmin"), SCALES_6_6, Plane(128, 4, 0, 32))),

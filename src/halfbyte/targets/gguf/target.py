@@ -13,7 +13,7 @@ from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.grids.scalar import IntGrid
+from halfbyte.grids.scalar import GGML_NVFP4, NVFP4, is_integer
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.recipe import PARTS, Method, Recipe
 from halfbyte.targets.constraints import EACH, Rule, TiedGroup, tied_by
@@ -52,7 +52,7 @@ class GGUF(Target):
             types.type_named(name)
 
     def prefers(self, name: str, scheme: AnyScheme | None) -> bool:
-        return presets.is_preset(name) or (scheme in TYPE_OF and not isinstance(scheme, IntGrid))
+        return presets.is_preset(name) or (scheme in TYPE_OF and not is_integer(scheme))
 
     def label(self, plan: Plan) -> str:
         """Its preset, or the commonest type."""
@@ -61,7 +61,9 @@ class GGUF(Target):
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         grid = weights_only(scheme, self.name)
-        return grid.with_scale("fp16") if isinstance(grid, IntGrid) else grid
+        if grid == NVFP4:  # in a GGUF the word means ggml's block of the same numbers
+            return GGML_NVFP4
+        return grid.with_scale("fp16") if is_integer(grid) else grid
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         blocks.check(scheme, shape)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import Grid
-from halfbyte.grids.scalar import IntGrid
+from halfbyte.grids.scalar import is_integer
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.recipe import PARTS, Method, Recipe
 from halfbyte.targets.choosing import ROUNDING, left, modules_of, require_ties
@@ -101,6 +101,8 @@ def _preset_and_type(name: str, pure: bool = False) -> tuple[str | None, str]:
 
 def type_named(name: str) -> str:
     """Raises UnknownName, and Unsupported for what is no type."""
+    if name.upper() in LAYOUTS:
+        return name.upper()
     scheme = schemes.parse(name)
     if scheme.activations:
         raise Unsupported(
@@ -186,6 +188,6 @@ def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str
 
 def _type_like(grid: Grid) -> str:
     """The type that loses least of integers that none holds: as many bits or more, with a minimum in each block where there are zero points."""
-    bits = grid.bits_per_code if isinstance(grid, IntGrid) else 8
-    symmetric = isinstance(grid, IntGrid) and grid.symmetric
+    bits = grid.levels.bits if is_integer(grid) else 8
+    symmetric = is_integer(grid) and grid.symmetric
     return "Q8_0" if bits > 5 else f"Q{max(bits, 4)}_{0 if symmetric else 1}"

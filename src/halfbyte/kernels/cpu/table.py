@@ -1,73 +1,64 @@
-"""The accelerated twin of levels.py for CPUs: the same candidates in the same order, one pass over each group."""
+"""Tables of levels on CPUs, with scales of groups of in-features: the candidates of kernels/scalar.py, one pass over each group."""
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from halfbyte.grids import levels as reference
-from halfbyte.grids.compiled import in_threads, inline, loose, loose_kernel, part_with, strict
-from halfbyte.grids.rounding_numba import _store
-from halfbyte.grids.tiles_numba import F, raw, widen
+from halfbyte.kernels.cpu.compiled import in_threads, inline, loose, loose_kernel, part_with, strict
+from halfbyte.kernels.cpu.even import _store
+from halfbyte.kernels.cpu.tiles import F, raw, widen
+from halfbyte.kernels.levels import CELLS, Table, cells, inverse
+from halfbyte.kernels.scales import SUPER, Byte, Number, Params, UnderHalf
 
 FP16, BYTE, FREE = 0, 1, 2
-HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see rounding_numba._store; here a scale may be zero
-CELLS, MIDDLE = F(reference.CELLS - 1), F(reference.CELLS // 2)
+HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see even._store; here a scale may be zero
+LAST, MIDDLE = F(CELLS - 1), F(CELLS // 2)
 
 
 def fit(
-    grid: "reference.LevelGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool
-) -> tuple[Float32[Tensor, "out groups"], UInt8[Tensor, "out subs"] | None]:
+    table: Table,
+    storage: Number | Byte | UnderHalf,
+    group: int,
+    w: Float[Tensor, "out in"],
+    importance: Float32[Tensor, "... in"] | None,
+    search: bool,
+) -> Params:
     rows, width = w.shape
     h = np.ones(width, np.float32) if importance is None else importance.contiguous().numpy()
     h = h.reshape(-1, width)
-    scale = np.empty((rows, width // grid.group), np.float32)
-    values = reference.cells(grid.levels)[1].numpy()
-    kind = {"fp16": FP16, "6-bit": FREE}.get(grid.scale, BYTE)
-    table, borders = np.zeros(1, np.float32), np.zeros(0, np.float32)
-    if kind == BYTE:
-        table, borders = reference.byte_scales(grid.scale).numpy(), reference.borders(grid.scale).numpy()
+    scale, values = np.empty((rows, width // group), np.float32), cells(table)[1].numpy()
+    weights = raw(w), h, group, values
+    if isinstance(storage, Byte):
+        known, borders = storage.ascending(table.unit).numpy(), storage.borders(table.unit).numpy()
+        tried = np.array(storage.tries if search else (), np.int64)
+        in_threads(_fit, rows, *weights, F(table.reach), tried, BYTE, known, borders, scale)
+        return {"scale": torch.searchsorted(torch.from_numpy(known), torch.from_numpy(scale)).to(torch.uint8)}
+    number = storage.first if isinstance(storage, UnderHalf) else storage
+    tried = np.array([round(table.reach / share) for share in number.tries] if search else (), np.int64)
+    kind = FREE if isinstance(storage, UnderHalf) else FP16
     in_threads(
-        _fit,
-        rows,
-        raw(w),
-        h,
-        grid.group,
-        values,
-        F(grid.reach),
-        np.array(grid.tries if search else (), np.int64),
-        kind,
-        table,
-        borders,
-        scale,
+        _fit, rows, *weights, F(table.reach), tried, kind, np.zeros(1, np.float32), np.zeros(0, np.float32), scale
     )
-    if kind != FREE:
-        return torch.from_numpy(scale), None
-    top, sub = np.empty((rows, width // reference.SUPER), np.float32), np.empty(scale.shape, np.uint8)
-    in_threads(_two_levels, rows, raw(w), h, grid.group, values, search, scale, top, sub)
-    return torch.from_numpy(top), torch.from_numpy(sub)
+    if kind == FP16:
+        return {"scale": torch.from_numpy(scale).half()}
+    top, sub = np.empty((rows, width // SUPER), np.float32), np.empty(scale.shape, np.uint8)
+    in_threads(_two_levels, rows, *weights, search, scale, top, sub)
+    return {"d": torch.from_numpy(top).half(), "scale": torch.from_numpy(sub)}
 
 
 def encode(
-    grid: "reference.LevelGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"]
+    table: Table, group: int, w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"]
 ) -> UInt8[Tensor, "out in"]:
-    codes = np.empty(w.shape, np.uint8)
-    in_threads(
-        _encode,
-        len(w),
-        raw(w),
-        reference.inverse(scales).contiguous().numpy(),
-        reference.cells(grid.levels)[0].int().numpy(),
-        grid.group,
-        codes,
-    )
+    codes, code = np.empty(w.shape, np.uint8), cells(table)[0].int().numpy()
+    in_threads(_encode, len(w), raw(w), inverse(scales).contiguous().numpy(), code, group, codes)
     return torch.from_numpy(codes)
 
 
 @inline
 def cell_of(x):
     # The mask keeps a weight that is not a number inside the table.
-    return np.uint32(np.int32(min(max(F(2) * x + MIDDLE, F(0)), CELLS))) & np.uint32(reference.CELLS - 1)
+    return np.uint32(np.int32(min(max(F(2) * x + MIDDLE, F(0)), LAST))) & np.uint32(CELLS - 1)
 
 
 @inline

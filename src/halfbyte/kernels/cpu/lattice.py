@@ -1,62 +1,34 @@
-"""The search for lattice vectors on CPUs.
-
-A vector is first rounded one magnitude at a time. If that is an entry of the codebook, none is nearer. If not, the LISTED
-entries nearest to what it was rounded to are compared; they are listed in advance for every combination of magnitudes.
-Where parity asks for another sign, the weight that gives it is the one that loses least by it.
-
-Magnitudes are found by truncating twice the scaled weight: borders between them are multiples of a half.
-"""
-
-from functools import lru_cache
+"""Lattices on CPUs: the candidates of kernels/lattice.py in the same order, one pass over each group."""
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
-from halfbyte.grids import lattice as reference
-from halfbyte.grids.compiled import in_threads, inline, kernel_with, part_with
-from halfbyte.grids.rounding_numba import _store
-from halfbyte.grids.tiles_numba import F, raw, widen
+from halfbyte.kernels import lattice
+from halfbyte.kernels.cpu.compiled import in_threads, inline, kernel_with, part_with
+from halfbyte.kernels.cpu.even import _store
+from halfbyte.kernels.cpu.tiles import F, raw, widen
+from halfbyte.kernels.lattice import CELLS, LISTED, PATIENCE, SUPER, Lattice
 
-LISTED = 16
-PATIENCE = 1
-"""From the integer scale that the spread of a group suggests, others are tried up and down until so many in a row are no better; with
-importance, one more: then there is a calibration, which takes longer than any search."""
-CELLS = 128
-HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see rounding_numba._store
+HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see even._store
 NONE = np.uint16(0xFFFF)
 MATH = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}  # weights are finite, and so is what is made of them
 kernel, part = kernel_with(MATH), part_with(MATH)
 
 
-@lru_cache
-def tables(grid: "reference.LatticeGrid") -> tuple[np.ndarray, ...]:
-    """`digit` of each cell of a half: the index of its magnitude; the magnitudes; the codebook as magnitudes; and for each
-    combination of magnitudes (its indices as digits of a number) the entries nearest to it, whether the nearest is itself,
-    and the magnitudes of these entries, [combinations, dimension, LISTED]."""
-    magnitudes = torch.tensor(grid.magnitudes, dtype=torch.float32)
-    book = reference.codebook(grid.name)
-    values = magnitudes[book.int()]
-    combinations = magnitudes[torch.cartesian_prod(*[torch.arange(len(magnitudes))] * grid.dimension).flip(1)]
-    distance, near = torch.cdist(combinations, values, compute_mode="donot_use_mm_for_euclid_dist").topk(
-        LISTED, largest=False
-    )
-    centres = (torch.arange(CELLS) + 0.5) / 2
-    digit = (centres[:, None] - magnitudes).abs().argmin(1).int()
-    listed = values[near].transpose(1, 2).to(torch.uint8)
-    arrays = digit, magnitudes, values, near.to(torch.uint16), distance[:, 0] == 0, listed
-    return tuple(a.contiguous().numpy() for a in arrays)
+def tables(grid: Lattice) -> tuple[np.ndarray, ...]:
+    return tuple(table.numpy() for table in lattice.tables(grid))
 
 
 def fit(
-    grid: "reference.LatticeGrid",
+    grid: Lattice,
     w: Float[Tensor, "out in"],
     importance: Float32[Tensor, "... in"] | None,
     search: bool,
 ) -> tuple[Float32[Tensor, "out blocks"], UInt8[Tensor, "out groups"]]:
     rows, width = w.shape
-    d, scale = np.empty((rows, width // reference.SUPER), np.float32), np.empty((rows, width // grid.group), np.uint8)
+    d, scale = np.empty((rows, width // SUPER), np.float32), np.empty((rows, width // grid.group), np.uint8)
     h, shape = _weights(width, importance), (grid.group, grid.dimension, grid.parity)
     in_threads(
         _fit,
@@ -75,13 +47,13 @@ def fit(
 
 
 def encode(
-    grid: "reference.LatticeGrid",
+    grid: Lattice,
     w: Float[Tensor, "out in"],
     scales: Float32[Tensor, "out groups"],
     importance: Float32[Tensor, " in"] | None,
 ) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
-    shape, book = (grid.group, grid.dimension, grid.parity), reference.codebook(grid.name).numpy()
+    shape, book = (grid.group, grid.dimension, grid.parity), lattice.codebook(grid.name).numpy()
     in_threads(
         _encode,
         len(w),
@@ -354,7 +326,7 @@ def _encode_row(w, h, table, group, dimension, parity, book, scales, codes):
 
 
 def round_block(
-    grid: "reference.LatticeGrid",
+    grid: Lattice,
     scales: Float32[Tensor, "out groups"],
     wanted: Float32[Tensor, "out width"],
     target: Float32[Tensor, "out width"],
@@ -369,7 +341,7 @@ def round_block(
     """
     codes = np.empty(wanted.shape, np.uint8)
     book, own = (
-        reference.codebook(grid.name).numpy(),
+        lattice.codebook(grid.name).numpy(),
         scales[:, columns[:: grid.vector_size] // grid.group],
     )  # of each run
     arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), own.contiguous().numpy()

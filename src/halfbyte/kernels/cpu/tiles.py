@@ -11,7 +11,7 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
-from halfbyte.grids.compiled import part, strict
+from halfbyte.kernels.cpu.compiled import part, strict
 
 LANES = 128
 STEPS = 32  # weights of a group in one lane, where it has more: 128 times that are half of a first-level cache

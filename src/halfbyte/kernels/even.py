@@ -1,4 +1,4 @@
-"""Fitting and rounding of evenly spaced levels: the torch reference, and the choice of the accelerated twin.
+"""Scales and zero points of evenly spaced levels: the torch reference.
 
 A scale is searched per group. Candidates are the one that spans the largest value (min-max), others up to the one that suits a
 normal distribution of the group's spread, and at last the best of these. For each, the codes q are fixed by rounding and the best
@@ -8,8 +8,11 @@ min-max does. (Alternating rounding and least squares: Lloyd's method on one par
 """
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float32
 from torch import Tensor
+
+from halfbyte.kernels.levels import Even
+from halfbyte.kernels.scales import Number, Params
 
 # Step of the uniform quantizer with the least squared error on a unit normal (Max, 1960, table II), by bits.
 NORMAL_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
@@ -24,52 +27,6 @@ CLIPPED = 1.2
 """How much finer than the step that suits a normal distribution the finest is."""
 FURTHEST = 7.2
 """How much finer than min-max the finest is at most."""
-# Scales of 16 bits stay where fp16 and bf16 both hold every bit of a bf16 number: files in fp16 of bf16 models need both.
-# A scale that became zero or infinite would take its weights with it.
-SMALLEST, LARGEST = 2.0**-17, 65280.0
-
-
-def fit(
-    w: Float[Tensor, "rows width"],
-    importance: Float32[Tensor, "... width"] | None,
-    group: int,
-    bits: int,
-    symmetric: bool,
-    search: bool,
-    dtype: torch.dtype,
-) -> tuple[Float[Tensor, "rows groups"], UInt8[Tensor, "rows groups"] | None]:
-    """Scales in the precision `dtype` and, if asymmetric, zero codes."""
-    if w.device.type == "cpu":
-        from halfbyte.grids import rounding_numba as accelerated
-
-        return accelerated.fit(w, importance, group, bits, symmetric, search, dtype)
-    return fit_reference(w, importance, group, bits, symmetric, search, dtype)
-
-
-def encode(
-    w: Float[Tensor, "rows width"],
-    scale: Float32[Tensor, "rows groups"],
-    zero: UInt8[Tensor, "rows groups"] | None,
-    group: int,
-    bits: int,
-) -> UInt8[Tensor, "rows width"]:
-    """Nearest code of every weight."""
-    if w.device.type == "cpu":
-        from halfbyte.grids import rounding_numba as accelerated
-
-        return accelerated.encode(w, scale, zero, group, bits)
-    return encode_reference(w, scale, zero, group, bits)
-
-
-def limits(dtype: torch.dtype) -> tuple[float, float]:
-    """The smallest and the largest scale to store."""
-    return (SMALLEST, LARGEST) if dtype.itemsize == 2 else (torch.finfo(dtype).tiny, torch.finfo(dtype).max)
-
-
-def store(scale: Float32[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """The nearest scale that a file holds; never zero, never infinite."""
-    smallest, largest = limits(dtype)
-    return torch.copysign(scale.abs().clamp(smallest, largest), scale).to(dtype)
 
 
 def reach(bits: int) -> tuple[float, float]:
@@ -78,62 +35,51 @@ def reach(bits: int) -> tuple[float, float]:
     return 1 - 2 * below / ((1 << bits) - 1), 1 + 2 * above / ((1 << bits) - 1)
 
 
-def fit_reference(
-    w: Float[Tensor, "rows width"],
-    importance: Float32[Tensor, "... width"] | None,
-    group: int,
-    bits: int,
-    symmetric: bool,
+def fit(
+    levels: Even,
+    storage: Number,
+    x: Float32[Tensor, "rows groups size"],
+    h: Float32[Tensor, "rows groups size"],
     search: bool,
-    dtype: torch.dtype,
-) -> tuple[Float[Tensor, "rows groups"], UInt8[Tensor, "rows groups"] | None]:
-    rows, width = w.shape
-    x = w.float().view(rows, width // group, group)
-    h = torch.ones(width, device=w.device) if importance is None else importance
-    h = h.expand(rows, width).reshape(x.shape)
-    top = float((1 << bits) - 1)
+) -> Params:
+    """`scale` in the precision of the file and, of asymmetric levels, `zero` codes."""
+    top, symmetric = float(levels.top), levels.symmetric
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    if levels.steps > 1 and not search:
+        return {"scale": storage.store(torch.maximum(-low, high))}
     # 2^bits levels span [-largest, largest]: the convention of GPTQ and compressed-tensors.
     span = 2 * torch.maximum(-low, high) if symmetric else high - low
     widest = torch.where(span == 0, 1.0, span / top)
     zero = middle = torch.full_like(low, (top + 1) / 2) if symmetric else torch.round(-low / widest).clamp(0, top)
-    scale = store(widest, dtype)
-    if not search:
-        return scale, None if symmetric else zero.to(torch.uint8)
+    scale = storage.store(widest)
     # On a symmetric grid, one code less below zero and one more above it is a negative scale.
     shifts = (0, -1) if symmetric else (0, -1, 1)
     mean = torch.zeros_like(low) if symmetric else x.mean(-1)
     deviation = (x.square().mean(-1) - mean.square()).clamp(min=0).sqrt()
     best = torch.full_like(low, -1.0)
-    row = _inverses(scale, widest, deviation, bits)
-    for k in range(TRIED[bits]):
+    row = _inverses(scale, widest, deviation, levels.bits)
+    for k in range(TRIED[levels.bits] if search else 0):
         inverse = row[k] if k < len(row) else scale.float().abs().reciprocal()
         r = torch.round(x * inverse[..., None])
         for shift in shifts:
             candidate = (middle + shift).clamp(0, top)
             q = r.clamp(-candidate[..., None], (top - candidate)[..., None])
             xq, qq = (h * x * q).sum(-1), (h * q * q).sum(-1)
-            stored = store(xq / qq, dtype)
+            stored = storage.store(xq / qq)
             gain = stored.float() * (2 * xq - stored.float() * qq)
             # xq <= 0 would turn every code of the group around; such a candidate is no rounding of these weights.
             better = (gain > best) & (xq > 0)
             best = torch.where(better, gain, best)
             scale = torch.where(better, -stored if symmetric and shift else stored, scale)
             zero = torch.where(better, candidate, zero)
-    return scale, None if symmetric else zero.to(torch.uint8)
+    return settled(levels, scale, None if symmetric else zero.to(torch.uint8))
 
 
-def encode_reference(
-    w: Float[Tensor, "rows width"],
-    scale: Float32[Tensor, "rows groups"],
-    zero: UInt8[Tensor, "rows groups"] | None,
-    group: int,
-    bits: int,
-) -> UInt8[Tensor, "rows width"]:
-    x = w.float().view(w.shape[0], -1, group)
-    offset = float(1 << (bits - 1)) if zero is None else zero.float()[..., None]
-    q = torch.round(x * scale.reciprocal()[..., None]) + offset
-    return q.clamp_(0, (1 << bits) - 1).to(torch.uint8).view(w.shape)
+def settled(levels: Even, scale: Tensor, zero: Tensor | None) -> Params:
+    """A zero point of 0 is the zero point 2^bits - 1 of the negated scale: the same values, and every container holds it."""
+    if zero is None:
+        return {"scale": scale if levels.steps == 1 else scale * levels.steps}
+    return {"scale": torch.where(zero == 0, -scale, scale), "zero": torch.where(zero == 0, levels.top, zero)}
 
 
 def _inverses(minmax: Tensor, widest: Tensor, deviation: Tensor, bits: int) -> list[Tensor]:

@@ -1,14 +1,14 @@
-"""The accelerated twin of absmax.py for CPUs: the same candidates in the same order, one pass over each block."""
+"""Tables of 16 levels on CPUs, with scales of weights that follow one another: the candidates of kernels/scalar.py, one pass over each block."""
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from halfbyte.grids import absmax as reference
-from halfbyte.grids.compiled import in_threads, inline, loose, loose_kernel, strict, strict_kernel
-from halfbyte.grids.levels import CELLS, inverse
-from halfbyte.grids.tiles_numba import F, raw, widen
+from halfbyte.kernels.cpu.compiled import in_threads, inline, loose, loose_kernel, strict, strict_kernel
+from halfbyte.kernels.cpu.tiles import F, raw, widen
+from halfbyte.kernels.levels import CELLS, Table, ascending, borders, cells, inverse, values_of
+from halfbyte.kernels.scales import Number
 
 PIECE = 4096  # weights handled at once by one thread
 FINITE = F(1e38)  # weights whose squares are not keep their absmax
@@ -16,57 +16,40 @@ HALF, LAST = F(CELLS // 2), F(CELLS - 1)
 
 
 def fit(
-    grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool
+    table: Table,
+    number: Number,
+    group: int,
+    blocks: int,
+    w: Float[Tensor, "out in"],
+    importance: Float32[Tensor, "... in"] | None,
+    search: bool,
 ) -> Float32[Tensor, " blocks"]:
-    h = np.ones(grid.group, np.float32) if importance is None else importance.contiguous().view(-1).numpy()
-    if len(h) % grid.group:  # blocks begin anywhere in a row, and the last is filled up
-        h = np.resize(h, grid.blocks(w.shape) * grid.group)
-    scale = np.empty(grid.blocks(w.shape), np.float32)
-    tries = np.array(reference.TRIES if search else (), np.float32)
-    in_threads(
-        _fit,
-        _tasks(len(scale), grid.group),
-        raw(w).reshape(-1),
-        h,
-        grid.group,
-        reference.cells(grid.kind).numpy(),
-        tries,
-        scale,
-    )
+    h = np.ones(group, np.float32) if importance is None else importance.contiguous().view(-1).numpy()
+    if len(h) % group:  # blocks begin anywhere in a row, and the last is filled up
+        h = np.resize(h, blocks * group)
+    scale, tries = np.empty(blocks, np.float32), np.array(number.tries if search else (), np.float32)
+    values = (cells(table)[1] * table.unit).numpy()
+    in_threads(_fit, _tasks(blocks, group), raw(w).reshape(-1), h, group, values, tries, scale)
     return torch.from_numpy(scale)
 
 
 def encode(
-    grid: "reference.AbsmaxGrid", w: Float[Tensor, "out in"], scales: Float32[Tensor, " blocks"]
+    table: Table, group: int, w: Float[Tensor, "out in"], scales: Float32[Tensor, " blocks"]
 ) -> UInt8[Tensor, "out in"]:
-    codes = np.empty(w.numel(), np.uint8)
-    order = np.array(reference.ASCENDING[grid.kind], np.uint8)
-    table = tuple(reference.borders(grid.kind).numpy()), order, list(order) != sorted(order)
+    codes, order = np.empty(w.numel(), np.uint8), np.array(ascending(table), np.uint8)
+    known = tuple((borders(table) * table.unit).numpy()), order, list(order) != sorted(order)
     in_threads(
-        _encode,
-        _tasks(scales.numel(), grid.group),
-        raw(w).reshape(-1),
-        inverse(scales).numpy(),
-        *table,
-        grid.group,
-        codes,
+        _encode, _tasks(scales.numel(), group), raw(w).reshape(-1), inverse(scales).numpy(), *known, group, codes
     )
     return torch.from_numpy(codes).view(w.shape)
 
 
 def decode(
-    grid: "reference.AbsmaxGrid", codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, " blocks"]
+    table: Table, group: int, codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, " blocks"]
 ) -> Float32[Tensor, "out in"]:
-    w = np.empty(codes.numel(), np.float32)
-    in_threads(
-        _decode,
-        scales.numel(),
-        codes.contiguous().view(-1).numpy(),
-        scales.contiguous().numpy(),
-        reference.levels(grid.kind).numpy(),
-        grid.group,
-        w,
-    )
+    w, values = np.empty(codes.numel(), np.float32), (values_of(table) * table.unit).numpy()
+    read = codes.contiguous().view(-1).numpy()
+    in_threads(_decode, scales.numel(), read, scales.contiguous().numpy(), values, group, w)
     return torch.from_numpy(w).view(codes.shape)
 
 

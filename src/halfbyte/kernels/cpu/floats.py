@@ -1,4 +1,4 @@
-"""The accelerated twin of floats.py for CPUs: rounding as in Element.round, in the bits of float32, one pass over the weights."""
+"""Small floats on CPUs: rounding as in levels.Float.nearest, in the bits of float32, one pass over the weights."""
 
 from typing import NamedTuple
 
@@ -7,17 +7,17 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from halfbyte.grids import floats
-from halfbyte.grids.compiled import in_threads, inline, kernel, loose, part
-from halfbyte.grids.tiles_numba import F, raw, widen
+from halfbyte.kernels import levels
+from halfbyte.kernels.cpu.compiled import in_threads, inline, kernel, loose, part
+from halfbyte.kernels.cpu.tiles import F, raw, widen
 
 PIECE = 4096  # in-features that one thread handles before it reads on
 I = np.int32  # noqa: E741
-EXPONENT = I(floats.EXPONENT)
+EXPONENT = I(levels.EXPONENT)
 
 
 class Bits(NamedTuple):
-    """An Element, as the loops need it."""
+    """A levels.Float, as the loops need it."""
 
     low: np.int32
     mantissa: np.int32
@@ -26,7 +26,7 @@ class Bits(NamedTuple):
     top: np.float32
 
 
-def bits_of(element: "floats.Element") -> Bits:
+def bits_of(element: levels.Float) -> Bits:
     return Bits(I(element.low), I(element.mantissa), I(23 - element.mantissa), I(element.bits - 1), F(element.top))
 
 
@@ -37,7 +37,7 @@ def largest(w: Float[Tensor, "out in"], size: int) -> Float32[Tensor, "out group
 
 
 def moments(
-    element: "floats.Element",
+    element: levels.Float,
     w: Float[Tensor, "out in"],
     importance: Float32[Tensor, "... in"] | None,
     scales: Float32[Tensor, "out groups tries"],
@@ -54,7 +54,7 @@ def moments(
 
 
 def encode(
-    element: "floats.Element", w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int
+    element: levels.Float, w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int
 ) -> UInt8[Tensor, "out in"]:
     codes = np.empty(w.shape, np.uint8)
     in_threads(_encode, len(w), raw(w), scales.contiguous().numpy(), size, bits_of(element), codes)
@@ -62,14 +62,14 @@ def encode(
 
 
 def decode(
-    element: "floats.Element", codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int
+    element: levels.Float, codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int
 ) -> Float32[Tensor, "out in"]:
     w = np.empty(codes.shape, np.float32)
     in_threads(
         _decode,
         len(codes),
         codes.contiguous().numpy(),
-        floats.values(element).numpy(),
+        levels.values_of(element).numpy(),
         scales.contiguous().numpy(),
         size,
         w,

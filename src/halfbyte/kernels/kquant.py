@@ -1,4 +1,4 @@
-"""Choosing the parameters of K-quants: the torch reference, and the choice of the accelerated twin.
+"""Operations of K-quants, two levels of scales: fit and encode. The torch references.
 
 1. Coarse: for several ways to lay the levels over a group, codes by rounding, then scale and minimum by least squares for those codes.
    The best of them says which scale and minimum the group would have if any number could be stored.
@@ -10,19 +10,46 @@
 Codes are not chosen here: `encode` rounds to the nearest level that was fitted, which can only be better.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from halfbyte.grids.grid import Params
+from halfbyte.kernels.choose import faster_on_cpu
+from halfbyte.kernels.scalar import half
+from halfbyte.kernels.scales import Params
 
-if TYPE_CHECKING:
-    from halfbyte.grids.kquant import KQuant
+
+@dataclass(frozen=True)
+class KFormat:
+    """What there is to know of a K-quant."""
+
+    name: str
+    super_block: int
+    """In-features that share the fp16 numbers."""
+    group: int
+    """In-features that share one scale of the lowest level."""
+    top: int
+    """The largest code."""
+    zero: int | None
+    """The code of zero; None: codes count from a minimum."""
+    scales: tuple[int, int] | None
+    """The range of the integer scales (and, from 0, of the integer minima); None: one level."""
+    stored_bits: int
+    """Bytes of a block, in bits: padding and all."""
+
+    @property
+    def has_minimum(self) -> bool:
+        return self.zero is None
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for the offset."""
+        return self.zero or 0
+
 
 FLOOR = 1e-6
 """Least importance, as a share of the mean: weights that no input reaches are still fitted, to themselves."""
@@ -86,32 +113,16 @@ EFFORT_WITH_IMPORTANCE = {
 MINMAX = Effort([])
 
 
-def fit(grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool) -> Params:
-    """The parameters of `KQuant.fit`."""
+def fit(
+    grid: KFormat, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool
+) -> Params:
+    """Parameters that minimise the squared error of rounding to nearest, weighted by importance."""
     if importance is not None:
         # By a power of two, which rounds nothing: the last bits of a mean depend on how many threads have summed it up.
         mean, power = math.frexp(importance.mean())
         importance = (importance / 2.0**power).clamp(min=FLOOR) if mean > 0 else None
     effort = MINMAX if not search else EFFORT[grid.name] if importance is None else EFFORT_WITH_IMPORTANCE[grid.name]
-    if w.device.type == "cpu":
-        from halfbyte.grids import kquant_numba as accelerated
-
-        return stored(grid, *accelerated.fit(grid, w, importance, effort))
-    return stored(grid, *fit_reference(grid, w, importance, effort))
-
-
-def encode(
-    grid: KQuant,
-    w: Float[Tensor, "out in"],
-    scale: Float32[Tensor, "out groups"],
-    offset: Float32[Tensor, "out groups"] | None,
-) -> Tensor:
-    """Nearest code of every weight."""
-    if w.device.type == "cpu":
-        from halfbyte.grids import kquant_numba as accelerated
-
-        return accelerated.encode(grid, w, scale, offset)
-    return encode_reference(grid, w, scale, offset)
+    return stored(grid, *find(grid, w, importance, effort))
 
 
 def usable(scale: Float32[Tensor, "*groups"]) -> Float32[Tensor, "*groups"]:
@@ -120,24 +131,26 @@ def usable(scale: Float32[Tensor, "*groups"]) -> Float32[Tensor, "*groups"]:
 
 
 def nearest(
-    grid: KQuant, w: Float32[Tensor, "*shape"], scale: Tensor, offset: Tensor | None
+    grid: KFormat, w: Float32[Tensor, "*shape"], scale: Tensor, offset: Tensor | None
 ) -> UInt8[Tensor, "*shape"]:
     """Nearest codes, given scale and offset of every weight."""
     t = (w if offset is None else w - offset) * usable(scale).reciprocal()
     return (torch.round(t) + grid.middle).clamp_(0, grid.top).to(torch.uint8)
 
 
-def encode_reference(
-    grid: KQuant,
+@faster_on_cpu("kquant")
+def encode(
+    grid: KFormat,
     w: Float[Tensor, "out in"],
     scale: Float32[Tensor, "out groups"],
     offset: Float32[Tensor, "out groups"] | None,
 ) -> Tensor:
+    """Nearest code of every weight."""
     grouped = w.float().reshape(*scale.shape, -1)
     return nearest(grid, grouped, scale[..., None], None if offset is None else offset[..., None]).view(w.shape)
 
 
-def stored(grid: KQuant, d: Tensor, dmin: Tensor, scale: Tensor, minimum: Tensor) -> Params:
+def stored(grid: KFormat, d: Tensor, dmin: Tensor, scale: Tensor, minimum: Tensor) -> Params:
     """Params of the values found, which the stored types hold as they are."""
     d, dmin = d.to(torch.float16), dmin.to(torch.float16)
     if grid.scales is None:
@@ -147,18 +160,14 @@ def stored(grid: KQuant, d: Tensor, dmin: Tensor, scale: Tensor, minimum: Tensor
     return {"d": d, "scale": scale.to(torch.int8)}
 
 
-def half(value: Tensor) -> Tensor:
-    """The nearest number of fp16, never infinite."""
-    return value.clamp(-65504, 65504).half().float()
-
-
 def half_up(value: Tensor) -> Tensor:
     """A number of fp16 that is not smaller, by at most two units: the largest integer times it must reach the largest scale."""
     return torch.where(value > 0, half(value * (1 + 2.0**-11) + 2.0**-25), 0)
 
 
-def fit_reference(
-    grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, effort: Effort
+@faster_on_cpu("kquant")
+def find(
+    grid: KFormat, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, effort: Effort
 ) -> tuple[
     Float32[Tensor, "out blocks"],
     Float32[Tensor, "out blocks"],
@@ -174,8 +183,8 @@ def fit_reference(
     return d, dmin, scale, minimum
 
 
-def _fit_rows(grid: KQuant, w: Tensor, h: Tensor, effort: Effort) -> tuple[Tensor, ...]:
-    x = w.float().reshape(len(w), -1, grid.group_size // grid.group, grid.group)
+def _fit_rows(grid: KFormat, w: Tensor, h: Tensor, effort: Effort) -> tuple[Tensor, ...]:
+    x = w.float().reshape(len(w), -1, grid.super_block // grid.group, grid.group)
     h = h.reshape(x.shape)
     total, mass = (h * x).sum(-1), h.sum(-1).expand(x.shape[:-1])
     bottom, top = float(-grid.middle), float(grid.top - grid.middle)

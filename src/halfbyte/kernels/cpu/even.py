@@ -1,4 +1,4 @@
-"""The accelerated twin of rounding.py for CPUs: the same candidates in the same order, many groups at a time (tiles_numba.py).
+"""Evenly spaced levels on CPUs: the candidates of kernels/even.py in the same order, many groups at a time (tiles.py).
 
 The torch reference moves every weight through memory some hundred times, this reads it once. Weights of 16 bits are widened as they
 are read; nothing of the size of the matrix is allocated but the codes.
@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from halfbyte.grids import tiles_numba as tiles
-from halfbyte.grids.compiled import in_threads, inline, kernel, loose_kernel, part, strict
-from halfbyte.grids.rounding import CLIPPED, FURTHEST, NORMAL_STEP, TRIED, limits, reach, store
-from halfbyte.grids.tiles_numba import LANES, F, fold, load, raw, rounded, spread, widen
+from halfbyte.kernels.cpu import tiles
+from halfbyte.kernels.cpu.compiled import in_threads, inline, kernel, loose_kernel, part, strict
+from halfbyte.kernels.cpu.tiles import LANES, F, fold, load, raw, rounded, spread, widen
+from halfbyte.kernels.even import CLIPPED, FURTHEST, NORMAL_STEP, TRIED, reach, settled
+from halfbyte.kernels.levels import Even
+from halfbyte.kernels.scales import Number, Params
 
 DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of the 23 that float32 has
 
@@ -29,35 +31,23 @@ def fit(
     w: Float[Tensor, "rows width"],
     importance: Float32[Tensor, "... width"] | None,
     group: int,
-    bits: int,
-    symmetric: bool,
+    levels: Even,
+    storage: Number,
     search: bool,
-    dtype: torch.dtype,
-) -> tuple[Float[Tensor, "rows groups"], UInt8[Tensor, "rows groups"] | None]:
+) -> Params:
     rows, width = w.shape
     h = None if importance is None or not search else importance.contiguous().numpy().reshape(-1)
     scale = np.empty((rows, width // group), np.float32)
-    zero = np.zeros((rows, 0 if symmetric else width // group), np.uint8)
-    held = F(2 ** DROPPED_BITS[dtype] + 1), *(F(limit) for limit in limits(dtype))
-    row = (TRIED[bits], *(F(value) for value in (*reach(bits), CLIPPED / NORMAL_STEP[bits]))) if search else None
+    zero = np.zeros((rows, 0 if levels.symmetric else width // group), np.uint8)
+    held = F(2 ** DROPPED_BITS[storage.dtype] + 1), F(storage.smallest), F(storage.largest)
+    steps_to_try = (*reach(levels.bits), CLIPPED / NORMAL_STEP[levels.bits])
+    row = (TRIED[levels.bits], *(F(value) for value in steps_to_try)) if search else None
     lanes, steps = tiles.lanes_per_group(group), tiles.steps_per_lane(group)
     tasks = -(-scale.size * lanes // LANES)
-    in_threads(
-        _fit,
-        tasks,
-        raw(w).reshape(-1),
-        h,
-        group,
-        lanes,
-        steps,
-        F((1 << bits) - 1),
-        symmetric,
-        row,
-        held,
-        scale.reshape(-1),
-        zero.reshape(-1),
-    )
-    return store(torch.from_numpy(scale), dtype), None if symmetric else torch.from_numpy(zero)
+    flat = raw(w).reshape(-1), h, group, lanes, steps, F(levels.top), levels.symmetric, row, held
+    in_threads(_fit, tasks, *flat, scale.reshape(-1), zero.reshape(-1))
+    stored = storage.store(torch.from_numpy(scale))
+    return settled(levels, stored, None if levels.symmetric else torch.from_numpy(zero))
 
 
 def encode(
@@ -75,7 +65,7 @@ def encode(
 
 @strict
 def _store(scale, held):
-    """rounding.store for a positive scale, as float32. Without branches, so that vectors can be made of it."""
+    """Number.store for a positive scale, as float32. Without branches, so that vectors can be made of it."""
     splitter, smallest, largest = held
     scale = min(max(scale, smallest), largest)
     fixed = np.rint(scale * F(2**24)) * F(2**-24)  # fp16 has steps of 2^-24 below 2^-14

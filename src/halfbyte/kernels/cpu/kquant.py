@@ -1,28 +1,21 @@
-"""The accelerated twin of kquant_search.py for CPUs: the same candidates in the same order.
+"""The accelerated twin of kquant.py for CPUs: the same candidates in the same order.
 
 A tile holds 128 groups transposed, one group per lane, so that all that is done per group (sums, divisions, choices) is done in
 whole vectors, however short the groups are. A tile stays in the first-level cache while all candidates are tried.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from halfbyte.grids import kquant_search
-from halfbyte.grids.compiled import in_threads, kernel, part, strict
-from halfbyte.grids.kquant_search import Effort, usable
-from halfbyte.grids.tiles_numba import LANES, F, half, load, raw, rounded, widen
-
-if TYPE_CHECKING:
-    from halfbyte.grids.kquant import KQuant
+from halfbyte.kernels import kquant
+from halfbyte.kernels.cpu.compiled import in_threads, kernel, part, strict
+from halfbyte.kernels.cpu.tiles import LANES, F, half, load, raw, rounded, widen
+from halfbyte.kernels.kquant import Effort, KFormat, usable
 
 STRETCH = 4096  # weights encoded at once by one thread
-FLAT, FEWEST, SURE = F(kquant_search.FLAT), F(kquant_search.FEWEST), F(kquant_search.SURE)
+FLAT, FEWEST, SURE = F(kquant.FLAT), F(kquant.FEWEST), F(kquant.SURE)
 
 # What is known of the groups of a tile: rows of one flat array, at offsets that the compiler knows, so that it sees that they do not
 # overlap. (It gives up vectorizing loops over as many arrays as are used here.)
@@ -32,18 +25,18 @@ SCALE, MIN, TRY_SCALE, TRY_MIN, FROM, WANTED = (LANES * row for row in range(18,
 ROWS = 24
 
 
-def fit(
-    grid: KQuant, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, effort: Effort
+def find(
+    grid: KFormat, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, effort: Effort
 ) -> tuple[
     Float32[Tensor, "out blocks"],
     Float32[Tensor, "out blocks"],
     Float32[Tensor, "out groups"],
     Float32[Tensor, "out groups"],
 ]:
-    """kquant_search.fit_reference."""
+    """kquant.find"""
     out, width = w.shape
     h = None if importance is None else importance.contiguous().numpy().reshape(-1)
-    d, dmin = np.empty((2, out * width // grid.group_size), np.float32)
+    d, dmin = np.empty((2, out * width // grid.super_block), np.float32)
     scale, minimum = np.empty((2, out * width // grid.group), np.float32)
     low, high = grid.scales or (0, 0)
     limits = F(-grid.middle), F(grid.top - grid.middle), F(low), F(high)
@@ -59,7 +52,7 @@ def fit(
         raw(w).reshape(-1),
         h,
         grid.group,
-        grid.group_size // grid.group,
+        grid.super_block // grid.group,
         limits,
         *tried,
         d,
@@ -72,7 +65,7 @@ def fit(
 
 
 def encode(
-    grid: KQuant,
+    grid: KFormat,
     w: Float[Tensor, "out in"],
     scale: Float32[Tensor, "out groups"],
     offset: Float32[Tensor, "out groups"] | None,

@@ -1,6 +1,6 @@
-"""The accelerated twin of Grid.round_block for CPUs: one loop for all grids whose weights are rounded one by one.
+"""scalar.round_block on CPUs: one loop for all grids whose weights are rounded one by one.
 
-What differs is how a weight finds the level nearest to it. A grid says it by one of three values: Even, Table or Floats. The loop is
+What differs is how a weight finds the level nearest to it. Lines say it by one of three values: Even, Table or Floats. The loop is
 compiled for each of these types, with the function that `_nearest` picks for it.
 """
 
@@ -12,33 +12,34 @@ from jaxtyping import Float32, Int64, UInt8
 from numba.extending import overload
 from torch import Tensor
 
-from halfbyte.grids.compiled import ORDERED, in_threads, inline, kernel
-from halfbyte.grids.floats_numba import code_of, steps_of, value_of
-from halfbyte.grids.levels_numba import cell_of, inverse_of
-from halfbyte.grids.tiles_numba import F
+from halfbyte.kernels.cpu.compiled import ORDERED, in_threads, inline, kernel
+from halfbyte.kernels.cpu.floats import bits_of, code_of, steps_of, value_of
+from halfbyte.kernels.cpu.table import cell_of, inverse_of
+from halfbyte.kernels.cpu.tiles import F
+from halfbyte.kernels.scalar import FloatLines, Lines, TableLines
 
 
 class Even(NamedTuple):
-    """Evenly spaced levels: codes 0 to `top` stand for base + scale * (code - zero)."""
+    """scalar.EvenLines"""
 
-    scale: Float32[Tensor, "rows groups"]
-    zero: UInt8[Tensor, "rows groups"]
-    base: Float32[Tensor, "rows groups"]
+    scale: np.ndarray
+    zero: np.ndarray
+    base: np.ndarray
     top: int
 
 
 class Table(NamedTuple):
-    """A table of levels from -128 to 128, times a scale: the code and the value of the one nearest to each cell (levels.cells)."""
+    """scalar.TableLines"""
 
-    scale: Float32[Tensor, "rows groups"]
-    code: UInt8[Tensor, " cells"]
-    value: Float32[Tensor, " cells"]
+    scale: np.ndarray
+    code: np.ndarray
+    value: np.ndarray
 
 
 class Floats(NamedTuple):
-    """A floating-point format of few bits, times a scale: floats_numba.Bits says which."""
+    """scalar.FloatLines: floats.Bits says of which floats."""
 
-    scale: Float32[Tensor, "rows groups"]
+    scale: np.ndarray
     low: np.int32
     mantissa: np.int32
     dropped: np.int32
@@ -47,7 +48,7 @@ class Floats(NamedTuple):
 
 
 def round_block(
-    levels: Even | Table | Floats,
+    lines: Lines,
     size: int | None,
     wanted: Float32[Tensor, "rows width"],
     target: Float32[Tensor, "rows width"],
@@ -55,12 +56,20 @@ def round_block(
     coupling: Float32[Tensor, "width width"],
     columns: Int64[Tensor, " width"],
 ) -> UInt8[Tensor, "rows width"]:
-    """Grid.round_block, where `size` in-features share parameters; None: all do. Rows are independent: each stays in the cache."""
+    """Rows are independent: each stays in the cache."""
     codes, group = np.empty(wanted.shape, np.uint8), columns // size if size else torch.zeros_like(columns)
-    arrays = {name: field.contiguous().numpy() for name, field in levels._asdict().items() if isinstance(field, Tensor)}
     matrices = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy()
-    in_threads(_round_block, -(-len(wanted) // 4), *matrices, group.numpy(), levels._replace(**arrays), codes)
+    in_threads(_round_block, -(-len(wanted) // 4), *matrices, group.numpy(), _compiled(lines), codes)
     return torch.from_numpy(codes)
+
+
+def _compiled(lines: Lines) -> Even | Table | Floats:
+    scale = lines.scale.contiguous().numpy()
+    if isinstance(lines, FloatLines):
+        return Floats(scale, *bits_of(lines.levels))
+    if isinstance(lines, TableLines):
+        return Table(scale, lines.code.numpy(), lines.value.numpy())
+    return Even(scale, lines.zero.contiguous().numpy(), lines.base.contiguous().numpy(), lines.top)
 
 
 def nearest(x, levels, row, group) -> tuple[np.uint8, np.float32]:

@@ -12,7 +12,7 @@ from typing import Any
 import numba
 import torch
 
-# Without reassoc, sums are taken in the order written; another order would undo splittings such as the one in `tiles_numba.half`.
+# Without reassoc, sums are taken in the order written; another order would undo splittings such as the one in `tiles.half`.
 ORDERED, LOOSE = {"contract", "nsz"}, {"reassoc", "contract", "nsz", "arcp"}
 COMMON: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
 CALLED: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True}

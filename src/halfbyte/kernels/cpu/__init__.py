@@ -1,0 +1,1 @@
+"""The operations for CPUs, compiled by numba."""
