@@ -489,7 +489,8 @@ def _show_report(report: Report, output: Path) -> None:
     for row in worst_activations(report, 1):
         if seen := row.activations:
             out.print(
-                f"activations: {seen.grid}, the largest error {seen.error:.4f} where {row.name} reads from {seen.low:.3g} "
+                f"activations: {seen.grid}, the largest error {seen.error:.4f} where {row.name} reads from "
+                f"{seen.low:.3g} "
                 f"to {seen.high:.3g}; {seen.saturated} of {seen.values} values cut there"
             )
     if cache := report.kv:

@@ -96,7 +96,8 @@ def owner_of(grid: str) -> str | None:
 
 
 def require_grid(name: str, container: str | None = None) -> None:
-    """Raise BadRequest for what no grid, scheme, preset or type is called, or is called like; `container`: where it is asked for."""
+    """Raise BadRequest for what no grid, scheme, preset or type is called, or is called like; `container`: where it is
+    asked for."""
     weight = name.lower().partition("/")[0]
     known = {other.lower() for other in (*GRIDS, *ALIASES, *SCHEMES, *PRESETS, *TYPES)}
     if weight not in known and not OTHERS.match(weight):

@@ -113,7 +113,10 @@ SIXTEENS = ((16, 16),)
 """Tiles of products of 8 bits (vllm csrc/quantization/w8a8/cutlass; sgl-kernel csrc/gemm)."""
 TURING = "4 and 8 bits run on Marlin or Machete kernels: an NVIDIA GPU of compute capability 7.5 or later"
 AMPERE = "runs on Marlin kernels: an NVIDIA GPU of compute capability 8.0 or later"
-HUMMING = "2, 3, 5, 6 and 7 bits need vLLM of mid-2026 or later and its Humming kernels (NVIDIA only): read in its source, not run"
+HUMMING = (
+    "2, 3, 5, 6 and 7 bits need vLLM of mid-2026 or later and its Humming kernels (NVIDIA only): read in its "
+    "source, not run"
+)
 EXLLAMA = "runs on the slower exllama kernel, in float16 only"
 BITSANDBYTES = "needs the package bitsandbytes, 0.46.1 or later"
 SPANNED = "bitsandbytes 0.50 decodes it wrongly on CPUs (not on GPUs), as its blocks span rows; smaller ones would not"
@@ -130,8 +133,14 @@ FP8_LOADED = named(
     "fp8-e4m3-block/fp8-e4m3-g128, fp8-e4m3-tensor/fp8-e4m3-token or -static",
     INPUTS_IN_FP8,
 )
-MX_INPUTS = "vLLM rounds inputs to {0} on Blackwell whatever the config says; older GPUs (compute capability 8.0 or later) leave them in 16 bits"
-NVFP4_INPUTS = "4-bit products need an NVIDIA GPU of compute capability 10.0 or later; older ones (7.5 or later) leave inputs in 16 bits"
+MX_INPUTS = (
+    "vLLM rounds inputs to {0} on Blackwell whatever the config says; older GPUs (compute capability 8.0 or "
+    "later) leave them in 16 bits"
+)
+NVFP4_INPUTS = (
+    "4-bit products need an NVIDIA GPU of compute capability 10.0 or later; older ones (7.5 or later) leave "
+    "inputs in 16 bits"
+)
 W4A8_FP8 = (
     "needs an NVIDIA GPU of compute capability 9.0 exactly (Hopper), where vLLM also rounds the scales of groups to FP8"
 )
@@ -293,7 +302,8 @@ VLLM = {
         transposed=True,
         parallel=False,
         notes=(
-            "needs the package vllm-gguf-plugin, and takes config.json and tokenizer from the original; its authors call it experimental",
+            "needs the package vllm-gguf-plugin, and takes config.json and tokenizer from the original; its authors "
+            "call it experimental",
         ),
         command="vllm serve {path} --hf-config-path {original} --tokenizer {original} --dtype float16",
         models="vllm-gguf",
@@ -420,7 +430,8 @@ TRANSFORMERS = {
         fuses=False,
         head=True,
         notes=(
-            "needs the package compressed-tensors, which decompresses the weights: it saves no memory or time at run time",
+            "needs the package compressed-tensors, which decompresses the weights: it saves no memory or "
+            "time at run time",
         ),
         models="transformers",
         source="Transformers 5.23.0, quantizers/quantizer_compressed_tensors.py",

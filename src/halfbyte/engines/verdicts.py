@@ -138,7 +138,8 @@ def check(engine: str, container: str, placed: Placed, config: Config) -> Verdic
 
 DEQUANTIZE = ", quantization_config=CompressedTensorsConfig(dequantize=True)"
 DECODED = (
-    "with dequantize=True, without which Transformers 5.23 and compressed-tensors 0.20 fail on packed weights with zero points, and on models whose code reads "
+    "with dequantize=True, without which Transformers 5.23 and compressed-tensors 0.20 fail on packed weights "
+    "with zero points, and on models whose code reads "
     "the weights of linears itself"
 )
 
@@ -172,7 +173,10 @@ def _model(engine: str, known: Registry | None, config: Config) -> Iterator[str]
         for setting, values in (known.settings or {}).get(name, {}).items():
             if decoder.get(setting) not in values and not (decoder.get(setting) is None and setting not in decoder):
                 wanted = " or ".join("none" if v is None else str(v).lower() for v in values)
-                yield f"{engine} takes {setting} of {name} to be {wanted}, and here it is {decoder[setting]}: take llama.cpp, or write safetensors"
+                yield (
+                    f"{engine} takes {setting} of {name} to be {wanted}, and here it is {decoder[setting]}: take "
+                    "llama.cpp, or write safetensors"
+                )
         if known.settings and (odd := _scaled(decoder)):
             yield f"{engine} drops the rotary embedding's {odd} of {name}: take llama.cpp, or write safetensors"
 
@@ -202,16 +206,25 @@ def _decoding(engine: str, quantized: Mapping[Weight, AnyScheme]) -> Iterator[st
     """What is wrong where every weight is decoded: the first scheme is taken for all, and inputs stay as they are."""
     schemes = sorted(set(quantized.values()), key=str)
     if len(schemes) > 1:
-        yield f"{engine} has to decode this model's weights, and takes all of them to be {schemes[0]}, not {', '.join(map(str, schemes[1:]))}: use one grid"
+        yield (
+            f"{engine} has to decode this model's weights, and takes all of them to be {schemes[0]}, not "
+            f"{', '.join(map(str, schemes[1:]))}: use one grid"
+        )
     if rounded := next((s for s in schemes if s.activations), None):
-        yield f"{engine} has to decode this model's packed weights, and then leaves inputs in 16 bits, unlike {rounded}: use 8-bit weights such as w8a8"
+        yield (
+            f"{engine} has to decode this model's packed weights, and then leaves inputs in 16 bits, unlike "
+            f"{rounded}: use 8-bit weights such as w8a8"
+        )
 
 
 def _inputs(engine: str, known: Registry, quantized: Mapping[Weight, AnyScheme], config: Config) -> Iterator[str]:
     by_token = next((s for s in quantized.values() if re.search(r"/.*-token(-asym)?$", str(s))), None)
     if by_token and known.name_of(config) in known.reshaped:
         name = known.name_of(config)
-        yield f"{engine} finds other scales than those of tokens where linears of {name} read reshaped inputs, unlike {by_token}: use w8a8-static, or vllm"
+        yield (
+            f"{engine} finds other scales than those of tokens where linears of {name} read reshaped inputs, unlike "
+            f"{by_token}: use w8a8-static, or vllm"
+        )
 
 
 def _stacks(
@@ -219,9 +232,15 @@ def _stacks(
 ) -> Iterator[str]:
     name, numbered = known.name_of(config), [w for w in quantized if Expert.of(w.name)]
     if numbered and name in known.stacked:
-        yield f"{engine} does not read numbered experts of {name}, such as {numbered[0].name}: keep them in 16 bits, with {_skipping(numbered, reads)}"
+        yield (
+            f"{engine} does not read numbered experts of {name}, such as {numbered[0].name}: keep them in 16 bits, "
+            f"with {_skipping(numbered, reads)}"
+        )
     if quantized and name in known.uneven:
-        yield f"{engine} takes the experts of {name} to be quantized with the rest, and they stay in 16 bits: use transformers or sglang"
+        yield (
+            f"{engine} takes the experts of {name} to be quantized with the rest, and they stay in 16 bits: use "
+            "transformers or sglang"
+        )
 
 
 def _notes(engine: str, reads: Reads, placed: Placed) -> Iterator[str]:
@@ -272,10 +291,16 @@ def _grids(engine: str, container: str, reads: Reads, quantized: Mapping[Weight,
         if _kernel(reads, grid) is None:
             yield f"{engine} has no kernel for {grid} in {container}; it takes {_offer(reads)}"
     if len(grids) > 1 and not reads.mixes:
-        yield f"{engine} reads one grid from {container}, not {', '.join(map(str, grids))}: use one, or write compressed-tensors"
+        yield (
+            f"{engine} reads one grid from {container}, not {', '.join(map(str, grids))}: use one, or write "
+            "compressed-tensors"
+        )
     kernels = {_kernel(reads, grid) for grid in grids} - {None}
     if reads.one_kernel and len(kernels) > 1:
-        yield f"{engine} runs all of a {container} checkpoint on one kernel, which does not exist for {', '.join(map(str, grids))}: use one grid"
+        yield (
+            f"{engine} runs all of a {container} checkpoint on one kernel, which does not exist for "
+            f"{', '.join(map(str, grids))}: use one grid"
+        )
 
 
 def _offer(reads: Reads) -> str:
@@ -299,15 +324,23 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, config: C
     if fused := [
         w for w in quantized if w.expert is not None or (w.name.endswith(".gate_up_proj") and Expert.of(w.name))
     ]:
-        yield f"{engine} holds fused experts in one tensor, not as '{fused[0].name}' ({len(fused)} such): keep them in 16 bits, with {_skipping(fused, reads)}"
+        yield (
+            f"{engine} holds fused experts in one tensor, not as '{fused[0].name}' ({len(fused)} such): keep them in "
+            f"16 bits, with {_skipping(fused, reads)}"
+        )
     if heads := [w.name for w in quantized if w.block is None and not reads.head]:
-        yield f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
+        yield (
+            f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
+        )
     # vLLM turns what is called .weight, as all of 8 bits is but integers under 16-bit inputs (models/gpt2.py).
     conv1d = {w.name: g for w, g in placed.items() if g and w.transposed and w.expert is None}
     turned = [name for name, g in conv1d.items() if not reads.transposed or is_float(g.weight) or g.activations]
     if turned:
         family = decoder_of(config).get("model_type", "this model")
-        yield f"{turned[0]} of {family} is a Conv1D, which {engine} is not known to load from {container}: keep it in 16 bits, or use vllm"
+        yield (
+            f"{turned[0]} of {family} is a Conv1D, which {engine} is not known to load from {container}: keep it in "
+            "16 bits, or use vllm"
+        )
     for names, grids in _siblings(placed).values():
         if reads.fuses and len(set(grids)) > 1:
             found = ", ".join(f"{n}: {g or '16 bits'}" for n, g in zip(names, grids, strict=True))
@@ -317,7 +350,10 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, config: C
     if reads.keeps == "unfused":
         kept = [w for w in kept if fused_set(w.name)]
     if quantized and kept and reads.keeps != "any":
-        yield f"{engine} does not see in {container} that {kept[0].name} is kept ({len(kept)} such): quantize it, or write compressed-tensors"
+        yield (
+            f"{engine} does not see in {container} that {kept[0].name} is kept ({len(kept)} such): quantize it, or "
+            "write compressed-tensors"
+        )
 
 
 def _skipping(weights: Iterable[Weight], reads: Reads) -> str:
@@ -350,7 +386,10 @@ def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Itera
             yield f"{engine} is not known to load {w.name} on {g} from {container}: {instead}"
             break
     if reads.base_experts and (odd := [w for w, g in experts.items() if g != main]):
-        yield f"{engine} takes all experts in {container} to be {main}, unlike {odd[0].name}: make them so, or write compressed-tensors"
+        yield (
+            f"{engine} takes all experts in {container} to be {main}, unlike {odd[0].name}: make them so, or write "
+            "compressed-tensors"
+        )
     blocks: defaultdict[str | None, set[AnyScheme | None]] = defaultdict(set)
     for w, g in experts.items():
         blocks[w.block].add(g)
@@ -414,5 +453,8 @@ def _misfit(reads: Reads, layouts: Mapping[Layout, str], degree: int, tiles: boo
         kernel = _kernel(reads, scheme)
         shapes = kernel.tiles if kernel and (tiles or kernel.whole_tiles) else ()
         if shapes and all(width % a or together % b for a, b in shapes):
-            return f"{name} ({together} x {width} as fused) is no multiple of {' or '.join(f'{b} x {a}' for a, b in shapes)} (out x in)"
+            return (
+                f"{name} ({together} x {width} as fused) is no multiple of "
+                f"{' or '.join(f'{b} x {a}' for a, b in shapes)} (out x in)"
+            )
     return None

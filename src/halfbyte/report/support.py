@@ -70,7 +70,8 @@ def markdown() -> str:
     for grid, held in fits.items():
         families.setdefault(tuple(c for c in TARGETS if held[c]), []).append(grid)
     lines = [
-        f"Every method ({', '.join(f'`{m}`' for m in METHODS)}) meets every grid. After a slash: how inputs are rounded, where they are. The containers hold:",
+        f"Every method ({', '.join(f'`{m}`' for m in METHODS)}) meets every grid. After a slash: how inputs are "
+        "rounded, where they are. The containers hold:",
         "",
         f"| schemes | {' | '.join(TARGETS)} |",
         f"|---|{':-:|' * len(TARGETS)}",
@@ -79,16 +80,17 @@ def markdown() -> str:
         lines.append(f"| {_condensed(names)} | {' | '.join('yes' if c in held else '' for c in TARGETS)} |")
     lines += [
         "",
-        "Engines load a Llama-shaped model so; group sizes, other shapes, families and mixtures are checked before each run. Tested here: a test or a",
-        "benchmark of this repository runs it; documented there: read in the engine's source or documentation; the rest is refused.",
+        "Engines load a Llama-shaped model so; group sizes, other shapes, families and mixtures are checked before "
+        "each run. Tested here: a test or a",
+        "benchmark of this repository runs it; documented there: read in the engine's source or documentation; the "
+        "rest is refused.",
         "",
         f"| engine | {' | '.join(TARGETS)} |",
         f"|---|{'---|' * len(TARGETS)}",
     ]
     for engine in ENGINES:
-        lines.append(
-            f"| {engine} | {' | '.join(_cell(engine, container, [g for g, held in fits.items() if held[container]]) for container in TARGETS)} |"
-        )
+        cells = (_cell(engine, container, [g for g, held in fits.items() if held[container]]) for container in TARGETS)
+        lines.append(f"| {engine} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
