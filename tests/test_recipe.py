@@ -1,4 +1,4 @@
-"""Recipes: words to a job, from YAML, options and Python alike, and back."""
+"""Recipes: words to a plan, from YAML, options and Python alike, and back."""
 
 from pathlib import Path
 

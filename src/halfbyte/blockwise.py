@@ -30,17 +30,17 @@ committed anew (`halfbyte.run.commit`)."""
 
 def quantize(run: Run, windows: Windows) -> None:
     """Walk the model once; what is done already is read back instead of solved."""
-    job = run.job
-    source = job.checkpoint
+    plan = run.plan
+    source = plan.checkpoint
     placement = Placement.on(run.device, run.folder.partial.parent)
     walk = Walk(
         source,
         windows.tokens,
         source.dtype,
         placement,
-        full_precision=job.method.full_precision,
-        to_the_end=job.method.solver in MODEL_STAGES,
-        trials=job.method.trials,
+        full_precision=plan.method.full_precision,
+        to_the_end=plan.method.solver in MODEL_STAGES,
+        trials=plan.method.trials,
         progress=run.progress,
     )
     inside = {t for block in walk.blocks for t in block.tensors}
@@ -48,7 +48,7 @@ def quantize(run: Run, windows: Windows) -> None:
     records = {record["block"]: record for record in run.folder.journal if "block" in record}
     if records:
         run.progress(f"{RESUMING} from block {len(records) + 1} of {len(walk.blocks)}", len(records), len(walk.blocks))
-    finder, solver = Finder(), block_solver(job.method)
+    finder, solver = Finder(), block_solver(plan.method)
     with writing_beside(run, placement.reads_ahead):
         written: Future = Future()
         written.set_result(None)
@@ -62,39 +62,39 @@ def quantize(run: Run, windows: Windows) -> None:
             written.result()  # so that one block at most waits to be written
             written = _commit(run, block, solved)
         written.result()
-    if stage := MODEL_STAGES.get(job.method.solver):
+    if stage := MODEL_STAGES.get(plan.method.solver):
         stage(run, walk)
     run.progress("tensors outside of the blocks", len(walk.blocks), len(walk.blocks))
     _finish_outside(run, inside)
 
 
 def _require_runnable(run: Run, walk: Walk, inside: set[str]) -> None:
-    """Raise where the walk does not see what the job needs."""
-    job = run.job
-    static = (w for w, s in job.schemes.items() if w.tensor not in inside and s.activations and s.activations.static)
+    """Raise where the walk does not see what the plan needs."""
+    plan = run.plan
+    static = (w for w, s in plan.schemes.items() if w.tensor not in inside and s.activations and s.activations.static)
     if unseen := next(static, None):
         raise BadRequest(
             f"the model does not run '{unseen.name}', whose inputs are to have a stored scale; --skip it, or round them per token"
         )
-    if walk.shared and (job.method.transforms or any(s.activations for s in job.schemes.values())):
+    if walk.shared and (plan.method.transforms or any(s.activations for s in plan.schemes.values())):
         raise Unsupported(
-            f"'{walk.checkpoint.model_type}' shares weights between blocks, which {job.recipe.method} {job.recipe.grid} would fit "
+            f"'{walk.checkpoint.model_type}' shares weights between blocks, which {plan.recipe.method} {plan.recipe.grid} would fit "
             "to the first of them; --method gptq with a grid of weights alone does it"
         )
 
 
 def _finish_outside(run: Run, inside: set[str]) -> None:
     """The head, and what the model's forward does not run."""
-    job, source = run.job, run.job.checkpoint
-    for weights in job.units:
+    plan, source = run.plan, run.plan.checkpoint
+    for weights in plan.fused_groups:
         if weights[0].tensor in inside:
             continue
-        scheme, originals = job.schemes[weights[0]], [source.read_weight(w).to(run.device) for w in weights]
+        scheme, originals = plan.schemes[weights[0]], [source.read_weight(w).to(run.device) for w in weights]
         q = SOLVERS["nearest"](torch.cat(originals), scheme.weight, None)
         for weight, done in zip(weights, commit(run, weights, q, originals, scheme), strict=True):
             run.rows[weight.name] = weight_report(weight, scheme, [done], "outside of the blocks: rounded to nearest")
             run.digests[weight.name] = [done.digest.result()]
-    for tensor in job.kept:
+    for tensor in plan.kept:
         if tensor not in inside:
             run.keep(tensor, source.read(tensor))
 
@@ -113,22 +113,22 @@ class Solved(NamedTuple):
 
 def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolver) -> Solved:
     """Transforms, then the solver."""
-    job = run.job
-    planned = job.schemes
+    plan = run.plan
+    planned = plan.schemes
     schemes = {w: planned[w] for w in block.weights if w in planned}
-    task = BlockTask(walk, block, [weights for weights in job.units if weights[0] in schemes], schemes)
+    task = BlockTask(walk, block, [weights for weights in plan.fused_groups if weights[0] in schemes], schemes)
     folds = []
-    for name in job.method.transforms:
-        settings = Settings(job.recipe.alpha, job.recipe.observer)
+    for name in plan.method.transforms:
+        settings = Settings(plan.recipe.alpha, plan.recipe.observer)
         folds += TRANSFORMS[name](block, finder, schemes, task.statistics or task.collect_all(), settings)
     solutions = list(solver(task))
     walk.run_full_precision(block)
-    return Solved(schemes, solutions, folds, *activations_of(block, schemes, task.seen, job.recipe.observer))
+    return Solved(schemes, solutions, folds, *activations_of(block, schemes, task.seen, plan.recipe.observer))
 
 
 def _commit(run: Run, block: Block, solved: Solved) -> Future:
     """Everything that becomes of the block's tensors; from now on it computes with what is written. Returns when that is."""
-    notes = {c.weight: c.note for c in run.job.choices}
+    notes = {c.weight: c.note for c in run.plan.choices}
     reports, digests = [], {}
     for weights, q, errors, tokens, remark in solved.solutions:
         scheme = solved.schemes[weights[0]]
@@ -143,7 +143,7 @@ def _commit(run: Run, block: Block, solved: Solved) -> Future:
             block.put(weight, rounded)
             if scheme.activations:
                 block.round_activations(weight, ActivationQuant(scheme.activations, solved.activations.get(weight, {})))
-    kept = run.job.kept
+    kept = run.plan.kept
     digests |= {tensor: _keep(run, block, tensor) for tensor in block.tensors if tensor in kept}
     run.folds += solved.folds
     return run.writer.submit(record_step, run, reports, digests, block=block.name, folds=solved.folds)
@@ -151,12 +151,14 @@ def _commit(run: Run, block: Block, solved: Solved) -> Future:
 
 def _keep(run: Run, block: Block, tensor: str) -> list[str]:
     """Write a tensor that is not quantized, and have the block compute with what a reader will find."""
-    value, now = run.job.checkpoint.read(tensor), block.view(tensor)
+    value, now = run.plan.checkpoint.read(tensor), block.view(tensor)
     here = now.cpu()
     if not torch.equal(value.to(here.dtype), here):  # a fold has changed it; if none has, the source's own bytes go out
         value = cast(tensor, here, value.dtype, "use a method that moves no scales into it, such as gptq")
     run.keep(tensor, value)
-    now.copy_(run.edition.restored(run.folder.entries, tensor))  # what a run that is taken up again goes on with
+    now.copy_(
+        run.checkpoint_writer.restored(run.folder.entries, tensor)
+    )  # what a run that is taken up again goes on with
     return run.digests[tensor]
 
 
@@ -200,12 +202,12 @@ def merged(seen: Sequence[ActivationStats]) -> ActivationStats:
 def _restore(run: Run, block: Block) -> None:
     """Make the block what an earlier run wrote, so that the next block reads what it would have read."""
     entries = run.folder.entries
-    for weight, scheme in run.job.schemes.items():
+    for weight, scheme in run.plan.schemes.items():
         if weight in block.weights:
-            q = run.edition.unpack(entries, weight, scheme)
+            q = run.checkpoint_writer.unpack(entries, weight, scheme)
             block.put(weight, q.decode())
             if q.activations:
                 block.round_activations(weight, q.activations)
     for tensor in block.tensors:
-        if tensor in run.job.kept:
-            block.view(tensor).copy_(run.edition.restored(entries, tensor))
+        if tensor in run.plan.kept:
+            block.view(tensor).copy_(run.checkpoint_writer.restored(entries, tensor))

@@ -1,13 +1,10 @@
 """attach(): give a checkpoint a quantized KV cache. Scales are found on the model as it is; all else is copied byte for
 byte."""
 
-import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -16,16 +13,16 @@ from torch import Tensor, nn
 
 from halfbyte import demo
 from halfbyte.containers import kv as layout
-from halfbyte.containers.folder import Folder, Shard, claim, kept_on_interrupt
+from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
 from halfbyte.containers.kv import KVCache, KVGrid
-from halfbyte.containers.safetensors import Spec, Writer, read_header
+from halfbyte.containers.safetensors import Spec, read_header
 from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, UnknownName, Unsupported
 from halfbyte.grids.activations import OBSERVERS, ActivationQuant
 from halfbyte.grids.grid import Params
 from halfbyte.models import calibrate, kv
 from halfbyte.models.block import Block
-from halfbyte.models.checkpoint import INDEX, Checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.placement import CPU, Placement
 from halfbyte.models.stamp import stamp
 from halfbyte.models.walk import Walk
@@ -35,6 +32,7 @@ from halfbyte.report import build, written
 from halfbyte.report.types import AttentionReport, CacheReport
 from halfbyte.run import Run, digest
 from halfbyte.targets import file_target, is_file, open_checkpoint, place_of
+from halfbyte.targets.hf.writer import copy_companions, index_of, shards_of, write_json
 
 CHECKED = 16
 """Windows of held-out text on which values beyond the scales are counted."""
@@ -76,12 +74,8 @@ def attach(
     tensors = cache.tensors()
     about = describe(kind, observer, windows, rows, device, checkpoint.left_out)
     files = _files(checkpoint, tensors)
-    shards = {
-        name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs)) for name, specs in files.items()
-    }
-    folder = Folder(
-        place_of(out), shards, xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode()), overwrite
-    )
+    identity = xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode())
+    folder = Folder(place_of(out), shards_of(files), identity, overwrite)
     if folder.is_published:
         return written.cache_of(out)
     with kept_on_interrupt(folder):
@@ -91,7 +85,9 @@ def attach(
                 folder.write(tensor, tensors[tensor] if tensor in tensors else old[tensor].read())
             progress("copying", number, len(files))
         folder.seal()
-        _accompany(checkpoint, folder.partial, {**checkpoint.config, "quantization_config": config}, files)
+        copy_companions(checkpoint, folder.partial)
+        said = {"config.json": {**checkpoint.config, "quantization_config": config}, **index_of(files)}
+        write_json(folder.partial, said)
         _verify(checkpoint, folder.partial, tensors)
         about = about.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
         written.add_cache(checkpoint.path, folder.partial, out, about)
@@ -121,20 +117,20 @@ def describe(
 
 
 def complete(run: Run) -> CacheReport | None:
-    """Write the scales that a job plans: those of the source, or new ones of what was just written.
+    """Write the scales that a plan has: those of the source, or new ones of what was just written.
 
     Returns what the report says of them.
     """
-    job, about = run.job, None
-    if job.recipe.kv and job.kv:
-        run.edition.write_sidecars(run.folder.partial)  # with it, what is written is a checkpoint
+    plan, about = run.plan, None
+    if plan.recipe.kv and plan.kv:
+        run.checkpoint_writer.write_sidecars(run.folder.partial)  # with it, what is written is a checkpoint
         checkpoint = Checkpoint(run.folder.partial).replaced(kv=None)
-        windows = run.windows or calibrate.calibration(job.checkpoint, job.recipe.calibration)
+        windows = run.windows or calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
         placement = Placement.on(run.device, run.folder.partial.parent)
-        cache, rows = find_scales(checkpoint, job.kv, windows.tokens, job.recipe.observer, run.progress, placement)
-        about = describe(job.kv, job.recipe.observer, windows, rows, run.device)
+        cache, rows = find_scales(checkpoint, plan.kv, windows.tokens, plan.recipe.observer, run.progress, placement)
+        about = describe(plan.kv, plan.recipe.observer, windows, rows, run.device)
     else:
-        cache = job.checkpoint.kv
+        cache = plan.checkpoint.kv
     for name, scale in cache.tensors().items() if cache else ():
         run.folder.write(name, scale)
         run.digests[name] = [digest([scale])]
@@ -301,30 +297,6 @@ def _files(checkpoint: Checkpoint, scales: Mapping[str, Tensor]) -> dict[str, di
         files[path.name] = {name: Spec(e.shape, e.dtype) for name, e in read_header(path).items() if name not in was}
     files[max(files)].update({name: Spec(tuple(scale.shape), scale.dtype) for name, scale in scales.items()})
     return files
-
-
-def _writer(specs: Mapping[str, Spec], path: Path, resume: bool) -> Writer:
-    return Writer(path, specs, resume)
-
-
-def _accompany(
-    checkpoint: Checkpoint, folder: Path, config: dict[str, Any], files: Mapping[str, Mapping[str, Spec]]
-) -> None:
-    for path in checkpoint.other_files:
-        place = folder / path.relative_to(checkpoint.path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
-    written = {"config.json": config}
-    if len(files) > 1:
-        total = sum(spec.size_bytes for specs in files.values() for spec in specs.values())
-        written[INDEX] = {
-            "metadata": {"total_size": total},
-            "weight_map": {t: name for name, specs in files.items() for t in specs},
-        }
-    for name, content in written.items():
-        (folder / name).write_text(
-            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
-        )
 
 
 def _verify(checkpoint: Checkpoint, folder: Path, scales: Mapping[str, Tensor]) -> None:

@@ -49,24 +49,24 @@ def quantize(
     """
     started = time.perf_counter()
     out = Path(out).expanduser()
-    job = _job(recipe, out)
-    _claim(out, job, overwrite)
-    known = _importance(job, device)
+    plan = _planned(recipe, out)
+    _claim(out, plan, overwrite)
+    known = _importance(plan, device)
     windows = None
-    if job.calibrated:
-        windows = calibrate.calibration(job.checkpoint, job.recipe.calibration)
-    edition = job.target.writer(job)
-    folder = Folder(place_of(out), edition.shards(stem_of(out)), identity(job, windows, device), overwrite)
+    if plan.calibrated:
+        windows = calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
+    writer = plan.target.writer(plan)
+    folder = Folder(place_of(out), writer.shards(stem_of(out)), identity(plan, windows, device), overwrite)
     if folder.is_published:
         return report_of(out)
     with kept_on_interrupt(folder):
-        run = Run(job, edition, folder, progress, windows=windows, device=device)
+        run = Run(plan, writer, folder, progress, windows=windows, device=device)
         if windows is None:
-            solver = SOLVERS[job.method.solver]
+            solver = SOLVERS[plan.method.solver]
             _stream(
                 run,
-                job.units,
-                lambda weight: job.checkpoint.read_weight(weight).to(device),
+                plan.fused_groups,
+                lambda weight: plan.checkpoint.read_weight(weight).to(device),
                 lambda weight, w, scheme: solver(w, scheme.weight, known.get(weight)),
             )
         else:
@@ -78,7 +78,7 @@ def quantize(
     return report
 
 
-def _job(recipe: Recipe, out: Path) -> Plan:
+def _planned(recipe: Recipe, out: Path) -> Plan:
     """What a recipe means for an output that is called so."""
     named = file_target(out)
     if named and not recipe.to and recipe.engine in (None, "none"):
@@ -91,12 +91,12 @@ def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> PlanReport
     if recipe.method in OTHER_COMMANDS:
         raise BadRequest(f"a recipe of {recipe.method} has no plan before the values are read; plan those of quantize")
     out = Path(out).expanduser()
-    job = _job(recipe, out)
-    _claim(out, job, overwrite)
-    edition = job.target.writer(job)
-    shards = edition.shards(stem_of(out))
+    plan = _planned(recipe, out)
+    _claim(out, plan, overwrite)
+    writer = plan.target.writer(plan)
+    shards = writer.shards(stem_of(out))
     size_bytes = sum(shard.size_bytes for shard in shards.values())
-    return build.planned(job, size_bytes, edition.entry_file(stem_of(out)), list(shards))
+    return build.planned(plan, size_bytes, writer.entry_file(stem_of(out)), list(shards))
 
 
 def convert(
@@ -117,16 +117,16 @@ def convert(
     Raises HalfbyteError, with nothing half-written left behind.
     """
     started = time.perf_counter()
-    job = transcoding(str(source), to, grid, engine)
+    plan = transcoding(str(source), to, grid, engine)
     out = Path(out).expanduser()
-    _claim(out, job, overwrite)
-    edition = job.target.writer(job)
-    folder = Folder(place_of(out), edition.shards(stem_of(out)), identity(job, None), overwrite)
+    _claim(out, plan, overwrite)
+    writer = plan.target.writer(plan)
+    folder = Folder(place_of(out), writer.shards(stem_of(out)), identity(plan, None), overwrite)
     if folder.is_published:
         return report_of(out)
 
     def transcode(_: Weight, q: Quantized, scheme: AnyScheme) -> Quantized:
-        for near in job.target.casts(q):
+        for near in plan.target.casts(q):
             if near.scheme == scheme:
                 return near
         return SOLVERS["nearest"](q.decode(), scheme.weight, None)._replace(
@@ -134,11 +134,11 @@ def convert(
         )
 
     with shown(progress) as show, kept_on_interrupt(folder):
-        run = Run(job, edition, folder, show)
+        run = Run(plan, writer, folder, show)
         _stream(
             run,
-            [[weight] for weight in job.schemes],
-            lambda weight: job.checkpoint.read_quantized(weight.name),
+            [[weight] for weight in plan.schemes],
+            lambda weight: plan.checkpoint.read_quantized(weight.name),
             transcode,
         )
         report = _finish(run, started)
@@ -166,43 +166,43 @@ def dequantize(
     out = Path(out).expanduser()
     named = file_target(out)
     to = to or (named.name if named else next(iter(UNQUANTIZED)))
-    job = decoding(str(source), to, dtype, str(adapter) if adapter else None)
-    _claim(out, job, overwrite)
-    edition = job.target.writer(job)
-    folder = Folder(place_of(out), edition.shards(stem_of(out)), identity(job, None), overwrite)
+    plan = decoding(str(source), to, dtype, str(adapter) if adapter else None)
+    _claim(out, plan, overwrite)
+    writer = plan.target.writer(plan)
+    folder = Folder(place_of(out), writer.shards(stem_of(out)), identity(plan, None), overwrite)
     if folder.is_published:
         return report_of(out)
     with shown(progress) as show, kept_on_interrupt(folder):
-        run = Run(job, edition, folder, show)
+        run = Run(plan, writer, folder, show)
         _stream(
-            run, [], job.checkpoint.read_weight, lambda weight, w, scheme: SOLVERS["nearest"](w, scheme.weight, None)
+            run, [], plan.checkpoint.read_weight, lambda weight, w, scheme: SOLVERS["nearest"](w, scheme.weight, None)
         )
         report = _finish(run, started)
         folder.publish()
     return report
 
 
-def _claim(out: Path, job: Plan, overwrite: bool) -> None:
+def _claim(out: Path, plan: Plan, overwrite: bool) -> None:
     """Refuse an output that is in the way, or is called like a file and is none."""
-    named, target = file_target(out), job.target
+    named, target = file_target(out), plan.target
     if named and named.file_suffix != target.file_suffix:
         raise BadRequest(
             f"{target.name} needs a folder, and {out} is called like a file; name it without {out.suffix}, or write one file with --to {named.name}"
         )
-    if named and job.recipe.shard_gb:
+    if named and plan.recipe.shard_gb:
         raise BadRequest(
             f"parts of a {target.title} need a folder, and {out} is called like a file; name it without {out.suffix}, or leave out --shard-gb"
         )
-    claim(place_of(out), job.checkpoint.path, overwrite, {entry.path for entry in job.checkpoint.entries.values()})
+    claim(place_of(out), plan.checkpoint.path, overwrite, {entry.path for entry in plan.checkpoint.entries.values()})
 
 
-def _importance(job: Plan, device: torch.device) -> dict[Weight, Diagonal]:
+def _importance(plan: Plan, device: torch.device) -> dict[Weight, Diagonal]:
     """What an importance matrix says of each weight, where one was given."""
-    if job.recipe.imatrix is None:
+    if plan.recipe.imatrix is None:
         return {}
     from halfbyte.targets.gguf import importance  # needs the model's code, as calibration does
 
-    means = importance.read(Path(job.recipe.imatrix).expanduser(), job.checkpoint, job.schemes)
+    means = importance.read(Path(plan.recipe.imatrix).expanduser(), plan.checkpoint, plan.schemes)
     return {weight: Diagonal(mean.to(device)) for weight, mean in means.items()}
 
 
@@ -211,17 +211,17 @@ def stem_of(out: Path) -> str:
     return out.resolve().stem if is_file(out) else out.resolve().name
 
 
-def identity(job: Plan, windows: calibrate.Windows | None, device: torch.device = CPU) -> str:
+def identity(plan: Plan, windows: calibrate.Windows | None, device: torch.device = CPU) -> str:
     """Two runs with the same identity write the same bytes, as far as a file whose size and time are the same has not changed.
 
     They depend on the device too and, with calibration, on the number of threads: factors of Hessians and sums over many values differ in
     their last bits.
     """
-    imatrix = job.recipe.imatrix and digest_of(Path(job.recipe.imatrix).expanduser())
-    adapter = job.checkpoint.adapter and job.checkpoint.adapter.digest
+    imatrix = plan.recipe.imatrix and digest_of(Path(plan.recipe.imatrix).expanduser())
+    adapter = plan.checkpoint.adapter and plan.checkpoint.adapter.digest
     calibration = windows and (windows.digest, torch.get_num_threads())
     return xxhash.xxh3_128_hexdigest(
-        repr((job.recipe.digest, stamp(job.checkpoint), adapter, imatrix, calibration, title(device))).encode()
+        repr((plan.recipe.digest, stamp(plan.checkpoint), adapter, imatrix, calibration, title(device))).encode()
     )
 
 
@@ -232,27 +232,27 @@ def _stream(
     solve: Callable[[Weight, Any, AnyScheme], Quantized],
 ) -> None:
     """Without calibration: piece after piece at the disk's speed, as many side by side as there are cores."""
-    job = run.job
+    plan = run.plan
     for record in run.folder.journal:
         restore_step(run, record)
     if run.rows:
         run.progress(
-            f"{RESUMING}: {len(run.rows)} of {len(job.schemes)} matrices are done", len(run.rows), len(job.schemes)
+            f"{RESUMING}: {len(run.rows)} of {len(plan.schemes)} matrices are done", len(run.rows), len(plan.schemes)
         )
-    notes = {c.weight: c.note for c in job.choices}
+    notes = {c.weight: c.note for c in plan.choices}
     todo = [unit for unit in units if any(w.name not in run.rows for w in unit)]
-    cut = [[unit] if len(unit) > 1 else [[piece] for piece in run.edition.pieces(unit[0])] for unit in todo]
+    cut = [[unit] if len(unit) > 1 else [[piece] for piece in run.checkpoint_writer.pieces(unit[0])] for unit in todo]
     total = sum(map(_size, todo))
     seen = 0
 
     def write(unit: Sequence[Weight], pieces: Sequence[Weight], sampled: int) -> list[Committed]:
         values = [read(piece) for piece in pieces]
-        scheme = job.schemes[unit[0]]
+        scheme = plan.schemes[unit[0]]
         q = solve(unit[0], values[0] if len(values) == 1 else torch.cat(values), scheme)
         return commit(run, pieces, q, values, scheme, sampled=sampled)
 
     def keep(tensor: str) -> None:
-        run.keep(tensor, job.checkpoint.read(tensor))
+        run.keep(tensor, plan.checkpoint.read(tensor))
 
     with _workers(max((_size(pieces) for tasks in cut for pieces in tasks), default=1)) as pool:
         written = [
@@ -262,13 +262,13 @@ def _stream(
         for unit, tasks in zip(todo, written, strict=True):
             reports, digests = [], {}
             for weight, chunks in zip(unit, zip(*(task.result() for task in tasks), strict=True), strict=True):
-                reports.append(weight_report(weight, job.schemes[weight], chunks, notes[weight]))
+                reports.append(weight_report(weight, plan.schemes[weight], chunks, notes[weight]))
                 digests[weight.name] = [chunk.digest for chunk in chunks]
             record_step(run, reports, digests, module=unit[0].name)
             seen += _size(unit)
             run.progress(unit[-1].name, seen, total)
-        for number, _ in enumerate(pool.map(keep, job.kept)):
-            run.progress("tensors that are not quantized", number, len(job.kept))
+        for number, _ in enumerate(pool.map(keep, plan.kept)):
+            run.progress("tensors that are not quantized", number, len(plan.kept))
 
 
 def _size(weights: Sequence[Weight]) -> int:
@@ -295,21 +295,21 @@ def _workers(largest: int) -> Iterator[Executor]:
 def _finish(run: Run, started: float) -> Report:
     """Small files, the check of what was written, and the report."""
     folder = run.folder.partial
-    for part in run.edition.extra():
+    for part in run.checkpoint_writer.extra():
         run.folder.write(*part)
     cache = _cache(run)
     with ThreadPoolExecutor(1) as disk:  # until it has every byte, what was written can be read already
         sealed = disk.submit(run.folder.seal)
-        run.edition.write_sidecars(folder)
+        run.checkpoint_writer.write_sidecars(folder)
         verify(run)
         sealed.result()
     size_bytes = sum(shard.size_bytes for shard in run.folder.shards.values())
-    file, seconds = run.edition.entry_file(stem_of(run.folder.target)), time.perf_counter() - started
+    file, seconds = run.checkpoint_writer.entry_file(stem_of(run.folder.target)), time.perf_counter() - started
     device = title(run.device)
     devices = Devices(solve=device, calibration=device if run.windows or cache else None)
-    report = build.report(run.job, run.rows, run.folds, run.windows, cache, size_bytes, file, seconds, devices)
+    report = build.report(run.plan, run.rows, run.folds, run.windows, cache, size_bytes, file, seconds, devices)
     texts = {
-        "recipe.yaml": run.job.recipe.dump(),
+        "recipe.yaml": run.plan.recipe.dump(),
         "report.json": as_json(report),
         "README.md": card(report, run.folder.target),
     }
@@ -320,7 +320,7 @@ def _finish(run: Run, started: float) -> Report:
 
 def _cache(run: Run) -> CacheReport | None:
     """Scales of the KV cache, where there are some."""
-    if not run.job.scales:
+    if not run.plan.scales:
         return None
     from halfbyte import kv_cache  # needs the model's code
 
@@ -329,24 +329,24 @@ def _cache(run: Run) -> CacheReport | None:
 
 def verify(run: Run) -> None:
     """Open what was written as any reader would, decode it, and compare it with what the solver returned."""
-    entries = run.edition.reopen(run.folder.partial)
-    schemes = {w.name: (w, s) for w, s in run.job.schemes.items()}
-    if lost := [n for n in (*run.job.kept, *schemes) if n not in run.digests]:
+    entries = run.checkpoint_writer.reopen(run.folder.partial)
+    schemes = {w.name: (w, s) for w, s in run.plan.schemes.items()}
+    if lost := [n for n in (*run.plan.kept, *schemes) if n not in run.digests]:
         raise BrokenOutput(
             f"{plural(len(lost), 'tensor of the source is', 'tensors of the source are')} in no part of the output, the first '{lost[0]}'"
         )
 
     def read_again(name: str) -> list[str]:
         if name not in schemes:
-            return [digest(run.edition.kept(entries, name))]
+            return [digest(run.checkpoint_writer.kept(entries, name))]
         weight, scheme = schemes[name]
-        chunks = run.edition.pieces(weight) if len(run.digests[name]) > 1 else [weight]
-        return [digest(run.edition.unpack(entries, chunk, scheme)) for chunk in chunks]
+        chunks = run.checkpoint_writer.pieces(weight) if len(run.digests[name]) > 1 else [weight]
+        return [digest(run.checkpoint_writer.unpack(entries, chunk, scheme)) for chunk in chunks]
 
-    with _workers(max(map(_size, run.job.units), default=1)) as pool:
+    with _workers(max(map(_size, run.plan.fused_groups), default=1)) as pool:
         for number, (name, again) in enumerate(zip(run.digests, pool.map(read_again, run.digests), strict=True)):
             run.progress("checking what was written", number, len(run.digests))
             if again != run.digests[name]:
                 raise BrokenOutput(
-                    f"'{name}' reads back as something else than was written; the disk or {run.job.target.name}'s reader is broken"
+                    f"'{name}' reads back as something else than was written; the disk or {run.plan.target.name}'s reader is broken"
                 )

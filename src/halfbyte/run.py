@@ -1,4 +1,4 @@
-"""A job under way: what becomes of a weight once it is solved, where it goes, and what is known of it."""
+"""A plan under way: what becomes of a weight once it is solved, where it goes, and what is known of it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -47,10 +47,10 @@ class Committed(NamedTuple):
 
 @dataclass
 class Run:
-    """A job under way: where its results go and what is known of them."""
+    """A plan under way: where its results go and what is known of them."""
 
-    job: Plan
-    edition: CheckpointWriter
+    plan: Plan
+    checkpoint_writer: CheckpointWriter
     folder: Folder
     progress: Progress
     rows: dict[str, WeightReport] = field(default_factory=dict)
@@ -68,16 +68,16 @@ class Run:
         q = on_cpu(q)
         for name, values in q.params.items():
             require_finite(f"{weight.name} ({name} of {q.grid})", values)
-        for part in self.edition.pack(weight, q):
+        for part in self.checkpoint_writer.pack(weight, q):
             self.folder.write(*part)
         return digest(q)
 
     def keep(self, tensor: str, value: Tensor) -> None:
         """Write a tensor that is not quantized in the precision planned, which that of a decoded one is not."""
-        value = cast(tensor, value, self.job.spec(tensor).dtype, self.job.wider)
-        if self.job.kept[tensor] != SKIPPED:
+        value = cast(tensor, value, self.plan.spec(tensor).dtype, self.plan.wider)
+        if self.plan.kept[tensor] != SKIPPED:
             require_finite(tensor, value)
-        parts = list(self.edition.keep(tensor, value))
+        parts = list(self.checkpoint_writer.keep(tensor, value))
         self.digests[tensor] = [digest([part.tensor for part in parts])]
         for part in parts:
             self.folder.write(*part)

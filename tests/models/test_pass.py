@@ -156,12 +156,14 @@ def test_a_stage_after_the_last_block_sees_the_whole_model_and_may_write_anew(ll
     seen = []
 
     def stage(run, walk):
-        weight = next(iter(run.job.schemes))
+        weight = next(iter(run.plan.schemes))
         seen.extend(run.rows)
         assert len(walk.inputs[1]) == 6  # what the last block returned
-        w = run.job.checkpoint.read_weight(weight)
-        q = blockwise.SOLVERS["minmax"](w, run.job.schemes[weight].weight, None)
-        run.digests[weight.name] = [blockwise.commit(run, [weight], q, [w], run.job.schemes[weight])[0].digest.result()]
+        w = run.plan.checkpoint.read_weight(weight)
+        q = blockwise.SOLVERS["minmax"](w, run.plan.schemes[weight].weight, None)
+        run.digests[weight.name] = [
+            blockwise.commit(run, [weight], q, [w], run.plan.schemes[weight])[0].digest.result()
+        ]
 
     monkeypatch.setitem(blockwise.MODEL_STAGES, "gptq", stage)
     calibration = {"source": text, "samples": 6, "length": 32}

@@ -43,24 +43,24 @@ LOST, LOST_ROW = 0.5, 0.75
 and a few rows .6."""
 
 
-def planned(job: Plan, size_bytes: int, file: str | None, files: list[str]) -> PlanReport:
+def planned(plan: Plan, size_bytes: int, file: str | None, files: list[str]) -> PlanReport:
     """All that is known of a run before it; `size_bytes` of all tensors of the output, which lie in `files`."""
-    notes = {c.weight: c.note for c in job.choices}
+    notes = {c.weight: c.note for c in plan.choices}
     return PlanReport(
-        **_common(job),
-        output=_output(job, size_bytes).model_copy(update={"file": file, "files": files}),
-        warnings=[*job.warnings, *job.checkpoint.left_out],
+        **_common(plan),
+        output=_output(plan, size_bytes).model_copy(update={"file": file, "files": files}),
+        warnings=[*plan.warnings, *plan.checkpoint.left_out],
         weights=[
             PlannedWeight(
                 name=w.name, grid=str(s), shape=w.shape, bits_per_weight=s.weight.bits(w.shape), note=notes[w]
             )
-            for w, s in job.schemes.items()
+            for w, s in plan.schemes.items()
         ],
     )
 
 
 def report(
-    job: Plan,
+    plan: Plan,
     rows: Mapping[str, WeightReport],
     folds: list[dict[str, Any]],
     windows: Windows | None,
@@ -72,15 +72,15 @@ def report(
 ) -> Report:
     """All that is known of a run after it; `file` is what engines open of the output, None for the folder."""
     notes = Counter(row.note for row in rows.values() if row.note)
-    warnings = [*job.warnings, *job.checkpoint.left_out, *(windows.warnings if windows else ()), *lost(rows.values())]
+    warnings = [*plan.warnings, *plan.checkpoint.left_out, *(windows.warnings if windows else ()), *lost(rows.values())]
     warnings += [f"{plural(count, 'weight')}: {note}" for note, count in notes.items()]
     made = Report(
-        **_common(job),
-        output=_output(job, size_bytes).model_copy(update={"file": file}),
+        **_common(plan),
+        output=_output(plan, size_bytes).model_copy(update={"file": file}),
         warnings=warnings,
         calibration=calibration(windows) if windows else None,
         error_of="outputs on the calibration tokens" if windows else "weights",
-        weights=[rows[w.name] for w in job.schemes],
+        weights=[rows[w.name] for w in plan.schemes],
         folds=[FoldReport(**fold) for fold in folds],
         environment=Environment(
             python=platform.python_version(),
@@ -98,48 +98,48 @@ def report(
     return made.model_copy(update={"kv": cache}) if cache else made
 
 
-def _common(job: Plan) -> dict[str, Any]:
+def _common(plan: Plan) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA,
         "halfbyte": version("halfbyte"),
-        "recipe": job.recipe,
-        "source": _source(job),
-        "engines": [engine(v) for v in job.verdicts],
-        "kept": job.kept,
-        "dropped": job.dropped,
+        "recipe": plan.recipe,
+        "source": _source(plan),
+        "engines": [engine(v) for v in plan.verdicts],
+        "kept": plan.kept,
+        "dropped": plan.dropped,
     }
 
 
-def _source(job: Plan) -> Source:
-    source = job.checkpoint
-    said = asdict(provenance_of(source, job.recipe.model))
+def _source(plan: Plan) -> Source:
+    source = plan.checkpoint
+    said = asdict(provenance_of(source, plan.recipe.model))
     return Source(
         **source_of(source).as_dict(),
-        hub=None if Path(job.recipe.model).expanduser().exists() else job.recipe.model,
+        hub=None if Path(plan.recipe.model).expanduser().exists() else plan.recipe.model,
         provenance=Provenance.model_validate_json(json.dumps(said)),  # in which its tuples are lists
         has_chat_template=source.has_chat_template,
         model_type=source.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
         size_bytes=sum(e.size_bytes for e in source.entries.values()),
-        parameters=_parameters(job),
+        parameters=_parameters(plan),
     )
 
 
-def _parameters(job: Plan) -> int:
-    return sum(prod(w.shape) for w in job.schemes) + sum(prod(job.checkpoint.spec(t).shape) for t in job.kept)
+def _parameters(plan: Plan) -> int:
+    return sum(prod(w.shape) for w in plan.schemes) + sum(prod(plan.checkpoint.spec(t).shape) for t in plan.kept)
 
 
-def _output(job: Plan, size_bytes: int) -> Output:
-    counted = sum(prod(w.shape) for w in job.schemes)
-    stored = sum(spec.size_bytes for w, s in job.schemes.items() for spec in job.target.specs(s, w.shape).values())
+def _output(plan: Plan, size_bytes: int) -> Output:
+    counted = sum(prod(w.shape) for w in plan.schemes)
+    stored = sum(spec.size_bytes for w, s in plan.schemes.items() for spec in plan.target.specs(s, w.shape).values())
     return Output(
-        container=job.target.name,
-        grid=job.label,
+        container=plan.target.name,
+        grid=plan.label,
         size_bytes=size_bytes,
         bits_per_weight=8 * stored / counted if counted else None,
-        bits_per_parameter=8 * size_bytes / _parameters(job),
-        quantized=len(job.schemes),
-        kept=len(job.kept),
+        bits_per_parameter=8 * size_bytes / _parameters(plan),
+        quantized=len(plan.schemes),
+        kept=len(plan.kept),
     )
 
 

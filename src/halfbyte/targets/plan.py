@@ -63,14 +63,14 @@ class Plan:
         return MappingProxyType({c.weight: c.scheme for c in self.choices if c.scheme})
 
     @cached_property
-    def units(self) -> tuple[tuple[Weight, ...], ...]:
+    def fused_groups(self) -> tuple[tuple[Weight, ...], ...]:
         """Weights that are rounded as one matrix, most of them alone: what engines fuse, where all rows share a parameter. They
         take one for all, and round again (or decode wrongly) where each has its own."""
-        units: dict[tuple, list[Weight]] = {}
+        groups: dict[tuple, list[Weight]] = {}
         for weight, scheme in self.schemes.items():
             fused = fused_set(weight.name) if scheme.weight.shares_params_across_rows else None
-            units.setdefault((fused, scheme) if fused else (weight.name,), []).append(weight)
-        return tuple(map(tuple, units.values()))
+            groups.setdefault((fused, scheme) if fused else (weight.name,), []).append(weight)
+        return tuple(map(tuple, groups.values()))
 
     def spec(self, tensor: str) -> Spec:
         """Shape and dtype in which a tensor that is not quantized is written, by its name in the checkpoint."""

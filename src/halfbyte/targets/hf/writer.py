@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from halfbyte.containers.folder import Shard
 from halfbyte.containers.safetensors import Entry, Spec, Writer
 from halfbyte.errors import BrokenOutput
 from halfbyte.models import roles
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.checkpoint import INDEX, Checkpoint
 from halfbyte.targets.plan import Plan
 from halfbyte.targets.target import CheckpointWriter, split
 
@@ -40,10 +40,7 @@ class FolderWriter(CheckpointWriter):
         return dict(zip(names, parts, strict=True))
 
     def shards(self, stem: str) -> dict[str, Shard]:
-        return {
-            name: Shard(sum(s.size_bytes for s in specs.values()), partial(_writer, specs))
-            for name, specs in self.files().items()
-        }
+        return shards_of(self.files())
 
     def write_sidecars(self, folder: Path) -> None:
         plan, source = self.plan, self.plan.checkpoint
@@ -55,20 +52,9 @@ class FolderWriter(CheckpointWriter):
             config = kv.config(config, plan.kv) if plan.kv else config
             files = self.container.extra_files(config)
         files = {"config.json": self._config(config), **files}
-        for path in source.other_files:
-            name = str(path.relative_to(source.path))
-            if name not in OURS:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / name)
+        copy_companions(source, folder, OURS)
         source.save_companions(folder)
-        if len(shards := self.files()) > 1:
-            total = sum(spec.size_bytes for specs in shards.values() for spec in specs.values())
-            index = {t: name for name, specs in shards.items() for t in specs}
-            files["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
-        for name, content in files.items():
-            (folder / name).write_text(
-                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
-            )
+        write_json(folder, files | index_of(self.files()))
 
     def _config(self, quantization: Config) -> Config:
         """The source's, with what this output is: what it said of the source's own quantization goes."""
@@ -120,5 +106,42 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _writer(specs: Mapping[str, Spec], path: Path, resume: bool) -> Writer:
+Files = Mapping[str, Mapping[str, Spec]]
+"""The tensors of each file of safetensors."""
+
+
+def shards_of(files: Files) -> dict[str, Shard]:
+    """How each is laid out."""
+    return {
+        name: Shard(sum(spec.size_bytes for spec in specs.values()), partial(_laid_out, specs))
+        for name, specs in files.items()
+    }
+
+
+def _laid_out(specs: Mapping[str, Spec], path: Path, resume: bool) -> Writer:
     return Writer(path, specs, resume)
+
+
+def index_of(files: Files) -> dict[str, Config]:
+    """What says which tensor lies where; one file needs no such."""
+    if len(files) == 1:
+        return {}
+    total = sum(spec.size_bytes for specs in files.values() for spec in specs.values())
+    places = {tensor: name for name, specs in files.items() for tensor in specs}
+    return {INDEX: {"metadata": {"total_size": total}, "weight_map": places}}
+
+
+def copy_companions(source: Checkpoint, folder: Path, but: Collection[str] = ()) -> None:
+    """Tokenizer, template and all else that lies beside a checkpoint's weights, byte for byte."""
+    for path in source.other_files:
+        place = folder / path.relative_to(source.path)
+        if str(path.relative_to(source.path)) not in but:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+
+
+def write_json(folder: Path, files: Mapping[str, Config]) -> None:
+    """Small files, as Transformers writes them."""
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
