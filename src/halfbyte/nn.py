@@ -5,39 +5,40 @@ from functools import wraps
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float32, Int8, Int32
+from jaxtyping import Float, Float32, Int8, Int32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
 from halfbyte.grids.activations import FLOATS, ActivationGrid, ActivationQuant, ScaledActivations
 from halfbyte.grids.grid import Params
-from halfbyte.grids.quantized import Quantized
+from halfbyte.grids.quantized import PackedMatrix, Quantized
 from halfbyte.grids.scalar import is_integer
+from halfbyte.kernels import choose
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.models.matmuls import MatmulCapture, Matrix
 from halfbyte.targets import open_checkpoint
 
 
-class QuantLinear(nn.Module):
-    """A linear whose weight stays on its grid, and whose input is rounded as engines do; the reference: decode, then multiply."""
+class PackedModule(nn.Module):
+    """Holds a matrix as it lies in its file, bit for bit, and makes it out anew whenever it is asked for."""
 
-    codes: Tensor
     like: Tensor
 
-    def __init__(self, q: Quantized, bias: Tensor | None, dtype: torch.dtype):
+    def __init__(self, matrix: PackedMatrix, dtype: torch.dtype):
         super().__init__()
-        self.grid, self.names = q.grid, list(q.params)
-        self.activations, self.stored = (
-            (q.activations.grid, list(q.activations.params)) if q.activations else (None, [])
-        )
-        self.register_buffer("codes", q.codes)
-        for name, value in q.params.items():
-            self.register_buffer(name, value)
-        for name, value in (q.activations.params if q.activations else {}).items():
-            self.register_buffer(f"input_{name}", value)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._hold(matrix)
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def _hold(self, matrix: PackedMatrix) -> None:
+        self._names, self._matrix = list(matrix.tensors), matrix._replace(tensors={})
+        for number, value in enumerate(matrix.tensors.values()):
+            self.register_buffer(f"packed_{number}", value)
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        tensors = {name: getattr(self, f"packed_{number}") for number, name in enumerate(self._names)}
+        return self._matrix._replace(tensors=tensors)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,6 +48,11 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         """As all modules do, but for what is stored: `.half()` changes what it computes in, and no scale."""
         stored = {name: b for name, b in self._buffers.items() if name != "like" and b is not None}
+        if not choose.has_compiled(fn(self.like).device) and all(
+            choose.has_compiled(b.device) for b in stored.values()
+        ):
+            self._hold(self.matrix.unpacked())  # which only a CPU does
+            stored = {name: b for name, b in self._buffers.items() if name != "like" and b is not None}
         super()._apply(fn, recurse)
         for name, before in stored.items():
             now = self._buffers[name]
@@ -57,11 +63,31 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """Decoded, for models whose code looks at it. Changing it changes nothing."""
-        return self.grid.decode(self.codes, self.params).to(self.dtype)
+        return self.matrix.quantized.decode().to(self.dtype)
 
-    @property
-    def params(self) -> Params:
-        return {name: getattr(self, name) for name in self.names}
+
+class QuantEmbedding(PackedModule):
+    """An embedding whose rows stay packed but for those that are looked up."""
+
+    def forward(self, tokens: Int64[Tensor, "*tokens"]) -> Float[Tensor, "*tokens in"]:
+        rows, which = tokens.unique(return_inverse=True)
+        found = self.matrix.at(rows) if self.matrix.by_rows else self.matrix.quantized
+        values = found.decode().to(self.dtype)
+        return values[which if self.matrix.by_rows else tokens]
+
+
+class QuantLinear(PackedModule):
+    """A linear whose weight stays packed, and whose input is rounded as engines do; the reference: unpack, decode, multiply."""
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype):
+        super().__init__(matrix, dtype)
+        q = matrix.quantized
+        self.activations, self.stored = (
+            (q.activations.grid, list(q.activations.params)) if q.activations else (None, [])
+        )
+        for name, value in (q.activations.params if q.activations else {}).items():
+            self.register_buffer(f"input_{name}", value)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if (
@@ -69,9 +95,10 @@ class QuantLinear(nn.Module):
         ):  # of no tokens, such as those of an idle expert, there is no largest
             return functional.linear(x, self.weight, self.bias)
         params = self.activations.params(x, {name: getattr(self, f"input_{name}") for name in self.stored})
-        y = integer_product(x, self.activations, params, Quantized(self.grid, self.codes, self.params))
+        q = self.matrix.quantized
+        y = integer_product(x, self.activations, params, q)
         if y is None:
-            y = functional.linear(self.activations.round(x, params), self.grid.decode(self.codes, self.params))
+            y = functional.linear(self.activations.round(x, params), q.decode())
         y = y.to(self.dtype)
         return y if self.bias is None else y + self.bias
 
@@ -121,7 +148,8 @@ RESCALED = {"rwkv"}
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"):
     """The model in `dtype` (the checkpoint's own by default), on `device`.
 
-    Linears that are quantized stay so in memory, but for models that rescale them; fused experts and transposed matrices are decoded.
+    Linears and embeddings that are quantized stay packed in a CPU's memory, but for models that rescale them; fused experts and transposed
+    matrices are decoded. On other devices each weight takes a byte: codes are unpacked before they move there.
     A KV cache that is quantized holds the values that an engine would read from it, in 16 bits.
     """
     checkpoint = open_checkpoint(path)
@@ -131,24 +159,17 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     ties = skeleton.ties(model, places)
     names = skeleton.inside(model, "")
     skeleton.require_whole(model, checkpoint, places, names)
-    packed: dict[str, str] = {}
-    for module in checkpoint.quantized if checkpoint.model_type not in RESCALED else ():
-        place = places.get(f"{module}.weight")
-        if place and place.expert is None and not place.transposed:
-            home = place.parameter.removesuffix(".weight")
-            if (
-                isinstance(model.get_submodule(home), nn.Linear)
-                and model.get_parameter(place.parameter).shape == checkpoint.quantized[module][1]
-            ):
-                packed[f"{module}.weight"] = home
+    packed = _packed(model, checkpoint, places)
     for tensor, home in packed.items():
-        q, bias = checkpoint.read_quantized(tensor.removesuffix(".weight")), model.get_submodule(home).bias
-        linear = QuantLinear(q, bias if isinstance(bias, Tensor) else None, dtype)
-        for name in (
-            home,
-            *(name.removesuffix(".weight") for name, source in ties.items() if source == f"{home}.weight"),
-        ):
-            model.set_submodule(name, linear)
+        matrix = checkpoint.read_packed(tensor.removesuffix(".weight"))
+        matrix = matrix if choose.has_compiled(device) else matrix.unpacked()
+        tied = (name.removesuffix(".weight") for name, source in ties.items() if source == f"{home}.weight")
+        for name in (home, *tied):
+            before = model.get_submodule(name)
+            bias = getattr(before, "bias", None)
+            is_linear = isinstance(before, nn.Linear)
+            module = QuantLinear(matrix, bias, dtype) if is_linear else QuantEmbedding(matrix, dtype)
+            model.set_submodule(name, module)
     skeleton.load(model, checkpoint, places, ties, names, device)
     nn.Module.to(model, device)
     decoded = {
@@ -161,6 +182,20 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     if checkpoint.kv:
         kv.apply(model, places, checkpoint.kv, device)
     return model
+
+
+def _packed(model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton.Place]) -> dict[str, str]:
+    """Tensors that stay packed, and the linears and embeddings that take them."""
+    packed: dict[str, str] = {}
+    for module in checkpoint.quantized if checkpoint.model_type not in RESCALED else ():
+        place = places.get(f"{module}.weight")
+        if place and place.expert is None and not place.transposed:
+            home = place.parameter.removesuffix(".weight")
+            found, shape = model.get_submodule(home), checkpoint.quantized[module][1]
+            # Embeddings of other classes do more than look up.
+            if (isinstance(found, nn.Linear) or type(found) is nn.Embedding) and found.weight.shape == shape:
+                packed[f"{module}.weight"] = home
+    return packed
 
 
 def _round_inputs(

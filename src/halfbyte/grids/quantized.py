@@ -1,7 +1,8 @@
 """Quantized: the one value that crosses every border. Scheme: what becomes of a linear."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,37 @@ class Quantized(NamedTuple):
         """Every bit of it, by name."""
         stored = {f"input {name}": p for name, p in self.activations.params.items()} if self.activations else {}
         return {"codes": self.codes, **self.params, **stored}
+
+
+class PackedMatrix(NamedTuple):
+    """A quantized matrix as it lies in a file, and what makes codes and parameters of it."""
+
+    tensors: dict[str, Tensor]
+    unpack: Callable[[Mapping[str, Tensor]], Quantized]
+    by_rows: bool = False
+    """Whether the same rows of all tensors are those rows of the matrix."""
+
+    @property
+    def quantized(self) -> Quantized:
+        return self.unpack(self.tensors)
+
+    def unpacked(self) -> "PackedMatrix":
+        """The same with codes and parameters in place of their bits."""
+        q = self.quantized
+        return PackedMatrix(q.tensors, partial(_restore, q))
+
+    def at(self, rows: Int64[Tensor, " rows"]) -> Quantized:
+        """Some rows of it, if `by_rows`."""
+        return self.unpack({name: value[rows] for name, value in self.tensors.items()})
+
+
+def _restore(q: Quantized, tensors: Mapping[str, Tensor]) -> Quantized:
+    """A matrix whose tensors have moved to where these are."""
+    params = {name: tensors[name] for name in q.params}
+    activations = q.activations and q.activations._replace(
+        params={name: tensors[f"input {name}"] for name in q.activations.params}
+    )
+    return Quantized(q.grid, tensors["codes"], params, activations)
 
 
 def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

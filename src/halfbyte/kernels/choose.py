@@ -10,6 +10,7 @@ from functools import wraps
 from importlib import import_module
 from typing import Any, Literal, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
@@ -53,5 +54,10 @@ def faster_on_cpu(module: str) -> Callable[[Operation], Operation]:
     return choosing
 
 
+def has_compiled(device: str | torch.device) -> bool:
+    """Whether there are compiled operations for tensors there; what packs and unpacks bits is compiled too."""
+    return torch.device(device).type == "cpu"
+
+
 def _on_cpu(args: tuple[object, ...]) -> bool:
-    return next(a for a in args if isinstance(a, Tensor)).device.type == "cpu"
+    return has_compiled(next(a for a in args if isinstance(a, Tensor)).device)

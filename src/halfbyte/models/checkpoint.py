@@ -21,7 +21,7 @@ from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief, plura
 from halfbyte.files import exists, is_within, read_object
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import AnyScheme, PackedMatrix, Quantized
 from halfbyte.models import cards, roles, tokenizers
 from halfbyte.models.linears import Linears, linears
 
@@ -258,11 +258,14 @@ class Checkpoint:
         return {f"{m}.{s}": m for m in modules for s in suffixes if f"{m}.{s}" in self.entries}
 
     def read_quantized(self, module: str) -> Quantized:
-        """The matrix of a module that is quantized already, as it lies in the file."""
-        layout = self._layout
+        """The matrix of a module that is quantized already."""
+        return self.read_packed(module).quantized
+
+    def read_packed(self, module: str) -> PackedMatrix:
+        """The same as it lies in the file."""
         scheme, shape = self.quantized[module]
         tensors = {n.removeprefix(f"{module}."): self.entries[n].read() for n in self.parts_of[module]}
-        return layout.unpack(tensors, scheme, shape)
+        return PackedMatrix(tensors, partial(self._layout.unpack, scheme=scheme, shape=shape))
 
     @property
     def _layout(self) -> Reader:

@@ -85,7 +85,7 @@ def test_a_quantized_matrix_is_what_the_gguf_package_reads(home):
 def test_load_keeps_linears_packed(home):
     model = halfbyte.load(home / "q4.gguf")
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.packed_0 is model.model.embed_tokens.packed_0  # tied
 
 
 def test_parts_read_as_one_whichever_is_named(home):

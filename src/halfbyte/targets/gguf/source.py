@@ -1,8 +1,9 @@
 """A GGUF as a checkpoint: under the names, shapes and settings that the model has on the hub, so that all else need not know."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,8 +15,8 @@ from torch import Tensor
 from halfbyte.containers.config import require_sound
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows
+from halfbyte.grids.grid import Grid, Shape
+from halfbyte.grids.quantized import AnyScheme, PackedMatrix, Quantized
 from halfbyte.models import tokenizers
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.provenance import HUB, HUB_ID, text_of
@@ -159,11 +160,12 @@ class GGUFCheckpoint(Checkpoint):
     def parts(self) -> dict[str, str]:
         return {f"{module}.": module for module in self._quantized}
 
-    def read_quantized(self, module: str) -> Quantized:
+    def read_packed(self, module: str) -> PackedMatrix:
         scheme, _ = self._quantized[module]
-        q = blocks.unpack(self.entries[f"{module}."].read(), scheme.weight)
-        rows = self.names.places(f"{module}.weight" if f"{module}.weight" in self.shapes else module)[0].rows
-        return q if rows is None else select_rows(q, torch.argsort(rows))
+        raw, place = self.entries[f"{module}."].read(), f"{module}.weight"
+        rows = self.names.places(place if place in self.shapes else module)[0].rows
+        raw = raw if rows is None else raw[torch.argsort(rows)]
+        return PackedMatrix({"": raw}, partial(_unpacked, scheme.weight), by_rows=True)
 
     def _read(self, tensor: str) -> Tensor:
         if tensor.removesuffix(".weight") in self._quantized:
@@ -238,3 +240,7 @@ def translation_of(checkpoint: Checkpoint) -> Names:
     if isinstance(checkpoint, GGUFCheckpoint):
         return checkpoint.names
     return Translation(family_of(checkpoint.config), checkpoint.config, checkpoint.tensors())
+
+
+def _unpacked(grid: Grid, tensors: Mapping[str, Tensor]) -> Quantized:
+    return blocks.unpack(tensors[""], grid)
