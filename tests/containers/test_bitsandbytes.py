@@ -175,7 +175,7 @@ def test_what_is_packed_is_what_was_planned_and_comes_back(name, shape):
     container = BitsAndBytes()
     q = with_activations(
         nearest(torch.randn(shape, generator=torch.Generator().manual_seed(0)), parse(name)),
-        container.native(parse(name), torch.bfloat16),
+        container.resolve(parse(name), torch.bfloat16),
     )
     packed, plan = container.pack(q), container.plan(q.scheme, shape)
     assert {n: (tuple(t.shape), t.dtype) for n, t in packed.items()} == {n: (s.shape, s.dtype) for n, s in plan.items()}
@@ -185,7 +185,7 @@ def test_what_is_packed_is_what_was_planned_and_comes_back(name, shape):
 def test_what_it_cannot_hold_is_refused_with_what_it_can(tmp_path):
     for name in ("int4-g128", "int8-g128", "int8-channel-asym", "q4_k"):
         with pytest.raises(Unsupported, match="nf4"):
-            BitsAndBytes().check(BitsAndBytes().native(parse(name), torch.bfloat16), (64, 256))
+            BitsAndBytes().check(BitsAndBytes().resolve(parse(name), torch.bfloat16), (64, 256))
     with pytest.raises(Unsupported, match="one scheme"):
         halfbyte.quantize(
             demo.MODEL,

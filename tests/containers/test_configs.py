@@ -85,7 +85,7 @@ def test_narrow_rows_have_the_bits_that_are_said(tmp_path):
 def test_a_row_of_one_group_keeps_its_name(name, kind, tmp_path):
     """int4-g128 on 128 in-features: by shape it might be a channel, and a container of one grid would then hold two."""
     container, q = kind(), quantized(name)
-    grid = container.native(q.grid, torch.float16)
+    grid = container.resolve(q.grid, torch.float16)
     q = q._replace(grid=grid, params={**q.params, "scale": q.params["scale"].half()})
     save_file({f"a.{n}": t for n, t in container.pack(q).items()}, tmp_path / "x.safetensors")
     config = container.config({"a": grid}, [], torch.float16)

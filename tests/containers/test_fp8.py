@@ -194,11 +194,11 @@ def test_a_stored_scale_that_is_not_there_is_a_broken_checkpoint(source, tmp_pat
 
 def test_what_the_layout_does_not_hold_is_refused_with_what_would_work():
     with pytest.raises(Unsupported, match="fp8-e4m3-block"):
-        FP8().native(parse("fp8-e4m3-channel"), torch.bfloat16)
+        FP8().resolve(parse("fp8-e4m3-channel"), torch.bfloat16)
     with pytest.raises(Unsupported, match="compressed-tensors"):
         FP8().check(parse("fp8-e4m3-block"), (64, 256))
     with pytest.raises(Unsupported, match="fp8-e4m3"):
-        CompressedTensors().native(parse("fp8-e5m2-channel"), torch.bfloat16)
+        CompressedTensors().resolve(parse("fp8-e5m2-channel"), torch.bfloat16)
 
 
 def test_a_scale_of_another_shape_is_no_block(blocks, tmp_path):

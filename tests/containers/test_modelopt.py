@@ -169,4 +169,4 @@ def test_fused_experts_are_told_from_their_scales_in_any_order_of_tensors(tmp_pa
         for part in ("weight", "weight_scale", "weight_scale_2")
     }
     for order in permutations(entries.items()):
-        assert ModelOpt().apart(dict(order)).keys() == wanted
+        assert ModelOpt().unfuse_experts(dict(order)).keys() == wanted

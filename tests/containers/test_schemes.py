@@ -67,7 +67,7 @@ def test_compressed_tensors_reads_what_is_written(made, name):
     # both.
     assert infer_module_format(torch.nn.Linear, scheme) == scheme.format or name == "w4a8-fp8"
     for module, (found, _) in checkpoint.quantized.items():
-        assert str(found) == str(CompressedTensors().native(parse(name), torch.bfloat16))
+        assert str(found) == str(CompressedTensors().resolve(parse(name), torch.bfloat16))
         tensors = {n.removeprefix(f"{module}."): checkpoint.entries[n].read() for n in checkpoint.parts_of[module]}
         weights = {n: t for n, t in tensors.items() if not n.startswith("input_")}
         theirs = BaseCompressor.get_value_from_registry(str(scheme.format)).decompress(weights, scheme)["weight"]
@@ -213,8 +213,8 @@ def test_a_stored_scale_needs_text_that_is_there(home, tmp_path):
 
 
 def test_containers_hold_the_inputs_that_their_engines_round():
-    assert str(FP8().native(parse("fp8-e4m3-block"), torch.bfloat16)) == "fp8-e4m3-block/fp8-e4m3-g128"
-    assert input_named("fp8-e4m3-g128") == FP8().native(parse("fp8-e4m3-block"), torch.bfloat16).activations
+    assert str(FP8().resolve(parse("fp8-e4m3-block"), torch.bfloat16)) == "fp8-e4m3-block/fp8-e4m3-g128"
+    assert input_named("fp8-e4m3-g128") == FP8().resolve(parse("fp8-e4m3-block"), torch.bfloat16).activations
 
 
 def with_another(home, folder, name):

@@ -67,7 +67,7 @@ def test_names_come_back(name):
 
 def theirs_plain(name: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
     """What compressed-tensors makes of these weights by itself: min-max scales, then its own rounding and packing."""
-    grid = CompressedTensors().native(parse(name), torch.float32) if name.startswith("fp8") else parse(name)
+    grid = CompressedTensors().resolve(parse(name), torch.float32) if name.startswith("fp8") else parse(name)
     layout = layout_of(grid)
     scheme = QuantizationScheme(
         targets=["Linear"], weights=QuantizationArgs(**layout.arguments(grid)), format=layout.format

@@ -22,7 +22,7 @@ REGISTRIES = {
     "engines/engines.py": "what each engine loads, and by which names it is called",
     "demonstration.py": "the rows of the demo",
     "models/checkpoint.py": "files that hold weights, whoever wrote them",
-    "grids/lattice.py": "the package gguf, which has ggml's codebooks",
+    "kernels/lattice.py": "the package gguf, which has ggml's codebooks",
     "api.py": "halfbyte imatrix, which measures and writes llama.cpp's importance matrices",
     "pipeline.py": "--imatrix, which reads them",
 }

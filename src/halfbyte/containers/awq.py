@@ -41,7 +41,7 @@ class AWQ(Container):
     name = "awq"
     mixes = False
 
-    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         return integer(scheme, self.name).with_scale(stored_scale(dtype))
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
@@ -51,8 +51,8 @@ class AWQ(Container):
         if out % 8:
             raise Unsupported(f"awq packs eight out-features to a word, which {out} do not fill")
 
-    def same(self, q: Quantized) -> Quantized | None:
-        return same if (same := super().same(q)) and fits_half(q.params["scale"]) else None
+    def cast_exact(self, q: Quantized) -> Quantized | None:
+        return same if (same := super().cast_exact(q)) and fits_half(q.params["scale"]) else None
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
         grid, (out, width) = integer(scheme, self.name), shape

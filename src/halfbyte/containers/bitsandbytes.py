@@ -63,7 +63,7 @@ class BitsAndBytes(Container):
     def for_model(self, dtype: torch.dtype) -> "BitsAndBytes":
         return BitsAndBytes(dtype)
 
-    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         grid = scheme.weight
         is_int8 = is_llm_int8(grid) or (is_integer(grid) and grid.with_scale("fp16") == integers(8, "channel"))
         return LLM_INT8 if is_int8 and scheme.activations in (None, LLM_INT8.activations) else scheme
@@ -73,7 +73,7 @@ class BitsAndBytes(Container):
         if is_absmax(grid):
             grid.require_fit(shape)
 
-    def same(self, q: Quantized) -> Quantized | None:
+    def cast_exact(self, q: Quantized) -> Quantized | None:
         if is_llm_int8(q.grid):
             return q._replace(activations=ActivationQuant(LLM_INT8.activations, {}))
         return q if is_absmax(q.grid) and not q.activations else None

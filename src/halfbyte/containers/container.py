@@ -56,14 +56,14 @@ class Reader(ABC):
     """
 
     name: str
-    read_too: tuple[str, ...] = ()
+    foreign_suffixes: tuple[str, ...] = ()
     """Suffixes of tensors that belong to a module in files of others."""
 
     @abstractmethod
     def reads(self, config: Config) -> bool:
         """Whether a `quantization_config` is of this layout."""
 
-    def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    def unfuse_experts(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         """The tensors of a checkpoint, those that several modules share (fused experts) cut up."""
         return dict(entries)
 
@@ -77,7 +77,7 @@ class Reader(ABC):
 
     def suffixes(self, scheme: AnyScheme, shape: Shape) -> set[str]:
         """Of the tensors that such a module may have."""
-        return set(self.read_too)
+        return set(self.foreign_suffixes)
 
     @abstractmethod
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
@@ -103,7 +103,7 @@ class Container(Reader):
         return self
 
     @abstractmethod
-    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         """`scheme` with scales in the precision that engines compute with when the model is of `dtype`, and with the inputs that
         they round whether asked or not."""
 
@@ -111,11 +111,11 @@ class Container(Reader):
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         """Raise Unsupported, saying what the container can hold, unless it holds such a matrix."""
 
-    def same(self, q: Quantized) -> Quantized | None:
+    def cast_exact(self, q: Quantized) -> Quantized | None:
         """A matrix from elsewhere, value for value on a grid that this container may hold; None where it must be rounded."""
         return q._replace(activations=None) if is_integer(q.grid) else None
 
-    def holding(self, q: Quantized) -> "Container":
+    def for_tensor(self, q: Quantized) -> "Container":
         """The version of this container that holds such a matrix too."""
         return self
 
@@ -124,7 +124,7 @@ class Container(Reader):
         """Suffix, shape and dtype of every tensor that `pack` will return."""
 
     def suffixes(self, scheme: AnyScheme, shape: Shape) -> set[str]:
-        return {*self.plan(scheme, shape), *self.read_too}
+        return {*self.plan(scheme, shape), *self.foreign_suffixes}
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
         """Those of `plan`, and where others write them otherwise, that."""

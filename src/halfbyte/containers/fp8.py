@@ -29,7 +29,7 @@ from halfbyte.containers.container import (
     inputs_of,
     told,
 )
-from halfbyte.containers.fused import apart
+from halfbyte.containers.fused import unfuse
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid, ActivationQuant
@@ -59,9 +59,9 @@ class FP8(Container):
 
     name = "fp8"
     mixes = False
-    read_too = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
+    foreign_suffixes = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 
-    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         grid = _held(scheme).with_scale("fp32")
         return Scheme(grid, scheme.activations or READ[grid.granularity])
 
@@ -77,7 +77,7 @@ class FP8(Container):
                 f"fp8 has blocks of {SIDE} x {SIDE}, which readers want {shape[0]} x {shape[1]} to be a multiple of; compressed-tensors has rows"
             )
 
-    def same(self, q: Quantized) -> Quantized | None:
+    def cast_exact(self, q: Quantized) -> Quantized | None:
         if not is_float(q.grid) or q.grid.granularity not in ("block", "tensor"):
             return None
         read = (
@@ -154,8 +154,8 @@ class FP8(Container):
     def reads(self, config: Config) -> bool:
         return config.get("quant_method") in (self.name, "mxfp8", "fbgemm_fp8")
 
-    def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        return apart(
+    def unfuse_experts(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        return unfuse(
             entries,
             {
                 "": "weight",

@@ -51,7 +51,7 @@ class GPTQ(Container):
     name = "gptq"
     version: int = 1
 
-    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         return integer(scheme, self.name).with_scale(stored_scale(dtype))
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
@@ -64,10 +64,10 @@ class GPTQ(Container):
                     f"gptq packs whole 32-bit words: {what}-features {size} x {grid.levels.bits} bits do not fill them"
                 )
 
-    def same(self, q: Quantized) -> Quantized | None:
-        return same if (same := super().same(q)) and fits_half(q.params["scale"]) else None
+    def cast_exact(self, q: Quantized) -> Quantized | None:
+        return same if (same := super().cast_exact(q)) and fits_half(q.params["scale"]) else None
 
-    def holding(self, q: Quantized) -> "GPTQ":
+    def for_tensor(self, q: Quantized) -> "GPTQ":
         return GPTQ(2) if "zero" in q.params and not q.params["zero"].all() else self
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:

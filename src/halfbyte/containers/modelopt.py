@@ -20,7 +20,7 @@ from torch import Tensor
 from halfbyte.containers.compressed.small_floats import unpack
 from halfbyte.containers.container import ONE, Config, Has, Part, Reader, any_of, input_parts, inputs_of
 from halfbyte.containers.fp8 import FP8, STATIC
-from halfbyte.containers.fused import apart
+from halfbyte.containers.fused import unfuse
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
 from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid, ActivationQuant
@@ -37,7 +37,16 @@ class ModelOpt(Reader):
     """FP8, MXFP8 and NVFP4, one beside the other."""
 
     name = "modelopt"
-    read_too = ("weight", "weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale", "k_bias", "v_bias")
+    foreign_suffixes = (
+        "weight",
+        "weight_scale",
+        "weight_scale_2",
+        "input_scale",
+        "k_scale",
+        "v_scale",
+        "k_bias",
+        "v_bias",
+    )
 
     def reads(self, config: Config) -> bool:
         said = config.get("producer")
@@ -45,8 +54,8 @@ class ModelOpt(Reader):
             isinstance(said, dict) and said.get("name") == self.name
         )
 
-    def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        return apart(
+    def unfuse_experts(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        return unfuse(
             entries, {"": "weight", **{f"_{part}": part for part in ("weight_scale", "weight_scale_2", "input_scale")}}
         )
 

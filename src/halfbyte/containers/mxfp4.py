@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfbyte.containers.compressed.small_floats import MXFP4 as PACKED
 from halfbyte.containers.container import Config, Has, Part, Reader, any_of
-from halfbyte.containers.fused import apart
+from halfbyte.containers.fused import unfuse
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
@@ -25,13 +25,13 @@ class MXFP4(Reader):
     """Blocks of 32 in-features, 16 bytes each."""
 
     name = "mxfp4"
-    read_too = ("blocks", "scales")
+    foreign_suffixes = ("blocks", "scales")
 
     def reads(self, config: Config) -> bool:
         return config.get("quant_method") == self.name
 
-    def apart(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        return apart(entries, {"_blocks": "blocks", "_scales": "scales"})
+    def unfuse_experts(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        return unfuse(entries, {"_blocks": "blocks", "_scales": "scales"})
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
         found: dict[str, tuple[AnyScheme, Shape]] = {}

@@ -28,7 +28,7 @@ class Place:
     """The names, and the steps from one to the other."""
 
     def __init__(self, target: Path, is_file: bool, marks: tuple[str, ...]):
-        """`is_file`: the output is one file, with its report beside it, and no folder; `marks`: what folders of outputs hold, as patterns."""
+        """`is_file`: the output is one file, its report beside it, and no folder; `marks`: patterns of what its folders hold."""
         self.target = target
         self.final = target.resolve()  # links are followed: rename would replace them
         self.is_file, self.marks = is_file, marks

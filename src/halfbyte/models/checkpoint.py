@@ -77,7 +77,7 @@ class Checkpoint:
         require_sound(self.config, path / "config.json")
         self.entries = _entries(path)
         if self._reader:
-            self.entries = self._reader.apart(self.entries)
+            self.entries = self._reader.unfuse_experts(self.entries)
         self._seal()
 
     def _seal(self) -> None:

@@ -18,7 +18,8 @@ def completed(recipe: Recipe, target: Target) -> Recipe:
         if getattr(recipe, word) and word not in target.words:
             taker = next(other for other in TARGETS.values() if word in other.words)
             raise BadRequest(
-                f"{word} is for {taker.title}, and this is to be {target.name}; leave it out, or write one with --to {taker.name}"
+                f"{word} is for {taker.title}, and this is to be {target.name}; leave it out, "
+                f"or write one with --to {taker.name}"
             )
     implied = {"grid": target.default_grid} if target.default_grid and "grid" not in recipe.model_fields_set else {}
     return recipe.model_copy(update={"to": target.name, **implied})
@@ -31,8 +32,8 @@ def require_known(target: Target, grid: str, overrides: Iterable[str] = ()) -> N
         owner = None if is_grid else next((other for other in TARGETS.values() if other.prefers(name, None)), None)
         if owner:
             raise Unsupported(
-                f"'{name}' is a preset of {owner.title}, where tensors have several types; write one with --to {owner.name}, "
-                "or name one grid, such as int4-g128"
+                f"'{name}' is a preset of {owner.title}, where tensors have several types; "
+                f"write one with --to {owner.name}, or name one grid, such as int4-g128"
             )
         try:
             target.require_name(name, mixture)

@@ -1,4 +1,4 @@
-"""Words to a plan: every check that needs no weight happens here, before any is read. What convert() can keep, values decide."""
+"""Words to a plan: every check that needs no weight, before any is read. What convert() can keep, values decide."""
 
 from dataclasses import replace
 from typing import Any
@@ -38,8 +38,8 @@ def resolve(recipe: Recipe) -> Plan:
     checkpoint = source_of(recipe)
     if checkpoint.container and not _is_original(checkpoint) and not recipe.requantize:
         raise Unsupported(
-            f"{recipe.model} is quantized already ({checkpoint.container}, {commonest(checkpoint.quantized)}); quantize the original, "
-            f"or take what is left of it as the original with --requantize{_moved(checkpoint, recipe.model)}"
+            f"{recipe.model} is quantized already ({checkpoint.container}, {commonest(checkpoint.quantized)}); "
+            f"quantize the original, or take what is left of it as the original with --requantize{_moved(checkpoint, recipe.model)}"
         )
     method = _with_importance(method, recipe)
     fits.require_known(target, recipe.grid, recipe.override.values())
@@ -62,8 +62,8 @@ def _of_source(checkpoint: Checkpoint) -> list[str]:
     if _is_original(checkpoint):
         return [f"the source's weights are {was}: errors are those against these, as precise as the model was released"]
     return [
-        f"the source is quantized already ({checkpoint.container}, {was}), and its values were taken as the original: all errors and losses are "
-        "those against it, and what it had lost comes on top; quantize the original if you can"
+        f"the source is quantized already ({checkpoint.container}, {was}), and its values were taken as the original: "
+        "all errors and losses are those against it, and what it had lost comes on top; quantize the original if you can"
     ]
 
 
@@ -77,13 +77,16 @@ def source_of(recipe: Recipe) -> Checkpoint:
 def _of_adapter(checkpoint: Checkpoint) -> list[str]:
     """What is to be said of an adapter that was merged, or of one that lies beside the model and was not."""
     if checkpoint.adapter:
-        counts = f"{plural(len(checkpoint.adapter.low_rank), 'product')}, {plural(len(checkpoint.adapter.whole), 'tensor')} whole"
+        products, whole = len(checkpoint.adapter.low_rank), len(checkpoint.adapter.whole)
+        counts = f"{plural(products, 'product')}, {plural(whole, 'tensor')} whole"
         return [
-            f"the adapter {checkpoint.adapter.path} was merged into the model as it was read ({counts}): the original is the model with it"
+            f"the adapter {checkpoint.adapter.path} was merged into the model as it was read ({counts}): "
+            "the original is the model with it"
         ]
     if adapter.is_adapter(checkpoint.path):
         return [
-            f"{checkpoint.path} holds an adapter beside the model, which was left out; --adapter {checkpoint.path} merges it"
+            f"{checkpoint.path} holds an adapter beside the model, which was left out; "
+            f"--adapter {checkpoint.path} merges it"
         ]
     return []
 
@@ -94,7 +97,7 @@ def _engine(words: str | None) -> str | None:
 
 
 def _judged(plan: Plan) -> tuple[Verdict, ...]:
-    """Ask every engine. Raises Unsupported where the one that was asked for will not load the output, or where none will and that was not asked for."""
+    """Ask every engine. Raises Unsupported where the one that was asked for will not load the output, or where none will."""
     engine, name = plan.recipe.engine, plan.target.name
     found = verdicts.verdicts(name, {c.weight: c.scheme for c in plan.choices}, plan.checkpoint.config)
     others = [v.engine for v in found if v.loads]
@@ -106,13 +109,14 @@ def _judged(plan: Plan) -> tuple[Verdict, ...]:
         )
     if not others and engine != NOBODY:
         raise Unsupported(
-            f"no engine is known to load this ({verdicts.nobody_loads(name, found)}); --engine {NOBODY} writes it all the same"
+            f"no engine is known to load this ({verdicts.nobody_loads(name, found)}); "
+            f"--engine {NOBODY} writes it all the same"
         )
     return tuple(found)
 
 
 def _cache(plan: Plan) -> dict[str, Any]:
-    """What the plan says of the KV cache: scales that the source has go along where engines read them; those asked for have their place.
+    """What the plan says of the KV cache: scales of the source go along where engines read them; those asked for get a place.
 
     Raises Unsupported for a cache that was asked for and that the target does not hold.
     """
@@ -137,7 +141,7 @@ def _scales_to_find(checkpoint: Checkpoint, grid: KVGrid) -> dict[str, Spec]:
 
 
 def _target_for(recipe: Recipe) -> str:
-    """The engine's own, or another in which it reads the grid; without an engine, that of its own grids, and else the first that holds it."""
+    """The engine's own, or another in which it reads the grid; without an engine, one whose grid it is, or that holds it."""
     try:
         scheme = schemes.parse(recipe.grid.lower())
     except UnknownName:
@@ -181,19 +185,23 @@ def _check_activations(plan: Plan) -> None:
     read = [s.activations for s in plan.schemes.values() if s.activations]
     if plan.recipe.alpha is not None and "smoothquant" not in plan.method.transforms:
         raise BadRequest(
-            f"alpha is for smoothquant, and the method is {plan.recipe.method}; leave it out, or write --method smoothquant+gptq"
+            f"alpha is for smoothquant, and the method is {plan.recipe.method}; leave it out, "
+            "or write --method smoothquant+gptq"
         )
     if plan.recipe.observer != "max" and not plan.recipe.kv and not any(i.static for i in read):
         raise BadRequest(
-            "observer is for scales that the file stores, and here it stores none; leave it out, or write --grid w8a8-static"
+            "observer is for scales that the file stores, and here it stores none; leave it out, "
+            "or write --grid w8a8-static"
         )
     if "smoothquant" in plan.method.transforms and not read:
         raise BadRequest(
-            f"smoothquant makes inputs easier to round, and with {plan.recipe.grid} they stay in 16 bits; use awq, or a scheme such as w8a8"
+            f"smoothquant makes inputs easier to round, and with {plan.recipe.grid} they stay in 16 bits; use awq, "
+            "or a scheme such as w8a8"
         )
     if plan.recipe.imatrix and any(i.static for i in read):
         raise BadRequest(
-            f"{next(i for i in read if i.static)} inputs have a stored scale, which an importance matrix does not tell; leave out --imatrix"
+            f"{next(i for i in read if i.static)} inputs have a stored scale, which an importance matrix does not tell; "
+            "leave out --imatrix"
         )
 
 
@@ -209,7 +217,7 @@ def _with_importance(method: Method, recipe: Recipe) -> Method:
 
 
 def transcoding(source: str, to: str, grid: str | None = None, engine: str | None = None) -> Plan:
-    """Moving a quantized checkpoint into another container, every grid as it is where the container holds its values."""
+    """Moving a quantized checkpoint into another container, every grid as it is where that holds its values."""
     checkpoint = heads.settled(open_checkpoint(source))
     sizes.require(checkpoint)
     if checkpoint.container is None:
@@ -232,13 +240,14 @@ def transcoding(source: str, to: str, grid: str | None = None, engine: str | Non
 def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Plan:
     """Writing a quantized checkpoint, or one with an adapter in `folder` merged into it, in 16 (or 32) bits.
 
-    `to` is a key of UNQUANTIZED; without `dtype` it is the one that the checkpoint says engines compute in. Raises HalfbyteError.
+    `to` is a key of UNQUANTIZED; `dtype` is by default what the checkpoint says engines compute in. Raises HalfbyteError.
     """
     require_plain(to, dtype)
     checkpoint = source_of(Recipe(model=source, adapter=folder))
     if checkpoint.container is None and checkpoint.adapter is None:
         raise BadRequest(
-            f"{source} is not quantized, so there is nothing to decode; name a quantized checkpoint, or an --adapter to merge"
+            f"{source} is not quantized, so there is nothing to decode; name a quantized checkpoint, "
+            "or an --adapter to merge"
         )
     grid = dtype or str(checkpoint.unquantized_dtype).removeprefix("torch.")
     recipe = Recipe(model=source, adapter=folder, method="dequantize", grid=grid, to=to)

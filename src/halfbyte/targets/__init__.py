@@ -7,7 +7,7 @@ from halfbyte.containers.place import Place
 from halfbyte.errors import UnknownName, Unsupported
 from halfbyte.targets.gguf.target import GGUF
 from halfbyte.targets.hf.target import HuggingFace
-from halfbyte.targets.plan import AS_ASKED, SKIPPED, Choice, Plan
+from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan, TensorPlan
 from halfbyte.targets.sources import open_checkpoint
 from halfbyte.targets.target import CheckpointWriter, Part, Target
 
@@ -27,10 +27,10 @@ __all__ = [
     "TARGETS",
     "UNQUANTIZED",
     "CheckpointWriter",
-    "Choice",
     "Part",
     "Plan",
     "Target",
+    "TensorPlan",
     "beside",
     "file_target",
     "is_file",

@@ -17,7 +17,7 @@ from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.recipe import Method, Recipe
 from halfbyte.targets.constraints import EACH, Rule
 from halfbyte.targets.patterns import first_match
-from halfbyte.targets.plan import AS_ASKED, SKIPPED, Choice, Plan, keep
+from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan, TensorPlan, keep
 
 if TYPE_CHECKING:
     from halfbyte.targets.target import Target
@@ -43,11 +43,11 @@ def quantizing(target: "Target", recipe: Recipe, checkpoint: Checkpoint, method:
     }
     checkpoint = experts.together(apart, whole)
     known = {c.weight: c for c in choices}
-    choices = [known.get(w) or Choice(w, None, notes[w.tensor]) for w in checkpoint.weights()]
+    choices = [known.get(w) or TensorPlan(w, None, notes[w.tensor]) for w in checkpoint.weights()]
     return Plan(recipe, checkpoint, target, method, tuple(choices), keep(checkpoint, choices))
 
 
-def choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[Choice]:
+def choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[TensorPlan]:
     """A scheme for every weight. Raises for patterns that match nothing and for shapes that no fallback fits."""
     scheme = schemes.parse(recipe.grid)
     overrides = {p: None if words == "keep" else schemes.parse(words) for p, words in recipe.override.items()}
@@ -64,11 +64,11 @@ def choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[Cho
     for weight in weights:
         wanted = overridden.get(weight, scheme)
         if weight in skipped:
-            choices.append(Choice(weight, None, SKIPPED))
+            choices.append(TensorPlan(weight, None, SKIPPED))
         elif weight.block is None and not recipe.head and wanted is scheme:
-            choices.append(Choice(weight, None, "the head, kept unless --head"))
+            choices.append(TensorPlan(weight, None, "the head, kept unless --head"))
         elif wanted is None:
-            choices.append(Choice(weight, None, AS_ASKED))
+            choices.append(TensorPlan(weight, None, AS_ASKED))
         else:
             # What the head reads stays in 16 bits: engines have no other kernels there.
             wanted = target.resolve(wanted if weight.block else wanted.weight, checkpoint.dtype)
@@ -79,7 +79,7 @@ def choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[Cho
     return choices
 
 
-def fit(weight: Weight, scheme: AnyScheme, target: "Target", smaller_groups: bool, note: str = "") -> Choice:
+def fit(weight: Weight, scheme: AnyScheme, target: "Target", smaller_groups: bool, note: str = "") -> TensorPlan:
     """The scheme, or one with smaller groups where the row is no multiple of the group and that is asked for."""
     width, grid = weight.shape[1], scheme.weight
     if is_integer(grid) and grid.group_size and width % grid.group_size:
@@ -103,7 +103,7 @@ def fit(weight: Weight, scheme: AnyScheme, target: "Target", smaller_groups: boo
         target.check(scheme, weight.shape)
     except Unsupported as error:
         raise Unsupported(f"{weight.name} {list(weight.shape)}: {error}") from None
-    return Choice(weight, scheme, note)
+    return TensorPlan(weight, scheme, note)
 
 
 def converting(target: "Target", recipe: Recipe, checkpoint: Checkpoint, grid: str | None) -> Plan:
@@ -118,7 +118,7 @@ def modules_of(checkpoint: Checkpoint) -> list[Weight]:
 
 
 def left(
-    checkpoint: Checkpoint, choices: list[Choice], dropped: Mapping[str, str] = MappingProxyType({})
+    checkpoint: Checkpoint, choices: list[TensorPlan], dropped: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, str]:
     """Every tensor that stays as it is when a quantized checkpoint is moved, with the reason."""
     quantized = {c.weight.tensor for c in choices if c.scheme}
@@ -129,13 +129,13 @@ def left(
 
 def transcode(
     target: "Target", checkpoint: Checkpoint, weights: list[Weight], grid: str | None
-) -> tuple[list[Choice], "Target"]:
+) -> tuple[list[TensorPlan], "Target"]:
     """As it is, or rounded to what is asked for; and the version of the target that holds it all."""
-    choices: list[Choice] = []
+    choices: list[TensorPlan] = []
     for weight in weights:
         own, q = checkpoint.quantized[weight.name][0], checkpoint.read_quantized(weight.name)
         if roles.EMBEDDING.match(weight.tensor):
-            choices.append(Choice(weight, None, "the embedding, which is looked up and not multiplied: in 16 bits"))
+            choices.append(TensorPlan(weight, None, "the embedding, which is looked up and not multiplied: in 16 bits"))
         elif same := _held(target, q):
             target = target.for_tensor(same)
             note = (
@@ -143,15 +143,16 @@ def transcode(
                 if own.activations and not same.activations
                 else ""
             )
-            choices.append(Choice(weight, same.scheme, note))
+            choices.append(TensorPlan(weight, same.scheme, note))
         elif weight.block is None and not is_integer(own.weight):
-            choices.append(Choice(weight, None, "the head, which engines want in 16 bits"))
+            choices.append(TensorPlan(weight, None, "the head, which engines want in 16 bits"))
         else:
             try:
                 wanted = target.resolve(schemes.parse(grid) if grid else own, checkpoint.dtype)
                 if wanted.activations and wanted.activations.static and wanted.activations != own.activations:
                     raise Unsupported(
-                        f"{wanted.activations} inputs have a stored scale, which calibration finds: halfbyte quantize the original instead"
+                        f"{wanted.activations} inputs have a stored scale, which calibration finds: "
+                        "halfbyte quantize the original instead"
                     )
                 choices.append(
                     fit(
@@ -200,7 +201,7 @@ def _held(target: "Target", q: Quantized) -> Quantized | None:
     return same
 
 
-def require_ties(target: "Target", checkpoint: Checkpoint, choices: list[Choice]) -> None:
+def require_ties(target: "Target", checkpoint: Checkpoint, choices: list[TensorPlan]) -> None:
     """Raise Unsupported where weights that depend on one another have schemes that do not go together."""
     chosen = {c.weight: c.scheme for c in choices}
     broken = next((group for group in target.ties(checkpoint, list(chosen)) if not group.is_kept(chosen)), None)

@@ -1,4 +1,4 @@
-"""Which weights cannot be chosen for by themselves, as data: whoever chooses schemes reads it before, and nobody finds out as he writes."""
+"""Which weights cannot be chosen for by themselves, as data: known before schemes are chosen, not found out in writing."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass

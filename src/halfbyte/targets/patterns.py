@@ -1,4 +1,7 @@
-"""Patterns of weights' names, as users write them: `layers.0.*` matches model.layers.0.mlp.up_proj, since one may start at any dot."""
+"""Patterns of weights' names, as users write them.
+
+`layers.0.*` matches model.layers.0.mlp.up_proj: a pattern may start at any dot.
+"""
 
 import fnmatch
 import re
@@ -33,7 +36,7 @@ class Pattern(NamedTuple):
 
 
 def first_match(weights: Iterable[Weight], table: Mapping[str, Value]) -> dict[Weight, Value]:
-    """The value of the first pattern in the table that matches, by weight. Raises BadRequest for a pattern that matches none of them."""
+    """The value of the first pattern in the table that matches, by weight. Raises BadRequest for one that matches none."""
     names = {weight: f"{weight.name}\n{weight.tensor}" for weight in weights} if table else {}
     found: dict[Weight, Value] = {}
     for words, value in table.items():

@@ -1,4 +1,4 @@
-"""Plan: what becomes of every tensor of a checkpoint. It is made once, and nothing in it changes while it is carried out."""
+"""Plan: what becomes of every tensor of a checkpoint. It is made once, and does not change while it is carried out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ NOTED = 0.1
 
 
 @dataclass(frozen=True)
-class Choice:
+class TensorPlan:
     """What becomes of a weight: a scheme, or None and the reason why it stays."""
 
     weight: Weight
@@ -42,7 +42,7 @@ class Plan:
     checkpoint: Checkpoint
     target: "Target"
     method: Method
-    choices: tuple[Choice, ...]
+    choices: tuple[TensorPlan, ...]
     kept: Mapping[str, str]
     """Tensor to the reason why it is copied as it is."""
     dropped: Mapping[str, str] = field(default_factory=dict)
@@ -64,8 +64,9 @@ class Plan:
 
     @cached_property
     def fused_groups(self) -> tuple[tuple[Weight, ...], ...]:
-        """Weights that are rounded as one matrix, most of them alone: what engines fuse, where all rows share a parameter. They
-        take one for all, and round again (or decode wrongly) where each has its own."""
+        """Weights that are rounded as one matrix, most of them alone: what engines fuse, where all rows share a parameter.
+
+        Engines take one parameter for all, and round again (or decode wrongly) where each weight has its own."""
         groups: dict[tuple, list[Weight]] = {}
         for weight, scheme in self.schemes.items():
             fused = fused_set(weight.name) if scheme.weight.shares_params_across_rows else None
@@ -97,7 +98,7 @@ class Plan:
         return self.method.calibrated or any(s.activations and s.activations.static for s in self.schemes.values())
 
 
-def keep(checkpoint: Checkpoint, choices: list[Choice]) -> dict[str, str]:
+def keep(checkpoint: Checkpoint, choices: list[TensorPlan]) -> dict[str, str]:
     """Every tensor that is not quantized, with the reason."""
     quantized = {c.weight.tensor for c in choices if c.scheme}
     reasons = {c.weight.tensor: c.note for c in choices if not c.scheme}

@@ -1,4 +1,4 @@
-"""Where weights are read from. To add a kind of checkpoint that is no folder of safetensors: a class, and one line here."""
+"""What weights are read from. To add a kind of checkpoint that is no folder of safetensors: a class, and one line here."""
 
 import os
 import re
@@ -18,7 +18,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """A folder of safetensors, a file or folder of another kind, or the id of a repository on the hub (org/name or org/name@revision).
+    """A folder of safetensors, a file or folder of another kind, or a hub id (org/name or org/name@revision).
 
     Raises BadCheckpoint for what is none of these.
     """

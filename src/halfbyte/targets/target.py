@@ -1,4 +1,4 @@
-"""Target: a form of output, and everything that it knows: words, grids, casts, files. To add one: a folder, and a line in the table."""
+"""Target: a form of output, and all that it knows: words, grids, casts, files. To add one: a folder, and a line."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ class Target(ABC):
         """As sentences have it."""
         return self.name
 
-    # Words ---------------------------------------------------------------------------------------------------------------
+    # Words --------------------------------------------------------------------------------------------------
 
     def require_name(self, name: str, mixture: bool) -> None:
         """Raise UnknownName for a word that is no grid, nor, where a mixture is wanted, a preset."""
@@ -72,7 +72,7 @@ class Target(ABC):
         """As readers of the output call it."""
         return str(scheme)
 
-    # What becomes of a matrix --------------------------------------------------------------------------------------------
+    # What becomes of a matrix -------------------------------------------------------------------------------
 
     def for_model(self, dtype: torch.dtype) -> "Target":
         """The version of this target for models that engines compute in `dtype`."""
@@ -84,15 +84,15 @@ class Target(ABC):
 
     @abstractmethod
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
-        """`scheme` with scales in the precision that engines compute with when the model is of `dtype`, and with the activations
-        that they round whether asked or not."""
+        """`scheme` with scales in the precision that engines compute with when the model is of `dtype`, and with the
+        activations that they round whether asked or not."""
 
     @abstractmethod
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         """Raise Unsupported, saying what the target can hold, unless it holds such a matrix."""
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
-        """A matrix from elsewhere, value for value on a grid that this target may hold; None where it must be rounded."""
+        """A matrix from elsewhere, value for value on a grid that this may hold; None where it must be rounded."""
         return None
 
     def casts(self, q: Quantized) -> Iterator[Quantized]:
@@ -118,14 +118,14 @@ class Target(ABC):
         whole = [] if self.mixes else [TiedGroup(tuple(weights), Rule.ONE_SCHEME, others)]
         return [*stacks(weights), *whole]
 
-    # What becomes of a checkpoint ----------------------------------------------------------------------------------------
+    # What becomes of a checkpoint ---------------------------------------------------------------------------
 
     def plan(self, recipe: Recipe, checkpoint: Checkpoint, method: Method) -> Plan:
         """What quantizing makes of every tensor. Raises HalfbyteError for words and shapes that do not fit."""
         return choosing.quantizing(self.for_model(checkpoint.dtype), recipe, checkpoint, method)
 
     def convert(self, recipe: Recipe, checkpoint: Checkpoint, grid: str | None) -> Plan:
-        """What moving a quantized checkpoint makes of every tensor; `grid`: what to round to where values cannot stay."""
+        """What moving a quantized checkpoint makes of every tensor; `grid`: where values cannot stay."""
         return choosing.converting(self.for_model(checkpoint.dtype), recipe, checkpoint, grid)
 
     def decode(self, recipe: Recipe, checkpoint: Checkpoint) -> Plan:
@@ -151,7 +151,7 @@ class Part(NamedTuple):
 
 
 class CheckpointWriter(ABC):
-    """Which tensors of a plan's output lie where, and what lies beside them: under the checkpoint's own names, unless it is told otherwise."""
+    """Which tensors of a plan's output lie where, and what beside them; under the checkpoint's names, if not said otherwise."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -215,7 +215,7 @@ class CheckpointWriter(ABC):
 
     @abstractmethod
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
-        """Read the headers of a finished folder as any reader would. Raises BrokenOutput for one that lacks a matrix."""
+        """The headers of a finished folder, as any reader sees them. Raises BrokenOutput if it lacks a matrix."""
 
 
 def rows_of(entry: Entry, first: int | None) -> Tensor:

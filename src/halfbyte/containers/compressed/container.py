@@ -40,20 +40,20 @@ class CompressedTensors(Container):
     """Weights of any format, and inputs rounded in any way that the config has words for."""
 
     name = "compressed-tensors"
-    read_too = ("weight", "weight_zero_point", "input_scale", "input_zero_point", "input_global_scale")
+    foreign_suffixes = ("weight", "weight_zero_point", "input_scale", "input_zero_point", "input_global_scale")
 
-    def native(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         grid = NVFP4 if scheme.weight == NVFP4_FACTOR else scheme.weight
         grid = grid.with_scale(SCALE_NAMES[dtype]) if isinstance(grid, ScalarGrid) and grid.scale else grid
-        native = Scheme(grid, scheme.activations) if scheme.activations else grid
-        layout_of(native)
-        return native
+        resolved = Scheme(grid, scheme.activations) if scheme.activations else grid
+        layout_of(resolved)
+        return resolved
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         check_inputs(scheme.activations)
         layout_of(scheme).check(scheme.weight, shape)
 
-    def same(self, q: Quantized) -> Quantized | None:
+    def cast_exact(self, q: Quantized) -> Quantized | None:
         return q
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:

@@ -76,7 +76,7 @@ def unpack(raw: UInt8[Tensor, "out row_bytes"], grid: Grid) -> Quantized:
 
 
 def with_minimum(q: Quantized) -> Quantized | None:
-    """Integers with zero points as Q4_1 or Q5_1 with the same codes and scales; all that is lost is in the minimum, which becomes fp16.
+    """Integers with zero points as Q4_1 or Q5_1, codes and scales the same; only the minimum is rounded, to fp16.
 
     None for integers that are wider, in groups of no whole blocks, or not exact in fp16.
     """

@@ -1,4 +1,4 @@
-"""A GGUF as a checkpoint: under the names, shapes and settings that the model has on the hub, so that all else need not know."""
+"""A GGUF as a checkpoint, under the names, shapes and settings that the model has on the hub: all else need not know."""
 
 import json
 from collections.abc import Mapping
@@ -37,7 +37,10 @@ from halfbyte.targets.gguf.tokenizer_files import tokenizer_files
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A GGUF file, whole or split. Of an architecture that is in no table, tensors keep ggml's names, and only methods without calibration work."""
+    """A GGUF file, whole or split.
+
+    Of an architecture that is in no table, tensors keep ggml's names, and only methods without calibration work.
+    """
 
     splits_stacks = False  # they are as llama.cpp has them
 

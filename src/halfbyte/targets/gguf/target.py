@@ -1,4 +1,4 @@
-"""GGUF: rows of blocks, one ggml type for each tensor (ggml's docs/gguf.md), under ggml's names, in one file or parts of one."""
+"""GGUF: rows of blocks, one ggml type for each tensor (ggml's docs/gguf.md), under ggml's names, in a file or parts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

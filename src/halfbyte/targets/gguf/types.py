@@ -16,7 +16,7 @@ from halfbyte.targets.gguf.blocks import LAYOUTS, type_of
 from halfbyte.targets.gguf.file import TYPES
 from halfbyte.targets.gguf.source import GGUFCheckpoint, Names, translation_of
 from halfbyte.targets.patterns import first_match
-from halfbyte.targets.plan import AS_ASKED, SKIPPED, Choice, Plan, keep
+from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan, TensorPlan, keep
 from halfbyte.targets.target import Target
 
 MISFIT = "neither"
@@ -36,9 +36,9 @@ def quantizing(target: Target, recipe: Recipe, checkpoint: Checkpoint, method: M
         types = [wanted.get(place.name, "F16") for place in names.places(weight.tensor)]
         type_name = max(types, key=lambda t: TYPES[t].size_bytes / TYPES[t].block, default="F16")
         if weight in skipped:
-            choices.append(Choice(weight, None, SKIPPED))
+            choices.append(TensorPlan(weight, None, SKIPPED))
         elif override == "keep" or not types or (type_name in presets.PLAIN and override is None):
-            choices.append(Choice(weight, None, AS_ASKED if override == "keep" else f"stored as {type_name}"))
+            choices.append(TensorPlan(weight, None, AS_ASKED if override == "keep" else f"stored as {type_name}"))
         else:
             choices.append(_fitting(weight, type_name if override is None else type_named(override)))
     dropped = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
@@ -60,12 +60,12 @@ def _remarks_on_types(plan: Plan, preset: str | None) -> Iterator[str]:
     yield from remarks_on(plan.checkpoint, plan.dropped)
 
 
-def _misfits(choices: Iterable[Choice]) -> Iterator[str]:
+def _misfits(choices: Iterable[TensorPlan]) -> Iterator[str]:
     for note, count in Counter(c.note for c in choices if c.note.startswith(MISFIT)).items():
         yield f"{count} matri{'ces' if count > 1 else 'x'} kept as in the source: {note}"
 
 
-def _is_mostly(preset: str | None, choices: list[Choice], wanted: Mapping[str, str], names: Names) -> bool:
+def _is_mostly(preset: str | None, choices: list[TensorPlan], wanted: Mapping[str, str], names: Names) -> bool:
     """Whether most matrices have the types that a preset gives them, whatever else was asked or fits."""
     if preset is None or preset in presets.PLAIN:
         return True
@@ -84,7 +84,8 @@ def remarks_on(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> list[str]:
     said = hyperparameters.remarks(checkpoint.config)
     if foreign := [tensor for tensor, reason in dropped.items() if reason == families.ELSEWHERE]:
         said.append(
-            f"this is the text model alone: {len(foreign)} tensors of encoders of images or sound, such as {foreign[0]}, are left out, "
+            f"this is the text model alone: {len(foreign)} tensors of encoders of images or sound, such as {foreign[0]}, "
+            "are left out, "
             "and no mmproj file is made of them (llama.cpp's convert_hf_to_gguf.py --mmproj makes one)"
         )
     return said
@@ -106,7 +107,8 @@ def type_named(name: str) -> str:
     scheme = schemes.parse(name)
     if scheme.activations:
         raise Unsupported(
-            f"a GGUF does not say how inputs are rounded, llama.cpp chooses it, and {name} does; write Q8_0 or Q4_K_M, or --to compressed-tensors"
+            f"a GGUF does not say how inputs are rounded, llama.cpp chooses it, and {name} does; write Q8_0 or Q4_K_M, "
+            "or --to compressed-tensors"
         )
     return type_of(scheme.weight)
 
@@ -135,20 +137,20 @@ def _types(
     )
 
 
-def _fitting(weight: Weight, type_name: str) -> Choice:
+def _fitting(weight: Weight, type_name: str) -> TensorPlan:
     """The type, or one in smaller blocks where it does not divide the row, as llama.cpp has it."""
     fits = presets.fallback(type_name, weight.shape[1])
     if fits == "F16":
-        return Choice(
+        return TensorPlan(
             weight, None, f"{MISFIT} {type_name} nor a type in smaller blocks divides its {weight.shape[1]} in-features"
         )
     blocks.check(LAYOUTS[fits].grid, weight.shape)
     note = "" if fits == type_name else f"{type_name} does not divide {weight.shape[1]} in-features: {fits}"
-    return Choice(weight, LAYOUTS[fits].grid, note)
+    return TensorPlan(weight, LAYOUTS[fits].grid, note)
 
 
 def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str | None) -> Plan:
-    """As it is; or rounded to what is asked for, and the preset that it is then, or to the type of as many bits where none holds it."""
+    """What moving a quantized checkpoint makes of every tensor: as it is; or rounded, to what is asked for or to a like type."""
     if grid and isinstance(checkpoint, GGUFCheckpoint):
         source = recipe.model
         raise BadRequest(
@@ -161,7 +163,8 @@ def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str
     preset, base = _preset_and_type(grid) if grid else (None, "")
     if preset in presets.PLAIN:
         raise BadRequest(
-            f"{preset} does not quantize: write it with halfbyte dequantize {checkpoint.path} -o OUT.gguf --dtype {PLAIN_DTYPES[preset]}"
+            f"{preset} does not quantize: write it with halfbyte dequantize {checkpoint.path} -o OUT.gguf "
+            f"--dtype {PLAIN_DTYPES[preset]}"
         )
     wanted = _types(preset, base, weights, names, checkpoint, imatrix=False) if grid else {}
     choices = []
@@ -171,7 +174,7 @@ def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str
         asked = _fitting(weight, wanted[names.places(weight.tensor)[0].name]) if grid else None
         same = blocks.cast_exact(checkpoint.read_quantized(weight.name))
         if same and (asked is None or same.grid == asked.scheme):
-            choices.append(Choice(weight, same.grid, remark))
+            choices.append(TensorPlan(weight, same.grid, remark))
         else:
             choice = asked or _fitting(weight, _type_like(own))
             again = (
@@ -181,13 +184,13 @@ def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str
     kept, said = left(checkpoint, choices, dropped), tuple(remarks_on(checkpoint, dropped))
     shapes = {t: checkpoint.spec(t).shape for t in kept}
     alone = [Weight(t.removesuffix(".weight"), t, None, shape) for t, shape in shapes.items() if len(shape) == 2]
-    require_ties(target, checkpoint, [*choices, *(Choice(weight, None) for weight in alone)])
+    require_ties(target, checkpoint, [*choices, *(TensorPlan(weight, None) for weight in alone)])
     borne = preset if _is_mostly(preset, choices, wanted, names) else None
     return Plan(recipe, checkpoint, target, ROUNDING, tuple(choices), kept, dropped, borne, said)
 
 
 def _type_like(grid: Grid) -> str:
-    """The type that loses least of integers that none holds: as many bits or more, with a minimum in each block where there are zero points."""
+    """The type that loses least of integers that none holds: of as many bits or more, with a minimum for zero points."""
     bits = grid.levels.bits if is_integer(grid) else 8
     symmetric = is_integer(grid) and grid.symmetric
     return "Q8_0" if bits > 5 else f"Q{max(bits, 4)}_{0 if symmetric else 1}"

@@ -1,4 +1,4 @@
-"""A folder of safetensors as on the Hugging Face hub, whose config.json says how its weights are quantized, if they are."""
+"""A folder of safetensors as on the Hugging Face hub, whose config.json says how its weights are quantized."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -49,16 +49,16 @@ class HuggingFace(Target):
         return replace(self, container=self._quantized.for_model(dtype))
 
     def for_tensor(self, q: Quantized) -> "HuggingFace":
-        return replace(self, container=self._quantized.holding(q))
+        return replace(self, container=self._quantized.for_tensor(q))
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
-        return self._quantized.native(scheme, dtype)
+        return self._quantized.resolve(scheme, dtype)
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         self._quantized.check(scheme, shape)
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
-        return self._quantized.same(q)
+        return self._quantized.cast_exact(q)
 
     def casts(self, q: Quantized) -> Iterator[Quantized]:
         yield from super().casts(q)
@@ -87,7 +87,7 @@ class HuggingFace(Target):
 
 
 def _require_names(checkpoint: Checkpoint) -> None:
-    """Raise Unsupported for experts that lie apart and that no one looks for so in 16 bits: Transformers would fill its stacks at random."""
+    """Raise Unsupported for experts that lie apart, and are so in 16 bits found by nobody: Transformers would take random ones."""
     numbered = [m for m in checkpoint.quantized if re.search(r"\.\d+\.[^.]+$", m) and "expert" in m]
     if not numbered:
         return
@@ -99,5 +99,6 @@ def _require_names(checkpoint: Checkpoint) -> None:
         return
     if lost := modules.read_in_stacks(model, numbered):
         raise Unsupported(
-            f"in 16 bits Transformers reads '{lost}' out of one tensor of all experts, which is not put together yet; take the original model"
+            f"in 16 bits Transformers reads '{lost}' out of one tensor of all experts, which is not put together yet; "
+            "take the original model"
         )
