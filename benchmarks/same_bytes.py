@@ -261,7 +261,7 @@ def ending(result: Result) -> str:
 
 def write_goldens(bench: Bench) -> int:
     """Digests of the files of cases without calibration."""
-    chosen = list(cases.golden())
+    chosen = cases.golden()
     results = bench.results(None, chosen)
     if broken := [name for name, result in results.items() if result["code"]]:
         print(f"no goldens are written: {broken[0]} ends with {ending(results[broken[0]])}")

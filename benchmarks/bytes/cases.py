@@ -141,8 +141,7 @@ SOURCES: dict[str, Command] = {
 QUANTIZED = (*(name for name in SOURCES if "bf16" not in name), *(f"goldens/{name}" for name in GOLDENS))
 
 
-def golden() -> Iterator[Case]:
-    """Without calibration: their bytes depend on no processor (tests/goldens/bytes.json)."""
+def uncalibrated() -> Iterator[Case]:
     for method in ("nearest", "minmax"):
         for scheme, to in WHOLE_DEMO.items():
             yield Case(f"{method} {scheme} {to} demo", (quantized("demo", method, scheme, to),))
@@ -156,6 +155,20 @@ def golden() -> Iterator[Case]:
     for preset in PRESETS:
         given = quantized("demo", "imatrix", preset, "gguf", "--imatrix", "imatrix.gguf")
         yield Case(f"imatrix {preset} gguf given demo", (given,))
+
+
+def golden() -> list[Case]:
+    """Those whose bytes are the same on every processor that fuses multiplication and addition (tests/goldens/bytes.json).
+
+    Not those of NVFP4 with rounded activations, whose stored scale is calibrated whatever the method; nor of scales that
+    are sums over a row or a block, in the order that suits a processor's vectors: FP8 by `nearest`, nested scales.
+    """
+
+    def is_golden(name: str) -> bool:
+        sums = "-double" in name or (name.startswith("nearest") and "fp8" in name)
+        return not sums and "/nvfp4 " not in name
+
+    return [case for case in uncalibrated() if is_golden(case.name)]
 
 
 def calibrated() -> Iterator[Case]:
@@ -301,7 +314,7 @@ def killed() -> Iterator[Case]:
 
 
 def every() -> list[Case]:
-    return [*golden(), *calibrated(), *options(), *families(), *moves(), *measured(), *killed()]
+    return [*uncalibrated(), *calibrated(), *options(), *families(), *moves(), *measured(), *killed()]
 
 
 def quick(cases: list[Case]) -> list[Case]:

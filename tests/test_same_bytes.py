@@ -1,0 +1,42 @@
+"""What methods without calibration write has the bytes that it had (goldens/bytes.json), on any processor that
+fuses multiplication and addition, as x86 does since 2013 and ARM's 64 bits do.
+
+Where they have to change: `python benchmarks/same_bytes.py --write-goldens`, and the commit says why.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+
+REPOSITORY = Path(__file__).parents[1]
+TOOLS = REPOSITORY / "benchmarks/bytes"
+
+
+def run(*words: object, given: str = "") -> str:
+    paths = os.pathsep.join(str(REPOSITORY / folder) for folder in ("src", "tests"))
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, env={**tiny.ALONE, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_bytes_without_calibration_are_those_that_they_were(tmp_path):
+    goldens = json.loads((REPOSITORY / "tests/goldens/bytes.json").read_text())
+    run(TOOLS / "inputs.py", tmp_path, "--golden")
+    results = list(map(json.loads, run(TOOLS / "run.py", tmp_path, given="\n".join(goldens)).splitlines()))
+    assert [result["case"] for result in results if result["code"]] == []
+    written = {
+        result["case"]: {name: parts.get("all of it") for name, parts in result["files"].items()} for result in results
+    }
+    assert written.keys() == goldens.keys()
+    unlike = [
+        (case, file) for case, files in goldens.items() for file in files if written[case].get(file) != files[file]
+    ]
+    assert unlike == []
