@@ -8,9 +8,9 @@ from jaxtyping import install_import_hook
 SOURCE = Path(__file__).parent.parent / "src"
 FILES = [
     path
-    for part in ("kernels", "grids", "solvers", "containers", "targets", "evaluation")
+    for part in ("kernels", "grids", "solvers", "models", "transforms", "containers", "targets", "evaluation")
     for path in (SOURCE / "halfbyte" / part).rglob("*.py")
-]
+] + [SOURCE / "halfbyte" / "nn.py"]
 CHECKED = [
     ".".join(path.relative_to(SOURCE).with_suffix("").parts)
     for path in FILES

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import halfbyte
 import tiny
+from halfbyte.grids import parse
 from halfbyte.models import experts
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
@@ -96,7 +97,7 @@ def test_a_block_with_scales_in_its_folds_computes_the_same(folders, family):
     block = last_block(folders(family))
     batch = 1  # not the probe that found the folds
     before = block.run(block.walk.inputs[batch], batch)
-    grids = dict.fromkeys(block.weights)
+    grids = dict.fromkeys(block.weights, parse(GRID))
     generator = torch.Generator().manual_seed(0)
     for fold in Finder().find(block):
         rows = block.view(fold.producer.tensor).shape[0] if fold.producer.rows is None else max(fold.producer.rows) + 1

@@ -64,7 +64,7 @@ def without_weights(folder: Path, config: dict) -> Checkpoint:
 )
 def test_a_model_of_8_billion_parameters_takes_12_gb_of_a_gpu(tmp_path, samples, length, full_precision):
     checkpoint = without_weights(tmp_path / "model", LLAMA_8B)
-    placement = Placement.on(GPU, free_bytes=12e9)
+    placement = Placement.on(GPU, free_bytes=12_000_000_000)
     memory = device_memory(checkpoint, samples, length, placement, full_precision)
     assert memory.total < 12e9
     assert memory.statistics >= 4 * 14336**2
@@ -104,7 +104,7 @@ def test_what_the_model_of_memory_says_is_what_a_run_takes(tmp_path, monkeypatch
     source = tiny.make(
         tmp_path / "model", hidden_size=256, intermediate_size=768, num_attention_heads=4, num_hidden_layers=2
     )
-    placement = Placement(hidden_device_bytes=1e9, batch_tokens=512)
+    placement = Placement(hidden_device_bytes=10**9, batch_tokens=512)
     monkeypatch.setattr(Placement, "on", lambda device, scratch=None: placement)
     calibration = {"source": str(tiny.text(tmp_path / "text.txt")), "samples": 24, "length": 128}
     expected = device_memory(open_checkpoint(source), 24, 128, placement)

@@ -48,12 +48,12 @@ def test_hidden_states_are_kept_where_there_is_room(tmp_path):
     placement = Placement(scratch=tmp_path, hidden_device_bytes=100, hidden_memory_bytes=1000)
     assert [placement.of_hidden(size) for size in (100, 101, 1000, 1001)] == ["device", "memory", "memory", "files"]
     assert Placement(hidden_memory_bytes=1000).of_hidden(1001) == "memory"  # there is no folder for files
-    gpu = Placement.on(torch.device("cuda:0"), free_bytes=12e9)
+    gpu = Placement.on(torch.device("cuda:0"), free_bytes=12_000_000_000)
     assert gpu.of_hidden(128 * 2048 * 4096 * 2) == "device"
     assert gpu.of_hidden(512 * 2048 * 4096 * 2) == "memory"
 
 
-@pytest.mark.parametrize("budget", [0, 1e9], ids=["files", "memory"])
+@pytest.mark.parametrize("budget", [0, 10**9], ids=["files", "memory"])
 def test_a_fork_goes_its_own_way(tmp_path, budget):
     stream = Stream(Placement(scratch=tmp_path, hidden_memory_bytes=budget), tokens=8)
     values = torch.randn(2, 2, 4), torch.randn(2, 2, 4)
@@ -78,7 +78,7 @@ def test_statistics_leave_no_trace_and_are_the_same_in_parts(mixtral):
     groups = reading_groups(block, [[weight] for weight in block.weights])
     parts = list(in_parts(groups, budget_bytes=1, drift=True))
     assert len(parts) == len(groups) > 6
-    assert list(in_parts(groups, 1e12)) == [set(block.weights)]
+    assert list(in_parts(groups, 10**12)) == [set(block.weights)]
     for wanted in parts:
         for weight, one in collect(block, wanted, walk.inputs, walk.full_inputs).items():
             assert one.tokens == whole[weight].tokens

@@ -72,10 +72,10 @@ def _watched(child: subprocess.Popen, words: bytes, seconds: float) -> tuple[byt
 INSTEAD = "give records with 'text', or a .txt, which need no template"
 
 
-def _taken(process: psutil.Process) -> tuple[float, float]:
+def _taken(process: psutil.Process) -> tuple[float, int]:
     """Seconds of processor time, and bytes."""
     try:
         times = process.cpu_times()
         return times.user + times.system, process.memory_info().rss
     except psutil.NoSuchProcess:
-        return 0.0, 0.0
+        return 0.0, 0

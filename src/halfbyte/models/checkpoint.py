@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from math import prod
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class Checkpoint:
             raise AttributeError(f"a checkpoint does not change; checkpoint.replaced({name}=...) makes another")
         super().__setattr__(name, value)
 
-    def replaced(self, **parts: Any) -> Self:
+    def replaced(self, **parts: Any) -> "Checkpoint":
         """Another checkpoint that reads the same files, with some parts in place of its own: `kv`, another cache (or None);
         `adapter`, merged into its weights; `pieces`, experts apart; `config`."""
         other = copy.copy(self)

@@ -90,7 +90,7 @@ def reading_groups(block: Block, fused_groups: Iterable[Sequence[Weight]]) -> li
     return found + list(unreached.values())
 
 
-def in_parts(groups: Iterable[list[Weight]], budget_bytes: float, drift: bool = False) -> Iterator[set[Weight]]:
+def in_parts(groups: Iterable[list[Weight]], budget_bytes: int, drift: bool = False) -> Iterator[set[Weight]]:
     """Weights, as many at a time as have Hessians within a budget, and one group at least.
 
     Statistics are sums over the same tokens in the same order whatever they are collected with: parts change no bit of them.

@@ -20,20 +20,20 @@ RUNNING = 6
 class DeviceMemory:
     """Bytes, part by part: at most so many of each at any time."""
 
-    outside: float
+    outside: int
     """What comes before the blocks, which is there with the first of them and without hidden states of all samples."""
-    block: float
-    hidden: float
+    block: int
+    hidden: int
     """Of all batches that are kept on the device, or of one."""
-    statistics: float
+    statistics: int
     """Of as many weights at a time as the budget holds."""
-    running: float
+    running: int
     """What a block computes of a batch."""
-    solving: float
+    solving: int
     """The factor of the largest Hessian, the largest matrix while it is solved, and the codes of a block."""
 
     @property
-    def total(self) -> float:
+    def total(self) -> int:
         """The most at one time: at the beginning, as statistics are collected, or as a matrix is solved."""
         collecting = self.hidden + self.statistics + self.running
         return self.block + max(

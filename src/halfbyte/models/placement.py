@@ -7,7 +7,7 @@ import psutil
 import torch
 
 CPU = torch.device("cpu")
-HIDDEN_BYTES = 4e9
+HIDDEN_BYTES = 4_000_000_000
 """Hidden states in memory; more than these are pages of files, which the system writes out as it needs."""
 MEMORY_SHARE = 1 / 3
 """Of this machine's memory: for Hessians, without a GPU."""
@@ -24,15 +24,15 @@ class Placement:
     device: torch.device = CPU
     scratch: Path | None = None
     """A folder on a disk, for hidden states beyond the memory's budget; None: they stay in memory."""
-    hidden_device_bytes: float = 0
-    hidden_memory_bytes: float = HIDDEN_BYTES
-    statistics_bytes: float = field(default_factory=lambda: MEMORY_SHARE * psutil.virtual_memory().total)
+    hidden_device_bytes: int = 0
+    hidden_memory_bytes: int = HIDDEN_BYTES
+    statistics_bytes: int = field(default_factory=lambda: int(MEMORY_SHARE * psutil.virtual_memory().total))
     batch_tokens: int = BATCH_TOKENS
     reads_ahead: bool = False
     """Whether a thread reads the next block while one runs, and another writes results: for devices that compute beside the CPU."""
 
     @classmethod
-    def on(cls, device: torch.device, scratch: Path | None = None, free_bytes: float | None = None) -> "Placement":
+    def on(cls, device: torch.device, scratch: Path | None = None, free_bytes: int | None = None) -> "Placement":
         """Budgets for a device with so much memory free; by default, with what is free now."""
         if device.type == "cpu":
             return cls(device, scratch, hidden_memory_bytes=HIDDEN_BYTES)
@@ -40,21 +40,21 @@ class Placement:
         return cls(
             device,
             scratch,
-            hidden_device_bytes=HIDDEN_SHARE * free,
+            hidden_device_bytes=int(HIDDEN_SHARE * free),
             hidden_memory_bytes=HIDDEN_BYTES,
-            statistics_bytes=STATISTICS_SHARE * free,
+            statistics_bytes=int(STATISTICS_SHARE * free),
             batch_tokens=DEVICE_BATCH_TOKENS,
             reads_ahead=True,
         )
 
-    def of_hidden(self, size_bytes: float) -> str:
+    def of_hidden(self, size_bytes: int) -> str:
         """Where hidden states of so many bytes in all are kept: on the "device", in "memory", or in "files"."""
         if size_bytes <= self.hidden_device_bytes:
             return "device"
         return "memory" if self.scratch is None or size_bytes <= self.hidden_memory_bytes else "files"
 
 
-def free_memory(device: torch.device) -> float:
+def free_memory(device: torch.device) -> int:
     """Bytes of a device that nothing has taken; of one that shares the system's memory (mps), what it recommends."""
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()

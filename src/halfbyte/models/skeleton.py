@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import transformers
@@ -42,6 +42,7 @@ INITIALIZED = "_is_hf_initialized"
 NO_MODEL = "methods without calibration need no model: --method nearest"
 
 
+@runtime_checkable
 class Source(Protocol):
     """What tensors are read from."""
 

@@ -44,7 +44,7 @@ class Walk:
         dtype: torch.dtype,
         placement: Placement | None = None,
         *,
-        held_out: Tokens | None = None,
+        held_out: Int64[Tensor, "held_out length"] | None = None,
         full_precision: bool = False,
         as_served: bool = False,
         to_the_end: bool = True,
