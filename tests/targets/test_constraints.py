@@ -81,6 +81,9 @@ def test_a_plan_does_not_change(tmp_path):
         plan.recipe = plan.recipe  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(TypeError):
         plan.schemes[next(iter(plan.schemes))] = INT4  # pyright: ignore[reportIndexIssue]
+    for mapping in (plan.kept, plan.dropped, plan.scales):
+        with pytest.raises(TypeError):
+            mapping["more"] = None
     assert isinstance(plan.choices, tuple)
     assert isinstance(plan.verdicts, tuple)
 

@@ -105,8 +105,8 @@ def _common(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe,
         "source": _source(plan),
         "engines": [engine(v) for v in plan.verdicts],
-        "kept": plan.kept,
-        "dropped": plan.dropped,
+        "kept": dict(plan.kept),
+        "dropped": dict(plan.dropped),
     }
 
 

@@ -57,6 +57,10 @@ class Plan:
     scales: Mapping[str, Spec] = field(default_factory=dict)
     verdicts: tuple[Verdict, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("kept", "dropped", "scales"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
     @cached_property
     def schemes(self) -> Mapping[Weight, AnyScheme]:
         """Of every weight that is quantized."""
