@@ -106,7 +106,7 @@ def squared_error(w: Tensor | Quantized, q: Quantized, sampled: int = SAMPLED) -
         return SquaredError(0.0, 0.0)
     even = torch.arange(0, q.shape[0], max(1, q.shape[0] * q.shape[1] // max(sampled, 1)))
     # Where rows share parameters (a tensor's one scale, blocks of 128 x 128, nested scales), a part of them cannot be decoded alone.
-    alone = all(p.shape[0] == q.shape[0] for p in q.params.values())
+    alone = q.params.keys() <= q.grid.row_params(q.shape)
     rows = (torch.cat([even, _extreme(q)]) if alone else even).to(q.codes.device)
     exact = (w.decode() if isinstance(w, Quantized) else w)[rows].float()
     rounded = select_rows(q, rows).decode() if alone else q.decode()[rows]

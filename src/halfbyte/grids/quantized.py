@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from halfbyte.errors import Unsupported
 from halfbyte.grids.activations import ActivationGrid, ActivationQuant
 from halfbyte.grids.grid import Codes, Grid, Params, Shape
 
@@ -35,10 +36,12 @@ class Quantized(NamedTuple):
     params: Params
     activations: ActivationQuant | None = None
     """None: what it is multiplied by stays in 16 bits."""
+    size: Shape | None = None
+    """Out-features and in-features, where codes are not one for each weight: of vectors of weights, or several for each vector."""
 
     @property
     def shape(self) -> Shape:
-        return tuple(self.codes.shape)
+        return self.size or tuple(self.codes.shape)
 
     @property
     def scheme(self) -> AnyScheme:
@@ -94,15 +97,20 @@ def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
 
 
 def split_rows(q: Quantized, sizes: list[int]) -> list[Quantized]:
-    """The matrices that lie below each other in one, which share what all of its rows share."""
-    codes = q.codes.split(sizes)
-    params = {name: p.split(sizes) if p.shape[0] == q.shape[0] else [p] * len(sizes) for name, p in q.params.items()}
-    return [
-        Quantized(q.grid, c.contiguous(), {name: p[i].contiguous() for name, p in params.items()}, q.activations)
-        for i, c in enumerate(codes)
-    ]
+    """The matrices that lie below each other in one, which share what all of its rows share.
+
+    Raises Unsupported where some rows share what others do not have.
+    """
+    own = q.grid.row_params(q.shape)
+    if partly := [name for name, p in q.params.items() if name not in own and p.shape[0] != 1]:
+        raise Unsupported(f"rows of {q.grid} that share a {partly[0]} cannot be parted")
+    borders = [sum(sizes[:i]) for i in range(len(sizes))]
+    parts = (slice(first, first + size) for first, size in zip(borders, sizes, strict=True))
+    return [select_rows(q, part) for part in parts]
 
 
 def select_rows(q: Quantized, rows: Int64[Tensor, " rows"] | slice) -> Quantized:
-    """The matrix that has these rows of another, whose rows share no parameters."""
-    return q._replace(codes=q.codes[rows], params={name: p[rows] for name, p in q.params.items()})
+    """The matrix that has these rows of another, and all that its rows share."""
+    own, codes = q.grid.row_params(q.shape), q.codes[rows].contiguous()
+    params = {name: p[rows].contiguous() if name in own else p for name, p in q.params.items()}
+    return q._replace(codes=codes, params=params, size=q.size and (len(codes), *q.size[1:]))
