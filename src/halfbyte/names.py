@@ -1,4 +1,4 @@
-"""How modules of decoders are called, as far as all have to know: what engines fuse, and which expert a linear is of."""
+"""How modules of decoders are called: what engines fuse, and which expert a linear is of."""
 
 import re
 from typing import NamedTuple

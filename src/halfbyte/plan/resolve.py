@@ -39,7 +39,8 @@ def resolve(recipe: Recipe) -> Plan:
     if checkpoint.container and not _is_original(checkpoint) and not recipe.requantize:
         raise Unsupported(
             f"{recipe.model} is quantized already ({checkpoint.container}, {commonest(checkpoint.quantized)}); "
-            f"quantize the original, or take what is left of it as the original with --requantize{_moved(checkpoint, recipe.model)}"
+            f"quantize the original, or take what is left of it as the original with "
+            f"--requantize{_moved(checkpoint, recipe.model)}"
         )
     method = _with_importance(method, recipe)
     fits.require_known(target, recipe.grid, recipe.override.values())
@@ -63,7 +64,8 @@ def _of_source(checkpoint: Checkpoint) -> list[str]:
         return [f"the source's weights are {was}: errors are those against these, as precise as the model was released"]
     return [
         f"the source is quantized already ({checkpoint.container}, {was}), and its values were taken as the original: "
-        "all errors and losses are those against it, and what it had lost comes on top; quantize the original if you can"
+        "all errors and losses are those against it, and what it had lost comes on top; "
+        "quantize the original if you can"
     ]
 
 
@@ -97,7 +99,7 @@ def _engine(words: str | None) -> str | None:
 
 
 def _judged(plan: Plan) -> tuple[Verdict, ...]:
-    """Ask every engine. Raises Unsupported where the one that was asked for will not load the output, or where none will."""
+    """Ask every engine. Raises Unsupported where the one that was asked for will not load the output, or none will."""
     engine, name = plan.recipe.engine, plan.target.name
     found = verdicts.verdicts(name, {c.weight: c.scheme for c in plan.choices}, plan.checkpoint.config)
     others = [v.engine for v in found if v.loads]
@@ -116,7 +118,7 @@ def _judged(plan: Plan) -> tuple[Verdict, ...]:
 
 
 def _cache(plan: Plan) -> dict[str, Any]:
-    """What the plan says of the KV cache: scales of the source go along where engines read them; those asked for get a place.
+    """The KV cache: scales of the source go along where engines read them; those asked for get a place.
 
     Raises Unsupported for a cache that was asked for and that the target does not hold.
     """
@@ -141,7 +143,7 @@ def _scales_to_find(checkpoint: Checkpoint, grid: KVGrid) -> dict[str, Spec]:
 
 
 def _target_for(recipe: Recipe) -> str:
-    """The engine's own, or another in which it reads the grid; without an engine, one whose grid it is, or that holds it."""
+    """The engine's own, or another in which it reads the grid; without an engine, one that holds it."""
     try:
         scheme = schemes.parse(recipe.grid.lower())
     except UnknownName:
@@ -200,8 +202,8 @@ def _check_activations(plan: Plan) -> None:
         )
     if plan.recipe.imatrix and any(i.static for i in read):
         raise BadRequest(
-            f"{next(i for i in read if i.static)} inputs have a stored scale, which an importance matrix does not tell; "
-            "leave out --imatrix"
+            f"{next(i for i in read if i.static)} inputs have a stored scale, which an importance matrix "
+            "does not tell; leave out --imatrix"
         )
 
 
@@ -240,7 +242,7 @@ def transcoding(source: str, to: str, grid: str | None = None, engine: str | Non
 def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Plan:
     """Writing a quantized checkpoint, or one with an adapter in `folder` merged into it, in 16 (or 32) bits.
 
-    `to` is a key of UNQUANTIZED; `dtype` is by default what the checkpoint says engines compute in. Raises HalfbyteError.
+    `to` is a key of UNQUANTIZED; `dtype` is by default what engines compute in. Raises HalfbyteError.
     """
     require_plain(to, dtype)
     checkpoint = source_of(Recipe(model=source, adapter=folder))

@@ -1,4 +1,4 @@
-"""Which weights cannot be chosen for by themselves, as data: known before schemes are chosen, not found out in writing."""
+"""Which weights cannot be chosen for by themselves, as data, known before schemes are chosen."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass

@@ -36,7 +36,7 @@ class Pattern(NamedTuple):
 
 
 def first_match(weights: Iterable[Weight], table: Mapping[str, Value]) -> dict[Weight, Value]:
-    """The value of the first pattern in the table that matches, by weight. Raises BadRequest for one that matches none."""
+    """By weight the value of the first pattern that matches. Raises BadRequest for a pattern that matches none."""
     names = {weight: f"{weight.name}\n{weight.tensor}" for weight in weights} if table else {}
     found: dict[Weight, Value] = {}
     for words, value in table.items():

@@ -68,7 +68,7 @@ class Plan:
 
     @cached_property
     def fused_groups(self) -> tuple[tuple[Weight, ...], ...]:
-        """Weights that are rounded as one matrix, most of them alone: what engines fuse, where all rows share a parameter.
+        """Weights that are rounded as one matrix, most alone: what engines fuse, where all rows share a parameter.
 
         Engines take one parameter for all, and round again (or decode wrongly) where each weight has its own."""
         groups: dict[tuple, list[Weight]] = {}

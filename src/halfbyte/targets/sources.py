@@ -1,4 +1,4 @@
-"""What weights are read from. To add a kind of checkpoint that is no folder of safetensors: a class, and one line here."""
+"""What weights are read from. To add a checkpoint that is no folder of safetensors: a class, and one line here."""
 
 import os
 import re

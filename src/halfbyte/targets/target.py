@@ -151,7 +151,7 @@ class Part(NamedTuple):
 
 
 class CheckpointWriter(ABC):
-    """Which tensors of a plan's output lie where, and what beside them; under the checkpoint's names, if not said otherwise."""
+    """Which tensors of a plan's output lie where, and what beside them: by default under the checkpoint's names."""
 
     def __init__(self, plan: Plan):
         self.plan = plan

@@ -1,4 +1,4 @@
-"""A GGUF as a checkpoint, under the names, shapes and settings that the model has on the hub: all else need not know."""
+"""A GGUF as a checkpoint, under the names, shapes and settings that the model has on the hub."""
 
 import json
 from collections.abc import Mapping
@@ -83,7 +83,8 @@ class GGUFCheckpoint(Checkpoint):
                 entry = stored.entry if place.expert is None else stored.entry.at(place.expert)
                 if stored.type not in LAYOUTS and entry.dtype == torch.uint8:
                     raise Unsupported(
-                        f"{self.path}: tensor '{place.name}' is {stored.type}, which is not decoded; decoded are {', '.join(LAYOUTS)}"
+                        f"{self.path}: tensor '{place.name}' is {stored.type}, which is not decoded; "
+                        f"decoded are {', '.join(LAYOUTS)}"
                     )
                 if entry.dtype != torch.uint8:
                     self.entries[hf] = entry
@@ -204,7 +205,8 @@ class GGUFCheckpoint(Checkpoint):
         if isinstance(self.names, Untranslated):
             known = ", ".join(dict.fromkeys(family.arch for family in FAMILIES.values()))
             raise Unsupported(
-                f"{self.path} is of '{self.config['model_type']}', and only {known} are known well enough to be run (--method nearest needs no model)"
+                f"{self.path} is of '{self.config['model_type']}', and only {known} are known well enough to be run "
+                "(--method nearest needs no model)"
             )
         return transformers.AutoConfig.for_model(**self.config)
 

@@ -84,8 +84,8 @@ def remarks_on(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> list[str]:
     said = hyperparameters.remarks(checkpoint.config)
     if foreign := [tensor for tensor, reason in dropped.items() if reason == families.ELSEWHERE]:
         said.append(
-            f"this is the text model alone: {len(foreign)} tensors of encoders of images or sound, such as {foreign[0]}, "
-            "are left out, "
+            f"this is the text model alone: {len(foreign)} tensors of encoders of images or sound, "
+            f"such as {foreign[0]}, are left out, "
             "and no mmproj file is made of them (llama.cpp's convert_hf_to_gguf.py --mmproj makes one)"
         )
     return said
@@ -150,7 +150,7 @@ def _fitting(weight: Weight, type_name: str) -> TensorPlan:
 
 
 def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str | None) -> Plan:
-    """What moving a quantized checkpoint makes of every tensor: as it is; or rounded, to what is asked for or to a like type."""
+    """What moving a quantized checkpoint makes of every tensor: as it is, or rounded, as asked or to a like type."""
     if grid and isinstance(checkpoint, GGUFCheckpoint):
         source = recipe.model
         raise BadRequest(
@@ -190,7 +190,7 @@ def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str
 
 
 def _type_like(grid: Grid) -> str:
-    """The type that loses least of integers that none holds: of as many bits or more, with a minimum for zero points."""
+    """The type that loses least of integers that none holds: of as many bits, with a minimum for zero points."""
     bits = grid.levels.bits if is_integer(grid) else 8
     symmetric = is_integer(grid) and grid.symmetric
     return "Q8_0" if bits > 5 else f"Q{max(bits, 4)}_{0 if symmetric else 1}"

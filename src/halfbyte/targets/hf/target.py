@@ -87,7 +87,7 @@ class HuggingFace(Target):
 
 
 def _require_names(checkpoint: Checkpoint) -> None:
-    """Raise Unsupported for experts that lie apart, and are so in 16 bits found by nobody: Transformers would take random ones."""
+    """Raise Unsupported for experts that lie apart, where Transformers looks for stacks and would take random ones."""
     numbered = [m for m in checkpoint.quantized if re.search(r"\.\d+\.[^.]+$", m) and "expert" in m]
     if not numbered:
         return
