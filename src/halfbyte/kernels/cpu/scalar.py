@@ -26,7 +26,7 @@ def fit(
         return _fit_floats(levels, scales, w, importance, search)
     if isinstance(levels, Even) and isinstance(scales.storage, Number) and _in_runs(scales):
         if levels.steps > 1 and not search:
-            return NotImplemented
+            return {"scale": floats.largest(w, w.shape[1])}
         number = scales.storage if levels.steps == 1 else storages.FP32
         if scales.granularity == "tensor":
             h = importance.expand(w.shape).reshape(-1) if importance is not None else None
