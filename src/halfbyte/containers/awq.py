@@ -6,6 +6,7 @@ scales   fp16  [groups, out]
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
+@dataclass(frozen=True)
 class AWQ(Container):
     """4 bits per group or channel. A symmetric grid is held with every zero point 8."""
 

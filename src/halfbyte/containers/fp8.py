@@ -10,6 +10,7 @@ weight_scale [out, 1] (fbgemm_fp8); and fused experts, X [experts, out, in] with
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ READ: dict[int | str, ActivationGrid] = {
 STATIC = ACTIVATION_GRIDS["fp8-e4m3-static"]
 
 
+@dataclass(frozen=True)
 class FP8(Container):
     """Blocks of 128 x 128, or whole matrices."""
 

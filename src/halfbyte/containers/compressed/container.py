@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ MIXED = "mixed-precision"
 """What the config calls several formats."""
 
 
+@dataclass(frozen=True)
 class CompressedTensors(Container):
     """Weights of any format, and inputs rounded in any way that the config has words for."""
 
