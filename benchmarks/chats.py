@@ -1,4 +1,5 @@
-"""What chats in the default calibration are good for: the loss on held-out chats and on held-out text, with them and without.
+"""What chats in the default calibration are good for: the loss on held-out chats and on held-out text, with them and
+without.
 
     python benchmarks/chats.py MODEL --wikitext wikitext-2-test.txt
 

@@ -2,10 +2,11 @@
 
     python benchmarks/gguf.py --llama-cpp LC/bin/python
 
-llama.cpp runs in the environment of that python (benchmarks/peers/llama_cpp_run.py says what it needs); without it only halfbyte is
-measured. Its source is a BF16 GGUF that halfbyte wrote; making one is not in its time. halfbyte reads the safetensors themselves.
-In the quality table both read the same tokens: llama.cpp gets an importance matrix of the calibration windows that halfbyte gets.
-Every file is read back by halfbyte and run in float32, so that only the weights differ.
+llama.cpp runs in the environment of that python (benchmarks/peers/llama_cpp_run.py says what it needs); without it only
+halfbyte is measured. Its source is a BF16 GGUF that halfbyte wrote; making one is not in its time. halfbyte reads the
+safetensors themselves. In the quality table both read the same tokens: llama.cpp gets an importance matrix of the
+calibration windows that halfbyte gets. Every file is read back by halfbyte and run in float32, so that only the weights
+differ.
 """
 
 import argparse
@@ -110,7 +111,10 @@ def quality(peer: str | None, presets: list[str], samples: int, windows: int, sc
         measured = halfbyte.evaluate([whole, *files.values()], demo.MODEL, windows=windows)["models"]
         assert measured[0]["kl"] < 1e-9, "the BF16 file is not the model"
         for (name, path), result in zip(files.items(), measured[1:], strict=True):
-            loss = f"{result['kl']:.5f} ± {result['kl_error']:.5f} | {result['perplexity']:.3f} | {100 * result['same_top']:.2f}%"
+            loss = (
+                f"{result['kl']:.5f} ± {result['kl_error']:.5f} | {result['perplexity']:.3f} | "
+                f"{100 * result['same_top']:.2f}%"
+            )
             yield f"| {preset} | {name} | {path.stat().st_size / 1e6:.3f} | {loss} |"
 
 
@@ -144,7 +148,8 @@ def main() -> None:
         scratch = Path(name)
         if a.speed:
             about = [
-                f"{a.layers} layers of a 1-billion-parameter Llama. Whole processes of {THREADS} threads, one run each, one after the other; halfbyte reads",
+                f"{a.layers} layers of a 1-billion-parameter Llama. Whole processes of {THREADS} threads, one run "
+                "each, one after the other; halfbyte reads",
                 "safetensors, llama-quantize a BF16 GGUF that was made before.",
             ]
             table(
@@ -155,8 +160,10 @@ def main() -> None:
             )
         if a.quality:
             about = [
-                f"bookworm-6m; KL in nats to the bf16 model, {a.windows} windows of 512 held-out tokens, weights in float32; calibration {a.samples} windows",
-                "of 512 tokens, the same for both tools. ± is the standard error over windows. llama-quantize gives some tensors other types when it has an",
+                f"bookworm-6m; KL in nats to the bf16 model, {a.windows} windows of 512 held-out tokens, weights in "
+                f"float32; calibration {a.samples} windows",
+                "of 512 tokens, the same for both tools. ± is the standard error over windows. llama-quantize gives "
+                "some tensors other types when it has an",
                 "importance matrix, so its files may differ in size.",
             ]
             header = ["preset", "tool and method", "MB", "KL", "perplexity", "same top-1"]

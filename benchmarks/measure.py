@@ -6,7 +6,8 @@ import sys
 import time
 from dataclasses import dataclass
 
-# A process begins with the peak memory of the one that started it, so a small one stands between: this one has imported torch.
+# A process begins with the peak memory of the one that started it, so a small one stands between: this one has imported
+# torch.
 STARTER = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:])
@@ -43,4 +44,7 @@ def machine() -> str:
         model = next(
             (line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown processor"
         )
-    return f"{os.cpu_count()} cores of {model}, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB, no GPU"
+    return (
+        f"{os.cpu_count()} cores of {model}, "
+        f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB, no GPU"
+    )

@@ -124,7 +124,8 @@ def main() -> None:
     lines = [
         "# What differs between processors",
         "",
-        f"`python benchmarks/processors.py --methods {' '.join(a.methods)}` on {machine()}, PyTorch {torch.__version__} "
+        f"`python benchmarks/processors.py --methods {' '.join(a.methods)}` on {machine()}, PyTorch "
+        f"{torch.__version__} "
         f"with {torch.backends.cpu.get_cpu_capability()}; bookworm-6m, 4 calibration windows of 256 tokens.",
         f"Every path is compared with the machine {AS_IS}; KL: nats, of 4 held-out windows, there, and how much more.",
         "",

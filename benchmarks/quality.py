@@ -1,11 +1,13 @@
-"""KL divergence at equal bits, side by side with peers: same model, same calibration tokens, same held-out tokens, one run.
+"""KL divergence at equal bits, side by side with peers: same model, same calibration tokens, same held-out tokens, one
+run.
 
     python benchmarks/quality.py --llmcompressor LC/bin/python --gptqmodel GM/bin/python
-    python benchmarks/quality.py --llmcompressor LC/bin/python --outliers --grids int8-channel/int8-token --out outliers.md
+    python benchmarks/quality.py --llmcompressor LC/bin/python --outliers \\
+        --grids int8-channel/int8-token --out outliers.md
 
-Peers run in environments of their own (benchmarks/peers/*.py say which versions); without them only halfbyte is measured.
-Every folder, the peers' too, is read back by halfbyte and run in float32 with inputs rounded as the folder says, so that nothing
-but what is stored differs.
+Peers run in environments of their own (benchmarks/peers/*.py say which versions); without them only halfbyte is
+measured. Every folder, the peers' too, is read back by halfbyte and run in float32 with inputs rounded as the folder
+says, so that nothing but what is stored differs.
 """
 
 import argparse
@@ -93,11 +95,14 @@ def main() -> None:
     lines = [
         f"# KL divergence on bookworm-6m{', its twin with outlier channels' if a.outliers else ''}",
         "",
-        f"`python benchmarks/quality.py --samples {a.samples} --windows {a.windows}{' --outliers' if a.outliers else ''}` with peers, on {machine()}.",
+        f"`python benchmarks/quality.py --samples {a.samples} --windows "
+        f"{a.windows}{' --outliers' if a.outliers else ''}` with peers, on {machine()}.",
         "KL in nats to the bf16 model,",
         f"{a.windows} windows of 512 held-out tokens, run in float32 with inputs rounded as the folder says;",
-        f"calibration {a.samples} windows of 512 tokens, the same for all. llm-compressor's smoothing strength is .8, halfbyte's is searched.",
-        "Bits per weight count scales and zero points (and g_idx, where a peer writes it). ± is the standard error over windows.",
+        f"calibration {a.samples} windows of 512 tokens, the same for all. llm-compressor's smoothing strength is "
+        ".8, halfbyte's is searched.",
+        "Bits per weight count scales and zero points (and g_idx, where a peer writes it). ± is the standard error "
+        "over windows.",
         "",
         "| grid | tool and method | bits per weight | KL | perplexity | same top-1 |",
         "|---|---|---:|---:|---:|---:|",

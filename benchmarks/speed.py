@@ -31,7 +31,8 @@ specs = {name: spec(name, e) for name, e in entries.items()}
 writer = Writer(Path(sys.argv[2]), specs)
 for name, entry in entries.items():
     tensor, spec = entry.read(), specs[name]
-    writer.write(name, tensor if tensor.dtype == spec.dtype else tensor.view(torch.uint8).reshape(-1)[: spec.size_bytes].view(spec.shape))
+    raw = tensor.view(torch.uint8).reshape(-1)[: spec.size_bytes]
+    writer.write(name, tensor if tensor.dtype == spec.dtype else raw.view(spec.shape))
 writer.close()
 """
 START = "import torch, numba, transformers"
@@ -116,7 +117,8 @@ def main() -> None:
     lines = [
         f"# Time and memory, {a.layers} layers of a 1-billion-parameter Llama",
         "",
-        f"`python benchmarks/speed.py --layers {a.layers} --methods {' '.join(a.methods)} --grids {' '.join(a.grids)}` with peers, on {machine()}.",
+        f"`python benchmarks/speed.py --layers {a.layers} --methods {' '.join(a.methods)} --grids "
+        f"{' '.join(a.grids)}` with peers, on {machine()}.",
         "Whole processes, one run each, one after the other; calibration 16 windows of 512 tokens.",
         "",
         "| what | wall s | processor s | peak MB |",

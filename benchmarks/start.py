@@ -45,7 +45,8 @@ def main() -> None:
     lines = [
         "# What a start costs",
         "",
-        f"`python benchmarks/start.py` on {machine()}; bookworm-6m, 8 calibration windows of 512 tokens. Processor seconds of whole processes.",
+        f"`python benchmarks/start.py` on {machine()}; bookworm-6m, 8 calibration windows of 512 tokens. Processor "
+        "seconds of whole processes.",
         "",
         "| | no kernel compiled yet | compiled before | compiling |",
         "|---|---:|---:|---:|",

@@ -1,4 +1,5 @@
-"""A Llama of 1.04 billion random weights (or a cut of fewer layers), written as a checkpoint: the size to time things with.
+"""A Llama of 1.04 billion random weights (or a cut of fewer layers), written as a checkpoint: the size to time things
+with.
 
 python benchmarks/synthetic.py /tmp/llama-1b --layers 16
 """
@@ -21,7 +22,8 @@ def make(folder: Path, layers: int = 16) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((demo.MODEL / "config.json").read_text())
     config |= {
-        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD, "num_hidden_layers": layers, "vocab_size": VOCABULARY, "max_position_embeddings": 2048,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -30,9 +32,12 @@ def make(folder: Path, layers: int = 16) -> Path:
     shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
     for i in range(layers):
         block = {
-            "self_attn.q_proj": (HEADS * HEAD, HIDDEN), "self_attn.k_proj": (KV_HEADS * HEAD, HIDDEN), "self_attn.v_proj": (KV_HEADS * HEAD, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HEADS * HEAD), "mlp.gate_proj": (INTERMEDIATE, HIDDEN), "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.down_proj": (HIDDEN, INTERMEDIATE), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
+            "self_attn.q_proj": (HEADS * HEAD, HIDDEN), "self_attn.k_proj": (KV_HEADS * HEAD, HIDDEN),
+            "self_attn.v_proj": (KV_HEADS * HEAD, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HEADS * HEAD), "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+            "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+            "mlp.down_proj": (HIDDEN, INTERMEDIATE), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,
+            ),
         }  # fmt: skip
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
     writer = Writer(folder / "model.safetensors", {name: Spec(shape, torch.bfloat16) for name, shape in shapes.items()})

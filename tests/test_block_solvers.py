@@ -1,4 +1,5 @@
-"""A solver of whole blocks gets what it needs: the block, what it reads, what it returns in full precision, and gradients."""
+"""A solver of whole blocks gets what it needs: the block, what it reads, what it returns in full precision, and
+gradients."""
 
 import pytest
 import torch

@@ -158,10 +158,11 @@ def uncalibrated() -> Iterator[Case]:
 
 
 def golden() -> list[Case]:
-    """Those whose bytes are the same on every processor that fuses multiplication and addition (tests/goldens/bytes.json).
+    """Those whose bytes are the same on every processor that fuses multiplication and addition
+    (tests/goldens/bytes.json).
 
-    Not those of NVFP4 with rounded activations, whose stored scale is calibrated whatever the method; nor of scales that
-    are sums over a row or a block, in the order that suits a processor's vectors: FP8 by `nearest`, nested scales.
+    Not those of NVFP4 with rounded activations, whose stored scale is calibrated whatever the method; nor of scales
+    that are sums over a row or a block, in the order that suits a processor's vectors: FP8 by `nearest`, nested scales.
     """
 
     def is_golden(name: str) -> bool:

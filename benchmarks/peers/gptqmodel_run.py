@@ -1,4 +1,5 @@
-"""GPTQModel on a checkpoint, with the same calibration tokens. Run it in an environment of its own (gptqmodel==7.7.0)."""
+"""GPTQModel on a checkpoint, with the same calibration tokens. Run it in an environment of its own
+(gptqmodel==7.7.0)."""
 
 import sys
 

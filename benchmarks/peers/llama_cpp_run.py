@@ -1,4 +1,5 @@
-"""llama-quantize: the library call that llama.cpp's tool of this name makes. Run it with llama-cpp-python==0.3.36, and gguf, which reads the importance matrix.
+"""llama-quantize: the library call that llama.cpp's tool of this name makes. Run it with llama-cpp-python==0.3.36, and
+gguf, which reads the importance matrix.
 
     python llama_cpp_run.py SOURCE.gguf TARGET.gguf FILE_TYPE THREADS [IMATRIX.gguf]
 

@@ -1,8 +1,10 @@
-"""llm-compressor on a checkpoint, with the same calibration tokens. Run it in an environment of its own (llmcompressor==0.14.0.1).
+"""llm-compressor on a checkpoint, with the same calibration tokens. Run it in an environment of its own
+(llmcompressor==0.14.0.1).
 
     python llmcompressor_run.py MODEL OUT METHOD GRID TOKENS.npy
 
-METHOD is rtn or gptq, and smoothquant+ before it; GRID is one of halfbyte's, such as int4-g128-asym or int8-channel/int8-token.
+METHOD is rtn or gptq, and smoothquant+ before it; GRID is one of halfbyte's, such as int4-g128-asym or
+int8-channel/int8-token.
 """
 
 import sys

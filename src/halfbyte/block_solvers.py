@@ -1,7 +1,7 @@
 """Solvers of whole blocks: they see a block, what it reads, and what it returns in the full-precision model.
 
-`per_matrix` makes one of a solver that sees a matrix and the statistics of its inputs. To add another: one file, and one line in
-`BLOCK_SOLVERS`.
+`per_matrix` makes one of a solver that sees a matrix and the statistics of its inputs. To add another: one file, and
+one line in `BLOCK_SOLVERS`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,7 +62,8 @@ class BlockTask:
 
     @property
     def targets(self) -> Stream:
-        """What the block returns in the full-precision model: of a method that asks for it (`Method.full_precision`)."""
+        """What the block returns in the full-precision model: of a method that asks for it
+        (`Method.full_precision`)."""
         self.walk.run_full_precision(self.block)
         if self.walk.full_outputs is None:
             raise ValueError("the method does not say that it needs the full-precision model (Method.full_precision)")

@@ -24,8 +24,8 @@ from halfbyte.transforms import TRANSFORMS, Settings
 from halfbyte.transforms.fold import Finder, pattern
 
 MODEL_STAGES: dict[str, Callable[[Run, Walk], None]] = {}
-"""By the name of a solver: what it does after the last block, when all of the model can be seen, and what was written can be
-committed anew (`halfbyte.run.commit`)."""
+"""By the name of a solver: what it does after the last block, when all of the model can be seen, and what was written
+can be committed anew (`halfbyte.run.commit`)."""
 
 
 def quantize(run: Run, windows: Windows) -> None:
@@ -74,11 +74,13 @@ def _require_runnable(run: Run, walk: Walk, inside: set[str]) -> None:
     static = (w for w, s in plan.schemes.items() if w.tensor not in inside and s.activations and s.activations.static)
     if unseen := next(static, None):
         raise BadRequest(
-            f"the model does not run '{unseen.name}', whose inputs are to have a stored scale; --skip it, or round them per token"
+            f"the model does not run '{unseen.name}', whose inputs are to have a stored scale; --skip it, or round "
+            "them per token"
         )
     if walk.shared and (plan.method.transforms or any(s.activations for s in plan.schemes.values())):
         raise Unsupported(
-            f"'{walk.checkpoint.model_type}' shares weights between blocks, which {plan.recipe.method} {plan.recipe.grid} would fit "
+            f"'{walk.checkpoint.model_type}' shares weights between blocks, which {plan.recipe.method} "
+            f"{plan.recipe.grid} would fit "
             "to the first of them; --method gptq with a grid of weights alone does it"
         )
 
@@ -127,7 +129,8 @@ def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolv
 
 
 def _commit(run: Run, block: Block, solved: Solved) -> Future:
-    """Everything that becomes of the block's tensors; from now on it computes with what is written. Returns when that is."""
+    """Everything that becomes of the block's tensors; from now on it computes with what is written. Returns when that
+    is."""
     notes = {c.weight: c.note for c in run.plan.choices}
     reports, digests = [], {}
     for weights, q, errors, tokens, remark in solved.solutions:
@@ -167,7 +170,8 @@ def activations_of(
 ) -> tuple[dict[Weight, Params], dict[Weight, ActivationReport]]:
     """What is to be stored of the activations that each weight reads, and what the report tells of them.
 
-    Engines run all experts of a block as one, with the largest of their scales: all of one kind get what suits them together.
+    Engines run all experts of a block as one, with the largest of their scales: all of one kind get what suits them
+    together.
     """
     alike: dict[tuple, list[Weight]] = {}
     for weight, scheme in schemes.items():
@@ -178,7 +182,8 @@ def activations_of(
         known = {id(s): s for w in weights if (s := seen.get(w))}
         if not known and grid.static:
             raise BadRequest(
-                f"no calibration token reached {weights[0].name}, whose inputs are to have a stored scale; give more text, "
+                f"no calibration token reached {weights[0].name}, whose inputs are to have a stored scale; "
+                "give more text, "
                 "or round them per token"
             )
         if not known:

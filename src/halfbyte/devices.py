@@ -18,13 +18,15 @@ def require_name(words: str) -> str:
     """Raise BadRequest for what is no name of a device, before torch is imported."""
     if not NAME.fullmatch(words):
         raise BadRequest(
-            f"'{words}' is no device; name one of {AUTO}, cpu, {', '.join(KINDS)}, or a GPU by its number, such as cuda:1"
+            f"'{words}' is no device; name one of {AUTO}, cpu, {', '.join(KINDS)}, or a GPU by its number, "
+            "such as cuda:1"
         )
     return words
 
 
 def device_named(words: str = AUTO) -> "torch.device":
-    """The device that is meant. Raises BadRequest for one that is not here: nothing falls back to another in silence."""
+    """The device that is meant. Raises BadRequest for one that is not here: nothing falls back to another in
+    silence."""
     require_name(words)
     if words == "cpu":
         return _device("cpu")

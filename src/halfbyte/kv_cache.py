@@ -273,7 +273,8 @@ def _require_heads(checkpoint: Checkpoint, grid: KVGrid, keys: kv.Heads) -> None
     said = text.get("num_key_value_heads", len(keys.low))
     if "-head" in str(grid) and len(keys.low) != said:
         raise Unsupported(
-            f"{checkpoint.model_type} caches {len(keys.low)} heads where its config has {said}, so scales of heads fit no engine; write fp8-e4m3"
+            f"{checkpoint.model_type} caches {len(keys.low)} heads where its config has {said}, so scales of heads "
+            "fit no engine; write fp8-e4m3"
         )
 
 
@@ -284,7 +285,8 @@ def warnings(rows: list[AttentionReport]) -> list[str]:
     if share <= CLIPPED:
         return []
     return [
-        f"{100 * share:.2f}% of the cache of {most.module} lies beyond its scale on other text; calibrate on text of the kind that the model will see"
+        f"{100 * share:.2f}% of the cache of {most.module} lies beyond its scale on other text; calibrate on text "
+        "of the kind that the model will see"
     ]
 
 

@@ -77,7 +77,8 @@ class QuantEmbedding(PackedModule):
 
 
 class QuantLinear(PackedModule):
-    """A linear whose weight stays packed, and whose input is rounded as engines do; the reference: unpack, decode, multiply."""
+    """A linear whose weight stays packed, and whose input is rounded as engines do; the reference: unpack, decode,
+    multiply."""
 
     def __init__(self, matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype):
         super().__init__(matrix, dtype)
@@ -106,7 +107,8 @@ class QuantLinear(PackedModule):
 def integer_product(
     x: Float[Tensor, "... in"], read: ActivationGrid, params: Params, q: Quantized
 ) -> Float32[Tensor, "... out"] | None:
-    """int8 times int8 in int32, scaled afterwards, as engines have it. None where a row or a token has several scales, or floats."""
+    """int8 times int8 in int32, scaled afterwards, as engines have it. None where a row or a token has several scales,
+    or floats."""
     grid = q.grid
     if not is_integer(grid) or grid.group_size or not grid.symmetric:
         return None
@@ -126,8 +128,8 @@ EXACT = 1 << 10
 def int8_product(x: Int8[Tensor, "rows in"], w: Int8[Tensor, "out in"]) -> Int32[Tensor, "rows out"]:
     """x w^T, exactly.
 
-    On CPUs without VNNI torch._int_mm adds pairs of products in 16 bits, which saturate: of random numbers every sum was
-    wrong, by up to a fifth of the largest. So float32 multiplies there. On CUDA torch wants more than 16 rows, and
+    On CPUs without VNNI torch._int_mm adds pairs of products in 16 bits, which saturate: of random numbers every sum
+    was wrong, by up to a fifth of the largest. So float32 multiplies there. On CUDA torch wants more than 16 rows, and
     multiples of 8 in-features and out-features: zeros fill up what is missing.
     """
     if not x.is_cuda:
@@ -148,9 +150,9 @@ RESCALED = {"rwkv"}
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"):
     """The model in `dtype` (the checkpoint's own by default), on `device`.
 
-    Linears and embeddings that are quantized stay packed in a CPU's memory, but for models that rescale them; fused experts and transposed
-    matrices are decoded. On other devices each weight takes a byte: codes are unpacked before they move there.
-    A KV cache that is quantized holds the values that an engine would read from it, in 16 bits.
+    Linears and embeddings that are quantized stay packed in a CPU's memory, but for models that rescale them; fused
+    experts and transposed matrices are decoded. On other devices each weight takes a byte: codes are unpacked before
+    they move there. A KV cache that is quantized holds the values that an engine would read from it, in 16 bits.
     """
     checkpoint = open_checkpoint(path)
     dtype = dtype or checkpoint.dtype

@@ -45,7 +45,8 @@ def quantize(
 ) -> Report:
     """Quantize a checkpoint into the folder `out` and return the report that is also written there.
 
-    Raises HalfbyteError, with nothing half-written left behind. A run that is killed is taken up again by the same call.
+    Raises HalfbyteError, with nothing half-written left behind. A run that is killed is taken up again by the same
+    call.
     """
     started = time.perf_counter()
     out = Path(out).expanduser()
@@ -112,8 +113,8 @@ def convert(
     again; returns the report.
 
     `to` is the container, `grid` what to round to where it does not hold the source's, `engine` one that has to load it
-    (or "none": write what no engine loads), `progress` True for a bar, or a function of (what, done, total). The report's
-    errors are those against the quantized source: 0 where nothing was rounded.
+    (or "none": write what no engine loads), `progress` True for a bar, or a function of (what, done, total). The
+    report's errors are those against the quantized source: 0 where nothing was rounded.
     Raises HalfbyteError, with nothing half-written left behind.
     """
     started = time.perf_counter()
@@ -158,8 +159,8 @@ def dequantize(
     """Write a quantized checkpoint in 16 bits, with its tokenizer, template and config: a folder of safetensors, or a
     GGUF if `out` is called so; returns the report.
 
-    `dtype` is bfloat16, float16 or float32 (by default what the checkpoint says); `adapter` the folder of a LoRA adapter
-    to merge; `progress` True for a bar, or a function of (what, done, total).
+    `dtype` is bfloat16, float16 or float32 (by default what the checkpoint says); `adapter` the folder of a LoRA
+    adapter to merge; `progress` True for a bar, or a function of (what, done, total).
     Raises HalfbyteError, with nothing half-written left behind.
     """
     started = time.perf_counter()
@@ -187,11 +188,13 @@ def _claim(out: Path, plan: Plan, overwrite: bool) -> None:
     named, target = file_target(out), plan.target
     if named and named.file_suffix != target.file_suffix:
         raise BadRequest(
-            f"{target.name} needs a folder, and {out} is called like a file; name it without {out.suffix}, or write one file with --to {named.name}"
+            f"{target.name} needs a folder, and {out} is called like a file; name it without {out.suffix}, or write "
+            f"one file with --to {named.name}"
         )
     if named and plan.recipe.shard_gb:
         raise BadRequest(
-            f"parts of a {target.title} need a folder, and {out} is called like a file; name it without {out.suffix}, or leave out --shard-gb"
+            f"parts of a {target.title} need a folder, and {out} is called like a file; name it without "
+            f"{out.suffix}, or leave out --shard-gb"
         )
     claim(place_of(out), plan.checkpoint.path, overwrite, {entry.path for entry in plan.checkpoint.entries.values()})
 
@@ -212,10 +215,11 @@ def stem_of(out: Path) -> str:
 
 
 def identity(plan: Plan, windows: calibrate.Windows | None, device: torch.device = CPU) -> str:
-    """Two runs with the same identity write the same bytes, as far as a file whose size and time are the same has not changed.
+    """Two runs with the same identity write the same bytes, as far as a file whose size and time are the same has not
+    changed.
 
-    They depend on the device too and, with calibration, on the number of threads: factors of Hessians and sums over many values differ in
-    their last bits.
+    They depend on the device too and, with calibration, on the number of threads: factors of Hessians and sums over
+    many values differ in their last bits.
     """
     imatrix = plan.recipe.imatrix and digest_of(Path(plan.recipe.imatrix).expanduser())
     adapter = plan.checkpoint.adapter and plan.checkpoint.adapter.digest
@@ -277,7 +281,8 @@ def _size(weights: Sequence[Weight]) -> int:
 
 @contextmanager
 def _workers(largest: int) -> Iterator[Executor]:
-    """Threads that share the cores out, for tasks of at most so many weights: the fewer cores a task has, the less they wait for one another.
+    """Threads that share the cores out, for tasks of at most so many weights: the fewer cores a task has, the less they
+    wait for one another.
 
     There is one thread more than that takes, since some wait for the disk.
     """
@@ -333,7 +338,8 @@ def verify(run: Run) -> None:
     schemes = {w.name: (w, s) for w, s in run.plan.schemes.items()}
     if lost := [n for n in (*run.plan.kept, *schemes) if n not in run.digests]:
         raise BrokenOutput(
-            f"{plural(len(lost), 'tensor of the source is', 'tensors of the source are')} in no part of the output, the first '{lost[0]}'"
+            f"{plural(len(lost), 'tensor of the source is', 'tensors of the source are')} in no part of the output, "
+            f"the first '{lost[0]}'"
         )
 
     def read_again(name: str) -> list[str]:
@@ -348,5 +354,6 @@ def verify(run: Run) -> None:
             run.progress("checking what was written", number, len(run.digests))
             if again != run.digests[name]:
                 raise BrokenOutput(
-                    f"'{name}' reads back as something else than was written; the disk or {run.plan.target.name}'s reader is broken"
+                    f"'{name}' reads back as something else than was written; the disk or {run.plan.target.name}'s "
+                    "reader is broken"
                 )

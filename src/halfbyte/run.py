@@ -55,7 +55,8 @@ class Run:
     progress: Progress
     rows: dict[str, WeightReport] = field(default_factory=dict)
     digests: dict[str, list[str]] = field(default_factory=dict)
-    """Of every module and unquantized tensor, as the solver returned it or the source held it; one for each chunk of rows it was written in."""
+    """Of every module and unquantized tensor, as the solver returned it or the source held it; one for each chunk of
+    rows it was written in."""
     folds: list[dict] = field(default_factory=list)
     windows: Windows | None = None
     device: torch.device = CPU
@@ -105,7 +106,8 @@ def squared_error(w: Tensor | Quantized, q: Quantized, sampled: int = SAMPLED) -
     if w is q:
         return SquaredError(0.0, 0.0)
     even = torch.arange(0, q.shape[0], max(1, q.shape[0] * q.shape[1] // max(sampled, 1)))
-    # Where rows share parameters (a tensor's one scale, blocks of 128 x 128, nested scales), a part of them cannot be decoded alone.
+    # Where rows share parameters (a tensor's one scale, blocks of 128 x 128, nested scales), a part of them cannot be
+    # decoded alone.
     alone = q.params.keys() <= q.grid.row_params(q.shape)
     rows = (torch.cat([even, _extreme(q)]) if alone else even).to(q.codes.device)
     exact = (w.decode() if isinstance(w, Quantized) else w)[rows].float()
@@ -117,7 +119,8 @@ def squared_error(w: Tensor | Quantized, q: Quantized, sampled: int = SAMPLED) -
 
 
 def _extreme(q: Quantized) -> Tensor:
-    """The rows with the largest and the smallest scales, where these would first be too large or too small for what holds them."""
+    """The rows with the largest and the smallest scales, where these would first be too large or too small for what
+    holds them."""
     found = []
     for values in q.params.values():
         most = (values.float() if values.is_floating_point() else values).abs().reshape(len(values), -1).amax(1)
@@ -134,8 +137,9 @@ def commit(
     activations: Mapping[Weight, Params] | None = None,
     sampled: int = SAMPLED,
 ) -> list[Committed]:
-    """Everything that becomes of a solved matrix: its rows are split into the weights (or chunks of one) that were solved together, each
-    is told how its activations are rounded, compared with its original, packed, written and digested."""
+    """Everything that becomes of a solved matrix: its rows are split into the weights (or chunks of one) that were
+    solved together, each is told how its activations are rounded, compared with its original, packed, written and
+    digested."""
     parts = split_rows(q, [w.shape[0] for w in weights]) if len(weights) > 1 else [q]
     done = []
     for weight, part, original in zip(weights, parts, originals, strict=True):
@@ -224,7 +228,8 @@ class Inline(Executor):
 
 @contextmanager
 def writing_beside(run: Run, beside: bool) -> Iterator[None]:
-    """While this lasts, a thread writes what is committed, one thing after another, while a device computes the next."""
+    """While this lasts, a thread writes what is committed, one thing after another, while a device computes the
+    next."""
     if not beside:
         yield
         return

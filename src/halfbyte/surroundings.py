@@ -1,4 +1,5 @@
-"""What libraries are told through the environment where halfbyte is the program. They read it as they are loaded, so it is said before."""
+"""What libraries are told through the environment where halfbyte is the program. They read it as they are loaded, so it
+is said before."""
 
 import hashlib
 import os
@@ -17,11 +18,13 @@ def arrange() -> None:
 
 
 def kernels() -> Path | None:
-    """Where compiled kernels are kept, in the user's cache: they outlive an installation, and it need not be one that can be written to.
+    """Where compiled kernels are kept, in the user's cache: they outlive an installation, and it need not be one that
+    can be written to.
 
     None where the user has no cache: it is left to Numba to find another place, or to do without.
 
-    It is named after all of their sources: Numba compares the one file that a kernel is in, and kernels contain what they call in others.
+    It is named after all of their sources: Numba compares the one file that a kernel is in, and kernels contain what
+    they call in others.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "halfbyte"
     here = Path(__file__).parent

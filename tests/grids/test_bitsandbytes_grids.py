@@ -50,7 +50,8 @@ def test_without_a_search_scales_are_quantized_as_bitsandbytes_does(name):
     assert torch.equal(params["offset"][0], state.offset)
     assert torch.equal(params["nested"], state.state2.absmax)
     plain = w.view(-1, grid.granularity).abs().amax(1) - state.offset
-    # Its rule as it is written in torch, which it runs on numbers of 64 bits; its compiled one takes a neighbour for one scale in a thousand.
+    # Its rule as it is written in torch, which it runs on numbers of 64 bits; its compiled one
+    # takes a neighbour for one scale in a thousand.
     by_rule, _ = torch.ops.bitsandbytes.quantize_blockwise.default(plain.double(), state.state2.code, 256)
     assert (params["scale"].flatten() == by_rule).float().mean() > 0.9999
     assert (params["scale"].flatten() == state.absmax).float().mean() > 0.995

@@ -51,7 +51,7 @@ def test_the_accelerated_rounding_is_the_reference(data, bits, symmetric):
                 assert params["scale"].dtype == SCALE_DTYPES[stored]
                 assert torch.equal(by_reference(grid.encode, w, params), codes)
                 lost.append(per_group((grid.decode(codes, params) - w).square(), h, group))
-            # Sums in another order choose another candidate where two are as good as one. What becomes of a single group then is
+            # Sums in another order choose another candidate where two are as good. What becomes of one group then is
             # chance where the codes are rounded again to a scale that moved them: scales of 16 bits, and codes of 8.
             energy = per_group(w.float().square(), h, group)
             if stored == "fp32" and bits < 8:

@@ -33,8 +33,9 @@ def test_a_run_by_the_references_writes_the_codes_of_the_compiled_kernels(method
         found[kernels] = {module: checkpoint.read_quantized(module) for module in checkpoint.quantized}
         errors[kernels] = {row.name: row.error for row in report.weights}
     assert found["fast"].keys() == found["reference"].keys()
-    # Sums in another order choose another scale where two are as good as one, and with it other codes: with calibration,
-    # other inputs of all blocks after it. So most codes are the same without calibration and in gptq's first matrix, and
+    # Sums in another order choose another scale where two are as good, and with it other codes: with calibration,
+    # other inputs of all blocks after it. So most codes are the same without calibration and in gptq's first matrix,
+    # and
     # everywhere what is lost.
     if method == "nearest":
         assert errors["reference"] == pytest.approx(errors["fast"], rel=0.02)

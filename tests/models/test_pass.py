@@ -1,4 +1,5 @@
-"""A pass over a model: streams, statistics in parts, reading ahead, and too little memory change nothing of what is computed."""
+"""A pass over a model: streams, statistics in parts, reading ahead and too little memory change
+nothing of what is computed."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -26,7 +26,8 @@ def seen(x, original=None):
 
 
 def textbook(w, hessian, scale, zero, top):
-    """Frantar et al., 2210.17323, algorithm 1 with columns in order of decreasing importance (act-order), in float64."""
+    """Frantar et al., 2210.17323, algorithm 1 with columns in order of decreasing importance (act-order), in
+    float64."""
     order = np.argsort(-np.diag(hessian), kind="stable")
     w, damped = w[:, order].copy(), hessian + DAMPING * np.diag(hessian).mean() * np.eye(len(hessian))
     inverse = np.linalg.cholesky(np.linalg.inv(damped[order][:, order])).T
@@ -49,7 +50,8 @@ def test_codes_are_those_of_the_textbook(name):
     zero = each.get("zero", np.full(w.shape, grid.midpoint))
     theirs = textbook(w.double().numpy(), statistics.hessian.double().numpy(), each["scale"], zero, grid.levels.top)
     ours = solve(w, grid, params, statistics).numpy()
-    # float32 and, between blocks of columns, bfloat16: a weight next to a border may fall on its other side, and its row follows.
+    # float32 and, between blocks of columns, bfloat16: a weight next to a border may fall on its other
+    # side, and its row follows.
     assert (ours == theirs).mean() > 0.99
 
 

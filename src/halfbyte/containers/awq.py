@@ -94,7 +94,8 @@ class AWQ(Container):
             "group_size": grid.group_size or -1,
             "zero_point": True,
             "version": "gemm",
-            # vLLM and SGLang take the head for 16 bits unless told so (vllm auto_awq.py, sglang awq/awq.py from_config).
+            # vLLM and SGLang take the head for 16 bits unless told so (vllm auto_awq.py, sglang awq/awq.py
+            # from_config).
             **({"lm_head": True} if "lm_head" in schemes else {}),
             "modules_to_not_convert": sorted(kept) or None,
         }

@@ -48,7 +48,8 @@ LONGEST_STATE = 4096
 ZERO = 128
 """The code of zero of LLM.int8()."""
 ROOM = 32
-"""Bytes for the dtype and the offset, whose lengths no shape tells: blanks fill what is left, and JSON does not mind."""
+"""Bytes for the dtype and the offset, whose lengths no shape tells: blanks fill what is left, and JSON does not
+mind."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ class BitsAndBytes(Container):
         if is_llm_int8(grid):
             if tensors.get("weight_format", torch.zeros(1)).any():
                 raise Unsupported(
-                    "LLM.int8() weights in the order of an old GPU (weight_format) are not read; load them with bitsandbytes and save them again"
+                    "LLM.int8() weights in the order of an old GPU (weight_format) are not read; load them with "
+                    "bitsandbytes and save them again"
                 )
             return Quantized(
                 grid,
@@ -198,7 +200,8 @@ class BitsAndBytes(Container):
                 grid = _known(f"{kind}-g{said['blocksize']}{'-double' if 'nested_blocksize' in said else ''}")
                 if grid.nested and said["nested_blocksize"] != NESTED:
                     raise Unsupported(
-                        f"{module}: scales that share a scale by {said['nested_blocksize']} are not read; by {NESTED} they are"
+                        f"{module}: scales that share a scale by {said['nested_blocksize']} are not read; by "
+                        f"{NESTED} they are"
                     )
                 found[module] = (grid, tuple(said["shape"]))
                 grid.require_fit(found[module][1])
@@ -269,5 +272,6 @@ def _parsed(state: Tensor) -> Config:
 def _require_same(name: str, found: Tensor, known: Tensor) -> None:
     if not torch.equal(found.float(), known):
         raise Unsupported(
-            f"a {name} that is not bitsandbytes' own is not read; engines with kernels for 4 bits would not read it either"
+            f"a {name} that is not bitsandbytes' own is not read; engines with kernels for 4 bits would not "
+            "read it either"
         )

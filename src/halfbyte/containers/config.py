@@ -1,4 +1,5 @@
-"""What of a config.json is used, looked at once: types, and sizes that no model has but that somebody's memory would be taken for."""
+"""What of a config.json is used, looked at once: types, and sizes that no model has but that somebody's memory would be
+taken for."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -57,7 +58,8 @@ NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false"
 
 
 def require_sound(config: Mapping[str, Any], place: object) -> None:
-    """Raise BadCheckpoint, naming the entry, for what is of another type or beyond any model. What is null is not there."""
+    """Raise BadCheckpoint, naming the entry, for what is of another type or beyond any model. What is null is not
+    there."""
     for name, value in config.items():
         if name in SIZES and value is not None and not _is_size(value, SIZES[name]):
             raise BadCheckpoint(f"{place}: {name} is {brief(value)}, which should be a number up to {SIZES[name]}")

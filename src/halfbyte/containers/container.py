@@ -1,7 +1,7 @@
 """Container: how the bits of a Quantized lie in a folder of safetensors, and how its config.json says so.
 
-A container moves bits and never does arithmetic on weights: `unpack(pack(q), q.scheme, q.shape) == q`. All of them are values: what
-one is asked changes nothing in it.
+A container moves bits and never does arithmetic on weights: `unpack(pack(q), q.scheme, q.shape) == q`. All of them are
+values: what one is asked changes nothing in it.
 """
 
 import re
@@ -81,7 +81,8 @@ class Reader(ABC):
 
     @abstractmethod
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
-        """What the tensors of such a module may be, by suffix. `has` tells whether a module has a tensor of a suffix."""
+        """What the tensors of such a module may be, by suffix. `has` tells whether a module has a tensor of a
+        suffix."""
 
     @abstractmethod
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
@@ -104,15 +105,16 @@ class Container(Reader):
 
     @abstractmethod
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
-        """`scheme` with scales in the precision that engines compute with when the model is of `dtype`, and with the inputs that
-        they round whether asked or not."""
+        """`scheme` with scales in the precision that engines compute with when the model is of `dtype`, and with the
+        inputs that they round whether asked or not."""
 
     @abstractmethod
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
         """Raise Unsupported, saying what the container can hold, unless it holds such a matrix."""
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
-        """A matrix from elsewhere, value for value on a grid that this container may hold; None where it must be rounded."""
+        """A matrix from elsewhere, value for value on a grid that this container may hold; None where it must be
+        rounded."""
         return q._replace(activations=None) if is_integer(q.grid) else None
 
     def for_tensor(self, q: Quantized) -> "Container":
@@ -159,7 +161,8 @@ def require_parts(
         elif Spec(entries[name].shape, entries[name].dtype) not in part.specs:
             wanted = part.specs[0]
             raise BadCheckpoint(
-                f"'{name}' is {told(entries[name])}, and {scheme} of {shape[0]} x {shape[1]} has {told(wanted)} there; download it again"
+                f"'{name}' is {told(entries[name])}, and {scheme} of {shape[0]} x {shape[1]} has {told(wanted)} "
+                "there; download it again"
             )
 
 
@@ -181,7 +184,8 @@ def told(spec: Spec) -> str:
 def weights_only(scheme: AnyScheme, container: str) -> Grid:
     if scheme.activations:
         raise Unsupported(
-            f"{container} has no inputs of fewer than 16 bits, such as {scheme}; compressed-tensors has, or leave {scheme.weight} alone"
+            f"{container} has no inputs of fewer than 16 bits, such as {scheme}; compressed-tensors has, or leave "
+            f"{scheme.weight} alone"
         )
     return scheme.weight
 
@@ -233,7 +237,8 @@ def span_of(module: str, width: int, groups: int, sizes: Collection[Any]) -> int
     if width % groups or (groups > 1 and named and width // groups not in named):
         said = f", and config.json has groups of {' and '.join(map(str, named))}" if named else ""
         raise BadCheckpoint(
-            f"{module} has {groups} scales for each row of {width}{said}; its tensors or its config are of another model"
+            f"{module} has {groups} scales for each row of {width}{said}; its tensors or its config are of "
+            "another model"
         )
     return width // groups if groups > 1 or width in named else "channel"
 

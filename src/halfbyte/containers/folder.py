@@ -1,7 +1,7 @@
 """The tensors and files of an output while they are written.
 
-Everything is written to a partial folder, laid out from shapes before the first byte; the finished folder is moved into place.
-A journal lists what is done, so that a run that was killed goes on where it stopped.
+Everything is written to a partial folder, laid out from shapes before the first byte; the finished folder is moved into
+place. A journal lists what is done, so that a run that was killed goes on where it stopped.
 """
 
 import errno
@@ -55,7 +55,8 @@ class Folder:
         self.shards = shards
         self.writers: list[Output] = []
         self.is_published = False
-        """Whether an earlier run of the same command had nothing left to do but to move things into place, which is done now."""
+        """Whether an earlier run of the same command had nothing left to do but to move things into place, which is
+        done now."""
         try:
             self.place.lock()
             self._file = open(self.place.journal, "a+", encoding="utf-8", newline="\n", opener=not_through_links)  # noqa: SIM115
@@ -112,7 +113,8 @@ class Folder:
         self._owner[name].write(name, tensor, at)
 
     def companion(self, name: str) -> Path:
-        """Where a small file of the output is written: next to an output that is one file, it is to bear that file's name."""
+        """Where a small file of the output is written: next to an output that is one file, it is to bear that file's
+        name."""
         return self.partial / (self.place.companion(name).name if self.place.is_file else name)
 
     def record(self, record: dict[str, Any]) -> None:
@@ -156,7 +158,8 @@ class Folder:
         """What to raise when writing failed: of a disk that is full or not ours, the partial folder is removed."""
         if self.is_published:
             return BadRequest(
-                f"{self.target} is written, and cannot be moved into place ({error.strerror}): the same command goes on from {self.partial}"
+                f"{self.target} is written, and cannot be moved into place ({error.strerror}): the same command goes "
+                f"on from {self.partial}"
             )
         if error.errno in FULL:
             reason = (
@@ -166,7 +169,8 @@ class Folder:
             reason = os.strerror(error.errno)
         elif error.filename and error.strerror:
             return BadRequest(
-                f"{error.filename}: {error.strerror}; what is done is kept in {self.partial}, and the same command goes on where it stopped"
+                f"{error.filename}: {error.strerror}; what is done is kept in {self.partial}, and the same command "
+                "goes on where it stopped"
             )
         else:
             return error
@@ -179,7 +183,8 @@ def _size(size_bytes: int) -> str:
 
 
 def claim(place: Place, source: Path, overwrite: bool, files: Collection[Path] = ()) -> None:
-    """Refuse a target that holds something, unless it may be replaced; never the source, one of its `files`, or a folder around it or in it.
+    """Refuse a target that holds something, unless it may be replaced; never the source, one of its `files`, or a
+    folder around it or in it.
 
     This changes nothing: what a killed run has left is mended when the folder is opened again.
     """
@@ -209,7 +214,8 @@ def _is_whole(journal: Path) -> bool:
 
 @contextmanager
 def kept_on_interrupt(folder: Folder) -> Iterator[None]:
-    """A request that cannot be met leaves nothing behind; whatever else ends a run leaves its journal, and the same call goes on."""
+    """A request that cannot be met leaves nothing behind; whatever else ends a run leaves its journal, and the same
+    call goes on."""
     try:
         yield
     except HalfbyteError:

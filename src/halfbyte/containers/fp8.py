@@ -1,12 +1,14 @@
-"""FP8 as DeepSeek's checkpoints have it (deepseek-ai/DeepSeek-V3; vLLM model_executor/layers/quantization/fp8.py; Transformers
-integrations/finegrained_fp8.py). The engine rounds inputs to FP8 too, with scales that it finds as it runs.
+"""FP8 as DeepSeek's checkpoints have it (deepseek-ai/DeepSeek-V3; vLLM model_executor/layers/quantization/fp8.py;
+Transformers integrations/finegrained_fp8.py). The engine rounds inputs to FP8 too, with scales that it finds as it
+runs.
 
 weight            float8 [out, in]
 weight_scale_inv  fp32 [ceil(out / 128), ceil(in / 128)], what the block is multiplied by, despite its name
 weight_scale      fp32 [], in its place where a whole matrix has one scale
 
-Also read are powers of two in bytes: as scales of such blocks (scale_fmt ue8m0), and of 32 in-features (MXFP8); scales of rows, in
-weight_scale [out, 1] (fbgemm_fp8); and fused experts, X [experts, out, in] with X_scale_inv or X [experts, in, out] with X_scale [experts, 1, out].
+Also read are powers of two in bytes: as scales of such blocks (scale_fmt ue8m0), and of 32 in-features (MXFP8); scales
+of rows, in weight_scale [out, 1] (fbgemm_fp8); and fused experts, X [experts, out, in] with X_scale_inv or X [experts,
+in, out] with X_scale [experts, 1, out].
 """
 
 from collections.abc import Mapping
@@ -76,7 +78,8 @@ class FP8(Container):
             )
         if grid.granularity == "block" and (shape[0] % SIDE or shape[1] % SIDE):
             raise Unsupported(
-                f"fp8 has blocks of {SIDE} x {SIDE}, which readers want {shape[0]} x {shape[1]} to be a multiple of; compressed-tensors has rows"
+                f"fp8 has blocks of {SIDE} x {SIDE}, which readers want {shape[0]} x {shape[1]} to be a multiple of; "
+                "compressed-tensors has rows"
             )
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
@@ -174,7 +177,8 @@ class FP8(Container):
             scale = entries.get(f"{module}.weight_scale_inv") or entries.get(f"{module}.weight_scale")
             if module != name and scale and weight.dtype in (*SCALES, torch.float64):
                 raise BadCheckpoint(
-                    f"'{name}' is {told(weight)} and has scales beside it, which are for floats of 8 bits; download it again"
+                    f"'{name}' is {told(weight)} and has scales beside it, which are for floats of 8 bits; "
+                    "download it again"
                 )
             if module != name and weight.dtype in ELEMENTS:
                 if scale is None:
@@ -205,13 +209,15 @@ def _grid(name: str, weight: Entry, scale: Entry, in_blocks: bool) -> ScalarGrid
     )  # [1], [out], [rows, 1, columns, 1]
     if len(weight.shape) != 2 or not (fits := [g for g in grids if g.scales_shape(weight.shape) == shape]):
         raise Unsupported(
-            f"{name}: scales {tuple(scale.shape)} for weights {tuple(weight.shape)} are not read; of blocks of {SIDE} x {SIDE}, rows, matrices are"
+            f"{name}: scales {tuple(scale.shape)} for weights {tuple(weight.shape)} are not read; of blocks of "
+            f"{SIDE} x {SIDE}, rows, matrices are"
         )
     return fits[0]
 
 
 def _is_transposed(weight: Shape, scale: Shape) -> bool:
-    """Llama 4's experts lie as [in, out]; scales of rows, [1, out] or [out, 1], show it. Blocks have so many for narrow matrices only."""
+    """Llama 4's experts lie as [in, out]; scales of rows, [1, out] or [out, 1], show it. Blocks have so many for narrow
+    matrices only."""
     return len(weight) == 2 and weight[0] != weight[1] > SIDE and tuple(scale) in ((1, weight[1]), (weight[1], 1))
 
 

@@ -10,7 +10,8 @@ LOW = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def unfuse(entries: Mapping[str, Entry], parts: Mapping[str, str]) -> dict[str, Entry]:
-    """All tensors, those of fused experts cut up: of home.X + ending the expert 3 becomes home.3.X.part, for every ending and part.
+    """All tensors, those of fused experts cut up: of home.X + ending the expert 3 becomes home.3.X.part, for every
+    ending and part.
 
     The first ending is that of the weights. What has no row for each expert is shared by all.
     """

@@ -3,7 +3,8 @@
     qweight  int32 [in * bits / 32, out], packed along in
     qzeros   int32 [groups, out * bits / 32], packed along out
     scales   fp16  [groups, out]
-    g_idx    int32 [in], the group of each in-feature: i // group unless columns were sorted before scales were fitted (desc_act), which is read only
+    g_idx    int32 [in], the group of each in-feature: i // group unless columns were sorted before scales were
+                      fitted (desc_act), which is read only
 
 Version 1 (`checkpoint_format: gptq`) stores zero - 1 and its readers add 1, so it cannot hold a zero point of 0;
 version 2 (`gptq_v2`) stores the zero point itself. A fresh quantization never needs version 2: see grids.scalar.
@@ -117,8 +118,8 @@ class GPTQ(Container):
         return Quantized(scheme.weight, bits.unpack(tensors["qweight"].T, grid.levels.bits, width), params)
 
     def _zero_points(self, words: Tensor, width_bits: int, out: int) -> Tensor:
-        """Version 1 wraps a zero point of 0 around. GPTQModel, which writes such files, takes 1 from whole words, with borrow,
-        but of 3 bits from each code (its utils/model.py, convert_gptq_v2_to_v1_format_module)."""
+        """Version 1 wraps a zero point of 0 around. GPTQModel, which writes such files, takes 1 from whole words, with
+        borrow, but of 3 bits from each code (its utils/model.py, convert_gptq_v2_to_v1_format_module)."""
         if self.version == 2:
             return bits.unpack(words, width_bits, out)
         if width_bits == 3:
@@ -168,7 +169,8 @@ class GPTQ(Container):
                 out, grid_bits, groups = words.shape[1], zeros.shape[1] * 32 // words.shape[1], scales.shape[0]
                 if grid_bits not in WIDTHS or zeros.shape != (groups, out * grid_bits // 32):
                     raise BadCheckpoint(
-                        f"{module}: {told(zeros)} zero points are none of {out} out-features in {groups} groups, of 2, 3, 4 or 8 bits"
+                        f"{module}: {told(zeros)} zero points are none of {out} out-features in {groups} groups, of "
+                        "2, 3, 4 or 8 bits"
                     )
                 width = words.shape[0] * 32 // grid_bits
                 zero = bits.unpack(zeros.read(), grid_bits, out)
@@ -185,7 +187,8 @@ class GPTQ(Container):
 
 
 def stored_scale(dtype: torch.dtype) -> str:
-    """fp16 files of a bf16 model get scales that both formats hold: engines cast them to the model's dtype when they load."""
+    """fp16 files of a bf16 model get scales that both formats hold: engines cast them to the model's dtype when they
+    load."""
     return "bf16" if dtype == torch.bfloat16 else "fp16"
 
 
@@ -203,7 +206,8 @@ def _order(width: int, grid: ScalarGrid) -> Tensor:
 
 
 def _as_ordered(module: str, grid: ScalarGrid, width: int, entries: Mapping[str, Entry]) -> ScalarGrid | ActOrderGrid:
-    """The grid, as the columns' groups make it. Raises BadCheckpoint for groups of unequal size, and for such as have no scale."""
+    """The grid, as the columns' groups make it. Raises BadCheckpoint for groups of unequal size, and for such as have
+    no scale."""
     entry, plain = entries.get(f"{module}.g_idx"), _order(width, grid)
     if (
         entry is None
@@ -214,7 +218,8 @@ def _as_ordered(module: str, grid: ScalarGrid, width: int, entries: Mapping[str,
     if not torch.equal(order.sort().values, plain):
         groups = grid.groups(width)
         raise BadCheckpoint(
-            f"{module}.g_idx does not give each of {groups} groups {width // groups} of {width} in-features; download it again"
+            f"{module}.g_idx does not give each of {groups} groups {width // groups} of {width} in-features; "
+            "download it again"
         )
     return ActOrderGrid(grid)
 

@@ -13,9 +13,9 @@ model.layers.0.self_attn.k_scale   [1], or [heads, 1, 1]
 model.layers.0.self_attn.v_scale
 
 as compressed-tensors and llm-compressor have them, and as vLLM reads them (model_executor/model_loader/weight_utils.py
-maybe_remap_kv_scale_name). It reads them under two kinds of `quantization_config`: compressed-tensors, whose `kv_cache_scheme`
-turns the cache to FP8 by itself (compressed_tensors.py CompressedTensorsKVCacheMethod; model_executor/layers/attention), and fp8
-(fp8.py Fp8KVCacheMethod), with --kv-cache-dtype fp8.
+maybe_remap_kv_scale_name). It reads them under two kinds of `quantization_config`: compressed-tensors, whose
+`kv_cache_scheme` turns the cache to FP8 by itself (compressed_tensors.py CompressedTensorsKVCacheMethod;
+model_executor/layers/attention), and fp8 (fp8.py Fp8KVCacheMethod), with --kv-cache-dtype fp8.
 """
 
 import re
@@ -72,11 +72,13 @@ def _part(name: str, is_key: bool) -> ActivationGrid:
         grid = ScaledActivations.parse(name)
     except BadRequest:
         raise BadRequest(
-            f"'{name}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64, q8_0 or the like, or two of them for keys and values: int8/int4"
+            f"'{name}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64, q8_0 or the like, or two "
+            "of them for keys and values: int8/int4"
         ) from None
     if grid.granularity == "tensor":
         raise BadRequest(
-            f"a cache grows token by token, so no scale of all tokens can be found as it runs; write {grid.number}-static or {grid.number}-token"
+            "a cache grows token by token, so no scale of all tokens can be found as it runs; write "
+            f"{grid.number}-static or {grid.number}-token"
         )
     if grid.static and not grid.symmetric:
         raise BadRequest(f"no engine has zero points of a whole cache; write {str(grid).removesuffix('-asym')}")
@@ -126,7 +128,8 @@ def config(known: Config | None, grid: KVGrid) -> Config:
     method = (known or {}).get("quant_method")
     if method not in (None, "compressed-tensors", "fp8"):
         raise Unsupported(
-            f"engines read scales of a KV cache beside compressed-tensors and fp8, not beside {method}; halfbyte convert --to compressed-tensors moves weights"
+            f"engines read scales of a KV cache beside compressed-tensors and fp8, not beside {method}; halfbyte "
+            "convert --to compressed-tensors moves weights"
         )
     scheme = scheme_of(grid)
     if method == "fp8":
@@ -147,17 +150,20 @@ def config(known: Config | None, grid: KVGrid) -> Config:
 
 
 def scheme_of(grid: KVGrid) -> Config:
-    """`kv_cache_scheme` of compressed-tensors (its QuantizationArgs). Raises Unsupported for a cache that engines do not read from files."""
+    """`kv_cache_scheme` of compressed-tensors (its QuantizationArgs). Raises Unsupported for a cache that engines do
+    not read from files."""
     part = grid.key
     if not isinstance(part, ScaledActivations) or not part.static:
         raise Unsupported(
-            f"nothing of a cache of {grid} is stored: engines choose it as they start. {served(grid)}; halfbyte eval --kv {grid} measures it"
+            f"nothing of a cache of {grid} is stored: engines choose it as they start. {served(grid)}; halfbyte eval "
+            f"--kv {grid} measures it"
         )
     if part != grid.value:
         raise Unsupported(f"compressed-tensors has one kind of cache for keys and values, not {grid}")
     if part.number != "fp8-e4m3":
         raise Unsupported(
-            f"vLLM takes every stored cache for fp8-e4m3, so {grid} would be misread; write fp8-e4m3, or serve with one found as it runs (int8)"
+            f"vLLM takes every stored cache for fp8-e4m3, so {grid} would be misread; write fp8-e4m3, or serve with "
+            "one found as it runs (int8)"
         )
     return {
         "num_bits": 8,
@@ -169,7 +175,8 @@ def scheme_of(grid: KVGrid) -> Config:
 
 
 SERVED = {
-    "fp8-e4m3-static": "vLLM: reads it by itself from compressed-tensors, else --kv-cache-dtype fp8; SGLang: --kv-cache-dtype fp8_e4m3",
+    "fp8-e4m3-static": "vLLM: reads it by itself from compressed-tensors, else --kv-cache-dtype fp8; SGLang: "
+    "--kv-cache-dtype fp8_e4m3",
     "fp8-e4m3-head": "vLLM: reads it by itself (FlashAttention 3 has scales of heads)",
     "fp8-e4m3-token": "vLLM: --kv-cache-dtype fp8_per_token_head",
     "int8-token": "vLLM: --kv-cache-dtype int8_per_token_head",
@@ -177,7 +184,8 @@ SERVED = {
     "int8-g32": "near to it is --kv q8_0, llama.cpp's",
     "int4-g32": "near to it is --kv q4_0, llama.cpp's",
 }
-"""What an engine is told (vllm config/cache.py CacheDType and v1/kv_cache_interface.py; llama.cpp common/arg.cpp kv_cache_types)."""
+"""What an engine is told (vllm config/cache.py CacheDType and v1/kv_cache_interface.py; llama.cpp common/arg.cpp
+kv_cache_types)."""
 LLAMA_CPP = "with -ctk q8_0 -ctv q8_0 or the like; halfbyte eval --kv q8_0 measures such a cache"
 
 

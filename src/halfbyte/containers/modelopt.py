@@ -1,8 +1,10 @@
-"""Checkpoints of NVIDIA's Model Optimizer (modelopt/torch/export/quant_utils.py; vLLM model_executor/layers/quantization/modelopt.py).
-Read, not written: compressed-tensors holds the like, and the same engines load it.
+"""Checkpoints of NVIDIA's Model Optimizer (modelopt/torch/export/quant_utils.py; vLLM
+model_executor/layers/quantization/modelopt.py). Read, not written: compressed-tensors holds the like, and the same
+engines load it.
 
 FP8    weight          float8_e4m3fn [out, in]
-       weight_scale    fp32 [], [out] or [ceil(out / 128), 1, ceil(in / 128), 1]; MXFP8: uint8 [out, in / 32], a power of two
+       weight_scale    fp32 [], [out] or [ceil(out / 128), 1, ceil(in / 128), 1]; MXFP8: uint8 [out, in / 32],
+                    a power of two
 NVFP4  weight          uint8 [out, in / 2]: the first of neighbours in the low bits
        weight_scale    float8_e4m3fn [out, in / 16]
        weight_scale_2  fp32 [], which scales are multiplied by
@@ -63,7 +65,8 @@ class ModelOpt(Reader):
         found = FP8().find({"activation_scheme": "static"}, entries)
         if fused := next((m for m in found if re.search(r"\.\d+\.gate_up_proj$", m)), None):
             raise Unsupported(
-                f"{fused}: modelopt's fused experts in FP8 are not read, since nothing tells which way they lie; in NVFP4 they are"
+                f"{fused}: modelopt's fused experts in FP8 are not read, since nothing tells which way they lie; in "
+                "NVFP4 they are"
             )
         for name in entries:
             module, _, suffix = name.rpartition(".")
@@ -130,6 +133,7 @@ def _nvfp4_shape(module: str, entries: Mapping[str, Entry]) -> Shape:
         if scale.shape == (a // 8, b):
             return b, 2 * a
     raise Unsupported(
-        f"{module}: modelopt's {weight.dtype} {tuple(weight.shape)} weights with {scale.dtype} {tuple(scale.shape)} scales are not read; "
+        f"{module}: modelopt's {weight.dtype} {tuple(weight.shape)} weights with {scale.dtype} "
+        f"{tuple(scale.shape)} scales are not read; "
         "its FP8, MXFP8 and NVFP4 are"
     )

@@ -1,5 +1,6 @@
-"""MXFP4 as gpt-oss has it (openai/gpt-oss-20b; Transformers integrations/mxfp4.py; vLLM model_executor/layers/quantization/mxfp4.py).
-Only experts are quantized, and lie fused. Read, not written: compressed-tensors holds the same values.
+"""MXFP4 as gpt-oss has it (openai/gpt-oss-20b; Transformers integrations/mxfp4.py; vLLM
+model_executor/layers/quantization/mxfp4.py). Only experts are quantized, and lie fused. Read, not written:
+compressed-tensors holds the same values.
 
 X_blocks  uint8 [experts, out, in / 32, 16]: the first of neighbours in the low bits
 X_scales  uint8 [experts, out, in / 32], a power of two (E8M0)
@@ -46,7 +47,8 @@ class MXFP4(Reader):
                     or scales.shape != blocks.shape[:2]
                 ):
                     raise Unsupported(
-                        f"{module}: {tuple(blocks.shape)} blocks and {scales and tuple(scales.shape)} scales are no MXFP4"
+                        f"{module}: {tuple(blocks.shape)} blocks and {scales and tuple(scales.shape)} scales "
+                        "are no MXFP4"
                     )
                 found[module] = PACKED.grid, (blocks.shape[0], blocks.shape[1] * 32)
         return found

@@ -1,8 +1,8 @@
 """Where an output comes to lie: whole under its name, or what was there before, at whatever moment a run is killed.
 
-Beside `NAME` lie, while it is written, `NAME.partial` (the folder that grows), `NAME.partial.jsonl` (the journal, which says
-that all of these are ours) and `NAME.partial.lock`; what is replaced waits in `NAME.halfbyte-old`. The journal goes last: as
-long as it is there the same command goes on, from whichever step the run was killed before.
+Beside `NAME` lie, while it is written, `NAME.partial` (the folder that grows), `NAME.partial.jsonl` (the journal, which
+says that all of these are ours) and `NAME.partial.lock`; what is replaced waits in `NAME.halfbyte-old`. The journal
+goes last: as long as it is there the same command goes on, from whichever step the run was killed before.
 """
 
 import errno
@@ -28,7 +28,8 @@ class Place:
     """The names, and the steps from one to the other."""
 
     def __init__(self, target: Path, is_file: bool, marks: tuple[str, ...]):
-        """`is_file`: the output is one file, its report beside it, and no folder; `marks`: patterns of what its folders hold."""
+        """`is_file`: the output is one file, its report beside it, and no folder; `marks`: patterns of what its folders
+        hold."""
         self.target = target
         self.final = target.resolve()  # links are followed: rename would replace them
         self.is_file, self.marks = is_file, marks
@@ -52,12 +53,14 @@ class Place:
         self._lock = locked(self._lock_path, self.target)
 
     def unlock(self) -> None:
-        """Nothing of the lock stays. It is the caller's to do last what says that all is done: a lock that outlives its run says nothing."""
+        """Nothing of the lock stays. It is the caller's to do last what says that all is done: a lock that outlives its
+        run says nothing."""
         unlocked(self._lock)
         self._lock = None
 
     def require_own(self) -> None:
-        """Raise BadRequest if something that a run would write through, resume or delete is not what an earlier run left."""
+        """Raise BadRequest if something that a run would write through, resume or delete is not what an earlier run
+        left."""
         for path in (self.partial, self.journal, self.old, self._lock_path):
             require_own(path)
         if (
@@ -87,7 +90,8 @@ class Place:
         taken = [path for name in BESIDE if self.is_file and (path := self.companion(name)).exists()]
         if taken and not standing.exists() and not overwrite:
             raise BadRequest(
-                f"{taken[0]} is in the way of what is written beside {self.target}; name another file, move it, or give --overwrite"
+                f"{taken[0]} is in the way of what is written beside {self.target}; name another file, move it, or "
+                "give --overwrite"
             )
         if not standing.exists() or (standing.is_dir() and not any(standing.iterdir())):
             return
@@ -115,7 +119,8 @@ class Place:
         )
 
     def publish(self) -> None:
-        """Move all into place; from any step at which that was cut off, too. What was there before is removed only after that."""
+        """Move all into place; from any step at which that was cut off, too. What was there before is removed only
+        after that."""
         if self.is_file:
             self._publish_file()
         else:
@@ -148,7 +153,8 @@ class Place:
         return [path for path in sorted(self.partial.iterdir()) if path.name != self.final.name]
 
     def settle(self) -> None:
-        """What was cut off while it was published is made as it was before, or done: for another command than the one that was killed."""
+        """What was cut off while it was published is made as it was before, or done: for another command than the one
+        that was killed."""
         if self.is_file and self.is_untouched:
             for path in self.old.iterdir() if self.old.exists() else ():
                 os.replace(path, self.final.with_name(path.name))
@@ -206,7 +212,8 @@ def locked(path: Path, target: Path) -> filelock.BaseFileLock | None:
 
 
 def unlocked(lock: filelock.BaseFileLock | None) -> None:
-    """Let go, and leave no file. Where an open file can be unlinked that comes first, so that nobody waits for one that is gone."""
+    """Let go, and leave no file. Where an open file can be unlinked that comes first, so that nobody waits for one that
+    is gone."""
     if lock is None:
         return
     with suppress(OSError):
@@ -230,7 +237,8 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def one_file(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A file that is whole under its name or not there: yields where to write it. Raises BadRequest where it cannot be."""
+    """A file that is whole under its name or not there: yields where to write it. Raises BadRequest where it cannot
+    be."""
     final = target.resolve()
     partial, lock_path = (final.with_name(f"{final.name}{end}") for end in (".partial", ".partial.lock"))
     if final.is_dir():

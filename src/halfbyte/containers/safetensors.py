@@ -1,7 +1,7 @@
 """Reading and writing safetensors as a stream (format: the README of huggingface/safetensors).
 
-The safetensors package maps whole files and writes whole dictionaries. Here tensors are read and written one at a time at
-their offsets, so that memory stays at one tensor whatever the file's size: pages of a mapped file count as resident.
+The safetensors package maps whole files and writes whole dictionaries. Here tensors are read and written one at a time
+at their offsets, so that memory stays at one tensor whatever the file's size: pages of a mapped file count as resident.
 """
 
 import errno
@@ -86,8 +86,8 @@ class Entry(Spec):
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Every tensor of the file. Raises BadCheckpoint for what the reference implementation refuses too: a file that is cut short, malformed,
-    or has bytes that are no tensor's."""
+    """Every tensor of the file. Raises BadCheckpoint for what the reference implementation refuses too: a file that is
+    cut short, malformed, or has bytes that are no tensor's."""
     with opened(path) as file:
         try:
             size = os.fstat(file.fileno()).st_size
@@ -173,7 +173,8 @@ class Output:
             or (at is not None and at + tensor.shape[0] > entry.shape[0])
         ):
             raise ValueError(
-                f"{name}: planned {entry.shape} {entry.dtype}, got {tuple(tensor.shape)} {tensor.dtype} at row {at or 0}"
+                f"{name}: planned {entry.shape} {entry.dtype}, got {tuple(tensor.shape)} {tensor.dtype} at "
+                f"row {at or 0}"
             )
         if tensor.numel():
             start = entry.offset + (at or 0) * prod(entry.shape[1:]) * entry.dtype.itemsize

@@ -1,4 +1,5 @@
-"""How a text becomes scored positions. Perplexities of one model differ by half between conventions, so each has a name."""
+"""How a text becomes scored positions. Perplexities of one model differ by half between conventions, so each has a
+name."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

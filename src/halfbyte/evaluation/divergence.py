@@ -1,8 +1,8 @@
 """Models side by side on the same tokens: perplexity, KL divergence from the first, top-1 agreement.
 
-All models walk through the text together, a slice of windows at a time, and their logits meet batch by batch: memory holds
-hidden states and the logits of a few positions, however long the text is and however many words the models know: 1 GB in all,
-beside a block or two heads. Per token a few numbers are kept.
+All models walk through the text together, a slice of windows at a time, and their logits meet batch by batch: memory
+holds hidden states and the logits of a few positions, however long the text is and however many words the models know:
+1 GB in all, beside a block or two heads. Per token a few numbers are kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,8 @@ from halfbyte.progress import Progress, silent
 HIDDEN_BYTES = 512e6
 """Hidden states of all models kept at once; a longer text is walked in slices."""
 LOGITS_BYTES, COPIES = 512e6, 4
-"""Predictions in memory, and how many of one size there are at a time: the original's twice, and a model's as logits and as logarithms."""
+"""Predictions in memory, and how many of one size there are at a time: the original's twice, and a model's as logits
+and as logarithms."""
 
 
 @dataclass
@@ -48,7 +49,8 @@ def compare(
     progress: Progress = silent,
     placement: Placement | None = None,
 ) -> list[dict[str, Any]]:
-    """A row of measures for each checkpoint, the first being the reference; rows after the second are also compared with the second, pair by pair.
+    """A row of measures for each checkpoint, the first being the reference; rows after the second are also compared
+    with the second, pair by pair.
 
     `first`: the first position of each window whose prediction is scored.
     """
@@ -92,7 +94,8 @@ def measure(
 
 
 def _scores(walks: Sequence[Walk], first: int) -> list[Tokens]:
-    """Of every walk against the first. Those whose head is the first's are compared in one go, the others each by itself: two heads are in memory at most."""
+    """Of every walk against the first. Those whose head is the first's are compared in one go, the others each by
+    itself: two heads are in memory at most."""
     alike = [walk for walk in walks if walk is walks[0] or walk.same_head(walks[0])]
     found = dict(zip(map(id, alike), _compared(alike, first, shared=True), strict=True))
     for walk in walks:
@@ -138,7 +141,8 @@ def _said(logits: Tensor) -> Tensor:
 
 
 class Original:
-    """What the first model says at some positions, looked at once for all the others: each of these looks takes as long as a model's head."""
+    """What the first model says at some positions, looked at once for all the others: each of these looks takes as long
+    as a model's head."""
 
     def __init__(self, said: Tensor, following: Tensor):
         """Logarithms of probabilities, and the tokens that came next."""
@@ -155,7 +159,8 @@ class Original:
         return Tokens(-self.chosen, zeros, torch.ones_like(zeros), zeros)
 
     def against(self, own: Tensor) -> Tokens:
-        """Another model at these positions. `own` is spent: what is large here is the vocabulary, and fresh memory takes longer than the sums."""
+        """Another model at these positions. `own` is spent: what is large here is the vocabulary, and fresh memory
+        takes longer than the sums."""
         chosen = self._chosen(own)
         same_top = (own.gather(-1, self.top)[..., 0] == own.amax(-1)).float()
         kl = own.sub_(self.said).mul_(self.probabilities).sum(-1).neg_().clamp_(min=0)
@@ -179,13 +184,15 @@ def summary(tokens: Tokens, reference: bool) -> dict[str, Any]:
             "kl": kl, "kl_error": kl_error,
             "kl_median": _quantile(flat, 0.5), "kl_p99": _quantile(flat, 0.99), "kl_max": float(flat[-1]),
             "same_top": top, "same_top_error": top_error,
-            "probability_change": float(tokens.change.double().mean()), "probability_change_rms": float(tokens.change.double().square().mean().sqrt()),
+            "probability_change": float(tokens.change.double().mean()),
+            "probability_change_rms": float(tokens.change.double().square().mean().sqrt()),
         }  # fmt: skip
     return row
 
 
 def mean_and_error(values: Float32[Tensor, "windows positions"]) -> tuple[float, float | None]:
-    """Mean and its standard error, which nobody knows of one token. Tokens of one window hang together, so windows are what is counted."""
+    """Mean and its standard error, which nobody knows of one token. Tokens of one window hang together, so windows are
+    what is counted."""
     values = values.double()
     units = values.mean(1) if values.shape[0] > 1 else values.flatten()
     return float(values.mean()), float(units.std() / len(units) ** 0.5) if len(units) > 1 else None

@@ -1,9 +1,10 @@
 """A fact planted in a long text: is it still read back from far away? What a rounded KV cache loses first.
 
-Somewhere in a text of a given length stands a sentence such as "The password of the old lighthouse keeper is Tobias Marlow 4182.",
-and the text ends in "The password of the old lighthouse keeper is". The score is the log-probability of the answer, per token,
-minus that after the same text without the sentence: what the model gained by reading it. So a model too small to answer
-questions is measured too, as soon as it copies (Kamradt's needle in a haystack asks for the answer in words).
+Somewhere in a text of a given length stands a sentence such as "The password of the old lighthouse keeper is Tobias
+Marlow 4182.", and the text ends in "The password of the old lighthouse keeper is". The score is the log-probability of
+the answer, per token, minus that after the same text without the sentence: what the model gained by reading it. So a
+model too small to answer questions is measured too, as soon as it copies (Kamradt's needle in a haystack asks for the
+answer in words).
 """
 
 import random
@@ -46,7 +47,8 @@ class Planted:
 
 
 def plant(checkpoint: Checkpoint, text: str, length: int, depths: Sequence[float], facts: int, seed: int) -> Planted:
-    """Every fact at every depth and nowhere, in a text of its own. Raises BadRequest where a text of this length does not hold a fact."""
+    """Every fact at every depth and nowhere, in a text of its own. Raises BadRequest where a text of this length does
+    not hold a fact."""
     tokenizer = calibrate.tokenizer_of(checkpoint)
     first, stream = calibrate.opening(tokenizer), calibrate.read(checkpoint, tokenizer, text, length).tokens.tolist()
 
@@ -64,7 +66,8 @@ def plant(checkpoint: Checkpoint, text: str, length: int, depths: Sequence[float
         room = length - len(first) - len(whole)
         if room < 2 * len(told):
             raise BadRequest(
-                f"{length} tokens hold no text around a fact of {len(told)} and its question of {len(whole)}; give a larger length"
+                f"{length} tokens hold no text around a fact of {len(told)} and its question of {len(whole)}; give a "
+                "larger length"
             )
         start = draw.randrange(max(1, len(stream) - length))
         hay = stream[start : start + room]
@@ -85,7 +88,8 @@ def score(
     dtype: torch.dtype = torch.float32,
     placement: Placement | None = None,
 ):
-    """Log-probability of each answer per token, and whether every token of it is the most likely one: [texts], [texts]."""
+    """Log-probability of each answer per token, and whether every token of it is the most likely one: [texts],
+    [texts]."""
     walk = Walk(checkpoint, planted.tokens, dtype, placement, as_served=True)
     for _ in walk:
         pass  # it runs as it is
@@ -103,7 +107,8 @@ def score(
 
 
 def grid(planted: Planted, likely: Tensor, found: Tensor) -> list[dict[str, float]]:
-    """For every depth, the mean over facts: `gain` in nats per token, `found` the share of answers that greedy decoding gives."""
+    """For every depth, the mean over facts: `gain` in nats per token, `found` the share of answers that greedy decoding
+    gives."""
     nowhere = {
         fact: i for i, (fact, depth) in enumerate(zip(planted.facts, planted.depths, strict=True)) if depth is None
     }
@@ -125,7 +130,8 @@ def measure(
     progress: Progress = silent,
     placement: Placement | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """For every checkpoint, a row for every length and depth: `length`, `depth`, `gain`, `found`. All read the same texts."""
+    """For every checkpoint, a row for every length and depth: `length`, `depth`, `gain`, `found`. All read the same
+    texts."""
     places = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
     found: list[list[dict[str, Any]]] = [[] for _ in checkpoints]
     for number, length in enumerate(lengths):

@@ -1,7 +1,8 @@
-"""Models without a head that predicts tokens, such as reward and embedding models: their last hidden states on the same tokens.
+"""Models without a head that predicts tokens, such as reward and embedding models: their last hidden states on the same
+tokens.
 
-Of every token, the distance of a model's last hidden state from the reference's, as a share of the reference's length, and the
-cosine of the angle between them: a score or an embedding is made of these states.
+Of every token, the distance of a model's last hidden state from the reference's, as a share of the reference's length,
+and the cosine of the angle between them: a score or an embedding is made of these states.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ def predicts(checkpoints: Sequence[Checkpoint]) -> bool:
     said = [skeleton.outline(checkpoint).can_generate() for checkpoint in checkpoints]
     if odd := next((c for c, own in zip(checkpoints, said, strict=True) if own != said[0]), None):
         raise BadRequest(
-            f"one of {checkpoints[0].path} and {odd.path} predicts tokens and the other has no head for it; name a model of the same architecture"
+            f"one of {checkpoints[0].path} and {odd.path} predicts tokens and the other has no head for it; name a "
+            "model of the same architecture"
         )
     return said[0]
 

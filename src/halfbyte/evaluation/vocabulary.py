@@ -1,4 +1,5 @@
-"""Whether models mean the same words by their tokens: predictions of different tokens cannot be compared, however alike the numbers look."""
+"""Whether models mean the same words by their tokens: predictions of different tokens cannot be compared, however alike
+the numbers look."""
 
 from pathlib import Path
 
@@ -19,7 +20,8 @@ FILES = (
 
 
 def difference(reference: Checkpoint, other: Checkpoint) -> str | None:
-    """A token that is another in the other model, in words; None where there is none, or one of them has no tokenizer."""
+    """A token that is another in the other model, in words; None where there is none, or one of them has no
+    tokenizer."""
     if (
         reference.path == other.path
         or not _has(reference)

@@ -1,4 +1,5 @@
-"""Which numbers a weight can be. To add a scalar grid: one line in `scalar.SCALAR_GRIDS`, and a layout in each container that can hold it."""
+"""Which numbers a weight can be. To add a scalar grid: one line in `scalar.SCALAR_GRIDS`, and a layout in each
+container that can hold it."""
 
 from halfbyte.errors import UnknownName
 from halfbyte.grids import scalar
@@ -8,9 +9,11 @@ from halfbyte.grids.kquant import KQUANTS
 from halfbyte.grids.lattice import LATTICE_GRIDS
 from halfbyte.grids.scalar import SCALAR_GRIDS, is_integer
 
-# Integer grids, FP8 and those of bitsandbytes are read by pattern; these are the ones that help, completion and the matrix test show.
+# Integer grids, FP8 and those of bitsandbytes are read by pattern; these are the ones that help, completion and the
+# matrix test show.
 GRIDS: dict[str, Grid] = {**SCALAR_GRIDS, **KQUANTS, **LATTICE_GRIDS}
-# Types of ggml that are integer grids, what bitsandbytes takes where no block is named, and NVIDIA's format by a former name.
+# Types of ggml that are integer grids, what bitsandbytes takes where no block is named, and NVIDIA's format by a former
+# name.
 ALIASES = {
     "q4_0": "int4-g32",
     "q5_0": "int5-g32",

@@ -8,10 +8,11 @@
     fp8-e4m3-head       one stored scale for each head of a KV cache
     mxfp8-e4m3, mxfp4   a power of two for 32 in-features of a token
     nvfp4               an E4M3 scale for 16 in-features of a token, under one stored divisor
-    llm-int8            int8-token but for in-features where an input is 6 or more, which stay in 16 bits (Dettmers et al., 2208.07339)
+    llm-int8            int8-token but for in-features where an input is 6 or more, which stay in 16 bits
+                        (Dettmers et al., 2208.07339)
 
-Scales are those of vLLM's kernels (csrc/quantization: w8a8/int8/scaled_quant.cu, w8a8/fp8/common.cu, fp4/nvfp4_quant_kernels.cu): the
-largest size over the largest number, in fp32.
+Scales are those of vLLM's kernels (csrc/quantization: w8a8/int8/scaled_quant.cu, w8a8/fp8/common.cu,
+fp4/nvfp4_quant_kernels.cu): the largest size over the largest number, in fp32.
 """
 
 import re
@@ -62,7 +63,8 @@ class ActivationGrid(ABC):
         """The values that the engine computes with."""
 
     def fit(self, stats: ActivationStats, observer: str) -> Params:
-        """The parameters to store, for activations such as those seen; `observer` is a key of `halfbyte.grids.activations.OBSERVERS`."""
+        """The parameters to store, for activations such as those seen; `observer` is a key of
+        `halfbyte.grids.activations.OBSERVERS`."""
         return {}
 
     def limits(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -111,7 +113,8 @@ class ScaledActivations(ActivationGrid):
         match = PATTERN.fullmatch(name)
         if match is None or (match["asym"] and match["number"] in FLOATS):
             raise BadRequest(
-                f"'{name}' is no way to round inputs; write int8-token, int8-static, fp8-e4m3-token or the like, and -asym after integers"
+                f"'{name}' is no way to round inputs; write int8-token, int8-static, fp8-e4m3-token or the like, and "
+                "-asym after integers"
             )
         return cls(match["number"], int(match["group"]) if match["group"] else match["span"], not match["asym"])
 
@@ -249,7 +252,8 @@ class BlockActivations(ActivationGrid):
 
 @dataclass(frozen=True)
 class MXFP4Activations(BlockActivations):
-    """MXFP4 inputs: scales span as those of MXFP8 do (compressed-tensors mxfp_utils.py); of weights they are searched."""
+    """MXFP4 inputs: scales span as those of MXFP8 do (compressed-tensors mxfp_utils.py); of weights they are
+    searched."""
 
     def __str__(self) -> str:
         return "mxfp4"
@@ -287,7 +291,8 @@ class NVFP4Activations(BlockActivations):
 
 @dataclass(frozen=True)
 class LLMInt8Activations(ActivationGrid):
-    """LLM.int8(): in-features with an input of `threshold` or more stay as they are (bitsandbytes int8_vectorwise_quant)."""
+    """LLM.int8(): in-features with an input of `threshold` or more stay as they are (bitsandbytes
+    int8_vectorwise_quant)."""
 
     threshold: float = 6.0
 

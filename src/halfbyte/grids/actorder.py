@@ -1,4 +1,5 @@
-"""Integer grids whose groups are not runs of in-features: what GPTQ leaves where it sorts columns before it fits their scales (`desc_act`).
+"""Integer grids whose groups are not runs of in-features: what GPTQ leaves where it sorts columns before it fits their
+scales (`desc_act`).
 
     int4-g128-actorder     as int4-g128, and which group a column is of is a parameter
 
@@ -21,7 +22,8 @@ SUFFIX = "-actorder"
 
 @dataclass(frozen=True)
 class ActOrderGrid(Grid):
-    """`g_idx` [1, in] is the group of each in-feature, and all groups are of one size; other parameters are those of the integers."""
+    """`g_idx` [1, in] is the group of each in-feature, and all groups are of one size; other parameters are those of
+    the integers."""
 
     integers: ScalarGrid
 

@@ -5,7 +5,8 @@ from halfbyte.grids.scalar import NVFP4, NVFP4_FACTOR
 
 
 def with_divisor(q: Quantized) -> Quantized | None:
-    """nvfp4-factor on nvfp4, with the same codes and scales: values differ in the last bit of fp32. None for other grids."""
+    """nvfp4-factor on nvfp4, with the same codes and scales: values differ in the last bit of fp32. None for other
+    grids."""
     if q.grid != NVFP4_FACTOR:
         return None
     return q._replace(

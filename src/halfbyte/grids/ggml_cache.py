@@ -4,8 +4,9 @@ q8_0         an fp16 scale, the largest size over 127
 q4_0, q5_0   an fp16 scale: the value of the largest size is the lowest number
 q4_1, q5_1   an fp16 scale and an fp16 minimum
 
-Heads of a multiple of 64 are rotated first (src/llama-kv-cache.cpp, of 2026), which spreads what sticks out over the blocks. A
-Hadamard matrix is its own inverse, and queries are rotated likewise: so attention computes with rounded values rotated back.
+Heads of a multiple of 64 are rotated first (src/llama-kv-cache.cpp, of 2026), which spreads what sticks out over the
+blocks. A Hadamard matrix is its own inverse, and queries are rotated likewise: so attention computes with rounded
+values rotated back.
 """
 
 import re

@@ -17,10 +17,11 @@ Codes = Integer[Tensor, "out units"]
 class Rounder(Protocol):
     """Rounds some columns from the last to the first; what one misses, the ones after it make up for.
 
-    `error` is what each column misses `target` by. As it changes by d in column k, wanted[:, :k] moves by d * coupling[k, :k]. Both
-    change in place. `columns` are the in-features' numbers, in runs of `vector_size`. The diagonal of `coupling` says what columns
-    count for: the squared output error is the sum of (left * coupling[k, k])^2 over columns k, where `left` is what the columns before
-    k cannot make up for. Columns that are rounded one by one have no use for it.
+    `error` is what each column misses `target` by. As it changes by d in column k, wanted[:, :k] moves by d *
+    coupling[k, :k]. Both change in place. `columns` are the in-features' numbers, in runs of `vector_size`. The
+    diagonal of `coupling` says what columns count for: the squared output error is the sum of (left * coupling[k, k])^2
+    over columns k, where `left` is what the columns before k cannot make up for. Columns that are rounded one by one
+    have no use for it.
     """
 
     def __call__(
@@ -85,13 +86,15 @@ class Grid(ABC):
 
     @abstractmethod
     def row_params(self, shape: Shape) -> frozenset[str]:
-        """Parameters whose first dimension is that of the rows of such a matrix; others are shared by all of its rows."""
+        """Parameters whose first dimension is that of the rows of such a matrix; others are shared by all of its
+        rows."""
 
     @abstractmethod
     def encode(
         self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
     ) -> Codes:
-        """The nearest codes, for every column at once. Where several weights are rounded jointly, `importance` says whose error counts more."""
+        """The nearest codes, for every column at once. Where several weights are rounded jointly, `importance` says
+        whose error counts more."""
 
     @abstractmethod
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:

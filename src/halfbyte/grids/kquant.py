@@ -1,13 +1,15 @@
 """The block formats of llama.cpp that differ in data only: K-quants, and the older types with a scale and a minimum.
 
-    q4_k, q5_k           blocks of 256 in groups of 32: w = (d * scale) q - dmin * min, d and dmin fp16, scale and min 6-bit integers
+    q4_k, q5_k           blocks of 256 in groups of 32: w = (d * scale) q - dmin * min, d and dmin fp16,
+                         scale and min 6-bit integers
     q2_k                 the same in groups of 16, with 4-bit scale and min
     q3_k, q6_k           groups of 16, w = (d * scale) (q - zero), scale a signed integer of 6 or 8 bits
     q4_1, q5_1           blocks of 32, w = d q + m, both fp16
     tq1_0, tq2_0         blocks of 256, w = d (q - 1), q in 0..2
 
-Codes are unsigned in memory. Layouts and arithmetic: ggml-quants.c and gguf-py's quants.py, whose names d and dmin are kept;
-`decode` does the same float32 operations in the same order. q4_0, q5_0 and q8_0 are integer grids: int4-g32, int5-g32, int8-g32.
+Codes are unsigned in memory. Layouts and arithmetic: ggml-quants.c and gguf-py's quants.py, whose names d and dmin are
+kept; `decode` does the same float32 operations in the same order. q4_0, q5_0 and q8_0 are integer grids: int4-g32,
+int5-g32, int8-g32.
 """
 
 from dataclasses import dataclass
@@ -48,7 +50,8 @@ class KQuant(KFormat, Grid):
 
     @property
     def weighs_magnitude(self) -> bool:
-        """Four or eight levels: KL on bookworm-6m .0169 in place of .0178 with Q3_K_M; Q4_K and integers of 4 bits lose more by it."""
+        """Four or eight levels: KL on bookworm-6m .0169 in place of .0178 with Q3_K_M; Q4_K and integers of 4 bits lose
+        more by it."""
         return self.top in (3, 7)
 
     def blocks(self, width: int) -> int:
@@ -70,7 +73,8 @@ class KQuant(KFormat, Grid):
         return kquant.fit(self, w, importance, search)
 
     def lines(self, params: Params) -> tuple[Float32[Tensor, "out groups"], Float32[Tensor, "out groups"] | None]:
-        """Scale and offset of every group: a code q stands for scale * (q - zero) + offset, rounded after each operation."""
+        """Scale and offset of every group: a code q stands for scale * (q - zero) + offset, rounded after each
+        operation."""
         d = params["d"].float()
         if self.scales is None:
             return d, params["m"].float() if self.has_minimum else None

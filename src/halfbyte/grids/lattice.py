@@ -4,9 +4,10 @@
     iq2_s, iq2_xs, iq2_xxs     8 magnitudes of 3 from a codebook of 1024, 512 or 256
     iq1_s, iq1_m               8 trits from a codebook of 2048, all moved by an eighth up or down
 
-A scale is a small integer under the fp16 scale of 256 in-features: d * (2 scale + 1) * unit. Types with sign parity store 7
-signs of 8: the number of negative weights among them is even. (An iq1 value is a magnitude of 1/8, 7/8 or 9/8 with a sign:
-which of them go together is what the codebook and the move by an eighth allow, once per 8 weights or once per 32.)
+A scale is a small integer under the fp16 scale of 256 in-features: d * (2 scale + 1) * unit. Types with sign parity
+store 7 signs of 8: the number of negative weights among them is even. (An iq1 value is a magnitude of 1/8, 7/8 or 9/8
+with a sign: which of them go together is what the codebook and the move by an eighth allow, once per 8 weights or once
+per 32.)
 
 A code is the index of the magnitude, from the smallest, and bit 7 if the weight is negative. Codebooks are those of the
 package gguf; the arithmetic of `decode` is that of ggml-quants.c.
@@ -41,7 +42,8 @@ class LatticeGrid(Lattice, Grid):
     def fit(
         self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
     ) -> Params:
-        """fp16 `d` [out, in / 256] and the integers `scale` [out, in / group]; a weight is d * (2 scale + 1) * unit * magnitude."""
+        """fp16 `d` [out, in / 256] and the integers `scale` [out, in / group]; a weight is d * (2 scale + 1) * unit *
+        magnitude."""
         if w.shape[1] % SUPER:
             raise BadRequest(f"{self} does not divide a row of {w.shape[1]}; it takes multiples of {SUPER}")
         self._check_writable()

@@ -37,7 +37,8 @@ class Quantized(NamedTuple):
     activations: ActivationQuant | None = None
     """None: what it is multiplied by stays in 16 bits."""
     size: Shape | None = None
-    """Out-features and in-features, where codes are not one for each weight: of vectors of weights, or several for each vector."""
+    """Out-features and in-features, where codes are not one for each weight: of vectors of weights, or several for each
+    vector."""
 
     @property
     def shape(self) -> Shape:

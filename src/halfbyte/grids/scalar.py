@@ -4,18 +4,20 @@
     int4-g128-asym     q in [0, 15], w = scale * (q - zero), an integer zero point per group
     int8-channel       one scale per out-feature (row); int8-tensor: one per matrix
     llm-int8           w = q * absmax / 127, one absmax per row, arithmetic and all (Dettmers et al., 2208.07339)
-    fp8-e4m3-block     one scale per 128 x 128 weights, as DeepSeek's checkpoints have it; also -channel, -tensor, and e5m2
-    mxfp8-e4m3         a power of two (E8M0) per 32 in-features (OCP Microscaling Formats 1.0); mxfp6-e2m3 and others likewise
+    fp8-e4m3-block     one scale per 128 x 128 weights, as DeepSeek's checkpoints have it; also -channel, -tensor, e5m2
+    mxfp8-e4m3         a power of two (E8M0) per 32 in-features (OCP Microscaling Formats 1.0); mxfp6-e2m3 and others
     mxfp4              E2M1 under a power of two per 32 in-features, as ggml rounds to it
     nvfp4              NVIDIA's: E2M1, an E4M3 scale per 16 in-features, and one divisor for the scales of a matrix
     ggml-nvfp4         ggml's block of the same numbers: an unsigned E4M3 scale per 16, and no divisor
     iq4_nl, iq4_xs     ggml's table of 16 levels; fp16 scale per 32, or 6-bit scales per 32 under an fp16 scale per 256
-    nf4-g64            bitsandbytes': 16 quantiles of a normal distribution, fp32 scale per 64 consecutive weights; fp4-g64 likewise
-    nf4-g64-double     scales as indices of a table of 256, times an fp32 scale per 256 of them, plus an offset per matrix
+    nf4-g64            bitsandbytes': 16 quantiles of a normal distribution, fp32 scale per 64 consecutive weights;
+                       fp4-g64: with their 16 small floats
+    nf4-g64-double     scales as indices of a table of 256, times an fp32 scale per 256 of them, an offset per matrix
 
-Integer scales are stored in fp16, those of FP8 in fp32, unless the name ends in -fp16, -bf16 or -fp32. Codes are unsigned in memory and
-those of floats and tables are the file's. An integer scale may be negative: on a symmetric grid this gives the extra negative level to
-whichever side of zero needs it (as llama.cpp's Q4_0 does), and every kernel multiplies by it just the same.
+Integer scales are stored in fp16, those of FP8 in fp32, unless the name ends in -fp16, -bf16 or -fp32. Codes are
+unsigned in memory and those of floats and tables are the file's. An integer scale may be negative: on a symmetric grid
+this gives the extra negative level to whichever side of zero needs it (as llama.cpp's Q4_0 does), and every kernel
+multiplies by it just the same.
 """
 
 import re
@@ -91,7 +93,8 @@ class ScalarGrid(Grid):
 
     @property
     def scale(self) -> str:
-        """The precision of scales that are numbers as a Hugging Face folder has them: a key of SCALE_DTYPES; else, an empty string."""
+        """The precision of scales that are numbers as a Hugging Face folder has them: a key of SCALE_DTYPES; else, an
+        empty string."""
         storage = self.scales.storage
         return storage.kind if isinstance(storage, Number) and storage == NUMBERS.get(storage.kind) else ""
 
@@ -137,7 +140,8 @@ class ScalarGrid(Grid):
     def fit(
         self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
     ) -> Params:
-        """`scale`, as `scales_shape` says and as the file stores it; `zero` codes where asymmetric; and what scales share."""
+        """`scale`, as `scales_shape` says and as the file stores it; `zero` codes where asymmetric; and what scales
+        share."""
         self.require_fit(tuple(w.shape))
         return scalar.fit(self.levels, self.scales, w, importance, search)
 
@@ -213,7 +217,8 @@ def parse(name: str) -> ScalarGrid | None:
         if int(match["group"]) not in ABSMAX_GROUPS:
             sizes = ", ".join(map(str, ABSMAX_GROUPS))
             raise BadRequest(
-                f"'{name}' is no grid of bitsandbytes; write nf4-g<N> or fp4-g<N>, N one of {sizes}, and -double for quantized scales"
+                f"'{name}' is no grid of bitsandbytes; write nf4-g<N> or fp4-g<N>, N one of {sizes}, and -double for "
+                "quantized scales"
             )
         return absmax(TABLES[match["kind"]], int(match["group"]), bool(match["double"]))
     return None
@@ -222,7 +227,8 @@ def parse(name: str) -> ScalarGrid | None:
 TABLES = {"nf4": NF4, "fp4": FP4}
 LARGEST = Number("fp32", torch.float32, 0.0, torch.finfo(torch.float32).max, (1.0, 1.06, 0.96, 0.92, 0.88, 0.82, 0.74))
 """The largest weight of a group, or a share of it: positive, as readers of an absmax may take for granted."""
-# Two or three more candidates would lower the error of iq4_nl and iq4_xs by 0.5 to 2 %, and take a quarter as long again.
+# Two or three more candidates would lower the error of iq4_nl and iq4_xs by 0.5 to 2 %, and take a quarter as long
+# again.
 HALF, SINGLE = (
     Number(kind, dtype, 0.0, largest, tuple(-127 / level for level in put_on))
     for kind, dtype, largest, put_on in (
@@ -235,7 +241,8 @@ GGML_E2M1 = table_of(known.E2M1, 12), table_of(known.E2M1, 8 * 2**0.5)
 
 NVFP4 = ScalarGrid("nvfp4", known.E2M1, Scales(16, UnderGlobal()))
 NVFP4_FACTOR = ScalarGrid("nvfp4-factor", known.E2M1, Scales(16, UnderGlobal(factor=True)))
-"""nvfp4 with a factor in place of the divisor, as Model Optimizer's files have it. It is read and never fitted, so it is in no table."""
+"""nvfp4 with a factor in place of the divisor, as Model Optimizer's files have it. It is read and never fitted, so it
+is in no table."""
 MXFP4 = ScalarGrid("mxfp4", GGML_E2M1[1], Scales(32, Byte("e8m0", (0, -1, 1))))
 GGML_NVFP4 = ScalarGrid("ggml-nvfp4", GGML_E2M1[0], Scales(16, Byte("e4m3", (0, -2, -1, 1, 2, 3, 4, 5, 6))))
 LLM_INT8 = ScalarGrid("llm-int8", Even(8, steps=127), Scales("channel", LARGEST))

@@ -1,7 +1,8 @@
 """Which implementation of an operation runs: the only place that asks where tensors lie.
 
-An operation is a function in torch, its reference, which runs on every device. `@faster_on_cpu("table")` says that the module
-`halfbyte.kernels.cpu.table` has a function of the same name that does the same for tensors in the memory of a CPU.
+An operation is a function in torch, its reference, which runs on every device. `@faster_on_cpu("table")` says that the
+module `halfbyte.kernels.cpu.table` has a function of the same name that does the same for tensors in the memory of a
+CPU.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,10 +1,11 @@
 """Scales and zero points of evenly spaced levels: the torch reference.
 
-A scale is searched per group. Candidates are the one that spans the largest value (min-max), others up to the one that suits a
-normal distribution of the group's spread, and at last the best of these. For each, the codes q are fixed by rounding and the best
-scale for *those codes* has a closed form, s = sum(h w q) / sum(h q q). Rounded to the precision of the file, it lowers the error
-sum(h (w - s q)^2) by s (2 sum(h w q) - s sum(h q q)). The candidate that lowers it most wins, so none loses more than
-min-max does. (Alternating rounding and least squares: Lloyd's method on one parameter.)
+A scale is searched per group. Candidates are the one that spans the largest value (min-max), others up to the one that
+suits a normal distribution of the group's spread, and at last the best of these. For each, the codes q are fixed by
+rounding and the best scale for *those codes* has a closed form, s = sum(h w q) / sum(h q q). Rounded to the precision
+of the file, it lowers the error sum(h (w - s q)^2) by s (2 sum(h w q) - s sum(h q q)). The candidate that lowers it
+most wins, so none loses more than min-max does. (Alternating rounding and least squares: Lloyd's method on one
+parameter.)
 """
 
 import torch
@@ -17,12 +18,15 @@ from halfbyte.kernels.scales import Number, Params
 # Step of the uniform quantizer with the least squared error on a unit normal (Max, 1960, table II), by bits.
 NORMAL_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 TRIED = {2: 9, 3: 10, 4: 11, 5: 11, 6: 12, 7: 11, 8: 2}
-"""Candidates, by bits: one more costs 0.25 ns of processor time per weight, 0.33 on asymmetric grids, and wins some 0.1 % of the error at 4 and 5 bits.
+"""Candidates, by bits: one more costs 0.25 ns of processor time per weight, 0.33 on asymmetric grids, and wins some 0.1
+% of the error at 4 and 5 bits.
 
-At 8 bits, min-max and the best scale for its codes: ten more win 9 % of an error that no model shows in groups of 32, and 1 % in rows.
+At 8 bits, min-max and the best scale for its codes: ten more win 9 % of an error that no model shows in groups of 32,
+and 1 % in rows.
 """
 REACH = {2: (0.3, 2.0), 3: (0.5, 3.0), 4: (0.8, 4.0), 5: (1.5, 4.0), 6: (3.0, 4.0), 7: (4.0, 3.0), 8: (12.0, 2.0)}
-"""How far the scales to try reach below and above min-max, in levels: of many levels, more can be given up for a finer step."""
+"""How far the scales to try reach below and above min-max, in levels: of many levels, more can be given up for a finer
+step."""
 CLIPPED = 1.2
 """How much finer than the step that suits a normal distribution the finest is."""
 FURTHEST = 7.2
@@ -76,7 +80,8 @@ def fit(
 
 
 def settled(levels: Even, scale: Tensor, zero: Tensor | None) -> Params:
-    """A zero point of 0 is the zero point 2^bits - 1 of the negated scale: the same values, and every container holds it."""
+    """A zero point of 0 is the zero point 2^bits - 1 of the negated scale: the same values, and every container holds
+    it."""
     if zero is None:
         return {"scale": scale if levels.steps == 1 else scale * levels.steps}
     return {"scale": torch.where(zero == 0, -scale, scale), "zero": torch.where(zero == 0, levels.top, zero)}

@@ -1,10 +1,12 @@
 """Operations of K-quants, two levels of scales: fit and encode. The torch references.
 
-1. Coarse: for several ways to lay the levels over a group, codes by rounding, then scale and minimum by least squares for those codes.
-   The best of them says which scale and minimum the group would have if any number could be stored.
-2. d and dmin, so that the largest scale and the largest minimum of a block become the largest integers, rounded up to fp16.
-3. Integers: of each group, all pairs of an integer scale and an integer minimum near the wanted ones are tried as they will decode, and
-   the one with the least error wins. (Rounding the wanted ones instead, as llama.cpp does, gives up much of what step 1 won.)
+1. Coarse: for several ways to lay the levels over a group, codes by rounding, then scale and minimum by least squares
+   for those codes. The best of them says which scale and minimum the group would have if any number could be stored.
+2. d and dmin, so that the largest scale and the largest minimum of a block become the largest integers, rounded up to
+   fp16.
+3. Integers: of each group, all pairs of an integer scale and an integer minimum near the wanted ones are tried as they
+   will decode, and the one with the least error wins. (Rounding the wanted ones instead, as llama.cpp does, gives up
+   much of what step 1 won.)
 4. d and dmin once more, by least squares over the whole block; kept if they are better after rounding to fp16.
 
 Codes are not chosen here: `encode` rounds to the nearest level that was fitted, which can only be better.
@@ -67,7 +69,8 @@ class Effort(NamedTuple):
     """What a search tries."""
 
     coarse: list[tuple[float, float]]
-    """Steps over the span of a group's weights, and the share of the clipped rest that is cut off below; 0 steps: again from the best so far."""
+    """Steps over the span of a group's weights, and the share of the clipped rest that is cut off below; 0 steps: again
+    from the best so far."""
     scales: tuple[int, ...] = ()
     """Integer scales, less the wanted one. The wanted one first: of equals, the first wins."""
     minima: tuple[int, ...] = ()
@@ -161,7 +164,8 @@ def stored(grid: KFormat, d: Tensor, dmin: Tensor, scale: Tensor, minimum: Tenso
 
 
 def half_up(value: Tensor) -> Tensor:
-    """A number of fp16 that is not smaller, by at most two units: the largest integer times it must reach the largest scale."""
+    """A number of fp16 that is not smaller, by at most two units: the largest integer times it must reach the largest
+    scale."""
     return torch.where(value > 0, half(value * (1 + 2.0**-11) + 2.0**-25), 0)
 
 

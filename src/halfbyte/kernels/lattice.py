@@ -1,4 +1,5 @@
-"""Operations of lattices: fit, encode, round with feedback. The torch references, and the tables that all implementations share."""
+"""Operations of lattices: fit, encode, round with feedback. The torch references, and the tables that all
+implementations share."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,15 +54,16 @@ class Lattice:
 LISTED = 16
 """Entries of the codebook that are compared where rounding one magnitude at a time does not lead to one."""
 PATIENCE = 1
-"""From the integer scale that the spread of a group suggests, others are tried up and down until so many in a row are no better; with
-importance, one more: then there is a calibration, which takes longer than any search."""
+"""From the integer scale that the spread of a group suggests, others are tried up and down until so many in a row are
+no better; with importance, one more: then there is a calibration, which takes longer than any search."""
 CELLS = 128
 ROWS = 64
 """Rows that the reference handles at once."""
 
 
 class Tables(NamedTuple):
-    """What the search looks up. A combination is a vector of magnitudes, whether the codebook has it or not, as digits of a number."""
+    """What the search looks up. A combination is a vector of magnitudes, whether the codebook has it or not, as digits
+    of a number."""
 
     digit: Int32[Tensor, " cells"]
     """Of each cell of a half: the index of the nearest magnitude."""
@@ -113,9 +115,9 @@ def search(
     h: Float32[Tensor, "rows groups size"],
     by: Float32[Tensor, "rows groups"],
 ) -> Found:
-    """A vector is first rounded one magnitude at a time. If that is an entry of the codebook, none is nearer. If not, the LISTED entries
-    nearest to what it was rounded to are compared. Where parity asks for another sign, the weight that gives it is the one that
-    loses least by it."""
+    """A vector is first rounded one magnitude at a time. If that is an entry of the codebook, none is nearer. If not,
+    the LISTED entries nearest to what it was rounded to are compared. Where parity asks for another sign, the weight
+    that gives it is the one that loses least by it."""
     known = Tables(*(table.to(x.device) for table in tables(grid)))
     a = (x * by[..., None]).abs().clamp(max=1e18)
     digit, negative = known.digit[(2 * a).clamp(0, CELLS - 1).int()], x < 0
@@ -160,7 +162,8 @@ def encode(
 def fit(
     grid: Lattice, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, searched: bool
 ) -> tuple[Float32[Tensor, "out blocks"], UInt8[Tensor, "out groups"]]:
-    """The fp16 scale of each block, in float32, and the integers of its groups. At the end, the best fp16 scale for the codes."""
+    """The fp16 scale of each block, in float32, and the integers of its groups. At the end, the best fp16 scale for the
+    codes."""
     x, h = _by_group(grid, w, importance)
     patience = PATIENCE + (importance is not None) if searched else 0
     found = [_fit_rows(grid, *rows, patience) for rows in zip(x.split(ROWS), h.split(ROWS), strict=True)]
@@ -211,8 +214,9 @@ def round_block(
 ) -> UInt8[Tensor, "out width"]:
     """`Rounder` of lattices, given the scale of each group.
 
-    What is least is sum((d r)^2) over a run, where r_k = e_k + sum_{j>k} e_j coupling[j, k] is what is left of the error e after
-    the columns before have made up for it, and d_k the weight of column k: not the distance, but the distance that counts.
+    What is least is sum((d r)^2) over a run, where r_k = e_k + sum_{j>k} e_j coupling[j, k] is what is left of the
+    error e after the columns before have made up for it, and d_k the weight of column k: not the distance, but the
+    distance that counts.
     """
     codes = torch.empty_like(wanted, dtype=torch.uint8)
     for last in range(len(columns), 0, -grid.vector_size):
@@ -233,7 +237,8 @@ def _round_run(
     known = Tables(*(table.to(scale.device) for table in tables(grid)))
     size, by = grid.vector_size, inverse(scale)
     weight, c = coupling.diagonal().square(), coupling.tril(-1)
-    # Scaled weights that would leave nothing of the errors of the columns after this run, were they rounded to themselves.
+    # Scaled weights that would leave nothing of the errors of the columns after this run, were they rounded to
+    # themselves.
     y = torch.zeros_like(wanted)
     for k in range(size - 1, -1, -1):
         y[:, k] = wanted[:, k] - target[:, k] - ((error + y)[:, k + 1 :] * c[k + 1 :, k]).sum(1)
@@ -310,7 +315,8 @@ def codebook(name: str) -> UInt8[Tensor, "entries dimension"]:
 
 
 def keys(indices: UInt8[Tensor, "*shape dimension"]) -> Int16[Tensor, "*shape"]:
-    """One number for a vector of magnitudes: its indices as digits, four bits of four or two bits of eight (as int16, it may wrap)."""
+    """One number for a vector of magnitudes: its indices as digits, four bits of four or two bits of eight (as int16,
+    it may wrap)."""
     word, run = {4: torch.int32, 8: torch.int64}[indices.shape[-1]], 16 // indices.shape[-1]
     key, apart = indices.contiguous().view(word)[..., 0], 8
     while (

@@ -1,7 +1,8 @@
 """Which numbers a code may stand for, in units of a scale: evenly spaced integers, a table, or small floats.
 
-Each says how many `bits` a code has, which code is `nearest` to scaled weights, and what a code stands for (`decode`). `scaled`
-divides weights by their scale, in the arithmetic that those who read the files use. Scales are those of a level's `unit`.
+Each says how many `bits` a code has, which code is `nearest` to scaled weights, and what a code stands for (`decode`).
+`scaled` divides weights by their scale, in the arithmetic that those who read the files use. Scales are those of a
+level's `unit`.
 """
 
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ class Even:
 
     @property
     def reach(self) -> float:
-        """Where the largest weight is put: 2^bits levels span [-largest, largest], as in GPTQ and compressed-tensors."""
+        """Where the largest weight is put: 2^bits levels span [-largest, largest], as in GPTQ and
+        compressed-tensors."""
         return self.top / 2 if self.steps == 1 else 1.0
 
     def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -71,7 +73,8 @@ class Table:
 
     name: str
     levels: tuple[int | float, ...]
-    """Within [-128, 128]. Where all are integers, borders between them are multiples of a half, and a cell finds the nearest exactly."""
+    """Within [-128, 128]. Where all are integers, borders between them are multiples of a half, and a cell finds the
+    nearest exactly."""
     unit: float
     """A power of two, which rounds nothing."""
     reach: int | float
@@ -95,7 +98,8 @@ class Table:
         return x * inverse(scale)
 
     def nearest(self, x: Float32[Tensor, "*shape"], zero: Tensor | None = None) -> UInt8[Tensor, "*shape"]:
-        """On a border, the level above if all levels are integers (as in ggml), else the one below (as in bitsandbytes)."""
+        """On a border, the level above if all levels are integers (as in ggml), else the one below (as in
+        bitsandbytes)."""
         if self.exact:
             return cells(self)[0].to(x.device)[cell_of(x)]
         order = torch.tensor(ascending(self), dtype=torch.uint8, device=x.device)
@@ -109,7 +113,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Float:
-    """A floating-point format of few bits, with subnormal numbers. Codes: sign, exponent, mantissa, the sign in the highest bit."""
+    """A floating-point format of few bits, with subnormal numbers. Codes: sign, exponent, mantissa, the sign in the
+    highest bit."""
 
     name: str
     exponent: int
@@ -118,8 +123,8 @@ class Float:
     top: float
     """The largest number."""
     carry: float
-    """A group whose largest weight is 2^k times this or more gets the power-of-two scale of one with 2^(k+1) (compressed-tensors
-    mxfp_utils.py)."""
+    """A group whose largest weight is 2^k times this or more gets the power-of-two scale of one with 2^(k+1)
+    (compressed-tensors mxfp_utils.py)."""
 
     symmetric = True
     unit = 1.0
@@ -144,7 +149,8 @@ class Float:
         return x / scale
 
     def nearest(self, x: Float32[Tensor, "*shape"], zero: Tensor | None = None) -> UInt8[Tensor, "*shape"]:
-        """Codes of the nearest numbers, ties to even and never beyond the largest: adding a number whose last bit is a step rounds to steps."""
+        """Codes of the nearest numbers, ties to even and never beyond the largest: adding a number whose last bit is a
+        step rounds to steps."""
         size = x.abs().clamp(max=self.top)
         exponent = (size.view(torch.int32) & EXPONENT).clamp(min=self.low)
         magic = exponent + ((23 - self.mantissa) << 23)
@@ -198,8 +204,10 @@ NF4 = Table(
     tuple(
         128 * level
         for level in (
-            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-            -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+            -0.18477343022823334,
+            -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+            0.33791524171829224,
             0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
         )
     ), 1 / 128, 128,
@@ -213,7 +221,8 @@ FP4 = Table(
 
 @lru_cache
 def ascending(table: Table) -> tuple[int, ...]:
-    """Codes by their levels. Of the two zeros of fp4, bitsandbytes on a CPU gives the second to what is greater than zero."""
+    """Codes by their levels. Of the two zeros of fp4, bitsandbytes on a CPU gives the second to what is greater than
+    zero."""
     return tuple(sorted(range(len(table.levels)), key=lambda code: (table.levels[code], code)))
 
 

@@ -1,9 +1,10 @@
-"""Operations of scalar grids, levels times scales: fit scales, encode, decode, round with feedback. The torch references.
+"""Operations of scalar grids, levels times scales: fit scales, encode, decode, round with feedback. The torch
+references.
 
-A scale is searched per group. For each candidate the codes are fixed by rounding, and the best scale for *those codes* has a closed
-form, s = sum(h w q) / sum(h q q). Rounded to the precision of the file, it lowers the error sum(h (w - s q)^2) by
-s (2 sum(h w q) - s sum(h q q)). The candidate that lowers it most wins, so none loses more than min-max does. (Alternating rounding
-and least squares: Lloyd's method on one parameter.)
+A scale is searched per group. For each candidate the codes are fixed by rounding, and the best scale for *those codes*
+has a closed form, s = sum(h w q) / sum(h q q). Rounded to the precision of the file, it lowers the error sum(h (w - s
+q)^2) by s (2 sum(h w q) - s sum(h q q)). The candidate that lowers it most wins, so none loses more than min-max does.
+(Alternating rounding and least squares: Lloyd's method on one parameter.)
 """
 
 from collections.abc import Callable
@@ -43,7 +44,8 @@ def fit(
 def choose_scales(
     levels: Levels, storage: AnyStorage, largest: Float32[Tensor, "rows groups"], moments: Moments, search: bool
 ) -> Params:
-    """Of the scales that a search tries, those that lose least. `largest`: the weights of the largest magnitude, with their sign."""
+    """Of the scales that a search tries, those that lose least. `largest`: the weights of the largest magnitude, with
+    their sign."""
     if isinstance(storage, UnderHalf):
         first = choose_scales(levels, storage.first, largest, moments, search)["scale"]
         return under_half(first * levels.unit, SUPER // storage.group, levels.unit, moments, search)
@@ -81,8 +83,8 @@ def _level(levels: Levels, x: Tensor) -> Tensor:
 
 
 def under_half(scale: Float32[Tensor, "out groups"], per: int, unit: float, moments: Moments, search: bool) -> Params:
-    """An fp16 scale such that the largest group's is -32 of it, and for each group the better of the two integers around its own.
-    At the end, the best fp16 scale for the levels so chosen."""
+    """An fp16 scale such that the largest group's is -32 of it, and for each group the better of the two integers
+    around its own. At the end, the best fp16 scale for the levels so chosen."""
     wide = scale.unflatten(1, (-1, per))
     top = half(wide.gather(-1, wide.abs().argmax(-1, keepdim=True)).squeeze(-1) / -32 / unit) * unit
     exact = (wide * inverse(top)[..., None]).flatten(1)
@@ -179,7 +181,8 @@ def round_block(
     coupling: Float32[Tensor, "width width"],
     columns: Int64[Tensor, " width"],
 ) -> UInt8[Tensor, "rows width"]:
-    """`Rounder` of grids whose weights are rounded one by one, where `size` in-features share parameters; None: all do."""
+    """`Rounder` of grids whose weights are rounded one by one, where `size` in-features share parameters; None: all
+    do."""
     codes, group = torch.empty_like(wanted, dtype=torch.uint8), [c // size if size else 0 for c in columns.tolist()]
     for k in range(len(group) - 1, -1, -1):
         codes[:, k], value = _nearest(lines, wanted[:, k], group[k])

@@ -4,8 +4,8 @@
     Scales("channel", FP32)       one for an out-feature (row); "tensor": for the matrix; "block": for 128 x 128 weights
     Scales(64, FP32, flat=True)   one for 64 weights that follow one another through the matrix, whatever the rows
 
-A storage says which parameters of a matrix are stored and what they mean (`load`), which scale spans a largest weight (`spanning`),
-and which scales a search may try (`tried`). All that it returns is rounded to what a file holds.
+A storage says which parameters of a matrix are stored and what they mean (`load`), which scale spans a largest weight
+(`spanning`), and which scales a search may try (`tried`). All that it returns is rounded to what a file holds.
 """
 
 from abc import ABC, abstractmethod
@@ -23,11 +23,12 @@ from halfbyte.kernels.levels import Float as FloatLevels
 Params = dict[str, Tensor]
 SIDE = 128
 """Rows, and in-features, of a block."""
-# Scales of 16 bits stay where fp16 and bf16 both hold every bit of a bf16 number: files in fp16 of bf16 models need both.
-# A scale that became zero or infinite would take its weights with it.
+# Scales of 16 bits stay where fp16 and bf16 both hold every bit of a bf16 number: files in fp16 of bf16 models need
+# both. A scale that became zero or infinite would take its weights with it.
 SMALLEST, LARGEST = 2.0**-17, 65280.0
 DIVISOR = 1024.0
-"""Of the scales of NVFP4: theirs are then normal numbers for groups whose largest weight is anything from 0.0001 to 2.6."""
+"""Of the scales of NVFP4: theirs are then normal numbers for groups whose largest weight is anything from 0.0001 to
+2.6."""
 NESTED = 256
 """Scales that share a scale."""
 SUPER = 256
@@ -108,7 +109,8 @@ class Byte(Searched):
     """Bytes that a search tries, less the one that spans the largest weight."""
 
     def every(self, unit: float) -> Float32[Tensor, " bytes"]:
-        """What all 256 bytes stand for. E4M3 has no sign bit here: ggml reads 0x7F as zero and ignores the eighth bit of the others."""
+        """What all 256 bytes stand for. E4M3 has no sign bit here: ggml reads 0x7F as zero and ignores the eighth bit
+        of the others."""
         if self.kind == "e8m0":
             return (e8m0(torch.arange(256)) * unit).float()
         value = values_of(FloatLevels("e4m3", 4, 3, 480.0, 1.75))[:128].repeat(2) * unit
@@ -137,7 +139,8 @@ class Byte(Searched):
 
 @dataclass(frozen=True)
 class Microscale(Searched):
-    """A power of two, as the OCP's formats round it. Not searched: the next loses a bit of every weight, the one before cuts the largest."""
+    """A power of two, as the OCP's formats round it. Not searched: the next loses a bit of every weight, the one before
+    cuts the largest."""
 
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
         return (e8m0(params["scale"]) * unit).float()
@@ -253,7 +256,8 @@ class Scales:
     """Weights per group; or "channel" (the whole row), "tensor", or "block" (SIDE x SIDE)."""
     storage: AnyStorage
     flat: bool = False
-    """Whether groups follow one another through the matrix: where they do not divide a row, some belong to two, and the last may be cut short."""
+    """Whether groups follow one another through the matrix: where they do not divide a row, some belong to two, and the
+    last may be cut short."""
 
     @property
     def group_size(self) -> int | None:
@@ -333,7 +337,7 @@ def dynamic_map() -> Float32[Tensor, "256"]:
 
 
 def _shared_divisor(largest: Float32[Tensor, ""], most: float) -> Float32[Tensor, ""]:
-    """The same for nearly every matrix, since engines that fuse several take one divisor for all: DIVISOR, or a power of it for
-    matrices far from the usual size."""
+    """The same for nearly every matrix, since engines that fuse several take one divisor for all: DIVISOR, or a power
+    of it for matrices far from the usual size."""
     steps = torch.floor(torch.log2(most / largest.clamp(1e-30, 1e30)) / 10)
     return torch.where(largest > 0, DIVISOR**steps, DIVISOR)

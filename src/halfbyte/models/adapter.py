@@ -1,6 +1,7 @@
 """A LoRA adapter: low-rank products that are added to a checkpoint's weights as they are read.
 
-Format: huggingface/peft, docs/source/developer_guides/checkpoint.md; Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoRA).
+Format: huggingface/peft, docs/source/developer_guides/checkpoint.md; Hu et al. 2021 (LoRA), Kalajdzievski 2023
+(rsLoRA), Liu et al. 2024 (DoRA).
 """
 
 import re
@@ -35,7 +36,8 @@ def is_adapter(folder: Path) -> bool:
 
 
 def merged(checkpoint: Checkpoint, folder: str | Path) -> Checkpoint:
-    """The checkpoint as it reads with the adapter in `folder` merged into it. Raises BadCheckpoint for one that does not fit it."""
+    """The checkpoint as it reads with the adapter in `folder` merged into it. Raises BadCheckpoint for one that does
+    not fit it."""
     return checkpoint.replaced(adapter=Adapter(Path(folder).expanduser(), checkpoint))
 
 
@@ -60,15 +62,18 @@ class Adapter:
         config = read_object(self.path / CONFIG)
         if config.get("peft_type") != "LORA":
             raise Unsupported(
-                f"{self.path} is an adapter of kind {config.get('peft_type')!r}; LORA is merged, others with peft's own merge_and_unload()"
+                f"{self.path} is an adapter of kind {config.get('peft_type')!r}; LORA is merged, others with peft's "
+                "own merge_and_unload()"
             )
         if odd := next((name for name in ELSEWHERE if config.get(name)), None):
             raise Unsupported(
-                f"{self.path} has '{odd}', which is not merged here; merge it with peft's merge_and_unload(), and quantize that"
+                f"{self.path} has '{odd}', which is not merged here; merge it with peft's merge_and_unload(), and "
+                "quantize that"
             )
         if odd := next((name for name in PATTERNS if not isinstance(config.get(name) or {}, dict)), None):
             raise BadCheckpoint(
-                f"{self.path / CONFIG}: {odd} is {brief(config[odd])}, which should be an object of patterns and numbers"
+                f"{self.path / CONFIG}: {odd} is {brief(config[odd])}, which should be an object of "
+                "patterns and numbers"
             )
         if not (self.path / WEIGHTS).is_file():
             raise BadCheckpoint(f"{self.path} has no {WEIGHTS}; save the adapter again as safetensors")
@@ -89,7 +94,8 @@ class Adapter:
             tensors |= _by_parameter(checkpoint, wanted - tensors.keys())
         if lost := sorted(wanted - tensors.keys()):
             raise BadCheckpoint(
-                f"{self.path} adapts '{lost[0].removesuffix('.weight')}' ({len(lost)} such), which {checkpoint.path} has no matrix of"
+                f"{self.path} adapts '{lost[0].removesuffix('.weight')}' ({len(lost)} such), which {checkpoint.path} "
+                "has no matrix of"
             )
         for name, entry in entries.items():
             if match := found.get(name):
@@ -138,7 +144,8 @@ class Adapter:
         return value
 
     def merge(self, tensor: str, w: Tensor, first: int = 0) -> Tensor:
-        """`w`, rows of the tensor from `first` on as it lies in the checkpoint, with what the adapter adds; computed in float32."""
+        """`w`, rows of the tensor from `first` on as it lies in the checkpoint, with what the adapter adds; computed in
+        float32."""
         if tensor in self.whole:
             w = self.whole[tensor].read(first, first + len(w)).to(w.dtype)
         if tensor not in self.low_rank:

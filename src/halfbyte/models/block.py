@@ -98,7 +98,8 @@ class Block:
 
     @property
     def head_dims(self) -> list[int]:
-        """Widths of one head of values, as the family's own modules state them; several where attention is of several kinds."""
+        """Widths of one head of values, as the family's own modules state them; several where attention is of several
+        kinds."""
         stated = {
             getattr(m, name)
             for m in self.module.modules()
@@ -122,7 +123,8 @@ class Block:
                     self.round_activations(weight, inputs)
             if self.activations and walk.shared:
                 raise Unsupported(
-                    f"'{walk.checkpoint.model_type}' shares weights between blocks, whose rounded inputs are not followed; "
+                    f"'{walk.checkpoint.model_type}' shares weights between blocks, whose rounded inputs are "
+                    "not followed; "
                     "round weights alone"
                 )
 
@@ -177,7 +179,8 @@ class Block:
 
     @contextmanager
     def trial(self, *tensors: str) -> Iterator[Trial]:
-        """What happens to these tensors (and to others that are saved in time), to pending scales and to activations is undone."""
+        """What happens to these tensors (and to others that are saved in time), to pending scales and to activations is
+        undone."""
         trial = Trial(self)
         trial.save(*tensors)
         try:

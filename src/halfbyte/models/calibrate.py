@@ -1,4 +1,5 @@
-"""Text to windows of tokens, for calibration and for evaluation: each begins as a text begins where the model is served."""
+"""Text to windows of tokens, for calibration and for evaluation: each begins as a text begins where the model is
+served."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from halfbyte.recipe import Calibration
 
 DEFAULT = "default"
 Begin = Literal["before", "over", "none"]
-"""Where what the tokenizer puts before a text goes: before the text of each window, over its first tokens, or nowhere."""
+"""Where what the tokenizer puts before a text goes: before the text of each window, over its first tokens, or
+nowhere."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
@@ -156,7 +158,8 @@ def _stream(checkpoint: Checkpoint, tokenizer: Any, records: Sequence[Record]) -
     has_template = chats.template_of(tokenizer) is not None
     if untold := next((record for record in records if record.text is None and not has_template), None):
         raise BadRequest(
-            f"{untold.place}: the model's tokenizer has no chat template to make text of a chat; give records with 'text'"
+            f"{untold.place}: the model's tokenizer has no chat template to make text of a chat; give "
+            "records with 'text'"
         )
     talks = [record for record in records if record.messages is not None and has_template]
     said, warnings = _rendered(tokenizer, talks)
@@ -178,7 +181,8 @@ def _stream(checkpoint: Checkpoint, tokenizer: Any, records: Sequence[Record]) -
     vocabulary = checkpoint.text_config.get("vocab_size")
     if vocabulary and ids and max(ids) >= vocabulary:
         raise BadCheckpoint(
-            f"the tokenizer of {checkpoint.path} makes token {max(ids)}, but config.json says that there are {vocabulary}"
+            f"the tokenizer of {checkpoint.path} makes token {max(ids)}, but config.json says that there are "
+            f"{vocabulary}"
         )
     words = tuple(tokenizer.convert_ids_to_tokens(list(begins)))
     return Stream(torch.tensor(ids, dtype=torch.int64), begins, words, len(talks) == len(records), warnings)
@@ -201,13 +205,19 @@ def _drawn(
 ) -> tuple[Int64[Tensor, "windows length"], tuple[str, ...]]:
     """Windows without overlap where there are enough, else windows that begin anywhere."""
     if samples > (distinct := stream.starts(length)):
-        what = f"{source} has {plural(len(stream.tokens), 'token')}, from which {plural(samples, 'window')} of {length} cannot be drawn"
+        what = (
+            f"{source} has {plural(len(stream.tokens), 'token')}, from which {plural(samples, 'window')} of {length} "
+            "cannot be drawn"
+        )
         raise BadRequest(f"{what}; give more text, or smaller --samples or --length")
     whole = stream.consecutive(length)
     if len(whole) >= samples:
         return whole[torch.randperm(len(whole), generator=generator)[:samples]], ()
     starts = torch.randint(0, distinct, (samples,), generator=generator)
-    warning = f"the text fills {plural(len(whole), 'window')} of {length} tokens, so the {samples} asked for overlap; more text would be better"
+    warning = (
+        f"the text fills {plural(len(whole), 'window')} of {length} tokens, so the {samples} asked for overlap; "
+        "more text would be better"
+    )
     return torch.stack([stream.window(int(start), length) for start in starts]), (warning,)
 
 

@@ -1,7 +1,7 @@
 """Chats to text, by the chat template that came with a model.
 
-A template is a stranger's program: Jinja's sandbox bounds what it may reach, but not how long it runs nor how much memory it
-takes. So it runs in a process of its own, which is ended when it takes too much of either.
+A template is a stranger's program: Jinja's sandbox bounds what it may reach, but not how long it runs nor how much
+memory it takes. So it runs in a process of its own, which is ended when it takes too much of either.
 """
 
 import json
@@ -37,7 +37,8 @@ def template_of(tokenizer: Any) -> str | None:
 
 
 def render(tokenizer: Any, chats: list[list[dict[str, Any]]]) -> Rendered:
-    """What the model would read of each chat. Raises BadCheckpoint for a template that never ends, or takes more memory than any should."""
+    """What the model would read of each chat. Raises BadCheckpoint for a template that never ends, or takes more memory
+    than any should."""
     words = {"template": template_of(tokenizer), "variables": dict(tokenizer.special_tokens_map), "chats": chats}
     command = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]
     surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

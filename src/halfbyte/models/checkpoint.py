@@ -48,7 +48,8 @@ class Weight:
     """One matrix that a method may quantize: a 2-D tensor, or one expert of a 3-D tensor."""
 
     name: str
-    """The module in the output: the tensor's name without `.weight`, with the expert's number where experts are fused."""
+    """The module in the output: the tensor's name without `.weight`, with the expert's number where experts are
+    fused."""
     tensor: str
     block: str | None
     shape: Shape
@@ -90,8 +91,8 @@ class Checkpoint:
         super().__setattr__(name, value)
 
     def replaced(self, **parts: Any) -> "Checkpoint":
-        """Another checkpoint that reads the same files, with some parts in place of its own: `kv`, another cache (or None);
-        `adapter`, merged into its weights; `pieces`, experts apart; `config`."""
+        """Another checkpoint that reads the same files, with some parts in place of its own: `kv`, another cache (or
+        None); `adapter`, merged into its weights; `pieces`, experts apart; `config`."""
         other = copy.copy(self)
         other.__dict__.update(parts)
         return other
@@ -150,7 +151,8 @@ class Checkpoint:
 
     @property
     def other_files(self) -> list[Path]:
-        """Every file that is neither a weight nor says how the weights are quantized; what lies elsewhere is nobody's to publish."""
+        """Every file that is neither a weight nor says how the weights are quantized; what lies elsewhere is nobody's
+        to publish."""
         return [path for path in self._files if is_within(path, self.path)]
 
     @property
@@ -159,7 +161,8 @@ class Checkpoint:
         out = [str(path.relative_to(self.path)) for path in self._files if not is_within(path, self.path)]
         return (
             [
-                f"left out, as links out of the source's folder: {', '.join(out)}; if they belong to the model, put the files there"
+                f"left out, as links out of the source's folder: {', '.join(out)}; if they belong to the model, put "
+                "the files there"
             ]
             if out
             else []
@@ -203,7 +206,8 @@ class Checkpoint:
         known = next((reader for reader in READERS.values() if reader.reads(config)), None)
         if known is None:
             raise Unsupported(
-                f"{self.path} is quantized with '{config.get('quant_method')}', which is not read yet; known: {', '.join(READERS)}"
+                f"{self.path} is quantized with '{config.get('quant_method')}', which is not read yet; known: "
+                f"{', '.join(READERS)}"
             )
         return known
 
@@ -295,7 +299,8 @@ class Checkpoint:
         return owned
 
     def read(self, tensor: str) -> Tensor:
-        """A tensor by its name in the unquantized checkpoint; decoded if it is stored quantized, with what an adapter adds."""
+        """A tensor by its name in the unquantized checkpoint; decoded if it is stored quantized, with what an adapter
+        adds."""
         w = self._read(tensor)
         return self.adapter.merge(tensor, w) if self.adapter else w
 
@@ -324,14 +329,16 @@ class Checkpoint:
         return mine == its or torch.equal(mine.read().view(torch.uint8), its.read().view(torch.uint8))
 
     def spec(self, tensor: str) -> Spec:
-        """Shape and dtype of a tensor by its name in the unquantized checkpoint; that of the model where it is stored quantized."""
+        """Shape and dtype of a tensor by its name in the unquantized checkpoint; that of the model where it is stored
+        quantized."""
         if tensor in self.pieces:
             return Spec(self.pieces[tensor].shape, self.entries[self.pieces[tensor].stack].dtype)
         entry = None if tensor in self.parts else self.entries.get(tensor)
         return Spec(entry.shape, entry.dtype) if entry else Spec(self.tensors()[tensor], self.dtype)
 
     def tensors(self) -> dict[str, Shape]:
-        """Names and shapes as in the unquantized checkpoint, whose cache has no scales; fused experts that were quantized stay apart."""
+        """Names and shapes as in the unquantized checkpoint, whose cache has no scales; fused experts that were
+        quantized stay apart."""
         shapes = {
             name: e.shape for name, e in self.entries.items() if name not in self.parts and name not in self.kv_scales
         }
@@ -399,19 +406,22 @@ def _has(entries: Mapping[str, Entry], module: str, suffix: str) -> bool:
 
 
 def require_finite(name: str, w: Tensor) -> None:
-    """Raise BadCheckpoint for NaN or Inf: one reduction finds them all, since both survive a sum (and an overflow of the sum is looked into)."""
+    """Raise BadCheckpoint for NaN or Inf: one reduction finds them all, since both survive a sum (and an overflow of
+    the sum is looked into)."""
     if w.is_floating_point() and not torch.isfinite(
         (w if w.dtype.itemsize > 1 else w.float()).sum()
     ):  # torch has no sum of floats of 8 bits
         bad = int((~torch.isfinite(w.float())).sum())
         if bad:
             raise BadCheckpoint(
-                f"tensor '{name}' holds {bad} NaN or Inf values; no method can round it (mend it, or --skip it with a method that needs no calibration)"
+                f"tensor '{name}' holds {bad} NaN or Inf values; no method can round it (mend it, or --skip it with "
+                "a method that needs no calibration)"
             )
 
 
 def cast(name: str, value: Tensor, dtype: torch.dtype, instead: str) -> Tensor:
-    """A tensor in another precision. Raises Unsupported where that has no such numbers: large ones would become Inf, or small ones 0."""
+    """A tensor in another precision. Raises Unsupported where that has no such numbers: large ones would become Inf, or
+    small ones 0."""
     if value.dtype == dtype or not value.is_floating_point():
         return value.to(dtype)
     narrow = value.to(dtype)
@@ -423,7 +433,8 @@ def cast(name: str, value: Tensor, dtype: torch.dtype, instead: str) -> Tensor:
         if overflows or (rounded - exact).norm() > COARSEST * exact.norm():
             low, high = (w.item() for w in value.float().abs().aminmax())
             raise Unsupported(
-                f"'{name}' holds numbers from {low:.3g} to {high:.3g}, and F16 only those from 6e-08 to 65504; {instead}"
+                f"'{name}' holds numbers from {low:.3g} to {high:.3g}, and F16 only those from 6e-08 to "
+                f"65504; {instead}"
             )
     return narrow
 
@@ -440,7 +451,8 @@ def _entries(path: Path) -> dict[str, Entry]:
         missing = [s for s in shards if not exists(path / s)]
         if missing:
             raise BadCheckpoint(
-                f"{path} lacks {len(missing)} of {len(shards)} shards that {INDEX} names, the first {missing[0]}; download it again"
+                f"{path} lacks {len(missing)} of {len(shards)} shards that {INDEX} names, the first {missing[0]}; "
+                "download it again"
             )
     else:
         shards = [p.name for p in sorted(path.glob("*.safetensors")) if not ADAPTER.fullmatch(p.name)]
@@ -454,7 +466,8 @@ def _entries(path: Path) -> dict[str, Entry]:
             counts = index["weight_map"].get(name) if index else None
             if name in entries and counts is None:
                 raise BadCheckpoint(
-                    f"{path}: '{name}' is in {entries[name].path.name} and in {shard}, and no {INDEX} says which of them counts"
+                    f"{path}: '{name}' is in {entries[name].path.name} and in {shard}, and no {INDEX} says which "
+                    "of them counts"
                 )
             if counts in (None, shard):
                 entries[name] = entry

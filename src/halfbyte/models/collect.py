@@ -21,8 +21,9 @@ def collect(
 ) -> dict[Weight, Statistics]:
     """One statistic for each group with a wanted weight. Weights that no token reaches, such as idle experts, get none.
 
-    With `full_inputs`, what the block would read if nothing had been quantized, `Statistics.drift` is known too, and what the block
-    makes of them is put into `full_outputs`. Only that stream is changed. `batches`: all to calibrate on by default.
+    With `full_inputs`, what the block would read if nothing had been quantized, `Statistics.drift` is known too, and
+    what the block makes of them is put into `full_outputs`. Only that stream is changed. `batches`: all to calibrate on
+    by default.
     """
     collector = _Collector(block, set(wanted))
     for batch in block.walk.calibrating if batches is None else batches:
@@ -93,7 +94,8 @@ def reading_groups(block: Block, fused_groups: Iterable[Sequence[Weight]]) -> li
 def in_parts(groups: Iterable[list[Weight]], budget_bytes: int, drift: bool = False) -> Iterator[set[Weight]]:
     """Weights, as many at a time as have Hessians within a budget, and one group at least.
 
-    Statistics are sums over the same tokens in the same order whatever they are collected with: parts change no bit of them.
+    Statistics are sums over the same tokens in the same order whatever they are collected with: parts change no bit of
+    them.
     """
     part: set[Weight] = set()
     taken = 0

@@ -1,7 +1,7 @@
 """Experts that lie in one tensor, read one linear at a time under the names that engines know.
 
-Engines look for gate, up and down of each expert when these are quantized. So a checkpoint that stacks them is read as one
-that spells them apart, and what is written is the same from either.
+Engines look for gate, up and down of each expert when these are quantized. So a checkpoint that stacks them is read as
+one that spells them apart, and what is written is the same from either.
 """
 
 from collections.abc import Mapping

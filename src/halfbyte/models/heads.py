@@ -1,7 +1,7 @@
 """Whether a model's head is its embedding, as Transformers reads config.json and the file, which may disagree.
 
-What says that they are one while the file has both, and different ones, is not followed: the head is the file's. A head that is
-said to be of its own, and of which there is no tensor, would be filled at random.
+What says that they are one while the file has both, and different ones, is not followed: the head is the file's. A head
+that is said to be of its own, and of which there is no tensor, would be filled at random.
 """
 
 import torch
@@ -25,7 +25,8 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 
 
 def settled(checkpoint: Checkpoint) -> Checkpoint:
-    """With a config that says what is so, for those who go by it alone. Raises BadCheckpoint for a head that would be random."""
+    """With a config that says what is so, for those who go by it alone. Raises BadCheckpoint for a head that would be
+    random."""
     said = checkpoint.config.get(TIE, checkpoint.text_config.get(TIE))
     if checkpoint.tied:
         return checkpoint
@@ -79,6 +80,7 @@ def _require_head(checkpoint: Checkpoint) -> None:
     ]
     if called and not read.intersection(called):
         raise BadCheckpoint(
-            f"{checkpoint.path} lacks the head: config.json says that it is not the embedding ({TIE} is false), and there is no '{called[0]}', which "
+            f"{checkpoint.path} lacks the head: config.json says that it is not the embedding ({TIE} is false), and "
+            f"there is no '{called[0]}', which "
             f"Transformers would fill at random; set {TIE} to true if the model was made so"
         )

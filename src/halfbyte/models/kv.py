@@ -1,8 +1,8 @@
 """Where a model caches keys and values: what goes into the cache is seen, and rounded as an engine would.
 
-Every attention of Transformers hands its new keys and values, after positions are put into them, to the `update` of the cache
-that it is given, and computes with what comes back. So a cache that rounds is all it takes, whatever the family; with latent
-attention (DeepSeek), what is cached are the latents, as in engines.
+Every attention of Transformers hands its new keys and values, after positions are put into them, to the `update` of the
+cache that it is given, and computes with what comes back. So a cache that rounds is all it takes, whatever the family;
+with latent attention (DeepSeek), what is cached are the latents, as in engines.
 """
 
 import inspect
@@ -43,7 +43,8 @@ class Door:
         return (key, value) if self.cache is None else self.cache.update(key, value, *args, **kwargs)
 
     def __getattr__(self, name: str):
-        # Without a cache, whatever else is asked for (lengths, states of convolutions) is answered as by one that is empty.
+        # Without a cache, whatever else is asked for (lengths, states of convolutions) is answered as by one that is
+        # empty.
         return getattr(DynamicCache(config=self.model.config) if self.cache is None else self.cache, name)
 
 
@@ -106,7 +107,8 @@ def names(model: PreTrainedModel, places: Mapping[str, Place], block: nn.Module)
 def apply(
     model: PreTrainedModel, places: Mapping[str, Place], cache: KVCache, device: torch.device | str = "cpu"
 ) -> None:
-    """From now on, the model computes with keys and values as this cache would return them. Raises Unsupported where it has none."""
+    """From now on, the model computes with keys and values as this cache would return them. Raises Unsupported where it
+    has none."""
     found = names(model, places, model)
     if not found:
         raise Unsupported(f"{model.config.model_type} has no attention that caches keys and values")
@@ -120,7 +122,8 @@ def _on(device: torch.device | str, part: ActivationQuant) -> ActivationQuant:
 
 
 def blank(checkpoint: Checkpoint, grid: KVGrid) -> KVCache:
-    """A cache of the right names and shapes, whose scales are still to be found. Raises Unsupported for a model without attention."""
+    """A cache of the right names and shapes, whose scales are still to be found. Raises Unsupported for a model without
+    attention."""
     model = skeleton.build(checkpoint, checkpoint.dtype)
     found = names(model, skeleton.places(model, checkpoint.tensors()), model)
     if not found:

@@ -1,4 +1,5 @@
-"""What multiplies by the matrices of a block: every product is seen, whatever code makes it, and may be given another operand.
+"""What multiplies by the matrices of a block: every product is seen, whatever code makes it, and may be given another
+operand.
 
 Products are known by the memory that they read, so no architecture has to say where its linears are.
 """
@@ -29,8 +30,8 @@ class Matrix:
 
 
 class MatmulCapture(TorchFunctionMode):
-    """Reports each product of a tensor with a matrix of the block, with a part of one, or with several at once, and has it read
-    what the report returns."""
+    """Reports each product of a tensor with a matrix of the block, with a part of one, or with several at once, and has
+    it read what the report returns."""
 
     def __init__(self, matrices: Iterable[tuple[Matrix, Tensor]], report: Report):
         """Of matrices, each with its view."""
@@ -86,7 +87,8 @@ class MatmulCapture(TorchFunctionMode):
         for matrix, row_major in read:
             if matrix.weight and row_major != (is_linear == (operand.stride(-1) == 1)):
                 raise BadCheckpoint(
-                    f"'{matrix.tensor}' lies transposed to what halfbyte thinks; its family needs a row in models/roles.py (TRANSPOSED)"
+                    f"'{matrix.tensor}' lies transposed to what halfbyte thinks; its family needs a row in "
+                    "models/roles.py (TRANSPOSED)"
                 )
         instead = self.report([m for m, _ in read], x) if read else None
         return x if instead is None else instead

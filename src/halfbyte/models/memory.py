@@ -10,10 +10,11 @@ from halfbyte.models.placement import Placement
 from halfbyte.solvers.statistics import Statistics
 
 FITTING = 8
-"""Copies of a matrix in float32 while its grid is fitted and its codes are chosen: the matrix, what an error in it counts, errors so far,
-and what a search for scales compares."""
+"""Copies of a matrix in float32 while its grid is fitted and its codes are chosen: the matrix, what an error in it
+counts, errors so far, and what a search for scales compares."""
 RUNNING = 6
-"""Copies of the widest tensor that a block computes of a batch, in its own dtype: what a gated MLP multiplies, or queries, keys and values."""
+"""Copies of the widest tensor that a block computes of a batch, in its own dtype: what a gated MLP multiplies, or
+queries, keys and values."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class DeviceMemory:
 def device_memory(
     checkpoint: Checkpoint, samples: int, length: int, placement: Placement, full_precision: bool = False
 ) -> DeviceMemory:
-    """Of quantizing with calibration on so many samples. Weights that read one tensor share a statistic, which shapes do not tell: each
-    is counted."""
+    """Of quantizing with calibration on so many samples. Weights that read one tensor share a statistic, which shapes
+    do not tell: each is counted."""
     itemsize = checkpoint.dtype.itemsize
     blocks: dict[str | None, list[tuple[int, ...]]] = defaultdict(list)
     for tensor, shape in checkpoint.tensors().items():

@@ -27,7 +27,8 @@ def ask(model: PreTrainedModel, candidates: dict[str, Shape]) -> Linears:
         if isinstance(home, nn.Linear | Conv1D) or "Linear" in type(home).__name__:
             if converter is None and shape != expected and shape == expected[::-1]:
                 raise BadCheckpoint(
-                    f"tensor '{name}' is {list(shape)}, and {type(model).__name__} has it as {list(expected)}; is config.json of another model?"
+                    f"tensor '{name}' is {list(shape)}, and {type(model).__name__} has it as {list(expected)}; is "
+                    "config.json of another model?"
                 )
             transposed[name] = isinstance(home, Conv1D)
         elif "Experts" in type(home).__name__:

@@ -19,7 +19,8 @@ BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 8192
 
 @dataclass(frozen=True)
 class Placement:
-    """A device and budgets in bytes. Nothing that is computed depends on the budgets: what does not fit is kept elsewhere, or done in parts."""
+    """A device and budgets in bytes. Nothing that is computed depends on the budgets: what does not fit is kept
+    elsewhere, or done in parts."""
 
     device: torch.device = CPU
     scratch: Path | None = None
@@ -29,7 +30,8 @@ class Placement:
     statistics_bytes: int = field(default_factory=lambda: int(MEMORY_SHARE * psutil.virtual_memory().total))
     batch_tokens: int = BATCH_TOKENS
     reads_ahead: bool = False
-    """Whether a thread reads the next block while one runs, and another writes results: for devices that compute beside the CPU."""
+    """Whether a thread reads the next block while one runs, and another writes results: for devices that compute beside
+    the CPU."""
 
     @classmethod
     def on(cls, device: torch.device, scratch: Path | None = None, free_bytes: int | None = None) -> "Placement":

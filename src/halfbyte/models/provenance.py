@@ -1,6 +1,7 @@
 """Where a model comes from and under which terms: what the card of its own repository says, for whatever is made of it.
 
-Format: the YAML at the top of a model card (huggingface_hub's docs, "Model Cards"), or what the file of the weights says in its place.
+Format: the YAML at the top of a model card (huggingface_hub's docs, "Model Cards"), or what the file of the weights
+says in its place.
 """
 
 import re

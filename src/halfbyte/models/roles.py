@@ -10,7 +10,8 @@ import re
 # <prefix>.<integer>.: a block of a stack, "model.layers.3", "transformer.h.11", "gpt_neox.layers.0".
 BLOCK = re.compile(r"^((?:[^.\d][^.]*\.)+?\d+)\.")
 
-# Stacks that are not the text decoder, by what comes before a block's number: a decoder's cross-attention may be called encoder_attn.
+# Stacks that are not the text decoder, by what comes before a block's number: a decoder's cross-attention may be called
+# encoder_attn.
 FOREIGN = re.compile(
     r"(^|\.)((vision|visual|image|audio|speech|encoder|multi_modal|mm_projector|mtp)[^.]*|[^.]*(connector|resampler|perceiver|projector|aligner))\.",
     re.I,
@@ -67,7 +68,8 @@ TRANSPOSED = {
 }
 
 # Stacks of experts, and what engines call the linears of one expert, whose rows the stack has one after the other: vllm
-# model_executor/models/{llama4,qwen3_vl_moe,granitemoe,granitemoehybrid}.py. Stacks of other families are not known to be read apart.
+# model_executor/models/{llama4,qwen3_vl_moe,granitemoe,granitemoehybrid}.py. Stacks of other families are not known to
+# be read apart.
 GATED = {
     ".experts.gate_up_proj": (".experts", ("gate_proj", "up_proj")),
     ".experts.down_proj": (".experts", ("down_proj",)),
@@ -101,7 +103,8 @@ SMALLEST = 16
 
 
 def block_of(tensor: str, encoders: bool = False) -> str | None:
-    """`model.layers.3` for a tensor of a module in that block of the decoder, and with `encoders` in that of another stack."""
+    """`model.layers.3` for a tensor of a module in that block of the decoder, and with `encoders` in that of another
+    stack."""
     match = BLOCK.match(tensor)
     inside = (
         match is not None and "." in tensor[match.end() :]

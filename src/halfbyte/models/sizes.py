@@ -1,7 +1,7 @@
 """A matrix that is whole and of another size than config.json's model has: half of the rows, with half of the scales.
 
-Its tensors agree with each other, so only the model's code tells. That takes seconds to import, and is asked where layers differ
-from each other or from the hidden size, as those of few models do.
+Its tensors agree with each other, so only the model's code tells. That takes seconds to import, and is asked where
+layers differ from each other or from the hidden size, as those of few models do.
 """
 
 import re
@@ -14,7 +14,8 @@ from halfbyte.models.checkpoint import Checkpoint
 
 
 def require(checkpoint: Checkpoint) -> None:
-    """Raise BadCheckpoint for a linear that is of another size than Transformers' model has it. Of models unknown there, nothing is said."""
+    """Raise BadCheckpoint for a linear that is of another size than Transformers' model has it. Of models unknown
+    there, nothing is said."""
     odd = set(_odd(checkpoint))
     if not odd:
         return
@@ -36,7 +37,8 @@ def require(checkpoint: Checkpoint) -> None:
         if whole and shapes[tensor] != expected:
             its = f"{type(model).__name__} has it as {list(expected)}"
             raise BadCheckpoint(
-                f"tensor '{tensor}' is {list(shapes[tensor])}, and {its}; it is not whole, or config.json is of another model"
+                f"tensor '{tensor}' is {list(shapes[tensor])}, and {its}; it is not whole, or config.json is of "
+                "another model"
             )
 
 

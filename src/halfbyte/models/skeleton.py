@@ -24,11 +24,13 @@ from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, require_finite
 
 REFUSALS = (
-    ValueError, LookupError, ImportError, OSError, AttributeError, TypeError, ArithmeticError, AssertionError, RuntimeError, StrictDataclassError,
+    ValueError, LookupError, ImportError, OSError, AttributeError, TypeError, ArithmeticError, AssertionError,
+    RuntimeError, StrictDataclassError,
 )  # fmt: skip
 """What Transformers raises at a config that it cannot read, as seen with broken ones."""
 ATTENTION = ("eager", "sdpa")
-"""Formulas of attention that a config may ask for; any other name makes Transformers fetch a kernel of that name from the hub."""
+"""Formulas of attention that a config may ask for; any other name makes Transformers fetch a kernel of that name from
+the hub."""
 MOST_BUFFERS = 1 << 30
 """Bytes of all that a model computes from its config alone; real ones have a few megabytes of tables and masks."""
 LAYERS = re.compile(r"(num_(hidden_|decoder_|encoder_)?|n_|(en|de)coder_)layers?|depth|num_blocks")
@@ -94,7 +96,8 @@ def refusing(checkpoint: Checkpoint, verb: str, advice: str = f" ({NO_MODEL})") 
 
 
 def outline(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
-    """The model on the meta device, of the class that config.json names: to be asked and not to be run. Raises BadCheckpoint."""
+    """The model on the meta device, of the class that config.json names: to be asked and not to be run. Raises
+    BadCheckpoint."""
     with refusing(checkpoint, "build", ""):
         return _construct(checkpoint, checkpoint.dtype)
 
@@ -131,12 +134,14 @@ def _require_layers(checkpoint: Checkpoint) -> None:
     for name, count in (item for part in parts for item in part.items()):
         if isinstance(count, int) and LAYERS.fullmatch(name) and count > len(checkpoint.tensors()):
             raise BadCheckpoint(
-                f"{checkpoint.path}/config.json has {name} {count}, and the checkpoint only {plural(len(checkpoint.tensors()), 'tensor')}"
+                f"{checkpoint.path}/config.json has {name} {count}, and the checkpoint only "
+                f"{plural(len(checkpoint.tensors()), 'tensor')}"
             )
 
 
 def architecture(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
-    """The class that config.json names, where it is a model of such a config; else the one that Transformers chooses by the config."""
+    """The class that config.json names, where it is a model of such a config; else the one that Transformers chooses by
+    the config."""
     names = checkpoint.config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     kind: Any = getattr(transformers, name, None)
@@ -161,14 +166,16 @@ def architecture(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) 
 
 
 def _initialize(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Give buffers the values that from_pretrained gives them, by the same call. What that leaves is poisoned, to be found."""
+    """Give buffers the values that from_pretrained gives them, by the same call. What that leaves is poisoned, to be
+    found."""
     lost = [
         (module, name, b) for module in model.modules() for name, b in module.named_buffers(recurse=False) if b.is_meta
     ]
     size_bytes = sum(b.nbytes for _, _, b in lost)
     if size_bytes > MOST_BUFFERS:
         raise BadCheckpoint(
-            f"{checkpoint.path}/config.json describes a model whose tables take {size_bytes / 1e9:.0f} GB; some number in it is wrong"
+            f"{checkpoint.path}/config.json describes a model whose tables take {size_bytes / 1e9:.0f} GB; some "
+            "number in it is wrong"
         )
     for module, name, b in lost:
         module._buffers[name] = poison(b)
@@ -229,7 +236,8 @@ class Names:
         return (name, None) if target not in self.known and name in self.known else (target, pattern)
 
     def stack(self, name: str, rows: int = 0) -> Place | None:
-        """Where a linear of one expert lies in a fused tensor, though Transformers has no rule that puts it there: we wrote it apart."""
+        """Where a linear of one expert lies in a fused tensor, though Transformers has no rule that puts it there: we
+        wrote it apart."""
         if not (split := re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", name)):
             return None
         kind = self.model.config.get_text_config(decoder=True).model_type
@@ -241,7 +249,8 @@ class Names:
         return None
 
     def find(self, name: str) -> tuple[str | None, loading.WeightConverter | None]:
-        """The parameter that a tensor is, or is a part of, and how it is converted; None where the model reads no such tensor."""
+        """The parameter that a tensor is, or is a part of, and how it is converted; None where the model reads no such
+        tensor."""
         target, pattern = self.rename(name)
         if target in self.known:
             return target, None if pattern is None else self.owner[pattern]
@@ -288,7 +297,8 @@ def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ..
 
 
 def aliases(checkpoint: Checkpoint, modules: list[str]) -> list[str]:
-    """What Transformers calls those of the modules that it renames: compressed-tensors looks for kept modules under these names."""
+    """What Transformers calls those of the modules that it renames: compressed-tensors looks for kept modules under
+    these names."""
     try:
         found = places(outline(checkpoint), checkpoint.tensors())
     except BadCheckpoint:
@@ -306,7 +316,8 @@ def _fused(
     tensors: dict[str, tuple[int, ...]],
     shape: tuple[int, ...],
 ) -> dict[str, Place] | None:
-    """Follow the conversion's operations for the names instead of the numbers. None where no view of the parameter is the tensor."""
+    """Follow the conversion's operations for the names instead of the numbers. None where no view of the parameter is
+    the tensor."""
     merged, dim, transposed = False, None, False
     for operation in converter.operations:
         if isinstance(operation, loading.MergeModulelist) and operation.dim == 0:
@@ -370,18 +381,21 @@ def require_whole(
     ]
     if made := next((name for name in bare if name in found.lost), None):
         raise Unsupported(
-            f"Transformers makes '{made}' of the checkpoint by {found.lost[made]}, which halfbyte does not follow; {NO_MODEL}"
+            f"Transformers makes '{made}' of the checkpoint by {found.lost[made]}, which halfbyte does not "
+            f"follow; {NO_MODEL}"
         )
     if bare:
         raise BadCheckpoint(
-            f"{checkpoint.path} lacks {plural(len(bare), 'tensor')} of '{checkpoint.model_type}', or parts of them, the first '{bare[0]}'"
+            f"{checkpoint.path} lacks {plural(len(bare), 'tensor')} of '{checkpoint.model_type}', or parts of them, "
+            f"the first '{bare[0]}'"
         )
     buffers = dict(model.named_buffers(remove_duplicate=False))
     if empty := next(
         (name for name in names if name in buffers and name not in filled and is_poisoned(buffers[name])), None
     ):
         raise BadCheckpoint(
-            f"neither {checkpoint.path} nor Transformers {transformers.__version__} has values for '{empty}' of '{checkpoint.model_type}' ({NO_MODEL})"
+            f"neither {checkpoint.path} nor Transformers {transformers.__version__} has values for '{empty}' of "
+            f"'{checkpoint.model_type}' ({NO_MODEL})"
         )
 
 
@@ -405,7 +419,8 @@ def load(
     names: Iterable[str],
     device: torch.device | str,
 ) -> None:
-    """Give those of the parameters (and buffers that the checkpoint holds) their values, unless they have them; what is tied shares its memory."""
+    """Give those of the parameters (and buffers that the checkpoint holds) their values, unless they have them; what is
+    tied shares its memory."""
     state = dict(model.state_dict(keep_vars=True))
     names = [name for name in names if name in state]
     fresh = {
@@ -432,7 +447,8 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def blind(model: nn.Module, names: Iterable[str]) -> None:
-    """Poison in place of the parameters, which takes no memory: they may be looked at (of which kind, on which device), and not be computed with."""
+    """Poison in place of the parameters, which takes no memory: they may be looked at (of which kind, on which device),
+    and not be computed with."""
     for name in names:
         p = model.get_parameter(name)
         put(model, name, nn.Parameter(poison(p.flatten()[:1]).expand(p.numel()).view(p.shape), requires_grad=False))

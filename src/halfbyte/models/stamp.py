@@ -1,4 +1,5 @@
-"""Which model it is: to a run that is taken up again, where every file counts, and to a report, where folders may have moved."""
+"""Which model it is: to a run that is taken up again, where every file counts, and to a report, where folders may have
+moved."""
 
 import json
 from collections import defaultdict
@@ -16,7 +17,8 @@ TOOLS = ("halfbyte", "torch", "transformers", "numpy", "numba")
 
 
 def stamp(checkpoint: Checkpoint) -> list[tuple]:
-    """Of tensors their place, size and time; of every other file its bytes; and what rounds: versions, and the processor's instructions."""
+    """Of tensors their place, size and time; of every other file its bytes; and what rounds: versions, and the
+    processor's instructions."""
     tensors = [(name, e.shape, str(e.dtype), str(e.path), e.offset) for name, e in checkpoint.entries.items()]
     weights = {entry.path for entry in checkpoint.entries.values()}
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weights)]
@@ -32,7 +34,8 @@ def stamp(checkpoint: Checkpoint) -> list[tuple]:
 
 
 def origin(checkpoint: Checkpoint) -> str:
-    """Of a model wherever it lies: its config, its tensors' names, shapes and first bytes, and what an adapter adds to them."""
+    """Of a model wherever it lies: its config, its tensors' names, shapes and first bytes, and what an adapter adds to
+    them."""
     hasher = xxhash.xxh3_128(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
     files = defaultdict(list)
     for name, entry in checkpoint.entries.items():

@@ -1,7 +1,8 @@
-"""What blocks are called with: while the model's own forward runs, a stand-in in place of each block notes it and hands its input on.
+"""What blocks are called with: while the model's own forward runs, a stand-in in place of each block notes it and hands
+its input on.
 
-That is the model's own computation where the blocks run once each, in order, and hand one another what they return, untouched.
-The stand-ins look whether it is so, and a model of another kind is refused by name.
+That is the model's own computation where the blocks run once each, in order, and hand one another what they return,
+untouched. The stand-ins look whether it is so, and a model of another kind is refused by name.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,8 @@ class Call(NamedTuple):
 
 
 class Calls:
-    """What every block is called with, batch by batch; a batch runs in one part, or in several that take less memory."""
+    """What every block is called with, batch by batch; a batch runs in one part, or in several that take less
+    memory."""
 
     def __init__(self) -> None:
         self._noted: dict[nn.Module, list[list[Call]]] = {}
@@ -65,7 +67,8 @@ class Calls:
 
 
 class StandIns:
-    """For all blocks of one run: they note what each is called with, and that hidden states are all that passes between them."""
+    """For all blocks of one run: they note what each is called with, and that hidden states are all that passes between
+    them."""
 
     def __init__(
         self, walk: "Walk", calls: Calls, batch: int, samples: slice = slice(None), forward: Callable | None = None

@@ -1,4 +1,5 @@
-"""What a source of text holds: plain text, or records in the shapes in which people keep texts, instructions and chats."""
+"""What a source of text holds: plain text, or records in the shapes in which people keep texts, instructions and
+chats."""
 
 import csv
 import io
@@ -131,7 +132,8 @@ def _rows(text: str, delimiter: str, path: Path) -> list[dict[str, Any]]:
         csv.field_size_limit(limit)
     if odd := next((number for number, row in enumerate(rows, 1) if None in row), None):
         raise BadRequest(
-            f"{path}, row {odd}: has more cells than the first row has names; put cells that hold a '{delimiter}' in quotes"
+            f"{path}, row {odd}: has more cells than the first row has names; put cells that hold a "
+            f"'{delimiter}' in quotes"
         )
     return [{name: cell for name, cell in row.items() if cell is not None} for row in rows]
 
@@ -142,7 +144,8 @@ def _dataset(source: str) -> Any:
         import datasets  # pyright: ignore[reportMissingImports] (an extra)
     except ImportError:
         raise BadRequest(
-            f"there is no text file '{source}'; to look for it on the hub as a dataset: pip install 'halfbyte[datasets]'"
+            f"there is no text file '{source}'; to look for it on the hub as a dataset: pip install "
+            "'halfbyte[datasets]'"
         ) from None
     name, _, split = source.partition(":")
     try:
@@ -182,7 +185,8 @@ def _system(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _pair(value: dict[str, Any], ask: str, answer: str, place: str) -> Record:
-    """What is asked, with its context, and what is answered: a chat of two, or both in a row for a model without a chat template."""
+    """What is asked, with its context, and what is answered: a chat of two, or both in a row for a model without a chat
+    template."""
     if isinstance(value[ask], list) and isinstance(value[answer], list):
         return Record(place, None, [*_system(value), *_messages([*value[ask], *value[answer]], place)])
     for key in (ask, answer):
@@ -227,6 +231,7 @@ def sound(text: str, place: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRequest(
-            f"{place}: holds half a character, \\u{ord(text[error.start]):04x}, without its other half; write both or none"
+            f"{place}: holds half a character, \\u{ord(text[error.start]):04x}, without its other half; write "
+            "both or none"
         ) from None
     return text

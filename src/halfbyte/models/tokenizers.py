@@ -20,7 +20,8 @@ OBJECTS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "a
 
 
 def load(folder: Path):
-    """Raises BadCheckpoint for files that are none, too large or too deep, and for what the tokenizers package finds wrong."""
+    """Raises BadCheckpoint for files that are none, too large or too deep, and for what the tokenizers package finds
+    wrong."""
     import transformers
 
     for name in OBJECTS:
@@ -36,13 +37,15 @@ def load(folder: Path):
         raise BadCheckpoint(f"the tokenizer of {folder} cannot be read: {' '.join(str(error).split())}") from None
     if lost := _unknown_piece(getattr(found, "backend_tokenizer", None)):
         raise BadCheckpoint(
-            f"the tokenizer of {folder} puts '{lost:.80}' around a text and does not say what that is; download it again"
+            f"the tokenizer of {folder} puts '{lost:.80}' around a text and does not say what that is; "
+            "download it again"
         )
     return found
 
 
 def _unknown_piece(tokenizer: Any) -> str | None:
-    """A token that the template of texts names and does not number, at which the tokenizers package ends the process."""
+    """A token that the template of texts names and does not number, at which the tokenizers package ends the
+    process."""
     if tokenizer is None or tokenizer.post_processor is None:
         return None
     said = json.loads(tokenizer.post_processor.__getstate__())

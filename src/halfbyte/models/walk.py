@@ -1,8 +1,8 @@
 """Walk a model block by block: `for block in walk` loads one, lets it be looked at and changed, runs it, and frees it.
 
-One walk serves calibration and evaluation alike. Masks, positions and whatever else a family passes to its blocks come from
-the model's own code (standins.py). Memory is one block, a second one that is read meanwhile where a device computes beside the
-CPU, and the hidden states between two blocks (streams.py).
+One walk serves calibration and evaluation alike. Masks, positions and whatever else a family passes to its blocks come
+from the model's own code (standins.py). Memory is one block, a second one that is read meanwhile where a device
+computes beside the CPU, and the hidden states between two blocks (streams.py).
 """
 
 import gc
@@ -29,7 +29,8 @@ from halfbyte.progress import Progress, silent
 
 PROBE_TOKENS = 64
 MASKED = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-"""Classes that fill gaps in a text. By their names: Transformers would import the code of all these families to compare classes."""
+"""Classes that fill gaps in a text. By their names: Transformers would import the code of all these families to compare
+classes."""
 Result = TypeVar("Result")
 Tokens = Int64[Tensor, "samples length"]
 
@@ -51,10 +52,11 @@ class Walk:
         trials: bool = False,
         progress: Progress = silent,
     ):
-        """`held_out`: samples that run along, in batches of their own. `full_precision`: the model runs unquantized too, beside itself
-        as it is changed. `as_served`: activations and the KV cache are rounded as the checkpoint says that engines do; a checkpoint
-        that is only the source of another is as precise as its weights. `to_the_end`: what the last block returns is wanted.
-        `trials`: the first batch is a single sample, for searches that run a block on it again and again."""
+        """`held_out`: samples that run along, in batches of their own. `full_precision`: the model runs unquantized
+        too, beside itself as it is changed. `as_served`: activations and the KV cache are rounded as the checkpoint
+        says that engines do; a checkpoint that is only the source of another is as precise as its weights.
+        `to_the_end`: what the last block returns is wanted. `trials`: the first batch is a single sample, for searches
+        that run a block on it again and again."""
         self.checkpoint, self.placement = checkpoint, placement or Placement()
         self.as_served, self.to_the_end, self.progress = as_served, to_the_end, progress
         self.source = ReadAhead(checkpoint, self.placement)
@@ -83,7 +85,8 @@ class Walk:
         self.inputs = Stream(self.placement, tokens)
         """What the next block reads, by batch."""
         self.full_inputs: Stream | None = self.inputs.empty() if full_precision else None
-        """What it would read if nothing had been quantized, and what it returns then: whoever changes a block fills that in before."""
+        """What it would read if nothing had been quantized, and what it returns then: whoever changes a block fills
+        that in before."""
         self.full_outputs: Stream | None = None
         self._before_head: dict[nn.Module, Any] = {}
         """What the parts returned that a head may read, for one of the batches."""
@@ -122,7 +125,8 @@ class Walk:
         config = self.model.config
         if config.is_encoder_decoder or type(self.model).__name__ in MASKED:
             raise Unsupported(
-                f"calibration and eval run decoders on text, and {type(self.model).__name__} is none; {skeleton.NO_MODEL}"
+                f"calibration and eval run decoders on text, and {type(self.model).__name__} is none; "
+                f"{skeleton.NO_MODEL}"
             )
 
     def _stack(self) -> tuple[str, nn.ModuleList]:
@@ -141,7 +145,8 @@ class Walk:
         name = next((n for n in lists if n.rpartition(".")[0] == prefix), next(iter(lists), None))
         if name is None:
             raise Unsupported(
-                f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) has no list of decoder layers to walk; {skeleton.NO_MODEL}"
+                f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) has no list of decoder layers to "
+                f"walk; {skeleton.NO_MODEL}"
             )
         return name, lists[name]
 
@@ -176,7 +181,8 @@ class Walk:
         if self.full_inputs is not None:
             if self.calls.carries:
                 raise Unsupported(
-                    f"gptaq runs two models side by side, and '{self.checkpoint.model_type}' hands on more than hidden states; "
+                    f"gptaq runs two models side by side, and '{self.checkpoint.model_type}' hands on more than "
+                    "hidden states; "
                     "--method gptq does it"
                 )
             self.full_inputs = self.inputs.fork()
@@ -242,8 +248,8 @@ class Walk:
     # Memory ----------------------------------------------------------------------------------------------------------
 
     def fitting(self, work: Callable[[], Result]) -> Result:
-        """The result of some work that leaves nothing behind when it fails. Where a device has too little memory for it, that is done
-        again with hidden states elsewhere, and then with half of a batch at a time."""
+        """The result of some work that leaves nothing behind when it fails. Where a device has too little memory for
+        it, that is done again with hidden states elsewhere, and then with half of a batch at a time."""
         while True:
             try:
                 return work()
@@ -254,7 +260,8 @@ class Walk:
                 torch.get_device_module(self.device).empty_cache()
             if not self._shrink():
                 raise OutOfMemory(
-                    f"{self.device} has too little memory for one sample of {self.batches[-1].shape[1]} tokens ({reason}); "
+                    f"{self.device} has too little memory for one sample of {self.batches[-1].shape[1]} tokens "
+                    f"({reason}); "
                     "give a smaller --length, or --device cpu"
                 )
 
@@ -288,7 +295,8 @@ class Walk:
         if not torch.isfinite(hidden.sum()) and not torch.isfinite(hidden).all():
             dtype = str(hidden.dtype).removeprefix("torch.")
             raise BadCheckpoint(
-                f"{self.checkpoint.path}: {who} NaN or Inf in {dtype}; the model is broken, or needs another dtype ({skeleton.NO_MODEL})"
+                f"{self.checkpoint.path}: {who} NaN or Inf in {dtype}; the model is broken, or needs another dtype "
+                f"({skeleton.NO_MODEL})"
             )
 
     @property
@@ -297,7 +305,8 @@ class Walk:
         return self.model.can_generate()
 
     def logits(self) -> Iterator[tuple[Int64[Tensor, "batch length"], Tensor]]:
-        """After the last block: tokens and what the whole model returns for every batch but the probe, which is logits where it has a head."""
+        """After the last block: tokens and what the whole model returns for every batch but the probe, which is logits
+        where it has a head."""
         if self._ends_in_head:
             self.finish()
             with self.head() as predict:
@@ -318,10 +327,12 @@ class Walk:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After the last block: what the head reads takes the place of hidden states. Raises Unsupported for a model without a head."""
+        """After the last block: what the head reads takes the place of hidden states. Raises Unsupported for a model
+        without a head."""
         if not self._ends_in_head:
             raise Unsupported(
-                f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) predicts no tokens, and predictions are what is compared"
+                f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) predicts no tokens, and predictions "
+                "are what is compared"
             )
         base, decoder = self.model.base_model, self.model.get_submodule(self._stack()[0].rpartition(".")[0])
         hook = decoder.register_forward_hook(
@@ -338,7 +349,8 @@ class Walk:
     def head(
         self, like: "Walk | None" = None
     ) -> Iterator[Callable[[int, slice], Float[Tensor, "batch positions vocabulary"]]]:
-        """While this lasts: the logits of a batch at some positions, after `finish`. `like`: a walk whose head is in memory and is the same."""
+        """While this lasts: the logits of a batch at some positions, after `finish`. `like`: a walk whose head is in
+        memory and is the same."""
         if like is None:
             self._load(self._of_head)
         else:
@@ -407,7 +419,8 @@ def _halved(part: slice, samples: int) -> list[slice]:
 
 
 def _divided(others: list[Sequence[Any]], parts: list[slice], halves: list[slice], samples: int) -> list[Sequence[Any]]:
-    """What blocks returned of parts of a batch, as of their halves: tensors of as many samples are divided, others are of all of them."""
+    """What blocks returned of parts of a batch, as of their halves: tensors of as many samples are divided, others are
+    of all of them."""
     found = []
     for half in halves:
         first, last, _ = half.indices(samples)

@@ -1,11 +1,13 @@
 """GPTQ (Frantar et al., 2210.17323): round in-features one after another, each making up for the errors before it.
 
-With the Hessian factored as L' L'^T, L = L' / diag(L') unit lower triangular, the squared output error is the sum over k of
+With the Hessian factored as L' L'^T, L = L' / diag(L') unit lower triangular, the squared output error is the sum over
+k of
 
     (e_k + sum_{j>k} e_j L[j, k])^2 * L'[k, k]^2,   where e = w - rounded,
 
-so, from the last column to the first, column k is best rounded from w_k + sum_{j>k} e_j L[j, k]. This is the paper's update
-(Chee et al., 2307.13304, theorem 6) with one Cholesky factorisation where the usual form takes two and an inverse.
+so, from the last column to the first, column k is best rounded from w_k + sum_{j>k} e_j L[j, k]. This is the paper's
+update (Chee et al., 2307.13304, theorem 6) with one Cholesky factorisation where the usual form takes two and an
+inverse.
 """
 
 import torch
@@ -24,16 +26,17 @@ LAZY = 128
 def gptq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Quantized:
     """Parameters are fitted once to the whole matrix; then columns of high importance go first. Needs no g_idx.
 
-    They are fitted for what an error costs when the columns after it make up for it, not when all stay as they are (KL on
-    bookworm-6m .0306 in place of .0321 with int3-g128-asym, .214 of .222 with int2-g128-asym), and more for large weights:
-    least squares would rather clip them, all in the same direction (.0287 and .165).
+    They are fitted for what an error costs when the columns after it make up for it, not when all stay as they are (KL
+    on bookworm-6m .0306 in place of .0321 with int3-g128-asym, .214 of .222 with int2-g128-asym), and more for large
+    weights: least squares would rather clip them, all in the same direction (.0287 and .165).
     """
     params = grid.fit(w, magnitude_weights(w).mul_(statistics.conditional(grid.vector_size)))
     return Quantized(grid, solve(w, grid, params, statistics), params)
 
 
 def magnitude_weights(w: Float[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
-    """How much more an error in a large weight counts than in a small one: as in llama.cpp's fitting with an importance matrix."""
+    """How much more an error in a large weight counts than in a small one: as in llama.cpp's fitting with an importance
+    matrix."""
     squares = w.float().square()
     return squares.add_(squares.mean(1, keepdim=True)).sqrt_()
 
@@ -52,9 +55,9 @@ def solve(w: Float[Tensor, "out in"], grid: Grid, params: Params, statistics: St
     order, factor, diagonal = statistics.factor(grid.vector_size)
     round_block = grid.rounder(params, tuple(w.shape))
     ordered = w.index_select(1, order)
-    # Errors are kept in bf16 for the products between blocks: what they make up for is of the size of a rounding step, so a
-    # 256th of it is next to nothing (KL on bookworm-6m, int3-g128-asym: .0321 in float32, .0323 so; the standard error is .0003),
-    # and the products are most of the arithmetic.
+    # Errors are kept in bf16 for the products between blocks: what they make up for is of the size of a rounding step,
+    # so a 256th of it is next to nothing (KL on bookworm-6m, int3-g128-asym: .0321 in float32, .0323 so; the standard
+    # error is .0003), and the products are most of the arithmetic.
     errors = torch.zeros(w.shape, dtype=torch.bfloat16, device=w.device)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     for last in range(len(order), 0, -LAZY):

@@ -12,7 +12,8 @@ from halfbyte.solvers.statistics import Diagonal, Statistics
 def nearest(
     w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics | Diagonal | None = None, search: bool = True
 ) -> Quantized:
-    """With `search`, scales minimise the squared error, weighted by the importance of in-features if statistics are given."""
+    """With `search`, scales minimise the squared error, weighted by the importance of in-features if statistics are
+    given."""
     importance = statistics.importance if statistics else None
     counts = magnitude_weights(w).mul_(importance) if importance is not None and grid.weighs_magnitude else importance
     params = grid.fit(w, counts, search)

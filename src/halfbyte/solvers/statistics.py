@@ -53,9 +53,10 @@ class Statistics:
     def merge(self, other: "Statistics") -> "Statistics":
         """Add what another has seen of the same inputs, as if it came after what this has seen. Returns this.
 
-        Sums of floats depend on their order in the last bits. So whoever shares samples out to several workers merges their statistics in
-        the order of the samples, whichever is ready first: the same parts in the same order give the same bytes. These are not the bytes
-        of one statistic that has seen all samples, but for the number of tokens, the ranges and the tokens kept whole, which are.
+        Sums of floats depend on their order in the last bits. So whoever shares samples out to several workers merges
+        their statistics in the order of the samples, whichever is ready first: the same parts in the same order give
+        the same bytes. These are not the bytes of one statistic that has seen all samples, but for the number of
+        tokens, the ranges and the tokens kept whole, which are.
         """
         self._sum += other._sum.to(self._sum.device)
         self._whole = self._whole and other._whole
@@ -111,8 +112,9 @@ class Statistics:
         self._factor = None
 
     def factor(self, step: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """(order, L, d): `order` lists in-features from the least to the most important, and the Hessian, damped and put
-        in that order, is L diag(d)^2 L^T with L unit lower triangular. Rounding goes from the last row to the first.
+        """(order, L, d): `order` lists in-features from the least to the most important, and the Hessian, damped and
+        put in that order, is L diag(d)^2 L^T with L unit lower triangular. Rounding goes from the last row to the
+        first.
 
         Damping is a hundredth of the mean of the diagonal, times ten as often as the factorisation fails.
         Raises NotPositive when even a damping of ten times the mean does not help.
@@ -124,7 +126,8 @@ class Statistics:
             order = (order[:, None] * step + torch.arange(step, device=order.device)).reshape(-1)
             damping = DAMPING * hessian.diagonal().mean().item()
             for _ in range(4):
-                # Column-major, as LAPACK has it, so that it is factored in place: the matrix may be a quarter of a gigabyte.
+                # Column-major, as LAPACK has it, so that it is factored in place: the matrix may be a quarter of a
+                # gigabyte.
                 lower = _permuted(hessian, order).mT
                 lower.diagonal().add_(damping)
                 failed = torch.empty((), dtype=torch.int32, device=lower.device)
@@ -138,13 +141,14 @@ class Statistics:
         return self._factor
 
     def conditional(self, step: int = 1) -> Float32[Tensor, " width"]:
-        """Variance of each in-feature given those that are rounded after it: what is left of its importance when they make up for it."""
+        """Variance of each in-feature given those that are rounded after it: what is left of its importance when they
+        make up for it."""
         order, _, diagonal = self.factor(step)
         return torch.empty_like(diagonal).index_copy_(0, order, diagonal.square() / max(self.tokens, 1))
 
     def corrected(self, w: Float[Tensor, "out width"], share: float) -> Float32[Tensor, "out width"]:
-        """w + share * w D H^-1, D the drift: the weight whose outputs on the inputs as they are come nearer to the outputs of
-        `w` on the inputs as they were before anything was quantized (least squares, at a share of 1)."""
+        """w + share * w D H^-1, D the drift: the weight whose outputs on the inputs as they are come nearer to the
+        outputs of `w` on the inputs as they were before anything was quantized (least squares, at a share of 1)."""
         if self.drift is None:
             return w.float()
         order, factor, diagonal = self.factor()

@@ -1,9 +1,9 @@
 """Folds: a scale per channel that moves from a norm or a linear into the weights that read its output.
 
 Which tensors can give the scale up, and which weights must take it, is found by trying: divide the channels of a
-candidate by powers of two, run the probe, and see whose input came out divided. Multiply those weights' columns back, and
-the block's output must be what it was. Powers of two pass through 16-bit arithmetic unrounded, so a true fold is exact to
-the last bit wherever the family's own code is, and a false one is off by tens of percent.
+candidate by powers of two, run the probe, and see whose input came out divided. Multiply those weights' columns back,
+and the block's output must be what it was. Powers of two pass through 16-bit arithmetic unrounded, so a true fold is
+exact to the last bit wherever the family's own code is, and a false one is off by tens of percent.
 """
 
 import re
@@ -19,8 +19,9 @@ from halfbyte.models.checkpoint import Weight
 from halfbyte.models.matmuls import Matrix
 
 EXACT, ROUNDED = 1e-3, 0.02
-"""Of what a matrix reads, or of the block's own contribution to the hidden states. A norm that multiplies by 1 + weight is
-rounded anew in 16 bits whatever the scale; everything else takes powers of two without rounding, but for what denormals lose."""
+"""Of what a matrix reads, or of the block's own contribution to the hidden states. A norm that multiplies by 1 + weight
+is rounded anew in 16 bits whatever the scale; everything else takes powers of two without rounding, but for what
+denormals lose."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def row_maps(out: int, width: int, head: int) -> Iterator[tuple[int, ...]]:
 
 
 def _heads(values: int, width: int, head: int, chunk: int, first: int = 0) -> Iterator[tuple[int, ...]]:
-    """`values` rows of v lie at the end of chunks, one chunk for each head of v; `width` channels read them, query head by query head."""
+    """`values` rows of v lie at the end of chunks, one chunk for each head of v; `width` channels read them, query head
+    by query head."""
     if values % head == 0:
         queries = width // values
         yield tuple(first + j // head // queries * chunk + chunk - head + j % head for j in range(width))
@@ -157,7 +159,8 @@ class Proof:
     def _mended(
         self, trial: Trial, scales: dict[Producer, Tensor], taken: set[Matrix], width: int, tolerance: float
     ) -> tuple[list[Fold], Tensor]:
-        """Multiply the columns of all that reads divided channels. The folds, none where a reader is taken; and the block's output."""
+        """Multiply the columns of all that reads divided channels. The folds, none where a reader is taken; and the
+        block's output."""
         producers = list(scales)
         folds = {p: Fold(p, ()) for p in producers}
         readers: set[str] = set()

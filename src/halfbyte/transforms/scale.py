@@ -1,4 +1,5 @@
-"""A scale for each channel, folded wherever the block has room for one. AWQ and SmoothQuant differ in how they choose it."""
+"""A scale for each channel, folded wherever the block has room for one. AWQ and SmoothQuant differ in how they choose
+it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class Site:
     schemes: Mapping[Weight, AnyScheme]
     statistics: Mapping[Weight, Statistics]
     reference: list[Tensor] = field(default_factory=list)
-    """What the block returns before anything is rounded, once a search has run it: folds leave it as it is, so all of a block share it."""
+    """What the block returns before anything is rounded, once a search has run it: folds leave it as it is, so all of a
+    block share it."""
 
     @cached_property
     def readers(self) -> list[Weight]:
@@ -76,7 +78,8 @@ class Site:
         )
 
     def even(self, scale: Float32[Tensor, " rows"]) -> Float32[Tensor, " rows"]:
-        """As far above 1 as below it. Powers of two, if a matrix that stays in 16 bits takes part: they do not round it."""
+        """As far above 1 as below it. Powers of two, if a matrix that stays in 16 bits takes part: they do not round
+        it."""
         scale = scale / (scale.max() * scale.min()).sqrt()
         exact = all(m.weight in self.schemes for m in self.fold.readers) and (
             self.fold.producer.rows is None or self.made is not None

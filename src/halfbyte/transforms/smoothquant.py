@@ -1,8 +1,9 @@
-"""SmoothQuant (Xiao et al., 2211.10438): channels that carry large inputs hand a part of their size to the weights that read them.
+"""SmoothQuant (Xiao et al., 2211.10438): channels that carry large inputs hand a part of their size to the weights that
+read them.
 
-The scale of a channel is its largest input to the power of alpha, over its largest weight to the rest: x^a / w^(1 - a). Both
-sides are rounded, so both count: alpha is searched for the least squared error of what the block returns when the fold's
-weights and what they read are rounded.
+The scale of a channel is its largest input to the power of alpha, over its largest weight to the rest: x^a / w^(1 - a).
+Both sides are rounded, so both count: alpha is searched for the least squared error of what the block returns when the
+fold's weights and what they read are rounded.
 """
 
 import torch
@@ -16,12 +17,13 @@ from halfbyte.solvers.statistics import Diagonal
 from halfbyte.transforms.scale import Chosen, Settings, Site
 
 COARSE, STEP = (0.5, 0.7, 0.9), 0.1
-"""Strengths that are tried first, and how far the best one's neighbours lie from it: a search that is right where the error has one valley.
-Half steps win nothing
+"""Strengths that are tried first, and how far the best one's neighbours lie from it: a search that is right where the
+error has one valley. Half steps win nothing
 (KL of bookworm-6m with outliers, int8-channel/int8-token: .00052 and .00053, standard error .00001)."""
 BATCH = 1
-"""Of calibration tokens: the first after the probe, one window of text. Four windows choose nearly the same (KL of the same model,
-w8a8: .000447 and .000449 with gptq, .00051 and .00049 without, standard error .00001) and take longer than all of gptq."""
+"""Of calibration tokens: the first after the probe, one window of text. Four windows choose nearly the same (KL of the
+same model, w8a8: .000447 and .000449 with gptq, .00051 and .00049 without, standard error .00001) and take longer than
+all of gptq."""
 
 
 def smoothquant(site: Site, settings: Settings) -> Chosen | None:
@@ -56,8 +58,8 @@ def largest(seen: ActivationStats) -> Float32[Tensor, " in"]:
 
 
 def output(site: Site, scale: Float32[Tensor, " rows"] | None, ranges: str | None) -> Tensor:
-    """What the block returns on a batch under a scale, in float32; with `ranges`, its readers' inputs and all weights of
-    the fold are rounded to nearest, without a search for scales. The block is as it was afterwards."""
+    """What the block returns on a batch under a scale, in float32; with `ranges`, its readers' inputs and all weights
+    of the fold are rounded to nearest, without a search for scales. The block is as it was afterwards."""
     block, fold = site.block, site.fold
     takes_part = {*site.readers, *([site.made] if site.made else [])}
     moved = takes_part | block.scales.weights  # scales of earlier folds are not in memory yet

@@ -1,4 +1,5 @@
-"""compressed-tensors (vllm-project/compressed-tensors): a format for each grid, and a config that says which modules are in which."""
+"""compressed-tensors (vllm-project/compressed-tensors): a format for each grid, and a config that says which modules
+are in which."""
 
 import re
 from collections.abc import Mapping
@@ -83,7 +84,8 @@ class CompressedTensors(Container):
             own = [name for name, s in schemes.items() if s == scheme]
             others = [name for name in schemes if name not in set(own)]
             targets = [f"re:^{p}$" for p in patterns(own, others)] if others else ["Linear"]
-            # The head is no Linear to vLLM and SGLang; they quantize it if a target names it (their pull requests 37291 and 35228).
+            # The head is no Linear to vLLM and SGLang; they quantize it if a target names it (their pull requests 37291
+            # and 35228).
             targets += [
                 f"re:.*{re.escape(name)}$" for name in own if not any(part.isdigit() for part in name.split("."))
             ]
@@ -122,7 +124,8 @@ class CompressedTensors(Container):
                 known = next((what for what in read if what), None)
                 if known is None:
                     raise Unsupported(
-                        f"{name}: {entries[name].dtype} {tuple(entries[name].shape)} is of no format that is read: {', '.join(LAYOUTS)}"
+                        f"{name}: {entries[name].dtype} {tuple(entries[name].shape)} is of no format that is read: "
+                        f"{', '.join(LAYOUTS)}"
                     )
                 read = input_grid(group_of(module, groups).get("input_activations"))
                 found[module] = (Scheme(known[0], read) if read else known[0], known[1])
@@ -152,6 +155,7 @@ def layout_of(scheme: AnyScheme) -> Layout:
     layout = next((layout for layout in LAYOUTS.values() if layout.writes(scheme)), None)
     if layout is None:
         raise Unsupported(
-            f"compressed-tensors has no format for {scheme}; it has integers of 2 to 8 bits, fp8-e4m3, mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4"
+            f"compressed-tensors has no format for {scheme}; it has integers of 2 to 8 bits, fp8-e4m3, mxfp8-e4m3, "
+            "mxfp6-e2m3, mxfp4, nvfp4"
         )
     return layout

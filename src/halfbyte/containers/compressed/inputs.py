@@ -1,4 +1,5 @@
-"""How inputs are rounded, as compressed-tensors says it: QuantizationArgs of `input_activations` (quantization/quant_args.py)."""
+"""How inputs are rounded, as compressed-tensors says it: QuantizationArgs of `input_activations`
+(quantization/quant_args.py)."""
 
 from collections.abc import Mapping
 
@@ -25,7 +26,8 @@ def check_inputs(grid: ActivationGrid | None) -> None:
     """Raise Unsupported for what the config has no words for."""
     if grid is not None and str(grid) not in MICRO and not _is_said(grid):
         raise Unsupported(
-            f"compressed-tensors has no words for {grid} inputs; it has int4 to int8 and fp8-e4m3 per -token, -tensor, -static or -g128, {', '.join(MICRO)}"
+            f"compressed-tensors has no words for {grid} inputs; it has int4 to int8 and fp8-e4m3 per -token, "
+            f"-tensor, -static or -g128, {', '.join(MICRO)}"
         )
 
 
@@ -86,13 +88,15 @@ def input_grid(said: Config | None) -> ActivationGrid | None:
     number = "fp8-e4m3" if is_float else f"int{bits}"
     if span is None or (is_float and bits != 8):
         raise Unsupported(
-            f"inputs rounded to {number} with strategy '{strategy}', dynamic {dynamic}, are not read; per token, per tensor and in groups they are"
+            f"inputs rounded to {number} with strategy '{strategy}', dynamic {dynamic}, are not read; per token, per "
+            "tensor and in groups they are"
         )
     return ScaledActivations.parse(f"{number}-{span}{'' if said.get('symmetric', True) or is_float else '-asym'}")
 
 
 def group_of(module: str, groups: Mapping[str, Config]) -> Config:
-    """The group of the config that a module is in: the one that names it, or the one that names a class, such as Linear."""
+    """The group of the config that a module is in: the one that names it, or the one that names a class, such as
+    Linear."""
     rest: Config = {}
     for group in groups.values():
         for target in group.get("targets") or []:

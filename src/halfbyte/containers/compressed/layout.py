@@ -28,7 +28,8 @@ class Layout(ABC):
         """Raise Unsupported for a matrix that does not fit."""
         if isinstance(grid.group_size, int) and grid.group_size <= 32 and shape[1] % grid.group_size:
             raise Unsupported(
-                f"{self.format} of compressed-tensors has groups of {grid.group_size} in-features, which do not divide {shape[1]}"
+                f"{self.format} of compressed-tensors has groups of {grid.group_size} in-features, which do not "
+                f"divide {shape[1]}"
             )
 
     @abstractmethod
@@ -45,8 +46,8 @@ class Layout(ABC):
 
     @abstractmethod
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
-        """Grid and shape of a module as its tensors show them; None where they are not of this format. `said` are the weights' arguments
-        in the config, and decide where tensors leave a choice."""
+        """Grid and shape of a module as its tensors show them; None where they are not of this format. `said` are the
+        weights' arguments in the config, and decide where tensors leave a choice."""
 
     @abstractmethod
     def arguments(self, grid: Grid) -> Config:

@@ -110,13 +110,15 @@ def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: in
     width_bits = next((b for b in range(2, 9) if b in named and -(-width * b // 32) == packed.shape[1]), None)
     if width_bits is None or not groups:
         raise BadCheckpoint(
-            f"{module}: {told(packed)} words and {told(scale)} scales are no packing of {out} x {width} in {' or '.join(map(str, named))} bits"
+            f"{module}: {told(packed)} words and {told(scale)} scales are no packing of {out} x {width} in "
+            f"{' or '.join(map(str, named))} bits"
         )
     is_tensor = prod(scale.shape) == 1 and out > 1 and may_be(said, "strategy", "tensor")
     symmetric = f"{module}.weight_zero_point" not in entries
     if symmetric and not may_be(said, "symmetric", True):
         raise BadCheckpoint(
-            f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint is not whole"
+            f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint "
+            "is not whole"
         )
     span = "tensor" if is_tensor else span_of(module, width, groups, [weights.get("group_size") for weights in said])
     return integers(width_bits, span, symmetric, SCALE_NAMES[scale.dtype])

@@ -1,11 +1,11 @@
 """One byte for each weight (compressed-tensors compressors/{naive_quantized,mxfp8}/base.py).
 
 weight             float8_e4m3fn or int8 [out, in]
-weight_scale       [1], [out, 1], [ceil(out / 128), ceil(in / 128)] or [out, groups]; MXFP8: uint8 [out, in / 32], a power of two
-weight_zero_point  int8, like the scales; absent when symmetric
+weight_scale       [1], [out, 1], [ceil(out / 128), ceil(in / 128)] or [out, groups]; MXFP8: uint8 [out, in / 32], a
+power of two weight_zero_point  int8, like the scales; absent when symmetric
 
-naive-quantized, float-quantized and int-quantized differ in their name only: the last two are for quantized inputs. Integers of fewer
-bits take a byte too where inputs are integers (W4A8), as the readers have it.
+naive-quantized, float-quantized and int-quantized differ in their name only: the last two are for quantized inputs.
+Integers of fewer bits take a byte too where inputs are integers (W4A8), as the readers have it.
 """
 
 from collections.abc import Mapping
@@ -97,7 +97,8 @@ class Unpacked(Layout):
                 raise BadCheckpoint(f"'{module}.weight_scale' is one number, and config.json says that there are more")
             if f"{module}.weight_zero_point" not in entries and not may_be(said, "symmetric", True):
                 raise BadCheckpoint(
-                    f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint is not whole"
+                    f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the "
+                    "checkpoint is not whole"
                 )
             span = (
                 "tensor"
@@ -112,7 +113,8 @@ class Unpacked(Layout):
             if grid.scales_shape((out, width)) == (rows, groups):
                 return grid, (out, width)
         raise Unsupported(
-            f"{module}: {rows} x {groups} scales for {out} x {width} weights are not read; blocks of {SIDE} x {SIDE} are, and rows"
+            f"{module}: {rows} x {groups} scales for {out} x {width} weights are not read; blocks of {SIDE} x {SIDE} "
+            "are, and rows"
         )
 
     def arguments(self, grid: Grid) -> Config:

@@ -1,7 +1,8 @@
 """How what runs on CPUs is compiled, and run in threads.
 
-A kernel handles a range of rows, or of other tasks that do not depend on each other: kernel(first, last, ...). Threads are shared out
-in Python, not by the compiler: compiled code for threads takes three times as long to make, and there would be one kind of threads more.
+A kernel handles a range of rows, or of other tasks that do not depend on each other: kernel(first, last, ...). Threads
+are shared out in Python, not by the compiler: compiled code for threads takes three times as long to make, and there
+would be one kind of threads more.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from typing import Any
 import numba
 import torch
 
-# Without reassoc, sums are taken in the order written; another order would undo splittings such as the one in `tiles.half`.
+# Without reassoc, sums are taken in the order written; another order would undo splittings such as the one in
+# `tiles.half`.
 ORDERED, LOOSE = {"contract", "nsz"}, {"reassoc", "contract", "nsz", "arcp"}
 COMMON: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
 CALLED: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True}
@@ -21,7 +23,8 @@ SHARES = 4
 
 
 def kernel_with(fastmath: set[str] | bool) -> Callable:
-    """What Python calls, and the only thing that is cached, if there is a place where this may be written: beside the package, or in a home."""
+    """What Python calls, and the only thing that is cached, if there is a place where this may be written: beside the
+    package, or in a home."""
 
     def compiled(function: Callable) -> Callable:
         try:
@@ -35,8 +38,8 @@ def kernel_with(fastmath: set[str] | bool) -> Callable:
 def part_with(fastmath: set[str] | bool) -> Callable:
     """What kernels call, with rules of arithmetic of its own: it is compiled by itself and always inlined.
 
-    If not, LLVM would optimise it once by itself and again in each caller, with sums in another order, and a process would use the copy
-    loaded first: not the same one when it compiles and when it reads the cache.
+    If not, LLVM would optimise it once by itself and again in each caller, with sums in another order, and a process
+    would use the copy loaded first: not the same one when it compiles and when it reads the cache.
     """
     return numba.njit(fastmath=fastmath, **COMMON, **CALLED)
 
@@ -47,7 +50,8 @@ kernel, part = kernel_with(ORDERED), part_with(ORDERED)
 loose_kernel, loose = kernel_with(LOOSE), part_with(LOOSE)
 """Sums may be taken in any order: LLVM can then add up in vectors."""
 strict_kernel, strict = kernel_with(False), part_with(False)
-"""Each operation is rounded. (Said, not left out: what says nothing takes the rules of the caller that it is first compiled for.)"""
+"""Each operation is rounded. (Said, not left out: what says nothing takes the rules of the caller that it is first
+compiled for.)"""
 
 
 def in_threads(run: Callable, tasks: int, *args: object) -> None:

@@ -1,7 +1,7 @@
 """Evenly spaced levels on CPUs: the candidates of kernels/even.py in the same order, many groups at a time (tiles.py).
 
-The torch reference moves every weight through memory some hundred times, this reads it once. Weights of 16 bits are widened as they
-are read; nothing of the size of the matrix is allocated but the codes.
+The torch reference moves every weight through memory some hundred times, this reads it once. Weights of 16 bits are
+widened as they are read; nothing of the size of the matrix is allocated but the codes.
 """
 
 import numpy as np
@@ -18,8 +18,8 @@ from halfbyte.kernels.scales import Number, Params
 
 DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of the 23 that float32 has
 
-# What is known of the groups of a tile: rows of one flat array, at offsets that the compiler knows, so that it sees that they do not
-# overlap. The codes of zero that are tried lie from MIDDLE on, the sums of each from SUMS on.
+# What is known of the groups of a tile: rows of one flat array, at offsets that the compiler knows, so that it sees
+# that they do not overlap. The codes of zero that are tried lie from MIDDLE on, the sums of each from SUMS on.
 LOW, HIGH, WIDEST, SCALE, ZERO, TOTAL, SQUARES = (LANES * row for row in range(7))
 INVERSE, FIRST, GROWTH, GAIN = (LANES * row for row in range(7, 11))
 MIDDLE, BELOW, ABOVE = (LANES * row for row in range(11, 14))
@@ -194,7 +194,8 @@ def _sums_of_zeros(x, h, m, top, above):
 
 @part
 def _sums(x0, x1, r0, r1, h0, h1, zero, top):
-    """Of two weights, to add to memory less often: the weighted sums of x q and q^2, where q is r within the codes there are."""
+    """Of two weights, to add to memory less often: the weighted sums of x q and q^2, where q is r within the codes
+    there are."""
     q0, q1 = min(max(r0, -zero), top - zero), min(max(r1, -zero), top - zero)
     p0, p1 = h0 * q0, h1 * q1
     return p0 * x0 + p1 * x1, p0 * q0 + p1 * q1

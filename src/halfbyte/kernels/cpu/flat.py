@@ -1,4 +1,5 @@
-"""Tables of 16 levels on CPUs, with scales of weights that follow one another: the candidates of kernels/scalar.py, one pass over each block."""
+"""Tables of 16 levels on CPUs, with scales of weights that follow one another: the candidates of kernels/scalar.py, one
+pass over each block."""
 
 import numpy as np
 import torch

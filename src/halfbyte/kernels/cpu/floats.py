@@ -89,7 +89,8 @@ def _as_float(x):
 
 @inline
 def steps_of(size, e):
-    """The exponent of a number that is no larger than the largest, and the number in steps of that exponent, to the nearest."""
+    """The exponent of a number that is no larger than the largest, and the number in steps of that exponent, to the
+    nearest."""
     exponent = max(_as_int(size) & EXPONENT, e.low)
     magic = I(exponent + (e.dropped << I(23)))
     return exponent, I(_as_int(size + _as_float(magic)) - magic)
@@ -121,7 +122,8 @@ def _largest(start, stop, w, size, found):
 
 @inline
 def _most(x):
-    """The largest magnitude: of numbers without sign, the order is that of their bits, whose maximum LLVM finds in vectors."""
+    """The largest magnitude: of numbers without sign, the order is that of their bits, whose maximum LLVM finds in
+    vectors."""
     most = I(0)
     bits = x.view(np.int32)
     for i in range(bits.size):

@@ -1,7 +1,8 @@
 """The accelerated twin of kquant.py for CPUs: the same candidates in the same order.
 
-A tile holds 128 groups transposed, one group per lane, so that all that is done per group (sums, divisions, choices) is done in
-whole vectors, however short the groups are. A tile stays in the first-level cache while all candidates are tried.
+A tile holds 128 groups transposed, one group per lane, so that all that is done per group (sums, divisions, choices) is
+done in whole vectors, however short the groups are. A tile stays in the first-level cache while all candidates are
+tried.
 """
 
 import numpy as np
@@ -17,8 +18,8 @@ from halfbyte.kernels.kquant import Effort, KFormat, usable
 STRETCH = 4096  # weights encoded at once by one thread
 FLAT, FEWEST, SURE = F(kquant.FLAT), F(kquant.FEWEST), F(kquant.SURE)
 
-# What is known of the groups of a tile: rows of one flat array, at offsets that the compiler knows, so that it sees that they do not
-# overlap. (It gives up vectorizing loops over as many arrays as are used here.)
+# What is known of the groups of a tile: rows of one flat array, at offsets that the compiler knows, so that it sees
+# that they do not overlap. (It gives up vectorizing loops over as many arrays as are used here.)
 LOW, HIGH, TOTAL, MASS, Q1, Q2, XQ, GAIN, ERROR, BEST = (LANES * row for row in range(10))
 INVERSE, SHIFT, UNIT, STEP, OFFSET, MEAN, D, DMIN = (LANES * row for row in range(10, 18))
 SCALE, MIN, TRY_SCALE, TRY_MIN, FROM, WANTED = (LANES * row for row in range(18, 24))
@@ -84,7 +85,8 @@ def _flat(values: Tensor) -> np.ndarray:
 
 @strict
 def _half_up(value):
-    """A number of fp16 that is not smaller, by at most two units: the largest integer times it must reach the largest scale."""
+    """A number of fp16 that is not smaller, by at most two units: the largest integer times it must reach the largest
+    scale."""
     return half(value * F(1 + 2.0**-11) + F(2.0**-25)) if value > 0 else F(0)
 
 
@@ -120,7 +122,8 @@ def _miss(x, inverse, shift, bottom, top):
 
 @part
 def _sums(x, h, m, bottom, top):
-    """Of codes q = round(x * inverse + shift): the weighted sums of q, q^2 and x q. Four weights at a time, to add to memory less often."""
+    """Of codes q = round(x * inverse + shift): the weighted sums of q, q^2 and x q. Four weights at a time, to add to
+    memory less often."""
     m[Q1 : Q1 + 3 * LANES] = 0
     for i in range(0, x.shape[0], 4):
         x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
@@ -190,7 +193,8 @@ def _coarse_with_minimum(x, h, m, top, candidates):
 
 @part
 def _coarse(x, h, m, bottom, top, candidates):
-    """Scale by least squares for the codes of every candidate; the extreme weight lies on the longer side, below zero."""
+    """Scale by least squares for the codes of every candidate; the extreme weight lies on the longer side, below
+    zero."""
     for lane in range(LANES):
         m[HIGH + lane] = -m[HIGH + lane] if m[HIGH + lane] > -m[LOW + lane] else -m[LOW + lane]
         m[STEP + lane], m[GAIN + lane] = m[HIGH + lane] / -bottom, F(-1)
@@ -242,7 +246,8 @@ def _try(x, h, m, bottom, top):
 
 @part
 def _integers(x, h, m, limits, near_scale, near_min):
-    """The best integer scale and minimum of every group, by the error of the codes they give: all near the wanted ones are tried."""
+    """The best integer scale and minimum of every group, by the error of the codes they give: all near the wanted ones
+    are tried."""
     bottom, top, low, high = limits
     for lane in range(LANES):
         m[BEST + lane], m[FROM + lane] = F(np.inf), m[SCALE + lane]
@@ -264,7 +269,8 @@ def _integers(x, h, m, limits, near_scale, near_min):
 
 @part
 def _refit(m, per_block):
-    """d and dmin by least squares over a block once codes and integers are chosen; kept if better after rounding to fp16."""
+    """d and dmin by least squares over a block once codes and integers are chosen; kept if better after rounding to
+    fp16."""
     for first in range(0, LANES, per_block):
         ss, sm, mm, sx, mx = 0.0, 0.0, 0.0, 0.0, 0.0
         for lane in range(first, first + per_block):

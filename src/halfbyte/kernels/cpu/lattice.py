@@ -179,7 +179,8 @@ def _group(
     flipped,
     cost,
 ):
-    """Find the entries of the group x, whose first eight is number `first` of the row. Returns sum(h w q) and sum(h q q), scaled."""
+    """Find the entries of the group x, whose first eight is number `first` of the row. Returns sum(h w q) and sum(h q
+    q), scaled."""
     _scaled(x, inverse, digits, a, digit)
     if parity:
         _make_even(x, h, first, magnitudes, a, digit, flipped)
@@ -336,8 +337,9 @@ def round_block(
 ) -> UInt8[Tensor, "out width"]:
     """Grid.round_block, given the scale of each group.
 
-    What is least is sum((d r)^2) over a run, where r_k = e_k + sum_{j>k} e_j coupling[j, k] is what is left of the error e after
-    the columns before have made up for it, and d_k the weight of column k: not the distance, but the distance that counts.
+    What is least is sum((d r)^2) over a run, where r_k = e_k + sum_{j>k} e_j coupling[j, k] is what is left of the
+    error e after the columns before have made up for it, and d_k the weight of column k: not the distance, but the
+    distance that counts.
     """
     codes = np.empty(wanted.shape, np.uint8)
     book, own = (
@@ -420,7 +422,8 @@ def _pass_on(wanted, coupling, change):
 
 @part
 def _aim(wanted, target, error, c, inverse, y):
-    """Scaled weights that would leave nothing of the errors of the columns after this run, were they rounded to themselves."""
+    """Scaled weights that would leave nothing of the errors of the columns after this run, were they rounded to
+    themselves."""
     for k in range(wanted.size - 1, -1, -1):
         y[k] = wanted[k] - target[k]
         for j in range(k + 1, wanted.size):

@@ -1,7 +1,7 @@
 """scalar.round_block on CPUs: one loop for all grids whose weights are rounded one by one.
 
-What differs is how a weight finds the level nearest to it. Lines say it by one of three values: Even, Table or Floats. The loop is
-compiled for each of these types, with the function that `_nearest` picks for it.
+What differs is how a weight finds the level nearest to it. Lines say it by one of three values: Even, Table or Floats.
+The loop is compiled for each of these types, with the function that `_nearest` picks for it.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,5 @@
-"""Tables of levels on CPUs, with scales of groups of in-features: the candidates of kernels/scalar.py, one pass over each group."""
+"""Tables of levels on CPUs, with scales of groups of in-features: the candidates of kernels/scalar.py, one pass over
+each group."""
 
 import numpy as np
 import torch

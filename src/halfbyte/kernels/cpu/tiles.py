@@ -1,8 +1,9 @@
-"""What the searches for scales share on CPUs: tiles of weights, so laid out that all that is done per group is done in whole vectors.
+"""What the searches for scales share on CPUs: tiles of weights, so laid out that all that is done per group is done in
+whole vectors.
 
-A tile is a matrix [steps, LANES] that holds many groups side by side. A short group is one lane; a longer one has several, as far
-apart as there are groups, and what is summed by lane is folded to sums by group. However short the groups are, no sum is ever taken
-across a vector. A tile stays in the first-level cache while all candidates are tried.
+A tile is a matrix [steps, LANES] that holds many groups side by side. A short group is one lane; a longer one has
+several, as far apart as there are groups, and what is summed by lane is folded to sums by group. However short the
+groups are, no sum is ever taken across a vector. A tile stays in the first-level cache while all candidates are tried.
 """
 
 import numba
@@ -19,7 +20,8 @@ F = np.float32
 
 
 def raw(w: Tensor) -> np.ndarray:
-    """Weights as `widen` reads them: numba has no types for bfloat16 and fp16, so int16 stands for the one, uint16 for the other."""
+    """Weights as `widen` reads them: numba has no types for bfloat16 and fp16, so int16 stands for the one, uint16 for
+    the other."""
     w = w.detach().contiguous()
     if w.dtype == torch.bfloat16:
         return w.view(torch.int16).numpy()
@@ -27,8 +29,8 @@ def raw(w: Tensor) -> np.ndarray:
 
 
 def widen(raw, x):
-    """Write what `raw` made of weights as float32: x[: raw.size]. A slice, not an array and a start: numba makes no vectors
-    where it has to test an index whose sign it does not know."""
+    """Write what `raw` made of weights as float32: x[: raw.size]. A slice, not an array and a start: numba makes no
+    vectors where it has to test an index whose sign it does not know."""
     raise NotImplementedError("only compiled code calls this")
 
 
@@ -89,7 +91,8 @@ def steps_per_lane(size: int) -> int:
 
 @part
 def load(w, h, size, first, line, x, weight):
-    """Groups `first` and on of flat weights, and their importance. `line` has room for the groups of a tile; x and weight were zeros."""
+    """Groups `first` and on of flat weights, and their importance. `line` has room for the groups of a tile; x and
+    weight were zeros."""
     count = min(line.size // size, w.size // size - first)
     line[count * size :] = 0
     widen(w[first * size : (first + count) * size], line)
@@ -104,7 +107,8 @@ def load(w, h, size, first, line, x, weight):
 
 @part
 def _transpose(line, size, x):
-    """Lane l gets weights of group l, of as many groups as there are; so do the lanes that lie that number, and its multiples, after it."""
+    """Lane l gets weights of group l, of as many groups as there are; so do the lanes that lie that number, and its
+    multiples, after it."""
     steps, groups = x.shape[0], line.size // size
     if (
         groups < 16

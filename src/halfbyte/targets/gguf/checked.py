@@ -1,4 +1,5 @@
-"""Metadata of a GGUF that anybody may have made, as far as it is used: of the types that llama.cpp reads, and of sizes that a model may have."""
+"""Metadata of a GGUF that anybody may have made, as far as it is used: of the types that llama.cpp reads, and of sizes
+that a model may have."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -49,7 +50,8 @@ def require_types(metadata: Mapping[str, Value]) -> None:
 
 
 def require_hyperparameters(metadata: Mapping[str, Value], arch: str) -> None:
-    """Raise BadCheckpoint, naming the key, for what is missing or is no such value; Unsupported for layers of different sizes."""
+    """Raise BadCheckpoint, naming the key, for what is missing or is no such value; Unsupported for layers of different
+    sizes."""
     for name, key in KEYS.items():
         value = metadata.get(f"{arch}.{name}")
         if value is None:
@@ -59,7 +61,8 @@ def require_hyperparameters(metadata: Mapping[str, Value], arch: str) -> None:
         items = value.value if isinstance(value.value, list) and name in (*SAME, PATTERN) else [value.value]
         if name == PATTERN and items is not value.value:
             raise BadCheckpoint(
-                f"the GGUF's {arch}.{name} is {brief(value.value)}, which should be a list, with an entry for each layer"
+                f"the GGUF's {arch}.{name} is {brief(value.value)}, which should be a list, with an entry "
+                "for each layer"
             )
         if (
             not items
@@ -71,13 +74,15 @@ def require_hyperparameters(metadata: Mapping[str, Value], arch: str) -> None:
             )
         if name in SAME and len(set(items)) > 1:
             raise Unsupported(
-                f"the GGUF's {arch}.{name} differs from layer to layer ({brief(items)}), which is not read here; take the original model"
+                f"the GGUF's {arch}.{name} differs from layer to layer ({brief(items)}), which is not read here; "
+                "take the original model"
             )
         require_sound(dict.fromkeys(key.names, items[0]), f"the GGUF's {arch}.{name}")
 
 
 def require_tokenizer(metadata: Mapping[str, Value], special: Collection[str]) -> None:
-    """Raise BadCheckpoint for a vocabulary whose parts are of other types or lengths; `special` are the keys of special tokens."""
+    """Raise BadCheckpoint for a vocabulary whose parts are of other types or lengths; `special` are the keys of special
+    tokens."""
     require_types({name: value for name, value in metadata.items() if name.startswith("tokenizer.")})
 
     def get(key: str) -> Any:
@@ -97,7 +102,8 @@ def require_tokenizer(metadata: Mapping[str, Value], special: Collection[str]) -
     ]
     if half := next((text for text in (*tokens, *texts) if not text.isascii() and _is_broken(text)), None):
         raise BadCheckpoint(
-            f"the GGUF's tokenizer has {half!r}, which is not UTF-8 text; put the model's tokenizer.json beside the file"
+            f"the GGUF's tokenizer has {half!r}, which is not UTF-8 text; put the model's tokenizer.json "
+            "beside the file"
         )
     if any(" " not in merge[1:] for merge in get("ggml.merges") or []):
         raise BadCheckpoint("the GGUF's tokenizer.ggml.merges has an entry that is no two tokens")

@@ -1,7 +1,8 @@
 """What llama.cpp calls the tensors of a Hugging Face checkpoint, and how it wants their rows to lie.
 
-One row a family, of names without `.weight` and `.bias`. Where the same tensor may bear several names, that which Hugging Face
-publishes comes first: a GGUF is read under it. Facts as in llama.cpp's conversion/*.py and src/models/*.cpp.
+One row a family, of names without `.weight` and `.bias`. Where the same tensor may bear several names, that which
+Hugging Face publishes comes first: a GGUF is read under it. Facts as in llama.cpp's conversion/*.py and
+src/models/*.cpp.
 """
 
 import math
@@ -22,7 +23,8 @@ from halfbyte.targets.gguf.entries import unanswered
 from halfbyte.targets.gguf.settings import settings
 
 Names = Mapping[str, str | tuple[str, str]]
-"""Hugging Face's name to ggml's; {e} is the number of an expert; two names: the upper and the lower half of the rows."""
+"""Hugging Face's name to ggml's; {e} is the number of an expert; two names: the upper and the lower half of the
+rows."""
 Rows = Int64[Tensor, "rows"]
 
 OUTSIDE: Names = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
@@ -125,13 +127,15 @@ def _numbered(rows: int, heads: int, parts: int) -> Int64[Tensor, "heads parts r
     """Rows by the head that they are of, and by their part of it."""
     if rows % (heads * parts):
         raise BadCheckpoint(
-            f"a matrix of {rows} rows is not that of {heads} heads of {parts} parts; it is not whole, or the model's config is of another"
+            f"a matrix of {rows} rows is not that of {heads} heads of {parts} parts; it is not whole, or the model's "
+            "config is of another"
         )
     return torch.arange(rows).reshape(heads, parts, -1)
 
 
 def _pairs(heads: str) -> Callable[[Any, int], Rows]:
-    """Rotary pairs as neighbours, as ggml's NORM rotation takes them; Hugging Face stores the first of every pair, then the second."""
+    """Rotary pairs as neighbours, as ggml's NORM rotation takes them; Hugging Face stores the first of every pair, then
+    the second."""
     return lambda s, rows: _numbered(rows, getattr(s, heads), 2).transpose(1, 2).reshape(-1)
 
 
@@ -152,7 +156,8 @@ PLAIN_ROPE = ("default", "linear", "yarn")
 
 
 def _gemma_scale(layers: int) -> Callable[[Any], float]:
-    """llama.cpp knows the one size whose queries are scaled by the width of a head that it has not by its number of blocks."""
+    """llama.cpp knows the one size whose queries are scaled by the width of a head that it has not by its number of
+    blocks."""
     return lambda s: s.hidden_size // s.num_attention_heads if s.num_hidden_layers == layers else s.head_dim
 
 
@@ -170,7 +175,8 @@ class Family:
     transposed: tuple[str, ...] = ()
     """ggml's names of matrices that the checkpoint stores [in, out]."""
     alternating: bool = False
-    """Where one tensor holds the rows of two, they alternate; otherwise the first half of them is the first tensor's."""
+    """Where one tensor holds the rows of two, they alternate; otherwise the first half of them is the first
+    tensor's."""
     bare: tuple[str, ...] = ()
     """Tensors that the checkpoint names without `.weight`, and their biases with `_bias`."""
     adds_one: bool = False
@@ -187,7 +193,8 @@ class Family:
     """All layers may attend to a window of tokens, which llama.cpp does not do."""
     ropes: tuple[str, ...] = PLAIN_ROPE
     assumed: Mapping[str, Any] = field(default_factory=dict)
-    """What llama.cpp computes whatever the file says, by the config's names: a value, several that are the same to it, or a function of the config."""
+    """What llama.cpp computes whatever the file says, by the config's names: a value, several that are the same to it,
+    or a function of the config."""
 
 
 LLAMA_LIKE = Family("llama", rows=PAIRED, ropes=(*PLAIN_ROPE, "llama3"), assumed={"hidden_act": "silu"})
@@ -364,7 +371,8 @@ class Place:
     expert: int | None = None
     """Its index in the stack; None also where the checkpoint's tensor is a stack itself."""
     rows: Rows | None = None
-    """Row r of the GGUF's matrix is row rows[r] of the checkpoint's [out, in]; None: as it lies. Fewer rows than there are: a part."""
+    """Row r of the GGUF's matrix is row rows[r] of the checkpoint's [out, in]; None: as it lies. Fewer rows than there
+    are: a part."""
     transposed: bool = False
     """The checkpoint's matrix is [in, out]."""
     add: float = 0.0
@@ -390,11 +398,13 @@ class Place:
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The row of a config.json. Raises Unsupported for a family, or a variant of one, that llama.cpp would compute otherwise."""
+    """The row of a config.json. Raises Unsupported for a family, or a variant of one, that llama.cpp would compute
+    otherwise."""
     kind = (config.get("text_config") or config).get("model_type", "")
     if kind not in FAMILIES:
         raise Unsupported(
-            f"GGUF is not written for '{kind}' yet; known are {', '.join(FAMILIES)} (safetensors formats take any family)"
+            f"GGUF is not written for '{kind}' yet; known are {', '.join(FAMILIES)} (safetensors formats "
+            "take any family)"
         )
     family, s = FAMILIES[kind], settings(config)
     for name, wanted in family.assumed.items():
@@ -402,11 +412,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
         if getattr(s, name, None) not in wanted if isinstance(wanted, tuple) else getattr(s, name, wanted) != wanted:
             known = " or ".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
             raise Unsupported(
-                f"llama.cpp computes '{family.arch}' with {name} = {known}, but config.json says {getattr(s, name)}: a GGUF of it would go wrong"
+                f"llama.cpp computes '{family.arch}' with {name} = {known}, but config.json says {getattr(s, name)}: "
+                "a GGUF of it would go wrong"
             )
     if found := next(unanswered(s, family.assumed), None):
         raise Unsupported(
-            f"config.json says {found[0]} = {found[1]}, and what llama.cpp's '{family.arch}' makes of that is not known: a GGUF of it might go wrong"
+            f"config.json says {found[0]} = {found[1]}, and what llama.cpp's '{family.arch}' makes of that is not "
+            "known: a GGUF of it might go wrong"
         )
     _require_ropes(family, s)
     return family
@@ -419,7 +431,8 @@ def _require_ropes(family: Family, s: Any) -> None:
     kind = rope_of(s).get("rope_type", "default")
     if kind not in family.ropes:
         raise Unsupported(
-            f"llama.cpp computes '{family.arch}' without rotary scaling of type '{kind}'; it has {', '.join(family.ropes)}"
+            f"llama.cpp computes '{family.arch}' without rotary scaling of type '{kind}'; it has "
+            f"{', '.join(family.ropes)}"
         )
     for name, known in (
         ("beta_fast", 32),
@@ -427,33 +440,39 @@ def _require_ropes(family: Family, s: Any) -> None:
     ):  # which it reads from its command line, and from files of one other architecture
         if kind == "yarn" and (said := rope_of(s).get(name) or known) != known:
             raise Unsupported(
-                f"llama.cpp computes yarn with {name} = {known} alone, and config.json says {said}: a GGUF of it would go wrong"
+                f"llama.cpp computes yarn with {name} = {known} alone, and config.json says {said}: a GGUF of it "
+                "would go wrong"
             )
     if sliding.get("rope_type", "default") != "default":
         raise Unsupported(
-            f"llama.cpp stretches no rotary embeddings of layers with a window, and config.json does: {sliding['rope_type']}"
+            "llama.cpp stretches no rotary embeddings of layers with a window, and config.json does: "
+            f"{sliding['rope_type']}"
         )
     if sliding and not family.two_bases and sliding["rope_theta"] != rope_of(s)["rope_theta"]:
         raise Unsupported(
-            f"llama.cpp turns all layers of '{family.arch}' from one base, and config.json says {sliding['rope_theta']} for those with a window"
+            f"llama.cpp turns all layers of '{family.arch}' from one base, and config.json says "
+            f"{sliding['rope_theta']} for those with a window"
         )
     if not family.turns_part and any(
         rope.get("partial_rotary_factor", 1.0) != 1.0 for rope in by_layers or [rope_of(s)]
     ):
         raise Unsupported(
-            f"llama.cpp turns whole heads of '{family.arch}', and config.json says partial_rotary_factor = {rope_of(s)['partial_rotary_factor']}"
+            f"llama.cpp turns whole heads of '{family.arch}', and config.json says partial_rotary_factor = "
+            f"{rope_of(s)['partial_rotary_factor']}"
         )
 
 
 def family_named(arch: str, experts: int = 0, windowed: bool = False) -> tuple[str, Family]:
-    """`model_type` and row for a GGUF's `general.architecture`, number of experts and whether it has a sliding window, for reading.
+    """`model_type` and row for a GGUF's `general.architecture`, number of experts and whether it has a sliding window,
+    for reading.
 
     Raises Unsupported for one that is in no row.
     """
     found = [(kind, family) for kind, family in FAMILIES.items() if family.arch == arch]
     if not found:
         raise Unsupported(
-            f"a GGUF of '{arch}' is not read yet; known are {', '.join(dict.fromkeys(f.arch for f in FAMILIES.values()))}"
+            f"a GGUF of '{arch}' is not read yet; known are "
+            f"{', '.join(dict.fromkeys(f.arch for f in FAMILIES.values()))}"
         )
 
     def alike(family: Family) -> tuple[bool, bool]:
@@ -495,8 +514,8 @@ def rows_of(places: Sequence[Place]) -> Rows:
 class Translation:
     """Tensors of one checkpoint under ggml's names.
 
-    It serves both ways: what `places` says of a tensor that is to be written is also where it is read from. To read a GGUF
-    as a checkpoint, take `checkpoint_shapes` of its tensors.
+    It serves both ways: what `places` says of a tensor that is to be written is also where it is read from. To read a
+    GGUF as a checkpoint, take `checkpoint_shapes` of its tensors.
     """
 
     def __init__(self, family: Family, config: Mapping[str, Any], shapes: Mapping[str, Shape]):
@@ -521,7 +540,8 @@ class Translation:
         return None
 
     def places(self, tensor: str) -> tuple[Place, ...]:
-        """Where a tensor of the checkpoint goes: one place, or several; none if it is dropped. Raises Unsupported for a tensor that is in no table."""
+        """Where a tensor of the checkpoint goes: one place, or several; none if it is dropped. Raises Unsupported for a
+        tensor that is in no table."""
         if self.dropped(tensor):
             return ()
         name, suffix, block = self._split(tensor)
@@ -586,8 +606,8 @@ class Translation:
 
 
 def checkpoint_shapes(family: Family, tensors: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Names and shapes of the checkpoint that a GGUF with `tensors` holds, as Hugging Face publishes such: experts of a stack
-    apart where the family has them apart. Raises Unsupported for a tensor that is in no table.
+    """Names and shapes of the checkpoint that a GGUF with `tensors` holds, as Hugging Face publishes such: experts of a
+    stack apart where the family has them apart. Raises Unsupported for a tensor that is in no table.
     """
     found: dict[str, Shape] = {}
     for tensor, shape in tensors.items():
@@ -624,7 +644,8 @@ def checkpoint_shapes(family: Family, tensors: Mapping[str, Shape]) -> dict[str,
 
 
 def llama3_factors(rope: Mapping[str, Any], width: int) -> Tensor:
-    """By what llama.cpp divides each frequency so that Llama 3's stretched context comes out, [width / 2] (Transformers' modeling_rope_utils.py)."""
+    """By what llama.cpp divides each frequency so that Llama 3's stretched context comes out, [width / 2]
+    (Transformers' modeling_rope_utils.py)."""
     wavelength = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     context = rope["original_max_position_embeddings"]

@@ -1,8 +1,8 @@
 """Reading and writing GGUF as a stream (format: docs/gguf.md of ggml-org/ggml; limits: ggml's gguf.cpp).
 
-A header says everything: typed metadata, then name, shape, type and offset of every tensor. Tensors are read and written
-one at a time at their offsets, as in `containers.safetensors`. A header is not to be trusted: whatever it counts is
-compared with what the file can hold before anything of that size is made.
+A header says everything: typed metadata, then name, shape, type and offset of every tensor. Tensors are read and
+written one at a time at their offsets, as in `containers.safetensors`. A header is not to be trusted: whatever it
+counts is compared with what the file can hold before anything of that size is made.
 """
 
 import os
@@ -44,20 +44,28 @@ class Type(NamedTuple):
 
 
 TYPES = {
-    "F32": Type(0, 1, 4, torch.float32), "F16": Type(1, 1, 2, torch.float16), "BF16": Type(30, 1, 2, torch.bfloat16), "F64": Type(28, 1, 8, torch.float64),
-    "I8": Type(24, 1, 1, torch.int8), "I16": Type(25, 1, 2, torch.int16), "I32": Type(26, 1, 4, torch.int32), "I64": Type(27, 1, 8, torch.int64),
-    "Q4_0": Type(2, 32, 18), "Q4_1": Type(3, 32, 20), "Q5_0": Type(6, 32, 22), "Q5_1": Type(7, 32, 24), "Q8_0": Type(8, 32, 34), "Q8_1": Type(9, 32, 40),
-    "Q2_K": Type(10, 256, 84), "Q3_K": Type(11, 256, 110), "Q4_K": Type(12, 256, 144), "Q5_K": Type(13, 256, 176), "Q6_K": Type(14, 256, 210),
-    "Q8_K": Type(15, 256, 292), "IQ2_XXS": Type(16, 256, 66), "IQ2_XS": Type(17, 256, 74), "IQ2_S": Type(22, 256, 82), "IQ3_XXS": Type(18, 256, 98),
-    "IQ3_S": Type(21, 256, 110), "IQ1_S": Type(19, 256, 50), "IQ1_M": Type(29, 256, 56), "IQ4_NL": Type(20, 32, 18), "IQ4_XS": Type(23, 256, 136),
-    "TQ1_0": Type(34, 256, 54), "TQ2_0": Type(35, 256, 66), "MXFP4": Type(39, 32, 17), "NVFP4": Type(40, 64, 36), "Q1_0": Type(41, 128, 18),
+    "F32": Type(0, 1, 4, torch.float32), "F16": Type(1, 1, 2, torch.float16), "BF16": Type(30, 1, 2, torch.bfloat16),
+    "F64": Type(28, 1, 8, torch.float64),
+    "I8": Type(24, 1, 1, torch.int8), "I16": Type(25, 1, 2, torch.int16), "I32": Type(26, 1, 4, torch.int32),
+    "I64": Type(27, 1, 8, torch.int64),
+    "Q4_0": Type(2, 32, 18), "Q4_1": Type(3, 32, 20), "Q5_0": Type(6, 32, 22), "Q5_1": Type(7, 32, 24), "Q8_0": Type(8,
+    32, 34), "Q8_1": Type(9, 32, 40),
+    "Q2_K": Type(10, 256, 84), "Q3_K": Type(11, 256, 110), "Q4_K": Type(12, 256, 144), "Q5_K": Type(13, 256, 176),
+    "Q6_K": Type(14, 256, 210),
+    "Q8_K": Type(15, 256, 292), "IQ2_XXS": Type(16, 256, 66), "IQ2_XS": Type(17, 256, 74), "IQ2_S": Type(22, 256, 82),
+    "IQ3_XXS": Type(18, 256, 98),
+    "IQ3_S": Type(21, 256, 110), "IQ1_S": Type(19, 256, 50), "IQ1_M": Type(29, 256, 56), "IQ4_NL": Type(20, 32, 18),
+    "IQ4_XS": Type(23, 256, 136),
+    "TQ1_0": Type(34, 256, 54), "TQ2_0": Type(35, 256, 66), "MXFP4": Type(39, 32, 17), "NVFP4": Type(40, 64, 36),
+    "Q1_0": Type(41, 128, 18),
     "Q2_0": Type(42, 64, 18),
 }  # fmt: skip
 """ggml's tensor types, by ggml's names (ggml.h, ggml-common.h)."""
 TYPE_NAMES = {kind.number: name for name, kind in TYPES.items()}
 
 NUMBERS = {
-    "uint8": (0, "B"), "int8": (1, "b"), "uint16": (2, "H"), "int16": (3, "h"), "uint32": (4, "I"), "int32": (5, "i"), "float32": (6, "f"), "bool": (7, "?"),
+    "uint8": (0, "B"), "int8": (1, "b"), "uint16": (2, "H"), "int16": (3, "h"), "uint32": (4, "I"), "int32": (5, "i"),
+    "float32": (6, "f"), "bool": (7, "?"),
     "uint64": (10, "Q"), "int64": (11, "q"), "float64": (12, "d"),
 }  # fmt: skip
 """Numeric types of metadata, with their number in a file and their letter in `struct`."""
@@ -123,7 +131,8 @@ def read(path: Path) -> File:
     for number, part in enumerate(parts):
         if part.get("split.no") != number or part.get("split.count") != count:
             raise BadCheckpoint(
-                f"{part.paths[0]} says that it is part {part.get('split.no')} of {part.get('split.count')}, and its name that it is {number}"
+                f"{part.paths[0]} says that it is part {part.get('split.no')} of {part.get('split.count')}, and its "
+                f"name that it is {number}"
             )
         twice = next((name for name in part.tensors if name in tensors), None)
         if twice is not None:
@@ -132,7 +141,8 @@ def read(path: Path) -> File:
     said = parts[0].get("split.tensors.count", len(tensors))
     if said != len(tensors):
         raise BadCheckpoint(
-            f"{parts[0].paths[0]} says that all parts hold {said} tensors, and they hold {len(tensors)}; download them again"
+            f"{parts[0].paths[0]} says that all parts hold {said} tensors, and they hold {len(tensors)}; "
+            "download them again"
         )
     return File(tuple(p.paths[0] for p in parts), _unsplit(parts[0].metadata), tensors)
 
@@ -145,7 +155,8 @@ def _only_model(folder: Path) -> Path:
         raise BadCheckpoint(f"{folder} holds no .gguf file")
     if len(models) > 1:
         raise BadCheckpoint(
-            f"{folder} holds {len(models)} models, such as {' and '.join(names[:: max(1, len(names) - 1)][:2])}; name one file"
+            f"{folder} holds {len(models)} models, such as {' and '.join(names[:: max(1, len(names) - 1)][:2])}; "
+            "name one file"
         )
     return folder / names[0]
 
@@ -154,13 +165,15 @@ def _siblings(path: Path, count: int) -> list[Path]:
     found = PART.fullmatch(path.name)
     if not found or int(found["count"]) != count:
         raise BadCheckpoint(
-            f"{path} is one of {count} parts, which are found by their names; it should be named {part_name('NAME', 0, count)}"
+            f"{path} is one of {count} parts, which are found by their names; it should be named "
+            f"{part_name('NAME', 0, count)}"
         )
     names = [path.with_name(part_name(found["stem"], number, count)) for number in range(count)]
     missing = [name for name in names if not name.exists()]
     if missing:
         raise BadCheckpoint(
-            f"{path} is one of {count} parts, and {len(missing)} are missing, the first {missing[0].name}; download it again"
+            f"{path} is one of {count} parts, and {len(missing)} are missing, the first {missing[0].name}; "
+            "download it again"
         )
     return names
 
@@ -175,7 +188,8 @@ def part_name(stem: str, number: int, count: int) -> str:
 
 
 def split_metadata(metadata: Mapping[str, Value], number: int, count: int, tensors: int) -> dict[str, Value]:
-    """What part `number`, from 0, says of a model of `tensors` tensors in all: the first everything, the others their place."""
+    """What part `number`, from 0, says of a model of `tensors` tensors in all: the first everything, the others their
+    place."""
     place = {
         "split.no": Value("uint16", number),
         "split.count": Value("uint16", count),
@@ -272,7 +286,8 @@ def _preamble(cursor: "_Cursor") -> tuple[int, int]:
     version = cursor.number("I")
     if not version & 0xFFFF:
         raise _Malformed(
-            "it is big-endian, and only little-endian files are read; convert it with gguf_convert_endian.py of llama.cpp"
+            "it is big-endian, and only little-endian files are read; convert it with gguf_convert_endian.py "
+            "of llama.cpp"
         )
     if version not in (2, VERSION):
         raise _Malformed(
@@ -382,7 +397,8 @@ class Writer(Output):
     def __init__(
         self, path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], resume: bool = False
     ):
-        """`tensors` gives type (a key of TYPES) and shape, in torch's order. Tensors are written as `Stored.entry` reads them.
+        """`tensors` gives type (a key of TYPES) and shape, in torch's order. Tensors are written as `Stored.entry`
+        reads them.
 
         Raises Unsupported for what llama.cpp would refuse to read.
         """

@@ -1,4 +1,5 @@
-"""What a GGUF says of a model beside its tensors: general.* and {architecture}.*, out of config.json, and back into one.
+"""What a GGUF says of a model beside its tensors: general.* and {architecture}.*, out of config.json, and back into
+one.
 
 Keys and types as in ggml's docs/gguf.md and gguf-py's constants.py, chosen as llama.cpp's conversion/base.py does.
 """
@@ -68,7 +69,8 @@ def _yarn_factor(stretch: float, share: float = 1.0) -> float:
 
 
 def _attention_factor(s: Any) -> float | None:
-    """What llama.cpp multiplies sine and cosine with, beside what it does by itself: all of it for longrope, the rest for yarn."""
+    """What llama.cpp multiplies sine and cosine with, beside what it does by itself: all of it for longrope, the rest
+    for yarn."""
     rope, stretch = rope_of(s), _stretch(s)
     given, shares = (
         rope.get("attention_factor"),
@@ -88,7 +90,8 @@ def _sliding_layers(s: Any) -> list[bool] | None:
 
 
 def _window(s: Any) -> int | None:
-    """Only families with full and sliding layers by turns: llama.cpp has no window in the others, nor have their later models."""
+    """Only families with full and sliding layers by turns: llama.cpp has no window in the others, nor have their later
+    models."""
     return s.sliding_window if _sliding_layers(s) else None
 
 
@@ -158,7 +161,8 @@ BIASES = {"attention_bias": "attn_q", "use_qkv_bias": "attn_q", "mlp_bias": "ffn
 
 
 def metadata(config: Mapping[str, Any], family: Family, folder: Path) -> dict[str, Value]:
-    """Every key but `general.file_type` and the tokenizer's; `folder` is the checkpoint's, and gives the model its name."""
+    """Every key but `general.file_type` and the tokenizer's; `folder` is the checkpoint's, and gives the model its
+    name."""
     s = settings(config)
     said = {
         "general.architecture": Value("string", family.arch),
@@ -183,22 +187,26 @@ def remarks(config: Mapping[str, Any]) -> list[str]:
     said = []
     if window and window < s.max_position_embeddings:
         said.append(
-            f"every layer attends to the last {window} tokens, which llama.cpp does not do for '{s.model_type}': the GGUF says a context of {window} "
+            f"every layer attends to the last {window} tokens, which llama.cpp does not do for '{s.model_type}': the "
+            f"GGUF says a context of {window} "
             f"tokens in place of {s.max_position_embeddings}, up to which both compute the same"
         )
     if rope.get("rope_type") == "yarn" and rope.get("truncate") is False:
         said.append(
-            "llama.cpp rounds the limits between which YaRN stretches to whole pairs of in-features, which this model does not: long texts differ a little"
+            "llama.cpp rounds the limits between which YaRN stretches to whole pairs of in-features, which this "
+            "model does not: long texts differ a little"
         )
     if rope.get("rope_type") == "longrope":
         said.append(
-            f"llama.cpp takes the rotary factors for long texts wherever its context (-c) is above {known}, Transformers where the text is that long"
+            f"llama.cpp takes the rotary factors for long texts wherever its context (-c) is above {known}, "
+            "Transformers where the text is that long"
         )
     return said
 
 
 def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config.json of a GGUF that has none beside it; what a GGUF does not say is Transformers' default for the family.
+    """The config.json of a GGUF that has none beside it; what a GGUF does not say is Transformers' default for the
+    family.
 
     `tensors` are the file's; `rope` those of them that are called rope_*, with their values. Raises Unsupported for an
     architecture that is in no row, or a variant that Transformers cannot be told.
@@ -306,7 +314,8 @@ def _llama3(factors: Tensor, base: float, width: int) -> dict[str, Any]:
         if torch.allclose(llama3_factors(guess, width), factors, rtol=1e-4):
             return guess
     raise Unsupported(
-        "rope_freqs.weight of this GGUF follows no scaling that Transformers knows as llama3; put the model's config.json beside the file"
+        "rope_freqs.weight of this GGUF follows no scaling that Transformers knows as llama3; put the model's "
+        "config.json beside the file"
     )
 
 

@@ -59,7 +59,8 @@ class Importance:
         mean = self.tensors[name].mean
         if mean.numel() != experts * width:
             raise BadRequest(
-                f"the importance matrix has {mean.numel()} values for {name}, which needs {experts * width}; it is of another model"
+                f"the importance matrix has {mean.numel()} values for {name}, which needs {experts * width}; it is "
+                "of another model"
             )
         return mean.reshape(experts, width)
 
@@ -78,7 +79,8 @@ def read(path: Path) -> Importance:
     for name, squares in importance.tensors.items():
         if not squares.mean.isfinite().all() or squares.mean.min() < 0:
             raise BadCheckpoint(
-                f"{path} holds values for {name!r} that are no means of squares (NaN, infinite or negative); make it again"
+                f"{path} holds values for {name!r} that are no means of squares (NaN, infinite or negative); "
+                "make it again"
             )
     return importance
 
@@ -107,7 +109,8 @@ def _sums_and_counts(file: gguf.File, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _read_legacy(file: BinaryIO, size: int) -> Importance:
-    """A count of entries; for each its name, how often it was called and its values; then chunks and the name of the dataset."""
+    """A count of entries; for each its name, how often it was called and its values; then chunks and the name of the
+    dataset."""
 
     def take(count: int) -> bytes:
         if not 0 <= count <= size - file.tell():

@@ -24,7 +24,8 @@ from halfbyte.targets.gguf.source import translation_of
 def measure(
     checkpoint: Checkpoint, windows: Windows, progress: Progress = silent, placement: Placement | None = None
 ) -> Importance:
-    """Mean squares of the inputs of every matrix of the unquantized model, experts in stacks: what llama-imatrix measures."""
+    """Mean squares of the inputs of every matrix of the unquantized model, experts in stacks: what llama-imatrix
+    measures."""
     places = _places(checkpoint, checkpoint.weights())
     sums: dict[str, dict[int, tuple[Tensor, int]]] = {}
     walk = Walk(checkpoint, windows.tokens, checkpoint.dtype, placement, to_the_end=False, progress=progress)
@@ -42,7 +43,8 @@ def measure(
 
 
 def read(path: Path, checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[Weight, Float32[Tensor, " in"]]:
-    """Mean squares by weight; matrices outside of the blocks may have none. Raises BadRequest for a matrix of another model."""
+    """Mean squares by weight; matrices outside of the blocks may have none. Raises BadRequest for a matrix of another
+    model."""
     matrix = imatrix.read(path)
     places = _places(checkpoint, weights)
     experts = Counter(name for found in places.values() for name, _ in found)

@@ -1,6 +1,7 @@
 """What Ollama is told of a GGUF beside what the file says (format: docs/modelfile.mdx of ollama/ollama).
 
-It finds the prompt format by the file's chat template where it knows that, and ends at the tokens that the file says end a text.
+It finds the prompt format by the file's chat template where it knows that, and ends at the tokens that the file says
+end a text.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
-"""general.* of a GGUF: what its model is called, how large it is, whence it comes and under which terms (ggml's docs/gguf.md)."""
+"""general.* of a GGUF: what its model is called, how large it is, whence it comes and under which terms (ggml's
+docs/gguf.md)."""
 
 import re
 

@@ -1,4 +1,5 @@
-"""Moving planes of bits between codes and bytes, eight codes in a 64-bit word at a time: see Plane in scalar_blocks.py."""
+"""Moving planes of bits between codes and bytes, eight codes in a 64-bit word at a time: see Plane in
+scalar_blocks.py."""
 
 import numpy as np
 
@@ -20,7 +21,8 @@ def unpack(raw: np.ndarray, codes: np.ndarray, bits: int, shift: int, stride: in
 
 
 def pack_neighbours(codes: np.ndarray, raw: np.ndarray, shift: int) -> None:
-    """Bit `shift` of each of the eight codes of a word [blocks, words] into one byte [blocks, bytes], the first code lowest."""
+    """Bit `shift` of each of the eight codes of a word [blocks, words] into one byte [blocks, bytes], the first code
+    lowest."""
     in_threads(_pack_neighbours, len(codes), codes, raw, shift)
 
 

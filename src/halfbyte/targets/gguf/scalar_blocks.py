@@ -1,7 +1,8 @@
 """Byte layouts of ggml's types with evenly spaced levels (block_q4_0 ... block_tq2_0 in ggml-common.h).
 
-A block is a row of fields. A field is an fp16 number, a packing of the integer scales of its groups, or a plane: some bits of
-every code. Planes never split a code over bytes, and interleave codes that lie `stride` apart, so that SIMD readers need shifts only.
+A block is a row of fields. A field is an fp16 number, a packing of the integer scales of its groups, or a plane: some
+bits of every code. Planes never split a code over bytes, and interleave codes that lie `stride` apart, so that SIMD
+readers need shifts only.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,8 @@ class Half(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """The integer scales of a block's groups: `pack` takes the params of `names`, a row per block, and `unpack` returns them."""
+    """The integer scales of a block's groups: `pack` takes the params of `names`, a row per block, and `unpack` returns
+    them."""
 
     size: int
     names: tuple[str, ...]
@@ -44,7 +46,8 @@ class Scales(NamedTuple):
 class Plane(NamedTuple):
     """`bits` of every code, from bit `shift` on.
 
-    Byte j of a run of `stride` bytes holds those of codes j, j + stride, j + 2 stride, ...; with a stride of 1, byte j those of codes 8 j to 8 j + 7.
+    Byte j of a run of `stride` bytes holds those of codes j, j + stride, j + 2 stride, ...; with a stride of 1, byte j
+    those of codes 8 j to 8 j + 7.
     """
 
     size: int
@@ -56,7 +59,8 @@ class Plane(NamedTuple):
 class Trits(NamedTuple):
     """Codes 0, 1, 2 as base 3, from code `first` on: `digits` of them, `size` codes apart, in each byte.
 
-    A byte is the number of `digits` digits as a fraction of 3^5, in 256ths and rounded up, so that multiplying by 3 brings up the next digit.
+    A byte is the number of `digits` digits as a fraction of 3^5, in 256ths and rounded up, so that multiplying by 3
+    brings up the next digit.
     """
 
     size: int
@@ -167,7 +171,8 @@ def _unpack_4_4(raw: Bytes) -> tuple[Tensor, ...]:
 
 
 def _pack_6_6(scale: Bytes, minimum: Bytes) -> Bytes:
-    """Groups 0-3: six bits each of scale and minimum, and above them the top two bits of groups 4-7, whose low bits share bytes."""
+    """Groups 0-3: six bits each of scale and minimum, and above them the top two bits of groups 4-7, whose low bits
+    share bytes."""
     upper = (scale[:, :4] | scale[:, 4:] >> 4 << 6, minimum[:, :4] | minimum[:, 4:] >> 4 << 6)
     return torch.cat([*upper, scale[:, 4:] & 15 | minimum[:, 4:] << 4], 1)
 
@@ -180,7 +185,8 @@ def _unpack_6_6(raw: Bytes) -> tuple[Tensor, ...]:
 
 
 def _pack_6(scale: Tensor) -> Bytes:
-    """Sixteen scales + 32: low halves of groups 0-7 beside those of 8-15, then the top two bits of groups j, j + 4, j + 8, j + 12."""
+    """Sixteen scales + 32: low halves of groups 0-7 beside those of 8-15, then the top two bits of groups j, j + 4, j +
+    8, j + 12."""
     code = (scale + 32).view(torch.uint8)
     high = (code >> 4).view(-1, 4, 4)
     return torch.cat(

@@ -1,7 +1,7 @@
 """A decoder's config with every default in place.
 
-Transformers knows the defaults, but takes two seconds to import. The config.json of most dense models leaves little open, and a
-table says what that means.
+Transformers knows the defaults, but takes two seconds to import. The config.json of most dense models leaves little
+open, and a table says what that means.
 """
 
 from collections.abc import Mapping
@@ -59,7 +59,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
     },
 }
-"""What it means that config.json lacks a name, by `model_type`: families for which Transformers derives nothing else that a GGUF says."""
+"""What it means that config.json lacks a name, by `model_type`: families for which Transformers derives nothing else
+that a GGUF says."""
 ROPES = {
     "default": (),
     "linear": ("factor",),
@@ -79,7 +80,8 @@ def settings(config: Mapping[str, Any]) -> Any:
 
 
 def from_table(config: Mapping[str, Any]) -> SimpleNamespace | None:
-    """None where it takes Transformers to know or to refuse: a family that is in no row, another entry, a size that is left out, a value of another kind."""
+    """None where it takes Transformers to know or to refuse: a family that is in no row, another entry, a size that is
+    left out, a value of another kind."""
     defaults = DEFAULTS.get(config.get("model_type", ""))
     known = {*(defaults or ()), *SIZES} | SAID | IDLE
     if (
@@ -114,7 +116,8 @@ def from_transformers(config: Mapping[str, Any]) -> Any:
         return transformers.AutoConfig.for_model(kind, **text).get_text_config(decoder=True)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise BadCheckpoint(
-            f"Transformers {transformers.__version__} cannot read the config of '{kind}': {' '.join(str(error).split())}"
+            f"Transformers {transformers.__version__} cannot read the config of '{kind}': "
+            f"{' '.join(str(error).split())}"
         ) from None
 
 
@@ -123,7 +126,8 @@ def _alike(value: Any, default: Any) -> bool:
 
 
 def _rope(said: Any, base: Any) -> dict[str, Any] | None:
-    """`rope_parameters`, out of what a config says in place of it; None for scaling of another kind, or one that lacks something."""
+    """`rope_parameters`, out of what a config says in place of it; None for scaling of another kind, or one that lacks
+    something."""
     if not isinstance(said, dict) or "partial_rotary_factor" in said:
         return None
     kind = said.get("rope_type", said.get("type", "default"))

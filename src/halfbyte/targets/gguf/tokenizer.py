@@ -1,8 +1,9 @@
 """A tokenizer.json as GGUF's tokenizer.* says it to llama.cpp (src/llama-vocab.cpp).
 
-llama.cpp has its own tokenizers: byte-level BPE ("gpt2"), SentencePiece's BPE ("llama") and its unigram model ("t5"). For the first it
-compiles a pattern per *name* that cuts text into words. The name is found here by that pattern, so that a model nobody has listed works
-if its pattern is known, and is refused if it is not: a wrong one would cost quality and never be noticed.
+llama.cpp has its own tokenizers: byte-level BPE ("gpt2"), SentencePiece's BPE ("llama") and its unigram model ("t5").
+For the first it compiles a pattern per *name* that cuts text into words. The name is found here by that pattern, so
+that a model nobody has listed works if its pattern is known, and is refused if it is not: a wrong one would cost
+quality and never be noticed.
 """
 
 import base64
@@ -31,7 +32,10 @@ PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 LLAMA3 = f"{CONTRACTION}|{WORD}|\\p{{N}}{{1,3}}|{MARKS}|{ENDS}"
 QWEN2 = f"{CONTRACTION}|{WORD}|\\p{{N}}|{MARKS}|{ENDS}"
 DIGITS = "\\p{N}"
-DEEPSEEK3 = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+DEEPSEEK3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    r"""[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
 
 PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((LLAMA3,), True): "llama-bpe",
@@ -41,7 +45,8 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((DIGITS, GPT2), False): "smollm",
     (
         (
-            f"{CONTRACTION}|[^\\r\\n\\p{{L}}\\p{{N}}]?[\\p{{L}}\\p{{M}}]+|\\p{{N}}| ?[^\\s\\p{{L}}\\p{{M}}\\p{{N}}]+[\\r\\n]*|{ENDS}",
+            f"{CONTRACTION}|[^\\r\\n\\p{{L}}\\p{{N}}]?[\\p{{L}}\\p{{M}}]+|\\p{{N}}| "
+            f"?[^\\s\\p{{L}}\\p{{M}}\\p{{N}}]+[\\r\\n]*|{ENDS}",
         ),
         False,
     ): "qwen35",
@@ -54,7 +59,8 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((r" ?[^(\s|.,!?…。，、।۔،)]+", DIGITS), False): "viking",  # noqa: RUF001
     (("\\p{P}", GPT2, "\\p{N}+", "[0-9][0-9][0-9]"), False): "falcon",
 }
-"""Patterns that cut text, one after the other, and whether a word that is a token is taken whole whatever the merges say; llama.cpp's name of it."""
+"""Patterns that cut text, one after the other, and whether a word that is a token is taken whole whatever the merges
+say; llama.cpp's name of it."""
 
 SAME = {
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])": CONTRACTION,
@@ -63,12 +69,14 @@ SAME = {
 }
 """Ways of writing one part of a pattern."""
 
-# Tokens that end a turn or stand for a part of a file are found by llama.cpp by their text; these have fields of their own.
+# Tokens that end a turn or stand for a part of a file are found by llama.cpp by their text; these have fields of their
+# own.
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 
 
 def tokenizer_metadata(folder: Path, vocab_size: int, pre: str | None = None) -> dict[str, Value]:
-    """Everything under tokenizer.*, of a vocabulary of as many tokens as the embedding has rows: those that the tokenizer lacks are unused.
+    """Everything under tokenizer.*, of a vocabulary of as many tokens as the embedding has rows: those that the
+    tokenizer lacks are unused.
 
     `pre` is llama.cpp's name of the pre-tokenizer, for a pattern that is not recognised.
     Raises BadCheckpoint where the folder has no tokenizer, Unsupported for one that llama.cpp would apply otherwise.
@@ -76,7 +84,8 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre: str | None = None) ->
     tokenizer, about = read_object(folder / "tokenizer.json"), read_object(folder / "tokenizer_config.json")
     if not tokenizer:
         raise BadCheckpoint(
-            f"{folder} has no tokenizer.json, which a GGUF holds; save one with transformers' AutoTokenizer.from_pretrained(...).save_pretrained"
+            f"{folder} has no tokenizer.json, which a GGUF holds; save one with transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained"
         )
     _require_read(folder / "tokenizer.json")
     _require_texts(about, folder / "tokenizer_config.json")
@@ -101,7 +110,8 @@ def _require_read(path: Path) -> None:
 
 
 def _require_texts(about: Mapping[str, Any], place: Path) -> None:
-    """Raise BadCheckpoint, naming the entry, for a special token or a chat template that is no text, or no answer to a question."""
+    """Raise BadCheckpoint, naming the entry, for a special token or a chat template that is no text, or no answer to a
+    question."""
     for name in (f"{special}_token" for special in SPECIAL):
         token = about.get(name)
         if token is not None and not isinstance(token.get("content") if isinstance(token, dict) else token, str):
@@ -141,7 +151,8 @@ def _said(
         said = _unigram(tokenizer)
     else:
         raise Unsupported(
-            f"{folder}/tokenizer.json is a {kind} model; llama.cpp's for such language models are BPE, SentencePiece and Unigram"
+            f"{folder}/tokenizer.json is a {kind} model; llama.cpp's for such language models are BPE, "
+            "SentencePiece and Unigram"
         )
     return (
         said
@@ -155,7 +166,8 @@ def _byte_level(tokenizer: Mapping[str, Any], pre: str | None) -> dict[str, Valu
     normalizers = {n["type"] for n in _parts(tokenizer.get("normalizer"), "normalizers")}
     if not normalizers <= {"NFC"}:  # which most text is in already, as llama.cpp trusts
         raise Unsupported(
-            f"llama.cpp normalizes no text before byte-level BPE, and this tokenizer.json does: {', '.join(sorted(normalizers))}"
+            "llama.cpp normalizes no text before byte-level BPE, and this tokenizer.json does: "
+            f"{', '.join(sorted(normalizers))}"
         )
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in tokenizer["model"]["merges"]]
     return {
@@ -172,7 +184,8 @@ def _byte_level(tokenizer: Mapping[str, Any], pre: str | None) -> dict[str, Valu
 
 
 def recognise(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name of the pre-tokenizer of a tokenizer.json. Raises Unsupported for a pattern that it has not, or that is not known here."""
+    """llama.cpp's name of the pre-tokenizer of a tokenizer.json. Raises Unsupported for a pattern that it has not, or
+    that is not known here."""
     patterns = []
     for part in _pre_tokenizers(tokenizer):
         if part["type"] == "Split":
@@ -190,7 +203,8 @@ def recognise(tokenizer: Mapping[str, Any]) -> str:
     name = PRE_TOKENIZERS.get((tuple(patterns), whole)) or PRE_TOKENIZERS.get((tuple(patterns), not whole))
     if name is None:
         raise Unsupported(
-            f"no pre-tokenizer of llama.cpp is known here for {' then '.join(patterns) or 'no pattern'}; if you know its name, give it with --pre NAME"
+            f"no pre-tokenizer of llama.cpp is known here for {' then '.join(patterns) or 'no pattern'}; if you know "
+            "its name, give it with --pre NAME"
         )
     return name
 
@@ -243,7 +257,8 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, kind: str) -> dict[st
     most = max([*vocabulary.values(), *added], default=-1) + 1
     if most > vocab_size:
         raise BadCheckpoint(
-            f"tokenizer.json has {most} tokens, and the embedding {vocab_size} rows; llama.cpp wants a row for every token"
+            f"tokenizer.json has {most} tokens, and the embedding {vocab_size} rows; llama.cpp wants a row "
+            "for every token"
         )
     tokens, kinds, scores = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size, [-10000.0] * vocab_size
     ranks = {} if unigram else _ranks(model["merges"])
@@ -251,7 +266,8 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, kind: str) -> dict[st
         tokens[number] = piece
         is_byte = kind != "BPE" and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
         kinds[number] = BYTE if is_byte else UNKNOWN if kind != "BPE" and piece == _unknown(model) else NORMAL
-        # SentencePiece's BPE scores are the merges' numbers, negated; what no merge makes is never chosen, and a byte has none.
+        # SentencePiece's BPE scores are the merges' numbers, negated; what no merge makes is never chosen, and a byte
+        # has none.
         scores[number] = (
             model["vocab"][number][1]
             if unigram
@@ -283,7 +299,8 @@ def _unknown(model: Mapping[str, Any]) -> str | None:
 
 
 def _looks_special(text: str) -> bool:
-    """Some models declare as ordinary what is not: command-r, deepseek-coder and Gemma 2 (llama.cpp's converter treats these likewise)."""
+    """Some models declare as ordinary what is not: command-r, deepseek-coder and Gemma 2 (llama.cpp's converter treats
+    these likewise)."""
     brackets = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
     return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
         text.startswith(a) and text.endswith(b) for a, b in brackets
@@ -311,7 +328,8 @@ def _special(tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Pat
     for name, number in (("bos", first), ("eos", last)):
         if number is not None and number >= vocab_size:
             raise BadCheckpoint(
-                f"{folder}/tokenizer.json puts token {number} around a text, of a vocabulary of {vocab_size}; download it again"
+                f"{folder}/tokenizer.json puts token {number} around a text, of a vocabulary of {vocab_size}; "
+                "download it again"
             )
         adds = number is not None if tokenizer.get("post_processor") else bool(about.get(f"add_{name}_token"))
         if number is not None and number != found.get(name):

@@ -34,7 +34,8 @@ BEGIN_BY_DEFAULT = {"llama-bpe", "tekken"}
 
 
 def tokenizer_files(metadata: Mapping[str, Value]) -> dict[str, dict[str, Any]]:
-    """File name to content. Raises Unsupported for a tokenizer that tokenizer.json has no like of here, BadCheckpoint for a file without one."""
+    """File name to content. Raises Unsupported for a tokenizer that tokenizer.json has no like of here, BadCheckpoint
+    for a file without one."""
 
     def get(key: str, default: Any = None) -> Any:
         value = metadata.get(f"tokenizer.{key}")
@@ -51,7 +52,8 @@ def tokenizer_files(metadata: Mapping[str, Value]) -> dict[str, dict[str, Any]]:
         body = _sentencepiece(tokens, kinds, get("ggml.scores"), get("ggml.add_space_prefix", True))
     else:
         raise Unsupported(
-            f"the GGUF's tokenizer is of kind '{model}', which is not read yet; put the model's tokenizer.json beside the file"
+            f"the GGUF's tokenizer is of kind '{model}', which is not read yet; put the model's tokenizer.json "
+            "beside the file"
         )
     special = {name: get(f"ggml.{key}_token_id") for name, key in SPECIAL.items()}
     ends = [get("ggml.add_bos_token", model == "llama" or pre in BEGIN_BY_DEFAULT), get("ggml.add_eos_token", False)]
@@ -156,7 +158,8 @@ def _sentencepiece(tokens: list[str], kinds: list[int], scores: list[float] | No
 
 
 def _merges(pieces: Mapping[str, int], scores: list[float]) -> list[list[str]]:
-    """SentencePiece joins whatever two pieces make the piece of the best score; tokenizer.json lists these pairs, best first."""
+    """SentencePiece joins whatever two pieces make the piece of the best score; tokenizer.json lists these pairs, best
+    first."""
     by_score = sorted(
         (piece for piece in pieces if len(piece) > 1), key=lambda piece: (-scores[pieces[piece]], pieces[piece])
     )

@@ -28,11 +28,13 @@ from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan
 from halfbyte.targets.target import CheckpointWriter, Part, rows_of, split
 
 PIECE, HEADS_ROWS = 1 << 20, 256
-"""Weights of a piece: few enough for a core's cache. Rows of it come in multiples of a few heads', whose order may differ."""
+"""Weights of a piece: few enough for a core's cache. Rows of it come in multiples of a few heads', whose order may
+differ."""
 
 
 class GGUFWriter(CheckpointWriter):
-    """Rows may lie in another order than in the checkpoint, and experts in stacks; kept matrices stay in 16 bits, the rest is in 32."""
+    """Rows may lie in another order than in the checkpoint, and experts in stacks; kept matrices stay in 16 bits, the
+    rest is in 32."""
 
     def __init__(self, plan: Plan):
         super().__init__(plan)
@@ -190,7 +192,8 @@ class GGUFWriter(CheckpointWriter):
         written = file.read(next(folder.glob("*.gguf")))
         if {n: (s.type, s.shape) for n, s in written.tensors.items()} != self.types:
             raise BrokenOutput(
-                f"the written file holds {len(written.tensors)} tensors, and not the {len(self.types)} that were planned as they were planned"
+                f"the written file holds {len(written.tensors)} tensors, and not the {len(self.types)} that were "
+                "planned as they were planned"
             )
         return {name: stored.entry for name, stored in written.tensors.items()}
 
