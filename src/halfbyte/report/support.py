@@ -38,6 +38,8 @@ def triples() -> Iterator[tuple[str, str, str, str]]:
             try:
                 scheme = container.resolve(schemes.parse(name), torch.bfloat16)
                 container.check(scheme, (OUT, WIDTH))
+                if str(scheme.weight) in GRIDS and str(scheme.weight) != name.partition("/")[0]:
+                    raise Unsupported(f"{container.name} has {scheme.weight} in place of {name}")
             except Unsupported as error:
                 yield from ((method, name, container.name, str(error)) for method in METHODS)
                 continue
