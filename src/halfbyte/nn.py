@@ -166,12 +166,14 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
         matrix = checkpoint.read_packed(tensor.removesuffix(".weight"))
         matrix = matrix if choose.has_compiled(device) else matrix.unpacked()
         tied = (name.removesuffix(".weight") for name, source in ties.items() if source == f"{home}.weight")
+        made: dict[tuple[bool, int], nn.Module] = {}
+        """Of this matrix: one module wherever it stands, but for a head beside an embedding, and other biases."""
         for name in (home, *tied):
             before = model.get_submodule(name)
             bias = getattr(before, "bias", None)
             is_linear = isinstance(before, nn.Linear)
             module = QuantLinear(matrix, bias, dtype) if is_linear else QuantEmbedding(matrix, dtype)
-            model.set_submodule(name, module)
+            model.set_submodule(name, made.setdefault((is_linear, id(bias)), module))
     skeleton.load(model, checkpoint, places, ties, names, device)
     nn.Module.to(model, device)
     decoded = {

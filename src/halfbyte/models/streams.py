@@ -11,7 +11,8 @@ from torch import Tensor
 
 from halfbyte.models.placement import CPU, Placement
 
-Hidden = Float[Tensor, "samples length width"]
+Hidden = Float[Tensor, "... width"]
+"""Samples first; of some families (DeepSeek V4, Gemma 3n) with a dimension more than tokens and width."""
 
 
 class Stream:
