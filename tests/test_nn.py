@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import halfbyte
+import tiny
 from halfbyte import demo
+from halfbyte.errors import HalfbyteError
 from halfbyte.nn import PackedModule, QuantEmbedding, int8_product
 from halfbyte.targets import open_checkpoint
 
@@ -67,3 +69,12 @@ def test_where_nothing_unpacks_bits_a_model_takes_its_codes_along(device, tmp_pa
     linear = next(module for module in model.modules() if isinstance(module, PackedModule))
     assert linear.matrix.quantized.codes.device.type == device
     assert linear(torch.zeros(1, linear.weight.shape[1], dtype=linear.dtype, device=device)).device.type == device
+
+
+def test_a_device_or_precision_that_is_none_is_refused_in_a_line(tmp_path):
+    tiny.make(tmp_path / "model")
+    with pytest.raises(HalfbyteError, match="'nonsense' is no device"):
+        halfbyte.load(tmp_path / "model", device="nonsense")
+    with pytest.raises(HalfbyteError, match="unknown dtype 'int3'"):
+        halfbyte.load(tmp_path / "model", "int3")
+    assert halfbyte.load(tmp_path / "model", "bfloat16", torch.device("cpu")).dtype == torch.bfloat16

@@ -190,3 +190,10 @@ def test_names_of_the_package():
     assert all(callable(getattr(halfbyte, name)) for name in halfbyte.__all__)
     with pytest.raises(AttributeError):
         halfbyte.nonsense  # noqa: B018
+
+
+def test_an_entry_under_its_old_name_can_be_overridden(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: m\ninput_range: percentile\n")
+    assert Recipe.load(tmp_path / "recipe.yaml").observer == "percentile"
+    assert Recipe.load(tmp_path / "recipe.yaml", observer="mse").observer == "mse"
+    assert Recipe.load(tmp_path / "recipe.yaml", input_range="max").observer == "max"

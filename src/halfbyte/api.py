@@ -312,7 +312,9 @@ def imatrix(
     return ImatrixReport(path=str(out), matrices=len(found.tensors), device=title(chosen), **windows.about)
 
 
-def load(path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cpu") -> "PreTrainedModel":
+def load(
+    path: str | Path, dtype: "torch.dtype | str | None" = None, device: "torch.device | str" = "cpu"
+) -> "PreTrainedModel":
     """Any checkpoint that halfbyte reads, as a Transformers model that runs; quantized linears stay packed."""
     from halfbyte import nn
 

@@ -16,6 +16,7 @@ NAME = re.compile(rf"{AUTO}|cpu|mps|(cuda|xpu)(:\d+)?")
 
 def require_name(words: str) -> str:
     """Raise BadRequest for what is no name of a device, before torch is imported."""
+    words = str(words)  # of a torch.device too
     if not NAME.fullmatch(words):
         raise BadRequest(
             f"'{words}' is no device; name one of {AUTO}, cpu, {', '.join(KINDS)}, or a GPU by its number, "
@@ -27,7 +28,7 @@ def require_name(words: str) -> str:
 def device_named(words: str = AUTO) -> "torch.device":
     """The device that is meant. Raises BadRequest for one that is not here: nothing falls back to another in
     silence."""
-    require_name(words)
+    words = require_name(words)
     if words == "cpu":
         return _device("cpu")
     present = {kind: count for kind in KINDS if (count := _count(kind))}

@@ -9,13 +9,15 @@ from jaxtyping import Float, Float32, Int8, Int32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from halfbyte.devices import device_named
+from halfbyte.errors import UnknownName
 from halfbyte.grids.activations import FLOATS, ActivationGrid, ActivationQuant, ScaledActivations
 from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import PackedMatrix, Quantized
 from halfbyte.grids.scalar import is_integer
 from halfbyte.kernels import choose
 from halfbyte.models import kv, skeleton
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.models.matmuls import MatmulCapture, Matrix
 from halfbyte.targets import open_checkpoint
 
@@ -133,7 +135,7 @@ def int8_product(x: Int8[Tensor, "rows in"], w: Int8[Tensor, "out in"]) -> Int32
     multiples of 8 in-features and out-features: zeros fill up what is missing.
     """
     if not x.is_cuda:
-        sums = torch.zeros(len(x), len(w), dtype=torch.int32)
+        sums = torch.zeros(len(x), len(w), dtype=torch.int32, device=x.device)
         for a, b in zip(x.split(EXACT, 1), w.split(EXACT, 1), strict=True):
             sums += (a.float() @ b.float().T).int()
         return sums
@@ -147,15 +149,19 @@ RESCALED = {"rwkv"}
 """Models whose code divides the weights of linears in place before they run."""
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"):
+def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"):
     """The model in `dtype` (the checkpoint's own by default), on `device`.
 
-    Linears and embeddings that are quantized stay packed in a CPU's memory, but for models that rescale them; fused
-    experts and transposed matrices are decoded. On other devices each weight takes a byte: codes are unpacked before
-    they move there. A KV cache that is quantized holds the values that an engine would read from it, in 16 bits.
+    Linears and embeddings that are quantized stay packed in a CPU's memory, but for models and embeddings that scale
+    them (Gemma's, and the head that is tied to it); fused experts and transposed matrices are decoded. On other
+    devices each weight takes a byte: codes are unpacked before they move there. A KV cache that is quantized holds the
+    values that an engine would read from it, in 16 bits. Raises HalfbyteError.
     """
+    where = device_named(str(device))
+    if isinstance(dtype, str) and dtype not in DTYPE_NAMES:
+        raise UnknownName("dtype", dtype, DTYPE_NAMES)
     checkpoint = open_checkpoint(path)
-    dtype = dtype or checkpoint.dtype
+    dtype = (DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype) or checkpoint.dtype
     model = skeleton.build(checkpoint, dtype)
     places = skeleton.places(model, checkpoint.tensors())
     ties = skeleton.ties(model, places)
@@ -164,7 +170,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     packed = _packed(model, checkpoint, places)
     for tensor, home in packed.items():
         matrix = checkpoint.read_packed(tensor.removesuffix(".weight"))
-        matrix = matrix if choose.has_compiled(device) else matrix.unpacked()
+        matrix = matrix if choose.has_compiled(where) else matrix.unpacked()
         tied = (name.removesuffix(".weight") for name, source in ties.items() if source == f"{home}.weight")
         made: dict[tuple[bool, int], nn.Module] = {}
         """Of this matrix: one module wherever it stands, but for a head beside an embedding, and other biases."""
@@ -174,8 +180,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
             is_linear = isinstance(before, nn.Linear)
             module = QuantLinear(matrix, bias, dtype) if is_linear else QuantEmbedding(matrix, dtype)
             model.set_submodule(name, made.setdefault((is_linear, id(bias)), module))
-    skeleton.load(model, checkpoint, places, ties, names, device)
-    nn.Module.to(model, device)
+    skeleton.load(model, checkpoint, places, ties, names, where)
+    nn.Module.to(model, where)
     decoded = {
         w: inputs
         for w in checkpoint.weights()
@@ -184,7 +190,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     if decoded:
         _round_inputs(model, checkpoint, places, decoded)
     if checkpoint.kv:
-        kv.apply(model, places, checkpoint.kv, device)
+        kv.apply(model, places, checkpoint.kv, where)
     return model
 
 

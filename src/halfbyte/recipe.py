@@ -77,6 +77,10 @@ CalibrationWords = str | Path | Sequence[str] | Mapping[str, Any] | Calibration
 """What stands for a Calibration in Python."""
 
 
+RENAMED = {"input_range": "observer"}
+"""What entries of a recipe were called once."""
+
+
 class Recipe(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """All that a run depends on. The same recipe on the same checkpoint gives the same bytes."""
 
@@ -99,7 +103,7 @@ class Recipe(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True
     """The text that runs through the model, where the method or the grid needs one."""
     observer: Literal["max", "percentile", "mse"] = Field(
         default="max",
-        validation_alias=AliasChoices("observer", "input_range"),  # as it was called once
+        validation_alias=AliasChoices("observer", *RENAMED),
     )
     """What stored scales of activations and of a KV cache span: all values (max), 99.99 % of them (percentile), or what
     has the least error (mse)."""
@@ -143,7 +147,7 @@ class Recipe(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True
             ) from None
         if not isinstance(words, dict) or not all(isinstance(name, str) for name in words):
             raise BadRequest(f"recipe {path} is no mapping of names to values")
-        return cls.of(**{**words, **changes})
+        return cls.of(**{**_renamed(words), **_renamed(changes)})
 
     @classmethod
     def of(cls, **words) -> "Recipe":
@@ -169,6 +173,11 @@ class Recipe(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True
     def digest(self) -> str:
         """SHA-256 of all entries."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def _renamed(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries under the names that they have now."""
+    return {RENAMED.get(name, name): value for name, value in words.items()}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import halfbyte
+import tiny
 from halfbyte import demo
 from halfbyte.containers import AWQ
 from halfbyte.errors import BadRequest, Unsupported
@@ -97,3 +98,11 @@ def test_awq_interleaves_columns_as_its_kernels_expect():
         0x75316420,
         0xFDB9ECA8 - (1 << 32),
     ]  # AutoAWQ's order 0 2 4 6 1 3 5 7, lowest bits first
+
+
+def test_nvfp4_of_a_gguf_is_ggmls_where_it_is_asked_for(tmp_path):
+    tiny.make(tmp_path / "model", hidden_size=128, intermediate_size=256)
+    words = {"method": "nearest", "engine": "none"}
+    halfbyte.quantize(tmp_path / "model", tmp_path / "folder", grid="nvfp4", **words)
+    report = halfbyte.convert(tmp_path / "folder", tmp_path / "out.gguf", to="gguf", grid="nvfp4")
+    assert {row.grid for row in report.weights} == {"ggml-nvfp4"}

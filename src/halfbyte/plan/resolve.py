@@ -226,6 +226,7 @@ def transcoding(source: str, to: str, grid: str | None = None, engine: str | Non
         raise BadRequest(f"{source} is not quantized; to quantize it: halfbyte quantize {source} -o OUT --to {to}")
     target = target_named(to)
     own = commonest(checkpoint.quantized)
+    grid = grid and target.means(grid)
     grid = None if grid == own else grid
     if grid:
         fits.require_known(target, grid)

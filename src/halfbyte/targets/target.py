@@ -59,6 +59,10 @@ class Target(ABC):
         """Raise UnknownName for a word that is no grid, nor, where a mixture is wanted, a preset."""
         schemes.parse(name)
 
+    def means(self, name: str) -> str:
+        """The grid that is meant by a name where this target is written."""
+        return name
+
     def prefers(self, name: str, scheme: AnyScheme | None) -> bool:
         """Whether a grid that is called so is meant for this target, if none is asked for."""
         return False

@@ -51,6 +51,9 @@ class GGUF(Target):
         if not (mixture and presets.is_preset(name)):
             types.type_named(name)
 
+    def means(self, name: str) -> str:
+        return GGML_NVFP4.name if name.lower() in (NVFP4.name, "nvfp4-global") else name
+
     def prefers(self, name: str, scheme: AnyScheme | None) -> bool:
         return presets.is_preset(name) or (scheme in TYPE_OF and not is_integer(scheme))
 
