@@ -1,5 +1,5 @@
-"""What methods without calibration write has the bytes that it had (goldens/bytes.json), on any processor that
-fuses multiplication and addition, as x86 does since 2013 and ARM's 64 bits do.
+"""What methods without calibration write has the bytes that it had (goldens/bytes.json), on processors that
+fuse multiplication and addition, as far as that was tried (docs/processors.md).
 
 Where they have to change: `python benchmarks/same_bytes.py --write-goldens`, and the commit says why.
 """
