@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import halfbyte
 import tiny
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
-from halfbyte.models.checkpoint import INDEX
+from halfbyte.models.checkpoint import INDEX, Checkpoint
 from halfbyte.models.walk import Walk
 from halfbyte.nn import QuantLinear, load
 from halfbyte.targets import open_checkpoint
@@ -232,3 +232,11 @@ def test_a_checkpoint_is_a_value_that_others_are_made_of(tmp_path):
             AttributeError, match=rf"does not change; checkpoint\.replaced\({name}=\.\.\.\) makes another"
         ):
             setattr(checkpoint, name, None)
+
+
+def test_scripts_open_any_kind_of_checkpoint_by_its_class(tmp_path):
+    tiny.make(tmp_path / "model")
+    halfbyte.quantize(tmp_path / "model", tmp_path / "out.gguf", grid="Q8_0", method="nearest")
+    for path in (tmp_path / "model", tmp_path / "out.gguf"):
+        assert type(Checkpoint.open(path)) is type(open_checkpoint(path))
+        assert Checkpoint.open(path).tensors() == open_checkpoint(path).tensors()
