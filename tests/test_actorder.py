@@ -1,4 +1,4 @@
-"""GPTQ's activation order: columns of a group lie anywhere, and every command that reads a model reads them where they
+"""Activation order: columns of a group lie anywhere, and every command that reads a model reads them where they
 lie."""
 
 import shutil
@@ -13,11 +13,11 @@ from halfbyte.report.inspect import inspect
 from halfbyte.targets import open_checkpoint
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
+@pytest.fixture(scope="module", params=["gptq", "compressed-tensors"])
+def home(tmp_path_factory, request):
     home = tmp_path_factory.mktemp("actorder")
     tiny.make(home / "model", num_hidden_layers=1)
-    halfbyte.quantize(home / "model", home / "plain", method="nearest", grid="int4-g32-asym", to="gptq")
+    halfbyte.quantize(home / "model", home / "plain", method="nearest", grid="int4-g32-asym", to=request.param)
     shutil.copytree(home / "plain", home / "ordered")
     actorder.shuffle(home / "ordered")
     return home

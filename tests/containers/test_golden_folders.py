@@ -1,5 +1,5 @@
 """Folders that GPTQModel and compressed-tensors wrote, and what they themselves read from them
-(tests/goldens/make_folders.py)."""
+(tests/goldens/make_folders.py, make_ordered.py)."""
 
 import shutil
 from pathlib import Path
@@ -24,6 +24,7 @@ GRIDS = {
     "ct-int4-g32": "int4-g32-bf16",
     "ct-int3-g64-asym": "int3-g64-asym-bf16",
     "ct-int8-channel": "int8-channel-bf16",
+    "ct-actorder": "int4-g32-bf16-actorder",
 }
 
 
@@ -47,18 +48,44 @@ def test_zero_points_of_zero_are_among_them(name):
     assert int(zero.max()) < 16
 
 
-@pytest.mark.parametrize(
-    "wrong", [{0: 1}, {0: 4}, {0: -1}], ids=["unequal groups", "a group too many", "a negative group"]
-)
-def test_groups_that_are_no_order_of_columns_are_refused(wrong, tmp_path):
-    folder = Path(shutil.copytree(FOLDERS / "gptq-desc-act", tmp_path / "model"))
+ORDERS = {"gptq-desc-act": "g_idx", "ct-actorder": "weight_g_idx"}
+
+
+def regroup(name: str, groups: dict[int, int], folder: Path) -> Path:
+    """The folder, where one in-feature of each of these groups is of another."""
+    shutil.copytree(FOLDERS / name, folder)
     tensors = load_file(folder / "model.safetensors")
-    order = tensors[f"{MODULE}.g_idx"]
-    for group, other in wrong.items():
+    order = tensors[f"{MODULE}.{ORDERS[name]}"]
+    for group, other in groups.items():
         order[(order == group).nonzero()[0]] = other
     save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize(
+    "wrong", [{0: 1}, {0: 4}, {0: -2}], ids=["unequal groups", "a group too many", "a negative group"]
+)
+def test_groups_that_are_no_order_of_columns_are_refused(name, wrong, tmp_path):
     with pytest.raises(BadCheckpoint, match="each of 4 groups 32 of 128"):
-        open_checkpoint(folder).quantized  # noqa: B018
+        open_checkpoint(regroup(name, wrong, tmp_path / "model")).quantized  # noqa: B018
+
+
+def test_an_order_that_its_writer_never_set_is_none(tmp_path):
+    """compressed-tensors (0.12, quantization/lifecycle/forward.py) takes any -1 for that."""
+    plain = open_checkpoint(regroup("ct-actorder", {0: -1}, tmp_path / "model")).read_quantized(MODULE)
+    assert str(plain.grid) == "int4-g32-bf16"
+    assert torch.equal(plain.codes, open_checkpoint(FOLDERS / "ct-actorder").read_quantized(MODULE).codes)
+
+
+def test_codes_of_a_byte_each_are_read_in_their_order_too(tmp_path):
+    folder = Path(shutil.copytree(FOLDERS / "ct-actorder", tmp_path / "model"))
+    tensors, q = load_file(folder / "model.safetensors"), open_checkpoint(folder).read_quantized(MODULE)
+    for suffix in ("weight_packed", "weight_shape"):
+        del tensors[f"{MODULE}.{suffix}"]
+    tensors[f"{MODULE}.weight"] = (q.codes.to(torch.int16) - 8).to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(read(folder), q.decode())
 
 
 @pytest.mark.parametrize("to", ["gptq", "awq", "compressed-tensors"])

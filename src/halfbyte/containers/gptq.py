@@ -33,6 +33,7 @@ from halfbyte.containers.container import (
     stored,
     told,
 )
+from halfbyte.containers.order import as_ordered, plain_order
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.actorder import ActOrderGrid
@@ -100,12 +101,12 @@ class GPTQ(Container):
             "qweight": bits.pack(q.codes, grid.levels.bits).T.contiguous(),
             "qzeros": bits.pack(zero.T, grid.levels.bits),
             "scales": exact_half(q.params["scale"]).T.contiguous(),
-            "g_idx": _order(width, grid),
+            "g_idx": plain_order(width, grid),
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
         grid, (out, width) = _integers(scheme), shape
-        if scheme == grid and "g_idx" in tensors and not torch.equal(tensors["g_idx"], _order(width, grid)):
+        if scheme == grid and "g_idx" in tensors and not torch.equal(tensors["g_idx"], plain_order(width, grid)):
             raise BadCheckpoint(f"in-features are grouped in activation order (g_idx), and not as {grid} has them")
         zero = self._zero_points(tensors["qzeros"], grid.levels.bits, out).T.contiguous()
         params = {"scale": tensors["scales"].T.contiguous().to(SCALE_DTYPES[grid.scale])}
@@ -181,7 +182,8 @@ class GPTQ(Container):
                 ):  # the value is the witness: vLLM had to unlearn trusting the label (its pull request 38966)
                     versions.add(1 if first == middle - 1 else 2)
                 grid = integers(grid_bits, span_of(module, width, groups, sizes), symmetric, scale_held(scales))
-                found[module] = (_as_ordered(module, grid, width, entries), (out, width))
+                order = f"{module}.g_idx"
+                found[module] = (as_ordered(order, entries.get(order), grid, width), (out, width))
         said = 2 if config.get("checkpoint_format") == "gptq_v2" else 1
         return GPTQ(versions.pop() if len(versions) == 1 else said), found
 
@@ -199,29 +201,6 @@ def scale_held(scales: Entry) -> str:
 
 
 SCALE_NAME = {dtype: name for name, dtype in SCALE_DTYPES.items()}
-
-
-def _order(width: int, grid: ScalarGrid) -> Tensor:
-    return torch.arange(width, dtype=torch.int32) // (grid.group_size or width)
-
-
-def _as_ordered(module: str, grid: ScalarGrid, width: int, entries: Mapping[str, Entry]) -> ScalarGrid | ActOrderGrid:
-    """The grid, as the columns' groups make it. Raises BadCheckpoint for groups of unequal size, and for such as have
-    no scale."""
-    entry, plain = entries.get(f"{module}.g_idx"), _order(width, grid)
-    if (
-        entry is None
-        or (entry.shape, entry.dtype) != (plain.shape, plain.dtype)
-        or torch.equal(order := entry.read(), plain)
-    ):
-        return grid  # what is of another shape, `parts` refuses
-    if not torch.equal(order.sort().values, plain):
-        groups = grid.groups(width)
-        raise BadCheckpoint(
-            f"{module}.g_idx does not give each of {groups} groups {width // groups} of {width} in-features; "
-            "download it again"
-        )
-    return ActOrderGrid(grid)
 
 
 def _integers(scheme: AnyScheme) -> ScalarGrid:

@@ -18,15 +18,18 @@ from halfbyte.containers.container import (
     Container,
     Has,
     Part,
+    any_of,
     input_parts,
     input_specs,
     input_tensors,
     inputs_of,
     patterns,
 )
+from halfbyte.containers.order import as_ordered
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported, brief
-from halfbyte.grids.grid import Shape
+from halfbyte.grids.actorder import ActOrderGrid
+from halfbyte.grids.grid import Grid, Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
 from halfbyte.grids.scalar import NVFP4, NVFP4_FACTOR, ScalarGrid, is_integer
 
@@ -34,6 +37,8 @@ PACKED = Packed()
 LAYOUTS: dict[str, Layout] = {
     layout.format: layout for layout in (PACKED, NAIVE, FLOAT, INT, MX8(), MXFP4, MXFP6, NV4())
 }
+ORDER = "weight_g_idx"
+"""The group of each in-feature, in files of versions that sorted them (before 0.20)."""
 MIXED = "mixed-precision"
 """What the config calls several formats."""
 
@@ -43,7 +48,7 @@ class CompressedTensors(Container):
     """Weights of any format, and inputs rounded in any way that the config has words for."""
 
     name = "compressed-tensors"
-    foreign_suffixes = ("weight", "weight_zero_point", "input_scale", "input_zero_point", "input_global_scale")
+    foreign_suffixes = ("weight", "weight_zero_point", ORDER, "input_scale", "input_zero_point", "input_global_scale")
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         grid = NVFP4 if scheme.weight == NVFP4_FACTOR else scheme.weight
@@ -60,11 +65,14 @@ class CompressedTensors(Container):
         return q
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        scheme = _unordered(scheme)
         return {**layout_of(scheme).plan(scheme.weight, shape), **input_specs(scheme.activations)}
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        scheme = _unordered(scheme)
         return {
             **_layout_in_file(scheme, has("weight_packed")).parts(scheme.weight, shape),
+            ORDER: any_of([(shape[1],)], [torch.int32], optional=True),
             **input_parts(scheme.activations),
         }
 
@@ -72,11 +80,11 @@ class CompressedTensors(Container):
         return {**layout_of(q.scheme).pack(q), **input_tensors(q.activations)}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
-        return (
-            _layout_in_file(scheme, "weight_packed" in tensors)
-            .unpack(tensors, scheme.weight, shape)
-            ._replace(activations=inputs_of(tensors, scheme.activations))
-        )
+        plain, inputs = _unordered(scheme), inputs_of(tensors, scheme.activations)
+        q = _layout_in_file(plain, "weight_packed" in tensors).unpack(tensors, plain.weight, shape)
+        if plain != scheme:
+            q = q._replace(grid=scheme.weight, params={**q.params, "g_idx": tensors[ORDER][None]})
+        return q._replace(activations=inputs)
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
         groups: dict[str, Config] = {}
@@ -127,8 +135,9 @@ class CompressedTensors(Container):
                         f"{name}: {entries[name].dtype} {tuple(entries[name].shape)} is of no format that is read: "
                         f"{', '.join(LAYOUTS)}"
                     )
+                grid, shape = _in_order(f"{module}.{ORDER}", entries, *known)
                 read = input_grid(group_of(module, groups).get("input_activations"))
-                found[module] = (Scheme(known[0], read) if read else known[0], known[1])
+                found[module] = (Scheme(grid, read) if read else grid, shape)
         return found
 
 
@@ -141,6 +150,21 @@ def _weights(said: Config) -> Config:
     ):
         raise BadCheckpoint(f"config.json says of quantized weights what nobody would: {brief(said)}")
     return said
+
+
+def _in_order(name: str, entries: Mapping[str, Entry], grid: Grid, shape: Shape) -> tuple[Grid, Shape]:
+    """What a module is, its in-features in the order that the file has. -1 is an order that its writer never set."""
+    entry = entries.get(name)
+    if entry is not None and entry.dtype == torch.int32 and bool((entry.read() == -1).any()):
+        entry = None
+    return as_ordered(name, entry, grid, shape[1]), shape
+
+
+def _unordered(scheme: AnyScheme) -> AnyScheme:
+    """What the codes are, in whichever order the columns are grouped."""
+    if not isinstance(scheme.weight, ActOrderGrid):
+        return scheme
+    return Scheme(scheme.weight.integers, scheme.activations) if scheme.activations else scheme.weight.integers
 
 
 def _layout_in_file(scheme: AnyScheme, is_packed: bool) -> Layout:

@@ -82,8 +82,6 @@ class Packed(Layout):
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
         if f"{module}.weight_packed" not in entries or entries[f"{module}.weight_packed"].dtype != torch.int32:
             return None
-        if f"{module}.weight_g_idx" in entries:
-            raise Unsupported(f"{module} is quantized in activation order (weight_g_idx), which is not read yet")
         shape = stored(entries, f"{module}.weight_shape", [torch.int64, torch.int32], 1)
         if shape.shape != (2,):
             raise BadCheckpoint(f"'{module}.weight_shape' is {told(shape)}, which should be two numbers")
