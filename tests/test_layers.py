@@ -12,7 +12,7 @@ LAYERS = [
     ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names"],
     ["kernels"], ["recipe", "grids"],
     ["words", "devices", "solvers", "containers"], ["demo"], ["models"],
-    ["transforms", "engines", "block_solvers"], ["targets"], ["nn", "evaluation", "plan"], ["report"],
+    ["transforms", "engines", "block_solvers"], ["targets"], ["nn", "evaluation", "plan"], ["report"], ["sizing"],
     ["run", "display"],
     ["blockwise", "kv_cache"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip

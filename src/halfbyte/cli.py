@@ -9,6 +9,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -27,6 +28,9 @@ from halfbyte.recipe import METHODS, OTHER_COMMANDS, Calibration, Entries, Recip
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.summary import headline, size, worst, worst_activations
 from halfbyte.report.types import Evaluation, Part, Plan, Report
+from halfbyte.sizing.choices import choices
+from halfbyte.sizing.devices import device_called, here
+from halfbyte.sizing.devices import devices as table_of_devices
 from halfbyte.surroundings import arrange
 from halfbyte.terminal import Terminal, as_json
 from halfbyte.words import (
@@ -421,6 +425,25 @@ def demo(
 
 
 @app.command()
+def devices(
+    name: Annotated[str | None, typer.Argument(help="One of them, for what runs on it.", show_default="all")] = None,
+    as_json: Json = False,
+) -> None:
+    """The cards, chips and processors that `plan` knows, with their sources, and what is on this machine.
+
+    halfbyte devices rtx-4090
+    """
+    known = [device_called(name)] if name else list(table_of_devices().values())
+    found = [] if name else here()
+    if as_json:
+        _print_value({"devices": [asdict(d) for d in known], "here": [asdict(d) for d in found]})
+    elif name:
+        _show(display.device(known[0], {engine: list(row.values()) for engine, row in choices().items()}))
+    else:
+        _show(display.devices(known, found))
+
+
+@app.command()
 def support(
     engine: Annotated[
         str | None, typer.Option(help="What this engine loads, as a list.", show_default="all, as tables of Markdown")
@@ -534,7 +557,10 @@ def _show(parts: Sequence[Table | str]) -> None:
 
 
 def _print_json(found: Part | Sequence[Part]) -> None:
-    value = found.as_dict() if isinstance(found, Part) else [part.as_dict() for part in found]
+    _print_value(found.as_dict() if isinstance(found, Part) else [part.as_dict() for part in found])
+
+
+def _print_value(value: Any) -> None:
     print(as_json(require_finite(value)))
 
 

@@ -1,7 +1,7 @@
 """What the command line shows: tables of at most 80 columns that cut neither numbers nor names, and sentences."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import expm1
 from pathlib import Path
 
@@ -21,6 +21,10 @@ from halfbyte.report.types import (
     StatesEvaluation,
     WeightReport,
 )
+from halfbyte.sizing.choices import Choice, Kernel
+from halfbyte.sizing.devices import GIB, Device
+
+UNKNOWN = "-"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Table:
@@ -246,3 +250,60 @@ def with_error(value: float, error: float | None, digits: int) -> str:
 
 def _signed(value: float, error: float | None, digits: int) -> str:
     return f"{value:+.{digits}f}" if error is None else f"{value:+.{digits}f} ± {error:.{digits}f}"
+
+
+def devices(known: Sequence[Device], here: Sequence[Device]) -> list[Table | str]:
+    """The table of devices, and which are on this machine."""
+    rows = [
+        (
+            d.name,
+            UNKNOWN if d.memory is None else f"{d.memory:g}",
+            UNKNOWN if d.bandwidth is None else f"{d.bandwidth:g}",
+            *(UNKNOWN if rate is None else f"{rate:g}" for rate in (d.fp16, d.int8, d.fp8, d.fp4)),
+            UNKNOWN if d.capability is None else f"{d.capability:.1f}",
+        )
+        for d in known
+    ]
+    return [
+        "10^12 dense operations per second by dtype; cc: NVIDIA's compute capability",
+        table(["device", "GiB", "GB/s", "fp16", "int8", "fp8", "fp4", "cc"], rows),
+        f"{UNKNOWN}: unpublished, or there is none; sources: halfbyte devices --json",
+        *(f"here: {_named(device)}" for device in here),
+    ]
+
+
+def _named(device: Device) -> str:
+    memory = "" if device.memory_bytes is None else f", {device.memory_bytes / GIB:.1f} GiB"
+    return f"{device.title}{memory} (--device {device.name})"
+
+
+def device(one: Device, choices: Mapping[str, Sequence[Choice]]) -> list[Table | str]:
+    """A device, and what multiplies there in each engine."""
+    facts = [
+        ("memory", None if one.memory_bytes is None else f"{one.memory_bytes / GIB:.1f} GiB"),
+        ("bandwidth", None if one.bandwidth is None else f"{one.bandwidth:g} GB/s"),
+        *((f"{name}, dense", _rate(one.arithmetic(name))) for name in ("fp16", "int8", "fp8", "fp4")),
+        ("compute capability", None if one.capability is None else f"{one.capability:.1f}"),
+    ]
+    rows: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for engine, known in choices.items():
+        runs = [(choice.name, kernel) for choice in known if (kernel := choice.kernel_on(one))]
+        rows.setdefault(tuple((name, _titled(kernel)) for name, kernel in runs), []).append(engine)
+    cells = [
+        (", ".join(engines), ", ".join(name for name, own in runs if own == title), title)
+        for runs, engines in rows.items()
+        for title in dict.fromkeys(title for _, title in runs)
+    ]
+    return [
+        f"{one.title} ({one.name}); source: {one.source}",
+        *(f"{name}: {value or 'unknown, or none'}" for name, value in facts),
+        table(["engine", "what runs on it", "kernel"], cells, words=3),
+    ]
+
+
+def _titled(kernel: Kernel) -> str:
+    return f"{kernel.name}, {kernel.note}" if kernel.note else kernel.name
+
+
+def _rate(operations: float | None) -> str | None:
+    return None if operations is None else f"{operations / 1e12:g}e12 operations/s"
