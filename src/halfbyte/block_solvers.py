@@ -25,6 +25,8 @@ from halfbyte.solvers.statistics import NotPositive, Statistics
 
 FEWEST_TOKENS = 32
 """An expert that fewer calibration tokens reach is rounded to nearest."""
+SAMPLED = 1 << 16
+"""Values of what a weight reads that are kept for the report."""
 
 
 class Solution(NamedTuple):
@@ -54,6 +56,8 @@ class BlockTask:
     """Of all weights at once, where transforms had to see them."""
     seen: dict[Weight, ActivationStats] = field(default_factory=dict)
     """What weights with rounded activations read, as far as it was collected."""
+    sampled: dict[Weight, ActivationStats] = field(default_factory=dict)
+    """What all weights read, with a few tokens of it: those that read the same share one."""
 
     @property
     def inputs(self) -> Stream:
@@ -94,6 +98,9 @@ class BlockTask:
     def _note_seen(self, statistics: Mapping[Weight, Statistics]) -> None:
         seen = {id(s): s.activation_stats for w, s in statistics.items() if self.schemes[w].activations}
         self.seen |= {w: seen[id(s)] for w, s in statistics.items() if id(s) in seen}
+        few = {id(s): s for s in statistics.values()}
+        sampled = {key: s.sample(SAMPLED) for key, s in few.items()}
+        self.sampled |= {w: sampled[id(s)] for w, s in statistics.items()}
 
     def _collected(self, wanted: Iterable[Weight]) -> dict[Weight, Statistics]:
         walk, wanted = self.walk, list(wanted)

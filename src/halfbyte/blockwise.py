@@ -17,7 +17,8 @@ from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.placement import Placement
 from halfbyte.models.walk import Walk
 from halfbyte.progress import RESUMING
-from halfbyte.report.types import ActivationReport
+from halfbyte.report.distributions import activation_distribution
+from halfbyte.report.types import ActivationDistribution, ActivationReport
 from halfbyte.run import Run, activation_report, commit, record_step, restore_step, weight_report, writing_beside
 from halfbyte.solvers import SOLVERS
 from halfbyte.transforms import TRANSFORMS, Settings
@@ -111,6 +112,8 @@ class Solved(NamedTuple):
     """What is stored of those of each weight."""
     told: Mapping[Weight, ActivationReport]
     """What the report says of them."""
+    read: Mapping[Weight, ActivationDistribution | None]
+    """How they are spread before they are rounded."""
 
 
 def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolver) -> Solved:
@@ -125,7 +128,9 @@ def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolv
         folds += TRANSFORMS[name](block, finder, schemes, task.statistics or task.collect_all(), settings)
     solutions = list(solver(task))
     walk.run_full_precision(block)
-    return Solved(schemes, solutions, folds, *activations_of(block, schemes, task.seen, plan.recipe.observer))
+    read = {key: activation_distribution(stats) for key, stats in {id(s): s for s in task.sampled.values()}.items()}
+    stored, told = activations_of(block, schemes, task.seen, plan.recipe.observer)
+    return Solved(schemes, solutions, folds, stored, told, {w: read[id(s)] for w, s in task.sampled.items()})
 
 
 def _commit(run: Run, block: Block, solved: Solved) -> Future:
@@ -141,7 +146,8 @@ def _commit(run: Run, block: Block, solved: Solved) -> Future:
         for number, (weight, one, rounded) in enumerate(zip(weights, done, decoded, strict=True)):
             note = "; ".join(filter(None, (notes[weight], remark)))
             error = errors[number] if errors else None
-            reports.append(weight_report(weight, scheme, [one], note, tokens, error, solved.told.get(weight)))
+            told, read = solved.told.get(weight), solved.read.get(weight)
+            reports.append(weight_report(weight, scheme, [one], note, tokens, error, told, read))
             digests[weight.name] = [one.digest]
             block.put(weight, rounded)
             if scheme.activations:

@@ -19,7 +19,8 @@ from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, cast, require_finite
 from halfbyte.models.placement import CPU
 from halfbyte.progress import Progress
-from halfbyte.report.types import ActivationReport, WeightReport
+from halfbyte.report.distributions import Sample, distribution, sample
+from halfbyte.report.types import ActivationDistribution, ActivationReport, WeightReport
 from halfbyte.targets import SKIPPED, CheckpointWriter, Plan
 
 SAMPLED = 1 << 18
@@ -43,6 +44,8 @@ class Committed(NamedTuple):
     error: SquaredError
     digest: "Future[str]"
     """Of every bit of it, once it is written."""
+    sample: Sample | None = None
+    """Of its values before; None where these were on a grid."""
 
 
 @dataclass
@@ -145,7 +148,8 @@ def commit(
     for weight, part, original in zip(weights, parts, originals, strict=True):
         part = with_activations(part, scheme, (activations or {}).get(weight))
         error = squared_error(original, part, sampled)
-        done.append(Committed(error, run.writer.submit(run.put, weight, part)))
+        looked_at = sample(original, sampled >> 4) if isinstance(original, Tensor) else None
+        done.append(Committed(error, run.writer.submit(run.put, weight, part), looked_at))
     return done
 
 
@@ -157,8 +161,10 @@ def weight_report(
     tokens: int | None = None,
     error: float | None = None,
     activations: ActivationReport | None = None,
+    read: ActivationDistribution | None = None,
 ) -> WeightReport:
-    """`error`: of the outputs, where it is known; else that of the weights is told."""
+    """`error`: of the outputs, where it is known; else that of the weights is told. `read`: how what it is multiplied
+    by is spread."""
     of_weights, worst = relative(chunk.error for chunk in chunks)
     return WeightReport(
         name=weight.name,
@@ -170,6 +176,8 @@ def weight_report(
         note=note,
         activations=activations,
         worst_row=worst,
+        distribution=distribution([chunk.sample for chunk in chunks if chunk.sample]),
+        activation_distribution=read,
     )
 
 

@@ -24,6 +24,8 @@ HIDDEN_BYTES = 512e6
 LOGITS_BYTES, COPIES = 512e6, 4
 """Predictions in memory, and how many of one size there are at a time: the original's twice, and a model's as logits
 and as logarithms."""
+STRETCHES = 16
+"""Parts of a window of which the divergence is told apart."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ def compare(
     `first`: the first position of each window whose prediction is scored.
     """
     per_token = measure(checkpoints, windows, first, dtype, progress, placement)
-    rows = [summary(t, reference=i == 0) for i, t in enumerate(per_token)]
+    rows = [summary(t, first, reference=i == 0) for i, t in enumerate(per_token)]
     for row, tokens in list(zip(rows, per_token, strict=True))[1:]:
         difference, error = mean_and_error(tokens.nll - per_token[0].nll)
         row["nll_minus_reference"] = difference, error
@@ -167,7 +169,7 @@ class Original:
         return Tokens(-chosen, kl, same_top, chosen.exp() - self.chosen.exp())
 
 
-def summary(tokens: Tokens, reference: bool) -> dict[str, Any]:
+def summary(tokens: Tokens, first: int, reference: bool) -> dict[str, Any]:
     nll, nll_error = mean_and_error(tokens.nll)
     perplexity = float(torch.tensor(nll).exp())
     row = {
@@ -183,11 +185,22 @@ def summary(tokens: Tokens, reference: bool) -> dict[str, Any]:
         row |= {
             "kl": kl, "kl_error": kl_error,
             "kl_median": _quantile(flat, 0.5), "kl_p99": _quantile(flat, 0.99), "kl_max": float(flat[-1]),
+            "kl_by_position": by_position(tokens.kl, first),
             "same_top": top, "same_top_error": top_error,
             "probability_change": float(tokens.change.double().mean()),
             "probability_change_rms": float(tokens.change.double().square().mean().sqrt()),
         }  # fmt: skip
     return row
+
+
+def by_position(values: Float32[Tensor, "windows positions"], first: int) -> list[dict[str, Any]]:
+    """The mean and its error in some stretches of the windows, whose first scored position is `first`."""
+    stretches, found, start = values.tensor_split(min(STRETCHES, values.shape[1]), dim=1), [], first
+    for stretch in stretches:
+        mean, error = mean_and_error(stretch)
+        found.append({"first": start, "last": start + stretch.shape[1] - 1, "kl": mean, "kl_error": error})
+        start += stretch.shape[1]
+    return found
 
 
 def mean_and_error(values: Float32[Tensor, "windows positions"]) -> tuple[float, float | None]:

@@ -143,6 +143,37 @@ class ActivationReport(Part, frozen=True):
     """The share of these."""
 
 
+class Distribution(Part, frozen=True):
+    """How values are spread: their extremes, and percentiles of evenly spaced ones."""
+
+    low: float
+    p0_1: float
+    p1: float
+    p25: float
+    median: float
+    p75: float
+    p99: float
+    p99_9: float
+    high: float
+
+
+class OutlierChannel(Part, frozen=True):
+    """An in-feature that is many times larger than the median one."""
+
+    channel: Count
+    largest: float
+    """The largest size of its values."""
+
+
+class ActivationDistribution(Distribution, frozen=True):
+    """The same of what a weight reads on the calibration tokens, after transforms and before it is rounded."""
+
+    median_channel: float
+    """The largest size of the values of the median in-feature."""
+    outliers: list[OutlierChannel]
+    """The largest in-features, if any is far above the median one."""
+
+
 class WeightReport(PlannedWeight, frozen=True):
     """What became of a weight."""
 
@@ -157,6 +188,10 @@ class WeightReport(PlannedWeight, frozen=True):
     """How what it is multiplied by is rounded, where calibration saw that."""
     worst_row: float = 0.0
     """The largest relative error of a row, of those that were looked at."""
+    distribution: Distribution | None = None
+    """Of its values before they were rounded, after transforms; None where these were on a grid already."""
+    activation_distribution: ActivationDistribution | None = None
+    """None where no text ran through the model."""
 
 
 class FoldReport(Part, frozen=True):
@@ -270,6 +305,15 @@ class Perplexity(Measured, frozen=True):
     perplexity_error: float | None = None
 
 
+class AtPositions(Part, frozen=True):
+    """A measure at some positions of the windows, of which each token before them was read."""
+
+    first: Count
+    last: Count
+    kl: float
+    kl_error: float | None
+
+
 class Divergence(Perplexity, frozen=True):
     """How far a model's predictions are from the reference's, in nats per token."""
 
@@ -281,6 +325,7 @@ class Divergence(Perplexity, frozen=True):
     kl_median: float
     kl_p99: float
     kl_max: float
+    kl_by_position: list[AtPositions] = []
     same_top: float
     """The share of places where both have the same most likely token."""
     same_top_error: float | None = None
