@@ -7,8 +7,8 @@ import halfbyte
 import tiny
 from halfbyte import demo
 from halfbyte.errors import HalfbyteError
-from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.nn import PackedModule, QuantEmbedding, int8_product
+from halfbyte.targets import open_checkpoint
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
@@ -47,7 +47,7 @@ def test_a_loaded_model_takes_no_more_memory_than_its_file(grid, to, tmp_path):
     assert sum(held.values()) < 1.1 * sum(file.stat().st_size for file in files)
     unpacked = [
         checkpoint.read_quantized(module)
-        for checkpoint in [Checkpoint.open(out)]
+        for checkpoint in [open_checkpoint(out)]
         for module in list(checkpoint.quantized)[:3]
     ]
     linears = [module.matrix.quantized for module in model.modules() if isinstance(module, PackedModule)]

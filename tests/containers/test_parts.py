@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import halfbyte
 import tiny
 from halfbyte.errors import HalfbyteError
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.targets import open_checkpoint
 
 MODULE = "model.layers.0.mlp.down_proj"  # 128 x 256
 WRITTEN = {
@@ -67,7 +67,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def decoded(folder: Path) -> torch.Tensor:
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     return (
         checkpoint.read_quantized(MODULE).decode()
         if MODULE in checkpoint.quantized

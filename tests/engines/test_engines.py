@@ -9,7 +9,7 @@ from halfbyte.engines.verdicts import check, default_container, verdicts
 from halfbyte.errors import UnknownName
 from halfbyte.grids.schemes import PRESETS, parse
 from halfbyte.models.checkpoint import Weight
-from halfbyte.targets.table import TARGETS
+from halfbyte.targets import TARGETS
 
 SHAPES = {  # Llama-3 8B
     "self_attn.q_proj": (4096, 4096),

@@ -16,6 +16,7 @@ from halfbyte.grids import parse
 from halfbyte.models import experts
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
+from halfbyte.targets import open_checkpoint
 from halfbyte.transforms.fold import Finder
 from halfbyte.transforms.scale import Site
 from models.families import FAMILIES
@@ -51,7 +52,7 @@ def difference(a, b):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_walk_computes_what_transformers_computes(folders, family):
-    checkpoint = Checkpoint.open(folders(family))
+    checkpoint = open_checkpoint(folders(family))
     walk = Walk(checkpoint, TOKENS, checkpoint.dtype)
     assert set(walk.places) == set(checkpoint.tensors())
     assert len(list(walk)) == 2
@@ -66,7 +67,7 @@ def called(tensor, block):
 
 
 def last_block(folder):
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     walk = Walk(checkpoint, TOKENS, checkpoint.dtype)
     *_, block = walk.blocks
     steps = iter(walk)
@@ -140,7 +141,7 @@ def with_decoded(source: Checkpoint, out: Checkpoint, folder: Path) -> Path:
 @pytest.mark.parametrize("method", ["nearest", "awq+gptq"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_exported_computes_what_we_computed(folders, text, tmp_path, family, method):
-    source = experts.apart(Checkpoint.open(folders(family)))
+    source = experts.apart(open_checkpoint(folders(family)))
     calibration = {"source": text, "samples": 4, "length": 32}
     report = halfbyte.quantize(
         source.path,
@@ -152,7 +153,7 @@ def test_what_was_exported_computes_what_we_computed(folders, text, tmp_path, fa
         engine="none",
     )
 
-    out = Checkpoint.open(tmp_path / "out")
+    out = open_checkpoint(tmp_path / "out")
     weights = [w for w in source.weights() if w.block]
     assert {w.tensor for w in weights} | set(report["kept"]) == set(source.tensors())
     assert not {w.tensor for w in weights} & set(report["kept"])

@@ -10,7 +10,7 @@ import halfbyte
 import tiny
 from halfbyte.errors import BadCheckpoint
 from halfbyte.models import sizes
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.targets import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_half_a_matrix_is_refused_by_methods_without_a_model(home, source, modul
 def test_of_a_model_that_transformers_does_not_know_nothing_is_said(home, tmp_path):
     folder = halved(home / "model", tmp_path / "model", "mlp.up_proj", (1,))
     with pytest.raises(BadCheckpoint, match=r"layers\.1\.mlp\.up_proj"):
-        sizes.require(Checkpoint.open(folder))
+        sizes.require(open_checkpoint(folder))
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"llama"', '"of-its-own"').replace("Llama", "OfItsOwn"))
-    sizes.require(Checkpoint.open(folder))
+    sizes.require(open_checkpoint(folder))

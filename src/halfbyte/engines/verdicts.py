@@ -114,7 +114,8 @@ def check(engine: str, container: str, placed: Placed, config: Config) -> Verdic
     if decoded:
         reasons += _decoding(engine, quantized)
     reasons += _model(engine, known, config)
-    kernels = [k for k in reads.kernels if any(_kernel(reads, g) is k for g in set(quantized.values()))]
+    used = set(quantized.values())
+    kernels = [k for k in reads.kernels if any(_kernel(reads, g) is k for g in used)]
     notes = [
         *reads.notes,
         *(k.note for k in kernels if k.note),

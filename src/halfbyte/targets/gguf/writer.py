@@ -84,8 +84,11 @@ class GGUFWriter(CheckpointWriter):
         """Of every matrix, where none is quantized."""
         return self.plan.preset if self.plan.preset in presets.PLAIN else None
 
+    def tensors(self) -> dict[str, Spec]:
+        return {name: _spec(*tensor) for name, tensor in self.types.items()}
+
     def shards(self, stem: str) -> dict[str, Shard]:
-        specs = {name: _spec(*tensor) for name, tensor in self.types.items()}
+        specs = self.tensors()
         parts = split(specs, (self.plan.recipe.shard_gb or float("inf")) * 1e9)
         said = (
             [self.metadata]
