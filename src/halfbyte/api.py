@@ -11,7 +11,7 @@ from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import BadRequest
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.models import adapter as adapters
-from halfbyte.models import calibrate
+from halfbyte.models import calibrate, heads
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.placement import Placement
 from halfbyte.models.stamp import origin
@@ -226,7 +226,7 @@ def needle(
 
 
 def _reference(against: str | Path, adapter: str | Path | None) -> Checkpoint:
-    reference = open_checkpoint(against)
+    reference = heads.settled(open_checkpoint(against))
     return adapters.merged(reference, adapter) if adapter else reference
 
 

@@ -20,7 +20,7 @@ from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, UnknownName, Unsupported
 from halfbyte.grids.activations import OBSERVERS, ActivationQuant
 from halfbyte.grids.grid import Params
-from halfbyte.models import calibrate, kv
+from halfbyte.models import calibrate, heads, kv
 from halfbyte.models.block import Block
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.placement import CPU, Placement
@@ -59,7 +59,7 @@ def attach(
     if observer not in OBSERVERS:
         raise UnknownName("observer", observer, OBSERVERS)
     kind, out = KVGrid.parse(grid), Path(out).expanduser()
-    checkpoint = open_checkpoint(source)
+    checkpoint = heads.settled(open_checkpoint(source))
     if source_form := file_target(checkpoint.path):
         source_form.require_cache(kind)
     if is_file(out):

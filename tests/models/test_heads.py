@@ -91,6 +91,27 @@ def test_a_missing_head_is_refused_in_one_line_by_every_command(tmp_path):
     )
 
 
+def test_nor_is_it_measured_or_given_a_cache(tmp_path):
+    source = make(tmp_path / "model", "llama", False, "none")
+    text = tiny.text(tmp_path / "text.txt", 60)
+    few = ("--length", 16)
+    for words in (
+        ("eval", source, "--against", source, "--text", text, "--windows", 1, *few),
+        ("kv", source, "-o", tmp_path / "cache", "--calibration", text, "--samples", 2, *few),
+    ):
+        tiny.refused(tiny.halfbyte(*words), "lacks the head", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("said", [True, None])
+def test_what_is_made_of_a_model_with_a_head_of_its_own_is_measured_against_it(said, tmp_path):
+    """Whatever its config says: a model and its source are known to each other by config, too."""
+    source = make(tmp_path / "model", "llama", said, "own")
+    halfbyte.quantize(source, tmp_path / "out", **WORDS)
+    text = tiny.text(tmp_path / "text.txt", 60)
+    losses = halfbyte.evaluate([tmp_path / "out"], against=source, text=str(text), length=16, windows=1)
+    assert 0 < losses["models"][0]["kl"] < 0.05
+
+
 def test_models_without_a_head_need_none(tmp_path):
     """An embedding model, whose config says that a head would not be the embedding."""
     config = transformers.AutoConfig.for_model(
