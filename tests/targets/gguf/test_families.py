@@ -11,11 +11,10 @@ from halfbyte.targets import open_checkpoint
 from halfbyte.targets.gguf.families import Translation, family_named, family_of
 from models.families import Family
 
-UNREAD = {"falcon-new"}
 SMALL = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 264}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in UNREAD])
+@pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_comes_back_from_its_gguf(name, tmp_path):
     kind, changes = CASES[name]
     before = Family(kind, {}, changes).save(tmp_path / "before")

@@ -23,6 +23,7 @@ COARSE = {
     "gpt_neox-sequential",
     "falcon",
     "falcon-new",
+    "falcon-one-norm",
 }
 """Families with GELU, which llama.cpp looks up in a table of 16 bits."""
 

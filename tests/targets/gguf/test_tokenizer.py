@@ -203,9 +203,12 @@ def test_sentencepiece_bpe_cuts_the_same(prefix, tmp_path):
     assert differing(made, vocabulary(folder, tmp_path / "v.gguf", 6000), TEXTS) == {}
 
 
-def test_unigram_cuts_the_same(tmp_path):
+@cache
+def unigram() -> Tokenizer:
+    """As SentencePiece's unigram models are converted."""
     made = Tokenizer(models.Unigram())
-    made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    steps = [normalizers.Strip(left=False), normalizers.Replace(Regex(" {2,}"), " ")]
+    made.normalizer = normalizers.Sequence(steps)
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace()
     special = ["<unk>", "<|bos|>", "<|eos|>"]
     made.train_from_iterator(
@@ -213,10 +216,30 @@ def test_unigram_cuts_the_same(tmp_path):
         trainers.UnigramTrainer(vocab_size=1000, special_tokens=special, unk_token="<unk>", show_progress=False),
     )
     made.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
-    folder = save(made, tmp_path / "model")
+    return made
+
+
+def test_unigram_cuts_the_same(tmp_path):
+    folder = save(unigram(), tmp_path / "model")
     assert tokenizer_metadata(folder, 1200)["tokenizer.ggml.model"].value == "t5"
     texts = {name: TEXTS[name] for name in ("prose", "repeated", "special")}
-    assert differing(made, vocabulary(folder, tmp_path / "v.gguf", 1200), texts) == {}
+    texts |= {"unknown": "tea \N{SNOWMAN}, and more", "ends": "  so  it ends  "}
+    assert differing(unigram(), vocabulary(folder, tmp_path / "v.gguf", 1200), texts) == {}
+
+
+def test_what_llama_cpp_does_not_do_to_a_text_is_refused(tmp_path):
+    """It would cut text otherwise, and say nothing: bytes for what is of no piece, and normalizers."""
+    folder = save(unigram(), tmp_path / "model")
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    normalized = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}
+    for changed, why in (
+        (whole | {"model": whole["model"] | {"byte_fallback": True}}, "byte_fallback"),
+        (whole | {"normalizer": normalized}, "Unigram.*Lowercase, NFKC"),
+        (json.loads(sentencepiece(True).to_str()) | {"normalizer": normalized}, "BPE.*Lowercase, NFKC"),
+    ):
+        (folder / "tokenizer.json").write_text(json.dumps(changed))
+        with pytest.raises(Unsupported, match=why):
+            tokenizer_metadata(folder, 1500)
 
 
 def test_added_tokens_are_found_in_text(tmp_path):
@@ -271,12 +294,13 @@ def test_an_unknown_pattern_is_refused_unless_named(tmp_path):
         recognise({"model": {}, "pre_tokenizer": {"type": "Whitespace"}})
 
 
-@pytest.mark.parametrize("name", [*BYTE_LEVEL, "llama-2", "gemma", "demo"])
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, "llama-2", "gemma", "unigram", "demo"])
 def test_a_tokenizer_comes_back_from_its_gguf(name, tmp_path):
     if name == "demo":
         made, folder = Tokenizer.from_file(str(DEMO / "model" / "tokenizer.json")), DEMO / "model"
     else:
-        made = byte_level(*BYTE_LEVEL[name]) if name in BYTE_LEVEL else sentencepiece(prefix=name == "llama-2")
+        made = unigram() if name == "unigram" else None
+        made = made or (byte_level(*BYTE_LEVEL[name]) if name in BYTE_LEVEL else sentencepiece(name == "llama-2"))
         folder = save(made, tmp_path / "model", chat_template="{{ messages }}")
     files = tokenizer_files(tokenizer_metadata(folder, 6000))
     for file, content in files.items():
@@ -293,5 +317,5 @@ def test_a_tokenizer_comes_back_from_its_gguf(name, tmp_path):
 
 def test_a_pre_tokenizer_that_is_not_known_is_not_read(tmp_path):
     said = tokenizer_metadata(save(byte_level(split(LLAMA3), True), tmp_path / "model"), 6000, pre="kimi-k2")
-    with pytest.raises(Unsupported, match=r"'kimi-k2' is not known here; put the model's tokenizer\.json beside"):
+    with pytest.raises(Unsupported, match=r"'kimi-k2' is not known here; take the model's Hugging Face folder"):
         tokenizer_files(said)

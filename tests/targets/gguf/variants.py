@@ -91,6 +91,16 @@ CASES: dict[str, tuple[str, dict]] = {
         "falcon",
         {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False, "ffn_hidden_size": 128},
     ),
+    "falcon-one-norm": (
+        "falcon",
+        {
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+            "num_kv_heads": 2,
+            "alibi": False,
+            "ffn_hidden_size": 128,
+        },
+    ),
     "cohere": ("cohere", {"logit_scale": 0.25}),
 }
 """Name to `model_type` and what its config changes."""

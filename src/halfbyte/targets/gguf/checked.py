@@ -102,8 +102,7 @@ def require_tokenizer(metadata: Mapping[str, Value], special: Collection[str]) -
     ]
     if half := next((text for text in (*tokens, *texts) if not text.isascii() and _is_broken(text)), None):
         raise BadCheckpoint(
-            f"the GGUF's tokenizer has {half!r}, which is not UTF-8 text; put the model's tokenizer.json "
-            "beside the file"
+            f"the GGUF's tokenizer has {half!r}, which is not UTF-8 text; take the model's Hugging Face folder"
         )
     if any(" " not in merge[1:] for merge in get("ggml.merges") or []):
         raise BadCheckpoint("the GGUF's tokenizer.ggml.merges has an entry that is no two tokens")

@@ -177,6 +177,8 @@ class Family:
     alternating: bool = False
     """Where one tensor holds the rows of two, they alternate; otherwise the first half of them is the first
     tensor's."""
+    beside: Names = field(default_factory=dict)
+    """What a checkpoint calls a tensor only in files whose blocks have this one of ggml's too."""
     bare: tuple[str, ...] = ()
     """Tensors that the checkpoint names without `.weight`, and their biases with `_bias`."""
     adds_one: bool = False
@@ -349,6 +351,7 @@ FAMILIES: dict[str, Family] = {
         {"word_embeddings": "token_embd", "ln_f": "output_norm", "lm_head": "output"},
         ("transformer.", "h"),
         rows={"attn_qkv": _groups},
+        beside={"ln_mlp": "attn_norm_2"},
         assumed={"alibi": False, "parallel_attn": True, "bias": False},
     ),
     "cohere": Family("command-r", assumed={"use_qk_norm": False, "tie_word_embeddings": True, **UNBIASED}),
@@ -616,10 +619,9 @@ def checkpoint_shapes(family: Family, tensors: Mapping[str, Shape]) -> dict[str,
         body, _, suffix = tensor.rpartition(".")
         block = re.match(r"blk\.(\d+)\.(.*)", body)
         table, base = (family.block, block[2]) if block else (family.outside, body)
-        name, ggml = next(
-            ((hf, ggml) for hf, ggml in table.items() if base in (ggml if isinstance(ggml, tuple) else (ggml,))),
-            ("", ""),
-        )
+        called = [(hf, ggml) for hf, ggml in table.items() if base in (ggml if isinstance(ggml, tuple) else (ggml,))]
+        beside = {hf for hf, other in family.beside.items() if block and f"blk.{block[1]}.{other}.weight" in tensors}
+        name, ggml = max(called, key=lambda names: names[0] in beside, default=("", ""))
         if not name:
             raise Unsupported(
                 f"tensor '{tensor}' of the GGUF is none that a Hugging Face checkpoint of '{family.arch}' has"

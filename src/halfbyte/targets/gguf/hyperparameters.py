@@ -220,8 +220,6 @@ def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Ma
     said = {name: _shortest(value) if isinstance(value, float) else value for name, value in said.items()}
     said |= {name: said[name][0] for name in SAME if isinstance(said.get(name), list)}
     kind, family = family_named(arch, said.get("expert_count", 0), "attention.sliding_window" in said)
-    if "blk.0.attn_norm_2.weight" in tensors:
-        raise Unsupported(f"a GGUF of '{arch}' with two norms before the attention is not read yet")
     default = transformers.AutoConfig.for_model(kind)
     known = {*default.to_dict(), *default.attribute_map}
     found: dict[str, Any] = {
@@ -246,7 +244,7 @@ def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Ma
     }
     found["tie_word_embeddings"] = "output.weight" not in tensors
     if kind == "falcon":
-        found["multi_query"] = found["num_kv_heads"] == 1
+        found |= _falcon(found, "blk.0.attn_norm_2.weight" in tensors)
     if pattern := said.get("attention.sliding_window_pattern"):
         found["layer_types"] = ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
     if getattr(default, "rope_parameters", None):
@@ -260,6 +258,13 @@ def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Ma
     found |= {name: value(s) for name, value in family.assumed.items() if callable(value) and name in known}
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return {"architectures": [names[kind]], "model_type": kind, **found}
+
+
+def _falcon(found: Mapping[str, Any], two_norms: bool) -> dict[str, Any]:
+    """Which of its layers it has: the new ones have groups of heads, and one or two norms before attention and MLP."""
+    grouped = two_norms or 1 < found["num_kv_heads"] < found["num_attention_heads"]
+    norms = {"num_ln_in_parallel_attn": 2 if two_norms else 1} if grouped else {}
+    return {"new_decoder_architecture": grouped, "multi_query": found["num_kv_heads"] == 1, **norms}
 
 
 def _rope_parameters(
@@ -314,8 +319,8 @@ def _llama3(factors: Tensor, base: float, width: int) -> dict[str, Any]:
         if torch.allclose(llama3_factors(guess, width), factors, rtol=1e-4):
             return guess
     raise Unsupported(
-        "rope_freqs.weight of this GGUF follows no scaling that Transformers knows as llama3; put the model's "
-        "config.json beside the file"
+        "rope_freqs.weight of this GGUF follows no scaling that Transformers knows as llama3; take the model's "
+        "Hugging Face folder"
     )
 
 

@@ -157,18 +157,28 @@ def _said(
     return (
         said
         | _tokens(tokenizer, vocab_size, kind)
-        | _special(tokenizer, about, folder, vocab_size)
+        | _special(tokenizer, _about_unknown(about, model, kind), folder, vocab_size)
         | _templates(about, folder)
     )
 
 
-def _byte_level(tokenizer: Mapping[str, Any], pre: str | None) -> dict[str, Value]:
-    normalizers = {n["type"] for n in _parts(tokenizer.get("normalizer"), "normalizers")}
-    if not normalizers <= {"NFC"}:  # which most text is in already, as llama.cpp trusts
+def _about_unknown(about: Mapping[str, Any], model: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """What llama.cpp takes for text that is of no token: it has another number by default, and tokenizer_config.json
+    may not say."""
+    return about if kind == "BPE" or about.get("unk_token") else {**about, "unk_token": _unknown(model)}
+
+
+def _require_normalizers(tokenizer: Mapping[str, Any], known: set[str], before: str) -> None:
+    """Raise Unsupported for what llama.cpp does not do to a text; in NFC most text is already, as it trusts."""
+    used = {n["type"] for n in _parts(tokenizer.get("normalizer"), "normalizers")}
+    if unknown := sorted(used - known - {"NFC"}):
         raise Unsupported(
-            "llama.cpp normalizes no text before byte-level BPE, and this tokenizer.json does: "
-            f"{', '.join(sorted(normalizers))}"
+            f"llama.cpp does not normalize text so before {before}, and this tokenizer.json does: {', '.join(unknown)}"
         )
+
+
+def _byte_level(tokenizer: Mapping[str, Any], pre: str | None) -> dict[str, Value]:
+    _require_normalizers(tokenizer, set(), "byte-level BPE")
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in tokenizer["model"]["merges"]]
     return {
         "tokenizer.ggml.model": Value("string", "gpt2"),
@@ -216,6 +226,7 @@ def _same(pattern: str) -> str:
 
 
 def _sentencepiece(tokenizer: Mapping[str, Any]) -> dict[str, Value]:
+    _require_normalizers(tokenizer, {"Prepend", "Replace", "Strip"}, "SentencePiece's BPE")
     return {
         "tokenizer.ggml.model": Value("string", "llama"),
         "tokenizer.ggml.pre": Value("string", "default"),
@@ -224,6 +235,12 @@ def _sentencepiece(tokenizer: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def _unigram(tokenizer: Mapping[str, Any]) -> dict[str, Value]:
+    _require_normalizers(tokenizer, {"Prepend", "Replace", "Strip", "Precompiled"}, "Unigram")
+    if tokenizer["model"].get("byte_fallback"):
+        raise Unsupported(
+            "llama.cpp's Unigram takes one unknown token for what is of no piece, and this tokenizer.json takes its "
+            "bytes (byte_fallback): a GGUF of it would cut text otherwise"
+        )
     said = {
         "tokenizer.ggml.model": Value("string", "t5"),
         "tokenizer.ggml.pre": Value("string", "default"),
@@ -313,8 +330,8 @@ def _special(tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Pat
     config = config | (config.get("text_config") or {})
     numbers = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
     vocabulary = tokenizer["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        numbers = vocabulary | numbers
+    pieces = vocabulary if isinstance(vocabulary, dict) else {piece: i for i, (piece, _) in enumerate(vocabulary)}
+    numbers = pieces | numbers
     said, found = {}, {}
     for name, key in SPECIAL.items():
         text = about.get(f"{name}_token")

@@ -1,6 +1,7 @@
 """The tokenizer.json and tokenizer_config.json of a GGUF that has none beside it."""
 
-from collections.abc import Mapping
+from base64 import b64encode
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from halfbyte.errors import BadCheckpoint, Unsupported
@@ -18,6 +19,8 @@ from halfbyte.targets.gguf.tokenizer import (
     USER_DEFINED,
 )
 
+Get = Callable[..., Any]
+"""What the file says under tokenizer.*, by the rest of the name; else what is given in its place."""
 ALIASES = {
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "glm4"),
     "dbrx": ("smaug-bpe", "chatglm-bpe"),
@@ -43,17 +46,19 @@ def tokenizer_files(metadata: Mapping[str, Value]) -> dict[str, dict[str, Any]]:
 
     model, tokens = get("ggml.model"), get("ggml.tokens")
     if not tokens:
-        raise BadCheckpoint("the GGUF holds no tokenizer; put the model's tokenizer.json beside the file")
+        raise BadCheckpoint("the GGUF holds no tokenizer; take the model's Hugging Face folder")
     kinds = get("ggml.token_type", [NORMAL] * len(tokens))
     pre = next((name for name, others in ALIASES.items() if get("ggml.pre") in others), get("ggml.pre", "default"))
     if model == "gpt2":
         body = _byte_level(tokens, kinds, get("ggml.merges", []), pre)
+    elif model == "t5":
+        body = _unigram(tokens, kinds, get("ggml.scores"), get)
     elif model == "llama":
         body = _sentencepiece(tokens, kinds, get("ggml.scores"), get("ggml.add_space_prefix", True))
     else:
         raise Unsupported(
-            f"the GGUF's tokenizer is of kind '{model}', which is not read yet; put the model's tokenizer.json "
-            "beside the file"
+            f"the GGUF's tokenizer is of kind '{model}', and gpt2 (byte-level BPE), llama (SentencePiece's BPE) and t5 "
+            "(Unigram) are read; take the model's Hugging Face folder"
         )
     special = {name: get(f"ggml.{key}_token_id") for name, key in SPECIAL.items()}
     ends = [get("ggml.add_bos_token", model == "llama" or pre in BEGIN_BY_DEFAULT), get("ggml.add_eos_token", False)]
@@ -80,9 +85,7 @@ def tokenizer_files(metadata: Mapping[str, Value]) -> dict[str, dict[str, Any]]:
 def _byte_level(tokens: list[str], kinds: list[int], merges: list[str], pre: str) -> dict[str, Any]:
     found = next(((patterns, whole) for (patterns, whole), name in PRE_TOKENIZERS.items() if name == pre), None)
     if found is None:
-        raise Unsupported(
-            f"the GGUF's pre-tokenizer '{pre}' is not known here; put the model's tokenizer.json beside the file"
-        )
+        raise Unsupported(f"the GGUF's pre-tokenizer '{pre}' is not known here; take the model's Hugging Face folder")
     patterns, whole = found
     steps = [_cut(pattern) for pattern in patterns]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -123,9 +126,7 @@ def _pair(merge: str) -> list[str]:
 
 def _sentencepiece(tokens: list[str], kinds: list[int], scores: list[float] | None, prefix: bool) -> dict[str, Any]:
     if scores is None:
-        raise BadCheckpoint(
-            "the GGUF's SentencePiece vocabulary has no scores; put the model's tokenizer.json beside the file"
-        )
+        raise BadCheckpoint("the GGUF's SentencePiece vocabulary has no scores; take the model's Hugging Face folder")
     pieces = {token: i for i, token in enumerate(tokens) if kinds[i] == NORMAL}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     steps = [{"type": "Prepend", "prepend": SPACE}, replace] if prefix else [replace]
@@ -153,6 +154,36 @@ def _sentencepiece(tokens: list[str], kinds: list[int], scores: list[float] | No
             "unk_token": unknown,
             "fuse_unk": True,
             "byte_fallback": True,
+        },
+    }
+
+
+def _unigram(tokens: list[str], kinds: list[int], scores: list[float] | None, get: Get) -> dict[str, Any]:
+    if scores is None:
+        raise BadCheckpoint("the GGUF's Unigram vocabulary has no scores; download it again")
+    used = max((i for i, kind in enumerate(kinds) if kind != UNUSED), default=-1) + 1
+    # What is unknown costs more than the rarest piece: others, which no text is cut into, have no say in that.
+    worst = min((scores[i] for i in range(used) if kinds[i] == NORMAL), default=0.0)
+    others = {UNUSED: worst, CONTROL: 0.0, UNKNOWN: 0.0}
+    charsmap, shrinks = get("ggml.precompiled_charsmap"), get("ggml.remove_extra_whitespaces", False)
+    steps = [{"type": "Precompiled", "precompiled_charsmap": b64encode(bytes(charsmap)).decode()}] if charsmap else []
+    if shrinks:
+        steps += [
+            {"type": "Strip", "strip_left": False, "strip_right": True},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+        ]
+    scheme = "always" if get("ggml.add_space_prefix", True) else "never"
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": True}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": metaspace,
+        "post_processor": None,
+        "decoder": metaspace,
+        "model": {
+            "type": "Unigram",
+            "unk_id": next((i for i, kind in enumerate(kinds) if kind == UNKNOWN), None),
+            "vocab": [[tokens[i], others.get(kinds[i], scores[i])] for i in range(used)],
+            "byte_fallback": False,
         },
     }
 
