@@ -1,14 +1,22 @@
 """What a loaded model multiplies by."""
 
+import copy
+
 import pytest
 import torch
+from gguf import GGUFReader
+from torch import nn
+from torch.nn import functional
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import halfbyte
 import tiny
 from halfbyte import demo
 from halfbyte.errors import HalfbyteError
+from halfbyte.grids.quantized import PackedMatrix
 from halfbyte.nn import PackedModule, QuantEmbedding, int8_product
 from halfbyte.targets import open_checkpoint
+from models.families import FAMILIES
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
@@ -35,16 +43,19 @@ PACKED = [
 ]
 
 
+def held_bytes(model: nn.Module) -> int:
+    """That the storages of its parameters and buffers take, each counted once."""
+    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
 @pytest.mark.parametrize(("grid", "to"), PACKED)
 def test_a_loaded_model_takes_no_more_memory_than_its_file(grid, to, tmp_path):
     out = tmp_path / ("out.gguf" if to == "gguf" else "out")
     halfbyte.quantize(demo.MODEL, out, method="nearest", grid=grid, to=to)
     model = halfbyte.load(out)
-    held = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
-    }
     files = [out] if out.is_file() else list(out.glob("*.safetensors"))
-    assert sum(held.values()) < 1.1 * sum(file.stat().st_size for file in files)
+    assert held_bytes(model) < 1.1 * sum(file.stat().st_size for file in files)
     unpacked = [
         checkpoint.read_quantized(module)
         for checkpoint in [open_checkpoint(out)]
@@ -54,12 +65,60 @@ def test_a_loaded_model_takes_no_more_memory_than_its_file(grid, to, tmp_path):
     assert all(any(q.equal(other) for other in linears) for q in unpacked)
 
 
-def test_rows_of_an_embedding_are_those_of_the_whole(tmp_path):
-    halfbyte.quantize(demo.MODEL, tmp_path / "out.gguf", method="nearest", grid="Q4_K_M")
-    model, tokens = halfbyte.load(tmp_path / "out.gguf"), torch.tensor([[5, 3, 5], [250, 0, 3]])
+@pytest.fixture(scope="module")
+def packed_demo(tmp_path_factory):
+    """The demo model, whose embedding is packed too."""
+    out = tmp_path_factory.mktemp("nn") / "out.gguf"
+    halfbyte.quantize(demo.MODEL, out, method="nearest", grid="Q4_K_M")
+    return out
+
+
+def test_rows_of_an_embedding_are_those_of_the_whole(packed_demo):
+    model, tokens = halfbyte.load(packed_demo), torch.tensor([[5, 3, 5], [250, 0, 3]])
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, QuantEmbedding)
     assert torch.equal(embedding(tokens), embedding.weight[tokens])
+
+
+def test_an_embedding_that_scales_its_rows_stays_packed_and_so_does_the_head_that_is_tied_to_it(tmp_path):
+    """Gemma's."""
+    FAMILIES["gemma3"].save(tmp_path / "model")
+    halfbyte.quantize(tmp_path / "model", tmp_path / "out.gguf", method="nearest", grid="Q4_0")
+    model, tokens = halfbyte.load(tmp_path / "out.gguf"), torch.tensor([[5, 3, 5], [250, 0, 3]])
+    stored = sum(t.n_bytes for t in GGUFReader(tmp_path / "out.gguf").tensors)
+    assert held_bytes(model) < 1.1 * stored
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, QuantEmbedding)
+    plain = Gemma3TextScaledWordEmbedding(*embedding.weight.shape, 0, embed_scale=embedding.scalar_embed_scale)
+    plain.weight.data = embedding.weight.data
+    assert torch.equal(embedding(tokens), plain.to(model.dtype)(tokens))
+
+
+class Mixed(nn.Embedding):
+    """Uses its weight in every way that classes in Transformers do."""
+
+    def forward(self, tokens):
+        looked_up = super().forward(tokens) + functional.embedding(tokens, self.weight) + self.weight[tokens]
+        return looked_up @ self.weight.T.to(self.weight.device, self.weight.dtype)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, Mixed])
+def test_an_embedding_of_any_class_gives_what_it_gave_of_the_decoded_weight(kind, packed_demo):
+    matrix, tokens = open_checkpoint(packed_demo).read_packed("model.embed_tokens"), torch.tensor([[5, 0, 5]])
+    plain = kind.from_pretrained(matrix.quantized.decode())
+    packed = QuantEmbedding.of(plain, matrix, torch.float32)
+    assert torch.equal(packed(tokens), plain(tokens))
+    assert torch.equal(copy.deepcopy(packed).half()(tokens), plain.half()(tokens))
+    assert held_bytes(packed) < matrix.quantized.codes.numel()
+
+
+def test_a_weight_that_is_only_looked_at_is_not_decoded(packed_demo, monkeypatch):
+    embedding = halfbyte.load(packed_demo).get_input_embeddings()
+    weight = embedding.weight
+    with monkeypatch.context() as patch:
+        patch.delattr(PackedMatrix, "quantized")
+        assert (weight.dtype, weight.shape, weight.device.type) == (torch.bfloat16, (4096, 256), "cpu")
+    assert (weight * 2).isfinite().all()
 
 
 @pytest.mark.parametrize("device", ["meta", GPU])

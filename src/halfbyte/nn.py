@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from types import new_class
 
 import torch
 from jaxtyping import Float, Float32, Int8, Int32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 from halfbyte.devices import device_named
 from halfbyte.errors import UnknownName
@@ -21,6 +23,9 @@ from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.models.matmuls import MatmulCapture, Matrix
 from halfbyte.targets import open_checkpoint
 
+STORED = ("packed_", "input_")
+"""What buffers of a file's own values are called."""
+
 
 class PackedModule(nn.Module):
     """Holds a matrix as it lies in its file, bit for bit, and makes it out anew whenever it is asked for."""
@@ -28,7 +33,7 @@ class PackedModule(nn.Module):
     like: Tensor
 
     def __init__(self, matrix: PackedMatrix, dtype: torch.dtype):
-        super().__init__()
+        nn.Module.__init__(self)
         self._hold(matrix)
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
@@ -49,12 +54,12 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         """As all modules do, but for what is stored: `.half()` changes what it computes in, and no scale."""
-        stored = {name: b for name, b in self._buffers.items() if name != "like" and b is not None}
+        stored = self._stored()
         if not choose.has_compiled(fn(self.like).device) and all(
             choose.has_compiled(b.device) for b in stored.values()
         ):
             self._hold(self.matrix.unpacked())  # which only a CPU does
-            stored = {name: b for name, b in self._buffers.items() if name != "like" and b is not None}
+            stored = self._stored()
         super()._apply(fn, recurse)
         for name, before in stored.items():
             now = self._buffers[name]
@@ -62,20 +67,71 @@ class PackedModule(nn.Module):
                 self._buffers[name] = before.to(now.device)
         return self
 
+    def _stored(self) -> dict[str, Tensor]:
+        return {name: b for name, b in self._buffers.items() if name.startswith(STORED) and b is not None}
+
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """Decoded, for models whose code looks at it. Changing it changes nothing."""
         return self.matrix.quantized.decode().to(self.dtype)
 
 
-class QuantEmbedding(PackedModule):
+class QuantEmbedding(PackedModule, nn.Embedding):
     """An embedding whose rows stay packed but for those that are looked up."""
 
-    def forward(self, tokens: Int64[Tensor, "*tokens"]) -> Float[Tensor, "*tokens in"]:
-        rows, which = tokens.unique(return_inverse=True)
+    @classmethod
+    def of(cls, before: nn.Embedding, matrix: PackedMatrix, dtype: torch.dtype) -> "QuantEmbedding":
+        """`before` with a packed matrix. What its own class makes of the rows that it looks up, such as scaling them,
+        stays: that class comes first, and its `super().forward` is ours."""
+        kind = type(before)
+        made = object.__new__(cls if kind is nn.Embedding else new_class(f"Quant{kind.__name__}", (kind, cls)))
+        PackedModule.__init__(made, matrix, dtype)
+        ours = {
+            "_parameters": {name: p for name, p in before._parameters.items() if name != "weight"},
+            "_buffers": made._buffers | before._buffers,
+            "_non_persistent_buffers_set": made._non_persistent_buffers_set | before._non_persistent_buffers_set,
+        }
+        made.__dict__ |= vars(before) | ours
+        return made
+
+    def forward(self, input: Int64[Tensor, "*tokens"]) -> Float[Tensor, "*tokens in"]:
+        rows, which = input.unique(return_inverse=True)
         found = self.matrix.at(rows) if self.matrix.by_rows else self.matrix.quantized
         values = found.decode().to(self.dtype)
-        return values[which if self.matrix.by_rows else tokens]
+        return values[which if self.matrix.by_rows else input]
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Decoded as soon as something is computed with it: models ask it for its dtype at every step."""
+        return Undecoded.of(self)
+
+
+class Undecoded(Tensor):
+    """The weight of an embedding that may be looked at (of which kind, on which device) and is decoded only for what
+    computes with it."""
+
+    embedding: QuantEmbedding
+
+    @classmethod
+    def of(cls, embedding: QuantEmbedding) -> "Undecoded":
+        shape = embedding.num_embeddings, embedding.embedding_dim
+        made = Tensor._make_subclass(cls, embedding.like.new_full((1, 1), torch.nan).expand(shape))
+        made.embedding = embedding
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """As of any tensor: what comes of it is none of these."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, cls.decoded, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def decoded(self) -> Float[Tensor, "out in"]:
+        return self.embedding.matrix.quantized.decode().to(self.embedding.dtype)
 
 
 class QuantLinear(PackedModule):
@@ -150,18 +206,19 @@ RESCALED = {"rwkv"}
 
 
 def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"):
-    """The model in `dtype` (the checkpoint's own by default), on `device`.
+    """The model in `dtype`, on `device`. By default the checkpoint's own; a GGUF does not say what its model was
+    computed in, and is loaded in bfloat16: hidden states of Gemma are beyond float16.
 
-    Linears and embeddings that are quantized stay packed in a CPU's memory, but for models and embeddings that scale
-    them (Gemma's, and the head that is tied to it); fused experts and transposed matrices are decoded. On other
-    devices each weight takes a byte: codes are unpacked before they move there. A KV cache that is quantized holds the
-    values that an engine would read from it, in 16 bits. Raises HalfbyteError.
+    Linears and embeddings that are quantized stay packed in a CPU's memory; fused experts, transposed matrices and what
+    a model changes before it looks at it (embeddings with a `max_norm`, linears of RWKV) are decoded. On other devices
+    each weight takes a byte: codes are unpacked before they move there. A KV cache that is quantized holds the values
+    that an engine would read from it, in 16 bits. Raises HalfbyteError.
     """
     where = device_named(str(device))
     if isinstance(dtype, str) and dtype not in DTYPE_NAMES:
         raise UnknownName("dtype", dtype, DTYPE_NAMES)
     checkpoint = open_checkpoint(path)
-    dtype = (DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype) or checkpoint.dtype
+    dtype = (DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype) or checkpoint.unquantized_dtype
     model = skeleton.build(checkpoint, dtype)
     places = skeleton.places(model, checkpoint.tensors())
     ties = skeleton.ties(model, places)
@@ -172,14 +229,14 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
         matrix = checkpoint.read_packed(tensor.removesuffix(".weight"))
         matrix = matrix if choose.has_compiled(where) else matrix.unpacked()
         tied = (name.removesuffix(".weight") for name, source in ties.items() if source == f"{home}.weight")
-        made: dict[tuple[bool, int], nn.Module] = {}
-        """Of this matrix: one module wherever it stands, but for a head beside an embedding, and other biases."""
+        made: dict[int, nn.Module] = {}
+        """Of this matrix: one module for all linears of the same bias, and one for each embedding."""
         for name in (home, *tied):
             before = model.get_submodule(name)
-            bias = getattr(before, "bias", None)
-            is_linear = isinstance(before, nn.Linear)
-            module = QuantLinear(matrix, bias, dtype) if is_linear else QuantEmbedding(matrix, dtype)
-            model.set_submodule(name, made.setdefault((is_linear, id(bias)), module))
+            if isinstance(before, nn.Linear):
+                model.set_submodule(name, made.setdefault(id(before.bias), QuantLinear(matrix, before.bias, dtype)))
+            elif isinstance(before, nn.Embedding) and not isinstance(before, QuantEmbedding):
+                model.set_submodule(name, made.setdefault(id(before), QuantEmbedding.of(before, matrix, dtype)))
     skeleton.load(model, checkpoint, places, ties, names, where)
     nn.Module.to(model, where)
     decoded = {
@@ -202,8 +259,8 @@ def _packed(model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton
         if place and place.expert is None and not place.transposed:
             home = place.parameter.removesuffix(".weight")
             found, shape = model.get_submodule(home), checkpoint.quantized[module][1]
-            # Embeddings of other classes do more than look up.
-            if (isinstance(found, nn.Linear) or type(found) is nn.Embedding) and found.weight.shape == shape:
+            looks_up = isinstance(found, nn.Embedding) and found.max_norm is None
+            if (isinstance(found, nn.Linear) or looks_up) and found.weight.shape == shape:
                 packed[f"{module}.weight"] = home
     return packed
 
