@@ -22,7 +22,7 @@ from speed import COPY, START
 
 import halfbyte
 from halfbyte import demo
-from halfbyte.targets.gguf.presets import PRESETS
+from halfbyte.targets.gguf.names import PRESETS
 
 SPEED = ("Q4_0", "Q8_0", "Q4_K_M", "Q6_K", "Q2_K", "IQ4_XS")
 QUALITY = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XXS")

@@ -20,7 +20,7 @@ from measure import machine
 
 import halfbyte
 from halfbyte import demo
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 
 sys.path.remove(str(Path(__file__).parent))  # gguf.py beside this file is not the package gguf
 
@@ -73,7 +73,7 @@ def weights(path: Path) -> list[bytes]:
 
 
 def difference(path: Path, other: Path) -> Difference:
-    a, b = open_checkpoint(path), open_checkpoint(other)
+    a, b = Checkpoint.open(path), Checkpoint.open(other)
     differing, codes, steps = 0, 0, 0.0
     for module in a.quantized:
         p, q = a.read_quantized(module), b.read_quantized(module)

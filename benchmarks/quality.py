@@ -23,7 +23,7 @@ from measure import machine
 import halfbyte
 from halfbyte import demo
 from halfbyte.models import calibrate
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parent
 PEERS = ROOT / "peers"
@@ -114,7 +114,7 @@ def main() -> None:
             from outliers import twin
 
             model = twin(demo.MODEL, Path(scratch) / "twin")
-        np.save(tokens, calibrate.calibration(open_checkpoint(demo.MODEL), "default", a.samples, 512, 0).tokens.numpy())
+        np.save(tokens, calibrate.calibration(Checkpoint.open(demo.MODEL), "default", a.samples, 512, 0).tokens.numpy())
         for grid in a.grids:
             folders = folders_of(grid, model, Path(scratch), tokens, a)
             measured = halfbyte.evaluate(list(folders.values()), demo.MODEL, windows=a.windows, foreign=a.outliers)

@@ -20,7 +20,7 @@ COPY = """
 import sys, torch
 from pathlib import Path
 from halfbyte.containers.safetensors import Spec, Writer, read_header
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 bits = float(sys.argv[3])
 entries = read_header(Path(sys.argv[1]) / "model.safetensors")
 def spec(name, e):
@@ -74,7 +74,7 @@ def main() -> None:
         model = scratch / "model"  # made by a process of its own: a child's peak memory starts at its parent's
         run([sys.executable, str(PEERS.parent / "synthetic.py"), str(model), "--layers", str(a.layers)])
         tokens = scratch / "tokens.npy"
-        np.save(tokens, calibrate.calibration(open_checkpoint(model), "default", 16, 512, 0).tokens.numpy())
+        np.save(tokens, calibrate.calibration(Checkpoint.open(model), "default", 16, 512, 0).tokens.numpy())
         measure("python that imports torch, numba, transformers", [sys.executable, "-c", START])
         for grid in a.grids:
             measure(

@@ -33,8 +33,8 @@ import halfbyte
 from halfbyte import demo
 from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid
 from halfbyte.models import calibrate
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.nn import QuantLinear
-from halfbyte.targets import open_checkpoint
 
 HERE = Path(__file__).parent
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "vllm.md")
     a = parser.parse_args()
-    prompts = calibrate.evaluation(open_checkpoint(demo.MODEL), str(demo.HELDOUT), a.length, a.prompts).tokens
+    prompts = calibrate.evaluation(Checkpoint.open(demo.MODEL), str(demo.HELDOUT), a.length, a.prompts).tokens
     lines = [
         "# vLLM on folders of halfbyte",
         "",

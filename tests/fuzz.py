@@ -36,10 +36,10 @@ import tiny
 from halfbyte.containers.safetensors import read_header
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import adapter, calibrate
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.provenance import provenance_of
 from halfbyte.recipe import Recipe
 from halfbyte.report import inspect, written
-from halfbyte.targets import open_checkpoint
 from halfbyte.targets.gguf import file as gguf_file
 from halfbyte.targets.gguf import imatrix, tokenizer
 
@@ -250,19 +250,19 @@ def read_safetensors(path: Path) -> None:
 
 
 def read_folder(path: Path) -> None:
-    checkpoint = open_checkpoint(path.parent)
+    checkpoint = Checkpoint.open(path.parent)
     inspect.inspect(path.parent)
     for module in list(checkpoint.quantized)[:1]:
         checkpoint.read_quantized(module).decode()
 
 
 def read_tokenizer(path: Path) -> None:
-    calibrate.opening(calibrate.tokenizer_of(open_checkpoint(path if path.suffix == ".gguf" else path.parent)))
+    calibrate.opening(calibrate.tokenizer_of(Checkpoint.open(path if path.suffix == ".gguf" else path.parent)))
 
 
 def read_gguf(path: Path) -> None:
     gguf_file.read(path)
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     inspect.inspect(path)
     provenance_of(checkpoint, str(path))
     for name in list(checkpoint.tensors())[:2]:
@@ -285,18 +285,18 @@ def read_report(path: Path) -> None:
 
 
 def read_card(path: Path) -> None:
-    provenance_of(open_checkpoint(path.parent), str(path.parent))
+    provenance_of(Checkpoint.open(path.parent), str(path.parent))
 
 
 def read_adapter(path: Path) -> None:
-    checkpoint = adapter.merged(open_checkpoint(path.parents[1] / "base"), path.parent)
+    checkpoint = adapter.merged(Checkpoint.open(path.parents[1] / "base"), path.parent)
     for tensor in checkpoint.adapter.low_rank:
         checkpoint.read(tensor)
 
 
 def read_calibration(path: Path) -> None:
     """Text that a user gives, to windows of tokens; chats through the model's template where it has one."""
-    checkpoint = open_checkpoint(path.parent)
+    checkpoint = Checkpoint.open(path.parent)
     calibrate.read(checkpoint, calibrate.tokenizer_of(checkpoint), str(path), 16)
 
 

@@ -9,8 +9,8 @@ import torch
 import actorder
 import halfbyte
 import tiny
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report.inspect import inspect
-from halfbyte.targets import open_checkpoint
 
 
 @pytest.fixture(scope="module", params=["gptq", "compressed-tensors"])
@@ -25,7 +25,7 @@ def home(tmp_path_factory, request):
 
 def test_every_column_has_the_scale_of_its_group(home):
     folder = shutil.copytree(home / "plain", home / "again")
-    orders, plain, ordered = actorder.shuffle(folder), open_checkpoint(home / "plain"), open_checkpoint(folder)
+    orders, plain, ordered = actorder.shuffle(folder), Checkpoint.open(home / "plain"), Checkpoint.open(folder)
     assert {str(grid) for grid, _ in ordered.quantized.values()} == {"int4-g32-asym-bf16-actorder"}
     for module, order in orders.items():
         assert torch.equal(ordered.read_quantized(module).decode(), plain.read_quantized(module).decode()[:, order])

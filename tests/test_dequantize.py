@@ -10,7 +10,7 @@ from llama_cpp import Llama, llama_cpp
 from tests import tiny
 
 import halfbyte
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.targets.gguf import file
 
 SOURCES = {
@@ -38,7 +38,7 @@ def name_of(container: str) -> str:
 
 
 def decoded(path) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     return {name: checkpoint.read(name).float() for name in checkpoint.tensors()}
 
 
@@ -88,11 +88,11 @@ def test_quantizing_again_is_quantizing_the_decoded_values(home, tmp_path, conta
     words = {"method": "nearest", "grid": "int4-g64"}
     halfbyte.dequantize(home / name_of(container), tmp_path / "plain", dtype="float32")
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
-    dtype = str(open_checkpoint(home / name_of(container)).dtype).removeprefix("torch.")  # of scales
+    dtype = str(Checkpoint.open(home / name_of(container)).dtype).removeprefix("torch.")  # of scales
     (tmp_path / "plain" / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
     halfbyte.quantize(tmp_path / "plain", tmp_path / "b", **words)
     report = halfbyte.quantize(home / name_of(container), tmp_path / "a", requantize=True, **words)
-    a, b = (open_checkpoint(tmp_path / name) for name in "ab")
+    a, b = (Checkpoint.open(tmp_path / name) for name in "ab")
     assert a.quantized.keys() == b.quantized.keys()
     assert all(torch.equal(a.read_quantized(m).decode(), b.read_quantized(m).decode()) for m in a.quantized)
     assert any("taken as the original" in warning for warning in report["warnings"])
@@ -104,7 +104,7 @@ def test_a_decoded_tensor_is_kept_in_the_precision_planned(home, tmp_path, metho
     """Embedding, head and what is skipped are quantized in the source, and decoded in float32."""
     words = {"grid": "int4-g64", "skip": "layers.0.*", "calibration": {"samples": 2, "length": 32}}
     halfbyte.quantize(home / name_of("gguf"), tmp_path / "out", requantize=True, method=method, **words)
-    source, written = open_checkpoint(home / name_of("gguf")), open_checkpoint(tmp_path / "out")
+    source, written = Checkpoint.open(home / name_of("gguf")), Checkpoint.open(tmp_path / "out")
     decoded = [tensor for tensor in written.entries if tensor in source.tensors()]
     assert any("layers.0" in tensor and len(written.spec(tensor).shape) == 2 for tensor in decoded)
     for tensor in decoded:

@@ -12,8 +12,8 @@ import tiny
 from halfbyte import cli
 from halfbyte.errors import BadCheckpoint, BadRequest, HalfbyteError
 from halfbyte.files import LARGEST, parse_json, read_bytes, read_object
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.recipe import Recipe
-from halfbyte.targets import open_checkpoint
 from halfbyte.terminal import as_json, plain
 
 ESCAPES = "\x1b[31m\x9b2J\u202e[/b]"
@@ -94,7 +94,7 @@ def test_a_file_of_nothing_but_size_is_not_read(tmp_path):
     with open(tmp_path / "config.json", "wb") as file:
         file.truncate(LARGEST + 1)
     with pytest.raises(BadCheckpoint, match="more than 128 MB"):
-        open_checkpoint(tmp_path)
+        Checkpoint.open(tmp_path)
     with pytest.raises(BadRequest, match="more than 0 MB"):
         read_bytes(tmp_path / "config.json", BadRequest, 10)
 
@@ -198,7 +198,7 @@ def test_texts_of_a_checkpoint_do_not_command_the_terminal(model):
 @pytest.mark.parametrize("path", ["a" * 5000, "a\0b", "a/" * 3000, "/dev/null", "~nobody-at-all/x"])
 def test_names_that_no_file_can_have_are_refused_in_python_too(path, home, tmp_path):
     with pytest.raises(HalfbyteError):
-        open_checkpoint(path)
+        Checkpoint.open(path)
     with pytest.raises(HalfbyteError):
         Recipe.load(Path(path))
 

@@ -9,11 +9,11 @@ import halfbyte
 
 ROOT = Path(halfbyte.__file__).parent
 LAYERS = [
-    ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names"],
+    ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names", "formats", "registry"],
     ["kernels"], ["recipe", "grids"],
-    ["words", "devices", "solvers", "containers"], ["demo"], ["models"],
-    ["transforms", "engines", "block_solvers"], ["targets"], ["nn", "evaluation", "plan"], ["report"], ["sizing"],
-    ["run", "display"],
+    ["devices", "solvers", "containers"], ["demo"], ["models"],
+    ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["nn", "evaluation", "plan"], ["report"],
+    ["sizing"], ["run", "display"],
     ["blockwise", "kv_cache"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

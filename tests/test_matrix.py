@@ -7,7 +7,7 @@ import pytest
 
 from halfbyte.recipe import METHODS
 from halfbyte.report import support
-from halfbyte.targets import TARGETS
+from halfbyte.targets.table import TARGETS
 
 
 @pytest.mark.slow

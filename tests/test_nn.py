@@ -14,8 +14,8 @@ import tiny
 from halfbyte import demo
 from halfbyte.errors import HalfbyteError
 from halfbyte.grids.quantized import PackedMatrix
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.nn import PackedModule, QuantEmbedding, int8_product
-from halfbyte.targets import open_checkpoint
 from models.families import FAMILIES
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
@@ -58,7 +58,7 @@ def test_a_loaded_model_takes_no_more_memory_than_its_file(grid, to, tmp_path):
     assert held_bytes(model) < 1.1 * sum(file.stat().st_size for file in files)
     unpacked = [
         checkpoint.read_quantized(module)
-        for checkpoint in [open_checkpoint(out)]
+        for checkpoint in [Checkpoint.open(out)]
         for module in list(checkpoint.quantized)[:3]
     ]
     linears = [module.matrix.quantized for module in model.modules() if isinstance(module, PackedModule)]
@@ -104,7 +104,7 @@ class Mixed(nn.Embedding):
 
 @pytest.mark.parametrize("kind", [nn.Embedding, Mixed])
 def test_an_embedding_of_any_class_gives_what_it_gave_of_the_decoded_weight(kind, packed_demo):
-    matrix, tokens = open_checkpoint(packed_demo).read_packed("model.embed_tokens"), torch.tensor([[5, 0, 5]])
+    matrix, tokens = Checkpoint.open(packed_demo).read_packed("model.embed_tokens"), torch.tensor([[5, 0, 5]])
     plain = kind.from_pretrained(matrix.quantized.decode())
     packed = QuantEmbedding.of(plain, matrix, torch.float32)
     assert torch.equal(packed(tokens), plain(tokens))

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from halfbyte.grids import GRIDS, parse
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.run import SAMPLED, relative, squared_error
 from halfbyte.solvers import SOLVERS
-from halfbyte.targets import open_checkpoint
 
 DOWN = "model.layers.0.mlp.down_proj"
 WRITTEN = [name for name in GRIDS if not name.startswith("iq1")]
@@ -56,8 +56,8 @@ def test_what_f16_has_not_is_refused_by_name_and_the_advice_helps(factor, tmp_pa
     for advice in (["BF16"], ["F32"], ["F16", "--skip", DOWN]):
         done = tiny.halfbyte(*words, *advice, "--overwrite")
         assert done.code == 0, done.err
-        written = open_checkpoint(tmp_path / "out.gguf").read(f"{DOWN}.weight")
-        assert torch.equal(written.float(), open_checkpoint(model).read(f"{DOWN}.weight").float())
+        written = Checkpoint.open(tmp_path / "out.gguf").read(f"{DOWN}.weight")
+        assert torch.equal(written.float(), Checkpoint.open(model).read(f"{DOWN}.weight").float())
 
 
 def test_what_f16_has_not_is_refused_of_a_dequantized_model_too(tmp_path):

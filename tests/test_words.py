@@ -2,14 +2,12 @@
 
 import pytest
 
-from halfbyte import grids, words
-from halfbyte.containers import FOREIGN
+from halfbyte import formats, grids, registry, words
+from halfbyte.containers import READERS
 from halfbyte.errors import BadRequest, UnknownName
-from halfbyte.grids import schemes
-from halfbyte.models.checkpoint import DTYPE_NAMES
-from halfbyte.targets import TARGETS, UNQUANTIZED
-from halfbyte.targets.gguf import presets
+from halfbyte.targets.gguf import names
 from halfbyte.targets.gguf.blocks import LAYOUTS
+from halfbyte.targets.table import TARGETS, UNQUANTIZED
 from halfbyte.words import unknown_grid
 
 MEANT = {
@@ -39,29 +37,20 @@ def test_a_method_is_called_one(name):
     assert f"write --method {name.lower()} with a grid" in str(unknown_grid(name))
 
 
-@pytest.mark.parametrize(
-    ("names", "table"),
-    [
-        (words.CONTAINERS, TARGETS),
-        (words.READ_ONLY, FOREIGN),
-        (words.PLAIN, UNQUANTIZED),
-        (words.FILES, {target.file_suffix for target in TARGETS.values() if target.file_suffix}),
-        (words.DTYPES, DTYPE_NAMES),
-        (words.GRIDS, grids.GRIDS),
-        (words.ALIASES, grids.ALIASES),
-        (words.SCHEMES, schemes.PRESETS),
-        (words.PRESETS, presets.PRESETS),
-        (words.TYPES, LAYOUTS),
-    ],
-)
-def test_names_are_those_of_the_tables(names, table):
-    assert sorted(names) == sorted(table)
+def test_what_is_named_before_torch_is_imported_is_what_there_is():
+    assert [*words.CONTAINERS] == [*TARGETS]
+    assert {target.name for target in TARGETS.values()} == {*TARGETS}
+    assert [target.name for target in UNQUANTIZED.values()] == [*words.PLAIN]
+    assert [reader.name for reader in READERS.values()] == [*registry.CONTAINERS, *registry.READ_ONLY]
+    assert {target.file_suffix: name for name, target in TARGETS.items() if target.file_suffix} == words.FILES
+    assert [*words.GRIDS] == [*grids.GRIDS]
+    assert [*names.TYPES] == [*LAYOUTS]
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        *(*grids.GRIDS, *grids.ALIASES, *schemes.PRESETS, *presets.PRESETS, *presets.ALIASES, *LAYOUTS),
+        *(*grids.GRIDS, *formats.ALIASES, *formats.SCHEMES, *names.PRESETS, *names.ALIASES, *LAYOUTS),
         *("int4-g128-asym-bf16", "int4-g96", "int4-g64-actorder", "nf4-g4096-double", "fp8-e4m3-channel-bf16"),
         *("INT4-G128", "int8-channel/int8-token", "q4_k_m", "mxfp4/mxfp4"),
     ],

@@ -21,7 +21,7 @@ from halfbyte.recipe import METHODS, Calibration, CalibrationWords, Recipe, mean
 from halfbyte.report import lineage, measured
 from halfbyte.report.inspect import inspect
 from halfbyte.report.types import CacheReport, Evaluation, ImatrixReport, Needle, Plan, Report, StatesEvaluation
-from halfbyte.targets import TARGETS, open_checkpoint
+from halfbyte.targets.table import TARGETS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -226,7 +226,7 @@ def needle(
 
 
 def _reference(against: str | Path, adapter: str | Path | None) -> Checkpoint:
-    reference = heads.settled(open_checkpoint(against))
+    reference = heads.settled(Checkpoint.open(against))
     return adapters.merged(reference, adapter) if adapter else reference
 
 
@@ -245,7 +245,7 @@ def _strangers(reference: Checkpoint, models: Sequence[str | Path], foreign: boo
 
     found, given = set(), lineage.told(reference.path, reference.adapter and reference.adapter.path)
     for model in models:
-        checkpoint = open_checkpoint(model)
+        checkpoint = Checkpoint.open(model)
         if checkpoint.text_config.get("vocab_size") != reference.text_config.get("vocab_size"):
             raise BadRequest(
                 f"{checkpoint.path} and {reference.path} have different vocabularies; their predictions cannot be "
@@ -303,7 +303,7 @@ def imatrix(
     from halfbyte.targets.gguf import importance
 
     chosen, out, asked = device_named(device), Path(out).expanduser(), Calibration.of(calibration)
-    checkpoint = open_checkpoint(model)
+    checkpoint = Checkpoint.open(model)
     with one_file(out, overwrite) as partial:
         windows = calibrate.calibration(checkpoint, asked)
         with shown(progress) as show:

@@ -31,8 +31,8 @@ from halfbyte.recipe import Calibration
 from halfbyte.report import build, written
 from halfbyte.report.types import AttentionReport, CacheReport
 from halfbyte.run import Run, digest
-from halfbyte.targets import file_target, is_file, open_checkpoint, place_of
 from halfbyte.targets.hf.writer import copy_companions, index_of, shards_of, write_json
+from halfbyte.targets.table import file_target, is_file, place_of
 
 CHECKED = 16
 """Windows of held-out text on which values beyond the scales are counted."""
@@ -59,7 +59,7 @@ def attach(
     if observer not in OBSERVERS:
         raise UnknownName("observer", observer, OBSERVERS)
     kind, out = KVGrid.parse(grid), Path(out).expanduser()
-    checkpoint = heads.settled(open_checkpoint(source))
+    checkpoint = heads.settled(Checkpoint.open(source))
     if source_form := file_target(checkpoint.path):
         source_form.require_cache(kind)
     if is_file(out):
@@ -193,7 +193,7 @@ def with_cache(
 
     Scales that would be stored are found on the embedded text.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     if kind == "stored":
         return checkpoint
     grid = None if kind == "none" else KVGrid.parse(kind)

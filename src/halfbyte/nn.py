@@ -21,7 +21,6 @@ from halfbyte.kernels import choose
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.models.matmuls import MatmulCapture, Matrix
-from halfbyte.targets import open_checkpoint
 
 STORED = ("packed_", "input_")
 """What buffers of a file's own values are called."""
@@ -217,7 +216,7 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
     where = device_named(str(device))
     if isinstance(dtype, str) and dtype not in DTYPE_NAMES:
         raise UnknownName("dtype", dtype, DTYPE_NAMES)
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     dtype = (DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype) or checkpoint.unquantized_dtype
     model = skeleton.build(checkpoint, dtype)
     places = skeleton.places(model, checkpoint.tensors())

@@ -30,7 +30,8 @@ from halfbyte.report.written import as_json, report_of
 from halfbyte.run import SAMPLED, Committed, Run, commit, digest, record_step, restore_step, weight_report
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
-from halfbyte.targets import UNQUANTIZED, Plan, file_target, is_file, place_of
+from halfbyte.targets.plan import Plan
+from halfbyte.targets.table import UNQUANTIZED, file_target, is_file, place_of
 
 SIDE_BY_SIDE = 1 << 28
 """Weights in memory at a time, where no single matrix has more."""

@@ -21,7 +21,8 @@ from halfbyte.models.placement import CPU
 from halfbyte.progress import Progress
 from halfbyte.report.distributions import Sample, distribution, sample
 from halfbyte.report.types import ActivationDistribution, ActivationReport, WeightReport
-from halfbyte.targets import SKIPPED, CheckpointWriter, Plan
+from halfbyte.targets.plan import SKIPPED, Plan
+from halfbyte.targets.target import CheckpointWriter
 
 SAMPLED = 1 << 18
 """Weights that the error of a matrix without calibration is taken over."""

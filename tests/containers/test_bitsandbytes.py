@@ -12,9 +12,9 @@ from halfbyte import demo
 from halfbyte.containers.bitsandbytes import BitsAndBytes
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids import parse
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.run import with_activations
 from halfbyte.solvers.nearest import nearest
-from halfbyte.targets import open_checkpoint
 
 bitsandbytes = pytest.importorskip(
     "bitsandbytes", reason="bitsandbytes is the oracle: pip install -c constraints.txt bitsandbytes"
@@ -96,7 +96,7 @@ def test_the_config_says_what_theirs_says(saved, written):
 
 
 def test_a_folder_that_transformers_saved_reads_as_bitsandbytes_decodes_it(saved):
-    checkpoint = open_checkpoint(saved)
+    checkpoint = Checkpoint.open(saved)
     theirs = decoded(AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16))
     assert checkpoint.quantized.keys() == theirs.keys()
     assert len(theirs) == 42
@@ -119,7 +119,7 @@ def test_transformers_computes_what_our_decode_computes(grid, method, tmp_path):
         calibration={"samples": 4, "length": 64},
     )
     checkpoint, model = (
-        open_checkpoint(tmp_path / "out"),
+        Checkpoint.open(tmp_path / "out"),
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16),
     )
     for module, w in decoded(model).items():
@@ -160,13 +160,13 @@ def test_bytes_in_another_storage_type_are_read(saved, grid, tmp_path):
     (tmp_path / "config.json").write_text((saved / "config.json").read_text())
     save_file({n: t.contiguous() for n, t in packed.items()}, tmp_path / "model.safetensors", {"format": "pt"})
     module = "model.layers.0.mlp.up_proj"
-    assert open_checkpoint(tmp_path).read_quantized(module).equal(open_checkpoint(saved).read_quantized(module))
+    assert Checkpoint.open(tmp_path).read_quantized(module).equal(Checkpoint.open(saved).read_quantized(module))
 
 
 def test_other_containers_take_its_weights_by_rounding_them_again(written, tmp_path):
     report = halfbyte.convert(written, tmp_path / "out", "compressed-tensors", grid="int8-g32")
     assert 0 < max(row["error"] for row in report["weights"]) < 0.01
-    assert len(open_checkpoint(tmp_path / "out").quantized) == 42
+    assert len(Checkpoint.open(tmp_path / "out").quantized) == 42
 
 
 @pytest.mark.parametrize("name", ["nf4-g64", "fp4-g32-double", "nf4-g256-double", "llm-int8"])
@@ -220,7 +220,7 @@ def test_a_state_that_is_no_json_is_a_broken_checkpoint(written, tmp_path, grid)
     (tmp_path / "config.json").write_text((written / "config.json").read_text())
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadCheckpoint, match="bitsandbytes"):
-        _ = open_checkpoint(tmp_path).quantized
+        _ = Checkpoint.open(tmp_path).quantized
 
 
 def test_a_model_of_fp16_is_decoded_to_fp16_wherever_its_weights_come_from(tmp_path):

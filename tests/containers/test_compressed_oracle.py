@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import halfbyte
 from halfbyte import demo
-from halfbyte.containers import CompressedTensors
+from halfbyte.containers.compressed.container import CompressedTensors
 from halfbyte.containers.safetensors import read_header
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 
 INTEGERS = ["int4-g128", "int4-g128-asym", "int3-g64", "int5-g32-asym", "int8-channel", "int2-g128-asym"]
 FLOATS = ["fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e4m3-block", "mxfp8-e4m3", "mxfp6-e2m3", "mxfp4", "nvfp4"]
@@ -29,7 +29,7 @@ def folder(request, tmp_path_factory):
 
 
 def test_the_package_decompresses_every_module_to_our_decode(folder):
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     config = QuantizationConfig.model_validate(json.loads((folder / "config.json").read_text())["quantization_config"])
     (scheme,) = config.config_groups.values()
     assert len(checkpoint.quantized) == 42
@@ -41,7 +41,7 @@ def test_the_package_decompresses_every_module_to_our_decode(folder):
 
 @pytest.mark.slow
 def test_transformers_computes_what_our_decode_computes(folder):
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     plain = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.bfloat16)
     state = plain.state_dict()
     for module in checkpoint.quantized:
@@ -139,7 +139,7 @@ def test_several_formats_in_one_checkpoint_are_said_per_group(tmp_path):
         "naive-quantized",
         "mxfp4-pack-quantized",
     }
-    assert {str(grid) for grid, _ in open_checkpoint(tmp_path / "out").quantized.values()} == {
+    assert {str(grid) for grid, _ in Checkpoint.open(tmp_path / "out").quantized.values()} == {
         "int4-g128-bf16",
         "fp8-e4m3-channel-bf16",
         "mxfp4",

@@ -10,12 +10,15 @@ from compressed_tensors.utils import match_named_modules
 from safetensors.torch import save_file
 from torch import nn
 
-from halfbyte.containers import AWQ, GPTQ, CompressedTensors
+from halfbyte.containers.awq import AWQ
+from halfbyte.containers.compressed.container import CompressedTensors
+from halfbyte.containers.gptq import GPTQ
 from halfbyte.containers.safetensors import read_header
 from halfbyte.errors import Unsupported
 from halfbyte.grids import GRIDS, parse
 from halfbyte.grids.quantized import Quantized
-from halfbyte.targets import TARGETS, Target
+from halfbyte.targets.table import TARGETS
+from halfbyte.targets.target import Target
 
 LAYERS = [
     f"model.layers.{i}.{n}"

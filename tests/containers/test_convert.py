@@ -8,10 +8,11 @@ import torch
 import halfbyte
 import tiny
 from halfbyte import demo
-from halfbyte.containers import AWQ
+from halfbyte.containers.awq import AWQ
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import parse
-from halfbyte.targets import TARGETS, open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.targets.table import TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def start(request, home):
 
 
 def decoded(folder) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     return {m: checkpoint.read_quantized(m).decode() for m in checkpoint.quantized}
 
 
@@ -46,7 +47,7 @@ def test_round_through_all_three_is_exact(start):
 def test_a_zero_point_of_zero_makes_version_2(home):
     source, out = home / "zero", home / "zero-gptq"
     halfbyte.quantize(demo.MODEL, source, method="minmax", grid="int4-g128-asym", to="awq")
-    checkpoint = open_checkpoint(source)
+    checkpoint = Checkpoint.open(source)
     module = next(iter(checkpoint.quantized))
     entry, words = checkpoint.entries[f"{module}.qzeros"], checkpoint.entries[f"{module}.qzeros"].read()
     words[0] &= ~0xF  # another tool's file may hold a zero point of 0

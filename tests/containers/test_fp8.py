@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 import tiny
-from halfbyte.containers import FP8, CompressedTensors
+from halfbyte.containers.compressed.container import CompressedTensors
+from halfbyte.containers.fp8 import FP8
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids import parse
 from halfbyte.grids.quantized import Quantized
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.nn import QuantLinear
-from halfbyte.targets import open_checkpoint
 
 SIZES = {
     "hidden_size": 256,
@@ -40,7 +41,7 @@ def blocks(source) -> Path:
 
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     return {module: checkpoint.read_quantized(module).decode() for module in checkpoint.quantized}
 
 
@@ -84,7 +85,7 @@ def test_transformers_decodes_what_we_decode(source, blocks):
 def test_a_whole_matrix_may_have_one_scale(source, tmp_path):
     report = halfbyte.quantize(source, tmp_path / "out", method="minmax", grid="fp8-e5m2-tensor", engine="none")
     assert report["output"]["container"] == "fp8"
-    entries = open_checkpoint(tmp_path / "out").entries
+    entries = Checkpoint.open(tmp_path / "out").entries
     assert entries[f"{MODULE}.weight"].dtype == torch.float8_e5m2
     assert entries[f"{MODULE}.weight_scale"].shape == ()
 
@@ -102,7 +103,7 @@ def test_an_fp8_checkpoint_is_a_source_like_any_other(blocks, tmp_path, grid, to
     ours, theirs = decoded(out), decoded(expected)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[m], theirs[m]) for m in ours)
-    kept = open_checkpoint(out)
+    kept = Checkpoint.open(out)
     assert not [n for n, e in kept.entries.items() if n not in kept.parts and e.dtype == torch.float8_e4m3fn]
 
 
@@ -153,7 +154,7 @@ def test_mxfp8_in_this_layout_is_read(blocks, tmp_path):
 
     folder = edited(blocks, tmp_path / "out", scaled, quant_method="mxfp8", weight_block_size=[1, 32])
     weight = load_file(folder / "model.safetensors")[f"{MODULE}.weight"]
-    assert {str(scheme) for scheme, _ in open_checkpoint(folder).quantized.values()} == {"mxfp8-e4m3/mxfp8-e4m3"}
+    assert {str(scheme) for scheme, _ in Checkpoint.open(folder).quantized.values()} == {"mxfp8-e4m3/mxfp8-e4m3"}
     assert torch.equal(decoded(folder)[MODULE], weight.float() * 2.0**-7)
 
 
@@ -162,7 +163,7 @@ def test_scales_of_quantized_inputs_are_left_out(blocks, tmp_path):
         blocks, tmp_path / "in", lambda t: {**t, f"{MODULE}.input_scale": torch.tensor(0.1)}, activation_scheme="static"
     )
     halfbyte.quantize(folder, tmp_path / "out", method="minmax", grid="int4-g128")
-    assert not [n for n in open_checkpoint(tmp_path / "out").entries if n.endswith("input_scale")]
+    assert not [n for n in Checkpoint.open(tmp_path / "out").entries if n.endswith("input_scale")]
 
 
 @pytest.mark.parametrize("name", ["input_scale", "activation_scale"])
@@ -175,7 +176,7 @@ def test_a_stored_scale_of_inputs_is_read_under_both_its_names(source, tmp_path,
         lambda t: {**t, f"{MODULE}.{name}": torch.tensor(0.125)},
         activation_scheme="static",
     )
-    inputs = open_checkpoint(folder).read_inputs(MODULE)
+    inputs = Checkpoint.open(folder).read_inputs(MODULE)
     assert str(inputs.grid) == "fp8-e4m3-static"
     assert inputs.params["scale"].tolist() == [0.125]
 
@@ -189,7 +190,7 @@ def test_a_stored_scale_that_is_not_there_is_a_broken_checkpoint(source, tmp_pat
     }
     (tmp_path / "in" / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadCheckpoint, match="input_scale' is not stored"):
-        open_checkpoint(tmp_path / "in").read_inputs(MODULE)
+        Checkpoint.open(tmp_path / "in").read_inputs(MODULE)
 
 
 def test_what_the_layout_does_not_hold_is_refused_with_what_would_work():
@@ -204,7 +205,7 @@ def test_what_the_layout_does_not_hold_is_refused_with_what_would_work():
 def test_a_scale_of_another_shape_is_no_block(blocks, tmp_path):
     folder = edited(blocks, tmp_path / "out", lambda t: {**t, f"{MODULE}.weight_scale_inv": torch.ones(3, 3)})
     with pytest.raises(Unsupported, match="not read"):
-        _ = open_checkpoint(folder).quantized
+        _ = Checkpoint.open(folder).quantized
 
 
 def test_blocks_that_end_early_decode_as_their_scales_say():
@@ -256,7 +257,7 @@ def test_fused_experts_are_read_one_by_one(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (fused / name).write_bytes((plain / name).read_bytes())
     save_file(stored, fused / "model.safetensors")
-    assert open_checkpoint(fused).quantized["model.layers.1.mlp.experts.3.gate_up_proj"][1] == (256, 256)
+    assert Checkpoint.open(fused).quantized["model.layers.1.mlp.experts.3.gate_up_proj"][1] == (256, 256)
     for folder in (plain, fused):
         halfbyte.quantize(
             folder,
@@ -299,7 +300,7 @@ def test_llama_4s_experts_lie_transposed(tmp_path):
         {f"{home}.gate_up_proj": up, f"{home}.down_proj": down, **{f"{home}.{n}": s for n, s in scales.items()}},
         folder / "model.safetensors",
     )
-    ours, checkpoint = decoded(folder), open_checkpoint(folder)
+    ours, checkpoint = decoded(folder), Checkpoint.open(folder)
     for expert in range(2):
         w = up[expert].float() * scales["gate_up_proj_scale"][expert]
         assert torch.equal(ours[f"{home}.{expert}.gate_up_proj"], w.T)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from halfbyte.containers import AWQ, GPTQ
+from halfbyte.containers.awq import AWQ
 from halfbyte.containers.container import Container
+from halfbyte.containers.gptq import GPTQ
 from halfbyte.errors import BadCheckpoint
 from halfbyte.grids import parse
 

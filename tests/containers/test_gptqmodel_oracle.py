@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte import demo
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 
 CASES = [
     "gptq int4-g128", "gptq int4-g128-asym", "gptq int2-g32-asym", "gptq int3-g64", "gptq int3-g64-asym",
@@ -36,7 +36,7 @@ def test_weights_and_outputs_are_those_of_decode(tmp_path):
         halfbyte.quantize(demo.MODEL, tmp_path / case, method="nearest", grid=grid, to=to)
     theirs = read_by_transformers([tmp_path / case for case in CASES], tmp_path / "theirs.pt")
     for case in CASES:
-        checkpoint = open_checkpoint(tmp_path / case)
+        checkpoint = Checkpoint.open(tmp_path / case)
         plain = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float16)
         state = plain.state_dict()
         assert theirs[case]["decoded"].keys() == checkpoint.quantized.keys(), case

@@ -15,7 +15,7 @@ import halfbyte
 from halfbyte.containers.modelopt import ModelOpt
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 
 FOLDERS = Path(__file__).parents[1] / "goldens" / "folders"
 GRIDS = {
@@ -30,7 +30,7 @@ MODULES = ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"]
 
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     return {module: checkpoint.read_quantized(module).decode() for module in checkpoint.quantized}
 
 
@@ -46,7 +46,7 @@ def edited(name: str, out: Path, change: Callable = dict, config: dict | None = 
 
 @pytest.mark.parametrize(("name", "grids"), GRIDS.items())
 def test_every_value_is_the_one_that_model_optimizer_reads(name, grids):
-    checkpoint = open_checkpoint(FOLDERS / name)
+    checkpoint = Checkpoint.open(FOLDERS / name)
     assert {m: str(scheme.weight) for m, (scheme, _) in checkpoint.quantized.items()} == dict(
         zip(MODULES, grids, strict=True)
     )
@@ -72,7 +72,7 @@ def test_fp8_moves_to_compressed_tensors_value_for_value(name, tmp_path):
 def test_fp8_is_a_source_whose_own_scales_stay_behind(tmp_path):
     report = halfbyte.quantize(FOLDERS / "modelopt-fp8", tmp_path / "out", method="nearest", grid="int4-g32")
     assert any("fp8-e4m3-tensor" in warning for warning in report["warnings"])
-    out = open_checkpoint(tmp_path / "out")
+    out = Checkpoint.open(tmp_path / "out")
     assert {str(scheme) for scheme, _ in out.quantized.values()} == {"int4-g32-bf16"}
     assert not [name for name in out.entries if name.endswith(("k_scale", "input_scale"))]
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
@@ -87,7 +87,7 @@ def test_what_changes_inputs_beside_the_weights_is_refused(tmp_path):
         {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"},
     )
     with pytest.raises(Unsupported, match="pre_quant_scale is not read"):
-        _ = open_checkpoint(folder).quantized
+        _ = Checkpoint.open(folder).quantized
 
 
 def test_weights_of_other_algorithms_are_refused(tmp_path):
@@ -101,18 +101,18 @@ def test_weights_of_other_algorithms_are_refused(tmp_path):
         {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"},
     )
     with pytest.raises(Unsupported, match=r"torch.int8 .* FP8, MXFP8 and NVFP4 are"):
-        _ = open_checkpoint(folder).quantized
+        _ = Checkpoint.open(folder).quantized
 
 
 @pytest.mark.parametrize("name", ["modelopt-fp8", "modelopt-fp8-channel", "modelopt-nvfp4"])
 def test_inputs_are_rounded_as_model_optimizer_rounds_them(name):
-    read, expected = open_checkpoint(FOLDERS / name).read_inputs(MODULES[1]), load_file(FOLDERS / name / "expected")
+    read, expected = Checkpoint.open(FOLDERS / name).read_inputs(MODULES[1]), load_file(FOLDERS / name / "expected")
     assert read
     torch.testing.assert_close(read.round(expected["inputs"]), expected["rounded"], rtol=1e-6, atol=0)
 
 
 def test_inputs_of_weights_alone_stay_in_16_bits():
-    assert open_checkpoint(FOLDERS / "modelopt-nvfp4-weights").read_inputs(MODULES[1]) is None
+    assert Checkpoint.open(FOLDERS / "modelopt-nvfp4-weights").read_inputs(MODULES[1]) is None
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("modelopt-nvfp4", "nvfp4/nvfp4"), ("modelopt-nvfp4-weights", "nvfp4")])

@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 import halfbyte
 import tiny
 from halfbyte.errors import Unsupported
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 
 EXPERTS = "model.layers.{}.mlp.experts"
 SHAPES = {"gate_up_proj": (192, 64), "down_proj": (64, 96)}
@@ -92,7 +92,7 @@ def plain(source, theirs) -> Path:
 
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     return {module: checkpoint.read_quantized(module).decode() for module in checkpoint.quantized}
 
 
@@ -138,7 +138,7 @@ def test_quantizing_it_is_quantizing_the_model_that_it_decodes_to(source, plain,
 def test_its_values_move_to_compressed_tensors_and_run_there(source, theirs, tmp_path):
     report = halfbyte.convert(source, tmp_path / "out", "compressed-tensors", engine="none")
     assert {row["error"] for row in report["weights"]} == {0}
-    said = open_checkpoint(tmp_path / "out").config["quantization_config"]
+    said = Checkpoint.open(tmp_path / "out").config["quantization_config"]
     assert said["format"] == "mxfp4-pack-quantized"
     with torch.no_grad():
         assert torch.equal(halfbyte.load(tmp_path / "out")(TOKENS).logits, theirs(TOKENS).logits)
@@ -157,14 +157,14 @@ def test_experts_whose_scales_do_not_fit_are_refused(source, tmp_path):
     name = f"{EXPERTS.format(0)}.down_proj_scales"
     save_file({**tensors, name: tensors[name][:, :, :1].contiguous()}, folder / "model.safetensors")
     with pytest.raises(Unsupported, match="no MXFP4"):
-        _ = open_checkpoint(folder).quantized
+        _ = Checkpoint.open(folder).quantized
 
 
 def test_its_values_move_to_a_gguf_and_back(source, tmp_path):
     """ggml's MXFP4 holds the same codes and scales: llama.cpp's own converter repacks them too."""
     report = halfbyte.convert(source, tmp_path / "model.gguf", "gguf")
     assert {(row["grid"], row["error"]) for row in report["weights"]} == {("mxfp4", 0)}
-    ours = open_checkpoint(tmp_path / "model.gguf")
+    ours = Checkpoint.open(tmp_path / "model.gguf")
     stacks = {
         f"{EXPERTS.format(layer)}.{name}": ours.read(f"{EXPERTS.format(layer)}.{name}")
         for layer in range(2)
@@ -189,6 +189,6 @@ def test_its_values_move_to_a_gguf_and_back(source, tmp_path):
 def test_it_is_a_source_of_ggufs(source, plain, tmp_path, grid):
     for name, folder in (("ours", source), ("expected", plain)):
         halfbyte.quantize(folder, tmp_path / f"{name}.gguf", method="nearest", grid=grid)
-    ours, expected = (open_checkpoint(tmp_path / f"{name}.gguf") for name in ("ours", "expected"))
+    ours, expected = (Checkpoint.open(tmp_path / f"{name}.gguf") for name in ("ours", "expected"))
     assert ours.tensors() == expected.tensors()
     assert all(torch.equal(ours.read(name), expected.read(name)) for name in ours.tensors())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import halfbyte
 import tiny
 from halfbyte.errors import HalfbyteError
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 
 MODULE = "model.layers.0.mlp.down_proj"  # 128 x 256
 WRITTEN = {
@@ -67,7 +67,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def decoded(folder: Path) -> torch.Tensor:
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     return (
         checkpoint.read_quantized(MODULE).decode()
         if MODULE in checkpoint.quantized

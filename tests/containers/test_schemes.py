@@ -12,17 +12,19 @@ from safetensors.torch import load_file, save_file
 
 import halfbyte
 import tiny
-from halfbyte.containers import FP8, CompressedTensors
+from halfbyte.containers.compressed.container import CompressedTensors
+from halfbyte.containers.fp8 import FP8
 from halfbyte.errors import HalfbyteError, Unsupported
+from halfbyte.formats import SCHEMES
 from halfbyte.grids.activations import parse as input_named
-from halfbyte.grids.schemes import PRESETS, parse
+from halfbyte.grids.schemes import parse
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.nn import QuantLinear
-from halfbyte.targets import open_checkpoint
 
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODULE = "model.layers.0.self_attn.q_proj"
 MIXED = {"layers.1.mlp.*": "int4-g128", "layers.0.mlp.down_proj": "fp8-e4m3-channel/fp8-e4m3-token"}
-WITH_INPUTS = [name for name, preset in PRESETS.items() if "/" in preset.scheme]
+WITH_INPUTS = [name for name, preset in SCHEMES.items() if "/" in preset.scheme]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def made(home):
 )
 def test_compressed_tensors_reads_what_is_written(made, name):
     folder, _ = made(name, to="compressed-tensors")
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     config = QuantizationConfig.model_validate(json.loads((folder / "config.json").read_text())["quantization_config"])
     (scheme,) = config.config_groups.values()
     # Weights of 4 bits under inputs in FP8 are packed for vLLM's kernel; the package would infer a byte each, and reads
@@ -89,7 +91,7 @@ def test_evaluation_computes_what_a_loaded_model_computes(home, made, name):
     assert {str(m.activations) for m in ours.modules() if isinstance(m, QuantLinear)} == {str(parse(name).activations)}
     from halfbyte.models import calibrate
 
-    windows = calibrate.evaluation(open_checkpoint(home / "model"), str(home / "text.txt"), 64, 2).tokens
+    windows = calibrate.evaluation(Checkpoint.open(home / "model"), str(home / "text.txt"), 64, 2).tokens
     with torch.no_grad():
         reference, own = (m(windows).logits[:, :-1].log_softmax(-1) for m in (plain, ours))
     kl = (reference.exp() * (reference - own)).sum(-1).mean().item()
@@ -133,32 +135,32 @@ def test_fp8_folders_say_how_their_inputs_are_rounded(home, made, tmp_path):
     static, _ = made("fp8-static", to="fp8")
     config = json.loads((static / "config.json").read_text())["quantization_config"]
     assert config["activation_scheme"] == "static"
-    assert str(open_checkpoint(static).quantized[MODULE][0]) == "fp8-e4m3-tensor/fp8-e4m3-static"
+    assert str(Checkpoint.open(static).quantized[MODULE][0]) == "fp8-e4m3-tensor/fp8-e4m3-static"
     report = halfbyte.convert(static, tmp_path / "ct", "compressed-tensors")
     assert {row["error"] for row in report["weights"]} == {0}
-    ours, theirs = open_checkpoint(static).read_inputs(MODULE), open_checkpoint(tmp_path / "ct").read_inputs(MODULE)
+    ours, theirs = Checkpoint.open(static).read_inputs(MODULE), Checkpoint.open(tmp_path / "ct").read_inputs(MODULE)
     assert ours == theirs or torch.equal(ours.params["scale"], theirs.params["scale"])
     block, _ = made("fp8-block", to="fp8")
-    assert str(open_checkpoint(block).read_inputs(MODULE).grid) == "fp8-e4m3-g128"
+    assert str(Checkpoint.open(block).read_inputs(MODULE).grid) == "fp8-e4m3-g128"
 
 
 def test_weights_move_where_inputs_stay_in_16_bits(made, tmp_path):
     report = halfbyte.convert(made("w8a8")[0], tmp_path / "gptq", "gptq")
     assert {row["error"] for row in report["weights"]} == {0}
     assert all("16 bits" in row["note"] for row in report["weights"])
-    assert open_checkpoint(tmp_path / "gptq").read_inputs(MODULE) is None
+    assert Checkpoint.open(tmp_path / "gptq").read_inputs(MODULE) is None
 
 
 def test_weights_that_are_rounded_again_leave_the_stored_scales_of_other_inputs_behind(made, tmp_path):
     source, _ = made("w8a8-static", to="compressed-tensors")
     halfbyte.convert(source, tmp_path / "fp8", "fp8", grid="fp8-e4m3-tensor")
-    assert str(open_checkpoint(tmp_path / "fp8").quantized[MODULE][0]) == "fp8-e4m3-tensor/fp8-e4m3-token"
+    assert str(Checkpoint.open(tmp_path / "fp8").quantized[MODULE][0]) == "fp8-e4m3-tensor/fp8-e4m3-token"
 
 
 def test_groups_of_several_schemes_are_told_apart(home, made):
     folder, _ = made("int8-channel/int8-token", override=MIXED)
     found = {
-        module.removeprefix("model."): str(scheme) for module, (scheme, _) in open_checkpoint(folder).quantized.items()
+        module.removeprefix("model."): str(scheme) for module, (scheme, _) in Checkpoint.open(folder).quantized.items()
     }
     assert found["layers.1.mlp.up_proj"] == "int4-g128-bf16"
     assert found["layers.0.mlp.down_proj"] == "fp8-e4m3-channel-bf16/fp8-e4m3-token"
@@ -175,7 +177,7 @@ def test_a_group_of_the_head_says_nothing_of_other_modules(made, tmp_path):
         "input_activations": None,
     }  # as llm-compressor writes it
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    assert str(open_checkpoint(tmp_path / "out").quantized[MODULE][0].activations) == "int8-token"
+    assert str(Checkpoint.open(tmp_path / "out").quantized[MODULE][0].activations) == "int8-token"
 
 
 REFUSED = {

@@ -7,9 +7,10 @@ import torch
 from halfbyte.engines.engines import ENGINES, engine_named
 from halfbyte.engines.verdicts import check, default_container, verdicts
 from halfbyte.errors import UnknownName
-from halfbyte.grids.schemes import PRESETS, parse
+from halfbyte.formats import SCHEMES
+from halfbyte.grids.schemes import parse
 from halfbyte.models.checkpoint import Weight
-from halfbyte.targets import TARGETS
+from halfbyte.targets.table import TARGETS
 
 SHAPES = {  # Llama-3 8B
     "self_attn.q_proj": (4096, 4096),
@@ -135,7 +136,7 @@ def test_schemes_of_compressed_tensors(scheme, engines):
 
 
 def test_every_preset_is_loaded_by_some_engine():
-    for preset in PRESETS.values():
+    for preset in SCHEMES.values():
         assert any(judge(engine, "compressed-tensors", place(preset.scheme)).loads for engine in ENGINES), preset
 
 

@@ -5,7 +5,7 @@ import pytest
 import tiny
 from halfbyte.engines.engines import ENGINES
 from halfbyte.engines.verdicts import Word
-from halfbyte.targets import TARGETS
+from halfbyte.targets.table import TARGETS
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -13,10 +13,10 @@ import tiny
 from halfbyte.engines.architectures import architecture_of, registry
 from halfbyte.engines.engines import LOADED
 from halfbyte.errors import Unsupported
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.experts import apart
 from halfbyte.nn import QuantLinear
 from halfbyte.report.card import code
-from halfbyte.targets import open_checkpoint
 from halfbyte.targets.gguf.blocks import TYPE_OF
 from models.every import ENCODERS, EVERY
 from models.families import FAMILIES, Family
@@ -204,13 +204,13 @@ def test_every_model_loads_by_the_printed_command(name, tmp_path):
     except Unsupported as refused:  # experts in one tensor: they load in 16 bits, as the refusal says
         report = halfbyte.quantize(source, tmp_path / "out", **words, skip=re.findall("--skip '(.*?)'", str(refused)))
     model = run(report, tmp_path / "out")
-    assert type(model).__name__ == architecture_of(open_checkpoint(source).config) == architecture
+    assert type(model).__name__ == architecture_of(Checkpoint.open(source).config) == architecture
 
     theirs, dimensions = watched(model, tmp_path / "out")
     assert dimensions <= {3} or architecture in CLAIMED.reshaped
 
     expected = type(model).from_pretrained(
-        with_decoded(apart(open_checkpoint(source)), open_checkpoint(tmp_path / "out"), tmp_path / "decoded"),
+        with_decoded(apart(Checkpoint.open(source)), Checkpoint.open(tmp_path / "out"), tmp_path / "decoded"),
         dtype="auto",
     )
     assert theirs.std() > 0.01
@@ -220,7 +220,7 @@ def test_every_model_loads_by_the_printed_command(name, tmp_path):
 def watched(model, folder):
     """What a model returns, and how many dimensions that which its quantized linears read has."""
     dimensions = set()
-    modules = {name.rpartition(".")[2] for name in open_checkpoint(folder).quantized}
+    modules = {name.rpartition(".")[2] for name in Checkpoint.open(folder).quantized}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in modules:
             module.register_forward_pre_hook(lambda _, read: dimensions.add(read[0].dim()) if read else None)
@@ -254,7 +254,7 @@ def test_every_family_loads_by_the_printed_command(name, tmp_path):
         report = halfbyte.quantize(source, tmp_path / "out", **words, skip=re.findall("--skip '(.*?)'", str(refused)))
     assert verdict(report)["word"] == "tested here"
     model = run(report, tmp_path / "out", torch.float32)
-    assert type(model).__name__ == architecture_of(open_checkpoint(source).config) == architecture
+    assert type(model).__name__ == architecture_of(Checkpoint.open(source).config) == architecture
     theirs, dimensions = watched(model, tmp_path / "out")
     assert dimensions <= {3} or architecture in CLAIMED.reshaped
     assert theirs.std() > 0.01

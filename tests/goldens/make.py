@@ -13,7 +13,8 @@ from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 from safetensors.torch import save_file
 
-from halfbyte.containers import AWQ, GPTQ
+from halfbyte.containers.awq import AWQ
+from halfbyte.containers.gptq import GPTQ
 from halfbyte.grids import parse
 from halfbyte.grids.quantized import Quantized
 

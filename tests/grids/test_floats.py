@@ -9,8 +9,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from weights import by_reference, importance, lost, normal, solve
 
-from halfbyte.containers import FP8, CompressedTensors
-from halfbyte.containers.compressed.container import layout_of
+from halfbyte.containers.compressed.container import CompressedTensors, layout_of
+from halfbyte.containers.fp8 import FP8
 from halfbyte.errors import BadRequest
 from halfbyte.grids import parse
 from halfbyte.grids.quantized import Quantized

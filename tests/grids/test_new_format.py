@@ -1,5 +1,8 @@
 """A scalar format is levels and scales and nothing else: made-up ones go the whole way."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from weights import by_reference, correlated, importance, lost, normal, solve
@@ -40,6 +43,41 @@ def test_a_format_that_no_line_of_code_knows_is_fitted_solved_and_parted(grid):
     if q.params.keys() <= grid.row_params(q.shape):
         parts = split_rows(q, [100, 50])
         assert torch.equal(torch.cat([part.decode() for part in parts]), q.decode())
+
+
+ONE_LINE = """
+from halfbyte import formats
+formats.SCALARS["fp6-e2m3-g16"] = formats.ScalarFormat("e2m3", 16, "ggml-e4m3")
+"""
+QUANTIZED = """
+from halfbyte import cli, demo
+cli.main(["quantize", str(demo.MODEL), "-o", "never", "--grid", "fp6-e2m3-g16", "--method", "nearest"])
+"""
+FITTED = """
+import torch
+from halfbyte import grids
+w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+grid = grids.parse("fp6-e2m3-g16")
+params = grid.fit(w, None)
+print(grid, grid.bits(w.shape), (grid.decode(grid.encode(w, params), params) - w).norm() / w.norm())
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, whose table has the line before anything else is imported."""
+    return subprocess.run([sys.executable, "-c", ONE_LINE + code], capture_output=True, text=True, check=False)
+
+
+def test_a_scalar_format_is_one_line():
+    name, bits, error = run(FITTED).stdout.replace("tensor(", "").replace(")", "").split()
+    assert (name, float(bits)) == ("fp6-e2m3-g16", 6.5)
+    assert 0 < float(error) < 0.03
+
+
+def test_the_command_line_knows_it_by_that_line():
+    refused = run(QUANTIZED)
+    assert refused.returncode == 2
+    assert "compressed-tensors has no format for fp6-e2m3-g16" in refused.stderr
 
 
 def test_codes_may_be_wider_than_a_byte_and_several_for_a_vector():

@@ -8,7 +8,7 @@ from halfbyte import demo
 from halfbyte.grids import parse
 from halfbyte.kernels import choose
 from halfbyte.models.calibrate import Calibration
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 
 RUNS = {
     "nearest": ("int4-g128", "nf4-g64", "nvfp4", "fp8-e4m3-channel", "q4_k", "iq3_s"),
@@ -29,7 +29,7 @@ def test_a_run_by_the_references_writes_the_codes_of_the_compiled_kernels(method
             report = halfbyte.quantize(
                 demo.MODEL, out, method=method, grid=grid, calibration=Calibration(samples=2, length=64)
             )
-        checkpoint = open_checkpoint(out)
+        checkpoint = Checkpoint.open(out)
         found[kernels] = {module: checkpoint.read_quantized(module) for module in checkpoint.quantized}
         errors[kernels] = {row.name: row.error for row in report.weights}
     assert found["fast"].keys() == found["reference"].keys()

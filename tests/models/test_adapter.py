@@ -14,7 +14,7 @@ from tests import tiny
 import halfbyte
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.adapter import merged
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 
 EVERY = ["q_proj", "v_proj", "down_proj"]
 KINDS = {
@@ -70,8 +70,8 @@ def adapt(base, folder, kind="plain"):
 def test_merged_as_peft_does(base, gpt2, tmp_path, kind):
     source = gpt2 if kind == "transposed" else base
     theirs = adapt(source, tmp_path / "adapter", kind).state_dict()
-    ours = merged(open_checkpoint(source), tmp_path / "adapter")
-    stored = open_checkpoint(source)
+    ours = merged(Checkpoint.open(source), tmp_path / "adapter")
+    stored = Checkpoint.open(source)
     changed = 0
     for tensor in ours.tensors():
         mine, wanted = (

@@ -16,7 +16,6 @@ from halfbyte.grids import parse
 from halfbyte.models import experts
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
-from halfbyte.targets import open_checkpoint
 from halfbyte.transforms.fold import Finder
 from halfbyte.transforms.scale import Site
 from models.families import FAMILIES
@@ -52,7 +51,7 @@ def difference(a, b):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_walk_computes_what_transformers_computes(folders, family):
-    checkpoint = open_checkpoint(folders(family))
+    checkpoint = Checkpoint.open(folders(family))
     walk = Walk(checkpoint, TOKENS, checkpoint.dtype)
     assert set(walk.places) == set(checkpoint.tensors())
     assert len(list(walk)) == 2
@@ -67,7 +66,7 @@ def called(tensor, block):
 
 
 def last_block(folder):
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     walk = Walk(checkpoint, TOKENS, checkpoint.dtype)
     *_, block = walk.blocks
     steps = iter(walk)
@@ -141,7 +140,7 @@ def with_decoded(source: Checkpoint, out: Checkpoint, folder: Path) -> Path:
 @pytest.mark.parametrize("method", ["nearest", "awq+gptq"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_exported_computes_what_we_computed(folders, text, tmp_path, family, method):
-    source = experts.apart(open_checkpoint(folders(family)))
+    source = experts.apart(Checkpoint.open(folders(family)))
     calibration = {"source": text, "samples": 4, "length": 32}
     report = halfbyte.quantize(
         source.path,
@@ -153,7 +152,7 @@ def test_what_was_exported_computes_what_we_computed(folders, text, tmp_path, fa
         engine="none",
     )
 
-    out = open_checkpoint(tmp_path / "out")
+    out = Checkpoint.open(tmp_path / "out")
     weights = [w for w in source.weights() if w.block]
     assert {w.tensor for w in weights} | set(report["kept"]) == set(source.tensors())
     assert not {w.tensor for w in weights} & set(report["kept"])

@@ -16,7 +16,6 @@ from halfbyte.errors import BadCheckpoint
 from halfbyte.models import calibrate, chats
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.recipe import Calibration
-from halfbyte.targets import open_checkpoint
 
 BOS, BOS_ID = tiny.BOS, 256
 
@@ -83,7 +82,7 @@ def test_what_a_text_begins_with(home, tmp_path):
 def test_a_gguf_begins_as_it_says(home, tmp_path):
     for name, opening in (("begins", [BOS]), ("plain", [])):
         halfbyte.quantize(home / name, tmp_path / f"{name}.gguf", grid="Q8_0", method="nearest", pre="llama-bpe")
-        windows = calibrated(open_checkpoint(tmp_path / f"{name}.gguf"), str(home / "text.txt"), 2, 64, 0)
+        windows = calibrated(Checkpoint.open(tmp_path / f"{name}.gguf"), str(home / "text.txt"), 2, 64, 0)
         assert windows.about["opening"] == opening
 
 

@@ -14,7 +14,8 @@ from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
 from halfbyte.models.checkpoint import INDEX, Checkpoint
 from halfbyte.models.walk import Walk
 from halfbyte.nn import QuantLinear, load
-from halfbyte.targets import open_checkpoint
+from halfbyte.registry import SOURCES
+from halfbyte.targets.gguf.source import GGUFCheckpoint
 from models.families import FAMILIES, GEOMETRY, Family
 
 TOKENS = torch.randint(0, 250, (2, 32), generator=torch.Generator().manual_seed(1))
@@ -33,7 +34,7 @@ def by_transformers(path):
 
 
 def walked(path):
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     walk = Walk(checkpoint, TOKENS, checkpoint.dtype)
     for _ in walk:
         pass
@@ -117,8 +118,8 @@ def test_what_is_skipped_and_what_is_overridden(tmp_path):
     }
     assert "model.layers.1.mlp.down_proj.weight" in report["kept"]
     assert {"model.layers.1.mlp.up_proj", "model.layers.1.self_attn.o_proj"} <= set(grids)
-    assert {w.tensor for w in open_checkpoint(source).weights() if w.name in grids} | set(report["kept"]) == set(
-        open_checkpoint(source).entries
+    assert {w.tensor for w in Checkpoint.open(source).weights() if w.name in grids} | set(report["kept"]) == set(
+        Checkpoint.open(source).entries
     )
     assert torch.equal(by_transformers(tmp_path / "out"), logits_of(load(tmp_path / "out")))
     with pytest.raises(BadRequest, match=r"matches no weight.*model\.layers\.0"):
@@ -212,7 +213,7 @@ def test_the_text_decoder_beside_an_image_encoder(tmp_path, kind):
     model.save_pretrained(source)
     torch.testing.assert_close(walked(source), logits_of(model))
     report = halfbyte.quantize(source, out, **WORDS)
-    assert {w.name for w in open_checkpoint(source).weights() if w.block} == {row["name"] for row in report["weights"]}
+    assert {w.name for w in Checkpoint.open(source).weights() if w.block} == {row["name"] for row in report["weights"]}
     assert not any("vision" in row["name"] or "visual" in row["name"] for row in report["weights"])
     again = transformers.AutoModelForImageTextToText.from_pretrained(out, dtype="auto")
     torch.testing.assert_close(logits_of(again), logits_of(load(out)))
@@ -222,7 +223,7 @@ def test_the_text_decoder_beside_an_image_encoder(tmp_path, kind):
 
 
 def test_a_checkpoint_is_a_value_that_others_are_made_of(tmp_path):
-    checkpoint = open_checkpoint(LLAMA.save(tmp_path / "model"))
+    checkpoint = Checkpoint.open(LLAMA.save(tmp_path / "model"))
     config = {**checkpoint.config, "model_type": "other"}
     other = checkpoint.replaced(config=config)
     assert (other.model_type, checkpoint.model_type) == ("other", "llama")
@@ -234,9 +235,14 @@ def test_a_checkpoint_is_a_value_that_others_are_made_of(tmp_path):
             setattr(checkpoint, name, None)
 
 
-def test_scripts_open_any_kind_of_checkpoint_by_its_class(tmp_path):
+def test_any_kind_of_checkpoint_is_opened_by_the_class(tmp_path, monkeypatch):
     tiny.make(tmp_path / "model")
     halfbyte.quantize(tmp_path / "model", tmp_path / "out.gguf", grid="Q8_0", method="nearest")
-    for path in (tmp_path / "model", tmp_path / "out.gguf"):
-        assert type(Checkpoint.open(path)) is type(open_checkpoint(path))
-        assert Checkpoint.open(path).tensors() == open_checkpoint(path).tensors()
+    assert type(Checkpoint.open(tmp_path / "model")) is Checkpoint
+    assert type(Checkpoint.open(tmp_path / "out.gguf")) is GGUFCheckpoint
+    monkeypatch.setitem(SOURCES, ".other", "halfbyte.targets.gguf.source:GGUFCheckpoint")
+    (tmp_path / "out.gguf").rename(tmp_path / "out.other")
+    assert type(Checkpoint.open(tmp_path / "out.other")) is GGUFCheckpoint
+    (tmp_path / "out.txt").touch()
+    with pytest.raises(BadCheckpoint, match=r"out\.txt is a file and no \.gguf or \.other"):
+        Checkpoint.open(tmp_path / "out.txt")

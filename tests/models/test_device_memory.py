@@ -15,7 +15,6 @@ import tiny
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.memory import device_memory
 from halfbyte.models.placement import Placement
-from halfbyte.targets import open_checkpoint
 
 GPU = torch.device("cuda:0")
 LLAMA_8B = {
@@ -56,7 +55,7 @@ def without_weights(folder: Path, config: dict) -> Checkpoint:
     with open(folder / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(words)) + words)
         file.truncate(8 + len(words) + at)
-    return open_checkpoint(folder)
+    return Checkpoint.open(folder)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_what_the_model_of_memory_says_is_what_a_run_takes(tmp_path, monkeypatch
     placement = Placement(hidden_device_bytes=10**9, batch_tokens=512)
     monkeypatch.setattr(Placement, "on", lambda device, scratch=None: placement)
     calibration = {"source": str(tiny.text(tmp_path / "text.txt")), "samples": 24, "length": 128}
-    expected = device_memory(open_checkpoint(source), 24, 128, placement)
+    expected = device_memory(Checkpoint.open(source), 24, 128, placement)
     with Peak() as peak:
         halfbyte.quantize(source, tmp_path / "out", method="gptq", calibration=calibration, device="cpu")
     assert 0.4 * expected.total < peak.most < expected.total

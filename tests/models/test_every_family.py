@@ -10,7 +10,6 @@ from halfbyte.errors import Unsupported
 from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
-from halfbyte.targets import open_checkpoint
 from models.every import ENCODERS, EVERY, TOKENS, outputs
 
 ENCODER_LISTS = (
@@ -57,7 +56,7 @@ def test_a_walk_and_a_loaded_model_compute_what_transformers_computes(name, tmp_
     expected = outputs(theirs)
     assert torch.isfinite(expected).all()
     assert expected.std() > 1e-3
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
 
     if name in UNLOADED:
         with pytest.raises(Unsupported, match=UNLOADED[name]):
@@ -81,4 +80,4 @@ def test_a_walk_and_a_loaded_model_compute_what_transformers_computes(name, tmp_
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_are_refused_by_name_and_told_what_works(name, tmp_path):
     with pytest.raises(Unsupported, match=r"run decoders on text, and \w+ is none.*--method nearest"):
-        walked(open_checkpoint(ENCODERS[name].save(tmp_path / "model")))
+        walked(Checkpoint.open(ENCODERS[name].save(tmp_path / "model")))

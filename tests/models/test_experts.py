@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import halfbyte
 import tiny
 from halfbyte.errors import Unsupported
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 from models.families import FAMILIES
 
 WORDS = {"grid": "int4-g16", "to": "compressed-tensors", "engine": "none"}
@@ -19,7 +19,7 @@ TOKENS = torch.randint(0, 250, (2, 32), generator=torch.Generator().manual_seed(
 
 
 def names_of(folder) -> set[str]:
-    return {re.sub(r"\.\d+\.", ".*.", name) for name in open_checkpoint(folder).quantized if "experts" in name}
+    return {re.sub(r"\.\d+\.", ".*.", name) for name in Checkpoint.open(folder).quantized if "experts" in name}
 
 
 @pytest.mark.parametrize("method", ["nearest", pytest.param("awq+gptq", marks=pytest.mark.slow)])
@@ -30,8 +30,8 @@ def test_the_same_bytes_from_either_spelling(tmp_path, method):
         "stacked": stacked.save(tmp_path / "stacked"),
         "apart": replace(stacked, as_published=True).save(tmp_path / "apart"),
     }
-    assert "model.layers.0.mlp.experts.gate_up_proj" in open_checkpoint(sources["stacked"]).entries
-    assert "model.layers.0.mlp.experts.3.up_proj.weight" in open_checkpoint(sources["apart"]).entries
+    assert "model.layers.0.mlp.experts.gate_up_proj" in Checkpoint.open(sources["stacked"]).entries
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in Checkpoint.open(sources["apart"]).entries
     written = {}
     for name, source in sources.items():
         halfbyte.quantize(
@@ -73,7 +73,7 @@ def test_each_expert_has_the_name_that_engines_look_for(tmp_path, family, names)
     report = halfbyte.quantize(source, out, method="nearest", **WORDS)
     assert names <= names_of(out) <= names | {n.replace("gate_proj", "up_proj").replace("w1", "w3") for n in names}
     assert len(report["weights"]) == len({row["name"] for row in report["weights"]}) == report["output"]["quantized"]
-    stacks = [t for t, e in open_checkpoint(source).entries.items() if len(e.shape) == 3]
+    stacks = [t for t, e in Checkpoint.open(source).entries.items() if len(e.shape) == 3]
     assert not set(stacks) & set(report["kept"])
     model, original = halfbyte.load(out), halfbyte.load(source)
     stacked = {name: p.float() for name, p in original.named_parameters() if p.dim() == 3}
@@ -89,7 +89,7 @@ def test_stacks_that_stay_stay_whole(tmp_path):
     assert names_of(tmp_path / "out") == {
         f"model.layers.*.feed_forward.experts.*.{part}_proj" for part in ("gate", "up")
     }
-    entries, before = open_checkpoint(tmp_path / "out").entries, open_checkpoint(source).entries
+    entries, before = Checkpoint.open(tmp_path / "out").entries, Checkpoint.open(source).entries
     assert torch.equal(
         entries["model.layers.0.feed_forward.experts.down_proj"].read(),
         before["model.layers.0.feed_forward.experts.down_proj"].read(),

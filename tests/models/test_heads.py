@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import halfbyte
 import tiny
 from halfbyte.errors import BadCheckpoint
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 from models.families import FAMILIES
 
 WORDS = {"method": "nearest", "grid": "int8-g32", "to": "compressed-tensors"}
@@ -59,7 +59,7 @@ def test_the_head_is_the_one_that_transformers_has(tmp_path, family, said, head)
             assert not (tmp_path / name).exists()
         return
     expected = head_of(model)
-    checkpoint = open_checkpoint(source)
+    checkpoint = Checkpoint.open(source)
     assert (
         checkpoint.tied == torch.equal(expected, model.get_input_embeddings().weight.detach().float())
         or head == "equal"

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import halfbyte
 from halfbyte.errors import BadCheckpoint
 from halfbyte.models import roles
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 from models.families import FAMILIES
 
 WORDS = {"method": "nearest", "grid": "int4-g16", "to": "compressed-tensors"}
@@ -97,7 +97,7 @@ def linears(model: nn.Module) -> set[str]:
 
 
 def taken(path) -> set[str]:
-    return {w.tensor for w in open_checkpoint(path).weights() if w.block}
+    return {w.tensor for w in Checkpoint.open(path).weights() if w.block}
 
 
 def odd(kind: str, path):
@@ -130,7 +130,7 @@ def test_the_linears_of_a_decoder_are_quantized(tmp_path, family):
 def test_what_only_looks_like_a_linear_is_kept(tmp_path, kind):
     model = odd(kind, tmp_path / "model")
     assert taken(tmp_path / "model") == linears(model) & set(
-        open_checkpoint(tmp_path / "model").entries
+        Checkpoint.open(tmp_path / "model").entries
     )  # Zamba's blocks share some
 
 
@@ -142,7 +142,7 @@ def test_both_stacks_of_an_encoder_decoder_are_quantized(tmp_path):
     again = transformers.T5ForConditionalGeneration.from_pretrained(
         tmp_path / "out", quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
     )
-    decoded = open_checkpoint(tmp_path / "out")
+    decoded = Checkpoint.open(tmp_path / "out")
     for name in ("encoder.block.1.layer.0.SelfAttention.q.weight", "decoder.block.0.layer.1.EncDecAttention.v.weight"):
         assert torch.equal(again.get_parameter(name).float(), decoded.read(name).float())
 
@@ -150,7 +150,7 @@ def test_both_stacks_of_an_encoder_decoder_are_quantized(tmp_path):
 def test_how_a_matrix_lies_is_asked_too(tmp_path, monkeypatch):
     path = FAMILIES["gpt2"].save(tmp_path / "model")
     monkeypatch.setattr(roles, "TRANSPOSED", {})
-    assert [w.transposed for w in open_checkpoint(path).weights() if w.block] == [True] * 8
+    assert [w.transposed for w in Checkpoint.open(path).weights() if w.block] == [True] * 8
     config = json.loads((path / "config.json").read_text())  # the same names, of linears
     (path / "config.json").write_text(
         json.dumps(

@@ -17,7 +17,6 @@ from halfbyte.models.collect import collect, in_parts, reading_groups
 from halfbyte.models.placement import Placement
 from halfbyte.models.streams import Stream
 from halfbyte.models.walk import Walk
-from halfbyte.targets import open_checkpoint
 from models.families import FAMILIES
 
 TOKENS = torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(0))
@@ -32,7 +31,7 @@ def outputs(checkpoint: Checkpoint, placement: Placement | None = None) -> torch
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory) -> Checkpoint:
-    return open_checkpoint(FAMILIES["mixtral"].save(tmp_path_factory.mktemp("pass") / "mixtral"))
+    return Checkpoint.open(FAMILIES["mixtral"].save(tmp_path_factory.mktemp("pass") / "mixtral"))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +127,7 @@ class Full:
 
 @pytest.mark.parametrize("family", ["mixtral", "llama", "gemma2"])
 def test_too_little_memory_halves_batches_and_goes_on(family, tmp_path):
-    checkpoint = open_checkpoint(FAMILIES[family].save(tmp_path / "model"))
+    checkpoint = Checkpoint.open(FAMILIES[family].save(tmp_path / "model"))
     walk = Walk(checkpoint, TOKENS, torch.float32)
     for number, block in enumerate(walk):
         if number == 1:
@@ -170,6 +169,6 @@ def test_a_stage_after_the_last_block_sees_the_whole_model_and_may_write_anew(ll
     calibration = {"source": text, "samples": 6, "length": 32}
     report = halfbyte.quantize(llama, tmp_path / "out", method="gptq", calibration=calibration, engine="none")
     assert seen == [row.name for row in report.weights]
-    written = open_checkpoint(tmp_path / "out").read_quantized(seen[0])
-    expected = blockwise.SOLVERS["minmax"](open_checkpoint(llama).read(f"{seen[0]}.weight"), written.grid, None)
+    written = Checkpoint.open(tmp_path / "out").read_quantized(seen[0])
+    expected = blockwise.SOLVERS["minmax"](Checkpoint.open(llama).read(f"{seen[0]}.weight"), written.grid, None)
     assert written.equal(expected)

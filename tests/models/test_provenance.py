@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import tiny
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.provenance import Provenance, provenance_of
-from halfbyte.targets import open_checkpoint
 
 CARD = """---
 license: other
@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> Path:
 
 def test_the_card_says_it(model):
     (model / "README.md").write_text(CARD)
-    assert provenance_of(open_checkpoint(model), str(model)) == Provenance(
+    assert provenance_of(Checkpoint.open(model), str(model)) == Provenance(
         "Made-Model-2M",
         None,
         "other",
@@ -55,18 +55,18 @@ def test_the_card_says_it(model):
 )
 def test_a_card_that_says_nothing_is_none(card, model):
     (model / "README.md").write_text(card)
-    assert provenance_of(open_checkpoint(model), str(model)) == Provenance("Made-Model-2M")
+    assert provenance_of(Checkpoint.open(model), str(model)) == Provenance("Made-Model-2M")
 
 
 def test_a_repository_is_known_by_what_was_asked_and_by_the_hubs_cache(model, tmp_path):
-    assert provenance_of(open_checkpoint(model), "org/Model-2M@main").repository == "org/Model-2M"
+    assert provenance_of(Checkpoint.open(model), "org/Model-2M@main").repository == "org/Model-2M"
     cached = tmp_path / "models--org--Model-2M" / "snapshots" / "0123abcd"
     cached.parent.mkdir(parents=True)
     model.rename(cached)
-    found = provenance_of(open_checkpoint(cached), str(cached))
+    found = provenance_of(Checkpoint.open(cached), str(cached))
     assert (found.name, found.repository, found.made_of) == ("Model-2M", "org/Model-2M", ("org/Model-2M",))
 
 
 def test_without_a_repository_what_is_behind_the_source_is_known(model):
     (model / "README.md").write_text(CARD)
-    assert provenance_of(open_checkpoint(model), str(model)).made_of == ("org/base-7B",)
+    assert provenance_of(Checkpoint.open(model), str(model)).made_of == ("org/base-7B",)

@@ -10,7 +10,7 @@ import halfbyte
 import tiny
 from halfbyte.errors import BadCheckpoint
 from halfbyte.models import sizes
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_half_a_matrix_is_refused_by_methods_without_a_model(home, source, modul
 def test_of_a_model_that_transformers_does_not_know_nothing_is_said(home, tmp_path):
     folder = halved(home / "model", tmp_path / "model", "mlp.up_proj", (1,))
     with pytest.raises(BadCheckpoint, match=r"layers\.1\.mlp\.up_proj"):
-        sizes.require(open_checkpoint(folder))
+        sizes.require(Checkpoint.open(folder))
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"llama"', '"of-its-own"').replace("Llama", "OfItsOwn"))
-    sizes.require(open_checkpoint(folder))
+    sizes.require(Checkpoint.open(folder))

@@ -11,8 +11,8 @@ import halfbyte
 import tiny
 from halfbyte.errors import BadCheckpoint, BrokenOutput, Unsupported
 from halfbyte.evaluation.divergence import mean_and_error
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report.numbers import require_finite
-from halfbyte.targets import open_checkpoint
 from models.every import EVERY, outputs
 from models.families import FAMILIES
 from models.test_every_family import walked
@@ -58,7 +58,7 @@ def test_a_shared_block_is_quantized_once_and_runs_so_wherever_it_stands(zamba, 
     model = halfbyte.load(tmp_path / "out", torch.float32)
     layers = model.model.layers
     assert layers[3].shared_transf.feed_forward.up_proj is layers[1].shared_transf.feed_forward.up_proj
-    torch.testing.assert_close(walked(open_checkpoint(tmp_path / "out")), outputs(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(walked(Checkpoint.open(tmp_path / "out")), outputs(model), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(outputs(model), outputs(halfbyte.load(zamba, torch.float32)), rtol=1e-2)
 
 
@@ -76,7 +76,7 @@ def test_one_expert_that_is_missing_is_missed(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    for use in (lambda: halfbyte.load(folder), lambda: walked(open_checkpoint(folder))):
+    for use in (lambda: halfbyte.load(folder), lambda: walked(Checkpoint.open(folder))):
         with pytest.raises(
             BadCheckpoint,
             match=r"lacks 1 tensor of 'mixtral', or parts of them, the first "

@@ -7,9 +7,9 @@ import pytest
 
 import halfbyte
 import tiny
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.sizing.accounting import accounting_of
 from halfbyte.sizing.cache import TYPES, Settings, cache_bytes, layers_of
-from halfbyte.targets import open_checkpoint
 
 llama_cpp = pytest.importorskip("llama_cpp")
 GGML_TYPES = {"16 bits": 1, "q8_0": 8, "q4_0": 2}
@@ -43,7 +43,7 @@ def gguf(tmp_path_factory):
 def test_cache(gguf, context, kind):
     log = log_of(gguf, context, kind)
     allocated = sum(float(mib) for mib in re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log))
-    layers = layers_of(open_checkpoint(gguf).config)
+    layers = layers_of(Checkpoint.open(gguf).config)
     planned = cache_bytes(layers, context, 1, TYPES[kind], accounting_of("llama.cpp").paging(0))
     assert planned / MIB == pytest.approx(allocated, abs=0.01)
 

@@ -11,13 +11,13 @@ from halfbyte import demo
 from halfbyte.containers.safetensors import DTYPES
 from halfbyte.errors import BadRequest
 from halfbyte.models import headers
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.plan import resolve
 from halfbyte.recipe import Recipe
 from halfbyte.sizing.accounting import accounting_of
 from halfbyte.sizing.cache import TYPES, Settings, layers_of
 from halfbyte.sizing.devices import device_called
 from halfbyte.sizing.memory import Load, Model, Weights, parameters_of, weights_of
-from halfbyte.targets import open_checkpoint
 
 H100 = device_called("h100")
 
@@ -80,7 +80,7 @@ def test_longest_and_largest_are_the_last_that_fit():
 
 def test_headers_are_enough():
     """What is planned from headers is what is planned from the files."""
-    whole = open_checkpoint(demo.MODEL)
+    whole = Checkpoint.open(demo.MODEL)
     alone = headers.HeaderCheckpoint(whole.path, whole.config, whole.entries)
     plans = [resolve(Recipe.of(model="demo", grid="int4-g128"), source) for source in (whole, alone)]
     assert plans[0].target.writer(plans[0]).tensors() == plans[1].target.writer(plans[1]).tensors()
@@ -88,7 +88,7 @@ def test_headers_are_enough():
 
 def test_a_hub_id_costs_config_and_headers(monkeypatch, tmp_path):
     """Of a hub that has one model; nothing else is asked for."""
-    whole = open_checkpoint(demo.MODEL)
+    whole = Checkpoint.open(demo.MODEL)
     (tmp_path / "config.json").write_text(json.dumps(whole.config))
     asked = []
 

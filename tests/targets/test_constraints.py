@@ -6,12 +6,12 @@ import halfbyte
 from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import Unsupported
 from halfbyte.grids import parse
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.names import FUSED, Expert, fused_set
 from halfbyte.plan import resolve
 from halfbyte.recipe import Recipe
-from halfbyte.targets import TARGETS, open_checkpoint
 from halfbyte.targets.constraints import Rule, TiedGroup, fused, may_stay, stacks
+from halfbyte.targets.table import TARGETS
 from models.families import FAMILIES
 
 BLOCK = "model.layers.0"
@@ -56,7 +56,7 @@ def test_experts_of_a_stack_are_quantized_together_or_not_at_all():
 
 
 def test_containers_of_one_scheme_tie_all_weights(tmp_path):
-    checkpoint = open_checkpoint(FAMILIES["llama"].save(tmp_path / "model"))
+    checkpoint = Checkpoint.open(FAMILIES["llama"].save(tmp_path / "model"))
     weights = list(checkpoint.weights())
     tied = {name: target.ties(checkpoint, weights) for name, target in TARGETS.items()}
     assert {name for name, groups in tied.items() if groups} == {"awq", "bitsandbytes", "fp8"}
@@ -67,7 +67,7 @@ def test_containers_of_one_scheme_tie_all_weights(tmp_path):
 
 def test_experts_that_become_one_tensor_need_one_type_before_anything_is_written(tmp_path):
     source = FAMILIES["mixtral"].save(tmp_path / "model")
-    one = next(w.name for w in open_checkpoint(source).weights() if Expert.of(w.name))
+    one = next(w.name for w in Checkpoint.open(source).weights() if Expert.of(w.name))
     with pytest.raises(Unsupported, match=r"holds all experts of a block, so they need one type, not Q4_0, Q8_0"):
         resolve(Recipe(model=str(source), method="nearest", grid="Q8_0", to="gguf", override={one: "q4_0"}))
     with pytest.raises(Unsupported, match="so they need one type, not 16 bits, Q8_0"):

@@ -1,89 +1,52 @@
-"""A form of output that nobody has heard of: one class, and one line in the table."""
+"""A form of output that nobody has heard of: its classes (bare.py), and one line in the table."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from bare import Raw
 
 import halfbyte
 from halfbyte import demo
-from halfbyte.containers.folder import Shard
-from halfbyte.containers.safetensors import Entry, Output, Spec
 from halfbyte.errors import BrokenOutput, Unsupported
-from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.grids.scalar import is_integer
-from halfbyte.targets import TARGETS, CheckpointWriter, Plan, Target
+from halfbyte.targets.table import TARGETS
 
 MODULE = "model.layers.0.mlp.up_proj"
-
-
-class RawWriter(CheckpointWriter):
-    """A file of bare numbers for each tensor, and a list of them."""
-
-    def shards(self, stem: str) -> dict[str, Shard]:
-        return {
-            f"{name}.raw": Shard(spec.size_bytes, partial(_output, name, spec)) for name, spec in self.tensors().items()
-        }
-
-    def write_sidecars(self, folder: Path) -> None:
-        said = {name: [list(spec.shape), str(spec.dtype)] for name, spec in self.tensors().items()}
-        (folder / "tensors.json").write_text(json.dumps(said))
-
-    def reopen(self, folder: Path) -> Mapping[str, Entry]:
-        found = {}
-        for name, (shape, dtype) in json.loads((folder / "tensors.json").read_text()).items():
-            kind = getattr(torch, dtype.removeprefix("torch."))
-            found[name] = Entry(tuple(shape), kind, folder / f"{name}.raw", 1)
-        if found.keys() != self.tensors().keys():
-            raise BrokenOutput("the list of tensors is not whole")
-        return found
-
-
-def _output(name: str, spec: Spec, path: Path, resume: bool) -> Output:
-    return Output(path, b"\n", {name: Entry(spec.shape, spec.dtype, path, 1)}, 1 + spec.size_bytes, resume)
-
-
-@dataclass(frozen=True)
-class Raw(Target):
-    """int8 per channel, a byte for each weight."""
-
-    marks = ("tensors.json",)
-
-    @property
-    def name(self) -> str:
-        return "raw"
-
-    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
-        return scheme.weight.with_scale("fp32") if is_integer(scheme) else scheme
-
-    def check(self, scheme: AnyScheme, shape: Shape) -> None:
-        if str(scheme) != "int8-channel-fp32":
-            raise Unsupported(f"raw holds int8-channel, not {scheme}")
-
-    def specs(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
-        return {"codes": Spec(shape, torch.uint8), "scale": Spec((shape[0], 1), torch.float32)}
-
-    def pack(self, q: Quantized) -> dict[str, Tensor]:
-        return {"codes": q.codes, "scale": q.params["scale"]}
-
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
-        return Quantized(scheme.weight, tensors["codes"], {"scale": tensors["scale"]})
-
-    def writer(self, plan: Plan) -> CheckpointWriter:
-        return RawWriter(plan)
 
 
 @pytest.fixture
 def raw(monkeypatch):
     monkeypatch.setitem(TARGETS, "raw", Raw())
     return {"method": "nearest", "grid": "int8-channel", "to": "raw", "engine": "none"}
+
+
+ONE_LINE = """
+from halfbyte import registry
+registry.FORMS["raw"] = registry.Form("bare:Raw")
+"""
+COMMAND = """
+import sys
+from halfbyte.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_the_command_line_knows_it_by_one_line(tmp_path):
+    asked = ("quantize", demo.MODEL, "-o", tmp_path / "out", "--method", "nearest", "--grid", "int8-channel")
+    words = [*map(str, asked), "--to", "raw", "--engine", "none"]
+    home = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))}
+    for line, status in ((ONE_LINE, 0), ("", 2)):
+        made = subprocess.run(
+            [sys.executable, "-c", line + COMMAND, *words], capture_output=True, text=True, check=False, env=home
+        )
+        assert made.returncode == status, made.stderr
+        assert (tmp_path / "out" / "tensors.json").exists() == (status == 0)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def test_a_model_is_quantized_and_verified(raw, tmp_path):

@@ -11,17 +11,14 @@ import pytest
 import halfbyte
 from halfbyte.containers import READERS
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.targets import TARGETS
+from halfbyte.targets.table import TARGETS
 
 ROOT = Path(halfbyte.__file__).parent
 OWN = ("targets/gguf", "demo")
 REGISTRIES = {
-    "targets/__init__.py": "the table of targets",
-    "targets/sources.py": "the table of what is read",
-    "words.py": "names that people write, checked before torch is imported",
+    "registry.py": "the tables of forms of output and of checkpoints",
     "engines/engines.py": "what each engine loads, and by which names it is called",
     "demonstration.py": "the rows of the demo",
-    "models/checkpoint.py": "files that hold weights, whoever wrote them",
     "kernels/lattice.py": "the package gguf, which has ggml's codebooks",
     "api.py": "halfbyte imatrix, which measures and writes llama.cpp's importance matrices",
     "pipeline.py": "--imatrix, which reads them",

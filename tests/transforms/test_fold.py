@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from halfbyte import grids
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
-from halfbyte.targets import open_checkpoint
 from halfbyte.transforms.fold import Finder, Producer, Proof, row_maps
 from halfbyte.transforms.scale import Site
 from models.families import EXPERT_UP_DOWN, EXPERTS, FAMILIES, LLAMA, Family
@@ -17,7 +17,7 @@ GRID = grids.parse("int8-channel")
 
 
 def first_block(family, folder, tokens=TOKENS):
-    checkpoint = open_checkpoint(family.save(folder / "model"))
+    checkpoint = Checkpoint.open(family.save(folder / "model"))
     walk = Walk(checkpoint, tokens, checkpoint.dtype)
     walk.start()
     walk.blocks[0].load(walk.source)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from halfbyte.grids import schemes
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.collect import collect
 from halfbyte.models.walk import Walk
-from halfbyte.targets import open_checkpoint
 from halfbyte.transforms import TRANSFORMS, Settings
 from halfbyte.transforms.fold import Finder
 from halfbyte.transforms.scale import Site
@@ -20,7 +20,7 @@ SCHEMES = {"awq": "int3-g32", "smoothquant": "int8-tensor/int8-static", "smoothq
 
 def uneven_block(family, folder):
     """The first block, its inputs and norms of channels of unlike size: something to gain."""
-    checkpoint = open_checkpoint(FAMILIES[family].save(folder / "model"))
+    checkpoint = Checkpoint.open(FAMILIES[family].save(folder / "model"))
     walk = Walk(checkpoint, TOKENS, torch.float32)
     walk.start()
     block = walk.blocks[0]

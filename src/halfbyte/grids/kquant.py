@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from halfbyte import formats
 from halfbyte.errors import BadRequest, UnknownName
+from halfbyte.formats import KFormat
 from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 from halfbyte.kernels import kquant, scalar
-from halfbyte.kernels.kquant import KFormat
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,4 @@ class KQuant(KFormat, Grid):
         return product if offset is None else product + offset
 
 
-KQUANTS: dict[str, KQuant] = {
-    grid.name: grid
-    for grid in (
-        KQuant("q2_k", 256, 16, 3, None, (0, 15), 84 * 8),
-        KQuant("q3_k", 256, 16, 7, 4, (-32, 31), 110 * 8),
-        KQuant("q4_k", 256, 32, 15, None, (0, 63), 144 * 8),
-        KQuant("q5_k", 256, 32, 31, None, (0, 63), 176 * 8),
-        KQuant("q6_k", 256, 16, 63, 32, (-128, 127), 210 * 8),
-        KQuant("q4_1", 32, 32, 15, None, None, 20 * 8),
-        KQuant("q5_1", 32, 32, 31, None, None, 24 * 8),
-        KQuant("tq1_0", 256, 256, 2, 1, None, 54 * 8),
-        KQuant("tq2_0", 256, 256, 2, 1, None, 66 * 8),
-    )
-}
+KQUANTS: dict[str, KQuant] = {name: KQuant(**vars(row)) for name, row in formats.KQUANTS.items()}

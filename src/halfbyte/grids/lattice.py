@@ -19,6 +19,7 @@ from functools import partial
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from halfbyte import formats
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 from halfbyte.kernels import lattice
@@ -27,7 +28,7 @@ from halfbyte.kernels.lattice import SUPER, Lattice
 
 @dataclass(frozen=True)
 class LatticeGrid(Lattice, Grid):
-    """A lattice of ggml; a row of LATTICE_GRIDS says all there is to say about one."""
+    """A lattice of ggml; a row of `formats.LATTICES` says all there is to say about one."""
 
     def __str__(self) -> str:
         return self.name
@@ -72,13 +73,4 @@ class LatticeGrid(Lattice, Grid):
         return (self.scales(params)[..., None] * values).flatten(1)
 
 
-IQ2, IQ1 = (8, 25, 43), (0.125, 0.875, 1.125)
-LATTICE_GRIDS: dict[str, LatticeGrid] = {
-    "iq3_s": LatticeGrid("iq3_s", (1, 3, 5, 7, 9, 11, 13, 15), 4, 4, 32, 15, 1, 0.162, False, 880),
-    "iq3_xxs": LatticeGrid("iq3_xxs", (4, 12, 20, 28, 36, 44, 52, 62), 4, 8, 32, 15, 1 / 4, 0.037, True, 784),
-    "iq2_s": LatticeGrid("iq2_s", IQ2, 8, 8, 16, 15, 1 / 8, 0.0445, False, 656),
-    "iq2_xs": LatticeGrid("iq2_xs", IQ2, 8, 8, 16, 15, 1 / 8, 0.0435, True, 592),
-    "iq2_xxs": LatticeGrid("iq2_xxs", IQ2, 8, 8, 32, 15, 1 / 8, 0.044, True, 528),
-    "iq1_s": LatticeGrid("iq1_s", IQ1, 8, 32, 32, 7, 1, 0, False, 400),
-    "iq1_m": LatticeGrid("iq1_m", IQ1, 8, 8, 16, 7, 1, 0, False, 448),
-}
+LATTICE_GRIDS: dict[str, LatticeGrid] = {name: LatticeGrid(**vars(row)) for name, row in formats.LATTICES.items()}

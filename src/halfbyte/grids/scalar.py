@@ -1,4 +1,4 @@
-"""Scalar grids, levels times scales: every one is a value of the one class, and a line of a table here.
+"""Scalar grids, levels times scales: every one is a value of the one class, made of a row of `halfbyte.formats`.
 
     int4-g128          q in [-8, 7], w = scale * q, one scale per 128 in-features
     int4-g128-asym     q in [0, 15], w = scale * (q - zero), an integer zero point per group
@@ -20,7 +20,6 @@ this gives the extra negative level to whichever side of zero needs it (as llama
 multiplies by it just the same.
 """
 
-import re
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeGuard
@@ -29,7 +28,9 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from halfbyte import formats
 from halfbyte.errors import BadRequest, Unsupported
+from halfbyte.formats import ScalarFormat
 from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 from halfbyte.kernels import levels as known
 from halfbyte.kernels import scalar
@@ -39,6 +40,7 @@ from halfbyte.kernels.scales import (
     FP16,
     FP32,
     NUMBERS,
+    AnyStorage,
     Byte,
     Microscale,
     Nested,
@@ -49,11 +51,6 @@ from halfbyte.kernels.scales import (
 )
 
 SCALE_DTYPES = {name: number.dtype for name, number in NUMBERS.items()}
-INTEGERS = re.compile(
-    r"int(?P<bits>[2-8])-(?P<granularity>tensor|channel|g(?P<group>[1-9]\d*))(?P<asym>-asym)?(-(?P<scale>fp16|bf16|fp32))?"
-)
-FP8 = re.compile(r"fp8-(?P<levels>e4m3|e5m2)-(?P<granularity>tensor|channel|block)(-(?P<scale>fp32|bf16|fp16))?")
-ABSMAX = re.compile(r"(?P<kind>nf4|fp4)-g(?P<group>[1-9]\d*)(?P<double>-double)?")
 ABSMAX_GROUPS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -166,6 +163,11 @@ class ScalarGrid(Grid):
         return _named(self.levels, replace(self.scales, storage=NUMBERS[scale]))
 
 
+def made(name: str, row: ScalarFormat) -> ScalarGrid:
+    """The grid that a row of formats describes."""
+    return ScalarGrid(name, LEVELS[row.levels], Scales(row.granularity, STORAGES[row.scales], row.flat))
+
+
 def is_integer(grid: Grid) -> TypeGuard[ScalarGrid]:
     """Whether weights are integers times numbers of 16 or 32 bits: what INT kernels multiply by."""
     return isinstance(grid, ScalarGrid) and isinstance(grid.levels, Even) and grid.scale != ""
@@ -208,12 +210,12 @@ def _named(levels: Levels, scales: Scales) -> ScalarGrid:
 
 def parse(name: str) -> ScalarGrid | None:
     """The grid of a name that follows a pattern; None for other names."""
-    if match := INTEGERS.fullmatch(name):
+    if match := formats.INTEGERS.fullmatch(name):
         granularity = int(match["group"]) if match["group"] else match["granularity"]
         return integers(int(match["bits"]), granularity, not match["asym"], match["scale"] or "fp16")
-    if match := FP8.fullmatch(name):
+    if match := formats.FP8.fullmatch(name):
         return fp8(match["levels"], match["granularity"], match["scale"] or "fp32")
-    if match := ABSMAX.fullmatch(name):
+    if match := formats.ABSMAX.fullmatch(name):
         if int(match["group"]) not in ABSMAX_GROUPS:
             sizes = ", ".join(map(str, ABSMAX_GROUPS))
             raise BadRequest(
@@ -237,41 +239,32 @@ HALF, SINGLE = (
     )
 )
 """Scales that put the weight of the largest magnitude on other levels than IQ4's last, -127."""
-GGML_E2M1 = table_of(known.E2M1, 12), table_of(known.E2M1, 8 * 2**0.5)
-
-NVFP4 = ScalarGrid("nvfp4", known.E2M1, Scales(16, UnderGlobal()))
+LEVELS: dict[str, Levels] = {
+    **{f"int{bits}": Even(bits) for bits in range(2, 9)},
+    **{f"int{bits}-asym": Even(bits, symmetric=False) for bits in range(2, 9)},
+    "int8-absmax": Even(8, steps=127),
+    **FLOATS,
+    **TABLES,
+    "iq4": IQ4,
+    "ggml-e2m1": table_of(known.E2M1, 12),
+    "ggml-e2m1-mx": table_of(known.E2M1, 8 * 2**0.5),
+}
+"""What formats call which numbers a code stands for."""
+STORAGES: dict[str, AnyStorage] = {
+    **NUMBERS,
+    "absmax": LARGEST,
+    "absmax-nested": Nested(LARGEST),
+    "iq4-fp16": HALF,
+    "iq4-under-fp16": UnderHalf(SINGLE, 32),
+    "ggml-e8m0": Byte("e8m0", (0, -1, 1)),
+    "ggml-e4m3": Byte("e4m3", (0, -2, -1, 1, 2, 3, 4, 5, 6)),
+    "e8m0": Microscale(),
+    "e4m3-under-global": UnderGlobal(),
+}
+"""What formats call how a scale is stored."""
+SCALAR_GRIDS: dict[str, ScalarGrid] = {name: made(name, row) for name, row in formats.SCALARS.items()}
+NVFP4, GGML_NVFP4, MXFP4 = (SCALAR_GRIDS[name] for name in ("nvfp4", "ggml-nvfp4", "mxfp4"))
+LLM_INT8 = SCALAR_GRIDS["llm-int8"]
 NVFP4_FACTOR = ScalarGrid("nvfp4-factor", known.E2M1, Scales(16, UnderGlobal(factor=True)))
 """nvfp4 with a factor in place of the divisor, as Model Optimizer's files have it. It is read and never fitted, so it
 is in no table."""
-MXFP4 = ScalarGrid("mxfp4", GGML_E2M1[1], Scales(32, Byte("e8m0", (0, -1, 1))))
-GGML_NVFP4 = ScalarGrid("ggml-nvfp4", GGML_E2M1[0], Scales(16, Byte("e4m3", (0, -2, -1, 1, 2, 3, 4, 5, 6))))
-LLM_INT8 = ScalarGrid("llm-int8", Even(8, steps=127), Scales("channel", LARGEST))
-
-SCALAR_GRIDS: dict[str, ScalarGrid] = {
-    **{
-        grid.name: grid
-        for bits in range(2, 9)
-        for granularity in (32, 64, 128, "channel", "tensor")
-        for grid in (
-            integers(bits, granularity),
-            *([integers(bits, granularity, symmetric=False)] if granularity != "tensor" else []),
-        )
-    },
-    "iq4_nl": ScalarGrid("iq4_nl", IQ4, Scales(32, HALF)),
-    "iq4_xs": ScalarGrid("iq4_xs", IQ4, Scales(32, UnderHalf(SINGLE, 32))),
-    "mxfp4": MXFP4,
-    "ggml-nvfp4": GGML_NVFP4,
-    **{
-        grid.name: grid
-        for levels in ("e4m3", "e5m2")
-        for granularity in ("tensor", "channel", "block")
-        for grid in (fp8(levels, granularity),)
-    },
-    **{
-        f"mxfp{FLOATS[e].bits}-{e}": ScalarGrid(f"mxfp{FLOATS[e].bits}-{e}", FLOATS[e], Scales(32, Microscale()))
-        for e in ("e4m3", "e5m2", "e2m3", "e3m2")
-    },
-    "nvfp4": NVFP4,
-    **{grid.name: grid for table in (NF4, FP4) for double in (False, True) for grid in (absmax(table, 64, double),)},
-    "llm-int8": LLM_INT8,
-}

@@ -13,45 +13,16 @@ Codes are not chosen here: `encode` rounds to the nearest level that was fitted,
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from halfbyte.formats import KFormat
 from halfbyte.kernels.choose import faster_on_cpu
 from halfbyte.kernels.scalar import half
 from halfbyte.kernels.scales import Params
-
-
-@dataclass(frozen=True)
-class KFormat:
-    """What there is to know of a K-quant."""
-
-    name: str
-    super_block: int
-    """In-features that share the fp16 numbers."""
-    group: int
-    """In-features that share one scale of the lowest level."""
-    top: int
-    """The largest code."""
-    zero: int | None
-    """The code of zero; None: codes count from a minimum."""
-    scales: tuple[int, int] | None
-    """The range of the integer scales (and, from 0, of the integer minima); None: one level."""
-    stored_bits: int
-    """Bytes of a block, in bits: padding and all."""
-
-    @property
-    def has_minimum(self) -> bool:
-        return self.zero is None
-
-    @property
-    def middle(self) -> int:
-        """The code that stands for the offset."""
-        return self.zero or 0
-
 
 FLOOR = 1e-6
 """Least importance, as a share of the mean: weights that no input reaches are still fitted, to themselves."""

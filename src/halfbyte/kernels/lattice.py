@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int16, Int32, Int64, UInt8, UInt16
 from torch import Tensor
 
 from halfbyte.errors import Unsupported
+from halfbyte.formats import LatticeFormat
 from halfbyte.kernels.choose import faster_on_cpu
 from halfbyte.kernels.scalar import half
 from halfbyte.kernels.scales import Params
@@ -20,25 +21,8 @@ NEGATIVE = 0x80
 
 
 @dataclass(frozen=True)
-class Lattice:
-    """What there is to know of a lattice."""
-
-    name: str
-    magnitudes: tuple[int | float, ...]
-    dimension: int
-    """Magnitudes in one entry of the codebook."""
-    vector_size: int
-    group: int
-    """In-features that share an integer scale."""
-    top: int
-    """The largest integer scale."""
-    unit: int | float
-    spread: int | float
-    """The scale that suits normally distributed weights of variance 1."""
-    parity: bool
-    """The number of negative weights in each 8 is even."""
-    stored_bits: int
-    """Bytes of 256 weights, in bits."""
+class Lattice(LatticeFormat):
+    """A row of formats.LATTICES, and the arithmetic of its codes."""
 
     def scales(self, params: Params) -> Float32[Tensor, "out groups"]:
         """What each group's magnitudes are multiplied by."""

@@ -1,13 +1,14 @@
 """The checkpoint is the truth: its tensors, its config, and everything else in its folder."""
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib import import_module
 from math import prod
 from pathlib import Path, PureWindowsPath
+from pkgutil import resolve_name
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,13 @@ from halfbyte.containers.container import Modules, require_parts, told
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief, plural
 from halfbyte.files import exists, is_within, read_object
+from halfbyte.formats import DTYPES
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, PackedMatrix, Quantized
 from halfbyte.models import cards, roles, tokenizers
 from halfbyte.models.linears import Linears, linears
+from halfbyte.registry import SOURCES
 
 if TYPE_CHECKING:
     from halfbyte.models.adapter import Adapter
@@ -38,10 +41,12 @@ COARSEST, CHECKED = 2**-8, 1 << 18
 NOT_COPIED = ("config.json", MODELOPT, "quantize_config.json", "quant_config.json", "adapter_config.json")
 """They say how the source is quantized, or what is to be added to it; an output that needs such a file gets its own."""
 ADAPTER = re.compile(r"adapter_.*\.safetensors")
-WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|onnx|gguf)$|.*\.index\.json$")
+WEIGHTS = ("safetensors", "bin", "pt", "pth", "ckpt", "msgpack", "h5", "onnx", *(suffix[1:] for suffix in SOURCES))
+WEIGHT_FILE = re.compile(rf".*\.({'|'.join(WEIGHTS)})$|.*\.index\.json$")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 CODES = (torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 """What stands for a weight together with a scale only, in a checkpoint that is quantized."""
-DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPE_NAMES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,25 @@ class Checkpoint:
         other.__dict__.update(parts)
         return other
 
-    @classmethod
-    def open(cls, source: str | Path) -> "Checkpoint":
-        """Any checkpoint that is read, for scripts that know this name: `halfbyte.targets.open_checkpoint`, whose table
-        of kinds stands above this room."""
-        return import_module("halfbyte.targets").open_checkpoint(source)
+    @staticmethod
+    def open(source: str | Path) -> "Checkpoint":
+        """A folder of safetensors, a file or folder of another kind, or a hub id (org/name or org/name@revision).
+
+        Raises BadCheckpoint for what is none of these.
+        """
+        path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
+        if exists(path):
+            if home := next((home for suffix, home in SOURCES.items() if _is_of(path, suffix)), None):
+                return resolve_name(home)(path)
+            if path.is_dir():
+                return Checkpoint(path)
+            raise BadCheckpoint(
+                f"{source} is a file and no {' or '.join(SOURCES)}; name the folder that holds config.json and the "
+                "safetensors"
+            )
+        if HUB_ID.fullmatch(str(source)):
+            return Checkpoint(download(str(source)))
+        raise BadCheckpoint(f"there is no folder {source}, and it is no hub id (org/name)")
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -500,16 +519,25 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def _is_of(path: Path, suffix: str) -> bool:
+    """Whether a file ends so, or a folder has such files and no safetensors."""
+    if path.is_file():
+        return path.suffix == suffix
+    return any(path.glob(f"*{suffix}")) and not any(path.glob("*.safetensors"))
+
+
 def download(source: str) -> Path:
+    """The folder of a model of the hub. Raises BadRequest."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    others = [f"*{suffix}" for suffix in SOURCES]
     name, _, revision = source.partition("@")
     try:
         folder = snapshot_download(
             name,
             revision=revision or None,
-            ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "original/*"],
+            ignore_patterns=["*.bin", "*.pt", "*.pth", "*.onnx", "*.h5", "original/*", *others],
         )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -4,8 +4,10 @@ from collections.abc import Iterable
 
 from halfbyte import grids
 from halfbyte.errors import BadRequest, UnknownName, Unsupported
+from halfbyte.formats import ALIASES
 from halfbyte.recipe import Recipe
-from halfbyte.targets import TARGETS, Target
+from halfbyte.targets.table import TARGETS
+from halfbyte.targets.target import Target
 from halfbyte.words import unknown_grid
 
 OF_SOME = ("pure", "pre")
@@ -28,7 +30,7 @@ def completed(recipe: Recipe, target: Target) -> Recipe:
 def require_known(target: Target, grid: str, overrides: Iterable[str] = ()) -> None:
     """Raise, saying what is most likely meant, for names that the target has no grid for."""
     for name, mixture in ((grid, True), *((words, False) for words in overrides if words != "keep")):
-        is_grid = name in grids.GRIDS or name in grids.ALIASES or target.has_presets
+        is_grid = name in grids.GRIDS or name in ALIASES or target.has_presets
         owner = None if is_grid else next((other for other in TARGETS.values() if other.prefers(name, None)), None)
         if owner:
             raise Unsupported(

@@ -12,6 +12,7 @@ from halfbyte.engines import verdicts
 from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
 from halfbyte.engines.verdicts import Verdict
 from halfbyte.errors import BadRequest, UnknownName, Unsupported, plural
+from halfbyte.formats import SCHEMES
 from halfbyte.grids import schemes
 from halfbyte.grids.quantized import AnyScheme
 from halfbyte.grids.scalar import is_float
@@ -19,8 +20,9 @@ from halfbyte.models import adapter, heads, sizes
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.plan import fits
 from halfbyte.recipe import Method, Recipe, method_named
-from halfbyte.targets import TARGETS, UNQUANTIZED, Plan, Target, open_checkpoint, target_named
-from halfbyte.targets.plan import commonest, doubts
+from halfbyte.targets.plan import Plan, commonest, doubts
+from halfbyte.targets.table import TARGETS, UNQUANTIZED, target_named
+from halfbyte.targets.target import Target
 from halfbyte.words import require_plain
 
 ANY_SHAPE = (1024, 1024)
@@ -30,7 +32,7 @@ ANY_SHAPE = (1024, 1024)
 def resolve(recipe: Recipe, source: Checkpoint | None = None) -> Plan:
     """Check every word of a recipe against the tables, the checkpoint's shapes and the engine's rules; `source` is the
     checkpoint that the recipe names, where that is open already."""
-    if (preset := schemes.PRESETS.get(recipe.grid.lower())) and "method" not in recipe.model_fields_set:
+    if (preset := SCHEMES.get(recipe.grid.lower())) and "method" not in recipe.model_fields_set:
         recipe = recipe.model_copy(update={"method": preset.method})
     method = method_named(recipe.method)
     recipe = recipe.model_copy(update={"engine": _engine(recipe.engine)})
@@ -72,7 +74,7 @@ def _of_source(checkpoint: Checkpoint) -> list[str]:
 
 def source_of(recipe: Recipe) -> Checkpoint:
     """The checkpoint that a recipe names, with its adapter."""
-    checkpoint = heads.settled(open_checkpoint(recipe.model))
+    checkpoint = heads.settled(Checkpoint.open(recipe.model))
     sizes.require(checkpoint)
     return adapter.merged(checkpoint, recipe.adapter) if recipe.adapter else checkpoint
 
@@ -221,7 +223,7 @@ def _with_importance(method: Method, recipe: Recipe) -> Method:
 
 def transcoding(source: str, to: str, grid: str | None = None, engine: str | None = None) -> Plan:
     """Moving a quantized checkpoint into another container, every grid as it is where that holds its values."""
-    checkpoint = heads.settled(open_checkpoint(source))
+    checkpoint = heads.settled(Checkpoint.open(source))
     sizes.require(checkpoint)
     if checkpoint.container is None:
         raise BadRequest(f"{source} is not quantized; to quantize it: halfbyte quantize {source} -o OUT --to {to}")

@@ -36,7 +36,7 @@ from halfbyte.report.types import (
     WeightReport,
 )
 from halfbyte.report.types import Plan as PlanReport
-from halfbyte.targets import Plan
+from halfbyte.targets.plan import Plan
 
 LOST, LOST_ROW = 0.5, 0.75
 """Relative errors beyond which a weight, or a row of one, says little of what it did; of two bits, usual ones lose .4,

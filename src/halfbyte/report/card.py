@@ -17,7 +17,8 @@ from halfbyte.errors import plural
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report.summary import size, worst, worst_activations
 from halfbyte.report.types import EngineReport, Report
-from halfbyte.targets import TARGETS, UNQUANTIZED, Target, beside, is_file
+from halfbyte.targets.table import TARGETS, UNQUANTIZED, beside, is_file
+from halfbyte.targets.target import Target
 
 
 def card(report: Report, path: Path) -> str:

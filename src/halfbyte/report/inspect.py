@@ -7,7 +7,6 @@ from halfbyte.errors import BadCheckpoint
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report import written
 from halfbyte.report.types import Inspection, Report, Sizes, Stored, WeightReport
-from halfbyte.targets import open_checkpoint
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -15,7 +14,7 @@ def inspect(path: str | Path) -> Inspection:
 
     Raises HalfbyteError. A report beside it that is not one of ours is named among the warnings.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     weights: list[WeightReport] = []
     report, warnings = None, []
     try:

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import torch
 
+from halfbyte import formats
 from halfbyte.engines.architectures import Config, Registry, registry
 from halfbyte.engines.engines import ENGINES, engine_named
 from halfbyte.engines.verdicts import Word, check
@@ -17,10 +18,10 @@ from halfbyte.models.checkpoint import Weight
 from halfbyte.recipe import METHODS, method_named
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Statistics
-from halfbyte.targets import TARGETS
+from halfbyte.targets.table import TARGETS
 
 OUT, WIDTH = 128, 256
-SCHEMES = [*GRIDS, *(preset.scheme for preset in schemes.PRESETS.values() if "/" in preset.scheme)]
+SCHEMES = [*GRIDS, *(preset.scheme for preset in formats.SCHEMES.values() if "/" in preset.scheme)]
 """All grids, with inputs in 16 bits, and the schemes that have a name."""
 
 

@@ -14,7 +14,7 @@ from halfbyte.files import read_object
 from halfbyte.report.card import card
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.types import SCHEMA, CacheRecord, CacheReport, EvaluationRecord, Measurements, Origin, Report
-from halfbyte.targets import beside
+from halfbyte.targets.table import beside
 
 CONDITIONS = ("reference_path", "reference_xxh3_128", "text", "windows", "length", "convention", "tokens_sha256")
 MEASURED = ("evaluation", "evaluations", "states", "needle", "foreign_states", "foreign_needle")

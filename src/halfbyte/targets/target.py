@@ -17,6 +17,7 @@ from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.recipe import Method, Recipe
+from halfbyte.registry import FORMS
 from halfbyte.targets import choosing
 from halfbyte.targets.constraints import EACH, Rule, TiedGroup, stacks
 from halfbyte.targets.plan import Plan
@@ -25,8 +26,6 @@ from halfbyte.targets.plan import Plan
 class Target(ABC):
     """What a quantized model is written as. Targets are values: what one is asked changes nothing in it."""
 
-    file_suffix: ClassVar[str | None] = None
-    """Of an output that is one file, with its report beside it; None: outputs are folders."""
     marks: ClassVar[tuple[str, ...]] = ()
     """Files, as patterns, by which a folder of it is known."""
     words: ClassVar[frozenset[str]] = frozenset()
@@ -52,6 +51,11 @@ class Target(ABC):
     def title(self) -> str:
         """As sentences have it."""
         return self.name
+
+    @property
+    def file_suffix(self) -> str | None:
+        """Of an output that is one file, with its report beside it; None: outputs are folders."""
+        return FORMS[self.name].suffix or None if self.name in FORMS else None
 
     # Words --------------------------------------------------------------------------------------------------
 

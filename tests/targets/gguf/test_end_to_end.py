@@ -19,7 +19,7 @@ import tiny
 from halfbyte import demo
 from halfbyte.containers.place import BESIDE
 from halfbyte.models import calibrate
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.targets.gguf import file as gguf_file
 from halfbyte.targets.gguf import presets
 from halfbyte.targets.gguf.blocks import LAYOUTS, READ_ONLY
@@ -40,7 +40,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def tokens() -> list[int]:
-    return calibrate.evaluation(open_checkpoint(demo.MODEL), str(demo.HELDOUT), 160, 1).tokens[0].tolist()
+    return calibrate.evaluation(Checkpoint.open(demo.MODEL), str(demo.HELDOUT), 160, 1).tokens[0].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +204,9 @@ def test_every_tensor_is_accounted_for(name, tmp_path):
     folder = Family(kind, {}, changes).save(tmp_path / "model")
     quantize(folder, "-o", tmp_path / "out.gguf", "--grid", "Q4_0", "--method", "nearest")
     report = json.loads((tmp_path / "out.report.json").read_text())
-    weights = {w.name: w.tensor for w in open_checkpoint(folder).weights(embedding=True)}
+    weights = {w.name: w.tensor for w in Checkpoint.open(folder).weights(embedding=True)}
     quantized = {weights[row["name"]] for row in report["weights"]}
-    assert quantized | report["kept"].keys() | report["dropped"].keys() == open_checkpoint(folder).tensors().keys()
+    assert quantized | report["kept"].keys() | report["dropped"].keys() == Checkpoint.open(folder).tensors().keys()
     assert not quantized & report["kept"].keys()
     assert report["output"]["quantized"] == len(report["weights"])
 
@@ -231,7 +231,7 @@ def test_experts_apart_and_experts_in_one_tensor_give_the_same_file(name, change
         folder = Family(kind, {}, {**given, **changes}, as_published=published).save(place / "model")
         fused = any(
             "experts.0." not in tensor and len(shape) == 3
-            for tensor, shape in open_checkpoint(folder).tensors().items()
+            for tensor, shape in Checkpoint.open(folder).tensors().items()
         )
         assert fused != published
         quantize(

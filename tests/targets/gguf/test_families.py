@@ -7,7 +7,7 @@ from variants import CASES, as_f32, distance, transformers_logits
 
 import halfbyte
 from halfbyte.errors import Unsupported
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.targets.gguf.families import Translation, family_named, family_of
 from models.families import Family
 
@@ -19,7 +19,7 @@ def test_a_checkpoint_comes_back_from_its_gguf(name, tmp_path):
     kind, changes = CASES[name]
     before = Family(kind, {}, changes).save(tmp_path / "before")
     path = as_f32(before, tmp_path / "model.gguf")
-    was, after = load_file(before / "model.safetensors"), open_checkpoint(path)
+    was, after = load_file(before / "model.safetensors"), Checkpoint.open(path)
     both = was.keys() & after.tensors().keys()
     assert len(both) > len(was) / 2
     assert all(torch.allclose(was[n].float(), after.read(n), atol=1e-6) for n in both)  # norms + 1 - 1

@@ -15,7 +15,6 @@ import tiny
 from halfbyte import demo
 from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.targets import open_checkpoint
 from halfbyte.targets.gguf import file as gguf_file
 from halfbyte.targets.gguf.file import Value
 from models.families import FAMILIES, Family
@@ -57,7 +56,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_tensors_come_back_under_their_names_and_transformers_computes_the_same(name, tmp_path):
     folder = KINDS[name].save(tmp_path / "model")
     halfbyte.quantize(folder, tmp_path / "model.gguf", grid="F32")
-    original, read = open_checkpoint(folder), open_checkpoint(tmp_path / "model.gguf")
+    original, read = Checkpoint.open(folder), Checkpoint.open(tmp_path / "model.gguf")
     names = {n for n in original.tensors() if not (read.tied and n == "lm_head.weight")}
     assert read.tensors().keys() == names
     for n in names:
@@ -71,7 +70,7 @@ def test_tensors_come_back_under_their_names_and_transformers_computes_the_same(
 
 
 def test_a_quantized_matrix_is_what_the_gguf_package_reads(home):
-    checkpoint = open_checkpoint(home / "q4.gguf")
+    checkpoint = Checkpoint.open(home / "q4.gguf")
     read = {
         t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(home / "q4.gguf").tensors
     }
@@ -89,11 +88,11 @@ def test_load_keeps_linears_packed(home):
 
 
 def test_parts_read_as_one_whichever_is_named(home):
-    whole = open_checkpoint(home / "bf16.gguf")
+    whole = Checkpoint.open(home / "bf16.gguf")
     parts = sorted((home / "parts").glob("*.gguf"))
     assert len(parts) > 2
     for named in (home / "parts", parts[0], parts[-1]):
-        read = open_checkpoint(named)
+        read = Checkpoint.open(named)
         assert read.tensors() == whole.tensors()
         assert all(torch.equal(read.read(n), whole.read(n)) for n in whole.tensors())
 
@@ -114,7 +113,7 @@ def test_inspect_and_eval_take_it(home):
 def test_a_folder_of_safetensors_is_no_gguf(home, tmp_path):
     both = Path(shutil.copytree(demo.MODEL, tmp_path / "both"))
     shutil.copyfile(home / "q4.gguf", both / "extra.gguf")
-    assert type(open_checkpoint(both)) is Checkpoint
+    assert type(Checkpoint.open(both)) is Checkpoint
 
 
 # Files of other programs --------------------------------------------------------------------------------------------
@@ -198,7 +197,7 @@ def test_quantizing_a_gguf_is_quantizing_the_model(method, source, home, tmp_pat
 def test_a_folder_can_be_made_of_a_gguf(home, tmp_path):
     for name, source in (("hub", demo.MODEL), ("gguf", home / "bf16.gguf")):
         halfbyte.quantize(source, tmp_path / name, method="gptq", grid="int4-g128", to="gptq", calibration=CALIBRATION)
-    hub, again = open_checkpoint(tmp_path / "hub"), open_checkpoint(tmp_path / "gguf")
+    hub, again = Checkpoint.open(tmp_path / "hub"), Checkpoint.open(tmp_path / "gguf")
     assert hub.entries.keys() == again.entries.keys()
     for name in hub.entries:
         assert torch.equal(hub.entries[name].read().float(), again.entries[name].read().float()), name
@@ -268,5 +267,5 @@ def test_layers_of_different_numbers_of_heads_are_refused(home, tmp_path):
     name = f"{arch}.attention.head_count"
     same = changed(home / "q4.gguf", tmp_path / "same.gguf", {name: Value("uint32[]", [4] * 8)})
     differ = changed(home / "q4.gguf", tmp_path / "differ.gguf", {name: Value("uint32[]", [4] * 7 + [8])})
-    assert type(open_checkpoint(same).config["num_attention_heads"]) is int
+    assert type(Checkpoint.open(same).config["num_attention_heads"]) is int
     tiny.refused(tiny.halfbyte("inspect", differ), name, "differs from layer to layer")

@@ -13,7 +13,7 @@ import halfbyte
 import tiny
 from halfbyte import demo
 from halfbyte.errors import Unsupported
-from halfbyte.targets import open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.targets.gguf import file as gguf_file
 from models.families import Family
 
@@ -46,7 +46,7 @@ def convert(source: Path, out: Path, *words: object) -> dict:
 
 def decoded(path: Path) -> dict[str, torch.Tensor]:
     """Every matrix in blocks, by its name on the hub."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     return {m: checkpoint.read_quantized(m).decode().float() for m in checkpoint.quantized if ".layers." in m}
 
 
@@ -134,8 +134,8 @@ def transformers_reads(path: Path) -> None:
     """Config and tokenizer are whole, though the GGUF holds neither as a file."""
     some = "The quick brown fox, and 1234 of them."
     assert (
-        open_checkpoint(path).tokenizer()(some)["input_ids"]
-        == open_checkpoint(demo.MODEL).tokenizer()(some)["input_ids"]
+        Checkpoint.open(path).tokenizer()(some)["input_ids"]
+        == Checkpoint.open(demo.MODEL).tokenizer()(some)["input_ids"]
     )
     said, meant = json.loads((path / "config.json").read_text()), json.loads((demo.MODEL / "config.json").read_text())
     for name in (
@@ -182,8 +182,8 @@ def test_a_head_goes_back_to_sixteen_bits(home, tmp_path):
     report = convert(tmp_path / "model.gguf", tmp_path / "out", "--to", "gptq", "--grid", "int4-g64")
     assert "16 bits" in report["kept"]["lm_head.weight"]
     was, now = (
-        open_checkpoint(tmp_path / "model.gguf").read("lm_head.weight"),
-        open_checkpoint(tmp_path / "out").read("lm_head.weight"),
+        Checkpoint.open(tmp_path / "model.gguf").read("lm_head.weight"),
+        Checkpoint.open(tmp_path / "out").read("lm_head.weight"),
     )
     assert torch.equal(was.to(now.dtype), now)
 

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from halfbyte.formats import KFormat
 from halfbyte.kernels import kquant
 from halfbyte.kernels.cpu.compiled import in_threads, kernel, part, strict
 from halfbyte.kernels.cpu.tiles import LANES, F, half, load, raw, rounded, widen
-from halfbyte.kernels.kquant import Effort, KFormat, usable
+from halfbyte.kernels.kquant import Effort, usable
 
 STRETCH = 4096  # weights encoded at once by one thread
 FLAT, FEWEST, SURE = F(kquant.FLAT), F(kquant.FEWEST), F(kquant.SURE)

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Int, Int32, UInt8
 from torch import Tensor
 
+from halfbyte import grids
 from halfbyte.grids.grid import Codes, Grid, Params
 from halfbyte.grids.lattice import LATTICE_GRIDS
 from halfbyte.grids.quantized import Quantized
-from halfbyte.grids.scalar import GGML_NVFP4, MXFP4, SCALAR_GRIDS
 from halfbyte.kernels.lattice import NEGATIVE, codebook, entry_of_key, keys
 from halfbyte.targets.gguf.layout import Layout
+from halfbyte.targets.gguf.names import TYPES
 
 Raw = UInt8[Tensor, "out row_bytes"]
 GATHER = 0x0102040810204080
@@ -250,7 +251,7 @@ def _unpack_iq1_m(low: Tensor, high: Tensor, scale: Tensor) -> tuple[Tensor, Par
     return _moved(low.int() | ((high & 7) << 8), high >> 3, d, integers.flatten(-2), "iq1_m")
 
 
-def _layout(grid: Grid, block: int, sizes: tuple[int, ...], pack_fields, unpack_fields) -> Layout:
+def _layout(name: str, block: int, sizes: tuple[int, ...], pack_fields, unpack_fields) -> Layout:
     """`sizes`: bytes of the fields of the struct, in their order."""
 
     def pack(q: Quantized) -> Raw:
@@ -260,7 +261,7 @@ def _layout(grid: Grid, block: int, sizes: tuple[int, ...], pack_fields, unpack_
         codes, params = unpack_fields(*raw.unflatten(1, (-1, sum(sizes))).split(sizes, -1))
         return Quantized(grid, _contiguous(codes.flatten(1)), params)
 
-    return Layout(grid, block, sum(sizes), pack, unpack)
+    return Layout(grids.parse(TYPES[name]), block, sum(sizes), pack, unpack)
 
 
 def _contiguous(codes: Codes) -> Codes:
@@ -268,15 +269,15 @@ def _contiguous(codes: Codes) -> Codes:
 
 
 LATTICE_LAYOUTS: dict[str, Layout] = {
-    "IQ4_NL": _layout(SCALAR_GRIDS["iq4_nl"], 32, (2, 16), _pack_iq4_nl, _unpack_iq4_nl),
-    "IQ4_XS": _layout(SCALAR_GRIDS["iq4_xs"], 256, (2, 2, 4, 128), _pack_iq4_xs, _unpack_iq4_xs),
-    "MXFP4": _layout(MXFP4, 32, (1, 16), partial(_pack_fp4, per_block=1, run=32), partial(_unpack_fp4, run=32)),
-    "NVFP4": _layout(GGML_NVFP4, 64, (4, 32), partial(_pack_fp4, per_block=4, run=16), partial(_unpack_fp4, run=16)),
-    "IQ3_S": _layout(LATTICE_GRIDS["iq3_s"], 256, (2, 64, 8, 32, 4), _pack_iq3_s, _unpack_iq3_s),
-    "IQ3_XXS": _layout(LATTICE_GRIDS["iq3_xxs"], 256, (2, 64, 32), partial(_pack_xxs, name="iq3_xxs"), _unpack_iq3_xxs),
-    "IQ2_S": _layout(LATTICE_GRIDS["iq2_s"], 256, (2, 32, 32, 8, 8), _pack_iq2_s, _unpack_iq2_s),
-    "IQ2_XS": _layout(LATTICE_GRIDS["iq2_xs"], 256, (2, 64, 8), _pack_iq2_xs, _unpack_iq2_xs),
-    "IQ2_XXS": _layout(LATTICE_GRIDS["iq2_xxs"], 256, (2, 64), partial(_pack_xxs, name="iq2_xxs"), _unpack_iq2_xxs),
-    "IQ1_S": _layout(LATTICE_GRIDS["iq1_s"], 256, (2, 32, 16), _pack_iq1_s, _unpack_iq1_s),
-    "IQ1_M": _layout(LATTICE_GRIDS["iq1_m"], 256, (32, 16, 8), _pack_iq1_m, _unpack_iq1_m),
+    "IQ4_NL": _layout("IQ4_NL", 32, (2, 16), _pack_iq4_nl, _unpack_iq4_nl),
+    "IQ4_XS": _layout("IQ4_XS", 256, (2, 2, 4, 128), _pack_iq4_xs, _unpack_iq4_xs),
+    "MXFP4": _layout("MXFP4", 32, (1, 16), partial(_pack_fp4, per_block=1, run=32), partial(_unpack_fp4, run=32)),
+    "NVFP4": _layout("NVFP4", 64, (4, 32), partial(_pack_fp4, per_block=4, run=16), partial(_unpack_fp4, run=16)),
+    "IQ3_S": _layout("IQ3_S", 256, (2, 64, 8, 32, 4), _pack_iq3_s, _unpack_iq3_s),
+    "IQ3_XXS": _layout("IQ3_XXS", 256, (2, 64, 32), partial(_pack_xxs, name="iq3_xxs"), _unpack_iq3_xxs),
+    "IQ2_S": _layout("IQ2_S", 256, (2, 32, 32, 8, 8), _pack_iq2_s, _unpack_iq2_s),
+    "IQ2_XS": _layout("IQ2_XS", 256, (2, 64, 8), _pack_iq2_xs, _unpack_iq2_xs),
+    "IQ2_XXS": _layout("IQ2_XXS", 256, (2, 64), partial(_pack_xxs, name="iq2_xxs"), _unpack_iq2_xxs),
+    "IQ1_S": _layout("IQ1_S", 256, (2, 32, 16), _pack_iq1_s, _unpack_iq1_s),
+    "IQ1_M": _layout("IQ1_M", 256, (32, 16, 8), _pack_iq1_m, _unpack_iq1_m),
 }

@@ -7,37 +7,14 @@ A preset is a type for most tensors and rules for those that deserve another: ll
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from halfbyte.errors import UnknownName
 from halfbyte.grids.grid import Shape
 from halfbyte.targets.gguf.file import TYPES
+from halfbyte.targets.gguf.names import ALIASES, PRESETS
 
-
-class Preset(NamedTuple):
-    type: str
-    """Of most tensors."""
-    file_type: int
-    """`general.file_type`: LLAMA_FTYPE in llama.h."""
-
-
-PRESETS = {
-    "F32": Preset("F32", 0), "F16": Preset("F16", 1), "BF16": Preset("BF16", 32),
-    "Q4_0": Preset("Q4_0", 2), "Q4_1": Preset("Q4_1", 3), "Q5_0": Preset("Q5_0", 8), "Q5_1": Preset("Q5_1", 9),
-    "Q8_0": Preset("Q8_0", 7),
-    "Q2_K": Preset("Q2_K", 10), "Q2_K_S": Preset("Q2_K", 21),
-    "Q3_K_S": Preset("Q3_K", 11), "Q3_K_M": Preset("Q3_K", 12), "Q3_K_L": Preset("Q3_K", 13),
-    "Q4_K_S": Preset("Q4_K", 14), "Q4_K_M": Preset("Q4_K", 15), "Q5_K_S": Preset("Q5_K", 16), "Q5_K_M": Preset("Q5_K",
-    17), "Q6_K": Preset("Q6_K", 18),
-    "IQ2_XXS": Preset("IQ2_XXS", 19), "IQ2_XS": Preset("IQ2_XS", 20), "IQ2_S": Preset("IQ2_XS", 28),
-    "IQ2_M": Preset("IQ2_S", 29),
-    "IQ3_XXS": Preset("IQ3_XXS", 23), "IQ3_XS": Preset("IQ3_S", 22), "IQ3_S": Preset("IQ3_S", 26),
-    "IQ3_M": Preset("IQ3_S", 27),
-    "IQ4_NL": Preset("IQ4_NL", 25), "IQ4_XS": Preset("IQ4_XS", 30), "MXFP4_MOE": Preset("MXFP4", 38),
-}  # fmt: skip
-ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 PLAIN = {"F32", "F16", "BF16"}
 PLAIN_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

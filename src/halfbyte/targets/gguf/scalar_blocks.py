@@ -14,12 +14,12 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from halfbyte import grids
 from halfbyte.grids.grid import Grid, Params
-from halfbyte.grids.kquant import KQUANTS
 from halfbyte.grids.quantized import Quantized
-from halfbyte.grids.scalar import integers
 from halfbyte.targets.gguf import planes_numba
 from halfbyte.targets.gguf.layout import Layout
+from halfbyte.targets.gguf.names import TYPES
 
 Bytes = UInt8[Tensor, "rows _"]
 SIGN = 128
@@ -214,25 +214,27 @@ SCALES_6 = Scales(12, ("scale",), _pack_6, _unpack_6)
 SCALES_8 = Scales(16, ("scale",), _pack_8, _unpack_8)
 
 # Plane: size, bits, shift, stride
-FIELDS: dict[str, tuple[Grid, tuple[Field, ...]]] = {
-    "Q4_0": (integers(4, 32), (Half("scale"), Plane(16, 4, 0, 16))),
-    "Q4_1": (KQUANTS["q4_1"], (Half("d"), Half("m"), Plane(16, 4, 0, 16))),
-    "Q5_0": (integers(5, 32), (Half("scale"), Plane(4, 1, 4, 1), Plane(16, 4, 0, 16))),
-    "Q5_1": (KQUANTS["q5_1"], (Half("d"), Half("m"), Plane(4, 1, 4, 1), Plane(16, 4, 0, 16))),
-    "Q8_0": (integers(8, 32), (Half("scale"), Plane(32, 8, 0, 32))),
-    "Q2_K": (KQUANTS["q2_k"], (SCALES_4_4, Plane(64, 2, 0, 32), Half("d"), Half("dmin"))),
-    "Q3_K": (KQUANTS["q3_k"], (Plane(32, 1, 2, 32), Plane(64, 2, 0, 32), SCALES_6, Half("d"))),
-    "Q4_K": (KQUANTS["q4_k"], (Half("d"), Half("dmin"), SCALES_6_6, Plane(128, 4, 0, 32))),
-    "Q5_K": (KQUANTS["q5_k"], (Half("d"), Half("dmin"), SCALES_6_6, Plane(32, 1, 4, 32), Plane(128, 4, 0, 32))),
-    "Q6_K": (KQUANTS["q6_k"], (Plane(128, 4, 0, 64), Plane(64, 2, 4, 32), SCALES_8, Half("d"))),
-    "TQ1_0": (KQUANTS["tq1_0"], (Trits(32, 5, 0), Trits(16, 5, 160), Trits(4, 4, 240), Half("d"))),
-    "TQ2_0": (KQUANTS["tq2_0"], (Plane(64, 2, 0, 32), Half("d"))),
+FIELDS: dict[str, tuple[Field, ...]] = {
+    "Q4_0": (Half("scale"), Plane(16, 4, 0, 16)),
+    "Q4_1": (Half("d"), Half("m"), Plane(16, 4, 0, 16)),
+    "Q5_0": (Half("scale"), Plane(4, 1, 4, 1), Plane(16, 4, 0, 16)),
+    "Q5_1": (Half("d"), Half("m"), Plane(4, 1, 4, 1), Plane(16, 4, 0, 16)),
+    "Q8_0": (Half("scale"), Plane(32, 8, 0, 32)),
+    "Q2_K": (SCALES_4_4, Plane(64, 2, 0, 32), Half("d"), Half("dmin")),
+    "Q3_K": (Plane(32, 1, 2, 32), Plane(64, 2, 0, 32), SCALES_6, Half("d")),
+    "Q4_K": (Half("d"), Half("dmin"), SCALES_6_6, Plane(128, 4, 0, 32)),
+    "Q5_K": (Half("d"), Half("dmin"), SCALES_6_6, Plane(32, 1, 4, 32), Plane(128, 4, 0, 32)),
+    "Q6_K": (Plane(128, 4, 0, 64), Plane(64, 2, 4, 32), SCALES_8, Half("d")),
+    "TQ1_0": (Trits(32, 5, 0), Trits(16, 5, 160), Trits(4, 4, 240), Half("d")),
+    "TQ2_0": (Plane(64, 2, 0, 32), Half("d")),
 }
 
-SCALAR_LAYOUTS: dict[str, Layout] = {
-    name: Layout(
-        grid, grid.group_size or 0, sum(field.size for field in fields), partial(pack, fields), partial(unpack, fields)
-    )
-    for name, (grid, fields) in FIELDS.items()
-}
+
+def _layout(grid: Grid, fields: tuple[Field, ...]) -> Layout:
+    """Blocks of these fields."""
+    size = sum(field.size for field in fields)
+    return Layout(grid, grid.group_size or 0, size, partial(pack, fields), partial(unpack, fields))
+
+
+SCALAR_LAYOUTS: dict[str, Layout] = {name: _layout(grids.parse(TYPES[name]), fields) for name, fields in FIELDS.items()}
 """By ggml's name of the type."""

@@ -29,7 +29,6 @@ from halfbyte.targets.target import Target
 class GGUF(Target):
     """Any type of ggml that the installed gguf package decodes."""
 
-    file_suffix = ".gguf"
     marks = ("*.gguf",)
     words = frozenset({"pure", "pre"})
     default_grid = "Q4_K_M"

@@ -1,0 +1,49 @@
+"""The table of targets, and which of them an output's name asks for."""
+
+from pathlib import Path
+
+from halfbyte.containers import CONTAINERS
+from halfbyte.containers.place import Place
+from halfbyte.errors import UnknownName, Unsupported
+from halfbyte.registry import FORMS, READ_ONLY, made
+from halfbyte.targets.hf.target import HuggingFace
+from halfbyte.targets.target import Target
+
+TARGETS: dict[str, Target] = {
+    **{name: HuggingFace(container) for name, container in CONTAINERS.items()},
+    **made({name: form.home for name, form in FORMS.items() if form.quantized}),
+}
+UNQUANTIZED: dict[str, Target] = made({name: form.home for name, form in FORMS.items() if form.unquantized})
+"""Those that hold a model in 16 or 32 bits."""
+
+
+def target_named(name: str) -> Target:
+    """Raises UnknownName, and Unsupported for what is read only."""
+    if name in READ_ONLY:
+        raise Unsupported(
+            f"{name} is read and not written; such weights are written with --to {next(iter(CONTAINERS))}"
+        )
+    if name not in TARGETS:
+        raise UnknownName("container", name, TARGETS)
+    return TARGETS[name]
+
+
+def file_target(path: Path) -> Target | None:
+    """The target whose outputs are files that are called so; None where this is a folder's name."""
+    return next((target for target in TARGETS.values() if target.file_suffix == path.suffix and path.suffix), None)
+
+
+def is_file(path: Path) -> bool:
+    """Whether an output that is called so is one file, with its report beside it, and no folder."""
+    return file_target(path) is not None
+
+
+def place_of(path: Path) -> Place:
+    """Where an output that is called so comes to lie."""
+    marks = tuple(dict.fromkeys(mark for target in TARGETS.values() for mark in target.marks))
+    return Place(path, is_file(path.resolve()), marks)
+
+
+def beside(checkpoint: Path, name: str) -> Path:
+    """A file that belongs to a checkpoint: in its folder, or next to the one file under that file's name."""
+    return checkpoint.with_name(f"{checkpoint.stem}.{name}") if is_file(checkpoint) else checkpoint / name
