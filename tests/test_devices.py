@@ -1,5 +1,8 @@
 """Devices are named, found or refused; on each that is here, the same comes out, and the report says where."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ import halfbyte
 import tiny
 from halfbyte import devices
 from halfbyte.errors import BadRequest
+
+ROOT = Path(halfbyte.__file__).parent
 
 GPU = pytest.param(
     "cuda",
@@ -37,7 +42,7 @@ def test_auto_takes_a_gpu_where_there_is_one_and_others_are_refused(monkeypatch,
     found = devices.device_named()
     assert found.type == next(iter(here), "cpu")
     assert str(devices.device_named("cpu")) == "cpu"
-    for kind in devices.KINDS:
+    for kind in devices.GPUS:
         if kind not in here:
             with pytest.raises(
                 BadRequest, match=rf"there is no device {kind} here, .*there is {'.*'.join(here) or 'the CPU alone'}"
@@ -98,3 +103,20 @@ def test_caches_importance_and_needles_say_where_they_were_found(model, calibrat
     )
     found = halfbyte.needle([tmp_path / "kv"], model, lengths=(300,), depths=2, facts=1, device=device)
     assert found.device.startswith(device)
+
+
+KNOWN_ALONE_BY_DEVICES = re.compile(
+    r"device\b[^=\n]{0,20}\.type\b|\.is_(cuda|cpu|mps|xpu)\b|get_device_module|torch\.(cuda|xpu|mps)\b"
+)
+
+
+def test_nobody_else_asks_what_kind_a_device_is():
+    sources = [path for path in ROOT.rglob("*.py") if KNOWN_ALONE_BY_DEVICES.search(path.read_text(encoding="utf-8"))]
+    assert sources == [ROOT / "devices.py"]
+
+
+def test_a_kind_of_device_is_one_row(monkeypatch):
+    row = devices.Kind("npu", pins=True, free_bytes=lambda device: 1 << 30)
+    monkeypatch.setitem(devices.KINDS, "npu", row)
+    assert devices.kind_of("npu:1") is row
+    assert not devices.kind_of("meta").is_host

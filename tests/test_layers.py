@@ -9,9 +9,9 @@ import halfbyte
 
 ROOT = Path(halfbyte.__file__).parent
 LAYERS = [
-    ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names", "formats", "registry"],
+    ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names", "formats", "registry", "devices"],
     ["kernels"], ["recipe", "grids"],
-    ["devices", "solvers", "containers"], ["demo"], ["models"],
+    ["solvers", "containers"], ["demo"], ["models"],
     ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["nn", "evaluation", "plan"], ["report"],
     ["sizing"], ["run", "display"],
     ["blockwise", "kv_cache"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],

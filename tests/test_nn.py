@@ -14,8 +14,9 @@ import tiny
 from halfbyte import demo
 from halfbyte.errors import HalfbyteError
 from halfbyte.grids.quantized import PackedMatrix
+from halfbyte.kernels.products import int8_product
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.nn import PackedModule, QuantEmbedding, int8_product
+from halfbyte.nn import PackedModule, QuantEmbedding
 from models.families import FAMILIES
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))

@@ -18,7 +18,7 @@ import typer
 from rich.table import Table
 
 from halfbyte import display
-from halfbyte.devices import AUTO, require_name
+from halfbyte.devices import AUTO, KINDS, require_name
 from halfbyte.endings import Stop, hang_up, is_want_of_memory, speak_any_language
 from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
 from halfbyte.errors import BadRequest, HalfbyteError, brief, plural
@@ -81,7 +81,7 @@ Foreign = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        help="What computes: auto (a GPU where there is one), cpu, cuda, cuda:1, mps or xpu.",
+        help=f"What computes: {AUTO} (a GPU where there is one), {', '.join(KINDS)}, or a GPU by its number (cuda:1).",
         callback=lambda words: require_name(words),
     ),
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import new_class
 
 import torch
-from jaxtyping import Float, Float32, Int8, Int32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
@@ -18,6 +18,7 @@ from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import PackedMatrix, Quantized
 from halfbyte.grids.scalar import is_integer
 from halfbyte.kernels import choose
+from halfbyte.kernels.products import int8_product
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.models.matmuls import MatmulCapture, Matrix
@@ -176,28 +177,6 @@ def integer_product(
     if "zero" in params:
         sums = sums - params["zero"] * signed.sum(1)
     return sums * params["scale"] * q.params["scale"].float().flatten()
-
-
-EXACT = 1 << 10
-"""Products of two int8 that float32 adds exactly, in any order: none is beyond 2^14, and no sum of them beyond 2^24."""
-
-
-def int8_product(x: Int8[Tensor, "rows in"], w: Int8[Tensor, "out in"]) -> Int32[Tensor, "rows out"]:
-    """x w^T, exactly.
-
-    On CPUs without VNNI torch._int_mm adds pairs of products in 16 bits, which saturate: of random numbers every sum
-    was wrong, by up to a fifth of the largest. So float32 multiplies there. On CUDA torch wants more than 16 rows, and
-    multiples of 8 in-features and out-features: zeros fill up what is missing.
-    """
-    if not x.is_cuda:
-        sums = torch.zeros(len(x), len(w), dtype=torch.int32, device=x.device)
-        for a, b in zip(x.split(EXACT, 1), w.split(EXACT, 1), strict=True):
-            sums += (a.float() @ b.float().T).int()
-        return sums
-    (rows, width), out = x.shape, len(w)
-    x = functional.pad(x, (0, -width % 8, 0, max(0, 17 - rows)))
-    w = functional.pad(w, (0, -width % 8, 0, -out % 8))
-    return torch._int_mm(x, w.T)[:rows, :out]
 
 
 RESCALED = {"rwkv"}

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
+from halfbyte.devices import kind_of
+
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 Kernels = Literal["fast", "reference"]
 
@@ -57,7 +59,7 @@ def faster_on_cpu(module: str) -> Callable[[Operation], Operation]:
 
 def has_compiled(device: str | torch.device) -> bool:
     """Whether there are compiled operations for tensors there; what packs and unpacks bits is compiled too."""
-    return torch.device(device).type == "cpu"
+    return kind_of(device).is_host
 
 
 def _on_cpu(args: tuple[object, ...]) -> bool:

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
+from halfbyte.devices import kind_of
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.placement import Placement
 
@@ -14,7 +15,7 @@ class ReadAhead:
 
     def __init__(self, checkpoint: Checkpoint, placement: Placement):
         self.checkpoint = checkpoint
-        self._pins = placement.device.type == "cuda"  # from pinned memory, copies to a GPU go on while it computes
+        self._pins = kind_of(placement.device).pins
         self._expected: dict[str, Future[Tensor]] = {}
         self._thread = ThreadPoolExecutor(1) if placement.reads_ahead else None
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from halfbyte.devices import kind_of
+
 CPU = torch.device("cpu")
 HIDDEN_BYTES = 4_000_000_000
 """Hidden states in memory; more than these are pages of files, which the system writes out as it needs."""
@@ -36,9 +38,10 @@ class Placement:
     @classmethod
     def on(cls, device: torch.device, scratch: Path | None = None, free_bytes: int | None = None) -> "Placement":
         """Budgets for a device with so much memory free; by default, with what is free now."""
-        if device.type == "cpu":
+        kind = kind_of(device)
+        if kind.is_host:
             return cls(device, scratch, hidden_memory_bytes=HIDDEN_BYTES)
-        free = free_memory(device) if free_bytes is None else free_bytes
+        free = kind.free_bytes(device) if free_bytes is None else free_bytes
         return cls(
             device,
             scratch,
@@ -54,10 +57,3 @@ class Placement:
         if size_bytes <= self.hidden_device_bytes:
             return "device"
         return "memory" if self.scratch is None or size_bytes <= self.hidden_memory_bytes else "files"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of a device that nothing has taken; of one that shares the system's memory (mps), what it recommends."""
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return torch.get_device_module(device).mem_get_info(device)[0]

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from halfbyte.devices import release
 from halfbyte.errors import BadCheckpoint, OutOfMemory, Unsupported
 from halfbyte.models import kv, roles, skeleton
 from halfbyte.models.ahead import ReadAhead
@@ -256,8 +257,7 @@ class Walk:
             except torch.OutOfMemoryError as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
             gc.collect()  # what the frames of the error held
-            if self.device.type != "cpu":
-                torch.get_device_module(self.device).empty_cache()
+            release(self.device)
             if not self._shrink():
                 raise OutOfMemory(
                     f"{self.device} has too little memory for one sample of {self.batches[-1].shape[1]} tokens "

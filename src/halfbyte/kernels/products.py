@@ -1,0 +1,29 @@
+"""Products of codes, as engines multiply them."""
+
+import torch
+from jaxtyping import Int8, Int32
+from torch import Tensor
+from torch.nn import functional
+
+from halfbyte.devices import kind_of
+
+EXACT = 1 << 10
+"""Products of two int8 that float32 adds exactly, in any order: none is beyond 2^14, and no sum of them beyond 2^24."""
+
+
+def int8_product(x: Int8[Tensor, "rows in"], w: Int8[Tensor, "out in"]) -> Int32[Tensor, "rows out"]:
+    """x w^T, exactly.
+
+    On CPUs without VNNI torch._int_mm adds pairs of products in 16 bits, which saturate: of random numbers every sum
+    was wrong, by up to a fifth of the largest. So float32 multiplies there. On CUDA torch wants more than 16 rows, and
+    multiples of 8 in-features and out-features: zeros fill up what is missing.
+    """
+    if not kind_of(x.device).multiplies_int8:
+        sums = torch.zeros(len(x), len(w), dtype=torch.int32, device=x.device)
+        for a, b in zip(x.split(EXACT, 1), w.split(EXACT, 1), strict=True):
+            sums += (a.float() @ b.float().T).int()
+        return sums
+    (rows, width), out = x.shape, len(w)
+    x = functional.pad(x, (0, -width % 8, 0, max(0, 17 - rows)))
+    w = functional.pad(w, (0, -width % 8, 0, -out % 8))
+    return torch._int_mm(x, w.T)[:rows, :out]
