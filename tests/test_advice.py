@@ -8,6 +8,7 @@ import actorder
 import halfbyte
 import tiny
 from halfbyte import demo
+from models.every import ENCODERS, EVERY
 
 COMMAND = re.compile(r"halfbyte (?:quantize|convert|dequantize) [^;,()]+")
 
@@ -93,6 +94,24 @@ def advised(words: list[str], message: str) -> list[list[str]]:
         kept = [w for i, w in enumerate(words) if name == "--requantize" or (w != name and words[i - 1] != name)]
         found.append([*kept, name, *value])
     return found
+
+
+@pytest.mark.parametrize(("name", "is_measured"), [("t5", False), ("modernbert", False), ("gpt2", True)])
+def test_what_cannot_be_measured_is_not_said_to_be(name, is_measured, tmp_path):
+    folder, out = {**EVERY, **ENCODERS}[name].save(tmp_path / "model"), tmp_path / "out"
+    words = ("--method", "nearest", "--grid", "int8-channel", "--engine", "none")
+    made = tiny.halfbyte("quantize", folder, "-o", out, *words)
+    assert made.code == 0, made.err
+    assert ("halfbyte eval" in made.out + made.err) == is_measured
+    card = (out / "README.md").read_text()
+    assert ("this measures it" in card, "`halfbyte eval` runs decoders on text" in card) == (
+        is_measured,
+        not is_measured,
+    )
+    if not is_measured:
+        text = tiny.text(tmp_path / "text.txt", 60)
+        refusal = tiny.halfbyte("eval", out, "--against", folder, "--text", text, "--windows", 1, "--length", 16)
+        assert refusal.code == 2
 
 
 @pytest.mark.parametrize("words", REFUSED.values(), ids=REFUSED)

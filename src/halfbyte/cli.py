@@ -526,7 +526,7 @@ def _show_report(report: Report, output: Path) -> None:
         out.print(f"note: {warning}")
     _show_engines(report, output)
     asked = report.recipe
-    if asked.method not in OTHER_COMMANDS:
+    if asked.method not in OTHER_COMMANDS and report.source.is_decoder:
         merged = f" --adapter {shlex.quote(asked.adapter)}" if asked.adapter else ""
         words = f"{shlex.quote(str(output))} --against {shlex.quote(asked.model)}{merged}"
         out.print(f"what was lost: halfbyte eval {words}", soft_wrap=True)

@@ -44,6 +44,8 @@ ADAPTER = re.compile(r"adapter_.*\.safetensors")
 WEIGHTS = ("safetensors", "bin", "pt", "pth", "ckpt", "msgpack", "h5", "onnx", *(suffix[1:] for suffix in SOURCES))
 WEIGHT_FILE = re.compile(rf".*\.({'|'.join(WEIGHTS)})$|.*\.index\.json$")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+MASKED = "ForMaskedLM"
+"""How Transformers calls a class that fills gaps in a text."""
 CODES = (torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 """What stands for a weight together with a scale only, in a checkpoint that is quantized."""
 DTYPE_NAMES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
@@ -410,6 +412,13 @@ class Checkpoint:
     def has_encoder(self) -> bool:
         """Whether the model is an encoder and a decoder of text or sound, and not a decoder alone."""
         return bool(self.config.get("is_encoder_decoder"))
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it predicts one token of a text after the other, as what calibrates and measures takes models to
+        do."""
+        named = self.config.get("architectures")
+        return not self.has_encoder and not str(named[0] if isinstance(named, list) and named else "").endswith(MASKED)
 
     def read_weight(self, weight: Weight) -> Tensor:
         """[out, in], in the stored precision. Raises BadCheckpoint for NaN or Inf."""

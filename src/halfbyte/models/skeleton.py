@@ -41,7 +41,7 @@ CHOICES = (
 )
 INITIALIZED = "_is_hf_initialized"
 """Where Transformers marks what it has not to initialize."""
-NO_MODEL = "methods without calibration need no model: --method nearest"
+NO_MODEL = "--method nearest quantizes it all the same, and runs no model"
 
 
 @runtime_checkable

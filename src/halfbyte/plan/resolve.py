@@ -238,7 +238,7 @@ def transcoding(source: str, to: str, grid: str | None = None, engine: str | Non
     asked = grid is None or any(str(s).startswith(grid.lower()) for s in plan.schemes.values())
     warnings = plan.warnings
     if grid and not asked and grid.upper() != plan.label:
-        other = f"most of this is {plan.label}, not {grid}: {target.name} holds what the source has as it is"
+        other = f"most of this is {plan.label}, not {grid}: the notes of weights that were rounded say why"
         warnings = (other, *warnings)
     return _finished(plan, warnings)
 

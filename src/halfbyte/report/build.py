@@ -118,6 +118,7 @@ def _source(plan: Plan) -> Source:
         hub=None if Path(plan.recipe.model).expanduser().exists() else plan.recipe.model,
         provenance=Provenance.model_validate_json(json.dumps(said)),  # in which its tuples are lists
         has_chat_template=source.has_chat_template,
+        is_decoder=source.is_decoder,
         model_type=source.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
         size_bytes=sum(e.size_bytes for e in source.entries.values()),

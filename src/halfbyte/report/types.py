@@ -71,6 +71,8 @@ class Source(Lineage, frozen=True):
     """Its id on the hub, if it was asked for by one."""
     provenance: Provenance | None = None
     has_chat_template: bool = False
+    is_decoder: bool = True
+    """Others are not measured: eval runs decoders on text."""
     model_type: str
     dtype: str
     size_bytes: Count
