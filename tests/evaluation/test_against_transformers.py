@@ -121,9 +121,9 @@ def test_conventions_differ(home):
 def test_slices_change_nothing(home, monkeypatch):
     """A long text is walked a few windows at a time; so is this short one when little memory is allowed."""
     text = str(home / "text.txt")
-    whole = halfbyte.evaluate([home / "int4", home / "int3"], home / "model", text, LENGTH)
+    whole = halfbyte.evaluate([home / "int4", home / "int3"], home / "model", text, LENGTH, windows=12)
     monkeypatch.setattr(divergence, "HIDDEN_BYTES", 2 * LENGTH * 128 * 4)
-    sliced = halfbyte.evaluate([home / "int4", home / "int3"], home / "model", text, LENGTH)
+    sliced = halfbyte.evaluate([home / "int4", home / "int3"], home / "model", text, LENGTH, windows=12)
     assert whole["windows"] > 10
     assert sliced == whole
 

@@ -23,6 +23,13 @@ SHAPES = {"rows of whole blocks": (64, 512), "blocks that span rows": (160, 80),
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def uncompiled():
+    """What bitsandbytes compiles anew for each shape runs as it is written."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def theirs(grid, w):
     """Codes and state, by bitsandbytes' own quantizer."""
     raw, state = functional.quantize_4bit(

@@ -25,6 +25,8 @@ SCALAR = [
     *ABSMAX,
 ]
 EVERY = [*SCALAR, *LATTICES]
+SEARCHED = (*KQUANTS, *LATTICES)
+"""Whose searches take the longest."""
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -50,7 +52,9 @@ def test_bfloat16_and_transposed_weights_are_read_as_they_are(name):
     assert torch.equal(back, solve(grid, w.T.contiguous().T))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SEARCHED else name for name in EVERY]
+)
 def test_odd_weights_are_kept(name):
     grid, w = parse(name), normal(8)
     zeros = w.clone()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import halfbyte
-from halfbyte import demo
+import tiny
 from halfbyte.grids import parse
 from halfbyte.kernels import choose
 from halfbyte.models.calibrate import Calibration
@@ -19,16 +19,24 @@ RUNS = {
 FIRST = "model.layers.0.self_attn.q_proj"
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model whose rows are as short as K-quants allow: the references are slow."""
+    home = tmp_path_factory.mktemp("reference")
+    tiny.make(home / "model", hidden_size=256)
+    tiny.text(home / "text.txt", 400)
+    return home
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "grid"), [(method, grid) for method, grids in RUNS.items() for grid in grids])
-def test_a_run_by_the_references_writes_the_codes_of_the_compiled_kernels(method, grid, tmp_path):
+def test_a_run_by_the_references_writes_the_codes_of_the_compiled_kernels(method, grid, home, tmp_path):
     found, errors = {}, {}
+    calibration = Calibration(source=str(home / "text.txt"), samples=2, length=64)
     for kernels in ("fast", "reference"):
         out = tmp_path / (f"{kernels}.gguf" if grid in ("q4_k", "iq3_s") else kernels)
         with choose.using(kernels):
-            report = halfbyte.quantize(
-                demo.MODEL, out, method=method, grid=grid, calibration=Calibration(samples=2, length=64)
-            )
+            report = halfbyte.quantize(home / "model", out, method=method, grid=grid, calibration=calibration)
         checkpoint = Checkpoint.open(out)
         found[kernels] = {module: checkpoint.read_quantized(module) for module in checkpoint.quantized}
         errors[kernels] = {row.name: row.error for row in report.weights}

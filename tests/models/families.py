@@ -79,6 +79,16 @@ class Family:
         return path
 
 
+IN_QUICK = ("llama", "gemma3", "phi3", "gpt2", "falcon-new", "mamba", "lfm2", "mixtral", "deepseek_v3")
+"""Families of each kind of block: plain, with scaled embeddings and norms of 1 + w, with one matrix for several, with
+transposed ones, with heads that lie in groups, without attention, with experts."""
+
+
+def every(names=None) -> list:
+    """The names of families as parameters of a test, of which `make quick` takes some."""
+    return [name if name in IN_QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names or FAMILIES]
+
+
 FAMILIES = {
     "llama": Family("llama", LLAMA),
     "mistral": Family("mistral", LLAMA, dtype=BF16),

@@ -18,7 +18,7 @@ from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
 from halfbyte.transforms.fold import Finder
 from halfbyte.transforms.scale import Site
-from models.families import FAMILIES
+from models.families import FAMILIES, every
 
 GRID = "int4-g32"
 TOKENS = torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(1))
@@ -49,7 +49,7 @@ def difference(a, b):
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every())
 def test_a_walk_computes_what_transformers_computes(folders, family):
     checkpoint = Checkpoint.open(folders(family))
     walk = Walk(checkpoint, TOKENS, checkpoint.dtype)
@@ -76,7 +76,7 @@ def last_block(folder):
     return block
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every())
 def test_folds_are_those_that_the_formulas_allow(folders, family):
     block = last_block(folders(family))
     found = {}
@@ -91,7 +91,7 @@ def test_folds_are_those_that_the_formulas_allow(folders, family):
     assert found == {name: set(readers.split()) for name, readers in FAMILIES[family].folds.items()}
 
 
-@pytest.mark.parametrize("family", [name for name, f in FAMILIES.items() if f.dtype == torch.float32])
+@pytest.mark.parametrize("family", every(name for name, f in FAMILIES.items() if f.dtype == torch.float32))
 def test_a_block_with_scales_in_its_folds_computes_the_same(folders, family):
     block = last_block(folders(family))
     batch = 1  # not the probe that found the folds

@@ -79,7 +79,14 @@ def test_whole_files_say_what_the_model_says(tokens, original, tmp_path):
         assert distance(logits(tmp_path / f"{name}.gguf", tokens), original) < most
 
 
-@pytest.mark.parametrize("type_name", [name for name in LAYOUTS if name not in READ_ONLY])
+@pytest.mark.parametrize(
+    "type_name",
+    [
+        name if name in ("Q8_0", "Q4_K", "IQ3_XXS") else pytest.param(name, marks=pytest.mark.slow)
+        for name in LAYOUTS
+        if name not in READ_ONLY
+    ],
+)
 def test_a_file_of_any_type_says_what_we_say(type_name, tokens, tmp_path):
     path = tmp_path / "model.gguf"
     quantize(demo.MODEL, "-o", path, "--grid", type_name, "--pure", "--method", "nearest")
@@ -93,7 +100,9 @@ def test_a_file_of_any_type_says_what_we_say(type_name, tokens, tmp_path):
     model.close()
 
 
-@pytest.mark.parametrize("preset", ["Q4_K_M", "Q3_K_S", "Q4_0", "IQ4_XS"])
+@pytest.mark.parametrize(
+    "preset", ["Q4_K_M", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("Q3_K_S", "Q4_0", "IQ4_XS"))]
+)
 def test_our_files_stand_beside_llama_quantizes(preset, tokens, original, tmp_path):
     """llama.cpp strays no further from ours than from its own, and no more is lost."""
     paths = {name: tmp_path / f"{name}.gguf" for name in ("whole", "ours", "theirs")}
@@ -114,7 +123,7 @@ def test_our_files_stand_beside_llama_quantizes(preset, tokens, original, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "method", ["gptq", "imatrix", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("awq+gptq", "gptaq"))]
+    "method", ["gptq", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("imatrix", "awq+gptq", "gptaq"))]
 )
 def test_every_method_ends_in_a_file_that_says_what_we_say(method, tokens, original, tmp_path):
     quantize(demo.MODEL, "-o", tmp_path / "model.gguf", "--method", method, *CALIBRATION)
