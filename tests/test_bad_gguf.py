@@ -137,7 +137,7 @@ REQUESTS = {
     "file elsewhere": (["-o", "out.gguf", "--grid", "int4-g128", "--to", "gptq"], ("gptq needs a folder", "out.gguf")),
     "grid that GGUF has not": (
         ["-o", "out.gguf", "--grid", "int4-g128"],
-        ("gguf has no type for int4-g128", "q4_0", "q4_k"),
+        ("gguf has no type for int4-g128", "Q4_0", "Q4_K"),
     ),
     "inputs": (["-o", "out.gguf", "--grid", "w8a8"], ("how inputs are rounded", "Q8_0", "--to compressed-tensors")),
     "type that is not written": (

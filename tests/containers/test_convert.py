@@ -107,3 +107,21 @@ def test_nvfp4_of_a_gguf_is_ggmls_where_it_is_asked_for(tmp_path):
     halfbyte.quantize(tmp_path / "model", tmp_path / "folder", grid="nvfp4", **words)
     report = halfbyte.convert(tmp_path / "folder", tmp_path / "out.gguf", to="gguf", grid="nvfp4")
     assert {row.grid for row in report.weights} == {"ggml-nvfp4"}
+
+
+@pytest.mark.parametrize("to", ["gguf", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["nvfp4", "NVFP4", "ggml-nvfp4", "nvfp4-global"])
+def test_nvfp4_is_nvidias_grid_and_ggmls_type(tmp_path, name, to):
+    """A grid's name means one grid; a GGUF takes names of types too, in any case."""
+    tiny.make(tmp_path / "model", hidden_size=128, intermediate_size=256)
+    out, words = tmp_path / ("out.gguf" if to == "gguf" else "out"), {"method": "nearest", "to": to, "engine": "none"}
+    refusal = {
+        ("ggml-nvfp4", "compressed-tensors"): "compressed-tensors has no format for ggml-nvfp4; it has .*, nvfp4$",
+        ("nvfp4-global", "gguf"): r"gguf has no type for nvfp4; it has .*, NVFP4 \(the grid ggml-nvfp4\), ",
+    }.get((name, to))
+    if refusal:
+        with pytest.raises(Unsupported, match=refusal):
+            halfbyte.quantize(tmp_path / "model", out, grid=name, **words)
+    else:
+        report = halfbyte.quantize(tmp_path / "model", out, grid=name, **words)
+        assert {row.grid for row in report.weights} == {"ggml-nvfp4" if to == "gguf" else "nvfp4"}

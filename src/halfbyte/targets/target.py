@@ -64,7 +64,7 @@ class Target(ABC):
         schemes.parse(name)
 
     def means(self, name: str) -> str:
-        """The grid that is meant by a name where this target is written."""
+        """The grid that is meant by a name where this target is written: its own names come first."""
         return name
 
     def prefers(self, name: str, scheme: AnyScheme | None) -> bool:

@@ -12,6 +12,7 @@ from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.grids.scalar import SCALE_DTYPES, integers, is_integer
 from halfbyte.targets.gguf.lattice_blocks import LATTICE_LAYOUTS
 from halfbyte.targets.gguf.layout import Layout
+from halfbyte.targets.gguf.names import OTHERWISE
 from halfbyte.targets.gguf.scalar_blocks import SCALAR_LAYOUTS
 
 LAYOUTS: dict[str, Layout] = {**SCALAR_LAYOUTS, **LATTICE_LAYOUTS}
@@ -96,7 +97,8 @@ def type_of(grid: Grid) -> str:
     """ggml's name of a grid. Raises Unsupported."""
     known = grid.with_scale("fp16") if is_integer(grid) else grid
     if known not in TYPE_OF:
-        raise Unsupported(f"gguf has no type for {grid}; it has {', '.join(map(str.lower, LAYOUTS))}")
+        types = (f"{name} (the grid {OTHERWISE[name]})" if name in OTHERWISE else name for name in LAYOUTS)
+        raise Unsupported(f"gguf has no type for {grid}; it has {', '.join(types)}")
     return TYPE_OF[known]
 
 

@@ -28,12 +28,14 @@ PRESETS = {
     "IQ4_NL": Preset("IQ4_NL", 25), "IQ4_XS": Preset("IQ4_XS", 30), "MXFP4_MOE": Preset("MXFP4", 38),
 }  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+OTHERWISE = {"NVFP4": "ggml-nvfp4"}
+"""Types whose grid is not called as they are: nvfp4 is NVIDIA's format, with one divisor for a matrix."""
 TYPES = {
-    **{name: name.lower() for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")},
-    **{name: name.lower() for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "IQ4_NL", "IQ4_XS")},
-    "MXFP4": "mxfp4",
-    "NVFP4": "ggml-nvfp4",
-    **{name: name.lower() for name in ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M")},
+    name: OTHERWISE.get(name, name.lower())
+    for name in (
+        *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0"),
+        *("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"),
+    )
 }
 """Types of ggml whose tensors are quantized, and the grid of each."""
 NAMES = (*PRESETS, *TYPES)

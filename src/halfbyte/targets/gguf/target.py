@@ -13,12 +13,13 @@ from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import AnyScheme, Quantized
-from halfbyte.grids.scalar import GGML_NVFP4, NVFP4, is_integer
+from halfbyte.grids.scalar import is_integer
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.recipe import PARTS, Method, Recipe
 from halfbyte.targets.constraints import EACH, Rule, TiedGroup, tied_by
 from halfbyte.targets.gguf import blocks, presets, types
 from halfbyte.targets.gguf.blocks import TYPE_OF, type_of
+from halfbyte.targets.gguf.names import OTHERWISE
 from halfbyte.targets.gguf.source import translation_of
 from halfbyte.targets.gguf.writer import GGUFWriter
 from halfbyte.targets.plan import Plan
@@ -51,7 +52,7 @@ class GGUF(Target):
             types.type_named(name)
 
     def means(self, name: str) -> str:
-        return GGML_NVFP4.name if name.lower() in (NVFP4.name, "nvfp4-global") else name
+        return OTHERWISE.get(name.upper(), name)
 
     def prefers(self, name: str, scheme: AnyScheme | None) -> bool:
         return presets.is_preset(name) or (scheme in TYPE_OF and not is_integer(scheme))
@@ -63,8 +64,6 @@ class GGUF(Target):
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
         grid = weights_only(scheme, self.name)
-        if grid == NVFP4:  # in a GGUF the word means ggml's block of the same numbers
-            return GGML_NVFP4
         return grid.with_scale("fp16") if is_integer(grid) else grid
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
