@@ -7,16 +7,16 @@
 >>> halfbyte.evaluate(["model-int4"], against="org/model")
 >>> model = halfbyte.load("model-int4")
 
-quantize, convert, dequantize and kv write checkpoints; evaluate, needle and inspect measure them; imatrix writes an
-importance matrix; load gives a Transformers model. Whatever is wrong with a request is a HalfbyteError, whose text is
-one line.
+quantize, convert, dequantize and kv write checkpoints; evaluate, needle and inspect measure them; page shows them in a
+browser; imatrix writes an importance matrix; load gives a Transformers model. Whatever is wrong with a request is a
+HalfbyteError, whose text is one line.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.api import convert, dequantize, evaluate, imatrix, inspect, kv, load, needle, quantize
+    from halfbyte.api import convert, dequantize, evaluate, imatrix, inspect, kv, load, needle, page, quantize
     from halfbyte.errors import HalfbyteError
     from halfbyte.recipe import Calibration, Recipe
 
@@ -35,6 +35,7 @@ __all__ = [
     "kv",
     "load",
     "needle",
+    "page",
     "quantize",
 ]
 

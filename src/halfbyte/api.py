@@ -312,6 +312,18 @@ def imatrix(
     return ImatrixReport(path=str(out), matrices=len(found.tensors), device=title(chosen), **windows.about)
 
 
+def page(runs: Sequence[str | Path], out: str | Path, overwrite: bool = False) -> None:
+    """Write one page, for a browser, of what the reports of any number of outputs say. It needs no network.
+
+    Charts are Vega-Lite's, which `halfbyte[report]` brings. Raises HalfbyteError.
+    """
+    from halfbyte.report import page as pages
+
+    text = pages.page(runs)
+    with one_file(Path(out).expanduser(), overwrite) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
 def load(
     path: str | Path, dtype: "torch.dtype | str | None" = None, device: "torch.device | str" = "cpu"
 ) -> "PreTrainedModel":
@@ -321,4 +333,4 @@ def load(
     return nn.load(path, dtype, device)
 
 
-__all__ = ["convert", "dequantize", "evaluate", "imatrix", "inspect", "kv", "load", "needle", "quantize"]
+__all__ = ["convert", "dequantize", "evaluate", "imatrix", "inspect", "kv", "load", "needle", "page", "quantize"]

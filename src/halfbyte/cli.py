@@ -407,6 +407,22 @@ def inspect(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Outputs of quantize: folders, or .gguf files.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Show any number of runs on one page, which needs no network: size against loss, and where each lost it.
+
+    halfbyte report model-int4 model-Q4_K_M.gguf -o report.html
+    """
+    from halfbyte.api import page as run
+
+    run(runs, output, overwrite)
+    out.print(f"{output}: {plural(len(runs), 'run')} on one page, {size(output.expanduser().stat().st_size)}")
+
+
+@app.command()
 def demo(
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens.")] = 16,
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 8,
