@@ -14,7 +14,7 @@ LAYERS = [
     ["solvers", "containers"], ["demo"], ["models"],
     ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["nn", "evaluation", "plan"], ["report"],
     ["sizing"], ["run", "display"],
-    ["blockwise", "kv_cache"], ["pipeline"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
+    ["blockwise", "kv_cache"], ["pipeline", "publish"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

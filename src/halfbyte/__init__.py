@@ -8,15 +8,15 @@
 >>> model = halfbyte.load("model-int4")
 
 quantize, convert, dequantize and kv write checkpoints; evaluate, needle and inspect measure them; page shows them in a
-browser; imatrix writes an importance matrix; load gives a Transformers model. Whatever is wrong with a request is a
-HalfbyteError, whose text is one line.
+browser, push puts one on the hub; imatrix writes an importance matrix; load gives a Transformers model. Whatever is
+wrong with a request is a HalfbyteError, whose text is one line.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.api import convert, dequantize, evaluate, imatrix, inspect, kv, load, needle, page, quantize
+    from halfbyte.api import convert, dequantize, evaluate, imatrix, inspect, kv, load, needle, page, push, quantize
     from halfbyte.errors import HalfbyteError
     from halfbyte.recipe import Calibration, Recipe
 
@@ -36,6 +36,7 @@ __all__ = [
     "load",
     "needle",
     "page",
+    "push",
     "quantize",
 ]
 

@@ -17,6 +17,7 @@ from halfbyte.models.placement import Placement
 from halfbyte.models.stamp import origin
 from halfbyte.pipeline import convert, dequantize
 from halfbyte.progress import Progress, shown
+from halfbyte.publish import push
 from halfbyte.recipe import METHODS, Calibration, CalibrationWords, Recipe, meaning
 from halfbyte.report import lineage, measured
 from halfbyte.report.inspect import inspect
@@ -333,4 +334,16 @@ def load(
     return nn.load(path, dtype, device)
 
 
-__all__ = ["convert", "dequantize", "evaluate", "imatrix", "inspect", "kv", "load", "needle", "page", "quantize"]
+__all__ = [
+    "convert",
+    "dequantize",
+    "evaluate",
+    "imatrix",
+    "inspect",
+    "kv",
+    "load",
+    "needle",
+    "page",
+    "push",
+    "quantize",
+]

@@ -423,6 +423,21 @@ def report(
 
 
 @app.command()
+def push(
+    path: Annotated[str, typer.Argument(help="An output of quantize: a folder, or a .gguf file.")],
+    repository: Annotated[str, typer.Argument(help="Where to: org/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a repository that only you see.")] = False,
+) -> None:
+    """Upload an output to the hub: its files, and a card whose commands name the repository.
+
+    halfbyte push model-int4 me/model-int4
+    """
+    from halfbyte.api import push as run
+
+    out.print(f"{path}: uploaded to {run(path, repository, private)}", soft_wrap=True)
+
+
+@app.command()
 def demo(
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens.")] = 16,
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 8,

@@ -85,7 +85,9 @@ def local_paths(report: Report, path: Path) -> dict[str, str]:
     """Every file of this machine that a report speaks of, and its name alone."""
     recipe = report.recipe
     said = [path, path.resolve(), report.source.path, recipe.adapter, recipe.imatrix, recipe.calibration.source]
-    said += [of for r in (report.evaluation, report.needle) if r for of in (r.reference_path, r.text)]
+    of_others = (report.states, report.foreign_states, report.needle, report.foreign_needle)
+    measured = [one for one in (report.evaluation, *report.evaluations, *of_others) if one]
+    said += [of for one in measured for of in (one.reference_path, one.reference_adapter, one.text)]
     said += [] if report.source.hub else [recipe.model]
     paths = {
         str(one): os.path.basename(os.path.abspath(os.path.expanduser(one)))  # which asks no disk

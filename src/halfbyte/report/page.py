@@ -16,7 +16,7 @@ from halfbyte.report.card import local_paths, without_paths
 from halfbyte.report.summary import size
 from halfbyte.report.tables import Named
 from halfbyte.report.types import Report
-from halfbyte.targets import beside
+from halfbyte.targets.table import beside
 from halfbyte.terminal import plain
 
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
