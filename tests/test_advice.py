@@ -7,7 +7,9 @@ import pytest
 import actorder
 import halfbyte
 import tiny
-from halfbyte import demo
+from halfbyte import demo, grids
+from halfbyte.targets import choosing
+from halfbyte.targets.table import TARGETS
 from models.every import ENCODERS, EVERY
 
 COMMAND = re.compile(r"halfbyte (?:quantize|convert|dequantize) [^;,()]+")
@@ -128,3 +130,26 @@ def test_advice_can_be_followed(home, tmp_path, monkeypatch, words):
         quick = [] if "--method" in places or places[0] != "quantize" else ["--method", "nearest"]
         followed = tiny.halfbyte(*places, *quick)
         assert followed.code == 0, (result.err, places, followed.err)
+
+
+@pytest.mark.parametrize("length", ["64", "4096"])
+def test_needles_advice_can_be_followed(home, length):
+    words = ["needle", home / "int4", "--against", home / "model", "--depths", "1", "--facts", "1"]
+    said = tiny.halfbyte(*words, "--length", length)
+    tiny.refused(said, f"give a {'larger' if length == '64' else 'smaller'} --length")
+    assert tiny.halfbyte(*words, "--length", "256").code == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "to", "width", "like"),
+    [
+        ("q4_1", "compressed-tensors", 256, "int4-g128"),
+        ("q5_k", "compressed-tensors", 256, "int5-g128"),
+        ("q6_k", "gptq", 576, "int8-g64"),
+        ("q4_k", "bitsandbytes", 256, "nf4-g64-double"),
+        ("int8-channel", "fp8", 256, "fp8-e4m3-block"),
+        ("nvfp4", "gptq", 48, "int4-channel"),
+    ],
+)
+def test_a_grid_that_is_advised_is_as_wide_and_has_the_usual_groups(own, to, width, like):
+    assert choosing._like(grids.parse(own), TARGETS[to], {(256, width), (width, width)}) == like

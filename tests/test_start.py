@@ -41,6 +41,10 @@ def start(*words: str) -> tuple[int, list[str]]:
         (["-o", "x", "--grid", "q4km", "--engine", "llama.cpp"], "unknown preset or type of GGUF 'q4km'"),
         (["-o", "x", "--to", "gtpq"], "did you mean gptq"),
         (["-o", "x", "--engine", "vlm"], "did you mean vllm"),
+        (["-o", "x", "--grid", "int8-channel/int8-tokn"], "did you mean int8-token"),
+        (["-o", "x", "--grid", "int8-channel/fp8-e4m3-token-asym"], "write fp8-e4m3-token"),
+        (["-o", "x", "--grid", "int8-chanel/int8-token"], "unknown grid 'int8-chanel'; did you mean int8-channel"),
+        (["-o", "x", "--kv", "fp9"], "'fp9' is no KV cache"),
     ],
 )
 def test_wrong_words_are_refused_without_torch(words, said):
@@ -58,6 +62,12 @@ def test_wrong_words_are_refused_without_torch(words, said):
         (["eval", "x", "--against", "y", "--convention", "paper"], "did you mean papers"),
         (["support", "--engine", "vlm"], "did you mean vllm"),
         (["inspect"], "Missing argument 'path'"),
+        (["kv", "x", "-o", "y", "--kv", "int8-tensor"], "write int8-static or int8-token"),
+        (["kv", "x", "-o", "y", "--kv", "none"], "'none' is no KV cache"),
+        (["kv", "x", "-o", "y", "--observer", "mx"], "'max', 'percentile' or 'mse'"),
+        (["eval", "x", "--against", "y", "--kv", "q8_1"], "'q8_1' is no KV cache"),
+        (["needle", "x", "--against", "y", "--kv", "int9"], "'int9' is no KV cache"),
+        (["needle", "x", "--against", "y", "--lengths", "long"], "--lengths takes numbers"),
     ],
 )
 def test_wrong_words_of_other_commands_are_refused_without_torch(words, said):

@@ -4,7 +4,9 @@ import pytest
 
 from halfbyte import formats, grids, registry, words
 from halfbyte.containers import READERS
+from halfbyte.containers.kv import KVGrid
 from halfbyte.errors import BadRequest, UnknownName
+from halfbyte.grids import activations
 from halfbyte.targets.gguf import names
 from halfbyte.targets.gguf.blocks import LAYOUTS
 from halfbyte.targets.table import TARGETS, UNQUANTIZED
@@ -45,6 +47,8 @@ def test_what_is_named_before_torch_is_imported_is_what_there_is():
     assert {target.file_suffix: name for name, target in TARGETS.items() if target.file_suffix} == words.FILES
     assert [*words.GRIDS] == [*grids.GRIDS]
     assert [*names.TYPES] == [*LAYOUTS]
+    assert {*formats.SCALED_ACTIVATIONS, *formats.BLOCK_ACTIVATIONS} == {*activations.ACTIVATION_GRIDS}
+    assert [str(KVGrid.parse(name)) for name in formats.GGML_CACHES] == [*formats.GGML_CACHES]
 
 
 @pytest.mark.parametrize(

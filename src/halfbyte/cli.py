@@ -23,6 +23,7 @@ from halfbyte.endings import Stop, hang_up, is_want_of_memory, speak_any_languag
 from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
 from halfbyte.errors import BadRequest, HalfbyteError, brief, plural
 from halfbyte.evaluation.conventions import CONVENTIONS, convention_named
+from halfbyte.formats import cache_parts
 from halfbyte.progress import shown
 from halfbyte.recipe import METHODS, OTHER_COMMANDS, Calibration, Entries, Recipe, meaning, method_named
 from halfbyte.report.numbers import require_finite
@@ -162,6 +163,7 @@ def quantize(
         method_named(asked.method)
         meant = asked.to or FILES.get(output.suffix)
         _require_names(meant, asked.engine, asked.grid, *asked.override.values())
+    _require_caches(*([asked.kv] if asked.kv else ()))
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
 
     report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not as_json, device=device)
@@ -242,12 +244,12 @@ def kv(
     as_json: Json = False,
 ) -> None:
     """Add the scales of a quantized KV cache to a checkpoint; all else is copied byte for byte."""
+    cache_parts(grid)
+    how = Recipe.of(model=model, observer=observer or old_observer or "max").observer
     from halfbyte.api import kv as run
 
     asked = _sampling(calibration, samples, length, seed)
-    found = run(
-        model, output, grid, asked, observer or old_observer or "max", overwrite, progress=not as_json, device=device
-    )
+    found = run(model, output, grid, asked, how, overwrite, progress=not as_json, device=device)
     if as_json:
         _print_json(found)
         return
@@ -315,6 +317,7 @@ def evaluate(
 ) -> None:
     """Perplexity, and divergence from the original on the same tokens."""
     convention_named(convention)
+    _require_caches(*(kv or ()))
     from halfbyte.api import evaluate as run
 
     result = run(
@@ -347,7 +350,7 @@ def needle(
     text: Annotated[
         str, typer.Option(help="Where the fact is hidden: a text file, a .jsonl, a dataset, or 'heldout'.")
     ] = "heldout",
-    lengths: Annotated[str, typer.Option(help="Tokens of the texts.")] = "256,512,1024",
+    lengths: Annotated[str, typer.Option("--lengths", "--length", help="Tokens of the texts.")] = "256,512,1024",
     depths: Annotated[int, typer.Option(min=1, help="Places from the beginning to the end.")] = 5,
     facts: Annotated[int, typer.Option(min=1, help="Facts at each place, of which the mean is shown.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Which facts and texts are drawn.")] = 0,
@@ -361,11 +364,12 @@ def needle(
     as_json: Json = False,
 ) -> None:
     """Is a fact that was planted in a long text read back? By depth and length, before and after."""
-    from halfbyte.api import needle as run
-
     sizes = [int(size) for size in lengths.split(",") if size.strip().isdigit()]
     if len(sizes) != len(lengths.split(",")):
         raise BadRequest(f"--lengths takes numbers of tokens, such as 256,1024, not '{lengths}'")
+    _require_caches(*(kv or ()))
+    from halfbyte.api import needle as run
+
     result = run(
         models,
         against,
@@ -503,6 +507,13 @@ def _require_names(to: str | None, engine: str | None, *grids: str) -> None:
     for grid in grids:
         if grid != "keep":
             require_grid(grid, container)
+
+
+def _require_caches(*kinds: str) -> None:
+    """Raise BadRequest for what no KV cache is called."""
+    for kind in kinds:
+        if kind not in ("stored", "none"):
+            cache_parts(kind)
 
 
 def _sampling(source: str | None, samples: int | None, length: int | None, seed: int | None) -> dict[str, Any]:

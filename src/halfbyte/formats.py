@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from halfbyte.errors import BadRequest, UnknownName
+
 
 class ScalarFormat(NamedTuple):
     """Levels times scales."""
@@ -88,6 +90,10 @@ INTEGERS = re.compile(
 FP8 = re.compile(r"fp8-(?P<levels>e4m3|e5m2)-(?P<granularity>tensor|channel|block)(-(?P<scale>fp32|bf16|fp16))?")
 ABSMAX = re.compile(r"(?P<kind>nf4|fp4)-g(?P<group>[1-9]\d*)(?P<double>-double)?")
 PATTERNS = (INTEGERS, FP8, ABSMAX)
+ACTIVATIONS = re.compile(
+    r"(?P<number>int[2-8]|fp8-e4m3|fp8-e5m2)-(?P<span>tensor|token|static|head|g(?P<group>[1-9]\d*))(?P<asym>-asym)?"
+)
+"""What activations are rounded to: a number, and what shares a scale."""
 
 SCALARS = {
     **{
@@ -170,5 +176,56 @@ SCHEMES: dict[str, Preset] = {
     "w4a4-mxfp4": Preset("mxfp4/mxfp4", "gptq"),
 }
 """Weights and activations together, or weights alone."""
+SCALED_ACTIVATIONS = tuple(
+    f"{number}-{span}{asym}"
+    for number in ("int8", "int4", "fp8-e4m3")
+    for span in ("token", "tensor", "static", "g128")
+    for asym in ("", "-asym")
+    if not (asym and number.startswith("fp8"))
+)
+"""Of ACTIVATIONS, those that messages name."""
+BLOCK_ACTIVATIONS = ("mxfp8-e4m3", "mxfp4", "nvfp4", "llm-int8")
+"""Activations that are rounded by rules of their own."""
+CACHE_ALIASES = {"fp8": "fp8-e4m3-static", "fp8-e4m3": "fp8-e4m3-static", "int8": "int8-token", "int4": "int4-g32"}
+GGML_CACHES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""KV caches of llama.cpp's own."""
 DTYPES = ("bfloat16", "float16", "float32")
 """What a model is in that is not quantized, as torch calls it."""
+
+
+def require_activations(name: str) -> None:
+    """Raise BadRequest for what no way to round activations is called."""
+    match = ACTIVATIONS.fullmatch(name)
+    if match is None and name not in BLOCK_ACTIVATIONS:
+        raise UnknownName("way to round inputs", name, (*SCALED_ACTIVATIONS, *BLOCK_ACTIVATIONS))
+    if match and match["asym"] and not match["number"].startswith("int"):
+        raise BadRequest(
+            f"'{name}' is no way to round inputs: only integers have zero points; write {name.removesuffix('-asym')}"
+        )
+
+
+def cache_parts(name: str) -> tuple[str, str]:
+    """What keys and values of a KV cache are rounded to, by the names of `activations` or of GGML_CACHES. Raises
+    BadRequest for what no cache can do."""
+    key, slash, value = name.lower().partition("/")
+    return _cache_part(key), _cache_part(value if slash else key)
+
+
+def _cache_part(said: str) -> str:
+    name = CACHE_ALIASES.get(said, said)
+    if name in GGML_CACHES:
+        return name
+    match = ACTIVATIONS.fullmatch(name)
+    if match is None or (match["asym"] and not match["number"].startswith("int")):
+        raise BadRequest(
+            f"'{said}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64, q8_0 or the like, or two "
+            "of them for keys and values: int8/int4"
+        )
+    if match["span"] == "tensor":
+        raise BadRequest(
+            "a cache grows token by token, so no scale of all tokens can be found as it runs; write "
+            f"{match['number']}-static or {match['number']}-token"
+        )
+    if match["span"] in ("static", "head") and match["asym"]:
+        raise BadRequest(f"no engine has zero points of a whole cache; write {name.removesuffix('-asym')}")
+    return name

@@ -7,7 +7,7 @@ import re
 from importlib import import_module
 
 from halfbyte.errors import BadRequest, UnknownName
-from halfbyte.formats import ALIASES, DTYPES, KQUANTS, LATTICES, PATTERNS, SCALARS, SCHEMES
+from halfbyte.formats import ALIASES, DTYPES, KQUANTS, LATTICES, PATTERNS, SCALARS, SCHEMES, require_activations
 from halfbyte.recipe import PARTS
 from halfbyte.registry import CONTAINERS as FOLDERS
 from halfbyte.registry import FORMS, READ_ONLY
@@ -39,10 +39,12 @@ def owner_of(grid: str) -> str | None:
 def require_grid(name: str, container: str | None = None) -> None:
     """Raise BadRequest for what no grid, scheme, preset or type is called, or is called like; `container`: where it is
     asked for."""
-    weight = name.lower().partition("/")[0]
+    weight, slash, read = name.lower().partition("/")
     known = {other.lower() for other in (*GRIDS, *ALIASES, *SCHEMES, *OWN_NAMES)}
     if weight not in known and not any(pattern.match(weight) for pattern in PATTERNS):
-        raise unknown_grid(name, container)
+        raise unknown_grid(weight if slash else name, container, alone=not slash)
+    if slash:
+        require_activations(read)
 
 
 def require_plain(to: str | None, dtype: str | None) -> None:
@@ -53,8 +55,9 @@ def require_plain(to: str | None, dtype: str | None) -> None:
         raise UnknownName("dtype", dtype, DTYPES)
 
 
-def unknown_grid(name: str, container: str | None = None) -> BadRequest:
-    """The error to raise where a grid is wanted, of a container if that is known.
+def unknown_grid(name: str, container: str | None = None, alone: bool = True) -> BadRequest:
+    """The error to raise where a grid is wanted, of a container if that is known; `alone`: and not how activations are
+    rounded too, of which schemes and containers' own names say nothing or all.
 
     Names that are the same but for their dashes come first, then the usual ones of as many bits, then those that begin
     so.
@@ -65,8 +68,10 @@ def unknown_grid(name: str, container: str | None = None) -> BadRequest:
         return BadRequest(
             f"'{name}' is a method, not a grid; write --method {name.lower()} with a grid such as --grid {grid}"
         )
-    own = OWN.get(container or "")
-    kind, names = (own.KIND, own.NAMES) if own else ("grid", (*GRIDS, *ALIASES, *SCHEMES, *PRESETS))
+    own = OWN.get(container or "") if alone else None
+    kind, names = (
+        (own.KIND, own.NAMES) if own else ("grid", (*GRIDS, *ALIASES, *((*SCHEMES, *PRESETS) if alone else ())))
+    )
     known = list(dict.fromkeys(names))
     meant = [other for other in known if _plain(other) == plain]
     if match := BITS.fullmatch(plain):

@@ -90,7 +90,7 @@ def test_the_command_prints_a_grid_of_depth_and_length_and_the_card_keeps_it(sou
 
 def test_texts_that_hold_no_fact_are_refused(source, text, tmp_path):
     tiny.refused(
-        tiny.halfbyte("needle", source, "--against", source, "--text", text, "--lengths", "64"), "larger length"
+        tiny.halfbyte("needle", source, "--against", source, "--text", text, "--lengths", "64"), "larger --length"
     )
     tiny.refused(tiny.halfbyte("needle", source, "--against", source, "--lengths", "many"), "256,1024")
 

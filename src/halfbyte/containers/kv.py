@@ -27,13 +27,12 @@ from torch import Tensor
 
 from halfbyte.containers.container import Config
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
-from halfbyte.grids import ggml_cache
+from halfbyte.errors import BadCheckpoint, Unsupported
+from halfbyte.formats import GGML_CACHES, cache_parts
 from halfbyte.grids.activations import ActivationGrid, ActivationQuant, ScaledActivations
 from halfbyte.grids.ggml_cache import GGMLCacheGrid
 from halfbyte.grids.grid import Params
 
-ALIASES = {"fp8": "fp8-e4m3-static", "fp8-e4m3": "fp8-e4m3-static", "int8": "int8-token", "int4": "int4-g32"}
 STRATEGIES = {"static": "tensor", "head": "attn_head"}
 """Spans of stored scales, as compressed-tensors calls them."""
 # compressed-tensors' names, ModelOpt's, and those of compressed-tensors before its version 0.8.
@@ -52,8 +51,8 @@ class KVGrid:
     @classmethod
     def parse(cls, name: str) -> "KVGrid":
         """Raises BadRequest for what no cache can do."""
-        key, slash, value = name.lower().partition("/")
-        return cls(_part(key, is_key=True), _part(value if slash else key, is_key=False))
+        key, value = cache_parts(name)
+        return cls(_part(key, is_key=True), _part(value, is_key=False))
 
     def __str__(self) -> str:
         return str(self.key) if str(self.key) == str(self.value) else f"{self.key}/{self.value}"
@@ -65,24 +64,7 @@ class KVGrid:
 
 
 def _part(name: str, is_key: bool) -> ActivationGrid:
-    name = ALIASES.get(name, name)
-    if ggml_cache.PATTERN.fullmatch(name):
-        return GGMLCacheGrid.parse(name, is_key)
-    try:
-        grid = ScaledActivations.parse(name)
-    except BadRequest:
-        raise BadRequest(
-            f"'{name}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64, q8_0 or the like, or two "
-            "of them for keys and values: int8/int4"
-        ) from None
-    if grid.granularity == "tensor":
-        raise BadRequest(
-            "a cache grows token by token, so no scale of all tokens can be found as it runs; write "
-            f"{grid.number}-static or {grid.number}-token"
-        )
-    if grid.static and not grid.symmetric:
-        raise BadRequest(f"no engine has zero points of a whole cache; write {str(grid).removesuffix('-asym')}")
-    return grid
+    return GGMLCacheGrid.parse(name, is_key) if name in GGML_CACHES else ScaledActivations.parse(name)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def plant(checkpoint: Checkpoint, text: str, length: int, depths: Sequence[float
         if room < 2 * len(told):
             raise BadRequest(
                 f"{length} tokens hold no text around a fact of {len(told)} and its question of {len(whole)}; give a "
-                "larger length"
+                "larger --length"
             )
         start = draw.randrange(max(1, len(stream) - length))
         hay = stream[start : start + room]

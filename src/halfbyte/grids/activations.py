@@ -15,7 +15,6 @@ Scales are those of vLLM's kernels (csrc/quantization: w8a8/int8/scaled_quant.cu
 fp4/nvfp4_quant_kernels.cu): the largest size over the largest number, in fp32.
 """
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 from torch.nn import functional
 
-from halfbyte.errors import BadRequest, UnknownName
+from halfbyte.errors import BadRequest
+from halfbyte.formats import ACTIVATIONS, SCALED_ACTIVATIONS, require_activations
 from halfbyte.grids.grid import Grid, Params
 from halfbyte.grids.scalar import NVFP4, SCALAR_GRIDS, ScalarGrid
 from halfbyte.kernels.levels import E2M1, E4M3
@@ -86,9 +86,6 @@ class ActivationQuant(NamedTuple):
         return self.grid.round(x, self.grid.params(x, self.params)).to(x.dtype) if x.numel() else x
 
 
-PATTERN = re.compile(
-    r"(?P<number>int[2-8]|fp8-e4m3|fp8-e5m2)-(?P<span>tensor|token|static|head|g(?P<group>[1-9]\d*))(?P<asym>-asym)?"
-)
 STORED = ("static", "head")
 FLOATS = {"fp8-e4m3": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}
 SHARES = [1 - k / 40 for k in range(31)]
@@ -106,16 +103,13 @@ class ScaledActivations(ActivationGrid):
     """In-features per scale, or "token", "tensor", "static", "head"."""
     symmetric: bool = True
 
-    pattern = PATTERN
-
     @classmethod
     def parse(cls, name: str) -> "ScaledActivations":
-        match = PATTERN.fullmatch(name)
-        if match is None or (match["asym"] and match["number"] in FLOATS):
-            raise BadRequest(
-                f"'{name}' is no way to round inputs; write int8-token, int8-static, fp8-e4m3-token or the like, and "
-                "-asym after integers"
-            )
+        """Raises BadRequest."""
+        require_activations(name)
+        match = ACTIVATIONS.fullmatch(name)
+        if match is None:
+            raise BadRequest(f"'{name}' has no scale of its own; write int8-token, fp8-e4m3-token or the like")
         return cls(match["number"], int(match["group"]) if match["group"] else match["span"], not match["asym"])
 
     def __str__(self) -> str:
@@ -310,12 +304,7 @@ class LLMInt8Activations(ActivationGrid):
 
 
 ACTIVATION_GRIDS: dict[str, ActivationGrid] = {
-    **{
-        name: ScaledActivations.parse(name)
-        for number in ("int8", "int4", "fp8-e4m3")
-        for span in ("token", "tensor", "static", "g128")
-        for name in (f"{number}-{span}", *([f"{number}-{span}-asym"] if number not in FLOATS else []))
-    },
+    **{name: ScaledActivations.parse(name) for name in SCALED_ACTIVATIONS},
     "mxfp8-e4m3": BlockActivations(SCALAR_GRIDS["mxfp8-e4m3"]),
     "mxfp4": MXFP4Activations(ScalarGrid("mxfp4-e2m1", E2M1, Scales(32, Microscale()))),
     "nvfp4": NVFP4Activations(),
@@ -324,9 +313,6 @@ ACTIVATION_GRIDS: dict[str, ActivationGrid] = {
 
 
 def parse(name: str) -> ActivationGrid:
-    """`str(parse(name)) == name`."""
-    if PATTERN.fullmatch(name):
-        return ScaledActivations.parse(name)
-    if name not in ACTIVATION_GRIDS:
-        raise UnknownName("way to round inputs", name, ACTIVATION_GRIDS)
-    return ACTIVATION_GRIDS[name]
+    """`str(parse(name)) == name`. Raises BadRequest."""
+    require_activations(name)
+    return ACTIVATION_GRIDS.get(name) or ScaledActivations.parse(name)

@@ -1,6 +1,6 @@
 """A scheme for every weight of a checkpoint that is written under its own names."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SMALLER_GROUPS = (256, 128, 64, 32)
 SMALLER = "--smaller-groups"
+USUAL_SHAPE, SCALE_BITS = (4096, 4096), 16 / 128
+"""A matrix by which grids are compared, and what a scale for each 128 weights takes of each."""
 ROUNDING = Method((), "nearest", calibrated=False)
 """Of matrices that cannot stay as they are."""
 
@@ -164,30 +166,40 @@ def transcode(
                     )
                 )
             except Unsupported as error:
-                again = (
-                    f"; to round it again, name what it should be, such as --grid {_like(own, target, weight.shape)}"
-                )
+                like = None if grid else _like(own, target, {w.shape for w in weights if w.block})
+                again = f"; to round it again, name what it should be, such as --grid {like}" if like else ""
                 hint = "" if grid else f"{again}; in 16 bits: halfbyte dequantize {checkpoint.path} -o OUT"
                 raise Unsupported(f"{error}{hint}") from None
     require_ties(target, checkpoint, choices)
     return choices, target
 
 
-def _like(own: AnyScheme, target: "Target", shape: Shape) -> str:
-    """The grid of a target that is nearest in bits to one that it does not hold."""
+def _like(own: AnyScheme, target: "Target", shapes: Collection[Shape]) -> str | None:
+    """The grid of a target that people use in place of one that it does not hold: as wide or the next wider, with a
+    scale for each 128 weights, or what comes nearest to that. None where it holds no matrix of these shapes."""
 
     def holds(name: str) -> bool:
+        grid = grids.GRIDS[name]
+        group = grid.group_size if is_integer(grid) else None
         try:
-            target.check(target.resolve(grids.GRIDS[name], torch.bfloat16), shape)
+            for shape in shapes:
+                target.check(target.resolve(grid, torch.bfloat16), shape)
         except Unsupported:
             return False
-        return True
+        return not group or all(width % group == 0 for _, width in shapes)
 
-    return min(
-        filter(holds, grids.GRIDS),
-        key=lambda name: abs(grids.GRIDS[name].bits(shape) - own.weight.bits(shape)),
-        default="int4-g128",
-    )
+    def distance(name: str) -> tuple[bool, int, bool, bool, float]:
+        bits = _width(name)
+        beyond = grids.GRIDS[name].bits(USUAL_SHAPE) - (bits + SCALE_BITS)
+        return bits < wanted, abs(bits - wanted), beyond < 0, name.endswith("-asym"), abs(beyond)
+
+    wanted = _width(str(own.weight))
+    return min(filter(holds, grids.GRIDS), key=distance, default=None)
+
+
+def _width(name: str) -> int:
+    """Bits of a number, without scales, as a grid's name says."""
+    return int(next(filter(str.isdigit, name)))
 
 
 def _held(target: "Target", q: Quantized) -> Quantized | None:
