@@ -116,6 +116,7 @@ def test_the_default_text_has_chats_for_models_that_chat(home, tmp_path, monkeyp
     )
     assert odd.about["chats"] == 0
     assert any("calibrated without chats" in warning and "no" in warning for warning in odd.warnings)
+    assert not any("chats.jsonl" in warning for warning in odd.warnings)  # a path of this machine, and cards say it too
 
 
 def test_chats_that_the_template_does_not_take_are_left_out_and_counted(home, tmp_path):

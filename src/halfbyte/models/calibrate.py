@@ -231,5 +231,6 @@ def _default_chats(
     try:
         stream = _stream(checkpoint, tokenizer, texts.records(demo.CHATS))
     except (BadRequest, BadCheckpoint) as error:  # a user who asked for no chats need not mend a template
-        return None, none, (f"calibrated without chats: {error}",)
+        reason = str(error).replace(str(demo.CHATS), "the embedded ones")  # where the package lies is nobody's business
+        return None, none, (f"calibrated without chats: {reason}",)
     return stream, stream.consecutive(length)[:samples], stream.warnings
