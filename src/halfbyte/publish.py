@@ -9,6 +9,7 @@ from halfbyte.errors import BadRequest, brief
 from halfbyte.files import is_within
 from halfbyte.recipe import Recipe
 from halfbyte.report.card import card, local_paths, without_paths
+from halfbyte.report.picture import add_picture
 from halfbyte.report.types import Report
 from halfbyte.report.written import as_json, report_of
 from halfbyte.targets.table import beside, is_file
@@ -22,10 +23,11 @@ def push(output: str | Path, repository: str, private: bool = False) -> str:
     """
     output = Path(output).expanduser()
     report = public(report_of(output), output, repository)
+    picture = add_picture(report, output)
     texts = {
         beside(output, "report.json").name: as_json(report),
         beside(output, "recipe.yaml").name: report.recipe.dump(),
-        "README.md": card(report, output),
+        "README.md": card(report, output, picture),
     }
     files: dict[str, Path | bytes] = {**found(output), **{name: text.encode() for name, text in texts.items()}}
     return _upload(files, repository, private, f"{report.output.grid or report.recipe.grid}, made with halfbyte")

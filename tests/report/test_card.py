@@ -155,3 +155,37 @@ def test_report_counts_every_byte(home):
         assert len(report["weights"]) == report["output"]["quantized"]
         assert len(report["kept"]) == report["output"]["kept"]
         assert len(report["weights"]) + len(report["kept"]) == 21
+
+
+def test_picture_of_where_it_lost_most(home, tmp_path, monkeypatch):
+    pytest.importorskip("vl_convert")
+    card, drawn = (home / "gptq it's" / "README.md").read_text(), home / "gptq it's" / "errors.png"
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert drawn.stat().st_size < 200_000
+    worst = max(row["error"] for row in json.loads((home / "gptq it's" / "report.json").read_text())["weights"])
+    said = (
+        f"![The relative error of the outputs on the calibration tokens by layer and role; the largest is {worst:.4f}]"
+    )
+    assert f"{said}(errors.png)\n" in card
+    assert "errors.png" not in (home / "nearest" / "README.md").read_text()  # which was not measured
+    halfbyte.convert(home / "gptq it's", tmp_path / "moved", "gptq")
+    assert not (tmp_path / "moved" / "errors.png").exists()  # it would be of another run
+
+    gguf, text = tmp_path / "one.gguf", str(home / "text.txt")
+    for grid in ("Q4_0", "Q8_0"):
+        halfbyte.quantize(home / "model", gguf, method="nearest", grid=grid, overwrite=True)
+        assert not (tmp_path / "one.errors.png").exists()
+        halfbyte.evaluate([gguf], home / "model", text, 64, 2)
+        assert "](one.errors.png)" in (tmp_path / "one.README.md").read_text()
+
+    (home / "gptq it's" / "errors.png").unlink()
+    monkeypatch.setattr("halfbyte.report.picture.find_spec", lambda name: None)
+    halfbyte.evaluate([home / "gptq it's"], home / "model", text, 64, 3)
+    assert "errors.png" not in (home / "gptq it's" / "README.md").read_text()
+
+
+def test_what_a_source_is_for(tmp_path):
+    tiny.make(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\npipeline_tag: image-text-to-text\n---\n")
+    halfbyte.quantize(tmp_path / "model", tmp_path / "out", method="nearest", grid="int4-g32")
+    assert parts((tmp_path / "out" / "README.md").read_text())[0]["pipeline_tag"] == "image-text-to-text"

@@ -41,6 +41,7 @@ def home(tmp_path_factory) -> Path:
     report["recipe"] |= {"method": HOSTILE, "model": HOSTILE}
     report["warnings"] = [HOSTILE]
     report["weights"][0] |= {"name": f"model.layers.0.{HOSTILE}", "note": HOSTILE}
+    report["weights"][1]["name"] = f"model.layers.{'9' * 5000}.mlp.down_proj"
     report["evaluation"]["text"] = report["evaluations"][0]["text"] = HOSTILE
     (home / "broken" / "report.json").write_text(json.dumps(report))
     halfbyte.page([home / "broken"], home / "broken.html")

@@ -20,7 +20,9 @@ from halfbyte.errors import BadRequest
 WITHOUT_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
-BESIDE = ("report.json", "README.md", "recipe.yaml", "Modelfile")
+PICTURE = "errors.png"
+"""Of where a run lost most, in its card."""
+BESIDE = ("report.json", "README.md", "recipe.yaml", "Modelfile", PICTURE)
 """What is written next to an output that is one file, under that file's name."""
 
 
@@ -139,10 +141,11 @@ class Place:
     def _publish_file(self) -> None:
         """At no moment does a report stand beside a file that it does not tell of."""
         if (self.partial / self.final.name).exists():
-            for new in self._companions():
-                if (standing := self.final.with_name(new.name)).exists():
+            names = {self.companion(name).name for name in BESIDE} | {new.name for new in self._companions()}
+            for standing in map(self.final.with_name, sorted(names)):
+                if standing.exists():
                     self.old.mkdir(exist_ok=True)
-                    os.replace(standing, self.old / new.name)
+                    os.replace(standing, self.old / standing.name)
             os.replace(self.partial / self.final.name, self.final)
         if self.partial.exists():
             for new in self._companions():
@@ -229,9 +232,14 @@ def not_through_links(path: str, flags: int) -> int:
 
 def replace_text(path: Path, text: str) -> None:
     """A small file whose old or new text is there at any moment."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """The same of any content."""
     partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8", newline="\n", opener=not_through_links) as file:
-        file.write(text)
+    with open(partial, "wb", opener=not_through_links) as file:
+        file.write(data)
     os.replace(partial, path)
 
 

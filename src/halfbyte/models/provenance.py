@@ -30,6 +30,8 @@ class Provenance:
     """Ids of what it was made from, as its card says."""
     tags: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
+    pipeline_tag: str | None = None
+    """What it is for, in the hub's words."""
 
     @property
     def made_of(self) -> tuple[str, ...]:
@@ -50,6 +52,7 @@ def provenance_of(checkpoint: Checkpoint, asked: str) -> Provenance:
         base_models=tuple(found for found in _texts(said.get("base_model")) if HUB_ID.fullmatch(found)),
         tags=_texts(said.get("tags")),
         languages=_texts(said.get("language")),
+        pipeline_tag=text_of(said.get("pipeline_tag")),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -21,9 +22,9 @@ from halfbyte.targets.table import TARGETS, UNQUANTIZED, beside, is_file
 from halfbyte.targets.target import Target
 
 
-def card(report: Report, path: Path) -> str:
-    """The model card of what lies in `path`. It is to be published, so of this machine's files it has the names
-    only."""
+def card(report: Report, path: Path, picture: str | None = None) -> str:
+    """The model card of what lies in `path`, with a picture that lies beside it. It is to be published, so of this
+    machine's files it has the names only."""
     report = Report.model_validate(without_paths(report.as_dict(), local_paths(report, path)))
     recipe = {
         name: value
@@ -46,6 +47,7 @@ def card(report: Report, path: Path) -> str:
         worst=worst(report),
         worst_activations=worst_activations(report),
         evaluation=report.evaluation,
+        picture=picture and quote(picture),
     )
 
 

@@ -181,7 +181,7 @@ def errors() -> Spec:
         {
             "mark": {"type": "rect", "cursor": "pointer"},
             "encoding": {
-                "x": label("layer", "layer", axis={"labelAngle": 0, "labelOverlap": "greedy"}),
+                "x": label("layer", "layer", axis={"labelAngle": 0, "labelOverlap": "parity"}),
                 "y": label("role", None),
                 "color": field("error", "relative error", legend={"gradientLength": 160, "format": ".2g"}),
                 "tooltip": seen,

@@ -12,6 +12,8 @@ OUTSIDE = "none"
 """Where the layer of a weight would stand that is in none."""
 LEAST = 1e-9
 """Where error bars end that would reach zero, on a scale of powers."""
+MOST_DIGITS = 4
+"""Of the number of a layer; what has more is a name that somebody has made up."""
 LISTED = 2000
 """Weights that the page lists of a run, those that lost most."""
 
@@ -206,10 +208,11 @@ def place(name: str) -> tuple[str, str]:
     """The layer and the role of a weight: `model.layers.3.mlp.experts.7.down_proj` is of layer 3, and a
     `mlp.experts.*.down_proj`."""
     block = block_of(f"{name}.weight", encoders=True)
-    if not block:
+    layer = block.rpartition(".")[2] if block else ""
+    if not layer or len(layer) > MOST_DIGITS:
         return OUTSIDE, name
     rest = name.removeprefix(f"{block}.").split(".")
-    return block.rpartition(".")[2], ".".join("*" if part.isdigit() else part for part in rest)
+    return layer, ".".join("*" if part.isdigit() else part for part in rest)
 
 
 def shortened(names: Iterable[str]) -> dict[str, str]:

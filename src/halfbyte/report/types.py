@@ -57,6 +57,7 @@ class Provenance(Part, frozen=True):
     """Hub ids of what it was made from."""
     tags: list[str] = []
     languages: list[str] = []
+    pipeline_tag: str | None = None
 
     @property
     def made_of(self) -> list[str]:

@@ -13,6 +13,7 @@ from halfbyte.errors import BadCheckpoint, BrokenOutput, brief
 from halfbyte.files import read_object
 from halfbyte.report.card import card
 from halfbyte.report.numbers import require_finite
+from halfbyte.report.picture import add_picture
 from halfbyte.report.types import SCHEMA, CacheRecord, CacheReport, EvaluationRecord, Measurements, Origin, Report
 from halfbyte.targets.table import beside
 
@@ -67,7 +68,8 @@ def write(report: Measurements, folder: Path, path: Path) -> None:
     """Put a report into `folder`, which is to be `path`, with the card of a model that we quantized."""
     replace_text(beside(folder, "report.json"), as_json(report))
     if isinstance(report, Report):
-        replace_text(beside(folder, "README.md"), card(report, path))
+        picture = add_picture(report, folder)
+        replace_text(beside(folder, "README.md"), card(report, path, picture))
 
 
 def as_json(report: Measurements) -> str:

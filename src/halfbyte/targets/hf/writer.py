@@ -11,6 +11,7 @@ import torch
 from halfbyte.containers import Container, kv
 from halfbyte.containers.container import Config
 from halfbyte.containers.folder import Shard
+from halfbyte.containers.place import PICTURE
 from halfbyte.containers.safetensors import Entry, Spec, Writer
 from halfbyte.errors import BrokenOutput
 from halfbyte.models import roles
@@ -19,7 +20,7 @@ from halfbyte.targets.plan import Plan
 from halfbyte.targets.target import CheckpointWriter, split
 
 SHARD_GB = 5.0
-OURS = {"README.md", "report.json", "recipe.yaml"}
+OURS = {"README.md", "report.json", "recipe.yaml", PICTURE}
 
 
 class FolderWriter(CheckpointWriter):
