@@ -125,7 +125,7 @@ def per_matrix(method: Method) -> BlockSolver:
                     statistics.pop(weight, None)
                 targets = [task.block.target(weight) for weight in weights]
                 w = targets[0] if len(targets) == 1 else torch.cat(targets)
-                q, note = solve(w, task.schemes[weights[0]].weight, known, method)
+                q, note = _solve(w, task.schemes[weights[0]].weight, known, method)
                 if known is None:
                     yield Solution(weights, q, note=note)
                     continue
@@ -136,7 +136,7 @@ def per_matrix(method: Method) -> BlockSolver:
     return solve_block
 
 
-def solve(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) -> tuple[Quantized, str]:
+def _solve(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) -> tuple[Quantized, str]:
     """The solver's answer, or that of `nearest` and the reason."""
     solver = SOLVERS[method.solver]
     if not method.calibrated:  # the text is there for stored scales of activations
@@ -158,4 +158,5 @@ BLOCK_SOLVERS: dict[str, BlockSolver] = {}
 
 
 def block_solver(method: Method) -> BlockSolver:
+    """The solver of a method: its own where it sees whole blocks, else its matrix solver by `per_matrix`."""
     return BLOCK_SOLVERS.get(method.solver) or per_matrix(method)

@@ -102,7 +102,7 @@ def _finish_outside(run: Run, inside: set[str]) -> None:
             run.keep(tensor, source.read(tensor))
 
 
-class Solved(NamedTuple):
+class _Solved(NamedTuple):
     """What is to become of a block."""
 
     schemes: Mapping[Weight, AnyScheme]
@@ -116,7 +116,7 @@ class Solved(NamedTuple):
     """How they are spread before they are rounded."""
 
 
-def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolver) -> Solved:
+def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolver) -> _Solved:
     """Transforms, then the solver."""
     plan = run.plan
     planned = plan.schemes
@@ -129,11 +129,11 @@ def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolv
     solutions = list(solver(task))
     walk.run_full_precision(block)
     read = {key: activation_distribution(stats) for key, stats in {id(s): s for s in task.sampled.values()}.items()}
-    stored, told = activations_of(block, schemes, task.seen, plan.recipe.observer)
-    return Solved(schemes, solutions, folds, stored, told, {w: read[id(s)] for w, s in task.sampled.items()})
+    stored, told = _activations_of(block, schemes, task.seen, plan.recipe.observer)
+    return _Solved(schemes, solutions, folds, stored, told, {w: read[id(s)] for w, s in task.sampled.items()})
 
 
-def _commit(run: Run, block: Block, solved: Solved) -> Future:
+def _commit(run: Run, block: Block, solved: _Solved) -> Future:
     """Everything that becomes of the block's tensors; from now on it computes with what is written. Returns when that
     is."""
     notes = {c.weight: c.note for c in run.plan.choices}
@@ -171,7 +171,7 @@ def _keep(run: Run, block: Block, tensor: str) -> list[str]:
     return run.digests[tensor]
 
 
-def activations_of(
+def _activations_of(
     block: Block, schemes: Mapping[Weight, AnyScheme], seen: Mapping[Weight, ActivationStats], observer: str
 ) -> tuple[dict[Weight, Params], dict[Weight, ActivationReport]]:
     """What is to be stored of the activations that each weight reads, and what the report tells of them.
@@ -196,7 +196,7 @@ def activations_of(
             continue
         key = (grid, *known)  # q, k and v read the same
         if key not in done:
-            together = merged(list(known.values()))
+            together = _merged(list(known.values()))
             params = grid.fit(together, observer)
             done[key] = params, activation_report(ActivationQuant(grid, params), together)
         stored |= dict.fromkeys(weights, done[key][0])
@@ -204,7 +204,7 @@ def activations_of(
     return stored, told
 
 
-def merged(seen: Sequence[ActivationStats]) -> ActivationStats:
+def _merged(seen: Sequence[ActivationStats]) -> ActivationStats:
     """What several weights have seen, as one."""
     low, high = torch.stack([s.low for s in seen]).amin(0), torch.stack([s.high for s in seen]).amax(0)
     return ActivationStats(low, high, torch.cat([s.rows for s in seen]))

@@ -26,7 +26,7 @@ RUNS = [
 ]
 
 
-def require_own(folder: Path) -> None:
+def _require_own(folder: Path) -> None:
     """Raise BadRequest for a folder that holds anything but what an earlier demonstration has left there."""
     ours = tuple(f"{method}-{grid}-{container}" for method, grid, container in RUNS)
     if folder.exists() and not (folder.is_dir() and all(path.name.startswith(ours) for path in folder.iterdir())):
@@ -35,7 +35,7 @@ def require_own(folder: Path) -> None:
 
 def rows(folder: Path, samples: int, windows: int, progress: Callable[[str, float, float], None]) -> list[DemoRow]:
     """Quantize with every method, then measure them all in one pass over the held-out text."""
-    require_own(folder)
+    _require_own(folder)
     reports = []
     for number, (method, grid, container) in enumerate(RUNS):
         progress(f"{method} {grid}", number, len(RUNS) + 1)

@@ -83,7 +83,7 @@ def inspected(found: Inspection, count: int) -> list[Table | str]:
 def evaluated(result: Evaluation) -> list[Table | str]:
     """The models of an evaluation beside their original, and what that means in a sentence for each."""
     models = result.models
-    names = short_names(models)
+    names = _short_names(models)
     rows = [
         (
             f"original: {Path(result.reference_path).name}",
@@ -118,7 +118,7 @@ def evaluated(result: Evaluation) -> list[Table | str]:
         "KL by token: of half the tokens at most, of 99 in 100, of all; "
         "how far the chance of the right word moves (root mean square)",
         table(["model", "half", "99 %", "all", "chance"], tails),
-        *(verdict(name, row) for name, row in zip(names, models, strict=True)),
+        *(_verdict(name, row) for name, row in zip(names, models, strict=True)),
     ]
     for name, row in zip(names, models, strict=True):
         if row.kl_minus_first:
@@ -136,14 +136,14 @@ def states(result: StatesEvaluation) -> list[Table | str]:
             f"{row.cosine:.5f}",
             f"{row.cosine_min:.4f}",
         ]
-        for name, row in zip(short_names(result.models), result.models, strict=True)
+        for name, row in zip(_short_names(result.models), result.models, strict=True)
     ]
     said = "the model predicts no tokens: last hidden states are compared, each with the original's of the same token"
     notes = [f"note: {warning}" for warning in result.warnings]
     return [said, table(["model", "relative error", "largest", "cosine", "smallest"], rows), *notes]
 
 
-def verdict(name: str, row: Divergence) -> str:
+def _verdict(name: str, row: Divergence) -> str:
     """What a model lost, in a sentence."""
     said = (
         f"{name}: the original's most likely next word is also its own in {100 * row.same_top:.1f} % of places; "
@@ -156,7 +156,7 @@ def verdict(name: str, row: Divergence) -> str:
     return said
 
 
-def short_names(models: Sequence[Divergence | StateError | NeedleModel]) -> list[str]:
+def _short_names(models: Sequence[Divergence | StateError | NeedleModel]) -> list[str]:
     """The last part of each path, or the whole where two would be called alike; and the KV cache."""
     lasts = Counter(Path(row.path).name for row in models if not row.kv)
     names = [name if lasts[name := Path(row.path).name] < 2 else row.path for row in models]
@@ -168,7 +168,7 @@ def needles(result: Needle) -> list[Table | str]:
     shown: list[Table | str] = [
         "What having read the fact adds to the log-probability of its answer, nats per token: the original → the model"
     ]
-    for name, model in zip(short_names(result.models), result.models, strict=True):
+    for name, model in zip(_short_names(result.models), result.models, strict=True):
         rows = []
         for number, size in enumerate(result.lengths):
             part = slice(number * result.depths, (number + 1) * result.depths)

@@ -70,9 +70,9 @@ def attach(
     claim(place_of(out), checkpoint.path, overwrite)
     checkpoint = checkpoint.replaced(kv=None)  # what it had makes room for another
     windows = calibrate.calibration(checkpoint, calibration or Calibration())
-    cache, rows = find_scales(checkpoint, kind, windows.tokens, observer, progress, Placement.on(device))
+    cache, rows = _find_scales(checkpoint, kind, windows.tokens, observer, progress, Placement.on(device))
     tensors = cache.tensors()
-    about = describe(kind, observer, windows, rows, device, checkpoint.left_out)
+    about = _describe(kind, observer, windows, rows, device, checkpoint.left_out)
     files = _files(checkpoint, tensors)
     identity = xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode())
     folder = Folder(place_of(out), shards_of(files), identity, overwrite)
@@ -95,7 +95,7 @@ def attach(
     return about
 
 
-def describe(
+def _describe(
     grid: KVGrid,
     how: str,
     windows: calibrate.Windows,
@@ -112,7 +112,7 @@ def describe(
         most_clipped=max(max(row.keys_clipped, row.values_clipped) for row in rows),
         serve=layout.served(grid),
         device=title(device),
-        warnings=[*warnings(rows), *left_out],
+        warnings=[*_warnings(rows), *left_out],
     )
 
 
@@ -127,8 +127,8 @@ def complete(run: Run) -> CacheReport | None:
         checkpoint = Checkpoint(run.folder.partial).replaced(kv=None)
         windows = run.windows or calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
         placement = Placement.on(run.device, run.folder.partial.parent)
-        cache, rows = find_scales(checkpoint, plan.kv, windows.tokens, plan.recipe.observer, run.progress, placement)
-        about = describe(plan.kv, plan.recipe.observer, windows, rows, run.device)
+        cache, rows = _find_scales(checkpoint, plan.kv, windows.tokens, plan.recipe.observer, run.progress, placement)
+        about = _describe(plan.kv, plan.recipe.observer, windows, rows, run.device)
     else:
         cache = plan.checkpoint.kv
     for name, scale in cache.tensors().items() if cache else ():
@@ -137,7 +137,7 @@ def complete(run: Run) -> CacheReport | None:
     return about
 
 
-def find_scales(
+def _find_scales(
     checkpoint: Checkpoint,
     grid: KVGrid,
     windows: Int64[Tensor, "windows length"],
@@ -202,7 +202,7 @@ def with_cache(
         default = Calibration()
         length = min(default.length, calibrate.longest(checkpoint, default.length))
         windows = calibrate.calibration(checkpoint, default.model_copy(update={"length": length}))
-        cache, _ = find_scales(checkpoint, grid, windows.tokens, progress=progress, placement=placement)
+        cache, _ = _find_scales(checkpoint, grid, windows.tokens, progress=progress, placement=placement)
         return checkpoint.replaced(kv=cache)
     return checkpoint
 
@@ -278,7 +278,7 @@ def _require_heads(checkpoint: Checkpoint, grid: KVGrid, keys: kv.Heads) -> None
         )
 
 
-def warnings(rows: list[AttentionReport]) -> list[str]:
+def _warnings(rows: list[AttentionReport]) -> list[str]:
     """What a user should know of the scales."""
     most = max(rows, key=lambda row: max(row.keys_clipped, row.values_clipped))
     share = max(most.keys_clipped, most.values_clipped)

@@ -44,6 +44,7 @@ class PackedModule(nn.Module):
 
     @property
     def matrix(self) -> PackedMatrix:
+        """The matrix as it lies in its file."""
         tensors = {name: getattr(self, f"packed_{number}") for number, name in enumerate(self._names)}
         return self._matrix._replace(tensors=tensors)
 
@@ -95,6 +96,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         return made
 
     def forward(self, input: Int64[Tensor, "*tokens"]) -> Float[Tensor, "*tokens in"]:
+        """The rows of these tokens, decoded."""
         rows, which = input.unique(return_inverse=True)
         found = self.matrix.at(rows) if self.matrix.by_rows else self.matrix.quantized
         values = found.decode().to(self.dtype)
@@ -114,6 +116,7 @@ class Undecoded(Tensor):
 
     @classmethod
     def of(cls, embedding: QuantEmbedding) -> "Undecoded":
+        """The weight of a packed module, which nothing has asked for yet."""
         shape = embedding.num_embeddings, embedding.embedding_dim
         made = Tensor._make_subclass(cls, embedding.like.new_full((1, 1), torch.nan).expand(shape))
         made.embedding = embedding
@@ -131,6 +134,7 @@ class Undecoded(Tensor):
         return func(*args, **kwargs)
 
     def decoded(self) -> Float[Tensor, "out in"]:
+        """The weight itself."""
         return self.embedding.matrix.quantized.decode().to(self.embedding.dtype)
 
 
@@ -149,20 +153,21 @@ class QuantLinear(PackedModule):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """x W^T + bias, with x rounded where the scheme says so."""
         if (
             self.activations is None or not x.numel()
         ):  # of no tokens, such as those of an idle expert, there is no largest
             return functional.linear(x, self.weight, self.bias)
         params = self.activations.params(x, {name: getattr(self, f"input_{name}") for name in self.stored})
         q = self.matrix.quantized
-        y = integer_product(x, self.activations, params, q)
+        y = _integer_product(x, self.activations, params, q)
         if y is None:
             y = functional.linear(self.activations.round(x, params), q.decode())
         y = y.to(self.dtype)
         return y if self.bias is None else y + self.bias
 
 
-def integer_product(
+def _integer_product(
     x: Float[Tensor, "... in"], read: ActivationGrid, params: Params, q: Quantized
 ) -> Float32[Tensor, "... out"] | None:
     """int8 times int8 in int32, scaled afterwards, as engines have it. None where a row or a token has several scales,

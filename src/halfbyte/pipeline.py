@@ -58,7 +58,7 @@ def quantize(
     if plan.calibrated:
         windows = calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
     writer = plan.target.writer(plan)
-    folder = Folder(place_of(out), writer.shards(stem_of(out)), identity(plan, windows, device), overwrite)
+    folder = Folder(place_of(out), writer.shards(_stem_of(out)), identity(plan, windows, device), overwrite)
     if folder.is_published:
         return report_of(out)
     with kept_on_interrupt(folder):
@@ -96,9 +96,9 @@ def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> PlanReport
     plan = _planned(recipe, out)
     _claim(out, plan, overwrite)
     writer = plan.target.writer(plan)
-    shards = writer.shards(stem_of(out))
+    shards = writer.shards(_stem_of(out))
     size_bytes = sum(shard.size_bytes for shard in shards.values())
-    return build.planned(plan, size_bytes, writer.entry_file(stem_of(out)), list(shards))
+    return build.planned(plan, size_bytes, writer.entry_file(_stem_of(out)), list(shards))
 
 
 def convert(
@@ -123,7 +123,7 @@ def convert(
     out = Path(out).expanduser()
     _claim(out, plan, overwrite)
     writer = plan.target.writer(plan)
-    folder = Folder(place_of(out), writer.shards(stem_of(out)), identity(plan, None), overwrite)
+    folder = Folder(place_of(out), writer.shards(_stem_of(out)), identity(plan, None), overwrite)
     if folder.is_published:
         return report_of(out)
 
@@ -171,7 +171,7 @@ def dequantize(
     plan = decoding(str(source), to, dtype, str(adapter) if adapter else None)
     _claim(out, plan, overwrite)
     writer = plan.target.writer(plan)
-    folder = Folder(place_of(out), writer.shards(stem_of(out)), identity(plan, None), overwrite)
+    folder = Folder(place_of(out), writer.shards(_stem_of(out)), identity(plan, None), overwrite)
     if folder.is_published:
         return report_of(out)
     with shown(progress) as show, kept_on_interrupt(folder):
@@ -210,7 +210,7 @@ def _importance(plan: Plan, device: torch.device) -> dict[Weight, Diagonal]:
     return {weight: Diagonal(mean.to(device)) for weight, mean in means.items()}
 
 
-def stem_of(out: Path) -> str:
+def _stem_of(out: Path) -> str:
     """The output's own name, after which files in it are called."""
     return out.resolve().stem if is_file(out) else out.resolve().name
 
@@ -310,7 +310,7 @@ def _finish(run: Run, started: float) -> Report:
         verify(run)
         sealed.result()
     size_bytes = sum(shard.size_bytes for shard in run.folder.shards.values())
-    file, seconds = run.checkpoint_writer.entry_file(stem_of(run.folder.target)), time.perf_counter() - started
+    file, seconds = run.checkpoint_writer.entry_file(_stem_of(run.folder.target)), time.perf_counter() - started
     device = title(run.device)
     devices = Devices(solve=device, calibration=device if run.windows or cache else None)
     report = build.report(run.plan, run.rows, run.folds, run.windows, cache, size_bytes, file, seconds, devices)

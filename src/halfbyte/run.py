@@ -65,12 +65,12 @@ class Run:
     windows: Windows | None = None
     device: torch.device = CPU
     """Where is solved."""
-    writer: Executor = field(default_factory=lambda: Inline())
+    writer: Executor = field(default_factory=lambda: _Inline())
     """Who writes."""
 
     def put(self, weight: Weight, q: Quantized) -> str:
         """Pack and write a matrix; its digest."""
-        q = on_cpu(q)
+        q = _on_cpu(q)
         for name, values in q.params.items():
             require_finite(f"{weight.name} ({name} of {q.grid})", values)
         for part in self.checkpoint_writer.pack(weight, q):
@@ -226,10 +226,11 @@ def restore_step(run: Run, record: dict) -> None:
     run.folds += record.get("folds", [])
 
 
-class Inline(Executor):
+class _Inline(Executor):
     """Does at once what it is given."""
 
     def submit(self, fn: Callable, /, *args, **kwargs) -> Future:
+        """Call it now; the future is done."""
         done: Future = Future()
         done.set_result(fn(*args, **kwargs))
         return done
@@ -244,10 +245,10 @@ def writing_beside(run: Run, beside: bool) -> Iterator[None]:
         return
     with ThreadPoolExecutor(1) as run.writer:
         yield
-    run.writer = Inline()
+    run.writer = _Inline()
 
 
-def on_cpu(q: Quantized) -> Quantized:
+def _on_cpu(q: Quantized) -> Quantized:
     """The same matrix in the CPU's memory."""
     activations = q.activations and ActivationQuant(
         q.activations.grid, {name: p.cpu() for name, p in q.activations.params.items()}

@@ -33,4 +33,5 @@ class Terminal(Console):
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
+        """The text with control characters written out."""
         return super().render_str(plain(text), **options)

@@ -160,8 +160,10 @@ def test_hopper_kernel_of_w4a8_pads_nothing():
 
 def test_every_flag_of_a_kernel_has_a_place_in_its_command():
     for engine in ENGINES.values():
-        for reads in engine.reads.values():
-            assert "{flags}" in (reads.command or engine.command) or not any(kernel.flag for kernel in reads.kernels)
+        for support in engine.support.values():
+            assert "{flags}" in (support.command or engine.command) or not any(
+                kernel.flag for kernel in support.kernels
+            )
 
 
 def test_serving_says_how():
@@ -289,7 +291,7 @@ def test_experts_that_are_no_linears_stay_and_are_not_promised_to_vllm():
 def test_every_engine_answers():
     assert [v.engine for v in verdicts("gptq", place("int4-g128"), LLAMA)] == list(ENGINES)
     assert all(default_container(engine) in TARGETS for engine in ENGINES)
-    assert all(set(engine.reads) <= set(TARGETS) for engine in ENGINES.values())
+    assert all(set(engine.support) <= set(TARGETS) for engine in ENGINES.values())
 
 
 SPELLINGS = {

@@ -17,10 +17,10 @@ def test_an_engine_is_told_in_80_columns(engine):
     assert lines[0].startswith(f"{ENGINES[engine].title} (--engine {engine})")
     for container in TARGETS:  # each has a section, or is refused whole
         assert f"\n{container}, read in\n" in result.out or container in result.out.partition("refused, all of it:")[2]
-    for container, reads in ENGINES[engine].reads.items():
+    for container, support in ENGINES[engine].support.items():
         section = result.out.partition(f"\n{container}, read in\n")[2].partition("\n\n")[0]
         assert any(word in section for word in (Word.TESTED, Word.DOCUMENTED))
-        assert (Word.TESTED in section) <= bool(reads.tested)
+        assert (Word.TESTED in section) <= bool(support.tested)
 
 
 def test_vllm_is_told_in_all_three_words():

@@ -91,7 +91,9 @@ def test_a_plan_does_not_change(tmp_path):
 def test_what_may_stay_in_16_bits():
     q, o = LLAMA[0], LLAMA[3]
     assert may_stay(q, "vllm", "compressed-tensors")
-    unfused = [(e, c) for e, engine in ENGINES.items() for c, reads in engine.reads.items() if reads.keeps == "unfused"]
+    unfused = [
+        (e, c) for e, engine in ENGINES.items() for c, support in engine.support.items() if support.keeps == "unfused"
+    ]
     assert unfused
     assert all(may_stay(o, *place) and not may_stay(q, *place) for place in unfused)
 

@@ -44,9 +44,11 @@ class AWQ(Container):
     mixes = False
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        """int4 with scales that both fp16 and the model's dtype hold. Raises Unsupported for other grids."""
         return integer(scheme, self.name).with_scale(stored_scale(dtype))
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        """Raise Unsupported unless it is int4 per group or channel, with a multiple of 8 out-features."""
         grid, (out, _) = integer(scheme, self.name), shape
         if grid.levels.bits != 4 or grid.granularity == "tensor":
             raise Unsupported(f"awq holds int4 per group or channel, not {grid}")
@@ -54,9 +56,11 @@ class AWQ(Container):
             raise Unsupported(f"awq packs eight out-features to a word, which {out} do not fill")
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
+        """Integers whose scales are exact in fp16; None for others."""
         return same if (same := super().cast_exact(q)) and fits_half(q.params["scale"]) else None
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        """Packed weights, packed zero points and fp16 scales."""
         grid, (out, width) = integer(scheme, self.name), shape
         groups = grid.groups(width)
         return {
@@ -66,12 +70,14 @@ class AWQ(Container):
         }
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        """As `plan`; others write scales in bf16 and fp32 too."""
         return {
             **super().parts(scheme, shape, has),
             "scales": any_of([self.plan(scheme, shape)["scales"].shape], SCALE_NAME),
         }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """Eight out-features to a word, in AutoAWQ's order."""
         zero = q.params.get("zero", torch.full_like(q.params["scale"], 8, dtype=torch.uint8))
         return {
             "qweight": _pack(q.codes),
@@ -80,6 +86,7 @@ class AWQ(Container):
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        """Codes and zero points in their own order again; no zero points for a symmetric grid."""
         grid, (out, _) = integer(scheme, self.name), shape
         params = {"scale": tensors["scales"].T.contiguous().to(SCALE_DTYPES[grid.scale])}
         if not grid.symmetric:
@@ -87,6 +94,7 @@ class AWQ(Container):
         return Quantized(grid, _unpack(tensors["qweight"], out), params)
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+        """AutoAWQ's `quantization_config`, with the unquantized modules by name."""
         grid = integer(commonest(schemes), self.name)
         return {
             "quant_method": "awq",
@@ -101,6 +109,7 @@ class AWQ(Container):
         }
 
     def extra_files(self, config: Config) -> dict[str, Config]:
+        """quant_config.json, which AutoAWQ reads."""
         return {
             "quant_config.json": {
                 "zero_point": True,
@@ -111,9 +120,12 @@ class AWQ(Container):
         }
 
     def reads(self, config: Config) -> bool:
+        """Whether `quant_method` is awq."""
         return config.get("quant_method") == "awq"
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        """Every module with a qweight: symmetric where all zero points are 8. Raises Unsupported for versions but
+        GEMM."""
         if str(config.get("version", "gemm")).lower() != "gemm":
             raise Unsupported(f"awq version '{config['version']}' is not read; gemm is")
         found: dict[str, tuple[AnyScheme, Shape]] = {}

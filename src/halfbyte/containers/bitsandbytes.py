@@ -62,26 +62,31 @@ class BitsAndBytes(Container):
     """What engines decode to, which every matrix notes."""
 
     def for_model(self, dtype: torch.dtype) -> "BitsAndBytes":
+        """The same, with the dtype that engines decode to."""
         return BitsAndBytes(dtype)
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        """int8 per channel becomes LLM.int8(), which rounds activations too; other schemes stay."""
         grid = scheme.weight
-        is_int8 = is_llm_int8(grid) or (is_integer(grid) and grid.with_scale("fp16") == integers(8, "channel"))
+        is_int8 = _is_llm_int8(grid) or (is_integer(grid) and grid.with_scale("fp16") == integers(8, "channel"))
         return LLM_INT8 if is_int8 and scheme.activations in (None, LLM_INT8.activations) else scheme
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        """Raise Unsupported for grids but NF4, FP4 and LLM.int8(), and for shapes that blocks do not suit."""
         grid = _held(scheme)
         if is_absmax(grid):
             grid.require_fit(shape)
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
-        if is_llm_int8(q.grid):
+        """NF4, FP4 and LLM.int8() as they are; None for others."""
+        if _is_llm_int8(q.grid):
             return q._replace(activations=ActivationQuant(LLM_INT8.activations, {}))
         return q if is_absmax(q.grid) and not q.activations else None
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        """Codes, scales, tables of levels, and room for the quantization state in JSON."""
         grid, (out, width) = _held(scheme), shape
-        if is_llm_int8(grid):
+        if _is_llm_int8(grid):
             return {
                 "weight": Spec((out, width), torch.int8),
                 "SCB": Spec((out,), torch.float32),
@@ -100,13 +105,14 @@ class BitsAndBytes(Container):
         return specs
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        """As `plan`; 4-bit codes may be called by any of the dtypes in STORAGE."""
         grid, plan = _held(scheme), self.plan(scheme, shape)
         known = {
             suffix: Part((spec,), optional=suffix == "weight_format")
             for suffix, spec in plan.items()
             if not suffix.startswith(STATE)
         }
-        if is_llm_int8(grid):
+        if _is_llm_int8(grid):
             return known
         size_bytes = plan["weight"].size_bytes
         return {
@@ -121,8 +127,9 @@ class BitsAndBytes(Container):
         }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """Two codes to a byte, with their levels, scales and state; or signed bytes, for LLM.int8()."""
         grid, params = _held(q.scheme), q.params
-        if is_llm_int8(grid):
+        if _is_llm_int8(grid):
             weight = (q.codes.int() - ZERO).to(torch.int8)
             return {
                 "weight": weight,
@@ -136,7 +143,7 @@ class BitsAndBytes(Container):
         tensors = {
             "weight": pairs[:, :1] << 4 | pairs[:, 1:],
             "weight.absmax": params["scale"].flatten(),
-            "weight.quant_map": levels_of(grid),
+            "weight.quant_map": _levels_of(grid),
             STATE + grid.levels.name: torch.frombuffer(bytearray(state.ljust(length)), dtype=torch.uint8),
         }
         if grid.nested:
@@ -145,8 +152,9 @@ class BitsAndBytes(Container):
         return tensors
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        """The inverse. Raises Unsupported for levels that are not bitsandbytes' own."""
         grid, (out, width) = _held(scheme), shape
-        if is_llm_int8(grid):
+        if _is_llm_int8(grid):
             if tensors.get("weight_format", torch.zeros(1)).any():
                 raise Unsupported(
                     "LLM.int8() weights in the order of an old GPU (weight_format) are not read; load them with "
@@ -158,7 +166,7 @@ class BitsAndBytes(Container):
                 {"scale": tensors["SCB"].reshape(-1, 1)},
                 ActivationQuant(LLM_INT8.activations, {}),
             )
-        _require_same("quant_map", tensors["weight.quant_map"], levels_of(grid))
+        _require_same("quant_map", tensors["weight.quant_map"], _levels_of(grid))
         raw = tensors["weight"].contiguous().flatten().view(torch.uint8)
         codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: out * width].view(out, width)
         params = {"scale": tensors["weight.absmax"].view(grid.scales_shape(shape))}
@@ -169,6 +177,7 @@ class BitsAndBytes(Container):
         return Quantized(grid, codes, params)
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+        """Transformers' BitsAndBytesConfig, with the unquantized modules by name."""
         grid = _held(commonest(schemes))
         four = is_absmax(grid)
         return {
@@ -186,12 +195,14 @@ class BitsAndBytes(Container):
         }
 
     def reads(self, config: Config) -> bool:
+        """Whether it is a BitsAndBytesConfig that loads 4 or 8 bits."""
         # Older versions of Transformers did not write the method.
         return config.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(
             config.get("load_in_4bit") or config.get("load_in_8bit")
         )
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        """4-bit modules by their quantization state, 8-bit ones by their SCB."""
         found: dict[str, tuple[AnyScheme, Shape]] = {}
         for name in entries:
             module, _, kind = name.rpartition(f".{STATE}")
@@ -211,11 +222,12 @@ class BitsAndBytes(Container):
         return found
 
 
-def is_llm_int8(grid: Grid) -> TypeGuard[ScalarGrid]:
+def _is_llm_int8(grid: Grid) -> TypeGuard[ScalarGrid]:
+    """Whether weights are those of LLM.int8()."""
     return grid == LLM_INT8_GRID
 
 
-def levels_of(grid: ScalarGrid) -> Tensor:
+def _levels_of(grid: ScalarGrid) -> Tensor:
     """What codes stand for, from -1 to 1."""
     return values_of(TABLES[grid.levels.name]) * grid.levels.unit
 
@@ -229,7 +241,7 @@ def _known(name: str) -> ScalarGrid:
 
 def _held(scheme: AnyScheme) -> ScalarGrid:
     grid = scheme.weight
-    if not (is_absmax(grid) or is_llm_int8(grid)) or scheme.activations not in (None, LLM_INT8.activations):
+    if not (is_absmax(grid) or _is_llm_int8(grid)) or scheme.activations not in (None, LLM_INT8.activations):
         kinds = " and ".join(TABLES)
         raise Unsupported(
             f"bitsandbytes holds {kinds} in blocks (such as nf4-g64 or nf4-g64-double) and int8-channel, not {scheme}"

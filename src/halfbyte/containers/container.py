@@ -46,6 +46,7 @@ class Part(NamedTuple):
 
 
 def any_of(shapes: Collection[Shape], dtypes: Collection[torch.dtype], optional: bool = False) -> Part:
+    """A part that may have any of these shapes and dtypes."""
     return Part(tuple(Spec(shape, dtype) for shape in shapes for dtype in dtypes), optional)
 
 
@@ -126,6 +127,7 @@ class Container(Reader):
         """Suffix, shape and dtype of every tensor that `pack` will return."""
 
     def suffixes(self, scheme: AnyScheme, shape: Shape) -> set[str]:
+        """Those of `plan`, and those that files of others have."""
         return {*self.plan(scheme, shape), *self.foreign_suffixes}
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
@@ -178,10 +180,12 @@ def stored(entries: Mapping[str, Entry], name: str, dtypes: Collection[torch.dty
 
 
 def told(spec: Spec) -> str:
+    """Dtype and shape, as messages have them."""
     return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
 
 
 def weights_only(scheme: AnyScheme, container: str) -> Grid:
+    """The grid of a scheme whose activations stay in 16 bits. Raises Unsupported, naming the container, for others."""
     if scheme.activations:
         raise Unsupported(
             f"{container} has no inputs of fewer than 16 bits, such as {scheme}; compressed-tensors has, or leave "
@@ -191,6 +195,7 @@ def weights_only(scheme: AnyScheme, container: str) -> Grid:
 
 
 def integer(scheme: AnyScheme, container: str) -> ScalarGrid:
+    """The integer grid of a scheme of weights alone. Raises Unsupported, naming the container, for others."""
     grid = weights_only(scheme, container)
     if isinstance(grid, ActOrderGrid):
         raise Unsupported(
@@ -213,6 +218,7 @@ def input_parts(grid: ActivationGrid | None) -> dict[str, Part]:
 
 
 def input_tensors(inputs: ActivationQuant | None) -> dict[str, Tensor]:
+    """What is stored of a module's activations, by suffix."""
     return {
         STORED_INPUTS[name][0]: value.to(STORED_INPUTS[name][1])
         for name, value in (inputs.params if inputs else {}).items()
@@ -244,6 +250,7 @@ def span_of(module: str, width: int, groups: int, sizes: Collection[Any]) -> int
 
 
 def commonest(schemes: Mapping[str, AnyScheme]) -> AnyScheme:
+    """The scheme of most modules."""
     return Counter(schemes.values()).most_common(1)[0][0]
 
 
@@ -261,10 +268,12 @@ def _collapse(name: str) -> str:
 
 
 def fits_half(scale: Tensor) -> bool:
+    """Whether every scale is exact in fp16."""
     return torch.equal(scale.to(torch.float16).to(scale.dtype), scale)
 
 
 def exact_half(scale: Tensor) -> Tensor:
+    """Scales in fp16. Raises Unsupported where that would round one."""
     if not fits_half(scale):
         raise Unsupported(
             "a scale does not fit fp16, the only precision of this container; scale the model or use compressed-tensors"

@@ -66,10 +66,13 @@ class FP8(Container):
     foreign_suffixes = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        """Scales in fp32, and activations rounded to FP8 as engines do for that granularity."""
         grid = _held(scheme).with_scale("fp32")
         return Scheme(grid, scheme.activations or READ[grid.granularity])
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        """Raise Unsupported for other grids and activations, and for shapes that are no multiple of 128 x 128
+        blocks."""
         grid = _held(scheme)
         if scheme.activations not in (READ[grid.granularity], STATIC if grid.granularity == "tensor" else None):
             raise Unsupported(
@@ -83,6 +86,7 @@ class FP8(Container):
             )
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
+        """FP8 in blocks or per tensor, with activations as engines round them; None for others."""
         if not is_float(q.grid) or q.grid.granularity not in ("block", "tensor"):
             return None
         read = (
@@ -93,6 +97,7 @@ class FP8(Container):
         return Quantized(q.grid.with_scale("fp32"), q.codes, {"scale": q.params["scale"].float()}, read)
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        """FP8 weights, and scales of blocks or of the tensor."""
         grid = _float(scheme)
         weight = Spec(shape, DTYPES[grid.levels.name])
         if grid.granularity == "tensor":
@@ -120,6 +125,7 @@ class FP8(Container):
         }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """Codes as FP8, scales in fp32."""
         grid, scale = _held(q.grid), q.params["scale"]
         weight = q.codes.view(DTYPES[grid.levels.name])
         if grid.granularity == "tensor":
@@ -127,6 +133,7 @@ class FP8(Container):
         return {"weight": weight, "weight_scale_inv": scale}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        """Of any version that is read: transposed experts, scales in powers of two, either name of the scales."""
         grid, weight = _float(scheme), tensors["weight"].view(torch.uint8)
         scale = tensors["weight_scale_inv" if "weight_scale_inv" in tensors else "weight_scale"]
         if _is_transposed(weight.shape, scale.shape):
@@ -139,12 +146,14 @@ class FP8(Container):
         )
 
     def inputs(self, tensors: Mapping[str, Tensor], grid: ActivationGrid | None) -> ActivationQuant | None:
+        """The activations' stored scale, under the name that Transformers gives it too."""
         known = (
             {"input_scale": tensors["activation_scale"]} if "activation_scale" in tensors else {}
         )  # what Transformers calls it
         return inputs_of({**tensors, **known}, grid)
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+        """DeepSeek's `quantization_config`, with the unquantized modules by both names that engines know."""
         scheme = commonest(schemes)
         grid = _held(scheme)
         return {
@@ -157,9 +166,11 @@ class FP8(Container):
         }
 
     def reads(self, config: Config) -> bool:
+        """Whether `quant_method` is fp8, mxfp8 or fbgemm_fp8."""
         return config.get("quant_method") in (self.name, "mxfp8", "fbgemm_fp8")
 
     def unfuse_experts(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Experts that Transformers fused, one by one."""
         return unfuse(
             entries,
             {
@@ -171,6 +182,7 @@ class FP8(Container):
         )
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        """Every module with FP8 weights, its granularity as the shape of the scales shows it."""
         found: dict[str, tuple[AnyScheme, Shape]] = {}
         for name, weight in entries.items():
             module = name.removesuffix(".weight")

@@ -54,9 +54,11 @@ class GPTQ(Container):
     version: int = 1
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        """Integers with scales that both fp16 and the model's dtype hold. Raises Unsupported for other grids."""
         return integer(scheme, self.name).with_scale(stored_scale(dtype))
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        """Raise Unsupported unless it is int2, int3, int4 or int8 per channel or group, and fills whole words."""
         grid, (out, width) = integer(scheme, self.name), shape
         if grid.levels.bits not in WIDTHS or grid.granularity == "tensor":
             raise Unsupported(f"gptq holds int2, int3, int4 and int8 per channel or group, not {grid}")
@@ -67,12 +69,15 @@ class GPTQ(Container):
                 )
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
+        """Integers whose scales are exact in fp16; None for others."""
         return same if (same := super().cast_exact(q)) and fits_half(q.params["scale"]) else None
 
     def for_tensor(self, q: Quantized) -> "GPTQ":
+        """Version 2 for a matrix with a zero point of 0, which version 1 cannot hold."""
         return GPTQ(2) if "zero" in q.params and not q.params["zero"].all() else self
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        """Packed weights, packed zero points, fp16 scales, and the group of each in-feature."""
         grid, (out, width) = _integers(scheme), shape
         groups = grid.groups(width)
         return {
@@ -83,6 +88,7 @@ class GPTQ(Container):
         }
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        """As `plan`; others write scales in bf16 and fp32 too, and leave g_idx out."""
         plan = self.plan(scheme, shape)
         scales, order = (
             any_of([plan["scales"].shape], SCALE_NAME),
@@ -91,6 +97,7 @@ class GPTQ(Container):
         return {**super().parts(scheme, shape, has), "scales": scales, "g_idx": order}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """Codes packed along in-features, zero points along out-features."""
         grid, width = integer(q.grid, self.name), q.shape[1]
         zero = q.params.get("zero", torch.full_like(q.params["scale"], grid.midpoint, dtype=torch.uint8))
         if self.version == 1:
@@ -105,6 +112,8 @@ class GPTQ(Container):
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        """The inverse of `pack`, in either version. Raises Unsupported for zero points in a file that is called
+        symmetric."""
         grid, (out, width) = _integers(scheme), shape
         if scheme == grid and "g_idx" in tensors and not torch.equal(tensors["g_idx"], plain_order(width, grid)):
             raise BadCheckpoint(f"in-features are grouped in activation order (g_idx), and not as {grid} has them")
@@ -128,6 +137,7 @@ class GPTQ(Container):
         return bits.unpack(words + 0xFFFFFFFF // ((1 << width_bits) - 1), width_bits, out)
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+        """GPTQModel's `quantization_config`: other grids, and unquantized modules, as `dynamic` rules."""
         main = integer(commonest(schemes), self.name)
         dynamic: Config = {}
         for grid in sorted({g for g in schemes.values() if g != main}, key=str):
@@ -150,15 +160,19 @@ class GPTQ(Container):
         }
 
     def extra_files(self, config: Config) -> dict[str, Config]:
+        """quantize_config.json, which older readers look for."""
         return {"quantize_config.json": config}
 
     def reads(self, config: Config) -> bool:
+        """Whether `quant_method` is gptq."""
         return config.get("quant_method") == "gptq"
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> Modules:
+        """Every module with a qweight, as `opened` finds them."""
         return self.opened(config, entries)[1]
 
     def opened(self, config: Config, entries: Mapping[str, Entry]) -> tuple["GPTQ", Modules]:
+        """The version that the zero points show, whatever the label, and every module with a qweight."""
         found: Modules = {}
         versions = set()
         sizes = [config.get("group_size"), *(rule.get("group_size") for rule in (config.get("dynamic") or {}).values())]

@@ -113,7 +113,7 @@ def config(known: Config | None, grid: KVGrid) -> Config:
             f"engines read scales of a KV cache beside compressed-tensors and fp8, not beside {method}; halfbyte "
             "convert --to compressed-tensors moves weights"
         )
-    scheme = scheme_of(grid)
+    scheme = _scheme_of(grid)
     if method == "fp8":
         if scheme["strategy"] != "tensor":
             raise Unsupported(
@@ -131,7 +131,7 @@ def config(known: Config | None, grid: KVGrid) -> Config:
     return {**(known or empty), "kv_cache_scheme": scheme}
 
 
-def scheme_of(grid: KVGrid) -> Config:
+def _scheme_of(grid: KVGrid) -> Config:
     """`kv_cache_scheme` of compressed-tensors (its QuantizationArgs). Raises Unsupported for a cache that engines do
     not read from files."""
     part = grid.key

@@ -51,17 +51,21 @@ class ModelOpt(Reader):
     )
 
     def reads(self, config: Config) -> bool:
+        """Whether Model Optimizer says that it made the file."""
         said = config.get("producer")
         return str(config.get("quant_method", "")).startswith(self.name) or (
             isinstance(said, dict) and said.get("name") == self.name
         )
 
     def unfuse_experts(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Fused experts, one by one."""
         return unfuse(
             entries, {"": "weight", **{f"_{part}": part for part in ("weight_scale", "weight_scale_2", "input_scale")}}
         )
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        """FP8 modules as `FP8` finds them, and NVFP4 by its scales. Raises Unsupported for what else Model Optimizer
+        has."""
         found = FP8().find({"activation_scheme": "static"}, entries)
         if fused := next((m for m in found if re.search(r"\.\d+\.gate_up_proj$", m)), None):
             raise Unsupported(
@@ -78,6 +82,7 @@ class ModelOpt(Reader):
         return found
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        """Those of FP8, or NVFP4 weights with scales of groups and of the matrix, either way round."""
         if scheme.weight != NVFP4_FACTOR:
             return FP8().parts(scheme, shape, has)
         out, width = shape
@@ -94,6 +99,7 @@ class ModelOpt(Reader):
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        """FP8, or NVFP4 with a factor in place of the divisor."""
         if scheme.weight != NVFP4_FACTOR:
             return FP8().unpack(tensors, scheme, shape)
         weight, scale = tensors["weight"], tensors["weight_scale"].view(torch.uint8)
@@ -105,6 +111,7 @@ class ModelOpt(Reader):
         return Quantized(NVFP4_FACTOR, unpack(weight, 4), params, self.inputs(tensors, scheme.activations))
 
     def inputs(self, tensors: Mapping[str, Tensor], grid: ActivationGrid | None) -> ActivationQuant | None:
+        """The activations' stored scale; of NVFP4 its reciprocal."""
         if grid != NVFP4_INPUTS:
             return inputs_of(tensors, grid)
         return ActivationQuant(

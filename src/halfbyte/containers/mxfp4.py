@@ -29,12 +29,15 @@ class MXFP4(Reader):
     foreign_suffixes = ("blocks", "scales")
 
     def reads(self, config: Config) -> bool:
+        """Whether `quant_method` is mxfp4."""
         return config.get("quant_method") == self.name
 
     def unfuse_experts(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """The experts of a stack, one by one."""
         return unfuse(entries, {"_blocks": "blocks", "_scales": "scales"})
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        """Every module with blocks. Raises Unsupported for shapes that are no MXFP4."""
         found: dict[str, tuple[AnyScheme, Shape]] = {}
         for name, blocks in entries.items():
             if name.endswith(".blocks"):
@@ -54,10 +57,12 @@ class MXFP4(Reader):
         return found
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        """Blocks of 16 bytes, and a byte of scale for each."""
         out, groups = shape[0], shape[1] // 32
         return {"blocks": any_of([(out, groups, 16)], [torch.uint8]), "scales": any_of([(out, groups)], [torch.uint8])}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        """As compressed-tensors has the same bytes."""
         return PACKED.unpack(
             {"weight_packed": tensors["blocks"].flatten(1), "weight_scale": tensors["scales"]}, PACKED.grid, shape
         )

@@ -50,14 +50,14 @@ class Place:
 
     def lock(self) -> None:
         """Two runs that write the same output would each spoil what the other has done."""
-        make_parent(self.final)
+        _make_parent(self.final)
         self.require_own()
-        self._lock = locked(self._lock_path, self.target)
+        self._lock = _locked(self._lock_path, self.target)
 
     def unlock(self) -> None:
         """Nothing of the lock stays. It is the caller's to do last what says that all is done: a lock that outlives its
         run says nothing."""
-        unlocked(self._lock)
+        _unlocked(self._lock)
         self._lock = None
 
     def require_own(self) -> None:
@@ -76,6 +76,7 @@ class Place:
 
     @property
     def kind(self) -> str:
+        """ "file" or "folder", for messages."""
         return "file" if self.is_file else "folder"
 
     def require_free(self, overwrite: bool) -> None:
@@ -176,7 +177,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def make_parent(path: Path) -> None:
+def _make_parent(path: Path) -> None:
+    """Make the folder of a path. Raises NotADirectoryError where a file is in the way."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -200,7 +202,7 @@ def _owner_in(folder: Path) -> int | None:
         return None
 
 
-def locked(path: Path, target: Path) -> filelock.BaseFileLock | None:
+def _locked(path: Path, target: Path) -> filelock.BaseFileLock | None:
     """A lock that no other process has. None on a file system without locks."""
     lock = filelock.FileLock(path, timeout=0, thread_local=False)
     try:
@@ -214,7 +216,7 @@ def locked(path: Path, target: Path) -> filelock.BaseFileLock | None:
     return lock
 
 
-def unlocked(lock: filelock.BaseFileLock | None) -> None:
+def _unlocked(lock: filelock.BaseFileLock | None) -> None:
     """Let go, and leave no file. Where an open file can be unlinked that comes first, so that nobody waits for one that
     is gone."""
     if lock is None:
@@ -254,17 +256,17 @@ def one_file(target: Path, overwrite: bool) -> Iterator[Path]:
     if final.exists() and not overwrite:
         raise BadRequest(f"the output {target} exists and is kept; name another file or give --overwrite")
     try:
-        make_parent(final)
+        _make_parent(final)
         for path in (partial, lock_path):
             require_own(path)
-        lock = locked(lock_path, target)
+        lock = _locked(lock_path, target)
         try:
             yield partial
         except BaseException:
             remove(partial)
             raise
         finally:
-            unlocked(lock)
+            _unlocked(lock)
         os.replace(partial, final)
     except OSError as error:
         if error.filename and Path(error.filename) not in (final, partial, lock_path, final.parent):

@@ -48,6 +48,7 @@ class Spec:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of its elements."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -188,6 +189,7 @@ class Output:
                 done += self.file.write(view[done:])
 
     def close(self) -> None:
+        """Have every byte on the disk, and let go of the file."""
         os.fsync(self.file.fileno())
         self.abandon()
 

@@ -21,27 +21,27 @@ class Kernel:
     """One family of kernels of an engine, and the schemes and shapes that it multiplies by."""
 
     codes: frozenset[Code]  # integers under inputs in 16 bits
-    spans: frozenset[int | str]
+    granularities: frozenset[int | str]
     tiles: tuple[
         tuple[int, int], ...
     ] = ()  # (in, out): a partition must be a multiple of one of these, if there are any
     note: str = ""
     flag: str = ""  # what the command needs for this kernel
-    named: str = ""  # all other schemes: a pattern of their names, without the precision of scales
+    scheme_pattern: str = ""  # all other schemes: a pattern of their names, without the precision of scales
     offer: str = ""  # ... in words
-    whole_tiles: bool = False  # shapes that miss the tiles are refused even by an engine that pads others
+    strict_tiles: bool = False  # shapes that miss the tiles are refused even by an engine that pads others
 
 
-def named(
+def _named(
     pattern: str,
     offer: str,
     note: str = "",
     tiles: tuple[tuple[int, int], ...] = (),
-    whole_tiles: bool = False,
+    strict_tiles: bool = False,
     flag: str = "",
 ) -> Kernel:
     """A kernel for schemes by their names."""
-    return Kernel(NONE, frozenset(), tiles, note, flag, named=pattern, offer=offer, whole_tiles=whole_tiles)
+    return Kernel(NONE, frozenset(), tiles, note, flag, scheme_pattern=pattern, offer=offer, strict_tiles=strict_tiles)
 
 
 class Tested(NamedTuple):
@@ -53,7 +53,7 @@ class Tested(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reads:
+class EngineSupport:
     """How an engine reads one container."""
 
     kernels: tuple[Kernel, ...]  # fastest first; a grid runs on the first that takes it
@@ -89,8 +89,8 @@ class Engine:
     title: str
     command: str
     default: str
-    reads: Mapping[str, Reads]
-    otherwise: str  # what would work, said of a container that is not in `reads`
+    support: Mapping[str, EngineSupport]
+    otherwise: str  # what would work, said of a container that is not in `support`
     parallel: bool = True
     names: tuple[str, ...] = ()  # what else people call it
 
@@ -120,15 +120,15 @@ HUMMING = (
 EXLLAMA = "runs on the slower exllama kernel, in float16 only"
 BITSANDBYTES = "needs the package bitsandbytes, 0.46.1 or later"
 SPANNED = "bitsandbytes 0.50 decodes it wrongly on CPUs (not on GPUs), as its blocks span rows; smaller ones would not"
-BLOCKS_AND_BYTES = named(r"(nf4|fp4)-[^/]*|llm-int8/llm-int8", "nf4 and fp4 in blocks, and int8-channel as LLM.int8()")
+BLOCKS_AND_BYTES = _named(r"(nf4|fp4)-[^/]*|llm-int8/llm-int8", "nf4 and fp4 in blocks, and int8-channel as LLM.int8()")
 FP8_WEIGHTS = "FP8 weights alone run on Marlin kernels: an NVIDIA GPU of compute capability 8.0 or later"
-FP8_ROWS = named(r"fp8-e4m3-(channel|tensor)", "fp8-e4m3 per channel, tensor", FP8_WEIGHTS, TILES[:1])
+FP8_ROWS = _named(r"fp8-e4m3-(channel|tensor)", "fp8-e4m3 per channel, tensor", FP8_WEIGHTS, TILES[:1])
 INPUTS_IN_FP8 = (
     "the engine rounds inputs to FP8 on GPUs of compute capability 8.9 or later; older ones leave inputs in 16 bits"
 )
 FP8_ROUNDED = "fp8-e4m3-channel/fp8-e4m3-token, fp8-e4m3-tensor/fp8-e4m3-static"
-FP8_BLOCKS = named(r"fp8-e4m3-block/fp8-e4m3-g128", "fp8-e4m3-block/fp8-e4m3-g128", INPUTS_IN_FP8)
-FP8_LOADED = named(
+FP8_BLOCKS = _named(r"fp8-e4m3-block/fp8-e4m3-g128", "fp8-e4m3-block/fp8-e4m3-g128", INPUTS_IN_FP8)
+FP8_LOADED = _named(
     r"fp8-e4m3-(block/fp8-e4m3-g128|tensor/fp8-e4m3-(token|static))",
     "fp8-e4m3-block/fp8-e4m3-g128, fp8-e4m3-tensor/fp8-e4m3-token or -static",
     INPUTS_IN_FP8,
@@ -150,7 +150,7 @@ INPUTS_IN_INT8 = "products of int8 run on GPUs of compute capability 7.5 or late
 MAINTAINED = ("TGI is in maintenance mode", "computes in float16")
 # vllm_gguf_plugin/quantization/utils.py and SGLang's (quantization)/gguf.py list the same types.
 GGUF_INTEGERS = frozenset({(4, True), (5, True), (8, True)})
-GGUF_TYPES = named(r"q4_1|q5_1|q[2-6]_k|iq[1-4]_\w+", "q4_1, q5_1, q2_k to q6_k, iq1_s to iq4_xs")
+GGUF_TYPES = _named(r"q4_1|q5_1|q[2-6]_k|iq[1-4]_\w+", "q4_1, q5_1, q2_k to q6_k, iq1_s to iq4_xs")
 BY_LLAMA_CPP = (
     "runs it through llama.cpp, which the tests here load it in; an older copy of that may lack new types and models"
 )
@@ -171,14 +171,14 @@ VLLM = {
     # 8; of those only Hopper's Machete and the package conch have 8 (model_executor/kernels/linear/mixed_precision/*.py
     # can_implement); requirements/cuda.txt: humming-kernels; models/gpt2.py transposes tensors named .weight only.
     # lm_head: get_quant_method in compressed_tensors.py asks for a target that names it, and "Linear" does not.
-    "compressed-tensors": Reads(
+    "compressed-tensors": EngineSupport(
         (
             Kernel(SYMMETRIC | INT4, SPANS, TILES, TURING),
             Kernel(ODD, SPANS, note=HUMMING),
             # schemes/compressed_tensors_{w8a16_fp8,w4a4_nvfp4}.py; _get_scheme_from_parts in compressed_tensors.py.
             FP8_ROWS,
-            named(r"fp8-e4m3-block", "fp8-e4m3-block", "fp8-e4m3-block with 16-bit inputs needs vLLM of 2026", TILES),
-            named(
+            _named(r"fp8-e4m3-block", "fp8-e4m3-block", "fp8-e4m3-block with 16-bit inputs needs vLLM of 2026", TILES),
+            _named(
                 r"nvfp4",
                 "nvfp4",
                 "NVFP4 weights alone run on Marlin kernels: compute capability 7.5 or later",
@@ -187,11 +187,11 @@ VLLM = {
             # schemes/compressed_tensors_{w4a4_mxfp4,w8a8_mxfp8}.py do not look at input_activations: kernels decide, in
             # the order of kernels/linear/__init__.py, where FlashInfer's (Blackwell) round inputs and Marlin's, which
             # come next, do not.
-            named(r"mxfp4(/mxfp4)?", "mxfp4", MX_INPUTS.format("MXFP4"), TILES),
-            named(r"mxfp8-e4m3(/mxfp8-e4m3)?", "mxfp8-e4m3", MX_INPUTS.format("MXFP8"), TILES),
+            _named(r"mxfp4(/mxfp4)?", "mxfp4", MX_INPUTS.format("MXFP4"), TILES),
+            _named(r"mxfp8-e4m3(/mxfp8-e4m3)?", "mxfp8-e4m3", MX_INPUTS.format("MXFP8"), TILES),
             # schemes/compressed_tensors_w8a8_int8.py (symmetric weights; inputs per token or stored, with zero points
             # or not).
-            named(
+            _named(
                 r"int8-(channel|tensor)/int8-(token|static)(-asym)?",
                 "int8-channel/int8-token or -static, and -asym",
                 INPUTS_IN_INT8,
@@ -199,8 +199,8 @@ VLLM = {
             ),
             # schemes/compressed_tensors_w8a8_fp8.py: per tensor, a fused matrix is rounded again to the largest of its
             # scales.
-            named(r"fp8-e4m3-(channel|tensor)/fp8-e4m3-(token|static)", FP8_ROUNDED, INPUTS_IN_FP8),
-            named(
+            _named(r"fp8-e4m3-(channel|tensor)/fp8-e4m3-(token|static)", FP8_ROUNDED, INPUTS_IN_FP8),
+            _named(
                 r"fp8-e4m3-(channel|tensor)/fp8-e4m3-tensor",
                 "",
                 f"{INPUTS_IN_FP8}; vLLM finds a scale for each token, not one for all",
@@ -208,13 +208,13 @@ VLLM = {
             FP8_BLOCKS,
             # schemes/compressed_tensors_w4a4_nvfp4.py: fused matrices share the largest divisor, and warn if theirs
             # differ.
-            named(r"nvfp4/nvfp4", "nvfp4/nvfp4", NVFP4_INPUTS, TILES),
+            _named(r"nvfp4/nvfp4", "nvfp4/nvfp4", NVFP4_INPUTS, TILES),
             # schemes/compressed_tensors_w4a8_fp8.py and kernels/linear/mixed_precision/cutlass.py: compute capability
             # 9.0 exactly.
-            named(r"int4-g128/fp8-e4m3-token", "int4-g128/fp8-e4m3-token", W4A8_FP8, ((128, 128),), whole_tiles=True),
+            _named(r"int4-g128/fp8-e4m3-token", "int4-g128/fp8-e4m3-token", W4A8_FP8, ((128, 128),), strict_tiles=True),
             # schemes/compressed_tensors_w4a8_int.py: of kernels/linear/mixed_precision, dynamic_4bit.py and xpu.py take
             # signed 4 bits in bytes.
-            named(r"int4-(channel|g32|g64|g128)/int8-token(-asym)?", "int4-g128/int8-token", W4A8_INT),
+            _named(r"int4-(channel|g32|g64|g128)/int8-token(-asym)?", "int4-g128/int8-token", W4A8_INT),
         ),
         experts=SYMMETRIC,
         # compressed_tensors_moe.py get_moe_method: FP8 has experts with quantized inputs only; int8 per channel and
@@ -244,7 +244,7 @@ VLLM = {
     ),
     # (quantization)/auto_gptq.py TYPE_MAP; utils/gptq_utils.py get_dynamic_override (experts have one name,
     # mlp.experts). Pull request 38288 (mid-2026) took away gptq.py, whose exllama kernel ran zero points, 2 and 3 bits.
-    "gptq": Reads(
+    "gptq": EngineSupport(
         (Kernel(SYMMETRIC, SPANS, TILES),),
         experts=SYMMETRIC,
         pads=True,
@@ -257,7 +257,7 @@ VLLM = {
         tested=(Tested(CPU_RUNS, "int4-g128"),),
     ),
     # (quantization)/auto_awq.py. lm_head: only if the config says "lm_head", which ours does not.
-    "awq": Reads(
+    "awq": EngineSupport(
         (Kernel(INT4, SPANS, TILES),),
         experts=INT4,
         pads=True,
@@ -271,7 +271,7 @@ VLLM = {
     ),
     # (quantization)/fp8.py Fp8Config, Fp8LinearMethod, Fp8MoEMethod; per tensor, a fused matrix is rounded again to the
     # largest scale.
-    "fp8": Reads(
+    "fp8": EngineSupport(
         (FP8_LOADED,),
         named_experts=FP8_EXPERTS,
         mixes=False,
@@ -281,7 +281,7 @@ VLLM = {
     # vllm_bnb_plugin/bitsandbytes_loader.py: _verify_model_compatibility, _fuse_moe_quant_states (NF4 only);
     # bitsandbytes.py: is_layer_skipped_bnb looks for the kept names in fused names. Found without flags since pull
     # request 16027 (April 2025), out of the tree since 43529 (0.27.2).
-    "bitsandbytes": Reads(
+    "bitsandbytes": EngineSupport(
         (BLOCKS_AND_BYTES,),
         named_experts=("nf4-.*",),
         mixes=False,
@@ -293,7 +293,7 @@ VLLM = {
     ),
     # vllm_gguf_plugin/quantization/utils.py DEQUANT_TYPES; loader.py. config.json and the tokenizer are looked for
     # beside the file.
-    "gguf": Reads(
+    "gguf": EngineSupport(
         (Kernel(GGUF_INTEGERS, frozenset({32})), GGUF_TYPES),
         named_experts=(".*",),
         experts=GGUF_INTEGERS,
@@ -316,23 +316,23 @@ SGLANG = {
     # schemes/compressed_tensors_w8a8_int8.py rounds inputs per token without zero points whatever the config says, so
     # stored scales and zero points would be ignored; its scales are of channels. _get_scheme_from_parts goes by the
     # format of the whole checkpoint, which several formats do not have.
-    "compressed-tensors": Reads(
+    "compressed-tensors": EngineSupport(
         (
             Kernel(SYMMETRIC | INT4, SPANS, TILES[:1], AMPERE),
             FP8_ROWS,
-            named(
+            _named(
                 r"int8-channel/int8-token",
                 "int8-channel/int8-token",
                 "products of int8 run on GPUs of compute capability 8.0 or later",
                 SIXTEENS,
             ),
-            named(
+            _named(
                 r"fp8-e4m3-(channel/fp8-e4m3-token|tensor/fp8-e4m3-(token|static))",
                 FP8_ROUNDED,
                 INPUTS_IN_FP8,
                 SIXTEENS,
             ),
-            named(
+            _named(
                 r"nvfp4/nvfp4",
                 "nvfp4/nvfp4",
                 "4-bit products need an NVIDIA GPU of compute capability 10.0 or later",
@@ -346,7 +346,7 @@ SGLANG = {
     ),
     # (quantization)/gptq/gptq.py: GPTQMarlinConfig, or else GPTQConfig (float16, no experts);
     # gptq/schemes/gptq_linear.py.
-    "gptq": Reads(
+    "gptq": EngineSupport(
         (Kernel(SYMMETRIC, SPANS, TILES[:1], AMPERE), Kernel(PACKED, SPANS, note=EXLLAMA, flag=" --dtype float16")),
         experts=SYMMETRIC,
         one_kernel=True,
@@ -356,7 +356,7 @@ SGLANG = {
         source="SGLang, srt/layers/quantization/gptq",
     ),
     # (quantization)/fp8.py Fp8Config, Fp8LinearMethod.
-    "fp8": Reads(
+    "fp8": EngineSupport(
         (FP8_LOADED,),
         named_experts=FP8_EXPERTS,
         mixes=False,
@@ -364,7 +364,7 @@ SGLANG = {
         source="SGLang, srt/layers/quantization/fp8.py",
     ),
     # (quantization)/awq/awq.py: is_layer_skipped_awq looks for the kept names in fused names.
-    "awq": Reads(
+    "awq": EngineSupport(
         (Kernel(INT4, SPANS, TILES[:1], AMPERE),),
         experts=INT4,
         mixes=False,
@@ -375,7 +375,7 @@ SGLANG = {
     ),
     # (quantization)/gguf.py; model_loader/loader.py GGUFModelLoader; found by the file's first bytes
     # (arg_groups/overrides.py).
-    "gguf": Reads(
+    "gguf": EngineSupport(
         (Kernel(GGUF_INTEGERS, frozenset({32})), GGUF_TYPES),
         fuses=False,
         head=True,
@@ -400,23 +400,23 @@ TRANSFORMERS = {
     # nn.Linear only. Experts become 3-D parameters, decoded on the way (integrations/compressed_tensors.py
     # CompressedTensorsDequantize: no zero points, no blocks, none in 16 bits where others are quantized, and one scheme
     # for whatever is called experts).
-    "compressed-tensors": Reads(
+    "compressed-tensors": EngineSupport(
         (
             Kernel(ANY, SPANS | {"any group", "tensor"}),
-            named(r"fp8-e4m3-[^/]*", "fp8-e4m3"),
-            named(
+            _named(r"fp8-e4m3-[^/]*", "fp8-e4m3"),
+            _named(
                 r"mxfp8-e4m3|mxfp6-e2m3|mxfp4|nvfp4",
                 "mxfp8-e4m3, mxfp6-e2m3, mxfp4, nvfp4",
                 IN_BFLOAT16,
                 flag=AS_BFLOAT16,
             ),
             # compressed_tensors/quantization/lifecycle/forward.py rounds inputs and multiplies in 16 bits.
-            named(
+            _named(
                 r"(int[2-8]|fp8-e4m3)-[^/]*/(int[2-8]|fp8-e4m3)-(token|tensor|static|g\d+)(-asym)?",
                 "integers and floats under inputs rounded in any way",
                 ROUNDS_INPUTS,
             ),
-            named(
+            _named(
                 r"mxfp8-e4m3/mxfp8-e4m3|mxfp4/mxfp4|nvfp4/nvfp4",
                 "mxfp8-e4m3, mxfp4 and nvfp4 under inputs of their kind",
                 f"{ROUNDS_INPUTS}; {IN_BFLOAT16}",
@@ -439,7 +439,7 @@ TRANSFORMERS = {
     ),
     # transformers/quantizers/quantizer_gptq.py, huggingface/optimum optimum/gptq/quantizer.py convert_model: all layers
     # of the blocks get one setting (`dynamic` is not read), lm_head none; Conv1D is replaced too.
-    "gptq": Reads(
+    "gptq": EngineSupport(
         (Kernel(PACKED, SPANS),),
         fuses=False,
         mixes=False,
@@ -451,7 +451,7 @@ TRANSFORMERS = {
         tested=(Tested(GPTQMODEL_RUNS, r"int4-g128(-asym)?|int2-g32-asym|int3-g64(-asym)?|int8-(g64|channel)"),),
     ),
     # transformers/quantizers/quantizer_awq.py, integrations/awq.py: nn.Linear only, and not the head.
-    "awq": Reads(
+    "awq": EngineSupport(
         (Kernel(INT4, SPANS),),
         fuses=False,
         mixes=False,
@@ -462,9 +462,9 @@ TRANSFORMERS = {
     ),
     # transformers/quantizers/quantizer_finegrained_fp8.py, integrations/finegrained_fp8.py: nn.Linear, and experts that
     # it fuses itself. Without a GPU it decodes them.
-    "fp8": Reads(
+    "fp8": EngineSupport(
         (FP8_BLOCKS,),
-        named_experts=(FP8_BLOCKS.named,),
+        named_experts=(FP8_BLOCKS.scheme_pattern,),
         fuses=False,
         mixes=False,
         models="transformers-linears",
@@ -473,7 +473,7 @@ TRANSFORMERS = {
     ),
     # transformers/quantizers/quantizer_bnb_{4,8}bit.py, integrations/bitsandbytes.py: nn.Linear and Conv1D, and the
     # head if it is not among the skipped modules.
-    "bitsandbytes": Reads(
+    "bitsandbytes": EngineSupport(
         (BLOCKS_AND_BYTES,),
         fuses=False,
         mixes=False,
@@ -486,7 +486,7 @@ TRANSFORMERS = {
         tested=(Tested("tests/containers/test_bitsandbytes.py", ".*"),),
     ),
     # transformers/modeling_gguf_pytorch_utils.py, with the package gguf's decoders of every type.
-    "gguf": Reads(
+    "gguf": EngineSupport(
         (),
         everything=True,
         notes=("needs the package gguf, which decodes the weights: it saves no memory or time at run time",),
@@ -500,16 +500,16 @@ TGI = {
     # layers/compressed_tensors/{loader,wna16_int}.py (zero points are looked for as .qzeros); the head:
     # layers/tensor_parallel.py. w8a8_int.py finds scales of tokens even where some are stored; w8an_fp.py takes rows
     # and tensors, and blocks of neither kind; loader.py goes by the format of the whole checkpoint.
-    "compressed-tensors": Reads(
+    "compressed-tensors": EngineSupport(
         (
             Kernel(SYMMETRIC, SPANS, TILES, AMPERE),
-            named(
+            _named(
                 r"int8-(channel|tensor)/int8-token(-asym)?",
                 "int8-channel/int8-token, and -asym",
                 INPUTS_IN_INT8,
                 SIXTEENS,
             ),
-            named(
+            _named(
                 r"fp8-e4m3-(channel/fp8-e4m3-token|tensor/fp8-e4m3-(token|static))",
                 FP8_ROUNDED,
                 INPUTS_IN_FP8,
@@ -522,7 +522,7 @@ TGI = {
         source="TGI 3.3, server/text_generation_server/layers/compressed_tensors",
     ),
     # utils/quantization.py (no `dynamic`), layers/marlin/gptq.py, layers/gptq/triton.py (2, 4, 8 bits).
-    "gptq": Reads(
+    "gptq": EngineSupport(
         (
             Kernel(SYMMETRIC, SPANS, TILES, AMPERE),
             Kernel(PACKED - {(3, True), (3, False)}, SPANS, note="runs on slower exllama or Triton kernels"),
@@ -535,7 +535,7 @@ TGI = {
     ),
     # layers/marlin/gptq.py: GPTQMarlinWeightsLoader knows no kept modules, and divides by the group size, -1 for
     # channels.
-    "awq": Reads(
+    "awq": EngineSupport(
         (Kernel(INT4, GROUPS, TILES, AMPERE),),
         mixes=False,
         keeps="none",
@@ -547,7 +547,7 @@ TGI = {
 # mlx_lm/utils.py _transform_awq_weights: 4 bits per group alone; it refuses GPTQ's g_idx, and looks for
 # compressed-tensors' parts under names that they do not have. mx.quantize knows these groups.
 MLX = {
-    "awq": Reads(
+    "awq": EngineSupport(
         (Kernel(INT4, GROUPS),),
         fuses=False,
         mixes=False,
@@ -593,9 +593,9 @@ ENGINES: dict[str, Engine] = {
         {
             # models/quant_config_utils.py: FP8 per channel and token or in blocks, no integers. Its NVFP4 and MXFP4 are
             # for models that rename weight_packed themselves.
-            "compressed-tensors": Reads(
+            "compressed-tensors": EngineSupport(
                 (
-                    named(
+                    _named(
                         r"fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-channel/fp8-e4m3-token", INPUTS_IN_FP8, SIXTEENS
                     ),
                     FP8_BLOCKS,
@@ -605,7 +605,7 @@ ENGINES: dict[str, Engine] = {
             ),
             # model_config.py load_hf_quant_config: DeepSeek's blocks, whatever the config says of modules that are
             # kept.
-            "fp8": Reads(
+            "fp8": EngineSupport(
                 (FP8_BLOCKS,),
                 mixes=False,
                 keeps="none",
@@ -621,7 +621,11 @@ ENGINES: dict[str, Engine] = {
         "llama.cpp",
         "llama-server -m {path}",
         "gguf",
-        {"gguf": Reads((), everything=True, source="llama.cpp, src/llama-model-loader.cpp", tested=(LLAMA_CPP,))},
+        {
+            "gguf": EngineSupport(
+                (), everything=True, source="llama.cpp, src/llama-model-loader.cpp", tested=(LLAMA_CPP,)
+            )
+        },
         "write gguf",
         parallel=False,
         names=("llamacpp", "llamaserver", "ggml", "gguf"),
@@ -631,7 +635,7 @@ ENGINES: dict[str, Engine] = {
         "Ollama",
         "ollama create {name} -f {modelfile}",
         "gguf",
-        {"gguf": Reads((), everything=True, notes=(BY_LLAMA_CPP,), source="ollama's docs/import.md")},
+        {"gguf": EngineSupport((), everything=True, notes=(BY_LLAMA_CPP,), source="ollama's docs/import.md")},
         "write gguf",
         parallel=False,
     ),
@@ -639,7 +643,11 @@ ENGINES: dict[str, Engine] = {
         "LM Studio",
         "lms import {path}",
         "gguf",
-        {"gguf": Reads((), everything=True, notes=(BY_LLAMA_CPP,), source="lmstudio.ai/docs/advanced/sideload")},
+        {
+            "gguf": EngineSupport(
+                (), everything=True, notes=(BY_LLAMA_CPP,), source="lmstudio.ai/docs/advanced/sideload"
+            )
+        },
         "write gguf",
         parallel=False,
         names=("lmstudio", "lms"),
@@ -649,7 +657,7 @@ ENGINES: dict[str, Engine] = {
         "# in Jan: Settings > Llama.cpp > Import, then choose {path}",
         "gguf",
         {
-            "gguf": Reads(
+            "gguf": EngineSupport(
                 (),
                 everything=True,
                 notes=(BY_LLAMA_CPP,),

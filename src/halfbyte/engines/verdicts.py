@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from halfbyte.containers import CONTAINERS
 from halfbyte.engines.architectures import Config, Registry, architecture_of, auto_class, decoder_of, registry
-from halfbyte.engines.engines import DEGREES, ENGINES, ROW, Kernel, Reads, engine_named
+from halfbyte.engines.engines import DEGREES, ENGINES, ROW, EngineSupport, Kernel, engine_named
 from halfbyte.grids.quantized import AnyScheme
 from halfbyte.grids.scalar import ScalarGrid, is_absmax, is_float, is_integer
 from halfbyte.kernels.scales import SIDE
@@ -68,8 +68,8 @@ def default_container(engine: str) -> str:
 
 def multiplies(engine: str, container: str, scheme: AnyScheme) -> bool:
     """Whether the engine has a kernel for a scheme from a container, for some shapes. Raises UnknownName."""
-    reads = ENGINES[engine_named(engine)].reads.get(container)
-    return reads is not None and (reads.everything or _kernel(reads, scheme) is not None)
+    support = ENGINES[engine_named(engine)].support.get(container)
+    return support is not None and (support.everything or _kernel(support, scheme) is not None)
 
 
 def verdicts(container: str, placed: Placed, config: Config) -> list[Verdict]:
@@ -82,7 +82,7 @@ def nobody_loads(container: str, found: Iterable[Verdict]) -> str:
     shared: dict[str, list[str]] = {}
     for verdict in found:
         reason = re.split("; |: |, which", verdict.reasons[0].removeprefix(f"{verdict.engine} "))[0]
-        shared.setdefault(reason if container in ENGINES[verdict.engine].reads else "", []).append(verdict.engine)
+        shared.setdefault(reason if container in ENGINES[verdict.engine].support else "", []).append(verdict.engine)
     others = shared.pop("", [])
     told = [f"{' and '.join(engines)}: {reason}" for reason, engines in shared.items()]
     return "; ".join([*told, *([f"the rest do not read {container}"] if others else [])])
@@ -93,47 +93,47 @@ def check(engine: str, container: str, placed: Placed, config: Config) -> Verdic
     Raises UnknownName."""
     engine = engine_named(engine)
     spec = ENGINES[engine]
-    reads = spec.reads.get(container)
-    if reads is None:
+    support = spec.support.get(container)
+    if support is None:
         what = "does not read" if container in ("compressed-tensors", "gptq", "awq") else "was not seen to load"
         return _refused(engine, [f"{engine} {what} {container}: {spec.otherwise}"])
     quantized = {w: g for w, g in placed.items() if g is not None}
-    known = registry(reads.models) if reads.models else None
+    known = registry(support.models) if support.models else None
     reasons: list[str] = []
-    if not reads.everything:
+    if not support.everything:
         reasons += [
-            *_grids(engine, container, reads, quantized),
-            *_places(engine, container, reads, placed, config),
-            *_experts(engine, container, reads, placed),
+            *_grids(engine, container, support, quantized),
+            *_places(engine, container, support, placed, config),
+            *_experts(engine, container, support, placed),
         ]
-    decoded = reads.decodes and known is not None and _is_decoded(known, container, quantized, config)
-    if known and reads.decodes:
+    decoded = support.decodes and known is not None and _is_decoded(known, container, quantized, config)
+    if known and support.decodes:
         reasons += _inputs(engine, known, quantized, config)
     if known:
-        reasons += _stacks(engine, known, reads, quantized, config)
+        reasons += _stacks(engine, known, support, quantized, config)
     if decoded:
         reasons += _decoding(engine, quantized)
     reasons += _model(engine, known, config)
     used = set(quantized.values())
-    kernels = [k for k in reads.kernels if any(_kernel(reads, g) is k for g in used)]
+    kernels = [k for k in support.kernels if any(_kernel(support, g) is k for g in used)]
     notes = [
-        *reads.notes,
+        *support.notes,
         *(k.note for k in kernels if k.note),
-        *_notes(engine, reads, placed),
+        *_notes(engine, support, placed),
         *([DECODED] if decoded else []),
     ]
     degrees: list[int] = []
-    if not reasons and not reads.everything:
-        misfit, note, degrees = _split(engine, reads, quantized)
+    if not reasons and not support.everything:
+        misfit, note, degrees = _split(engine, support, quantized)
         reasons += misfit
         notes += note
     if reasons:
         return _refused(engine, reasons, notes)
     flags = "".join(dict.fromkeys([*(k.flag for k in kernels), DEQUANTIZE if decoded else ""]))
-    command = (reads.command or spec.command).replace("{auto}", auto_class(config)).replace("{flags}", flags)
-    word, source = _rests_on(reads, quantized, config)
+    command = (support.command or spec.command).replace("{auto}", auto_class(config)).replace("{flags}", flags)
+    word, source = _rests_on(support, quantized, config)
     return Verdict(
-        engine, word, source, (), tuple(notes), tuple(degrees) if spec.parallel and reads.parallel else (), command
+        engine, word, source, (), tuple(notes), tuple(degrees) if spec.parallel and support.parallel else (), command
     )
 
 
@@ -149,15 +149,15 @@ def _refused(engine: str, reasons: Iterable[str], notes: Iterable[str] = ()) -> 
     return Verdict(engine, Word.REFUSED, "", tuple(reasons), tuple(notes), (), None)
 
 
-def _rests_on(reads: Reads, quantized: Mapping[Weight, AnyScheme], config: Config) -> tuple[Word, str]:
+def _rests_on(support: EngineSupport, quantized: Mapping[Weight, AnyScheme], config: Config) -> tuple[Word, str]:
     """A test that runs all of it, or else what was read."""
     names = {_name(scheme) for scheme in quantized.values()}
-    for tested in reads.tested:
+    for tested in support.tested:
         if re.fullmatch(tested.models, architecture_of(config)) and all(
             re.fullmatch(tested.schemes, name) for name in names
         ):
             return Word.TESTED, tested.by
-    return Word.DOCUMENTED, reads.source
+    return Word.DOCUMENTED, support.source
 
 
 def _model(engine: str, known: Registry | None, config: Config) -> Iterator[str]:
@@ -229,13 +229,13 @@ def _inputs(engine: str, known: Registry, quantized: Mapping[Weight, AnyScheme],
 
 
 def _stacks(
-    engine: str, known: Registry, reads: Reads, quantized: Mapping[Weight, AnyScheme], config: Config
+    engine: str, known: Registry, support: EngineSupport, quantized: Mapping[Weight, AnyScheme], config: Config
 ) -> Iterator[str]:
     name, numbered = known.name_of(config), [w for w in quantized if Expert.of(w.name)]
     if numbered and name in known.stacked:
         yield (
             f"{engine} does not read numbered experts of {name}, such as {numbered[0].name}: keep them in 16 bits, "
-            f"with {_skipping(numbered, reads)}"
+            f"with {_skipping(numbered, support)}"
         )
     if quantized and name in known.uneven:
         yield (
@@ -244,23 +244,25 @@ def _stacks(
         )
 
 
-def _notes(engine: str, reads: Reads, placed: Placed) -> Iterator[str]:
+def _notes(engine: str, support: EngineSupport, placed: Placed) -> Iterator[str]:
     quantized = {w: g for w, g in placed.items() if g is not None}
-    if reads.spanned and (
+    if support.spanned and (
         odd := [w for w, g in quantized.items() if is_absmax(g.weight) and w.shape[1] % int(g.weight.granularity)]
     ):
-        yield f"{odd[0].name} ({odd[0].shape[0]} x {odd[0].shape[1]}, {len(odd)} such): {reads.spanned}"
-    if not reads.decodes and any(w.expert is not None and g is None for w, g in placed.items()):
+        yield f"{odd[0].name} ({odd[0].shape[0]} x {odd[0].shape[1]}, {len(odd)} such): {support.spanned}"
+    if not support.decodes and any(w.expert is not None and g is None for w, g in placed.items()):
         yield f"experts that are one 3-D tensor stay in 16 bits; that {engine} finds them so was not verified"
 
 
-def _split(engine: str, reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> tuple[list[str], list[str], list[int]]:
+def _split(
+    engine: str, support: EngineSupport, quantized: Mapping[Weight, AnyScheme]
+) -> tuple[list[str], list[str], list[int]]:
     """What does not fit a kernel, a note where that is padded, and over how many devices all can be split."""
-    layouts = _layouts(reads, quantized)
-    whole = {d: _misfit(reads, layouts, d, tiles=False) for d in DEGREES}
-    tiled = {d: _misfit(reads, layouts, d, tiles=True) for d in DEGREES}
-    degrees = [1] if reads.whole else [d for d, misfit in (whole if tiled[1] else tiled).items() if misfit is None]
-    if whole[1] or (tiled[1] and not reads.pads):
+    layouts = _layouts(support, quantized)
+    whole = {d: _misfit(support, layouts, d, tiles=False) for d in DEGREES}
+    tiled = {d: _misfit(support, layouts, d, tiles=True) for d in DEGREES}
+    degrees = [1] if support.whole else [d for d, misfit in (whole if tiled[1] else tiled).items() if misfit is None]
+    if whole[1] or (tiled[1] and not support.pads):
         instead = "choose another group size" if whole[1] else "take another engine"
         return [f"{whole[1] or tiled[1]}, which {engine} cannot hold: {instead}, or keep it in 16 bits"], [], []
     return (
@@ -277,49 +279,56 @@ def _name(scheme: AnyScheme) -> str:
     return re.sub(r"-(bf16|fp16|fp32)(?=/|$)", "", str(scheme))
 
 
-def _kernel(reads: Reads, scheme: AnyScheme) -> Kernel | None:
+def _kernel(support: EngineSupport, scheme: AnyScheme) -> Kernel | None:
     grid = scheme.weight
     if scheme.activations or not is_integer(grid):
-        return next((k for k in reads.kernels if k.named and re.fullmatch(k.named, _name(scheme))), None)
-    spans = {grid.granularity, "any group"} if grid.group_size else {grid.granularity}
-    return next((k for k in reads.kernels if (grid.levels.bits, grid.symmetric) in k.codes and spans & k.spans), None)
+        return next(
+            (k for k in support.kernels if k.scheme_pattern and re.fullmatch(k.scheme_pattern, _name(scheme))), None
+        )
+    granularities = {grid.granularity, "any group"} if grid.group_size else {grid.granularity}
+    return next(
+        (
+            k
+            for k in support.kernels
+            if (grid.levels.bits, grid.symmetric) in k.codes and granularities & k.granularities
+        ),
+        None,
+    )
 
 
-def _grids(engine: str, container: str, reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> Iterator[str]:
+def _grids(engine: str, container: str, support: EngineSupport, quantized: Mapping[Weight, AnyScheme]) -> Iterator[str]:
     """What is wrong with the grids, wherever they are."""
     grids = sorted(set(quantized.values()), key=str)
     for grid in grids:
-        if _kernel(reads, grid) is None:
-            yield f"{engine} has no kernel for {grid} in {container}; it takes {_offer(reads)}"
-    if len(grids) > 1 and not reads.mixes:
+        if _kernel(support, grid) is None:
+            yield f"{engine} has no kernel for {grid} in {container}; it takes {_offer(support)}"
+    if len(grids) > 1 and not support.mixes:
         yield (
             f"{engine} reads one grid from {container}, not {', '.join(map(str, grids))}: use one, or write "
             "compressed-tensors"
         )
-    kernels = {_kernel(reads, grid) for grid in grids} - {None}
-    if reads.one_kernel and len(kernels) > 1:
+    kernels = {_kernel(support, grid) for grid in grids} - {None}
+    if support.one_kernel and len(kernels) > 1:
         yield (
             f"{engine} runs all of a {container} checkpoint on one kernel, which does not exist for "
             f"{', '.join(map(str, grids))}: use one grid"
         )
 
 
-def _offer(reads: Reads) -> str:
-    offers = []
-    offers += [kernel.offer for kernel in reads.kernels if kernel.offer]
-    for kernel in (k for k in reads.kernels if k.codes):
-        codes = [
-            f"int{b}" + ("" if (b, False) in kernel.codes else " (symmetric)")
-            for b in sorted({b for b, _ in kernel.codes})
-        ]
-        spans = sorted(s for s in kernel.spans if isinstance(s, int)) + sorted(
-            s for s in kernel.spans if isinstance(s, str)
-        )
-        offers.append(f"{', '.join(codes)} per {', '.join(f'g{s}' if isinstance(s, int) else s for s in spans)}")
+def _offer(support: EngineSupport) -> str:
+    """What the engine has kernels for, in words."""
+    offers = [kernel.offer for kernel in support.kernels if kernel.offer]
+    for kernel in support.kernels:
+        bits = sorted({b for b, _ in kernel.codes})
+        codes = [f"int{b}" if (b, False) in kernel.codes else f"int{b} (symmetric)" for b in bits]
+        # Sizes of groups first, then names.
+        granularities = sorted(kernel.granularities, key=lambda g: (isinstance(g, str), g))
+        per = [f"g{g}" if isinstance(g, int) else g for g in granularities]
+        offers += [f"{', '.join(codes)} per {', '.join(per)}"] if codes else []
     return "; or ".join(offers)
 
 
-def _places(engine: str, container: str, reads: Reads, placed: Placed, config: Config) -> Iterator[str]:
+def _places(engine: str, container: str, support: EngineSupport, placed: Placed, config: Config) -> Iterator[str]:
     """What is wrong with where the grids are."""
     quantized = [w for w, g in placed.items() if g is not None]
     if fused := [
@@ -327,15 +336,15 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, config: C
     ]:
         yield (
             f"{engine} holds fused experts in one tensor, not as '{fused[0].name}' ({len(fused)} such): keep them in "
-            f"16 bits, with {_skipping(fused, reads)}"
+            f"16 bits, with {_skipping(fused, support)}"
         )
-    if heads := [w.name for w in quantized if w.block is None and not reads.head]:
+    if heads := [w.name for w in quantized if w.block is None and not support.head]:
         yield (
             f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
         )
     # vLLM turns what is called .weight, as all of 8 bits is but integers under 16-bit inputs (models/gpt2.py).
     conv1d = {w.name: g for w, g in placed.items() if g and w.transposed and w.expert is None}
-    turned = [name for name, g in conv1d.items() if not reads.transposed or is_float(g.weight) or g.activations]
+    turned = [name for name, g in conv1d.items() if not support.transposed or is_float(g.weight) or g.activations]
     if turned:
         family = decoder_of(config).get("model_type", "this model")
         yield (
@@ -343,50 +352,50 @@ def _places(engine: str, container: str, reads: Reads, placed: Placed, config: C
             "16 bits, or use vllm"
         )
     for names, grids in _siblings(placed).values():
-        if reads.fuses and len(set(grids)) > 1:
+        if support.fuses and len(set(grids)) > 1:
             found = ", ".join(f"{n}: {g or '16 bits'}" for n, g in zip(names, grids, strict=True))
             yield f"{engine} fuses these into one matrix, so they need one grid, or all 16 bits ({found})"
             break
     kept = [w for w, g in placed.items() if g is None and w.block is not None]
-    if reads.keeps == "unfused":
+    if support.keeps == "unfused":
         kept = [w for w in kept if fused_set(w.name)]
-    if quantized and kept and reads.keeps != "any":
+    if quantized and kept and support.keeps != "any":
         yield (
             f"{engine} does not see in {container} that {kept[0].name} is kept ({len(kept)} such): quantize it, or "
             "write compressed-tensors"
         )
 
 
-def _skipping(weights: Iterable[Weight], reads: Reads) -> str:
+def _skipping(weights: Iterable[Weight], support: EngineSupport) -> str:
     """The options that keep weights of all blocks in 16 bits, in a container where the engine sees that experts are."""
     patterns = {re.sub(r"\.\d+\.", ".*.", w.tensor.removeprefix(f"{w.block}.")) for w in weights}
     return " ".join(
         [
             *(f"--skip '{pattern}'" for pattern in sorted(patterns)),
-            *(["--to compressed-tensors"] if reads.base_experts else []),
+            *(["--to compressed-tensors"] if support.base_experts else []),
         ]
     )
 
 
-def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Iterator[str]:
+def _experts(engine: str, container: str, support: EngineSupport, placed: Placed) -> Iterator[str]:
     experts = {w: g for w, g in placed.items() if Expert.of(w.name)}
     grids = Counter(g for g in placed.values() if g is not None)
     if not experts or not grids:
         return
     main = grids.most_common(1)[0][0]
     called = {w: g for w, g in placed.items() if "experts" in w.name}
-    if not reads.numbered_kept and (kept := [w for w, g in experts.items() if w.expert is None and g is None]):
+    if not support.numbered_kept and (kept := [w for w, g in experts.items() if w.expert is None and g is None]):
         yield f"{engine} cannot load {kept[0].name} in 16 bits beside quantized weights: quantize the experts too"
-    if not reads.numbered_kept and len(several := sorted({str(g) for g in called.values() if g})) > 1:
+    if not support.numbered_kept and len(several := sorted({str(g) for g in called.values() if g})) > 1:
         yield f"{engine} reads all that is called experts on one grid, not {', '.join(several)}: make them one"
-    known = ["int{}{}".format(bits, "" if symmetric else "-asym") for bits, symmetric in sorted(reads.experts)]
-    known += [name.removesuffix("-.*") for name in reads.named_experts]
+    known = ["int{}{}".format(bits, "" if symmetric else "-asym") for bits, symmetric in sorted(support.experts)]
+    known += [name.removesuffix("-.*") for name in support.named_experts]
     for w, g in experts.items():
-        if w.expert is None and g is not None and not _is_expert(reads, g):
+        if w.expert is None and g is not None and not _is_expert(support, g):
             instead = f"use {' or '.join(known)}" if known else "keep the experts in 16 bits"
             yield f"{engine} is not known to load {w.name} on {g} from {container}: {instead}"
             break
-    if reads.base_experts and (odd := [w for w, g in experts.items() if g != main]):
+    if support.base_experts and (odd := [w for w, g in experts.items() if g != main]):
         yield (
             f"{engine} takes all experts in {container} to be {main}, unlike {odd[0].name}: make them so, or write "
             "compressed-tensors"
@@ -398,11 +407,11 @@ def _experts(engine: str, container: str, reads: Reads, placed: Placed) -> Itera
         yield f"{engine} loads the experts of {uneven[0]} as one tensor, so they need one grid, or all 16 bits"
 
 
-def _is_expert(reads: Reads, scheme: AnyScheme) -> bool:
+def _is_expert(support: EngineSupport, scheme: AnyScheme) -> bool:
     grid = scheme.weight
     if is_integer(grid) and not scheme.activations:
-        return (grid.levels.bits, grid.symmetric) in reads.experts
-    return any(re.fullmatch(name, _name(scheme)) for name in reads.named_experts)
+        return (grid.levels.bits, grid.symmetric) in support.experts
+    return any(re.fullmatch(name, _name(scheme)) for name in support.named_experts)
 
 
 def _siblings(placed: Placed) -> dict[tuple[str, Fused], tuple[list[str], list[AnyScheme | None]]]:
@@ -416,12 +425,12 @@ def _siblings(placed: Placed) -> dict[tuple[str, Fused], tuple[list[str], list[A
     return sets
 
 
-def _layouts(reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> dict[Layout, str]:
+def _layouts(support: EngineSupport, quantized: Mapping[Weight, AnyScheme]) -> dict[Layout, str]:
     """Every kind of matrix there is, and the first that is so."""
     sizes = {w.name: w.shape[0] for w in quantized}
     together = (
         {name: sum(sizes[n] for n in names) for names, _ in _siblings(quantized).values() for name in names}
-        if reads.fuses
+        if support.fuses
         else {}
     )
     found: dict[Layout, str] = {}
@@ -432,7 +441,7 @@ def _layouts(reads: Reads, quantized: Mapping[Weight, AnyScheme]) -> dict[Layout
     return found
 
 
-def _misfit(reads: Reads, layouts: Mapping[Layout, str], degree: int, tiles: bool) -> str | None:
+def _misfit(support: EngineSupport, layouts: Mapping[Layout, str], degree: int, tiles: bool) -> str | None:
     """The first matrix that cannot be split over `degree` devices, and why: groups and packing, and tiles if asked."""
     for (scheme, row, out, width, together), name in layouts.items():
         grid = scheme.weight
@@ -451,8 +460,8 @@ def _misfit(reads: Reads, layouts: Mapping[Layout, str], degree: int, tiles: boo
         width, together = (width // degree, together) if row else (width, together // degree)
         if grid.group_size and width % grid.group_size:
             return f"{name} has {width} in-features, no multiple of the group {grid.group_size}"
-        kernel = _kernel(reads, scheme)
-        shapes = kernel.tiles if kernel and (tiles or kernel.whole_tiles) else ()
+        kernel = _kernel(support, scheme)
+        shapes = kernel.tiles if kernel and (tiles or kernel.strict_tiles) else ()
         if shapes and all(width % a or together % b for a, b in shapes):
             return (
                 f"{name} ({together} x {width} as fused) is no multiple of "

@@ -29,7 +29,7 @@ STRETCHES = 16
 
 
 @dataclass
-class Tokens:
+class _Tokens:
     """Per scored token, [windows, positions]: what is known of one model."""
 
     nll: Tensor
@@ -38,8 +38,9 @@ class Tokens:
     change: Tensor
     """Of the probability of the token that came next."""
 
-    def cpu(self) -> "Tokens":
-        return Tokens(*(getattr(self, field.name).cpu() for field in fields(self)))
+    def cpu(self) -> "_Tokens":
+        """The same in the CPU's memory."""
+        return _Tokens(*(getattr(self, field.name).cpu() for field in fields(self)))
 
 
 @torch.no_grad()
@@ -56,8 +57,8 @@ def compare(
 
     `first`: the first position of each window whose prediction is scored.
     """
-    per_token = measure(checkpoints, windows, first, dtype, progress, placement)
-    rows = [summary(t, first, reference=i == 0) for i, t in enumerate(per_token)]
+    per_token = _measure(checkpoints, windows, first, dtype, progress, placement)
+    rows = [_summary(t, first, reference=i == 0) for i, t in enumerate(per_token)]
     for row, tokens in list(zip(rows, per_token, strict=True))[1:]:
         difference, error = mean_and_error(tokens.nll - per_token[0].nll)
         row["nll_minus_reference"] = difference, error
@@ -71,17 +72,17 @@ def compare(
     return rows
 
 
-def measure(
+def _measure(
     checkpoints: Sequence[Checkpoint],
     windows: Tensor,
     first: int,
     dtype: torch.dtype,
     progress: Progress,
     placement: Placement | None,
-) -> list[Tokens]:
+) -> list[_Tokens]:
     width = checkpoints[0].text_config.get("hidden_size") or checkpoints[0].text_config.get("n_embd") or 4096
     at_once = max(1, int(HIDDEN_BYTES / (len(checkpoints) * windows.shape[1] * width * dtype.itemsize)))
-    parts: list[list[Tokens]] = [[] for _ in checkpoints]
+    parts: list[list[_Tokens]] = [[] for _ in checkpoints]
     slices = windows.split(at_once)
     for number, part in enumerate(slices):
         walks = [Walk(c, part, dtype, placement, as_served=True) for c in checkpoints]
@@ -95,7 +96,7 @@ def measure(
     return [_joined(part) for part in parts]
 
 
-def _scores(walks: Sequence[Walk], first: int) -> list[Tokens]:
+def _scores(walks: Sequence[Walk], first: int) -> list[_Tokens]:
     """Of every walk against the first. Those whose head is the first's are compared in one go, the others each by
     itself: two heads are in memory at most."""
     alike = [walk for walk in walks if walk is walks[0] or walk.same_head(walks[0])]
@@ -106,18 +107,18 @@ def _scores(walks: Sequence[Walk], first: int) -> list[Tokens]:
     return [found[id(walk)] for walk in walks]
 
 
-def _compared(walks: Sequence[Walk], first: int, shared: bool) -> list[Tokens]:
-    parts: list[list[Tokens]] = [[] for _ in walks]
+def _compared(walks: Sequence[Walk], first: int, shared: bool) -> list[_Tokens]:
+    parts: list[list[_Tokens]] = [[] for _ in walks]
     with ExitStack() as heads:
         predict = [
             heads.enter_context(walk.head(walks[0] if shared and walk is not walks[0] else None)) for walk in walks
         ]
         for batch in range(1, len(walks[0].batches)):
             tokens = walks[0].batches[batch]
-            rows: list[list[Tokens]] = [[] for _ in walks]
+            rows: list[list[_Tokens]] = [[] for _ in walks]
             for positions in _positions(walks[0], tokens.shape, first):
                 following = tokens[:, positions.start + 1 : positions.stop + 1]
-                original = Original(_said(predict[0](batch, positions)), following)
+                original = _Original(_said(predict[0](batch, positions)), following)
                 rows[0].append(original.of_itself())
                 for collected, own in zip(rows[1:], predict[1:], strict=True):
                     collected.append(original.against(_said(own(batch, positions))))
@@ -134,15 +135,15 @@ def _positions(walk: Walk, shape: Sequence[int], first: int) -> Iterator[slice]:
     return (slice(start, min(start + step, last)) for start in range(first, last, step))
 
 
-def _joined(parts: Sequence[Tokens], dim: int = 0) -> Tokens:
-    return Tokens(*(torch.cat([getattr(part, field.name) for part in parts], dim) for field in fields(Tokens)))
+def _joined(parts: Sequence[_Tokens], dim: int = 0) -> _Tokens:
+    return _Tokens(*(torch.cat([getattr(part, field.name) for part in parts], dim) for field in fields(_Tokens)))
 
 
 def _said(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-class Original:
+class _Original:
     """What the first model says at some positions, looked at once for all the others: each of these looks takes as long
     as a model's head."""
 
@@ -156,20 +157,20 @@ class Original:
     def _chosen(self, said: Tensor) -> Tensor:
         return said.gather(-1, self.following)[..., 0]
 
-    def of_itself(self) -> Tokens:
+    def of_itself(self) -> _Tokens:
         zeros = torch.zeros_like(self.chosen)
-        return Tokens(-self.chosen, zeros, torch.ones_like(zeros), zeros)
+        return _Tokens(-self.chosen, zeros, torch.ones_like(zeros), zeros)
 
-    def against(self, own: Tensor) -> Tokens:
+    def against(self, own: Tensor) -> _Tokens:
         """Another model at these positions. `own` is spent: what is large here is the vocabulary, and fresh memory
         takes longer than the sums."""
         chosen = self._chosen(own)
         same_top = (own.gather(-1, self.top)[..., 0] == own.amax(-1)).float()
         kl = own.sub_(self.said).mul_(self.probabilities).sum(-1).neg_().clamp_(min=0)
-        return Tokens(-chosen, kl, same_top, chosen.exp() - self.chosen.exp())
+        return _Tokens(-chosen, kl, same_top, chosen.exp() - self.chosen.exp())
 
 
-def summary(tokens: Tokens, first: int, reference: bool) -> dict[str, Any]:
+def _summary(tokens: _Tokens, first: int, reference: bool) -> dict[str, Any]:
     nll, nll_error = mean_and_error(tokens.nll)
     perplexity = float(torch.tensor(nll).exp())
     row = {

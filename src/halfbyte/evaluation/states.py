@@ -58,14 +58,15 @@ def compare(
                 error.append(((own - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-30)).cpu())
                 cosine.append(functional.cosine_similarity(own, reference, dim=-1).cpu())
     return [
-        summary(torch.cat(e), torch.cat(c), reference=i == 0)
+        _summary(torch.cat(e), torch.cat(c), reference=i == 0)
         for i, (e, c) in enumerate(zip(errors, cosines, strict=True))
     ]
 
 
-def summary(
+def _summary(
     error: Float32[Tensor, "windows length"], cosine: Float32[Tensor, "windows length"], reference: bool
 ) -> dict[str, Any]:
+    """Mean, tail and worst of the errors and cosines."""
     row: dict[str, Any] = {"tokens": error.numel()}
     if not reference:
         mean, unsure = mean_and_error(error)

@@ -52,6 +52,7 @@ class ActivationGrid(ABC):
 
     @property
     def static(self) -> bool:
+        """Whether the file stores the parameters (calibrated); else the engine finds them as it runs (dynamic)."""
         return bool(self.stored)
 
     @abstractmethod
@@ -118,10 +119,12 @@ class ScaledActivations(ActivationGrid):
 
     @property
     def stored(self) -> tuple[str, ...]:
+        """A scale, and a zero point if asymmetric, where these are static or of a head."""
         return () if self.granularity not in STORED else ("scale",) if self.symmetric else ("scale", "zero")
 
     @property
     def bits(self) -> int:
+        """Bits of one number."""
         return 8 if self.number in FLOATS else int(self.number[3:])
 
     @property
@@ -131,6 +134,7 @@ class ScaledActivations(ActivationGrid):
 
     @property
     def bottom(self) -> float:
+        """The smallest number."""
         return -self.top if self.number in FLOATS else -self.top - 1
 
     def spanning(self, low: Float32[Tensor, "*scales"], high: Float32[Tensor, "*scales"]) -> Params:
@@ -152,6 +156,7 @@ class ScaledActivations(ActivationGrid):
         return {"scale": scale, "zero": torch.round(self.bottom - low / scale)}
 
     def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
+        """Scales of each token, group or call, from its own range; or those stored."""
         if self.static:
             return dict(stored)
         x = x.float()
@@ -178,17 +183,20 @@ class ScaledActivations(ActivationGrid):
         return (torch.round(x / params["scale"]) + params.get("zero", 0)).clamp(self.bottom, self.top)
 
     def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
+        """Rounded to numbers, and multiplied by their scales again."""
         numbers = self._numbers(self._grouped(x.float()), params)
         values = (numbers - params.get("zero", 0)) * params["scale"]
         return values.flatten(-2)[..., : x.shape[-1]] if isinstance(self.granularity, int) else values
 
     def fit(self, stats: ActivationStats, observer: str) -> Params:
+        """One scale, and a zero point if asymmetric, for the range that the observer chooses."""
         if not self.static:
             return {}
         params = self.spanning(*OBSERVERS[observer](self, stats))
         return {name: value.float().view(1) for name, value in params.items()}
 
     def limits(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Half a step beyond the smallest and the largest number."""
         if not params:
             return super().limits(params)
         # To half a step beyond the last number, the nearest one is the last: nothing is cut yet.
@@ -237,9 +245,11 @@ class BlockActivations(ActivationGrid):
         return str(self.grid)
 
     def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
+        """Min-max scales of each token's own groups, as the weights' grid has them."""
         return self.grid.fit(x.flatten(0, -2), None, search=False)
 
     def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
+        """Encoded to the weights' grid, token by token, and decoded."""
         rows = x.float().flatten(0, -2)
         return self.grid.decode(self.grid.encode(rows, dict(params)), dict(params)).view(x.shape)
 
@@ -261,17 +271,20 @@ class NVFP4Activations(BlockActivations):
 
     @property
     def stored(self) -> tuple[str, ...]:
+        """The divisor of all scales."""
         return ("divisor",)
 
     def __str__(self) -> str:
         return "nvfp4"
 
     def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
+        """A scale of each token's 16 in-features, from their largest magnitude, under the stored divisor."""
         x = x.flatten(0, -2)
         largest = self.grid.scales.grouped(x).abs().amax(-1).float()
         return UnderGlobal().under(largest, stored["divisor"])
 
     def fit(self, stats: ActivationStats, observer: str) -> Params:
+        """The divisor that puts the largest magnitude seen on the largest scale and the largest level."""
         low, high = OBSERVERS["max"](
             ScaledActivations("fp8-e4m3", "static"), stats
         )  # blocks have scales of their own: nothing is won by cutting
@@ -279,6 +292,7 @@ class NVFP4Activations(BlockActivations):
         return {"divisor": (most / torch.maximum(low.abs(), high.abs()).clamp(min=1e-12)).view(1)}
 
     def limits(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the largest scale times the largest level reaches, and half a step of the scale more."""
         high = E4M3.top * E2M1.top * (1 + 1 / 32) / params["divisor"]
         return -high, high
 
@@ -296,10 +310,12 @@ class LLMInt8Activations(ActivationGrid):
         return "llm-int8"
 
     def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
+        """Scales by token, of all but outliers; and which in-features have outliers (`stays`)."""
         large = x.abs() >= self.threshold
         return {**self.tokens.params(x.masked_fill(large, 0), {}), "stays": large.flatten(0, -2).any(0)}
 
     def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
+        """Rounded by token, but for in-features with outliers."""
         return torch.where(params["stays"], x.float(), self.tokens.round(x, params))
 
 

@@ -34,35 +34,43 @@ class ActOrderGrid(Grid):
 
     @property
     def group_size(self) -> int | None:
+        """That of the integers, though groups are no runs of in-features here."""
         return self.integers.group_size
 
     @property
     def shares_params_across_rows(self) -> bool:
+        """True: all rows share `g_idx`."""
         return True
 
     def bits(self, shape: Shape) -> float:
+        """Those of the integers, and 32 bits for the group of each in-feature."""
         return self.integers.bits(shape) + 32 / shape[0]
 
-    def refuse(self) -> NoReturn:
+    def _refuse(self) -> NoReturn:
         raise Unsupported(f"{self} is read, not written; {self.integers} is")
 
     def fit(
         self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
     ) -> Params:
-        self.refuse()
+        """Raises Unsupported: such grids are read alone."""
+        self._refuse()
 
     def rounder(self, params: Params, shape: Shape) -> Rounder:
-        self.refuse()
+        """Raises Unsupported: such grids are read alone."""
+        self._refuse()
 
     def row_params(self, shape: Shape) -> frozenset[str]:
+        """Those of the integers: `g_idx` is shared by all rows."""
         return self.integers.row_params(shape)
 
     def encode(
         self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
     ) -> Codes:
-        self.refuse()
+        """Raises Unsupported: such grids are read alone."""
+        self._refuse()
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
+        """Decode with columns sorted by group, and put them back in order."""
         columns = torch.argsort(params["g_idx"][0], stable=True)
         values = self.integers.decode(codes[:, columns], {name: p for name, p in params.items() if name != "g_idx"})
         return values[:, torch.argsort(columns)]

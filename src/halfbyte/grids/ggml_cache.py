@@ -37,10 +37,12 @@ class GGMLCacheGrid(ActivationGrid):
 
     @property
     def static(self) -> bool:
+        """False: llama.cpp finds scales as it runs."""
         return False
 
     @classmethod
     def parse(cls, name: str, whole: bool) -> "GGMLCacheGrid":
+        """The type of a name such as q8_0; `whole` as the field. Raises BadRequest for others."""
         if not PATTERN.fullmatch(name) or name == "q8_1":
             raise BadRequest(f"'{name}' is no type of a KV cache of llama.cpp; it has q8_0, q5_1, q5_0, q4_1, q4_0")
         return cls(name, whole)
@@ -49,13 +51,15 @@ class GGMLCacheGrid(ActivationGrid):
         return self.name
 
     def params(self, x: Float[Tensor, "... in"], stored: Mapping[str, Tensor]) -> Params:
+        """Nothing: `round` finds scales itself. Raises BadRequest for heads that blocks do not divide."""
         if x.shape[-1] % BLOCK:
             raise BadRequest(f"{self} has blocks of {BLOCK}, which do not divide heads of {x.shape[-1]}")
         return {}
 
     def round(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Float32[Tensor, "... in"]:
+        """Rotated, rounded block by block, and rotated back."""
         size = self._rotation(x.shape[-1])
-        rotation = hadamard(size).to(x.device)
+        rotation = _hadamard(size).to(x.device)
         turned = x.float().unflatten(-1, (-1, size)) @ rotation
         return (self._rounded(turned.reshape(-1, BLOCK)).view(turned.shape) @ rotation).flatten(-2)
 
@@ -87,7 +91,7 @@ def _half(value: Tensor) -> Tensor:
     return value.half().float()
 
 
-def hadamard(size: int) -> Float32[Tensor, "size size"]:
+def _hadamard(size: int) -> Float32[Tensor, "size size"]:
     """Orthonormal and symmetric; `size` is a power of two."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:

@@ -32,7 +32,9 @@ class Rounder(Protocol):
         coupling: Float32[Tensor, "width width"],
         columns: Int64[Tensor, " width"],
         /,
-    ) -> Codes: ...
+    ) -> Codes:
+        """The codes of these columns."""
+        ...
 
 
 class Grid(ABC):
@@ -52,6 +54,7 @@ class Grid(ABC):
 
     @property
     def activations(self) -> None:
+        """None: activations stay in 16 bits."""
         return None
 
     @property

@@ -38,6 +38,7 @@ class KQuant(KFormat, Grid):
 
     @classmethod
     def parse(cls, name: str) -> "KQuant":
+        """The K-quant of a name. Raises UnknownName."""
         if name not in KQUANTS:
             raise UnknownName("K-quant", name, KQUANTS)
         return KQUANTS[name]
@@ -47,6 +48,7 @@ class KQuant(KFormat, Grid):
 
     @property
     def group_size(self) -> int:
+        """In-features of a block, which share the fp16 numbers."""
         return self.super_block
 
     @property
@@ -64,12 +66,14 @@ class KQuant(KFormat, Grid):
         return width // self.group_size
 
     def bits(self, shape: Shape) -> float:
+        """Bits of a block over its weights; all is counted, padding too."""
         self.blocks(shape[1])
         return self.stored_bits / self.group_size
 
     def fit(
         self, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, search: bool = True
     ) -> Params:
+        """A search in two steps, see `kernels.kquant`. Raises BadRequest where blocks do not divide a row."""
         self.blocks(w.shape[1])
         return kquant.fit(self, w, importance, search)
 
@@ -86,6 +90,7 @@ class KQuant(KFormat, Grid):
         return scale, -(params["dmin"].float()[..., None] * params["min"].view(out, blocks, -1)).view(out, -1)
 
     def rounder(self, params: Params, shape: Shape) -> Rounder:
+        """Rounds one weight after another, each to a level of its group."""
         scale, offset = self.lines(params)
         zero = torch.full_like(scale, self.middle, dtype=torch.uint8)
         base = torch.zeros_like(scale) if offset is None else offset
@@ -93,21 +98,25 @@ class KQuant(KFormat, Grid):
         return partial(scalar.round_block, lines, self.group)
 
     def row_params(self, shape: Shape) -> frozenset[str]:
+        """All of them: each block lies in one row."""
         return frozenset({"d", "dmin", "m", "scale", "min"})
 
     def encode(
         self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
     ) -> Codes:
+        """Nearest codes, one by one: importance changes none."""
         self.blocks(w.shape[1])
         return kquant.encode(self, w, *self.lines(params))
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
+        """The float32 operations of ggml-quants.c, in their order."""
         scale, offset = self.lines(params)
         return self.values(
             codes.view(*scale.shape, -1), scale[..., None], None if offset is None else offset[..., None]
         ).view(codes.shape)
 
     def values(self, codes: UInt8[Tensor, "*shape"], scale: Tensor, offset: Tensor | None) -> Float32[Tensor, "*shape"]:
+        """What codes stand for, given scale and offset of each."""
         product = (codes.float() - self.middle) * scale
         return product if offset is None else product + offset
 

@@ -35,9 +35,11 @@ class LatticeGrid(Lattice, Grid):
 
     @property
     def group_size(self) -> int:
+        """256: in-features that share the fp16 scale."""
         return SUPER
 
     def bits(self, shape: Shape) -> float:
+        """Bits of a block of 256 weights over its weights."""
         return self.stored_bits / SUPER
 
     def fit(
@@ -56,19 +58,23 @@ class LatticeGrid(Lattice, Grid):
             raise Unsupported(f"{self} is read, not written; the smallest type that is written is iq2_xxs")
 
     def rounder(self, params: Params, shape: Shape) -> Rounder:
+        """Rounds a vector of weights at a time. Raises Unsupported for lattices that are read alone."""
         self._check_writable()
         return partial(lattice.round_block, self, self.scales(params))
 
     def row_params(self, shape: Shape) -> frozenset[str]:
+        """All of them: each block lies in one row."""
         return frozenset({"d", "scale"})
 
     def encode(
         self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
     ) -> Codes:
+        """The nearest vectors of the codebook, weighted. Raises Unsupported for lattices that are read alone."""
         self._check_writable()
         return lattice.encode(self, w, self.scales(params), importance)
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
+        """Magnitudes with their signs, times the scale of their group."""
         values = self.value(codes).unflatten(1, (-1, self.group))
         return (self.scales(params)[..., None] * values).flatten(1)
 

@@ -42,13 +42,16 @@ class Quantized(NamedTuple):
 
     @property
     def shape(self) -> Shape:
+        """Out-features and in-features."""
         return self.size or tuple(self.codes.shape)
 
     @property
     def scheme(self) -> AnyScheme:
+        """The grid of the weights, and that of the activations if these are rounded."""
         return Scheme(self.grid, self.activations.grid) if self.activations else self.grid
 
     def decode(self) -> Float32[Tensor, "out in"]:
+        """The weights that it stands for, in float32."""
         return self.grid.decode(self.codes, self.params)
 
     def equal(self, other: "Quantized") -> bool:
@@ -72,6 +75,7 @@ class PackedMatrix(NamedTuple):
 
     @property
     def quantized(self) -> Quantized:
+        """Unpacked: codes and parameters."""
         return self.unpack(self.tensors)
 
     def unpacked(self) -> "PackedMatrix":

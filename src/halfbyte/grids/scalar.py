@@ -79,6 +79,8 @@ class ScalarGrid(Grid):
 
     @property
     def group_size(self) -> int | None:
+        """In-features that share parameters (256 where scales lie under an fp16 number); None: the whole row or
+        more."""
         if isinstance(self.scales.storage, UnderHalf):
             return scalar.SUPER
         return self.scales.group_size
@@ -102,9 +104,11 @@ class ScalarGrid(Grid):
 
     @property
     def shares_params_across_rows(self) -> bool:
+        """True for one scale per tensor, and under a divisor of the whole matrix."""
         return self.granularity == "tensor" or isinstance(self.scales.storage, UnderGlobal)
 
     def row_params(self, shape: Shape) -> frozenset[str]:
+        """Scales and zero points, unless rows share them."""
         rows, _ = self.scales.shape(shape)
         return frozenset({"scale", "zero", "d"}) - self.scales.storage.shared if rows == shape[0] else frozenset()
 
@@ -130,6 +134,7 @@ class ScalarGrid(Grid):
         return self.scales_shape((1, width))[1]
 
     def bits(self, shape: Shape) -> float:
+        """Bits of a code, and those of scales and zero points by weight."""
         rows, groups = self.scales_shape(shape)
         zeros = 0 if self.symmetric else self.levels.bits * rows * groups
         return self.levels.bits + (self.scales.storage.bits(rows * groups) + zeros) / (shape[0] * shape[1])
@@ -143,15 +148,18 @@ class ScalarGrid(Grid):
         return scalar.fit(self.levels, self.scales, w, importance, search)
 
     def rounder(self, params: Params, shape: Shape) -> Rounder:
+        """Rounds one weight after another, each to the nearest level of its group."""
         lines, size = scalar.lines(self.levels, self.scales, params, *shape)
         return partial(scalar.round_block, lines, size)
 
     def encode(
         self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None
     ) -> Codes:
+        """The nearest level of every weight: importance changes none."""
         return scalar.encode(self.levels, self.scales, w, params)
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
+        """Levels times scales."""
         return scalar.decode(self.levels, self.scales, codes, params)
 
     def with_granularity(self, granularity: int | str) -> "ScalarGrid":
@@ -193,7 +201,7 @@ def fp8(levels: str, granularity: str, scale: str = "fp32") -> ScalarGrid:
     return _named(FLOATS[levels], Scales(granularity, NUMBERS[scale]))
 
 
-def absmax(table: Table, group: int, double: bool = False) -> ScalarGrid:
+def _absmax(table: Table, group: int, double: bool = False) -> ScalarGrid:
     """<table>-g<group>, -double"""
     storage = Nested(LARGEST) if double else LARGEST
     return ScalarGrid(f"{table}-g{group}{'-double' if double else ''}", table, Scales(group, storage, flat=True))
@@ -222,7 +230,7 @@ def parse(name: str) -> ScalarGrid | None:
                 f"'{name}' is no grid of bitsandbytes; write nf4-g<N> or fp4-g<N>, N one of {sizes}, and -double for "
                 "quantized scales"
             )
-        return absmax(TABLES[match["kind"]], int(match["group"]), bool(match["double"]))
+        return _absmax(TABLES[match["kind"]], int(match["group"]), bool(match["double"]))
     return None
 
 

@@ -96,7 +96,7 @@ def fit(
         mean, power = math.frexp(importance.mean())
         importance = (importance / 2.0**power).clamp(min=FLOOR) if mean > 0 else None
     effort = MINMAX if not search else EFFORT[grid.name] if importance is None else EFFORT_WITH_IMPORTANCE[grid.name]
-    return stored(grid, *find(grid, w, importance, effort))
+    return _stored(grid, *find(grid, w, importance, effort))
 
 
 def usable(scale: Float32[Tensor, "*groups"]) -> Float32[Tensor, "*groups"]:
@@ -104,7 +104,7 @@ def usable(scale: Float32[Tensor, "*groups"]) -> Float32[Tensor, "*groups"]:
     return torch.where(scale == 0, FLAT, scale)
 
 
-def nearest(
+def _nearest(
     grid: KFormat, w: Float32[Tensor, "*shape"], scale: Tensor, offset: Tensor | None
 ) -> UInt8[Tensor, "*shape"]:
     """Nearest codes, given scale and offset of every weight."""
@@ -121,10 +121,10 @@ def encode(
 ) -> Tensor:
     """Nearest code of every weight."""
     grouped = w.float().reshape(*scale.shape, -1)
-    return nearest(grid, grouped, scale[..., None], None if offset is None else offset[..., None]).view(w.shape)
+    return _nearest(grid, grouped, scale[..., None], None if offset is None else offset[..., None]).view(w.shape)
 
 
-def stored(grid: KFormat, d: Tensor, dmin: Tensor, scale: Tensor, minimum: Tensor) -> Params:
+def _stored(grid: KFormat, d: Tensor, dmin: Tensor, scale: Tensor, minimum: Tensor) -> Params:
     """Params of the values found, which the stored types hold as they are."""
     d, dmin = d.to(torch.float16), dmin.to(torch.float16)
     if grid.scales is None:
@@ -134,7 +134,7 @@ def stored(grid: KFormat, d: Tensor, dmin: Tensor, scale: Tensor, minimum: Tenso
     return {"d": d, "scale": scale.to(torch.int8)}
 
 
-def half_up(value: Tensor) -> Tensor:
+def _half_up(value: Tensor) -> Tensor:
     """A number of fp16 that is not smaller, by at most two units: the largest integer times it must reach the largest
     scale."""
     return torch.where(value > 0, half(value * (1 + 2.0**-11) + 2.0**-25), 0)
@@ -174,7 +174,7 @@ def _fit_rows(grid: KFormat, w: Tensor, h: Tensor, effort: Effort) -> tuple[Tens
             torch.zeros_like(step)[..., 0],
         )
     low, high = (float(limit) for limit in grid.scales)
-    d, dmin = (half_up(values.abs().amax(-1, keepdim=True) / high) for values in (step, offset))
+    d, dmin = (_half_up(values.abs().amax(-1, keepdim=True) / high) for values in (step, offset))
     scale = torch.where(d > 0, torch.round(step / d), 0).clamp(low, high)
     minimum = torch.where(dmin > 0, torch.round(-offset / dmin), 0).clamp(0, high)
     if effort.scales:

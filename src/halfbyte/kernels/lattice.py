@@ -32,7 +32,7 @@ class Lattice(LatticeFormat):
 
     def value(self, codes: UInt8[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
         """Magnitudes with signs."""
-        return signed_magnitudes(self.magnitudes).to(codes.device)[codes.int()]
+        return _signed_magnitudes(self.magnitudes).to(codes.device)[codes.int()]
 
 
 LISTED = 16
@@ -64,6 +64,7 @@ class Tables(NamedTuple):
 
 @lru_cache
 def tables(grid: Lattice) -> Tables:
+    """The tables of a lattice, made once."""
     magnitudes = torch.tensor(grid.magnitudes, dtype=torch.float32)
     values = magnitudes[codebook(grid.name).int()]
     combinations = magnitudes[torch.cartesian_prod(*[torch.arange(len(magnitudes))] * grid.dimension).flip(1)]
@@ -77,7 +78,7 @@ def tables(grid: Lattice) -> Tables:
     return Tables(*(a.contiguous() for a in arrays))
 
 
-def inverse(scale: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+def _inverse(scale: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """The reciprocal; of a scale of zero, zero: its weights take the smallest magnitudes."""
     return torch.where(scale == 0, 0.0, scale.reciprocal()).clamp(max=1e38)
 
@@ -93,7 +94,7 @@ class Found(NamedTuple):
     """sum(h w q) and sum(h q q), scaled."""
 
 
-def search(
+def _search(
     grid: Lattice,
     x: Float32[Tensor, "rows groups size"],
     h: Float32[Tensor, "rows groups size"],
@@ -136,8 +137,8 @@ def encode(
     """The nearest vectors, for every column at once."""
     x, h = _by_group(grid, w, importance)
     book, codes = codebook(grid.name).to(w.device), []
-    for part in zip(x.split(ROWS), h.split(ROWS), inverse(scales).split(ROWS), strict=True):
-        found = search(grid, *part)
+    for part in zip(x.split(ROWS), h.split(ROWS), _inverse(scales).split(ROWS), strict=True):
+        found = _search(grid, *part)
         codes.append(book[found.entry].flatten(-2) | (found.negative.to(torch.uint8) << 7))
     return torch.cat(codes).flatten(1)
 
@@ -161,7 +162,7 @@ def _fit_rows(grid: Lattice, x: Tensor, h: Tensor, patience: int) -> tuple[Tenso
     own = grid.spread * torch.where(mass > 0, (h * x * x).sum(-1) / mass, 0).sqrt()
     above = half(own.unflatten(1, (-1, per)).amax(-1) / (31 * grid.unit))
     unit = (above * grid.unit).repeat_interleave(per, 1)
-    middle = (0.5 * (own * inverse(unit) - 1)).floor().clamp(0, 15)
+    middle = (0.5 * (own * _inverse(unit) - 1)).floor().clamp(0, 15)
     best, chosen = torch.full_like(own, -torch.inf), middle
     wq, qq = torch.zeros_like(own), torch.zeros_like(own)
     for direction in (1, -1):
@@ -173,7 +174,7 @@ def _fit_rows(grid: Lattice, x: Tensor, h: Tensor, patience: int) -> tuple[Tenso
             if not going.any():
                 break
             by = unit * (2 * integer + 1)
-            found = search(grid, x, h, inverse(by))
+            found = _search(grid, x, h, _inverse(by))
             gain = by * by * (2 * found.wq - found.qq)
             better = going & (gain > best)
             misses = torch.where(better, 0, misses + 1)
@@ -219,7 +220,7 @@ def _round_run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How much the errors of a run change by rounding it, the values, and the codes."""
     known = Tables(*(table.to(scale.device) for table in tables(grid)))
-    size, by = grid.vector_size, inverse(scale)
+    size, by = grid.vector_size, _inverse(scale)
     weight, c = coupling.diagonal().square(), coupling.tril(-1)
     # Scaled weights that would leave nothing of the errors of the columns after this run, were they rounded to
     # themselves.
@@ -276,7 +277,7 @@ def _weighted(grid: Lattice, known: Tables, z: Tensor, left: Tensor, c: Tensor, 
 
 
 @lru_cache
-def signed_magnitudes(magnitudes: tuple[int | float, ...]) -> Float32[Tensor, " codes"]:
+def _signed_magnitudes(magnitudes: tuple[int | float, ...]) -> Float32[Tensor, " codes"]:
     """The value of every code; codes without a magnitude have none (NaN)."""
     values = torch.full((256,), torch.nan)
     values[: len(magnitudes)] = torch.tensor(magnitudes, dtype=torch.float32)

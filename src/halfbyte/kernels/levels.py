@@ -30,6 +30,7 @@ class Even:
 
     @property
     def name(self) -> str:
+        """int and the bits of a code."""
         return f"int{self.bits}"
 
     def __str__(self) -> str:
@@ -52,17 +53,20 @@ class Even:
         return self.top / 2 if self.steps == 1 else 1.0
 
     def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Weights in steps, as if multiplied by the reciprocal of the scale."""
         if self.steps == 1:
             return x * scale.reciprocal()
         return x * torch.where(scale == 0, 0.0, self.steps / scale).clamp(-1e38, 1e38)
 
     def nearest(self, x: Float32[Tensor, "*shape"], zero: Tensor | None = None) -> UInt8[Tensor, "*shape"]:
+        """The nearest codes, ties to even; `zero` are the codes of zero, on asymmetric grids."""
         codes = torch.round(x) + (self.midpoint if zero is None else zero)
         return codes.clamp_(0, self.top).to(torch.uint8)
 
     def decode(
         self, codes: UInt8[Tensor, "*shape"], scale: Tensor, zero: Tensor | None = None
     ) -> Float32[Tensor, "*shape"]:
+        """(code - zero) * scale."""
         values = (codes.float() - (self.midpoint if zero is None else zero)) * scale
         return values if self.steps == 1 else values * (1 / self.steps)
 
@@ -87,6 +91,7 @@ class Table:
 
     @property
     def bits(self) -> int:
+        """Bits of a code."""
         return (len(self.levels) - 1).bit_length()
 
     @property
@@ -95,6 +100,7 @@ class Table:
         return all(level == int(level) for level in self.levels)
 
     def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Weights over their scale; over a scale of zero, zero."""
         return x * inverse(scale)
 
     def nearest(self, x: Float32[Tensor, "*shape"], zero: Tensor | None = None) -> UInt8[Tensor, "*shape"]:
@@ -108,6 +114,7 @@ class Table:
     def decode(
         self, codes: UInt8[Tensor, "*shape"], scale: Tensor, zero: Tensor | None = None
     ) -> Float32[Tensor, "*shape"]:
+        """levels[code] * scale."""
         return values_of(self).to(codes.device)[codes.int()] * scale
 
 
@@ -134,10 +141,12 @@ class Float:
 
     @property
     def bits(self) -> int:
+        """Bits of a code, sign and all."""
         return 1 + self.exponent + self.mantissa
 
     @property
     def reach(self) -> float:
+        """Where min-max puts the largest weight: the largest number."""
         return self.top
 
     @property
@@ -146,6 +155,7 @@ class Float:
         return (127 - (1 << (self.exponent - 1)) + 2) << 23
 
     def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Weights over their scale."""
         return x / scale
 
     def nearest(self, x: Float32[Tensor, "*shape"], zero: Tensor | None = None) -> UInt8[Tensor, "*shape"]:
@@ -165,6 +175,7 @@ class Float:
     def decode(
         self, codes: UInt8[Tensor, "*shape"], scale: Tensor, zero: Tensor | None = None
     ) -> Float32[Tensor, "*shape"]:
+        """The number that a code is, times the scale."""
         return self.value(codes) * scale
 
 
@@ -243,6 +254,7 @@ def cells(table: Table) -> tuple[UInt8[Tensor, " cells"], Float32[Tensor, " cell
 
 
 def cell_of(x: Tensor) -> Tensor:
+    """The cell that scaled weights fall into; beyond the ends, the first or the last."""
     return (2 * x + CELLS // 2).clamp(0, CELLS - 1).int()
 
 

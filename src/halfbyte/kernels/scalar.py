@@ -38,7 +38,7 @@ def fit(
     if isinstance(levels, Even) and isinstance(scales.storage, Number):
         return even.fit(levels, scales.storage, x, h, search)
     largest = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    return choose_scales(levels, scales.storage, largest, lambda tried: moments(levels, x, h, tried), search)
+    return choose_scales(levels, scales.storage, largest, lambda tried: _moments(levels, x, h, tried), search)
 
 
 def choose_scales(
@@ -48,7 +48,7 @@ def choose_scales(
     their sign."""
     if isinstance(storage, UnderHalf):
         first = choose_scales(levels, storage.first, largest, moments, search)["scale"]
-        return under_half(first * levels.unit, SUPER // storage.group, levels.unit, moments, search)
+        return _under_half(first * levels.unit, SUPER // storage.group, levels.unit, moments, search)
     if isinstance(storage, Nested):
         return storage.nest(choose_scales(levels, storage.first, largest, moments, search)["scale"])
     plain = storage.spanning(largest if levels.reach < 0 else largest.abs(), levels, search)
@@ -65,7 +65,7 @@ def choose_scales(
     return {**plain, "scale": chosen.squeeze(-1)}
 
 
-def moments(levels: Levels, x: Tensor, h: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(levels: Levels, x: Tensor, h: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """`Moments` of grouped weights."""
     sums = []
     for scale in scales.unbind(-1):
@@ -82,7 +82,7 @@ def _level(levels: Levels, x: Tensor) -> Tensor:
     return levels.decode(levels.nearest(x), torch.ones((), device=x.device))
 
 
-def under_half(scale: Float32[Tensor, "out groups"], per: int, unit: float, moments: Moments, search: bool) -> Params:
+def _under_half(scale: Float32[Tensor, "out groups"], per: int, unit: float, moments: Moments, search: bool) -> Params:
     """An fp16 scale such that the largest group's is -32 of it, and for each group the better of the two integers
     around its own. At the end, the best fp16 scale for the levels so chosen."""
     wide = scale.unflatten(1, (-1, per))

@@ -82,17 +82,21 @@ class Number(Searched):
     """Scales that a search tries, as shares of the one that spans the largest weight."""
 
     def bits(self, count: int) -> float:
+        """16 or 32 for each."""
         return self.dtype.itemsize * 8.0 * count
 
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """The number itself."""
         scale = params["scale"].float()
         return scale if unit == 1 else scale * unit
 
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
+        """The largest weight over the largest level."""
         scale = largest / (levels.reach * levels.unit)
         return {"scale": self.store(torch.where(scale == 0, 1.0, scale) if self.smallest else scale)}
 
     def tried(self, plain: Params) -> list[Params]:
+        """Shares of the plain scale."""
         return [{"scale": self.store(plain["scale"].float() * share)} for share in self.tries]
 
     def store(self, scale: Float32[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -118,6 +122,7 @@ class Byte(Searched):
         return value
 
     def ascending(self, unit: float) -> Float32[Tensor, " bytes"]:
+        """What the bytes that are written stand for, from the smallest."""
         return self.every(unit)[: {"e8m0": 255, "e4m3": 127}[self.kind]].contiguous()
 
     def borders(self, unit: float) -> Float32[Tensor, " borders"]:
@@ -126,13 +131,16 @@ class Byte(Searched):
         return table[:-1] * 2**0.5 if self.kind == "e8m0" else (table[:-1] + table[1:]) / 2
 
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """What the byte stands for."""
         return self.every(unit).to(params["scale"].device)[params["scale"].int()]
 
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
+        """The byte nearest to the largest weight over the largest level."""
         border = self.borders(levels.unit).to(largest.device)
         return {"scale": torch.bucketize(largest / levels.reach, border, right=True).to(torch.uint8)}
 
     def tried(self, plain: Params) -> list[Params]:
+        """Bytes near the plain one."""
         most = {"e8m0": 254, "e4m3": 126}[self.kind]
         return [{"scale": (plain["scale"].int() + t).clamp(0, most).to(torch.uint8)} for t in self.tries]
 
@@ -143,15 +151,18 @@ class Microscale(Searched):
     cuts the largest."""
 
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """The power of two."""
         return (e8m0(params["scale"]) * unit).float()
 
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
+        """The power of two of the largest weight, rounded up beyond the format's threshold."""
         carry = levels.carry if isinstance(levels, FloatLevels) else 2.0
         reach = torch.tensor(levels.reach * levels.unit)
         exponent = torch.frexp(largest * (2 / carry)).exponent - torch.frexp(reach).exponent
         return {"scale": (exponent + 127).clamp(0, 254).to(torch.uint8)}
 
     def tried(self, plain: Params) -> list[Params]:
+        """Nothing: a power of two is not searched."""
         return []
 
 
@@ -166,17 +177,21 @@ class UnderGlobal(Searched):
 
     @property
     def shared(self) -> frozenset[str]:
+        """The divisor, or the factor."""
         return frozenset({"factor" if self.factor else "divisor"})
 
     def bits(self, count: int) -> float:
+        """8 for each, and 32 for the divisor."""
         return 8.0 * count + 32
 
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """The E4M3 number over the divisor, or times the factor."""
         scale = E4M3.value(params["scale"])
         scale = scale * params["factor"] if self.factor else scale / params["divisor"]
         return scale if unit == 1 else scale * unit
 
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
+        """The E4M3 number nearest to min-max; after a search, under the divisor that most matrices share."""
         most = E4M3.top * levels.reach * levels.unit
         if search:
             return self.under(largest, _shared_divisor(largest.max(), most), levels, search)
@@ -192,6 +207,7 @@ class UnderGlobal(Searched):
         return {"scale": scale, "divisor": divisor.view(1, 1)}
 
     def tried(self, plain: Params) -> list[Params]:
+        """Bytes near the plain one."""
         return [{**plain, "scale": (plain["scale"].int() + t).clamp(1, 126).to(torch.uint8)} for t in self.tries]
 
 
@@ -204,9 +220,11 @@ class UnderHalf(Storage):
     group: int
 
     def bits(self, count: int) -> float:
+        """6 for each, and 16 for the fp16 number above."""
         return (6 + 16 * self.group / SUPER) * count
 
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """The integer times the fp16 number."""
         d = params["d"].float()
         return (d[..., None] * (params["scale"].float() - 32).unflatten(1, (d.shape[1], -1))).flatten(1) * unit
 
@@ -219,13 +237,16 @@ class Nested(Storage):
     """What scales are before they are made indices."""
 
     def bits(self, count: int) -> float:
+        """8 for each, 32 for each NESTED of them, and 32 for their mean."""
         return 8.0 * count + 32 * -(-count // NESTED) + 32
 
     @property
     def shared(self) -> frozenset[str]:
+        """All of them: numbers of scales belong to no row."""
         return frozenset({"scale", "nested", "offset"})
 
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """The value of the index times its fp32 number, plus the mean."""
         code = params["scale"].flatten()
         each = params["nested"].repeat_interleave(NESTED)[: len(code)]
         scale = dynamic_map().to(code.device)[code.int()] * each + params["offset"]
@@ -306,14 +327,15 @@ class Scales:
         return scale.expand(out, -1), self.group_size
 
 
-def number(name: str, dtype: torch.dtype, tries: tuple[float, ...] = PHASES) -> Number:
+def _number(name: str, dtype: torch.dtype, tries: tuple[float, ...] = PHASES) -> Number:
+    """A number of a dtype, with the limits that keep it neither zero nor infinite."""
     if dtype.itemsize == 2:
         return Number(name, dtype, SMALLEST, LARGEST, tries)
     return Number(name, dtype, torch.finfo(dtype).tiny, torch.finfo(dtype).max, tries)
 
 
 FP16, BF16, FP32 = (
-    number(name, dtype) for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32))
+    _number(name, dtype) for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32))
 )
 NUMBERS: dict[str, Number] = {known.kind: known for known in (FP16, BF16, FP32)}
 """Scales as the files of a Hugging Face folder have them."""

@@ -32,6 +32,7 @@ ELSEWHERE = ("use_qalora", "target_parameters", "alora_invocation_tokens", "lora
 
 
 def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
     return (folder / CONFIG).is_file()
 
 

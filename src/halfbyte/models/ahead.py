@@ -35,11 +35,13 @@ class ReadAhead:
         return value.pin_memory() if self._pins else value
 
     def forget(self) -> None:
+        """Expect nothing any more."""
         for expected in self._expected.values():
             expected.cancel()
         self._expected = {}
 
     def close(self) -> None:
+        """End the thread; reading goes on without it."""
         self.forget()
         if self._thread is not None:
             self._thread.shutdown()

@@ -32,9 +32,11 @@ class PendingScales:
         self.columns: dict[Weight, Scale] = {}
 
     def divide_rows(self, weight: Weight, scale: Scale) -> None:
+        """Divide the weight's rows (out-features) by a scale, beside those that it has."""
         self.rows[weight] = self.rows.get(weight, 1.0) / scale
 
     def multiply_columns(self, weight: Weight, scale: Scale) -> None:
+        """Multiply the weight's columns (in-features) by a scale, beside those that it has."""
         self.columns[weight] = self.columns.get(weight, 1.0) * scale
 
     @property
@@ -56,6 +58,7 @@ class PendingScales:
         self.columns.pop(weight, None)
 
     def copy(self) -> "PendingScales":
+        """One that goes its own way from here."""
         other = PendingScales()
         other.rows, other.columns = dict(self.rows), dict(self.columns)
         return other
@@ -76,6 +79,7 @@ class Trial:
                 self.tensors[tensor] = self.block.view(tensor).clone()
 
     def undo(self) -> None:
+        """Put back all that was saved."""
         for tensor, value in self.tensors.items():
             self.block.view(tensor).copy_(value)
         self.block.scales, self.block.activations = self.scales, self.activations
@@ -114,6 +118,7 @@ class Block:
         return {self.walk.ties.get(name, name) for name in self.parameters}
 
     def load(self, source: ReadAhead) -> None:
+        """Read its parameters, and, as served, how its weights' activations are rounded."""
         walk = self.walk
         skeleton.load(walk.model, source, walk.places, walk.ties, self.parameters, walk.device)
         if walk.as_served:
@@ -161,7 +166,7 @@ class Block:
 
     def matrix(self, matrix: Matrix) -> Float[Tensor, "out in"]:
         """A view of the parameter, whether it is to be quantized or not."""
-        return oriented(self.view(matrix.tensor), matrix)
+        return _oriented(self.view(matrix.tensor), matrix)
 
     def matrices(self) -> Iterator[tuple[Matrix, Tensor]]:
         """Every matrix of the block, with its view as it lies in the checkpoint."""
@@ -192,6 +197,7 @@ class Block:
 
     @torch.no_grad()
     def run(self, hidden: Hidden, batch: int) -> Hidden:
+        """The block's outputs for one batch of hidden states."""
         return self.returned(hidden, batch)[0]
 
     def returned(self, hidden: Hidden, batch: int) -> tuple[Hidden, list[Sequence[Any]]]:
@@ -215,7 +221,7 @@ class Block:
             if name not in replaced:
                 replaced[name] = skeleton.tensor(self.walk.model, name).clone()
             view = place.view(replaced[name], self.walk.shapes[weight.tensor])
-            oriented(view, Matrix(weight.tensor, weight.expert, weight)).copy_(value)
+            _oriented(view, Matrix(weight.tensor, weight.expert, weight)).copy_(value)
         inside = {name.removeprefix(f"{self.prefix}."): value for name, value in replaced.items()}
         with torch.enable_grad():
             parts = [
@@ -249,7 +255,7 @@ class Block:
         return [group for _, group in groups]
 
 
-def oriented(view: Tensor, matrix: Matrix) -> Float[Tensor, "out in"]:
+def _oriented(view: Tensor, matrix: Matrix) -> Float[Tensor, "out in"]:
     """A matrix in the tensor in which it lies."""
     view = view if matrix.expert is None else view[matrix.expert]
     return view.T if matrix.weight and matrix.weight.transposed else view

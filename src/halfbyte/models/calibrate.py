@@ -143,6 +143,7 @@ def opening(tokenizer: Any) -> tuple[int, ...]:
 
 
 def tokenizer_of(checkpoint: Checkpoint):
+    """The checkpoint's tokenizer. Raises BadRequest where Transformers cannot load it."""
     from halfbyte.models import skeleton
 
     try:

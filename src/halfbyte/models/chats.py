@@ -24,6 +24,8 @@ LOOK = 0.02
 
 
 class Rendered(NamedTuple):
+    """Chats as texts, and which the template refused."""
+
     texts: list[str | None]
     """None: the template does not take this chat."""
     refused: list[tuple[int, str]]

@@ -127,10 +127,12 @@ class Checkpoint:
 
     @property
     def text_config(self) -> dict[str, Any]:
+        """The decoder's part of config.json: all of it, where there is no other part."""
         return self.config.get("text_config") or self.config
 
     @property
     def model_type(self) -> str:
+        """Transformers' name of the decoder's family."""
         return self.text_config.get("model_type") or ""
 
     @property

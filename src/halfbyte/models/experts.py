@@ -29,6 +29,7 @@ class Piece(NamedTuple):
     """Whether the stack is [experts, in, out]."""
 
     def read(self, stack: Entry) -> Tensor:
+        """Its rows, [out, in], out of the stack."""
         own, last = stack.at(self.expert), self.first + self.shape[0]
         return own.read()[:, self.first : last].T.contiguous() if self.transposed else own.read(self.first, last)
 

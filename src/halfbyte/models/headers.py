@@ -36,6 +36,7 @@ class HeaderCheckpoint(Checkpoint):
         return bool(said) if said is not None else not has_head
 
     def settings(self):
+        """The config as Transformers reads it."""
         import transformers
 
         return transformers.AutoConfig.for_model(**self.config)

@@ -39,6 +39,7 @@ class Door:
         self.through, self.cache, self.model = through, cache, model
 
     def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """What the attention computes with: keys and values after the function, cached if there is a cache."""
         key, value = self.through(key, value)
         return (key, value) if self.cache is None else self.cache.update(key, value, *args, **kwargs)
 
@@ -152,6 +153,7 @@ class Heads:
         self.rows: list[Tensor] = []
 
     def add(self, x: KV) -> None:
+        """See more keys or values."""
         x = x.float().transpose(0, 1).flatten(1, 2)  # [heads, batch * tokens, dim]
         low, high = x.amin(1), x.amax(1)
         self.low = torch.minimum(self.low, low) if self.rows else low

@@ -29,7 +29,8 @@ class Linears(NamedTuple):
 
 
 def linears(checkpoint: "Checkpoint") -> Linears:
-    found = candidates(checkpoint)
+    """The linears of a checkpoint, told by their names, or where these are not ordinary, by the model's modules."""
+    found = _candidates(checkpoint)
     by_name = {name: roles.is_transposed(name, checkpoint.model_type) for name in found}
     if all(map(roles.ORDINARY.search, found)) and not checkpoint.has_encoder:
         return Linears(by_name, {})
@@ -49,7 +50,7 @@ def linears(checkpoint: "Checkpoint") -> Linears:
     )
 
 
-def candidates(checkpoint: "Checkpoint") -> dict[str, Shape]:
+def _candidates(checkpoint: "Checkpoint") -> dict[str, Shape]:
     """Tensors that may be linears, or stacks of such, by name and shape."""
     layers = checkpoint.text_config.get("num_hidden_layers", checkpoint.text_config.get("n_layer"))
     found: dict[str, Shape] = {}

@@ -41,7 +41,7 @@ class MatmulCapture(TorchFunctionMode):
         self.alive: list[Tensor] = []
         """Casts of matrices, kept so that no address is used twice."""
         for matrix, view in matrices:
-            start, end = extent(view)
+            start, end = _extent(view)
             row_major = (view.stride(-1) == 1) != (matrix.weight is not None and matrix.weight.transposed)
             self.owners.setdefault(view.untyped_storage().data_ptr(), []).append((start, end, matrix, row_major))
 
@@ -82,7 +82,7 @@ class MatmulCapture(TorchFunctionMode):
                 if all(part.data_ptr() == x[number].data_ptr() for number, part in enumerate(read))
                 else torch.stack(read)
             )
-        start, end = extent(operand)
+        start, end = _extent(operand)
         read = [(m, row_major) for first, last, m, row_major in owners if first < end and start < last]
         for matrix, row_major in read:
             if matrix.weight and row_major != (is_linear == (operand.stride(-1) == 1)):
@@ -94,7 +94,7 @@ class MatmulCapture(TorchFunctionMode):
         return x if instead is None else instead
 
 
-def extent(view: Tensor) -> tuple[int, int]:
+def _extent(view: Tensor) -> tuple[int, int]:
     """First and last element of its storage that a view may touch, the last exclusive."""
     start = int(view.storage_offset())
     return start, start + 1 + sum((int(n) - 1) * int(s) for n, s in zip(view.shape, view.stride(), strict=True))

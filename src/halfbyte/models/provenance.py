@@ -67,6 +67,7 @@ def _repository(path: Path, asked: str) -> str | None:
 
 
 def text_of(value: object) -> str | None:
+    """A text without space around it; None for an empty one, and for what is no text."""
     return value.strip() or None if isinstance(value, str) else None
 
 

@@ -23,6 +23,7 @@ LONGEST = 10_000_000
 
 
 def main() -> None:
+    """Read template and chats from standard input, and write texts to standard output, both as JSON."""
     asked = json.load(sys.stdin)
     texts, refused = [], []
     for number, chat in enumerate(asked["chats"]):

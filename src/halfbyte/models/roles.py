@@ -118,6 +118,7 @@ def is_head(tensor: str) -> bool:
 
 
 def is_transposed(tensor: str, model_type: str) -> bool:
+    """Whether a family's checkpoints store this tensor [in, out]."""
     pattern = TRANSPOSED.get(model_type)
     return bool(pattern and pattern.search(tensor))
 

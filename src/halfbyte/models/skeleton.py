@@ -112,7 +112,7 @@ def _construct(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTr
     if not all(part._attn_implementation in ATTENTION for part in _parts(config)):
         # What Transformers takes by default: not every family has SDPA, and some have it in another formula.
         config._attn_implementation = None
-    kind = architecture(checkpoint, config)
+    kind = _architecture(checkpoint, config)
     with torch.device("meta"), initialization.no_tie_weights():
         model = kind._from_config(config, dtype=dtype, experts_implementation="eager")
     release(
@@ -139,7 +139,7 @@ def _require_layers(checkpoint: Checkpoint) -> None:
             )
 
 
-def architecture(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
+def _architecture(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
     """The class that config.json names, where it is a model of such a config; else the one that Transformers chooses by
     the config."""
     names = checkpoint.config.get("architectures")
@@ -199,6 +199,7 @@ def poison(b: Tensor) -> Tensor:
 
 
 def is_poisoned(b: Tensor) -> bool:
+    """Whether a tensor still holds values of `poison`."""
     if b.dtype == torch.bool:
         return bool((b.view(torch.uint8) == 255).any())
     if b.is_floating_point() or b.is_complex():
@@ -432,7 +433,7 @@ def load(
     for name in fresh:
         if state[name].is_meta:
             put(model, name, nn.Parameter(torch.empty_like(state[name], device=device), requires_grad=False))
-    fill(model, source, found, [tensor for tensor, place in found.items() if place.parameter in fresh], device)
+    _fill(model, source, found, [tensor for tensor, place in found.items() if place.parameter in fresh], device)
     for name in names:
         if name in tied:
             put(model, name, model.get_parameter(tied[name]))
@@ -462,7 +463,7 @@ def release(model: nn.Module, names: Iterable[str]) -> None:
             put(model, name, nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False))
 
 
-def fill(model: nn.Module, source: Source, found: Places, names: Iterable[str], device: torch.device | str) -> None:
+def _fill(model: nn.Module, source: Source, found: Places, names: Iterable[str], device: torch.device | str) -> None:
     """Read tensors of the checkpoint into the parameters in which they lie."""
     state = dict(model.state_dict(keep_vars=True))
     for name in names:

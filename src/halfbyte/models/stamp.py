@@ -53,6 +53,7 @@ def origin(checkpoint: Checkpoint) -> str:
 
 
 def digest(path: Path) -> str:
+    """xxh3_128 of a file's bytes."""
     hasher = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while part := file.read(1 << 24):

@@ -45,6 +45,7 @@ class Calls:
         """What the last block returned beside hidden states, by batch and part, where the next one reads it."""
 
     def note(self, module: nn.Module, batch: int, call: Call) -> None:
+        """Note one call of a block, for a part of a batch."""
         noted = self._noted.setdefault(module, [])
         if batch == len(noted):
             noted.append([])
@@ -81,6 +82,8 @@ class StandIns:
         self._handed: Tensor | None = None
 
     def __call__(self, number: int) -> Callable:
+        """What runs in place of the block of this number."""
+
         def stand_in(hidden: Tensor, *args, **kwargs) -> Any:
             if number != self.done:
                 self._refuse("calls its blocks in another order than they stand in")

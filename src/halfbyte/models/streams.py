@@ -37,6 +37,7 @@ class Stream:
         self._batches[batch] = self._kept(hidden)
 
     def append(self, hidden: Hidden) -> None:
+        """Add a batch; the first decides where all are kept."""
         self._where = self._where or self.placement.of_hidden(self.tokens * hidden.shape[-1] * hidden.dtype.itemsize)
         self._batches.append(self._kept(hidden))
 
@@ -54,6 +55,7 @@ class Stream:
 
     @property
     def is_on_device(self) -> bool:
+        """Whether they lie on the device that computes."""
         return self._where == "device"
 
     def leave_device(self) -> None:
@@ -67,11 +69,11 @@ class Stream:
         if self._where == "device":
             return hidden.to(self.placement.device)
         if self._where == "files" and self.placement.scratch is not None:
-            return in_file(hidden.to(CPU), self.placement.scratch)
+            return _in_file(hidden.to(CPU), self.placement.scratch)
         return hidden.to(CPU)
 
 
-def in_file(hidden: Tensor, folder: Path) -> Tensor:
+def _in_file(hidden: Tensor, folder: Path) -> Tensor:
     """The same values in a file, which is gone when the last tensor in it is."""
     with TemporaryFile(dir=folder) as file:
         file.write(hidden.contiguous().reshape(-1).view(torch.uint8).numpy().data)

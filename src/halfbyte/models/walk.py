@@ -120,6 +120,7 @@ class Walk:
 
     @property
     def device(self) -> torch.device:
+        """What runs the blocks."""
         return self.placement.device
 
     def _require_decoder(self) -> None:

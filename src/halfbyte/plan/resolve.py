@@ -38,7 +38,7 @@ def resolve(recipe: Recipe, source: Checkpoint | None = None) -> Plan:
     recipe = recipe.model_copy(update={"engine": _engine(recipe.engine)})
     target = target_named(recipe.to or _target_for(recipe))
     recipe = fits.completed(recipe, target)
-    checkpoint = source or source_of(recipe)
+    checkpoint = source or _source_of(recipe)
     if checkpoint.container and not _is_original(checkpoint) and not recipe.requantize:
         raise Unsupported(
             f"{recipe.model} is quantized already ({checkpoint.container}, {commonest(checkpoint.quantized)}); "
@@ -72,7 +72,7 @@ def _of_source(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def source_of(recipe: Recipe) -> Checkpoint:
+def _source_of(recipe: Recipe) -> Checkpoint:
     """The checkpoint that a recipe names, with its adapter."""
     checkpoint = heads.settled(Checkpoint.open(recipe.model))
     sizes.require(checkpoint)
@@ -153,7 +153,7 @@ def _target_for(recipe: Recipe) -> str:
         scheme = None
     if recipe.engine and recipe.engine != NOBODY:
         own = verdicts.default_container(recipe.engine)
-        read = {own: TARGETS[own]} | {n: t for n, t in TARGETS.items() if n in ENGINES[recipe.engine].reads}
+        read = {own: TARGETS[own]} | {n: t for n, t in TARGETS.items() if n in ENGINES[recipe.engine].support}
         holding = {n: t.resolve(scheme, torch.bfloat16) for n, t in read.items() if scheme and _takes(t, scheme)}
         multiplied = (n for n, resolved in holding.items() if verdicts.multiplies(recipe.engine, n, resolved))
         return next(multiplied, next(iter(holding), own))
@@ -249,7 +249,7 @@ def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Pla
     `to` is a key of UNQUANTIZED; `dtype` is by default what engines compute in. Raises HalfbyteError.
     """
     require_plain(to, dtype)
-    checkpoint = source_of(Recipe(model=source, adapter=folder))
+    checkpoint = _source_of(Recipe(model=source, adapter=folder))
     if checkpoint.container is None and checkpoint.adapter is None:
         raise BadRequest(
             f"{source} is not quantized, so there is nothing to decode; name a quantized checkpoint, "
@@ -263,6 +263,6 @@ def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Pla
         was = commonest(checkpoint.quantized)
         warnings.append(f"these are the values of {was} in {grid}: what quantizing lost does not come back")
     found = (
-        verdicts.verdicts(to, {}, checkpoint.config) if any(to in engine.reads for engine in ENGINES.values()) else ()
+        verdicts.verdicts(to, {}, checkpoint.config) if any(to in engine.support for engine in ENGINES.values()) else ()
     )
     return replace(plan, warnings=(*warnings, *_of_adapter(checkpoint)), verdicts=tuple(found), **_cache(plan))

@@ -72,7 +72,12 @@ def report(
 ) -> Report:
     """All that is known of a run after it; `file` is what engines open of the output, None for the folder."""
     notes = Counter(row.note for row in rows.values() if row.note)
-    warnings = [*plan.warnings, *plan.checkpoint.left_out, *(windows.warnings if windows else ()), *lost(rows.values())]
+    warnings = [
+        *plan.warnings,
+        *plan.checkpoint.left_out,
+        *(windows.warnings if windows else ()),
+        *_lost(rows.values()),
+    ]
     warnings += [f"{plural(count, 'weight')}: {note}" for note, count in notes.items()]
     made = Report(
         **_common(plan),
@@ -92,7 +97,7 @@ def report(
             instructions=torch.backends.cpu.get_cpu_capability(),
         ),
         device=devices,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=_peak_memory_bytes(),
         seconds=round(seconds, 2),
     )
     return made.model_copy(update={"kv": cache}) if cache else made
@@ -104,7 +109,7 @@ def _common(plan: Plan) -> dict[str, Any]:
         "halfbyte": version("halfbyte"),
         "recipe": plan.recipe,
         "source": _source(plan),
-        "engines": [engine(v) for v in plan.verdicts],
+        "engines": [_engine_report(v) for v in plan.verdicts],
         "kept": dict(plan.kept),
         "dropped": dict(plan.dropped),
     }
@@ -149,7 +154,7 @@ def calibration(windows: Windows) -> CalibrationReport:
     return CalibrationReport(**windows.about)
 
 
-def engine(verdict: Verdict) -> EngineReport:
+def _engine_report(verdict: Verdict) -> EngineReport:
     """Whether an engine loads the output."""
     return EngineReport(
         engine=verdict.engine,
@@ -163,7 +168,7 @@ def engine(verdict: Verdict) -> EngineReport:
     )
 
 
-def lost(rows: Iterable[WeightReport]) -> list[str]:
+def _lost(rows: Iterable[WeightReport]) -> list[str]:
     """One line of the weights that are hardly those of the source any more, if there are any."""
     found = [row for row in rows if not (row.error <= LOST and row.worst_row <= LOST_ROW)]  # NaN is not
     if not found:
@@ -177,7 +182,7 @@ def lost(rows: Iterable[WeightReport]) -> list[str]:
     ]
 
 
-def peak_memory_bytes() -> int | None:
+def _peak_memory_bytes() -> int | None:
     """The most memory that this process has had; None where the system does not say (macOS)."""
     if sys.platform != "linux":
         return getattr(psutil.Process().memory_info(), "peak_wset", None)

@@ -61,7 +61,7 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"begins": begins, "plural": plural}
+    environment.globals |= {"begins": _begins, "plural": plural}
     environment.filters |= {
         "size": size,
         "quote": shlex.quote,
@@ -148,6 +148,6 @@ def _filled(text: str, path: Path, original: str) -> str:
     return text
 
 
-def begins(opening: list[str]) -> str:
+def _begins(opening: list[str]) -> str:
     """What windows began with, as the end of a sentence."""
     return f", each begins with `{''.join(opening)}`" if opening else ""

@@ -38,12 +38,12 @@ def stranger(model: Path, reference: Checkpoint) -> str | None:
         return None
     source, recipe = report.source, report.recipe
     is_known = source.made_of is not None or recipe.method not in OTHER_COMMANDS
-    if not is_known or any(is_source(one, reference) for one in (source, *(source.made_of or []))):
+    if not is_known or any(_is_source(one, reference) for one in (source, *(source.made_of or []))):
         return None
     return told(source.path, recipe.adapter)
 
 
-def is_source(said: Origin, reference: Checkpoint) -> bool:
+def _is_source(said: Origin, reference: Checkpoint) -> bool:
     """By its digest, which stays where folders move; by its path in a report that has none."""
     if said.xxh3_128:
         return said.xxh3_128 == origin(reference)

@@ -106,17 +106,17 @@ def of_engine(engine: str) -> str:
         "Group sizes, other shapes, mixtures of grids and experts are checked before each run."
     )
     told = ""
-    for container, reads in spec.reads.items():
-        lines += ["", f"{container}, read in", *_wrapped(reads.source, "  ")]
-        if reads.models != told:
-            lines += _wrapped(_models(registry(reads.models)), "  ")
-            told = reads.models
+    for container, support in spec.support.items():
+        lines += ["", f"{container}, read in", *_wrapped(support.source, "  ")]
+        if support.models != told:
+            lines += _wrapped(_models(registry(support.models)), "  ")
+            told = support.models
         for word, names in _by_word(name, container, _held(container)).items():
-            by = f" ({', '.join(dict.fromkeys(t.by for t in reads.tested))})" if word is Word.TESTED else ""
+            by = f" ({', '.join(dict.fromkeys(t.by for t in support.tested))})" if word is Word.TESTED else ""
             lines += [f"  {word}{by}:", *_wrapped(_condensed(names).replace("`", ""), "    ")] if names else []
-        for note in reads.notes:
+        for note in support.notes:
             lines += _wrapped(f"- {note}", "  ", "    ")
-    if others := [container for container in TARGETS if container not in spec.reads]:
+    if others := [container for container in TARGETS if container not in spec.support]:
         lines += ["", *_wrapped(f"{Word.REFUSED}, all of it: {', '.join(others)} ({spec.otherwise})", "", "  ")]
     return "\n".join(lines)
 
@@ -150,8 +150,8 @@ def _held(container: str) -> list[str]:
 
 def _by_word(engine: str, container: str, names: list[str]) -> dict[Word, list[str]]:
     """Schemes by what is said of them, for a model that the engine knows."""
-    reads = ENGINES[engine].reads.get(container)
-    known = registry(reads.models) if reads and reads.models else None
+    support = ENGINES[engine].support.get(container)
+    known = registry(support.models) if support and support.models else None
     config = next((c for c in MODELS if known is None or known.knows(c)), MODELS[0])
     weights = [
         Weight(f"model.layers.0.{n}", f"model.layers.0.{n}.weight", "model.layers.0", s) for n, s in LLAMA.items()
@@ -186,13 +186,13 @@ LLAMA = {
 
 def _condensed(names: list[str]) -> str:
     """int4-g32, int4-g64, int8-g32, int8-g64, q4_k -> `int4/8-g32/64`, `q4_k`."""
-    spans: dict[tuple[str, str], list[str]] = {}
+    granularities: dict[tuple[str, str], list[str]] = {}
     for name in names:
         if name.startswith("int") and "/" not in name:
             number, span, *asym = name.split("-")
-            spans.setdefault((number, "-asym" if asym else ""), []).append(span)
+            granularities.setdefault((number, "-asym" if asym else ""), []).append(span)
     numbers: dict[tuple[tuple[str, ...], str], list[str]] = {}
-    for (number, asym), found in spans.items():
+    for (number, asym), found in granularities.items():
         numbers.setdefault((tuple(found), asym), []).append(number.removeprefix("int"))
     integers = [f"`int{'/'.join(bits)}-{'/'.join(found)}{asym}`" for (found, asym), bits in numbers.items()]
     return ", ".join([*integers, *(f"`{name}`" for name in names if not name.startswith("int") or "/" in name)])

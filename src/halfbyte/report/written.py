@@ -64,7 +64,7 @@ def known(checkpoint: Path) -> Report | CacheRecord | None:
     return None
 
 
-def write(report: Measurements, folder: Path, path: Path) -> None:
+def _write(report: Measurements, folder: Path, path: Path) -> None:
     """Put a report into `folder`, which is to be `path`, with the card of a model that we quantized."""
     replace_text(beside(folder, "report.json"), as_json(report))
     if isinstance(report, Report):
@@ -88,7 +88,7 @@ def add(path: Path, **measured: Any) -> list[str]:
         return [f"{error}; what was measured is not put into it"]
     if report is not None:
         with suppress(OSError):  # a folder that we may only read: the caller has the measurement
-            write(report.model_copy(update=measured), path, path)
+            _write(report.model_copy(update=measured), path, path)
     return []
 
 
@@ -121,4 +121,4 @@ def add_cache(source: Path, folder: Path, path: Path, cache: CacheReport) -> Non
     report = known(source)
     said = report.as_dict() if report else {"schema_version": SCHEMA, "halfbyte": version("halfbyte")}
     said = {name: value for name, value in said.items() if name not in MEASURED} | {"kv": cache}
-    write((Report if isinstance(report, Report) else CacheRecord).model_validate(said), folder, path)
+    _write((Report if isinstance(report, Report) else CacheRecord).model_validate(said), folder, path)

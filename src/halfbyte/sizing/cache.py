@@ -144,18 +144,22 @@ class Settings:
 
     @property
     def layers(self) -> int:
+        """How many decoder layers there are."""
         return self.number("num_hidden_layers", "n_layer", "num_layers")
 
     @property
     def hidden(self) -> int:
+        """Features of a hidden state."""
         return self.number("hidden_size", "n_embd", "d_model")
 
     @property
     def heads(self) -> int:
+        """How many query heads an attention has."""
         return self.number("num_attention_heads", "n_head", default=1)
 
     @property
     def head_dim(self) -> int:
+        """In-features of an attention's head."""
         return self.number("head_dim", "attention_head_dim") or self.hidden // self.heads
 
 

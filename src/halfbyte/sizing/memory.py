@@ -31,6 +31,7 @@ class Weights:
 
     @property
     def total(self) -> int:
+        """Bytes of all of them."""
         return self.always + self.experts + self.looked_up
 
     def read(self, batch: int) -> float:
@@ -82,6 +83,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes in all."""
         return self.weights + self.cache + self.activations + self.beside
 
 

@@ -81,6 +81,7 @@ class Statistics:
 
     @property
     def width(self) -> int:
+        """In-features."""
         return self._sum.shape[0]
 
     @property

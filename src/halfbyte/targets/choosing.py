@@ -36,7 +36,7 @@ def quantizing(target: "Target", recipe: Recipe, checkpoint: Checkpoint, method:
         # Said, so that the written recipe, which names the grid, does the same.
         recipe = recipe.model_copy(update={"smaller_groups": True})
     apart = experts.apart(checkpoint)
-    choices = choose(target, apart, recipe)
+    choices = _choose(target, apart, recipe)
     # Experts that all stay in 16 bits stay as they lie.
     notes = {piece.stack: "" for piece in apart.pieces.values()}
     notes |= {apart.pieces[c.weight.tensor].stack: c.note for c in choices if c.weight.tensor in apart.pieces}
@@ -49,7 +49,7 @@ def quantizing(target: "Target", recipe: Recipe, checkpoint: Checkpoint, method:
     return Plan(recipe, checkpoint, target, method, tuple(choices), keep(checkpoint, choices))
 
 
-def choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[TensorPlan]:
+def _choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[TensorPlan]:
     """A scheme for every weight. Raises for patterns that match nothing and for shapes that no fallback fits."""
     scheme = schemes.parse(recipe.grid)
     overrides = {p: None if words == "keep" else schemes.parse(words) for p, words in recipe.override.items()}
@@ -74,14 +74,14 @@ def choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[Ten
         else:
             # What the head reads stays in 16 bits: engines have no other kernels there.
             wanted = target.resolve(wanted if weight.block else wanted.weight, checkpoint.dtype)
-            choices.append(fit(weight, wanted, target, bool(recipe.smaller_groups)))
+            choices.append(_fit(weight, wanted, target, bool(recipe.smaller_groups)))
     require_ties(target, checkpoint, choices)
     if not any(c.scheme for c in choices):
         raise BadRequest("every weight is skipped or kept, so there is nothing to quantize")
     return choices
 
 
-def fit(weight: Weight, scheme: AnyScheme, target: "Target", smaller_groups: bool, note: str = "") -> TensorPlan:
+def _fit(weight: Weight, scheme: AnyScheme, target: "Target", smaller_groups: bool, note: str = "") -> TensorPlan:
     """The scheme, or one with smaller groups where the row is no multiple of the group and that is asked for."""
     width, grid = weight.shape[1], scheme.weight
     if is_integer(grid) and grid.group_size and width % grid.group_size:
@@ -110,7 +110,7 @@ def fit(weight: Weight, scheme: AnyScheme, target: "Target", smaller_groups: boo
 
 def converting(target: "Target", recipe: Recipe, checkpoint: Checkpoint, grid: str | None) -> Plan:
     """What moving a quantized checkpoint makes of every tensor."""
-    choices, target = transcode(target, checkpoint, modules_of(checkpoint), grid)
+    choices, target = _transcode(target, checkpoint, modules_of(checkpoint), grid)
     return Plan(recipe, checkpoint, target, ROUNDING, tuple(choices), left(checkpoint, choices))
 
 
@@ -129,7 +129,7 @@ def left(
     return {t: reasons.get(t, "not quantized in the source") for t in others}
 
 
-def transcode(
+def _transcode(
     target: "Target", checkpoint: Checkpoint, weights: list[Weight], grid: str | None
 ) -> tuple[list[TensorPlan], "Target"]:
     """As it is, or rounded to what is asked for; and the version of the target that holds it all."""
@@ -157,7 +157,7 @@ def transcode(
                         "halfbyte quantize the original instead"
                     )
                 choices.append(
-                    fit(
+                    _fit(
                         weight,
                         wanted,
                         target,

@@ -60,15 +60,15 @@ def stacks(weights: Iterable[Weight]) -> list[TiedGroup]:
 
 def fused(weights: Iterable[Weight], engine: str, container: str) -> list[TiedGroup]:
     """What an engine makes one matrix of, where it does so with this container."""
-    reads = ENGINES[engine].reads.get(container)
-    if reads is None or reads.everything or not reads.fuses:
+    support = ENGINES[engine].support.get(container)
+    if support is None or support.everything or not support.fuses:
         return []
     return tied_by(weights, lambda w: fused_set(w.name), Rule.SAME, f"{engine} fuses these into one matrix")
 
 
 def may_stay(weight: Weight, engine: str, container: str) -> bool:
     """Whether a weight of a block may stay in 16 bits beside quantized ones, as far as the engine sees it there."""
-    reads = ENGINES[engine].reads.get(container)
-    if reads is None or reads.everything or weight.block is None or reads.keeps == "any":
+    support = ENGINES[engine].support.get(container)
+    if support is None or support.everything or weight.block is None or support.keeps == "any":
         return True
-    return reads.keeps == "unfused" and fused_set(weight.name) is None
+    return support.keeps == "unfused" and fused_set(weight.name) is None

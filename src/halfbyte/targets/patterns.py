@@ -25,6 +25,7 @@ class Pattern(NamedTuple):
 
     @classmethod
     def of(cls, words: str) -> "Pattern":
+        """A pattern with * and ?, made ready."""
         literal = max(WILD.split(words), key=len)
         return cls(words, literal, re.compile(rf"(?s:.*\.)?{fnmatch.translate(words)}"))
 

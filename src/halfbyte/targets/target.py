@@ -227,6 +227,7 @@ class CheckpointWriter(ABC):
 
 
 def rows_of(entry: Entry, first: int | None) -> Tensor:
+    """A tensor in a file: all of it, or its one row `first`."""
     return entry.read() if first is None else entry.read(first, first + 1)
 
 

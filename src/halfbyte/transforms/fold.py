@@ -37,6 +37,7 @@ class Producer:
 
     @property
     def bias(self) -> str:
+        """The name that its bias has, if it has one."""
         return self.tensor.removesuffix(".weight") + ".bias"
 
 
@@ -59,6 +60,7 @@ class Finder:
         self.known: dict[frozenset[str], list[tuple[str, tuple[int, ...] | None, bool]]] = {}
 
     def find(self, block: Block) -> list[Fold]:
+        """The folds of a block, each proved on the probe."""
         structure = frozenset(pattern(t, block) + str(tuple(block.view(t).shape)) for t in block.tensors)
         proof = Proof(block)
         hypotheses = self.known[structure] if structure in self.known else list(self._hypotheses(proof))
@@ -79,8 +81,8 @@ class Finder:
         for name in proof.vectors:
             yield name, None, False
             yield name, None, True
-        for name in dict.fromkeys(pattern_of(m, proof.block) for m in proof.matrices):
-            out = next(view.shape[0] for m, view in proof.matrices.items() if pattern_of(m, proof.block) == name)
+        for name in dict.fromkeys(_pattern_of(m, proof.block) for m in proof.matrices):
+            out = next(view.shape[0] for m, view in proof.matrices.items() if _pattern_of(m, proof.block) == name)
             for width in widths:
                 for rows in dict.fromkeys(r for head in proof.block.head_dims for r in row_maps(out, width, head)):
                     yield name, rows, False
@@ -129,7 +131,7 @@ class Proof:
 
     def members(self, name: str) -> list[tuple[str, int | None]]:
         """Tensors (and experts) whose pattern is `name`: one, or as many as there are experts."""
-        of_matrices = [(m.tensor, m.expert) for m in self.matrices if pattern_of(m, self.block) == name]
+        of_matrices = [(m.tensor, m.expert) for m in self.matrices if _pattern_of(m, self.block) == name]
         return of_matrices or [(t, None) for t in self.block.tensors if pattern(t, self.block) == name]
 
     def _run(self) -> tuple[dict[Matrix, Tensor], Tensor]:
@@ -168,12 +170,12 @@ class Proof:
         for _ in range(4):  # a router that reads the scaled norm must be mended before its experts show what they read
             inputs, output = self._run()
             divided = self._divided(inputs, folds, scales, width, tolerance)
-            more = {pattern_of(m, self.block) for m in divided} - readers
+            more = {_pattern_of(m, self.block) for m in divided} - readers
             if not more:
                 break
             readers |= more
             for m, view in self.matrices.items():
-                if pattern_of(m, self.block) in more:
+                if _pattern_of(m, self.block) in more:
                     if m in taken:
                         return [], output
                     fold = folds[self._partner(m, producers)]
@@ -259,5 +261,6 @@ def pattern(tensor: str, block: Block) -> str:
     return re.sub(r"\.\d+\.", ".*.", tensor.removeprefix(block.name))
 
 
-def pattern_of(m: Matrix, block: Block) -> str:
+def _pattern_of(m: Matrix, block: Block) -> str:
+    """`pattern` of the tensor that a matrix lies in."""
     return pattern(m.tensor, block)

@@ -31,7 +31,7 @@ def smoothquant(site: Site, settings: Settings) -> Chosen | None:
     readers = [w for w in site.readers if site.schemes[w].activations]
     if not readers:
         return None
-    x = site.per_row(torch.stack([largest(site.statistics[w].activation_stats) for w in readers]).amax(0), "amax")
+    x = site.per_row(torch.stack([_largest(site.statistics[w].activation_stats) for w in readers]).amax(0), "amax")
     w = site.per_row(torch.stack([site.block.target(w).float().abs().amax(0) for w in readers]).amax(0), "amax")
 
     def at(alpha: float) -> Float32[Tensor, " rows"]:
@@ -40,10 +40,10 @@ def smoothquant(site: Site, settings: Settings) -> Chosen | None:
     if settings.alpha is not None:
         return Chosen(at(settings.alpha), {"alpha": settings.alpha})
     if not site.reference:
-        site.reference.append(output(site, None, None))
+        site.reference.append(_output(site, None, None))
 
     def lost(scale: Float32[Tensor, " rows"] | None) -> float:
-        return (output(site, scale, settings.ranges) - site.reference[0]).square().sum().item()
+        return (_output(site, scale, settings.ranges) - site.reference[0]).square().sum().item()
 
     errors = {alpha: lost(at(alpha)) for alpha in COARSE}
     valley = min(errors, key=errors.__getitem__)
@@ -52,12 +52,12 @@ def smoothquant(site: Site, settings: Settings) -> Chosen | None:
     return Chosen(at(best), {"alpha": best, "error": errors[best] / max(lost(None), 1e-30)})
 
 
-def largest(seen: ActivationStats) -> Float32[Tensor, " in"]:
+def _largest(seen: ActivationStats) -> Float32[Tensor, " in"]:
     """The largest size of each in-feature."""
     return torch.maximum(seen.low.abs(), seen.high.abs())
 
 
-def output(site: Site, scale: Float32[Tensor, " rows"] | None, ranges: str | None) -> Tensor:
+def _output(site: Site, scale: Float32[Tensor, " rows"] | None, ranges: str | None) -> Tensor:
     """What the block returns on a batch under a scale, in float32; with `ranges`, its readers' inputs and all weights
     of the fold are rounded to nearest, without a search for scales. The block is as it was afterwards."""
     block, fold = site.block, site.fold
@@ -69,14 +69,15 @@ def output(site: Site, scale: Float32[Tensor, " rows"] | None, ranges: str | Non
         for weight in moved:
             w = block.target(weight)
             if ranges and weight in takes_part:
-                w = rounded(site, weight, w, channels)
+                w = _rounded(site, weight, w, channels)
             block.put(weight, w)
         if ranges:
-            block.activations |= {w: i for w in site.readers if (i := read(site, w, channels, ranges))}
+            block.activations |= {w: i for w in site.readers if (i := _activation_quant(site, w, channels, ranges))}
         return block.run(block.walk.inputs[BATCH], BATCH).float()
 
 
-def rounded(site: Site, weight: Weight, w: Tensor, channels: Tensor) -> Float32[Tensor, "out in"]:
+def _rounded(site: Site, weight: Weight, w: Tensor, channels: Tensor) -> Float32[Tensor, "out in"]:
+    """The weight rounded to nearest, weighted by what it reads under the scale."""
     known = site.statistics.get(weight)
     scale = channels if weight in site.readers else torch.ones(())
     return nearest(
@@ -84,7 +85,7 @@ def rounded(site: Site, weight: Weight, w: Tensor, channels: Tensor) -> Float32[
     ).decode()
 
 
-def read(site: Site, weight: Weight, channels: Tensor, ranges: str) -> ActivationQuant | None:
+def _activation_quant(site: Site, weight: Weight, channels: Tensor, ranges: str) -> ActivationQuant | None:
     """How the inputs are rounded that `weight` reads under the scale."""
     grid, seen = site.schemes[weight].activations, site.statistics[weight].activation_stats
     return (

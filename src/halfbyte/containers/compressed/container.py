@@ -51,6 +51,7 @@ class CompressedTensors(Container):
     foreign_suffixes = ("weight", "weight_zero_point", ORDER, "input_scale", "input_zero_point", "input_global_scale")
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        """Scales in the model's dtype. Raises Unsupported for a scheme that no format holds."""
         grid = NVFP4 if scheme.weight == NVFP4_FACTOR else scheme.weight
         grid = grid.with_scale(SCALE_NAMES[dtype]) if isinstance(grid, ScalarGrid) and grid.scale else grid
         resolved = Scheme(grid, scheme.activations) if scheme.activations else grid
@@ -58,17 +59,21 @@ class CompressedTensors(Container):
         return resolved
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        """Raise Unsupported for activations or shapes that the scheme's format does not hold."""
         check_inputs(scheme.activations)
         layout_of(scheme).check(scheme.weight, shape)
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
+        """The matrix itself: `resolve` and `check` say whether a format holds it."""
         return q
 
     def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        """Tensors of the format of the scheme, and what is stored of activations."""
         scheme = _unordered(scheme)
         return {**layout_of(scheme).plan(scheme.weight, shape), **input_specs(scheme.activations)}
 
     def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+        """Those of the format in which the file has them, which may be another than is written here."""
         scheme = _unordered(scheme)
         return {
             **_layout_in_file(scheme, has("weight_packed")).parts(scheme.weight, shape),
@@ -77,9 +82,11 @@ class CompressedTensors(Container):
         }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """As the format of the scheme lays it out."""
         return {**layout_of(q.scheme).pack(q), **input_tensors(q.activations)}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        """As the format in the file lays it out."""
         plain, inputs = _unordered(scheme), inputs_of(tensors, scheme.activations)
         q = _layout_in_file(plain, "weight_packed" in tensors).unpack(tensors, plain.weight, shape)
         if plain != scheme:
@@ -87,6 +94,7 @@ class CompressedTensors(Container):
         return q._replace(activations=inputs)
 
     def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+        """A group for each scheme, with the modules that it targets; unquantized ones are ignored by name."""
         groups: dict[str, Config] = {}
         for scheme in sorted(set(schemes.values()), key=str):
             own = [name for name, s in schemes.items() if s == scheme]
@@ -116,9 +124,11 @@ class CompressedTensors(Container):
         }
 
     def reads(self, config: Config) -> bool:
+        """Whether `quant_method` is compressed-tensors."""
         return config.get("quant_method") == self.name
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+        """Grid and shape of every module as its tensors show them, and how the config has its activations."""
         groups = config.get("config_groups") or {}
         formats = {config.get("format"), *(group.get("format") for group in groups.values())}
         if unknown := sorted(f for f in formats - {None, MIXED, "dense"} if f not in LAYOUTS):

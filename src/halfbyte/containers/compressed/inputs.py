@@ -40,6 +40,7 @@ def _is_said(grid: ActivationGrid) -> bool:
 
 
 def input_arguments(grid: ActivationGrid | None) -> Config | None:
+    """QuantizationArgs of a grid of activations; None where they stay in 16 bits. Raises Unsupported."""
     check_inputs(grid)
     if grid is None:
         return None

@@ -33,16 +33,20 @@ class Layout(ABC):
             )
 
     @abstractmethod
-    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]: ...
+    def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        """Suffix, shape and dtype of every tensor that `pack` will return."""
 
     def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+        """Those of `plan`, and where others write them otherwise, that."""
         return {suffix: Part((spec,)) for suffix, spec in self.plan(grid, shape).items()}
 
     @abstractmethod
-    def pack(self, q: Quantized) -> dict[str, Tensor]: ...
+    def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """The tensors to write, by suffix."""
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized: ...
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        """The inverse of `pack`."""
 
     @abstractmethod
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
@@ -57,6 +61,7 @@ class Layout(ABC):
 def arguments(
     bits: int, kind: str, strategy: str, group: int | None = None, symmetric: bool = True, **more: object
 ) -> Config:
+    """QuantizationArgs of weights (compressed-tensors quantization/quant_args.py); `more` wins over its defaults."""
     return {
         "num_bits": bits,
         "type": kind,

@@ -31,17 +31,20 @@ class Packed(Layout):
     format = "pack-quantized"
 
     def writes(self, scheme: AnyScheme) -> bool:
+        """Integers, under activations in 16 bits or FP8."""
         return is_integer(scheme.weight) and (
             scheme.activations is None
             or (isinstance(scheme.activations, ScaledActivations) and scheme.activations.number in FLOATS)
         )
 
     def check(self, grid: Grid, shape: Shape) -> None:
+        """Raise Unsupported for zero points of a whole matrix, which are not packed."""
         grid = integer(grid, NAME)
         if grid.granularity == "tensor" and not grid.symmetric:
             raise Unsupported(f"compressed-tensors packs zero points per channel or group only, not {grid}")
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        """Packed codes, scales, zero points if asymmetric, and the shape."""
         grid, (out, width) = integer(grid, NAME), shape
         groups = grid.groups(width)
         specs = {
@@ -54,6 +57,7 @@ class Packed(Layout):
         return specs
 
     def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+        """As `plan`; one scale may have no dimension, and the shape be int32."""
         known, tensor = super().parts(grid, shape), integer(grid, NAME).granularity == "tensor"
         scale = (
             {"weight_scale": any_of((*ONE, (1, 1)), [self.plan(grid, shape)["weight_scale"].dtype])} if tensor else {}
@@ -61,6 +65,7 @@ class Packed(Layout):
         return {**known, **scale, "weight_shape": any_of([(2,)], [torch.int64, torch.int32])}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """Codes packed along in-features, zero points along out-features."""
         grid = integer(q.grid, NAME)
         tensors = {
             "weight_packed": bits.pack(q.codes, grid.levels.bits),
@@ -72,6 +77,7 @@ class Packed(Layout):
         return tensors
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        """The inverse of `pack`; a padded last word is cut."""
         grid, (out, width) = integer(grid, NAME), shape
         scale = tensors["weight_scale"]
         params = {"scale": scale.reshape(1, 1) if grid.granularity == "tensor" else scale}
@@ -80,6 +86,7 @@ class Packed(Layout):
         return Quantized(grid, bits.unpack(tensors["weight_packed"], grid.levels.bits, width), params)
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+        """A module with int32 words, of the shape that is stored beside them."""
         if f"{module}.weight_packed" not in entries or entries[f"{module}.weight_packed"].dtype != torch.int32:
             return None
         shape = stored(entries, f"{module}.weight_shape", [torch.int64, torch.int32], 1)
@@ -89,6 +96,7 @@ class Packed(Layout):
         return _grid(entries, module, said, out, width), (out, width)
 
     def arguments(self, grid: Grid) -> Config:
+        """Bits, granularity and symmetry of the integers."""
         grid = integer(grid, NAME)
         return arguments(
             grid.levels.bits,

@@ -27,9 +27,11 @@ class MX(Layout):
         self.format, self.grid, self.width_bits = format, grid, bits
 
     def writes(self, scheme: AnyScheme) -> bool:
+        """Its own grid, whatever the activations."""
         return scheme.weight == self.grid
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        """Packed codes, and a byte of scale per 32 in-features."""
         out, width = shape
         return {
             "weight_packed": Spec((out, width * self.width_bits // 8), torch.uint8),
@@ -37,12 +39,15 @@ class MX(Layout):
         }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """Two 4-bit codes to a byte, or four 6-bit codes to three."""
         return {"weight_packed": _pack(q.codes, self.width_bits), "weight_scale": q.params["scale"]}
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        """The inverse of `pack`."""
         return Quantized(grid, unpack(tensors["weight_packed"], self.width_bits), {"scale": tensors["weight_scale"]})
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+        """A module whose words and scales are bytes that fit each other."""
         packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
         if (
             packed is None
@@ -56,6 +61,7 @@ class MX(Layout):
         return (self.grid, (out, width)) if packed.shape == (out, width * self.width_bits // 8) else None
 
     def arguments(self, grid: Grid) -> Config:
+        """Groups of 32 with scales in bytes."""
         return arguments(self.width_bits, "float", "group", 32, scale_dtype="torch.uint8")
 
 
@@ -66,9 +72,11 @@ class NV4(Layout):
     grid = NVFP4
 
     def writes(self, scheme: AnyScheme) -> bool:
+        """NVFP4, whatever the activations."""
         return scheme.weight == self.grid
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        """Packed codes, an E4M3 scale per 16 in-features, and the divisor."""
         out, width = shape
         return {
             "weight_packed": Spec((out, width // 2), torch.uint8),
@@ -77,9 +85,11 @@ class NV4(Layout):
         }
 
     def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+        """As `plan`; the divisor may have no dimension."""
         return {**super().parts(grid, shape), "weight_global_scale": any_of(ONE, [torch.float32])}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """Two codes to a byte, the first in the low bits."""
         return {
             "weight_packed": _pack(q.codes, 4),
             "weight_scale": q.params["scale"].view(torch.float8_e4m3fn),
@@ -87,6 +97,7 @@ class NV4(Layout):
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        """The inverse of `pack`."""
         params = {
             "scale": tensors["weight_scale"].view(torch.uint8),
             "divisor": tensors["weight_global_scale"].float().view(1, 1),
@@ -94,6 +105,7 @@ class NV4(Layout):
         return Quantized(grid, unpack(tensors["weight_packed"], 4), params)
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+        """A module with bytes of codes and E4M3 scales. Raises Unsupported where these do not fit each other."""
         packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
         if packed is None or scale is None or packed.dtype != torch.uint8 or scale.dtype != torch.float8_e4m3fn:
             return None
@@ -103,6 +115,7 @@ class NV4(Layout):
         return self.grid, (out, width)
 
     def arguments(self, grid: Grid) -> Config:
+        """Groups of 16 with E4M3 scales under one of the tensor."""
         return arguments(4, "float", "tensor_group", 16, scale_dtype="torch.float8_e4m3fn")
 
 
@@ -118,6 +131,7 @@ def _pack(codes: UInt8[Tensor, "out in"], bits: int) -> UInt8[Tensor, "out bytes
 
 
 def unpack(packed: UInt8[Tensor, "out bytes"], bits: int) -> UInt8[Tensor, "out in"]:
+    """Codes of 4 or 6 bits, one to a byte."""
     if bits == 4:
         return torch.stack([packed & 15, packed >> 4], -1).flatten(1)
     x, y, z = packed.unflatten(1, (-1, 3)).unbind(-1)

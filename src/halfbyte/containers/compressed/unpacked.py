@@ -33,6 +33,7 @@ class Unpacked(Layout):
         self.format = name
 
     def writes(self, scheme: AnyScheme) -> bool:
+        """Integers under rounded activations, and FP8: each under the name that says so."""
         grid = scheme.weight
         if is_integer(grid):
             return self.format == "int-quantized" and scheme.activations is not None
@@ -40,6 +41,7 @@ class Unpacked(Layout):
         return is_fp8 and self.format == ("float-quantized" if scheme.activations else "naive-quantized")
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        """A byte for each weight, scales, and zero points if asymmetric."""
         if is_float(grid):
             scales = (1,) if grid.granularity == "tensor" else grid.scales_shape(shape)
             return {"weight": Spec(shape, torch.float8_e4m3fn), "weight_scale": Spec(scales, SCALE_DTYPES[grid.scale])}
@@ -49,6 +51,7 @@ class Unpacked(Layout):
         return {"weight": Spec(shape, torch.int8), "weight_scale": Spec(scales, SCALE_DTYPES[grid.scale]), **zero}
 
     def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+        """As `plan`; scales of a tensor or of channels may have fewer dimensions."""
         plan, span = (
             self.plan(grid, shape),
             grid.granularity if is_float(grid) else integer(grid, self.format).granularity,
@@ -61,6 +64,7 @@ class Unpacked(Layout):
         }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """FP8 as it is, integers as signed bytes."""
         scale = q.params["scale"].reshape(self.plan(q.grid, q.shape)["weight_scale"].shape)
         if is_float(q.grid):
             return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
@@ -69,6 +73,7 @@ class Unpacked(Layout):
         return {"weight": _signed(q.codes, middle), "weight_scale": scale, **zero}
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        """The inverse of `pack`."""
         scale = tensors["weight_scale"]
         if is_float(grid):
             return Quantized(
@@ -81,6 +86,7 @@ class Unpacked(Layout):
         return Quantized(grid, _unsigned(tensors["weight"], middle), params)
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+        """A module of bytes; the config decides between blocks and rows where shapes leave a choice."""
         weight, scale = entries.get(f"{module}.weight"), entries.get(f"{module}.weight_scale")
         if (
             weight is None
@@ -118,6 +124,7 @@ class Unpacked(Layout):
         )
 
     def arguments(self, grid: Grid) -> Config:
+        """Bits and granularity of integers, or of FP8."""
         if is_float(grid):
             return arguments(
                 8, "float", str(grid.granularity), block_structure=[SIDE, SIDE] if grid.granularity == "block" else None
@@ -165,21 +172,26 @@ class MX8(Layout):
     format = "mxfp8-quantized"
 
     def writes(self, scheme: AnyScheme) -> bool:
+        """MXFP8, whatever the activations."""
         return scheme.weight == MXFP8
 
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
+        """FP8 weights, and a byte of scale per 32 in-features."""
         return {
             "weight": Spec(shape, torch.float8_e4m3fn),
             "weight_scale": Spec(MXFP8.scales_shape(shape), torch.uint8),
         }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """Codes and scales as they are."""
         return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": q.params["scale"]}
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: Shape) -> Quantized:
+        """Codes and scales as they are."""
         return Quantized(grid, tensors["weight"].view(torch.uint8), {"scale": tensors["weight_scale"]})
 
     def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+        """A module of FP8 weights with scales in bytes. Raises Unsupported where these do not fit each other."""
         weight, scale = entries.get(f"{module}.weight"), entries.get(f"{module}.weight_scale")
         if weight is None or scale is None or weight.dtype != torch.float8_e4m3fn or scale.dtype != torch.uint8:
             return None
@@ -189,4 +201,5 @@ class MX8(Layout):
         return MXFP8, weight.shape
 
     def arguments(self, grid: Grid) -> Config:
+        """Groups of 32 with scales in bytes."""
         return arguments(8, "float", "group", 32, scale_dtype="torch.uint8")

@@ -35,6 +35,7 @@ def fit(
     storage: Number,
     search: bool,
 ) -> Params:
+    """As `kernels.even.fit`, for groups of `group` weights that follow one another in memory."""
     rows, width = w.shape
     h = None if importance is None or not search else importance.contiguous().numpy().reshape(-1)
     scale = np.empty((rows, width // group), np.float32)
@@ -57,6 +58,7 @@ def encode(
     group: int,
     bits: int,
 ) -> UInt8[Tensor, "rows width"]:
+    """Nearest codes, given a scale and a zero point of each group."""
     codes = np.empty(w.shape, np.uint8)
     offset = np.zeros((scale.shape[0], 0), np.uint8) if zero is None else zero.numpy()
     in_threads(_encode, len(w), raw(w), scale.contiguous().numpy(), offset, group, bits, codes)

@@ -25,6 +25,7 @@ def fit(
     importance: Float32[Tensor, "... in"] | None,
     search: bool,
 ) -> Float32[Tensor, " blocks"]:
+    """The scale of every block of `group` weights that follow one another through the matrix."""
     h = np.ones(group, np.float32) if importance is None else importance.contiguous().view(-1).numpy()
     if len(h) % group:  # blocks begin anywhere in a row, and the last is filled up
         h = np.resize(h, blocks * group)
@@ -37,6 +38,7 @@ def fit(
 def encode(
     table: Table, group: int, w: Float[Tensor, "out in"], scales: Float32[Tensor, " blocks"]
 ) -> UInt8[Tensor, "out in"]:
+    """The nearest code of every weight, ties to the level below."""
     codes, order = np.empty(w.numel(), np.uint8), np.array(ascending(table), np.uint8)
     known = tuple((borders(table) * table.unit).numpy()), order, list(order) != sorted(order)
     in_threads(
@@ -48,6 +50,7 @@ def encode(
 def decode(
     table: Table, group: int, codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, " blocks"]
 ) -> Float32[Tensor, "out in"]:
+    """Levels times the scale of their block."""
     w, values = np.empty(codes.numel(), np.float32), (values_of(table) * table.unit).numpy()
     read = codes.contiguous().view(-1).numpy()
     in_threads(_decode, scales.numel(), read, scales.contiguous().numpy(), values, group, w)

@@ -27,10 +27,12 @@ class Bits(NamedTuple):
 
 
 def bits_of(element: levels.Float) -> Bits:
+    """The constants of a floating-point format."""
     return Bits(I(element.low), I(element.mantissa), I(23 - element.mantissa), I(element.bits - 1), F(element.top))
 
 
 def largest(w: Float[Tensor, "out in"], size: int) -> Float32[Tensor, "out groups"]:
+    """The largest magnitude of every group of a row."""
     found = np.empty((w.shape[0], -(-w.shape[1] // size)), np.float32)
     in_threads(_largest, len(w), raw(w), size, found)
     return torch.from_numpy(found)
@@ -43,6 +45,7 @@ def moments(
     scales: Float32[Tensor, "out groups tries"],
     size: int,
 ) -> tuple[Float32[Tensor, "out groups tries"], Float32[Tensor, "out groups tries"]]:
+    """sum(h |w| q) and sum(h q q) of every group, for each scale that is tried."""
     h = (
         np.ones((1, w.shape[1]), np.float32)
         if importance is None
@@ -56,6 +59,7 @@ def moments(
 def encode(
     element: levels.Float, w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int
 ) -> UInt8[Tensor, "out in"]:
+    """The nearest code of every weight, ties to even."""
     codes = np.empty(w.shape, np.uint8)
     in_threads(_encode, len(w), raw(w), scales.contiguous().numpy(), size, bits_of(element), codes)
     return torch.from_numpy(codes)
@@ -64,6 +68,7 @@ def encode(
 def decode(
     element: levels.Float, codes: UInt8[Tensor, "out in"], scales: Float32[Tensor, "out groups"], size: int
 ) -> Float32[Tensor, "out in"]:
+    """Values of the codes times the scale of their group."""
     w = np.empty(codes.shape, np.float32)
     in_threads(
         _decode,
@@ -98,11 +103,13 @@ def steps_of(size, e):
 
 @inline
 def value_of(exponent, steps, e):
+    """The number without its sign that is so many steps of an exponent."""
     return F(steps) * _as_float(exponent - (e.mantissa << I(23)))
 
 
 @inline
 def code_of(x, exponent, steps, e):
+    """The code of a number with the sign of x."""
     sign = ((_as_int(x) >> I(31)) & I(1)) << e.sign
     return np.uint8((((exponent - e.low) >> e.dropped) + steps) | sign)
 

@@ -72,6 +72,7 @@ def encode(
     scale: Float32[Tensor, "out groups"],
     offset: Float32[Tensor, "out groups"] | None,
 ) -> UInt8[Tensor, "out in"]:
+    """As `kernels.kquant.encode`."""
     codes = np.empty(w.shape, np.uint8)
     offset = torch.zeros_like(scale) if offset is None else offset
     per_task = max(1, STRETCH // grid.group)

@@ -17,7 +17,8 @@ MATH = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}  # weights are fin
 kernel, part = kernel_with(MATH), part_with(MATH)
 
 
-def tables(grid: Lattice) -> tuple[np.ndarray, ...]:
+def _tables(grid: Lattice) -> tuple[np.ndarray, ...]:
+    """`kernels.lattice.Tables` as arrays of numpy."""
     return tuple(table.numpy() for table in lattice.tables(grid))
 
 
@@ -27,6 +28,7 @@ def fit(
     importance: Float32[Tensor, "... in"] | None,
     search: bool,
 ) -> tuple[Float32[Tensor, "out blocks"], UInt8[Tensor, "out groups"]]:
+    """As `kernels.lattice.fit`, row by row."""
     rows, width = w.shape
     d, scale = np.empty((rows, width // SUPER), np.float32), np.empty((rows, width // grid.group), np.uint8)
     h, shape = _weights(width, importance), (grid.group, grid.dimension, grid.parity)
@@ -35,7 +37,7 @@ def fit(
         rows,
         raw(w),
         h,
-        tables(grid),
+        _tables(grid),
         *shape,
         F(grid.unit),
         F(grid.spread),
@@ -52,6 +54,7 @@ def encode(
     scales: Float32[Tensor, "out groups"],
     importance: Float32[Tensor, " in"] | None,
 ) -> UInt8[Tensor, "out in"]:
+    """As `kernels.lattice.encode`, row by row."""
     codes = np.empty(w.shape, np.uint8)
     shape, book = (grid.group, grid.dimension, grid.parity), lattice.codebook(grid.name).numpy()
     in_threads(
@@ -59,7 +62,7 @@ def encode(
         len(w),
         raw(w),
         _weights(w.shape[1], importance),
-        tables(grid),
+        _tables(grid),
         *shape,
         book,
         scales.contiguous().numpy(),
@@ -348,7 +351,7 @@ def round_block(
     )  # of each run
     arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), own.contiguous().numpy()
     in_threads(
-        _round_block, len(wanted), *arrays, tables(grid), grid.vector_size, grid.dimension, grid.parity, book, codes
+        _round_block, len(wanted), *arrays, _tables(grid), grid.vector_size, grid.dimension, grid.parity, book, codes
     )
     return torch.from_numpy(codes)
 

@@ -22,6 +22,7 @@ def fit(
     importance: Float32[Tensor, "... in"] | None,
     search: bool,
 ) -> Params | NotImplementedType:
+    """As `kernels.scalar.fit`; NotImplemented where nothing is compiled for such levels and scales."""
     if isinstance(levels, FloatLevels) and not scales.flat:
         return _fit_floats(levels, scales, w, importance, search)
     if isinstance(levels, Even) and isinstance(scales.storage, Number) and _in_runs(scales):
@@ -45,6 +46,7 @@ def fit(
 def encode(
     levels: Levels, scales: Scales, w: Float[Tensor, "out in"], params: Params
 ) -> UInt8[Tensor, "out in"] | NotImplementedType:
+    """As `kernels.scalar.encode`; NotImplemented where nothing is compiled for such levels and scales."""
     if isinstance(levels, FloatLevels) and not scales.flat:
         return floats.encode(levels, w, _per_row(levels, scales, params, len(w)), _size(scales, w.shape[1]))
     if isinstance(levels, Even) and levels.steps == 1 and _in_runs(scales):
@@ -62,6 +64,7 @@ def encode(
 def decode(
     levels: Levels, scales: Scales, codes: UInt8[Tensor, "out in"], params: Params
 ) -> Float32[Tensor, "out in"] | NotImplementedType:
+    """As `kernels.scalar.decode`; NotImplemented where nothing is compiled for such levels and scales."""
     if isinstance(levels, FloatLevels) and not scales.flat:
         each = _per_row(levels, scales, params, len(codes))
         return floats.decode(levels, codes, each, _size(scales, codes.shape[1]))

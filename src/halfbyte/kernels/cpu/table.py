@@ -25,6 +25,7 @@ def fit(
     importance: Float32[Tensor, "... in"] | None,
     search: bool,
 ) -> Params:
+    """Scales of every group as the storage has them, row by row."""
     rows, width = w.shape
     h = np.ones(width, np.float32) if importance is None else importance.contiguous().numpy()
     h = h.reshape(-1, width)
@@ -51,6 +52,7 @@ def fit(
 def encode(
     table: Table, group: int, w: Float[Tensor, "out in"], scales: Float32[Tensor, "out groups"]
 ) -> UInt8[Tensor, "out in"]:
+    """The nearest code of every weight, as cells find it."""
     codes, code = np.empty(w.shape, np.uint8), cells(table)[0].int().numpy()
     in_threads(_encode, len(w), raw(w), inverse(scales).contiguous().numpy(), code, group, codes)
     return torch.from_numpy(codes)
@@ -58,12 +60,14 @@ def encode(
 
 @inline
 def cell_of(x):
+    """The cell of a scaled weight: `kernels.levels.cell_of`."""
     # The mask keeps a weight that is not a number inside the table.
     return np.uint32(np.int32(min(max(F(2) * x + MIDDLE, F(0)), LAST))) & np.uint32(CELLS - 1)
 
 
 @inline
 def inverse_of(scale):
+    """The reciprocal; of zero, zero: `kernels.levels.inverse`."""
     return F(0) if scale == 0 else min(max(F(1) / scale, F(-1e38)), F(1e38))
 
 

@@ -63,6 +63,7 @@ def spec(grid: Grid, shape: Shape) -> Spec:
 
 
 def pack(q: Quantized) -> UInt8[Tensor, "out row_bytes"]:
+    """Bytes of blocks, row by row. Raises Unsupported for scales that are not exact in fp16."""
     if is_integer(q.grid):
         q = q._replace(params={"scale": exact_half(q.params["scale"])})
     return layout_of(q.grid, q.shape[1]).pack(q)

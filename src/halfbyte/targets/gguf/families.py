@@ -499,6 +499,7 @@ def lost_window(s: Any) -> int | None:
 
 
 def head_dim(s: Any) -> int:
+    """In-features of an attention's head."""
     return getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads
 
 

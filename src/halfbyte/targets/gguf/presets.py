@@ -54,6 +54,7 @@ class Model:
 
 
 def is_preset(name: str) -> bool:
+    """Whether a name, in any case, is a preset or another name of one."""
     return name.upper() in PRESETS or name.upper() in ALIASES
 
 
@@ -66,7 +67,7 @@ def preset_named(name: str) -> str:
     return upper
 
 
-def is_quantizable(name: str, shape: Shape) -> bool:
+def _is_quantizable(name: str, shape: Shape) -> bool:
     """Whether llama.cpp would quantize a tensor of this name."""
     return len(shape) > 1 and name.endswith("weight") and not KEPT.search(name)
 
@@ -78,7 +79,7 @@ def types(preset: str, tensors: Mapping[str, Shape], model: Model) -> dict[str, 
     seen = dict.fromkeys((*KINDS, "other", "like v"), 0)
     like_v = sum(_kind(name) in LIKE_V for name in tensors)
     for name in sorted(tensors, key=order):
-        if not is_quantizable(name, tensors[name]):
+        if not _is_quantizable(name, tensors[name]):
             continue
         kind = _kind(name)
         counted = "like v" if kind in LIKE_V else kind

@@ -98,6 +98,7 @@ class GGUFCheckpoint(Checkpoint):
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of most 16-bit matrices; fp16 where all are quantized."""
         floats = [
             e.dtype for n, e in self.entries.items() if e.dtype in (torch.bfloat16, torch.float16) and len(e.shape) > 1
         ]
@@ -105,6 +106,7 @@ class GGUFCheckpoint(Checkpoint):
 
     @property
     def known_as(self) -> tuple[str, str | None]:
+        """general.name, or the file's own; and the hub's repository, if general.source says one."""
         said = {name: value.value for name, value in self.file.metadata.items()}
         own = (text_of(said.get("general.source.repo_url")) or "").removeprefix(HUB)
         name = text_of(said.get("general.name")) or self.path.resolve().stem
@@ -129,10 +131,12 @@ class GGUFCheckpoint(Checkpoint):
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether the file has one."""
         return "tokenizer.chat_template" in self.file.metadata
 
     @property
     def vocabulary(self) -> dict[int, str]:
+        """The file's tokens by number. Raises BadCheckpoint for a broken vocabulary."""
         tokens = self.file.metadata.get("tokenizer.ggml.tokens")
         if tokens is None:
             return {}
@@ -141,14 +145,17 @@ class GGUFCheckpoint(Checkpoint):
 
     @cached_property
     def tied(self) -> bool:
+        """Whether the file has no head of its own."""
         return "output.weight" not in self.file.tensors
 
     @property
     def other_files(self) -> list[Path]:
+        """None: a GGUF is whole by itself."""
         return []
 
     @property
     def container(self) -> str | None:
+        """ "gguf" where a matrix is quantized."""
         return "gguf" if self._quantized else None
 
     @property
@@ -158,13 +165,16 @@ class GGUFCheckpoint(Checkpoint):
 
     @property
     def quantized(self) -> dict[str, tuple[AnyScheme, Shape]]:
+        """Grid and shape of every matrix in a quantized type."""
         return self._quantized
 
     @cached_property
     def parts(self) -> dict[str, str]:
+        """The one part of each quantized matrix, whose suffix is empty."""
         return {f"{module}.": module for module in self._quantized}
 
     def read_packed(self, module: str) -> PackedMatrix:
+        """Blocks as they lie in the file, rows in the checkpoint's order."""
         scheme, _ = self._quantized[module]
         raw, place = self.entries[f"{module}."].read(), f"{module}.weight"
         rows = self.names.places(place if place in self.shapes else module)[0].rows
@@ -192,10 +202,12 @@ class GGUFCheckpoint(Checkpoint):
         return layout.unpack(raw.flatten(0, -2), layout.grid).decode().view(*raw.shape[:-1], stored.shape[-1])
 
     def spec(self, tensor: str) -> Spec:
+        """The shape on the hub, and the dtype in the file or, of a quantized one, the model's."""
         entry = self.entries.get(tensor)
         return Spec(self.shapes[tensor], entry.dtype if entry else self.dtype)
 
     def tensors(self) -> dict[str, Shape]:
+        """Names and shapes on the hub."""
         return dict(self.shapes)
 
     def settings(self):
@@ -218,6 +230,7 @@ class GGUFCheckpoint(Checkpoint):
             return tokenizers.load(Path(folder))
 
     def save_companions(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, made of the file's metadata."""
         require_tokenizer(self.file.metadata, SPECIAL.values())
         for name, content in tokenizer_files(self.file.metadata).items():
             (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
@@ -228,12 +241,15 @@ class Untranslated:
     """The names of a GGUF as they are."""
 
     def places(self, tensor: str) -> tuple[Place, ...]:
+        """Where it lies: under its own name."""
         return (Place(tensor),)
 
     def dropped(self, tensor: str) -> None:
+        """None: nothing is left out."""
         return None
 
     def extra(self) -> dict[str, Tensor]:
+        """Nothing is added."""
         return {}
 
 

@@ -38,23 +38,29 @@ class GGUF(Target):
 
     @property
     def name(self) -> str:
+        """gguf."""
         return blocks.NAME
 
     @property
     def title(self) -> str:
+        """GGUF."""
         return "GGUF"
 
     def grid_name(self, scheme: AnyScheme) -> str:
+        """ggml's name of the type."""
         return type_of(scheme.weight)
 
     def require_name(self, name: str, mixture: bool) -> None:
+        """Raise UnknownName for a word that is no type, nor, where a mixture is wanted, a preset."""
         if not (mixture and presets.is_preset(name)):
             types.type_named(name)
 
     def means(self, name: str) -> str:
+        """ggml's own grid where a type of the file is called as another grid is."""
         return OTHERWISE.get(name.upper(), name)
 
     def prefers(self, name: str, scheme: AnyScheme | None) -> bool:
+        """Whether the name is a preset, or the grid a type that no folder of safetensors holds."""
         return presets.is_preset(name) or (scheme in TYPE_OF and not is_integer(scheme))
 
     def label(self, plan: Plan) -> str:
@@ -63,27 +69,34 @@ class GGUF(Target):
         return plan.preset or (max(named, key=named.count) if named else plan.recipe.grid)
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        """Scales in fp16. Raises Unsupported for rounded activations, which llama.cpp chooses itself."""
         grid = weights_only(scheme, self.name)
         return grid.with_scale("fp16") if is_integer(grid) else grid
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        """Raise Unsupported unless a type of ggml holds such a matrix."""
         blocks.check(scheme, shape)
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
+        """The matrix on a type of ggml, value for value; None where it must be rounded."""
         return blocks.cast_exact(q)
 
     def casts(self, q: Quantized) -> Iterator[Quantized]:
+        """Exact casts, then Q4_1 and Q5_1 with a rounded minimum."""
         yield from super().casts(q)
         if near := blocks.with_minimum(q):
             yield near
 
     def specs(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        """One tensor of bytes, whose suffix is empty."""
         return {"": blocks.spec(weights_only(scheme, self.name), shape)}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """The bytes of its blocks."""
         return {"": blocks.pack(q)}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        """The inverse of `pack`."""
         return blocks.unpack(tensors[""], weights_only(scheme, self.name))
 
     def ties(self, checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[TiedGroup]:
@@ -101,18 +114,23 @@ class GGUF(Target):
         )
 
     def plan(self, recipe: Recipe, checkpoint: Checkpoint, method: Method) -> Plan:
+        """A type for every tensor, by a preset's rules or as asked."""
         return types.quantizing(self, recipe, checkpoint, method)
 
     def convert(self, recipe: Recipe, checkpoint: Checkpoint, grid: str | None) -> Plan:
+        """A type that holds each matrix as it is, or one to round it to."""
         return types.converting(self, recipe, checkpoint, grid)
 
     def decode(self, recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+        """Every tensor in F32, F16 or BF16."""
         plain = recipe.model_copy(update={"grid": presets.PLAIN_NAMES[DTYPE_NAMES[recipe.grid]]})
         plan = types.quantizing(self, plain, checkpoint, PARTS["nearest"])
         return replace(plan, recipe=recipe, plain_dtype=torch.float32)  # the writer rounds what it is given, once
 
     def require_cache(self, grid: KVGrid) -> None:
+        """Raises Unsupported: llama.cpp chooses its KV cache as it starts."""
         raise Unsupported(f"a GGUF stores nothing of a KV cache: llama.cpp chooses it as it starts, {kv.LLAMA_CPP}")
 
     def writer(self, plan: Plan) -> GGUFWriter:
+        """Writes one file, or parts of one."""
         return GGUFWriter(plan)

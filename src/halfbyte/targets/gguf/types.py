@@ -57,7 +57,7 @@ def quantizing(target: Target, recipe: Recipe, checkpoint: Checkpoint, method: M
 def _remarks_on_types(plan: Plan, preset: str | None) -> Iterator[str]:
     if preset and not plan.preset:
         yield f"most of this is {plan.label}, not {preset}, and the file says so"
-    yield from remarks_on(plan.checkpoint, plan.dropped)
+    yield from _remarks_on(plan.checkpoint, plan.dropped)
 
 
 def _misfits(choices: Iterable[TensorPlan]) -> Iterator[str]:
@@ -77,7 +77,7 @@ def _is_mostly(preset: str | None, choices: list[TensorPlan], wanted: Mapping[st
     return 2 * sum(same) >= len(same)
 
 
-def remarks_on(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> list[str]:
+def _remarks_on(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> list[str]:
     """What a GGUF of a checkpoint has not, or llama.cpp does in another way."""
     if isinstance(checkpoint, GGUFCheckpoint):
         return []
@@ -181,7 +181,7 @@ def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str
                 f"{own} rounded again, as asked" if same else f"gguf does not hold {own} value for value: rounded again"
             )
             choices.append(replace(choice, note="; ".join(filter(None, (again, remark, choice.note)))))
-    kept, said = left(checkpoint, choices, dropped), tuple(remarks_on(checkpoint, dropped))
+    kept, said = left(checkpoint, choices, dropped), tuple(_remarks_on(checkpoint, dropped))
     shapes = {t: checkpoint.spec(t).shape for t in kept}
     alone = [Weight(t.removesuffix(".weight"), t, None, shape) for t, shape in shapes.items() if len(shape) == 2]
     require_ties(target, checkpoint, [*choices, *(TensorPlan(weight, None) for weight in alone)])

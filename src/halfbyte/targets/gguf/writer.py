@@ -85,9 +85,11 @@ class GGUFWriter(CheckpointWriter):
         return self.plan.preset if self.plan.preset in presets.PLAIN else None
 
     def tensors(self) -> dict[str, Spec]:
+        """Shape and dtype of every tensor of the file, under ggml's names."""
         return {name: _spec(*tensor) for name, tensor in self.types.items()}
 
     def shards(self, stem: str) -> dict[str, Shard]:
+        """One file; or parts of at most `shard_gb`, the first of which says how many there are."""
         specs = self.tensors()
         parts = split(specs, (self.plan.recipe.shard_gb or float("inf")) * 1e9)
         said = (
@@ -106,11 +108,13 @@ class GGUFWriter(CheckpointWriter):
         }
 
     def entry_file(self, stem: str) -> str:
+        """The file, or the first of its parts."""
         return next(iter(self.shards(stem)))
 
     @cached_property
     def metadata(self) -> dict[str, Value]:
-        said = metadata_of(self.plan)
+        """What the file says of the model, its tokenizer and its types."""
+        said = _metadata_of(self.plan)
         if self.plan.recipe.method == "convert" and "general.file_type" in said:
             return said
         label, kinds = self.plan.label, [kind for kind, shape in self.types.values() if len(shape) > 1]
@@ -137,6 +141,7 @@ class GGUFWriter(CheckpointWriter):
         return found if place.expert is None and all(_closed(_order(place, piece)) for piece in found) else [weight]
 
     def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
+        """Blocks of the matrix at each of its places, rows in the file's order."""
         for place in self.names.places(weight.tensor):
             order = _order(place, weight)
             raw = blocks.pack(q if order is None else select_rows(q, order))
@@ -144,6 +149,7 @@ class GGUFWriter(CheckpointWriter):
             yield Part(place.name, raw, weight.first) if expert is None else Part(place.name, raw[None], expert)
 
     def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: AnyScheme) -> Quantized:
+        """The matrix from its places, rows in the checkpoint's order."""
         parts = []
         for place in self.names.places(weight.tensor):
             expert = place.expert if weight.expert is None else weight.expert
@@ -163,14 +169,17 @@ class GGUFWriter(CheckpointWriter):
         return select_rows(whole, torch.argsort(families.rows_of(self.names.places(weight.tensor))))
 
     def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
+        """The tensor at each of its places, in the type that the file has it in."""
         for place in self.names.places(tensor):
             stored = cast(tensor, place.stored(value), TYPES[self._plain(tensor, place)].dtype, self.plan.wider)
             yield Part(place.name, stored) if place.expert is None else Part(place.name, stored[None], place.expert)
 
     def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
+        """What lies at each of its places."""
         return [rows_of(entries[place.name], place.expert) for place in self.names.places(tensor)]
 
     def restored(self, entries: Mapping[str, Entry], tensor: str) -> Tensor:
+        """The checkpoint's tensor, from its places."""
         spec = self.plan.checkpoint.spec(tensor)
         values = []
         for place, stored in zip(self.names.places(tensor), self.kept(entries, tensor), strict=True):
@@ -181,6 +190,7 @@ class GGUFWriter(CheckpointWriter):
         return families.together(self.names.places(tensor), values).to(spec.dtype)
 
     def extra(self) -> Iterator[Part]:
+        """What the config says and llama.cpp reads as tensors: factors of rotary embeddings."""
         for name, value in self.names.extra().items():
             yield Part(name, value.float())
 
@@ -192,6 +202,7 @@ class GGUFWriter(CheckpointWriter):
         )
 
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
+        """The written file's tensors. Raises BrokenOutput if it has others than were planned."""
         written = file.read(next(folder.glob("*.gguf")))
         if {n: (s.type, s.shape) for n, s in written.tensors.items()} != self.types:
             raise BrokenOutput(
@@ -233,7 +244,7 @@ def _writer(
     return file.Writer(path, metadata, types, resume)
 
 
-def metadata_of(plan: Plan) -> dict[str, Value]:
+def _metadata_of(plan: Plan) -> dict[str, Value]:
     """What the file says of the model."""
     source = plan.checkpoint
     if isinstance(source, GGUFCheckpoint):

@@ -33,10 +33,12 @@ class HuggingFace(Target):
 
     @property
     def name(self) -> str:
+        """The container's name; safetensors, where nothing is quantized."""
         return self.container.name if self.container else "safetensors"
 
     @property
     def mixes(self) -> bool:
+        """Whether the container may hold several grids."""
         return self.container is None or self.container.mixes
 
     @property
@@ -46,43 +48,55 @@ class HuggingFace(Target):
         return self.container
 
     def for_model(self, dtype: torch.dtype) -> "HuggingFace":
+        """With the container's version for that dtype."""
         return replace(self, container=self._quantized.for_model(dtype))
 
     def for_tensor(self, q: Quantized) -> "HuggingFace":
+        """With the container's version that holds such a matrix too."""
         return replace(self, container=self._quantized.for_tensor(q))
 
     def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+        """As the container resolves it."""
         return self._quantized.resolve(scheme, dtype)
 
     def check(self, scheme: AnyScheme, shape: Shape) -> None:
+        """As the container checks it."""
         self._quantized.check(scheme, shape)
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
+        """As the container casts it."""
         return self._quantized.cast_exact(q)
 
     def casts(self, q: Quantized) -> Iterator[Quantized]:
+        """Exact casts, then NVFP4 with a divisor in place of a factor."""
         yield from super().casts(q)
         if near := with_divisor(q):
             yield near
 
     def specs(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+        """As the container plans it."""
         return self._quantized.plan(scheme, shape)
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
+        """As the container packs it."""
         return self._quantized.pack(q)
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+        """As the container unpacks it."""
         return self._quantized.unpack(tensors, scheme, shape)
 
     def decode(self, recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+        """Every tensor in one dtype. Raises Unsupported for experts that Transformers would not find."""
         _require_names(checkpoint)
         kept = dict.fromkeys(checkpoint.tensors(), "decoded" if checkpoint.container else "as in the source")
         return Plan(recipe, checkpoint, self, ROUNDING, (), kept, plain_dtype=DTYPE_NAMES[recipe.grid])
 
     def require_cache(self, grid: KVGrid) -> None:
+        """Raise Unsupported unless scales of such a KV cache are read beside this container."""
         layout.config({"quant_method": self.name}, grid)
 
     def writer(self, plan: Plan) -> FolderWriter:
+        """Writes a folder."""
         return FolderWriter(plan, self.container)
 
 

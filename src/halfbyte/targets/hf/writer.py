@@ -41,9 +41,11 @@ class FolderWriter(CheckpointWriter):
         return dict(zip(names, parts, strict=True))
 
     def shards(self, stem: str) -> dict[str, Shard]:
+        """Files of safetensors of at most `shard_gb`, by their names."""
         return shards_of(self.files())
 
     def write_sidecars(self, folder: Path) -> None:
+        """config.json, the index, the container's own files, and a copy of all else beside the source's weights."""
         plan, source = self.plan, self.plan.checkpoint
         config: Config = {}
         files: dict[str, Config] = {}
@@ -95,6 +97,7 @@ class FolderWriter(CheckpointWriter):
         return kept
 
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
+        """The entries of the folder as it is read. Raises BrokenOutput if other modules are quantized than planned."""
         written = Checkpoint(folder)
         if written.quantized.keys() != (expected := {w.name for w in self.plan.schemes}):
             raise BrokenOutput(
