@@ -1,7 +1,8 @@
-"""Shapes in signatures are checked while tests run."""
+"""Shapes in signatures are checked while tests run; `--few` is for the inner loop."""
 
 from pathlib import Path
 
+import pytest
 from jaxtyping import install_import_hook
 
 # Module by module: the checks wrap functions, and those of kernels/cpu are compiled.
@@ -17,3 +18,19 @@ CHECKED = [
     if not path.stem.endswith("_numba") and path.parent.name != "cpu"
 ]
 install_import_hook(CHECKED, "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--few", type=int, metavar="N", help="of each test at most N of its parameters, spread evenly")
+
+
+@pytest.hookimpl(trylast=True)  # of those that markers leave
+def pytest_collection_modifyitems(config, items):
+    if (most := config.getoption("few")) is None:
+        return
+    tests: dict[str, list] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen = {item for same in tests.values() for item in same[:: -(-len(same) // most)]}
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]

@@ -325,6 +325,7 @@ def test_malformed_header(name, tmp_path):
         read_header(path)
 
 
+@pytest.mark.slow
 def test_a_header_that_counts_too_much(tmp_path):
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     for header in (
@@ -561,6 +562,7 @@ def test_no_calibration(home, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_texts_and_chats(tmp_path):
     model = tiny.make(tmp_path / "model", chat=True)
     files = {
@@ -681,6 +683,7 @@ def test_disk_that_fills_late(home, tmp_path, monkeypatch):
     refused(tmp_path, "quantize", home / "model", "-o", tmp_path / "out", *NEAREST, says="No space left on device")
 
 
+@pytest.mark.slow
 def test_file_that_may_not_grow(home, tmp_path):
     """A real limit of the operating system, in a process of its own."""
     command = [sys.executable, "-m", "halfbyte", "quantize", home / "model", "-o", tmp_path / "out", *NEAREST]

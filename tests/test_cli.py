@@ -101,6 +101,7 @@ def test_help_lists_what_the_tables_have(command, names):
     assert not [name for name in names if name not in said]
 
 
+@pytest.mark.slow
 def test_the_old_name_of_the_observer_is_understood(home, tmp_path):
     words = ("quantize", home / "model", "--method", "nearest", "--grid", "fp8-static", "--samples", 2, "--length", 64)
     for name, option in (("new", "--observer"), ("old", "--input-range")):
@@ -293,6 +294,7 @@ def test_overrides(home, tmp_path):
     assert report["kept"]["model.layers.1.mlp.up_proj.weight"] == "kept as asked"
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error(home):
     command = f"{sys.executable} -m halfbyte inspect {home / 'gptq'} | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=tiny.ALONE)

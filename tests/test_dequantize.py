@@ -99,6 +99,7 @@ def test_quantizing_again_is_quantizing_the_decoded_values(home, tmp_path, conta
     assert "taken as the original" in (tmp_path / "a" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nearest", "gptq"])
 def test_a_decoded_tensor_is_kept_in_the_precision_planned(home, tmp_path, method):
     """Embedding, head and what is skipped are quantized in the source, and decoded in float32."""

@@ -135,6 +135,7 @@ def words_of(home: Path, what: str) -> list[object]:
     return ["quantize", home / "model", "--method", method, "--grid", grid, *sampling]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["folder", pytest.param("calibrated", marks=pytest.mark.slow), "gguf"])
 def test_a_new_output(what, home, killer, place, tmp_path):
     name = "out.gguf" if what == "gguf" else "out"
@@ -158,6 +159,7 @@ def test_a_new_output(what, home, killer, place, tmp_path):
     assert sweep(killer, place, [*command, "-o", place / name], lambda: None, check) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [14, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["folder", "gguf"])
 def test_an_output_that_is_replaced(what, last, home, killer, place, tmp_path):
@@ -217,6 +219,7 @@ def test_a_cache(home, killer, place, tmp_path):
     assert sweep(killer, place, [*command, "-o", place / "out"], lambda: None, check) > 10
 
 
+@pytest.mark.slow
 def test_an_importance_matrix(home, killer, place, tmp_path):
     command = ["imatrix", home / "model", "--calibration", home / "text.txt", "--samples", "2", "--length", "32"]
     assert tiny.halfbyte(*command, "-o", tmp_path / "i.gguf").code == 0

@@ -224,6 +224,7 @@ def test_a_state_that_is_no_json_is_a_broken_checkpoint(written, tmp_path, grid)
         _ = Checkpoint.open(tmp_path).quantized
 
 
+@pytest.mark.slow
 def test_a_model_of_fp16_is_decoded_to_fp16_wherever_its_weights_come_from(tmp_path):
     """Every matrix notes what it is decoded to, and Transformers goes by that."""
     half = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float16)

@@ -31,6 +31,7 @@ def decoded(folder) -> dict[str, torch.Tensor]:
     return {m: checkpoint.read_quantized(m).decode() for m in checkpoint.quantized}
 
 
+@pytest.mark.slow
 def test_round_through_all_three_is_exact(start):
     original, at = decoded(start), start
     for to in ("gptq", "awq", "compressed-tensors"):

@@ -90,6 +90,7 @@ def test_a_whole_matrix_may_have_one_scale(source, tmp_path):
     assert entries[f"{MODULE}.weight_scale"].shape == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid", "to"), [("int4-g128", "compressed-tensors"), ("q4_k", "gguf"), ("fp8-e4m3-channel", "compressed-tensors")]
 )

@@ -159,6 +159,7 @@ def test_an_adapter_of_another_model_is_refused(base, tmp_path):
         halfbyte.quantize(base, tmp_path / "out", method="nearest", grid="int4-g32", adapter=str(tmp_path / "adapter"))
 
 
+@pytest.mark.slow
 def test_the_loss_is_measured_against_the_model_with_its_adapter(base, tmp_path):
     """The line that quantize prints works as it stands."""
     adapt(base, tmp_path / "adapter")

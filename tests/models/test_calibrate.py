@@ -102,6 +102,7 @@ def test_chats_are_rendered_as_transformers_renders_them(home):
     assert rendered.texts == [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
 
 
+@pytest.mark.slow
 def test_the_default_text_has_chats_for_models_that_chat(home, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "CALIBRATION", home / "text.txt")  # the real one is a million tokens of single bytes
     windows = calibrated(Checkpoint(home / "begins"), "default", 16, 128, 0)
@@ -145,6 +146,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_are_refused(name, home, tmp_path):
     template, says = HOSTILE[name]
@@ -157,6 +159,7 @@ def test_hostile_templates_are_refused(name, home, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_a_template_that_does_not_end_is_ended(home, tmp_path, monkeypatch):
     monkeypatch.setattr(chats, "SECONDS", 2.0)
     endless = "{% for i in range(100000) %}{% for j in range(100000) %}{{ '' }}{% endfor %}{% endfor %}"

@@ -149,6 +149,7 @@ def _sha256(tokens: torch.Tensor) -> str:
     return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_text_that_the_scales_do_not_span_is_warned_of(source, small, tmp_path):
     """Calibrated on one window; the held-out text goes far beyond most of its values."""
     found = add(source, tmp_path / "out", "fp8-e4m3", small | {"samples": 1, "length": 8}, observer="percentile")

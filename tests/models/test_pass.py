@@ -125,6 +125,7 @@ class Full:
         return self.forward(hidden, *args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "llama", "gemma2"])
 def test_too_little_memory_halves_batches_and_goes_on(family, tmp_path):
     checkpoint = Checkpoint.open(FAMILIES[family].save(tmp_path / "model"))
@@ -144,6 +145,7 @@ def test_too_little_memory_halves_batches_and_goes_on(family, tmp_path):
     torch.testing.assert_close(logits, outputs(checkpoint), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_one_sample_is_said_in_a_line(mixtral):
     walk = Walk(mixtral, TOKENS, torch.float32)
     block = next(iter(walk))

@@ -129,6 +129,7 @@ def test_a_name_among_architectures_that_is_no_model_calls_nothing(tmp_path, mon
     assert type(model) is transformers.LlamaForCausalLM
 
 
+@pytest.mark.slow
 def test_a_block_that_computes_no_numbers_is_named(tmp_path, text):
     folder = tiny.make(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")

@@ -99,6 +99,7 @@ def test_the_search_leaves_no_trace(llama):
     assert all(torch.equal(llama.view(t), value) for t, value in before.items())
 
 
+@pytest.mark.slow
 def test_experts_that_the_probe_does_not_reach_take_the_scale_too(tmp_path):
     config = {"num_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "head_dim": 16}
     block = first_block(Family("qwen3_moe", {}, config), tmp_path, TOKENS[:1, :8])

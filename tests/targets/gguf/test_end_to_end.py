@@ -344,6 +344,7 @@ def cut_after_first(monkeypatch, words: list[object]) -> None:
         assert tiny.halfbyte(*words).code == 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nearest", "gptq", "awq+gptq"])
 def test_a_run_that_is_cut_off_again_and_again_gives_the_same_bytes(method, gemma, tmp_path, monkeypatch):
     assert tiny.halfbyte(*command(gemma, method, tmp_path / "whole.gguf")).code == 0

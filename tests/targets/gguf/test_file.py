@@ -164,6 +164,7 @@ def test_bytes_of_a_vocabulary_that_are_not_utf8_survive(tmp_path):
     assert read(tmp_path / "a.gguf").metadata["tokens"] == Value("string[]", ["\udcff\udc80", "a"])
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_150_thousand_is_read_within_a_second(tmp_path):
     words = Value("string[]", [f"word {i}" for i in range(150_000)])
     write(tmp_path / "a.gguf", {"tokens": words, "merges": words, "scores": Value("float32[]", [0.0] * 150_000)})

@@ -165,6 +165,7 @@ def quantize(llama_cpp, source: Path, target: Path, ftype: int, means: dict[str,
     return llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
 
 
+@pytest.mark.slow
 def test_the_quantizer_of_llama_cpp_takes_the_means_of_our_file(tmp_path):
     """IQ2_XXS is not made without an importance matrix, and its bytes are those that ggml makes with these means."""
     llama_cpp = pytest.importorskip("llama_cpp.llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")

@@ -19,6 +19,7 @@ def whole(tmp_path_factory):
     return halfbyte.quantize(demo.MODEL, out, **WORDS), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows", [256, 64, 32], ids=["several heads", "a head", "half a head, whose rows the file mixes"]
 )

@@ -97,6 +97,7 @@ def test_parts_read_as_one_whichever_is_named(home):
         assert all(torch.equal(read.read(n), whole.read(n)) for n in whole.tensors())
 
 
+@pytest.mark.slow
 def test_inspect_and_eval_take_it(home):
     found = json.loads(tiny.halfbyte("inspect", home / "q4.gguf", "--json").out)
     assert (found["model_type"], found["container"], found["parameters"]) == ("llama", "gguf", 5770496)
@@ -175,6 +176,7 @@ def test_an_unknown_architecture_cannot_be_calibrated(home, tmp_path):
 # Quantizing --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "source"),
     [
@@ -194,6 +196,7 @@ def test_quantizing_a_gguf_is_quantizing_the_model(method, source, home, tmp_pat
     }
 
 
+@pytest.mark.slow
 def test_a_folder_can_be_made_of_a_gguf(home, tmp_path):
     for name, source in (("hub", demo.MODEL), ("gguf", home / "bf16.gguf")):
         halfbyte.quantize(source, tmp_path / name, method="gptq", grid="int4-g128", to="gptq", calibration=CALIBRATION)
@@ -214,6 +217,7 @@ def test_quantizing_again_warns(home, tmp_path):
     assert "quantized already" in (tmp_path / "again.README.md").read_text()
 
 
+@pytest.mark.slow
 def test_importance_is_measured_of_a_gguf_as_of_the_model(home, tmp_path):
     for name, source in (("hub", demo.MODEL), ("gguf", home / "bf16.gguf")):
         halfbyte.imatrix(source, tmp_path / f"{name}.gguf", CALIBRATION)

@@ -219,6 +219,7 @@ def unigram() -> Tokenizer:
     return made
 
 
+@pytest.mark.slow
 def test_unigram_cuts_the_same(tmp_path):
     folder = save(unigram(), tmp_path / "model")
     assert tokenizer_metadata(folder, 1200)["tokenizer.ggml.model"].value == "t5"

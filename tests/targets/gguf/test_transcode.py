@@ -156,6 +156,7 @@ def mixed(home) -> Path:
     return home / "mixed.gguf"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["gptq", "awq", "compressed-tensors"])
 def test_k_quants_are_rounded_to_the_grid_that_is_named(to, mixed, home):
     report = convert(mixed, home / f"k-{to}", "--to", to, "--grid", "int4-g128")
