@@ -26,7 +26,7 @@ def log_of(path, context: int, kind: str) -> str:
     llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
     number = GGML_TYPES[kind]
     llama_cpp.Llama(str(path), n_ctx=context, type_k=number, type_v=number, flash_attn=True, verbose=True).close()
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))  # one that is freed would be called on
     return "".join(lines)
 
 
