@@ -77,6 +77,20 @@ def test_a_walk_and_a_loaded_model_compute_what_transformers_computes(name, tmp_
         torch.testing.assert_close(walked(checkpoint), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("name", ["llama", "llama4_text", "llama4"])
+def test_a_model_whose_base_is_itself_is_measured_too(name, tmp_path):
+    """Llama 4's classes are their own base, and predict all the same."""
+    folder = EVERY[name].save(tmp_path / "model")
+    expected = outputs(getattr(transformers, EVERY[name].by).from_pretrained(folder, dtype=torch.float32).eval())
+    walk = Walk(Checkpoint.open(folder), TOKENS, torch.float32)
+    for _ in walk:
+        pass
+    walk.finish()
+    with walk.head() as predict:
+        ours = torch.cat([predict(batch, slice(None)) for batch in range(1, len(walk.batches))])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_are_refused_by_name_and_told_what_works(name, tmp_path):
     with pytest.raises(Unsupported, match=r"run decoders on text, and \w+ is none.*--method nearest"):

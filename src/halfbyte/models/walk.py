@@ -191,7 +191,7 @@ class Walk:
 
     def _note_calls(self) -> list[Hidden]:
         """Note what blocks are called with, for every part of every batch. Returns what the first block reads."""
-        base, first, calls, found = self.model.base_model, self.blocks[0], Calls(), []
+        base, first, calls, found = self._base, self.blocks[0], Calls(), []
         self._load(self._outside(base))
         for batch, tokens in enumerate(self.batches):
             hidden = []
@@ -319,12 +319,29 @@ class Walk:
 
     def states(self) -> Iterator[tuple[Int64[Tensor, "batch length"], Float[Tensor, "batch length width"]]]:
         """After the last block: tokens and last hidden states of every batch but the probe."""
-        for tokens, out in self._finish(self.model.base_model):
+        for tokens, out in self._finish(self._base):
             yield tokens, out.last_hidden_state
 
     @property
     def _ends_in_head(self) -> bool:
-        return self.predicts and self.model.base_model is not self.model
+        return self.predicts and self._base is not self.model
+
+    @property
+    def _decoder(self) -> nn.Module:
+        return self.model.get_submodule(self._stack()[0].rpartition(".")[0])
+
+    @property
+    def _base(self) -> nn.Module:
+        """All but the head: what the family calls its base, or where that is the whole model (Llama 4), its decoder."""
+        base = self.model.base_model
+        return self._decoder if base is self.model and self.predicts else base
+
+    @property
+    def _with_head(self) -> nn.Module:
+        """What predicts from what the base returns, and does nothing else."""
+        if self.model.base_model is not self.model:
+            return self.model
+        return self.model.get_submodule(self._stack()[0].rpartition(".")[0].rpartition(".")[0])
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -335,7 +352,7 @@ class Walk:
                 f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) predicts no tokens, and predictions "
                 "are what is compared"
             )
-        base, decoder = self.model.base_model, self.model.get_submodule(self._stack()[0].rpartition(".")[0])
+        base, decoder = self._base, self._decoder
         hook = decoder.register_forward_hook(
             lambda module, args, out: self._before_head.update(
                 {module: out} if hasattr(out, "last_hidden_state") else {}
@@ -367,7 +384,8 @@ class Walk:
                 out = copy(whole)
                 out.last_hidden_state = self.inputs[batch][:, positions].to(self.device)
                 module.forward = lambda *args, out=out, **kwargs: out
-            return self.model(input_ids=self.batches[batch][:, positions].to(self.device), use_cache=False).logits
+            tokens = self.batches[batch][:, positions].to(self.device)
+            return self._with_head(input_ids=tokens, use_cache=False).logits
 
         try:
             yield logits
@@ -388,8 +406,8 @@ class Walk:
 
     @property
     def _of_head(self) -> list[str]:
-        """Parameters of what comes after the model that the family calls its base."""
-        base = set(self._outside(self.model.base_model))
+        """Parameters of what comes after the base."""
+        base = set(self._outside(self._base))
         return [name for name in self.outside if name not in base]
 
     @torch.no_grad()
