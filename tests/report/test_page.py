@@ -224,3 +224,23 @@ def test_unmeasured(home, tmp_path):
 def test_no_divergence_is_a_point_too():
     assert charts.powers([0.1, 0.0])["type"] == "symlog"
     assert charts.powers([0.1, 0.2])["type"] == "log"
+
+
+@in_browser
+def test_what_broke_it(home, chromium, tmp_path):
+    report = json.loads((home / "four" / "report.json").read_text())
+    asked = {name: value for name, value in report["evaluations"][0].items() if name not in ("reference", "model")}
+    parts = [
+        {"name": "model.layers.1", "kind": "block", "kl": [0.02, 0.001], "error": 0.11},
+        {"name": "lm_head", "kind": "head", "kl": [-0.001, None]},
+    ]
+    report["blame"] = {**asked, "path": "four", "kl": [0.03, 0.002], "parts": parts}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "page.html").write_text(page([tmp_path]))
+    shown, wrong = opened(chromium, tmp_path / "page.html")
+    drawn = "views.get(document.querySelector('[data-chart=blame] .chart')).view.data('blame')"
+    assert [(row["part"], row["kl"]) for row in shown.evaluate(drawn)] == [
+        ("model.layers.1", 0.02),
+        ("lm_head", -0.001),
+    ]
+    assert not wrong
