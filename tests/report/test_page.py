@@ -161,7 +161,7 @@ def test_sorted_filtered_and_chosen(home, chromium):
 
 
 @in_browser
-@pytest.mark.parametrize(("width", "scheme"), [(380, "light"), (1280, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(380, "light"), (800, "light"), (1280, "dark")])
 def test_narrow_and_wide_light_and_dark(width, scheme, home, chromium):
     shown, wrong = opened(chromium, home / "report.html", width, scheme)
     assert shown.evaluate("document.documentElement.scrollWidth") == width

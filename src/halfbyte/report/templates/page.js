@@ -187,8 +187,6 @@ function listen() {
   for (const radio of all("input[name=x]")) radio.addEventListener("change", () => { state.x = radio.value; draw(one("[data-chart=frontier] .chart")); });
   for (const head of all("table.sortable th")) head.addEventListener("click", () => sortBy(head));
   for (const button of all(".choose")) button.addEventListener("click", () => choose(Number(button.closest("tr").dataset.run)));
-  addEventListener("beforeprint", () => { document.documentElement.dataset.theme = "light"; });
-  addEventListener("afterprint", setTheme);
 }
 
 setTheme();
