@@ -30,7 +30,10 @@ def start(*words: str) -> tuple[int, list[str]]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "needs a model and an output folder"),
+        (["--grid", "int4-g128"], "needs a model and an output folder"),
+        (["--for", "vlm"], "did you mean vllm"),
+        (["--for", "vllm@rtx-4099"], "did you mean rtx-4090"),
+        (["--for", "vllm", "--grid", "fp8"], "leave out --grid"),
         (["-o", "x", "--method", "gtpq"], "gptq"),
         (["-o", "x", "--method", "gptq+awq"], "put transforms first"),
         (["-o", "x", "--samples", "0"], "calibration.samples"),
@@ -61,6 +64,11 @@ def test_wrong_words_are_refused_without_torch(words, said):
         (["dequantize", "x", "-o", "y", "--to", "gptq"], "16 bits are written as safetensors or gguf"),
         (["eval", "x", "--against", "y", "--convention", "paper"], "did you mean papers"),
         (["support", "--engine", "vlm"], "did you mean vllm"),
+        (["plan", "x", "--engine", "vlm"], "did you mean vllm"),
+        (["plan", "x", "--device", "rtx-4099"], "did you mean rtx-4090"),
+        (["plan", "x", "--memory", "many"], "is no size"),
+        (["plan", "x", "--device", "l40s", "--memory", "8GB"], "not both"),
+        (["plan", "x", "--engine", "llama.cpp", "--cache", "fp8"], "has no cache in fp8"),
         (["inspect"], "Missing argument 'path'"),
         (["kv", "x", "-o", "y", "--kv", "int8-tensor"], "write int8-static or int8-token"),
         (["kv", "x", "-o", "y", "--kv", "none"], "'none' is no KV cache"),

@@ -16,7 +16,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.api import convert, dequantize, evaluate, imatrix, inspect, kv, load, needle, page, push, quantize
+    from halfbyte.api import (
+        advise,
+        convert,
+        dequantize,
+        evaluate,
+        imatrix,
+        inspect,
+        kv,
+        load,
+        needle,
+        page,
+        push,
+        quantize,
+    )
     from halfbyte.errors import HalfbyteError
     from halfbyte.recipe import Calibration, Recipe
 
@@ -27,6 +40,7 @@ __all__ = [
     "Calibration",
     "HalfbyteError",
     "Recipe",
+    "advise",
     "convert",
     "dequantize",
     "evaluate",

@@ -22,6 +22,9 @@ from halfbyte.recipe import METHODS, Calibration, CalibrationWords, Recipe, mean
 from halfbyte.report import lineage, measured
 from halfbyte.report.inspect import inspect
 from halfbyte.report.types import CacheReport, Evaluation, ImatrixReport, Needle, Plan, Report, StatesEvaluation
+from halfbyte.sizing import advice
+from halfbyte.sizing.question import question
+from halfbyte.sizing.types import Advice
 from halfbyte.targets.table import TARGETS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -103,6 +106,27 @@ def quantize(
         return dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, progress)
     with shown(progress) as show:
         return pipeline.quantize(recipe, out, overwrite=overwrite, progress=show, device=chosen)
+
+
+def advise(
+    model: str | Path,
+    *,
+    device: str | None = None,
+    memory: str | int | None = None,
+    engine: str | None = None,
+    cards: int = 1,
+    context: int | None = None,
+    batch: int = 1,
+    cache: str = "16 bits",
+) -> Advice:
+    """What to make of `model` (a folder, a GGUF, or a hub id, of which only headers are downloaded), and what fits.
+
+    `device`: a row of `halfbyte devices`, by default what is here; `memory`: instead of one, such as "24GiB". `engine`:
+    by default the usual one for the device. `cards`, `context` (tokens of a sequence), `batch` (sequences at a time)
+    and `cache` (what it is stored as: 16 bits, fp8, int8-token-head, int4-token-head, nvfp4, q8_0, q4_0) are what is to
+    run on it. Sizes are bytes; what is not known is None. Raises HalfbyteError.
+    """
+    return advice.advise(str(model), question(engine, device, memory, cards, context, batch, cache))
 
 
 def evaluate(
@@ -335,6 +359,7 @@ def load(
 
 
 __all__ = [
+    "advise",
     "convert",
     "dequantize",
     "evaluate",

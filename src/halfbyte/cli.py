@@ -29,9 +29,13 @@ from halfbyte.recipe import METHODS, OTHER_COMMANDS, Calibration, Entries, Recip
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.summary import headline, size, worst, worst_activations
 from halfbyte.report.types import Evaluation, Part, Plan, Report
+from halfbyte.sizing.accounting import ACCOUNTINGS
+from halfbyte.sizing.cache import TYPES
 from halfbyte.sizing.choices import choices
 from halfbyte.sizing.devices import device_called, here
 from halfbyte.sizing.devices import devices as table_of_devices
+from halfbyte.sizing.question import of_words, question
+from halfbyte.sizing.types import Recommendation
 from halfbyte.surroundings import arrange
 from halfbyte.terminal import Terminal, as_json
 from halfbyte.words import (
@@ -49,6 +53,8 @@ from halfbyte.words import (
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 INTERRUPTED, BUG = 130, 70
+CHOSEN = frozenset({"grid", "method", "to", "engine", "pure", "override"})
+"""Entries of a recipe that choose a scheme."""
 UsageError: Any = typer.BadParameter.__mro__[1]  # of click, which some versions of typer bear within themselves
 out = Terminal(width=None if sys.stdout.isatty() else 180)
 err = Terminal(stderr=True)
@@ -105,6 +111,10 @@ def options(
 def quantize(
     model: Annotated[str | None, typer.Argument(help="A folder, a GGUF, or a hub id such as org/name.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")] = None,
+    meant_for: Annotated[
+        str | None,
+        typer.Option("--for", help="ENGINE or ENGINE@DEVICE: take what `plan` recommends, such as vllm@rtx-4090."),
+    ] = None,
     method: Annotated[str | None, entry("method", names=METHODS, show_default="the preset's, or gptq")] = None,
     grid: Annotated[
         str | None,
@@ -149,11 +159,16 @@ def quantize(
     halfbyte quantize org/model -o model-int4 --method awq+gptq --grid int4-g128 --engine vllm
 
     halfbyte quantize org/model -o model-Q4_K_M.gguf --grid Q4_K_M
+
+    halfbyte quantize org/model --for ollama
     """
     given = {name: value for name, value in locals().items() if name in Recipe.model_fields and value not in (None, [])}
     given |= {"observer": observer or old_observer} if observer or old_observer else {}
     given |= {"override": dict(_pair(pair) for pair in override)} if override else {}
     given.pop("calibration", None)
+    if model and recipe is None and (meant_for or (output is None and not given.keys() & CHOSEN)):
+        best = _recommended(model, meant_for, given.keys() & CHOSEN, quiet=as_json)
+        given, output = {**given, **best.words, "engine": best.engine}, output or Path(best.output)
     if output is None or (model is None and recipe is None):
         raise BadRequest("quantize needs a model and an output folder: halfbyte quantize MODEL -o OUT")
     base = Recipe.load(recipe, **given).model_dump(exclude_unset=True) if recipe else given
@@ -460,6 +475,50 @@ def demo(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder, a GGUF, or a hub id: of that only headers are downloaded.")],
+    device: Annotated[
+        str | None,
+        typer.Option(help="What it is to run on: a row of `halfbyte devices`, or cpu.", show_default="what is here"),
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="In place of a device: such as 24GiB.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(ACCOUNTINGS)}.", show_default="vllm for cards of servers, else llama.cpp"),
+    ] = None,
+    cards: Annotated[int, typer.Option(min=1, help="How many of the device.")] = 1,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence.", show_default="8192, or the model's if less")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    cache: Annotated[str, typer.Option(help=f"What the cache is stored as: {', '.join(TYPES)}.")] = "16 bits",
+    as_json: Json = False,
+) -> None:
+    """What fits where, how fast at most, what it loses, and which scheme to take. No weight is read.
+
+    halfbyte plan org/model --device rtx-4090 --engine vllm --context 8192 --batch 8
+    """
+    question(engine, device, memory, cards, context, batch, cache)  # wrong words need not wait for torch
+    from halfbyte.api import advise
+
+    found = advise(
+        model,
+        device=device,
+        memory=memory,
+        engine=engine,
+        cards=cards,
+        context=context,
+        batch=batch,
+        cache=cache,
+    )
+    if as_json:
+        _print_json(found)
+        return
+    for part in display.advised(found):
+        out.print(part, soft_wrap=isinstance(part, str))
+
+
+@app.command()
 def devices(
     name: Annotated[str | None, typer.Argument(help="One of them, for what runs on it.", show_default="all")] = None,
     as_json: Json = False,
@@ -514,6 +573,25 @@ def _require_caches(*kinds: str) -> None:
     for kind in kinds:
         if kind not in ("stored", "none"):
             cache_parts(kind)
+
+
+def _recommended(model: str, meant_for: str | None, asked: Iterable[str], quiet: bool) -> Recommendation:
+    """What `plan` would take, said with the reason. Raises BadRequest where that is nothing."""
+    if words := sorted(asked):
+        raise BadRequest(f"--for chooses the scheme: leave out --{' and --'.join(words)}, or leave out --for")
+    engine, device = of_words(meant_for) if meant_for else (None, None)
+    question(engine, device)  # wrong words need not wait for torch
+    from halfbyte.api import advise
+
+    best = advise(model, engine=engine, device=device).recommendation
+    if best is None:
+        where = {"--engine": engine, "--device": device}
+        told = " ".join(["halfbyte plan", shlex.quote(model), *(f"{k} {v}" for k, v in where.items() if v)])
+        raise BadRequest(f"no scheme fits {meant_for or 'this machine'} that could be made of {model}; see {told}")
+    if not quiet:
+        out.print(f"{best.scheme} for {best.engine}: {best.reason}", soft_wrap=True)
+        out.print(best.command, soft_wrap=True)
+    return best
 
 
 def _sampling(source: str | None, samples: int | None, length: int | None, seed: int | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from halfbyte.report.types import (
 )
 from halfbyte.sizing.choices import Choice, Kernel
 from halfbyte.sizing.devices import GIB, Device
+from halfbyte.sizing.types import Advice
 
 UNKNOWN = "-"
 
@@ -307,3 +308,80 @@ def _titled(kernel: Kernel) -> str:
 
 def _rate(operations: float | None) -> str | None:
     return None if operations is None else f"{operations / 1e12:g}e12 operations/s"
+
+
+def advised(advice: Advice) -> list[Table | str]:
+    """A row for every scheme, and which to take."""
+    rows = [
+        (
+            row.scheme,
+            _digits((row.file_bytes or 0) / 1e9),
+            _digits((row.memory_bytes or 0) / GIB),
+            {True: "yes", False: "no", None: "?"}[row.fits] if row.kernel else "no",
+            *(UNKNOWN if n is None else f"{n}" for n in (row.longest_context, row.largest_batch, row.cards)),
+            *(UNKNOWN if n is None else f"{n:.0f}" for n in (row.decode_tokens, row.prefill_tokens)),
+            UNKNOWN if row.loss is None else f"{row.loss.kl:.4f}",
+        )
+        for row in advice.rows
+        if not row.refused
+    ]
+    headers = ["scheme", "GB", "GiB", "fits", "context", "batch", "cards", "tok/s", "prompt", "KL"]
+    return [*_about(advice), table(headers, rows), *_explained(advice), *_taken(advice)]
+
+
+def _digits(number: float) -> str:
+    """Three that count."""
+    return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"
+
+
+def _about(advice: Advice) -> list[str]:
+    active, total = advice.active_parameters / 1e9, advice.parameters / 1e9
+    share = f", of which a token is multiplied by {_digits(active)}" if active < 0.9 * total else ""
+    memory = "of unknown memory" if advice.budget is None else f"{advice.budget / GIB:.1f} GiB to use"
+    cards = f"{advice.cards} x " if advice.cards > 1 else ""
+    caches = ", ".join(f"{row.name} {_digits(row.size_bytes / GIB)}" for row in advice.caches)
+    return [
+        f"{advice.model}: {_digits(total)} billion parameters{share}",
+        f"{advice.engine} on {cards}{advice.device_title}, {memory}",
+        f"context {advice.context}, batch {advice.batch}, cache in {advice.cache}",
+        *([f"GiB of cache: {caches}"] if caches else []),
+    ]
+
+
+def _explained(advice: Advice) -> list[str]:
+    models: dict[str, dict[str, None]] = {}
+    for row in advice.rows:
+        if row.loss:
+            models.setdefault(row.loss.model, {})[row.loss.source] = None
+    measured = "; ".join(f"{model} ({', '.join(sources)})" for model, sources in models.items())
+    refused: dict[str, list[str]] = {}
+    for row in advice.rows:
+        if row.refused:
+            refused.setdefault(row.refused, []).append(row.scheme)
+    bare = [row.scheme for row in advice.rows if not row.refused and not row.kernel]
+    return [
+        "GB: the file; GiB: of a card in use, with cache; context, batch: the most that fit;",
+        "cards: the fewest; tok/s, prompt: at most, by a roofline that no engine reaches",
+        *([f"KL: nats per token where somebody measured, on {measured}"] if measured else []),
+        *([f"nothing on {advice.device_title} multiplies by: {', '.join(bare)}"] if bare else []),
+        *(f"{', '.join(schemes)} cannot be: {reason}" for reason, schemes in refused.items()),
+        *(f"note: {note}" for note in advice.notes),
+    ]
+
+
+def _taken(advice: Advice) -> list[str]:
+    best = advice.recommendation
+    if best is None:
+        if any(row.fits for row in advice.rows):
+            return ["it fits as it is, and there is nothing better to make of it here"]
+        return ["nothing fits: take a smaller model, a shorter context or more memory"]
+    row = next(row for row in advice.rows if row.scheme == best.scheme)
+    parts = {
+        "weights": row.weights_bytes,
+        "cache": row.cache_bytes,
+        "activations": row.activations_bytes,
+        "libraries": row.beside_bytes,
+    }
+    said = ", ".join(f"{name} {_digits(size / GIB)}" for name, size in parts.items() if size is not None)
+    many = f" on {best.cards} cards" if best.cards > 1 else ""
+    return [f"take {best.scheme}{many}: {best.reason}", f"GiB of {best.scheme}: {said}", best.command]

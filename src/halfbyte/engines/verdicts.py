@@ -72,9 +72,9 @@ def multiplies(engine: str, container: str, scheme: AnyScheme) -> bool:
     return support is not None and (support.everything or _kernel(support, scheme) is not None)
 
 
-def verdicts(container: str, placed: Placed, config: Config) -> list[Verdict]:
-    """Of every engine."""
-    return [check(engine, container, placed, config) for engine in ENGINES]
+def verdicts(container: str, placed: Placed, config: Config, engines: Iterable[str] = ENGINES) -> list[Verdict]:
+    """Of these engines."""
+    return [check(engine, container, placed, config) for engine in engines]
 
 
 def nobody_loads(container: str, found: Iterable[Verdict]) -> str:

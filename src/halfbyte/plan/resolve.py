@@ -1,5 +1,6 @@
 """Words to a plan: every check that needs no weight, before any is read. What convert() can keep, values decide."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -29,9 +30,9 @@ ANY_SHAPE = (1024, 1024)
 """That every block and group divides."""
 
 
-def resolve(recipe: Recipe, source: Checkpoint | None = None) -> Plan:
+def resolve(recipe: Recipe, source: Checkpoint | None = None, engines: Iterable[str] = ENGINES) -> Plan:
     """Check every word of a recipe against the tables, the checkpoint's shapes and the engine's rules; `source` is the
-    checkpoint that the recipe names, where that is open already."""
+    checkpoint that the recipe names, where that is open already, and `engines` are those that are asked."""
     if (preset := SCHEMES.get(recipe.grid.lower())) and "method" not in recipe.model_fields_set:
         recipe = recipe.model_copy(update={"method": preset.method})
     method = method_named(recipe.method)
@@ -49,13 +50,14 @@ def resolve(recipe: Recipe, source: Checkpoint | None = None) -> Plan:
     fits.require_known(target, recipe.grid, recipe.override.values())
     plan = target.plan(recipe, checkpoint, method)
     _check_activations(plan)
-    return _finished(plan, (*plan.warnings, *doubts(checkpoint), *_of_source(checkpoint), *_of_adapter(checkpoint)))
+    warnings = (*plan.warnings, *doubts(checkpoint), *_of_source(checkpoint), *_of_adapter(checkpoint))
+    return _finished(plan, warnings, engines)
 
 
-def _finished(plan: Plan, warnings: tuple[str, ...]) -> Plan:
+def _finished(plan: Plan, warnings: tuple[str, ...], engines: Iterable[str] = ENGINES) -> Plan:
     """With its KV cache, and with what engines say of it."""
     plan = replace(plan, warnings=warnings, **_cache(plan))
-    return replace(plan, verdicts=_judged(plan))
+    return replace(plan, verdicts=_judged(plan, engines))
 
 
 def _of_source(checkpoint: Checkpoint) -> list[str]:
@@ -101,10 +103,10 @@ def _engine(words: str | None) -> str | None:
     return words if words in (None, NOBODY) else engine_named(words)
 
 
-def _judged(plan: Plan) -> tuple[Verdict, ...]:
-    """Ask every engine. Raises Unsupported where the one that was asked for will not load the output, or none will."""
+def _judged(plan: Plan, engines: Iterable[str]) -> tuple[Verdict, ...]:
+    """Ask these engines. Raises Unsupported where the one that was asked for will not load the output, or none will."""
     engine, name = plan.recipe.engine, plan.target.name
-    found = verdicts.verdicts(name, {c.weight: c.scheme for c in plan.choices}, plan.checkpoint.config)
+    found = verdicts.verdicts(name, {c.weight: c.scheme for c in plan.choices}, plan.checkpoint.config, engines)
     others = [v.engine for v in found if v.loads]
     asked = next((v for v in found if v.engine == engine), None)
     if asked and not asked.loads:

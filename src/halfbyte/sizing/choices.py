@@ -47,7 +47,7 @@ class Choice:
 
     name: str
     kernels: tuple[Kernel, ...]
-    words: Mapping[str, str] = field(default_factory=dict, hash=False)
+    words: Mapping[str, str | bool] = field(default_factory=dict, hash=False)
 
     def kernel_on(self, device: Device) -> Kernel | None:
         """The fastest that a device has, or may have where too little is known of it."""
