@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import tiny
 from halfbyte import cli
 from halfbyte.engines.engines import ENGINES
+from halfbyte.models import calibrate
 from halfbyte.recipe import METHODS, OBSERVERS, Recipe
 from halfbyte.words import CONTAINERS as WRITTEN
 from halfbyte.words import DTYPES, PLAIN, PRESETS, SCHEMES
@@ -302,9 +303,12 @@ def test_a_closed_pipe_is_no_error(home):
 
 
 @pytest.mark.slow
-def test_demo():
+def test_demo(monkeypatch):
+    drawn, draw = [], calibrate.calibration
+    monkeypatch.setattr(calibrate, "calibration", lambda *asked: drawn.append(asked) or draw(*asked))
     rows = json.loads(tiny.halfbyte("demo", "--samples", "4", "--windows", "2", "--json").out)
     assert rows[0]["method"] == "original"
     by_name = {(r["method"], r["grid"]): r["kl"] for r in rows}
     assert all(kl > 0 for kl in list(by_name.values())[1:])
     assert by_name["smoothquant+gptq", "w8a8"] < by_name["gptq", "int4-g128"] < by_name["gptq", "int3-g128"]
+    assert len(drawn) == 1, "the calibration text is made into tokens once for all methods"

@@ -458,8 +458,8 @@ def push(
 
 @app.command()
 def demo(
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens.")] = 16,
-    windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens.")] = 12,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 6,
     keep: Annotated[Path | None, typer.Option(help="Keep the quantized folders here.")] = None,
     as_json: Json = False,
 ) -> None:

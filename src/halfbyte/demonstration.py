@@ -6,6 +6,8 @@ from typing import cast
 
 from halfbyte import api, demo, pipeline
 from halfbyte.errors import BadRequest
+from halfbyte.models import calibrate
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.recipe import Calibration, Recipe
 from halfbyte.report.types import DemoRow, Divergence, Evaluation, Report
 
@@ -36,14 +38,13 @@ def _require_own(folder: Path) -> None:
 def rows(folder: Path, samples: int, windows: int, progress: Callable[[str, float, float], None]) -> list[DemoRow]:
     """Quantize with every method, then measure them all in one pass over the held-out text."""
     _require_own(folder)
-    reports = []
+    reports, calibration = [], Calibration(samples=samples)
+    drawn = calibrate.calibration(Checkpoint.open(demo.MODEL), calibration)  # once: it takes as long as some runs
     for number, (method, grid, container) in enumerate(RUNS):
         progress(f"{method} {grid}", number, len(RUNS) + 1)
         out = folder / f"{method}-{grid}-{container}"
-        recipe = Recipe(
-            model=str(demo.MODEL), method=method, grid=grid, to=container, calibration=Calibration(samples=samples)
-        )
-        reports.append((out, pipeline.quantize(recipe, out, overwrite=True)))
+        recipe = Recipe(model=str(demo.MODEL), method=method, grid=grid, to=container, calibration=calibration)
+        reports.append((out, pipeline.quantize(recipe, out, overwrite=True, windows=drawn)))
     progress("measuring", len(RUNS), len(RUNS) + 1)
     measured = cast(Evaluation, api.evaluate([out for out, _ in reports], demo.MODEL, windows=windows))
     original = DemoRow(

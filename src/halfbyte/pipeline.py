@@ -15,6 +15,7 @@ from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, plural
 from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models import calibrate
+from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.placement import CPU
 from halfbyte.models.stamp import digest as digest_of
@@ -43,8 +44,10 @@ def quantize(
     overwrite: bool = False,
     progress: Progress = silent,
     device: torch.device = CPU,
+    windows: Windows | None = None,
 ) -> Report:
-    """Quantize a checkpoint into the folder `out` and return the report that is also written there.
+    """Quantize a checkpoint into the folder `out` and return the report that is also written there. `windows` are those
+    of the recipe's calibration, where they are drawn already.
 
     Raises HalfbyteError, with nothing half-written left behind. A run that is killed is taken up again by the same
     call.
@@ -54,8 +57,9 @@ def quantize(
     plan = _planned(recipe, out)
     _claim(out, plan, overwrite)
     known = _importance(plan, device)
-    windows = None
-    if plan.calibrated:
+    if not plan.calibrated:
+        windows = None
+    elif windows is None:
         windows = calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
     writer = plan.target.writer(plan)
     folder = Folder(place_of(out), writer.shards(_stem_of(out)), identity(plan, windows, device), overwrite)
@@ -215,7 +219,7 @@ def _stem_of(out: Path) -> str:
     return out.resolve().stem if is_file(out) else out.resolve().name
 
 
-def identity(plan: Plan, windows: calibrate.Windows | None, device: torch.device = CPU) -> str:
+def identity(plan: Plan, windows: Windows | None, device: torch.device = CPU) -> str:
     """Two runs with the same identity write the same bytes, as far as a file whose size and time are the same has not
     changed.
 
