@@ -97,7 +97,7 @@ def attach(
 
 def _describe(
     grid: KVGrid,
-    how: str,
+    observer: str,
     windows: calibrate.Windows,
     rows: list[AttentionReport],
     device: torch.device,
@@ -106,7 +106,7 @@ def _describe(
     """For the report."""
     return CacheReport(
         grid=str(grid),
-        observer=how,
+        observer=observer,
         calibration=build.calibration(windows),
         rows=rows,
         most_clipped=max(max(row.keys_clipped, row.values_clipped) for row in rows),
@@ -141,13 +141,13 @@ def _find_scales(
     checkpoint: Checkpoint,
     grid: KVGrid,
     windows: Int64[Tensor, "windows length"],
-    how: str = "max",
+    observer: str = "max",
     progress: Progress = silent,
     placement: Placement | None = None,
 ) -> tuple[KVCache, list[AttentionReport]]:
     """Stored scales of every attention, found block after block, each fed by blocks whose caches are rounded already.
 
-    `how` is a key of `halfbyte.grids.activations.OBSERVERS`, `placement` where the model runs. Raises Unsupported
+    `observer` is a key of `halfbyte.grids.activations.OBSERVERS`, `placement` where the model runs. Raises Unsupported
     for a model without such a cache.
     """
     held_out = calibrate.evaluation(checkpoint, str(demo.HELDOUT), windows.shape[1], CHECKED).tokens
@@ -167,7 +167,9 @@ def _find_scales(
             seen = walk.fitting(partial(_observed, walk, block, attention))
             _require_heads(checkpoint, grid, seen[0])
             latent = kv.is_latent(attention)
-            keys[name], values[name] = _together(seen[0].fit(grid.key, how), seen[1].fit(grid.value, how), latent)
+            keys[name], values[name] = _together(
+                seen[0].fit(grid.key, observer), seen[1].fit(grid.value, observer), latent
+            )
             key, value = ActivationQuant(grid.key, keys[name]), ActivationQuant(grid.value, values[name])
             clipped = walk.fitting(partial(_clipped, walk, block, attention, key, value))
             rows.append(
@@ -215,9 +217,9 @@ def _largest(params: Params) -> float | None:
     return float(params["scale"].max()) if params else None
 
 
-def _observed(walk: Walk, block: Block, attention: nn.Module) -> tuple[kv.Heads, kv.Heads]:
+def _observed(walk: Walk, block: Block, attention: nn.Module) -> tuple[kv.KVObserver, kv.KVObserver]:
     """Keys and values that an attention caches of the calibration's samples."""
-    keys, values = kv.Heads(), kv.Heads()
+    keys, values = kv.KVObserver(), kv.KVObserver()
 
     def through(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys.add(k)
@@ -243,7 +245,7 @@ def _clipped(
     return sum(keys) / len(keys), sum(values) / len(values)
 
 
-def _run(walk: Walk, block: Block, batches: range, attention: nn.Module, through: kv.Through) -> None:
+def _run(walk: Walk, block: Block, batches: range, attention: nn.Module, through: kv.CacheHook) -> None:
     """Run batches of the block with a look at what an attention caches."""
     handle = kv.put(walk.model, attention, through)
     try:
@@ -267,7 +269,7 @@ def _together(key: Params, value: Params, latent: bool) -> tuple[Params, Params]
     return {"scale": scale}, {"scale": scale}
 
 
-def _require_heads(checkpoint: Checkpoint, grid: KVGrid, keys: kv.Heads) -> None:
+def _require_heads(checkpoint: Checkpoint, grid: KVGrid, keys: kv.KVObserver) -> None:
     """Engines give each head of the config a scale; some families repeat heads before they cache them."""
     text = checkpoint.text_config
     said = text.get("num_key_value_heads", len(keys.low))

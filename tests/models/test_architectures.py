@@ -17,7 +17,7 @@ from halfbyte.models import experts
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
 from halfbyte.transforms.fold import Finder
-from halfbyte.transforms.scale import Site
+from halfbyte.transforms.scale import FoldSite
 from models.families import FAMILIES, every
 
 GRID = "int4-g32"
@@ -104,7 +104,7 @@ def test_a_block_with_scales_in_its_folds_computes_the_same(folders, family):
             (w for w in block.weights if (w.tensor, w.expert) == (fold.producer.tensor, fold.producer.expert)), None
         ):
             rows = weight.shape[0]
-        Site(block, fold, grids, {}).apply(torch.exp(torch.rand(rows, generator=generator) * 2 - 1))
+        FoldSite(block, fold, grids, {}).apply(torch.exp(torch.rand(rows, generator=generator) * 2 - 1))
     assert block.scales.columns
     for weight in block.weights:
         block.put(weight, block.target(weight))

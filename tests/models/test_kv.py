@@ -64,7 +64,7 @@ def test_keys_and_values_of_every_family_are_seen_and_nothing_else_changes(name)
         seen.append((k, v))
         return k, v
 
-    with kv.doors(model, dict.fromkeys(kv.attentions(model).values(), note)):
+    with kv.cache_proxies(model, dict.fromkeys(kv.attentions(model).values(), note)):
         with_doors = logits(model, use_cache=False)
     assert torch.equal(with_doors, logits(model, use_cache=False))
     cache = model(input_ids=TOKENS, use_cache=True).get("past_key_values")

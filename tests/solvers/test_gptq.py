@@ -83,7 +83,7 @@ def test_conditional_is_what_is_left_of_a_variance_when_later_columns_are_known(
         ordered[k, k] - ordered[k, :k] @ np.linalg.solve(ordered[:k, :k], ordered[:k, k]) if k else ordered[0, 0]
         for k in range(WIDTH)
     ]
-    found = statistics.conditional()[order].double().numpy() * statistics.tokens
+    found = statistics.conditional_variance()[order].double().numpy() * statistics.tokens
     assert np.allclose(found, left, rtol=1e-3)
 
 
@@ -95,7 +95,7 @@ def test_a_corrected_weight_is_the_least_squares_solution_for_the_inputs_as_they
     damped = hessian + DAMPING * np.diag(hessian).mean() * np.eye(WIDTH)
     missing = (w.double() @ (was - x).double().T @ x.double()).numpy()
     theirs = w.double().numpy() + np.linalg.solve(damped, missing.T).T
-    assert np.allclose(statistics.corrected(w, 1.0).double().numpy(), theirs, rtol=1e-3, atol=1e-3)
+    assert np.allclose(statistics.asymmetric_target(w, 1.0).double().numpy(), theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_gptq_fits_and_solves():

@@ -9,7 +9,7 @@ from halfbyte import grids
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
 from halfbyte.transforms.fold import Finder, Producer, Proof, row_maps
-from halfbyte.transforms.scale import Site
+from halfbyte.transforms.scale import FoldSite
 from models.families import EXPERT_UP_DOWN, EXPERTS, FAMILIES, LLAMA, Family
 
 TOKENS = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(1))
@@ -117,7 +117,7 @@ def test_rows_of_q_and_k_keep_their_size_where_v_is_scaled(tmp_path, family):
     block = first_block(FAMILIES[family], tmp_path)
     fold = next(f for f in Finder().find(block) if f.producer.rows is not None and "down" not in f.readers[0].tensor)
     weight = next(w for w in block.weights if w.tensor == fold.producer.tensor)
-    Site(block, fold, dict.fromkeys(block.weights, GRID), {}).apply(torch.full((weight.shape[0],), 3.0))
+    FoldSite(block, fold, dict.fromkeys(block.weights, GRID), {}).apply(torch.full((weight.shape[0],), 3.0))
     rest = [row for row in range(weight.shape[0]) if row not in fold.producer.rows]
     assert torch.equal(block.target(weight)[rest], block.weight(weight)[rest])
     torch.testing.assert_close(
@@ -130,7 +130,7 @@ def test_a_kept_router_takes_powers_of_two_in_memory(tmp_path):
     fold = next(f for f in Finder().find(block) if "post_attention" in f.producer.tensor)
     router = next(m for m in fold.readers if m.weight is None)
     before = block.matrix(router).clone()
-    Site(block, fold, dict.fromkeys(block.weights, GRID), {}).apply(torch.full((64,), 2.0))
+    FoldSite(block, fold, dict.fromkeys(block.weights, GRID), {}).apply(torch.full((64,), 2.0))
     assert torch.equal(block.matrix(router), before * 2)
     assert set(block.scales.columns) == {m.weight for m in fold.readers} - {None}
 

@@ -10,7 +10,7 @@ from halfbyte.models.collect import collect
 from halfbyte.models.walk import Walk
 from halfbyte.transforms import TRANSFORMS, Settings
 from halfbyte.transforms.fold import Finder
-from halfbyte.transforms.scale import Site
+from halfbyte.transforms.scale import FoldSite
 from halfbyte.transforms.smoothquant import smoothquant
 from models.families import FAMILIES
 
@@ -101,7 +101,7 @@ def test_the_search_for_alpha_leaves_no_trace(tmp_path):
     known = {w: (s.hessian.clone(), *s.activation_stats) for w, s in statistics.items()}
     before = {t: block.view(t).clone() for t in block.tensors}
     folds = Finder().find(block)
-    assert [smoothquant(Site(block, fold, of, statistics), Settings()) for fold in folds]
+    assert [smoothquant(FoldSite(block, fold, of, statistics), Settings()) for fold in folds]
     assert all(torch.equal(block.view(t), value) for t, value in before.items())
     assert all(
         torch.equal(*pair)
@@ -128,7 +128,7 @@ def test_the_search_for_alpha_runs_the_block_six_times_for_a_fold_and_once_for_a
     block = uneven_block("llama", tmp_path)
     of = dict.fromkeys(block.weights, schemes.parse("int8-tensor/int8-static"))
     statistics = collect(block, set(of), block.walk.inputs)
-    sites = [Site(block, fold, of, statistics, reference) for reference in ([],) for fold in Finder().find(block)]
+    sites = [FoldSite(block, fold, of, statistics, reference) for reference in ([],) for fold in Finder().find(block)]
     runs, run = [], block.run
     monkeypatch.setattr(block, "run", lambda hidden, batch: runs.append(batch) or run(hidden, batch))
     assert all(0.4 <= smoothquant(site, Settings()).about["alpha"] <= 1 for site in sites)

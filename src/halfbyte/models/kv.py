@@ -24,7 +24,7 @@ from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.skeleton import Place
 
 KV = Float[Tensor, "batch heads tokens dim"]
-Through = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+CacheHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Keys and values on their way into a cache."""
 NAMES = ("past_key_values", "layer_past", "past_key_value")
 """What families call the cache that an attention is given."""
@@ -32,10 +32,10 @@ SAMPLED = 1024
 """Tokens of a head whose values are kept for ranges that look at all of them."""
 
 
-class Door:
+class CacheProxy:
     """Stands where an attention expects its cache; what goes in passes through a function first."""
 
-    def __init__(self, through: Through, cache: Cache | None, model: PreTrainedModel):
+    def __init__(self, through: CacheHook, cache: Cache | None, model: PreTrainedModel):
         self.through, self.cache, self.model = through, cache, model
 
     def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ class Door:
 
 
 @contextmanager
-def doors(model: PreTrainedModel, throughs: dict[nn.Module, Through]) -> Iterator[None]:
+def cache_proxies(model: PreTrainedModel, throughs: dict[nn.Module, CacheHook]) -> Iterator[None]:
     """While this lasts, what these attentions cache goes through their functions."""
     handles = [put(model, attention, through) for attention, through in throughs.items()]
     try:
@@ -60,14 +60,14 @@ def doors(model: PreTrainedModel, throughs: dict[nn.Module, Through]) -> Iterato
             handle.remove()
 
 
-def put(model: PreTrainedModel, attention: nn.Module, through: Through):
-    """A door before the attention's cache; returns the handle that removes it."""
+def put(model: PreTrainedModel, attention: nn.Module, through: CacheHook):
+    """Have a proxy stand before the attention's cache; returns the handle that removes it."""
     signature = inspect.signature(attention.forward)
     name = _name(attention)
 
     def give(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         bound = signature.bind_partial(*args, **kwargs)
-        bound.arguments[name] = Door(through, bound.arguments.get(name), model)
+        bound.arguments[name] = CacheProxy(through, bound.arguments.get(name), model)
         return bound.args, bound.kwargs
 
     return attention.register_forward_pre_hook(give, with_kwargs=True)
@@ -135,7 +135,7 @@ def blank(checkpoint: Checkpoint, grid: KVGrid) -> KVCache:
     return KVCache(grid, dict.fromkeys(found, scale), dict.fromkeys(found, scale), any(map(is_latent, found.values())))
 
 
-def rounded(key: ActivationQuant, value: ActivationQuant) -> Through:
+def rounded(key: ActivationQuant, value: ActivationQuant) -> CacheHook:
     """What comes back is what an engine reads from its cache."""
     return lambda k, v: (key.round(k), value.round(v))
 
@@ -145,7 +145,7 @@ def is_latent(attention: nn.Module) -> bool:
     return hasattr(attention, "kv_lora_rank")
 
 
-class Heads:
+class KVObserver:
     """Keys or values of one attention: what those of each head range over, and some of them."""
 
     def __init__(self):

@@ -18,7 +18,7 @@ from halfbyte.grids.grid import Grid, Params
 from halfbyte.grids.quantized import Quantized
 from halfbyte.solvers.statistics import Statistics
 
-SHARE = 0.5
+ALPHA = 0.5
 LAZY = 128
 """In-features per block: what a block makes up for outside of itself is one matrix product."""
 
@@ -30,7 +30,7 @@ def gptq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Quan
     on bookworm-6m .0306 in place of .0321 with int3-g128-asym, .214 of .222 with int2-g128-asym), and more for large
     weights: least squares would rather clip them, all in the same direction (.0287 and .165).
     """
-    params = grid.fit(w, magnitude_weights(w).mul_(statistics.conditional(grid.vector_size)))
+    params = grid.fit(w, magnitude_weights(w).mul_(statistics.conditional_variance(grid.vector_size)))
     return Quantized(grid, solve(w, grid, params, statistics), params)
 
 
@@ -47,7 +47,7 @@ def gptaq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Qua
     Half of the correction: on bookworm-6m the whole of it fits the calibration text too well (int3-g128-asym, KL .0323
     without, .0291 at a half, .0305 at the whole).
     """
-    return gptq(statistics.corrected(w, SHARE), grid, statistics)
+    return gptq(statistics.asymmetric_target(w, ALPHA), grid, statistics)
 
 
 def solve(w: Float[Tensor, "out in"], grid: Grid, params: Params, statistics: Statistics) -> UInt8[Tensor, "out in"]:

@@ -14,7 +14,7 @@ from halfbyte.grids.activations import ActivationStats
 
 DAMPING = 0.01
 SAMPLED = 32
-"""Every which token is kept whole."""
+"""One token in so many is kept whole, for ranges of activations and their errors."""
 STRIPES, STRIPE = 8, 512
 ERROR_PRODUCTS = 1 << 31
 """Multiplications that an error estimate may cost: 512 rows of a 2048-wide matrix, or 32 rows of an 8192-wide one."""
@@ -150,13 +150,13 @@ class Statistics:
             raise NotPositive
         return self._factor
 
-    def conditional(self, step: int = 1) -> Float32[Tensor, " width"]:
+    def conditional_variance(self, step: int = 1) -> Float32[Tensor, " width"]:
         """Variance of each in-feature given those that are rounded after it: what is left of its importance when they
         make up for it."""
         order, _, diagonal = self.factor(step)
         return torch.empty_like(diagonal).index_copy_(0, order, diagonal.square() / max(self.tokens, 1))
 
-    def corrected(self, w: Float[Tensor, "out width"], share: float) -> Float32[Tensor, "out width"]:
+    def asymmetric_target(self, w: Float[Tensor, "out width"], share: float) -> Float32[Tensor, "out width"]:
         """w + share * w D H^-1, D the drift: the weight whose outputs on the inputs as they are come nearer to the
         outputs of `w` on the inputs as they were before anything was quantized (least squares, at a share of 1)."""
         if self.drift is None:

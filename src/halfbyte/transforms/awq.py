@@ -11,12 +11,12 @@ from torch import Tensor
 
 from halfbyte.models.checkpoint import Weight
 from halfbyte.solvers.statistics import ERROR_PRODUCTS, sample_rows
-from halfbyte.transforms.scale import Chosen, Settings, Site
+from halfbyte.transforms.scale import FoldSite, ScaleChoice, Settings
 
 EXPONENTS = [k / 10 for k in range(11)]
 
 
-def awq(site: Site, settings: Settings) -> Chosen:
+def awq(site: FoldSite, settings: Settings) -> ScaleChoice:
     """The scale under which the readers' weights lose least."""
     importance = (
         torch.stack([site.statistics[w].importance * site.statistics[w].tokens for w in site.readers]).sum(0).sqrt()
@@ -30,10 +30,10 @@ def awq(site: Site, settings: Settings) -> Chosen:
         plain = error if number == 0 else plain  # exponent 0 is no scale at all
         if error < best_error:
             best, best_error = candidate, error
-    return Chosen(best, {"error": best_error / max(plain, 1e-30)})
+    return ScaleChoice(best, {"error": best_error / max(plain, 1e-30)})
 
 
-def _error(site: Site, weight: Weight, scale: Float32[Tensor, " in"]) -> float:
+def _error(site: FoldSite, weight: Weight, scale: Float32[Tensor, " in"]) -> float:
     grid, statistics = site.schemes[weight].weight, site.statistics[weight]
     w = site.block.target(weight)
     every = w.shape[0]

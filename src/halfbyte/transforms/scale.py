@@ -30,7 +30,7 @@ class Settings:
     """What stored scales of inputs span: a key of `halfbyte.grids.activations.OBSERVERS`."""
 
 
-class Chosen(NamedTuple):
+class ScaleChoice(NamedTuple):
     """A scale per row of the producer, and what says how good it is."""
 
     scale: Float32[Tensor, " rows"]
@@ -39,7 +39,7 @@ class Chosen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Site:
+class FoldSite:
     """Where a scale is to be chosen: a fold of a block, and what is known of the weights that take part."""
 
     block: Block
@@ -58,10 +58,10 @@ class Site:
         ]
 
     @cached_property
-    def made(self) -> Weight | None:
+    def producer_weight(self) -> Weight | None:
         """The producer, if it is a linear that is to be rounded."""
-        made = weight_of(self.block, self.fold.producer)
-        return made if made and made in self.schemes else None
+        producer_weight = weight_of(self.block, self.fold.producer)
+        return producer_weight if producer_weight and producer_weight in self.schemes else None
 
     def per_row(self, channels: Float32[Tensor, " channels"], reduce: str = "mean") -> Float32[Tensor, " rows"]:
         """Of the channels that a row of the producer makes: several where query heads share values, one elsewhere.
@@ -82,7 +82,7 @@ class Site:
         it."""
         scale = scale / (scale.max() * scale.min()).sqrt()
         exact = all(m.weight in self.schemes for m in self.fold.readers) and (
-            self.fold.producer.rows is None or self.made is not None
+            self.fold.producer.rows is None or self.producer_weight is not None
         )
         return scale if exact else 2.0 ** scale.log2().round()
 
@@ -92,9 +92,9 @@ class Site:
         Returns what the readers' columns are multiplied by: a norm that is rounded to 16 bits has a part in it.
         """
         block, producer = self.block, self.fold.producer
-        if self.made:
+        if self.producer_weight:
             scale = only_used(producer, scale)
-            block.scales.divide_rows(self.made, scale)
+            block.scales.divide_rows(self.producer_weight, scale)
             if producer.bias in block.tensors:
                 bias = block.view(producer.bias)
                 bias.copy_(bias.float() / scale)
@@ -112,7 +112,7 @@ class Site:
         return channels
 
 
-Choose = Callable[[Site, Settings], Chosen | None]
+Choose = Callable[[FoldSite, Settings], ScaleChoice | None]
 
 
 def scaled(
@@ -126,7 +126,7 @@ def scaled(
     """Fold what `choose` chooses wherever it is worth it. Returns what was done."""
     done, reference = [], []
     for fold in finder.find(block):
-        site = Site(block, fold, schemes, statistics, reference)
+        site = FoldSite(block, fold, schemes, statistics, reference)
         if site.readers and (chosen := choose(site, settings)) and chosen.about.get("error", 0.0) < WORTH:
             site.apply(chosen.scale)
             done.append({"producer": fold.producer.tensor, "readers": [m.tensor for m in fold.readers], **chosen.about})

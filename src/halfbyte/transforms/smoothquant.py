@@ -14,7 +14,7 @@ from halfbyte.grids.activations import ActivationQuant, ActivationStats
 from halfbyte.models.checkpoint import Weight
 from halfbyte.solvers.nearest import nearest
 from halfbyte.solvers.statistics import Diagonal
-from halfbyte.transforms.scale import Chosen, Settings, Site
+from halfbyte.transforms.scale import FoldSite, ScaleChoice, Settings
 
 COARSE, STEP = (0.5, 0.7, 0.9), 0.1
 """Strengths that are tried first, and how far the best one's neighbours lie from it: a search that is right where the
@@ -26,7 +26,7 @@ same model, w8a8: .000447 and .000449 with gptq, .00051 and .00049 without, stan
 all of gptq."""
 
 
-def smoothquant(site: Site, settings: Settings) -> Chosen | None:
+def smoothquant(site: FoldSite, settings: Settings) -> ScaleChoice | None:
     """The scale at the alpha asked for, or at the best one; None where no input is rounded."""
     readers = [w for w in site.readers if site.schemes[w].activations]
     if not readers:
@@ -38,7 +38,7 @@ def smoothquant(site: Site, settings: Settings) -> Chosen | None:
         return site.even(x**alpha / w ** (1 - alpha))
 
     if settings.alpha is not None:
-        return Chosen(at(settings.alpha), {"alpha": settings.alpha})
+        return ScaleChoice(at(settings.alpha), {"alpha": settings.alpha})
     if not site.reference:
         site.reference.append(_output(site, None, None))
 
@@ -49,7 +49,7 @@ def smoothquant(site: Site, settings: Settings) -> Chosen | None:
     valley = min(errors, key=errors.__getitem__)
     errors |= {alpha: lost(at(alpha)) for alpha in (round(valley - STEP, 1), round(valley + STEP, 1))}
     best = min(errors, key=errors.__getitem__)
-    return Chosen(at(best), {"alpha": best, "error": errors[best] / max(lost(None), 1e-30)})
+    return ScaleChoice(at(best), {"alpha": best, "error": errors[best] / max(lost(None), 1e-30)})
 
 
 def _largest(seen: ActivationStats) -> Float32[Tensor, " in"]:
@@ -57,15 +57,15 @@ def _largest(seen: ActivationStats) -> Float32[Tensor, " in"]:
     return torch.maximum(seen.low.abs(), seen.high.abs())
 
 
-def _output(site: Site, scale: Float32[Tensor, " rows"] | None, ranges: str | None) -> Tensor:
+def _output(site: FoldSite, scale: Float32[Tensor, " rows"] | None, ranges: str | None) -> Tensor:
     """What the block returns on a batch under a scale, in float32; with `ranges`, its readers' inputs and all weights
     of the fold are rounded to nearest, without a search for scales. The block is as it was afterwards."""
     block, fold = site.block, site.fold
-    takes_part = {*site.readers, *([site.made] if site.made else [])}
+    takes_part = {*site.readers, *([site.producer_weight] if site.producer_weight else [])}
     moved = takes_part | block.scales.weights  # scales of earlier folds are not in memory yet
     changed = [fold.producer.tensor, fold.producer.bias, *(m.tensor for m in fold.readers), *(w.tensor for w in moved)]
     with block.trial(*changed):
-        channels = torch.ones(()) if scale is None else Site(block, fold, site.schemes, {}).apply(scale)
+        channels = torch.ones(()) if scale is None else FoldSite(block, fold, site.schemes, {}).apply(scale)
         for weight in moved:
             w = block.target(weight)
             if ranges and weight in takes_part:
@@ -76,7 +76,7 @@ def _output(site: Site, scale: Float32[Tensor, " rows"] | None, ranges: str | No
         return block.run(block.walk.inputs[BATCH], BATCH).float()
 
 
-def _rounded(site: Site, weight: Weight, w: Tensor, channels: Tensor) -> Float32[Tensor, "out in"]:
+def _rounded(site: FoldSite, weight: Weight, w: Tensor, channels: Tensor) -> Float32[Tensor, "out in"]:
     """The weight rounded to nearest, weighted by what it reads under the scale."""
     known = site.statistics.get(weight)
     scale = channels if weight in site.readers else torch.ones(())
@@ -85,7 +85,7 @@ def _rounded(site: Site, weight: Weight, w: Tensor, channels: Tensor) -> Float32
     ).decode()
 
 
-def _activation_quant(site: Site, weight: Weight, channels: Tensor, ranges: str) -> ActivationQuant | None:
+def _activation_quant(site: FoldSite, weight: Weight, channels: Tensor, ranges: str) -> ActivationQuant | None:
     """How the inputs are rounded that `weight` reads under the scale."""
     grid, seen = site.schemes[weight].activations, site.statistics[weight].activation_stats
     return (
