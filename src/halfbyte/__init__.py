@@ -7,9 +7,9 @@
 >>> halfbyte.evaluate(["model-int4"], against="org/model")
 >>> model = halfbyte.load("model-int4")
 
-quantize, convert, dequantize and kv write checkpoints; evaluate, needle and inspect measure them; page shows them in a
-browser, push puts one on the hub; imatrix writes an importance matrix; load gives a Transformers model. Whatever is
-wrong with a request is a HalfbyteError, whose text is one line.
+quantize, convert, dequantize and kv write checkpoints; evaluate, needle, blame, inspect and compare measure them; page
+shows them in a browser, push puts one on the hub; imatrix writes an importance matrix; load gives a Transformers model.
+Whatever is wrong with a request is a HalfbyteError, whose text is one line.
 """
 
 from importlib import import_module
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.api import (
         advise,
+        blame,
+        compare,
         convert,
         dequantize,
         evaluate,
@@ -41,6 +43,8 @@ __all__ = [
     "HalfbyteError",
     "Recipe",
     "advise",
+    "blame",
+    "compare",
     "convert",
     "dequantize",
     "evaluate",

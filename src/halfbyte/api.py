@@ -12,6 +12,7 @@ from halfbyte.errors import BadRequest
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.models import adapter as adapters
 from halfbyte.models import calibrate, heads
+from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.placement import Placement
 from halfbyte.models.stamp import origin
@@ -19,9 +20,11 @@ from halfbyte.pipeline import convert, dequantize
 from halfbyte.progress import Progress, shown
 from halfbyte.publish import push
 from halfbyte.recipe import METHODS, Calibration, CalibrationWords, Recipe, meaning
-from halfbyte.report import lineage, measured
+from halfbyte.report import lineage, measured, written
+from halfbyte.report.compare import compare
+from halfbyte.report.gate import limits
 from halfbyte.report.inspect import inspect
-from halfbyte.report.types import CacheReport, Evaluation, ImatrixReport, Needle, Plan, Report, StatesEvaluation
+from halfbyte.report.types import Blame, CacheReport, Evaluation, ImatrixReport, Needle, Plan, Report, StatesEvaluation
 from halfbyte.sizing import advice
 from halfbyte.sizing.question import question
 from halfbyte.sizing.types import Advice
@@ -139,6 +142,8 @@ def evaluate(
     kv: Sequence[str] = ("stored",),
     adapter: str | Path | None = None,
     foreign: bool = False,
+    noise_floor: bool = False,
+    gate: str | None = None,
     progress: Progress | bool = False,
     device: str = AUTO,
 ) -> Evaluation | StatesEvaluation:
@@ -154,10 +159,12 @@ def evaluate(
     against the source.
 
     `foreign`: compare a model with another than its report names as its source too, or with one whose tokenizer has
-    other tokens; else that raises BadRequest. The card never shows such a comparison. `device`: what runs the models,
-    as in `quantize`.
+    other tokens; else that raises BadRequest. The card never shows such a comparison. `noise_floor`: measure the
+    original in bfloat16 against itself, too. `gate`: limits such as "kl=0.05,flips=2%", of
+    `halfbyte.report.gate.MEASURES`; `gates` of the result says which hold. `device`: what runs the models, as in
+    `quantize`.
     """
-    chosen = device_named(device)
+    chosen, held_to = device_named(device), limits(gate) if gate else []
     from halfbyte.evaluation import divergence, states
     from halfbyte.kv_cache import with_cache
 
@@ -168,9 +175,7 @@ def evaluate(
     placement = Placement.on(chosen)
     with shown(progress) as show:
         checkpoints = [reference, *(with_cache(model, kind, show, placement) for model, kind in kinds)]
-        taken = calibrate.evaluation(
-            reference, str(demo.HELDOUT) if text == "heldout" else text, length, windows, rule.begin
-        )
+        taken = calibrate.evaluation(reference, _text(text), length, windows, rule.begin)
         predicts = states.predicts(checkpoints)
         if predicts:
             rows = divergence.compare(
@@ -179,20 +184,13 @@ def evaluate(
                 rule.first(length, len(taken.stream.opening)),
                 progress=show,
                 placement=placement,
+                noise_floor=noise_floor,
             )
         else:
             rows = states.compare(checkpoints, taken.tokens, progress=show, placement=placement)
-    conditions = {
-        "text": text,
-        "length": length,
-        "windows": len(taken.tokens),
-        "tokens_sha256": taken.digest,
-        "convention": rule.name,
-        "device": title(chosen),
-        "opening": list(taken.stream.opening_words),
-        **_about(reference),
-    }
-    result = measured.evaluation(conditions, checkpoints, rows, predicts)
+    conditions = _conditions(text, taken, rule.name, chosen, reference)
+    floor = rows.pop() if noise_floor and predicts else None
+    result = measured.evaluation(conditions, checkpoints, rows, predicts, floor, held_to)
     return result.model_copy(update={"warnings": measured.record(result, kinds, strangers)})
 
 
@@ -229,7 +227,7 @@ def needle(
         checkpoints = [with_cache(model, kind, show, placement) for model, kind in kinds]
         rows = measure(
             [reference, *checkpoints],
-            str(demo.HELDOUT) if text == "heldout" else text,
+            _text(text),
             lengths,
             depths,
             facts,
@@ -248,6 +246,72 @@ def needle(
     }
     result = measured.needle(conditions, [reference, *checkpoints], rows)
     return result.model_copy(update={"warnings": measured.record_needle(result, kinds, strangers)})
+
+
+def blame(
+    model: str | Path,
+    against: str | Path,
+    text: str = "heldout",
+    length: int = 512,
+    windows: int | None = 8,
+    blocks: int = 3,
+    adapter: str | Path | None = None,
+    foreign: bool = False,
+    progress: Progress | bool = False,
+    device: str = AUTO,
+) -> Blame:
+    """Which part of a quantized `model` costs what: each block, the embedding, the head and the KV cache are put back
+    as `against` has them, one at a time, and what that takes off the KL divergence is measured; then each weight of
+    those `blocks` that gave back most.
+
+    Weights that share a scale (of awq or smoothquant) are put back together. Parts need not add up to the whole.
+    `text`, `length`, `windows`, `adapter`, `foreign` and `device` are as in `evaluate`. The result is also written into
+    the model's report.json. Raises HalfbyteError.
+    """
+    chosen = device_named(device)
+    from halfbyte.evaluation import states
+    from halfbyte.evaluation.blame import blame as measure
+
+    rule = convention_named("served")
+    reference, checkpoint = _reference(against, adapter), heads.settled(Checkpoint.open(model))
+    strangers = _strangers(reference, [model], foreign)
+    taken = calibrate.evaluation(reference, _text(text), length, windows, rule.begin)
+    if not states.predicts([reference, checkpoint]):
+        raise BadRequest(f"{checkpoint.path} predicts no tokens, and predictions are what blame compares")
+    with shown(progress) as show:
+        found = measure(
+            checkpoint,
+            reference,
+            taken.tokens,
+            rule.first(length, len(taken.stream.opening)),
+            blocks,
+            measured.folds(checkpoint),
+            show,
+            Placement.on(chosen),
+        )
+    result = measured.blame(_conditions(text, taken, rule.name, chosen, reference), checkpoint, found)
+    unwritten = [] if strangers else written.add(checkpoint.path, blame=result)
+    return result.model_copy(update={"warnings": unwritten})
+
+
+def _text(name: str) -> str:
+    return str(demo.HELDOUT) if name == "heldout" else name
+
+
+def _conditions(
+    text: str, taken: Windows, convention: str, device: "torch.device", reference: Checkpoint
+) -> dict[str, Any]:
+    """Of a measurement, for the report."""
+    return {
+        "text": text,
+        "length": taken.tokens.shape[1],
+        "windows": len(taken.tokens),
+        "tokens_sha256": taken.digest,
+        "convention": convention,
+        "device": title(device),
+        "opening": list(taken.stream.opening_words),
+        **_about(reference),
+    }
 
 
 def _reference(against: str | Path, adapter: str | Path | None) -> Checkpoint:
@@ -360,6 +424,8 @@ def load(
 
 __all__ = [
     "advise",
+    "blame",
+    "compare",
     "convert",
     "dequantize",
     "evaluate",

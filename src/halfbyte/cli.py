@@ -26,9 +26,10 @@ from halfbyte.evaluation.conventions import CONVENTIONS, convention_named
 from halfbyte.formats import cache_parts
 from halfbyte.progress import shown
 from halfbyte.recipe import METHODS, OTHER_COMMANDS, Calibration, Entries, Recipe, meaning, method_named
+from halfbyte.report.gate import MEASURES, limits
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.summary import headline, size, worst, worst_activations
-from halfbyte.report.types import Evaluation, Part, Plan, Report
+from halfbyte.report.types import Evaluation, Part, Plan, Report, StatesEvaluation
 from halfbyte.sizing.accounting import ACCOUNTINGS
 from halfbyte.sizing.cache import TYPES
 from halfbyte.sizing.choices import choices
@@ -52,7 +53,7 @@ from halfbyte.words import (
 )
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
-INTERRUPTED, BUG = 130, 70
+INTERRUPTED, BUG, GATE_BROKEN = 130, 70, 1
 CHOSEN = frozenset({"grid", "method", "to", "engine", "pure", "override"})
 """Entries of a recipe that choose a scheme."""
 UsageError: Any = typer.BadParameter.__mro__[1]  # of click, which some versions of typer bear within themselves
@@ -311,8 +312,13 @@ def evaluate(
     ],
     against: Annotated[str, typer.Option(help="The original.")],
     text: Annotated[
-        str, typer.Option(help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text.")
-    ] = "heldout",
+        list[str] | None,
+        typer.Option(
+            help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text; several are "
+            "measured one by one.",
+            show_default="heldout",
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
     convention: Annotated[
@@ -327,35 +333,55 @@ def evaluate(
     ] = None,
     adapter: Adapter = None,
     foreign: Foreign = False,
+    noise_floor: Annotated[
+        bool, typer.Option("--noise-floor", help="Measure the original in bfloat16 against itself, too.")
+    ] = False,
+    gate: Annotated[
+        str | None,
+        typer.Option(
+            help="Limits such as kl=0.05,flips=2%; exit code 1 where one does not hold. "
+            + "; ".join(f"{name}: {measure.about}" for name, measure in MEASURES.items())
+            + "."
+        ),
+    ] = None,
     device: Device = AUTO,
     as_json: Json = False,
 ) -> None:
-    """Perplexity, and divergence from the original on the same tokens."""
+    """Perplexity, and divergence from the original on the same tokens.
+
+    halfbyte eval model-int4 --against org/model --gate kl=0.05
+    """
     convention_named(convention)
     _require_caches(*(kv or ()))
+    if gate:
+        limits(gate)
     from halfbyte.api import evaluate as run
 
-    result = run(
-        models,
-        against,
-        text,
-        length,
-        windows,
-        convention,
-        kv or ["stored"],
-        adapter,
-        foreign,
-        progress=not as_json,
-        device=device,
-    )
+    results = [
+        run(
+            models,
+            against,
+            name,
+            length,
+            windows,
+            convention,
+            kv or ["stored"],
+            adapter,
+            foreign,
+            noise_floor,
+            gate,
+            progress=not as_json,
+            device=device,
+        )
+        for name in text or ["heldout"]
+    ]
     if as_json:
-        _print_json(result)
-        return
-    begins = f", each begins with {''.join(result.opening)}" if result.opening else ""
-    out.print(
-        f"{plural(result.windows, 'window')} of {length} tokens of {text}, convention {result.convention}{begins}"
-    )
-    _show(display.evaluated(result) if isinstance(result, Evaluation) else display.states(result))
+        _print_json(results if len(results) > 1 else results[0])
+    else:
+        for result in results:
+            _show_measured(result)
+    gates = [gate for result in results if isinstance(result, Evaluation) for gate in result.gates]
+    raise typer.Exit(0 if all(gate.holds for gate in gates) else GATE_BROKEN)
 
 
 @app.command()
@@ -403,6 +429,61 @@ def needle(
         _print_json(result)
         return
     _show(display.needles(result))
+
+
+@app.command()
+def blame(
+    model: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
+    against: Annotated[str, typer.Option(help="The original.")],
+    text: Annotated[
+        str, typer.Option(help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text.")
+    ] = "heldout",
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Use only the first N windows.")] = 8,
+    blocks: Annotated[
+        int, typer.Option(min=0, help="Of how many blocks, those that cost most, each weight is tried too.")
+    ] = 3,
+    worst: Annotated[int, typer.Option(min=1, help="How many parts to list.")] = 10,
+    adapter: Adapter = None,
+    foreign: Foreign = False,
+    device: Device = AUTO,
+    as_json: Json = False,
+) -> None:
+    """Which part broke it? Each is put back as it was, and what that gives back is ranked.
+
+    halfbyte blame model-int4 --against org/model
+    """
+    from halfbyte.api import blame as run
+
+    result = run(model, against, text, length, windows, blocks, adapter, foreign, progress=not as_json, device=device)
+    if as_json:
+        _print_json(result)
+        return
+    out.print(f"{plural(result.windows, 'window')} of {length} tokens of {text}")
+    _show(display.blamed(result, worst))
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A checkpoint.")],
+    b: Annotated[str, typer.Argument(help="Another version of the same model.")],
+    values: Annotated[
+        bool, typer.Option(help="Read all tensors, for how far apart their values are; else headers and reports alone.")
+    ] = True,
+    worst: Annotated[int, typer.Option(min=0, help="How many tensors to list.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Two runs or checkpoints side by side: tensors, bytes, errors, losses.
+
+    halfbyte compare model-int4 model-Q4_K_M.gguf
+    """
+    from halfbyte.api import compare as run
+
+    found = run(a, b, values, progress=not as_json)
+    if as_json:
+        _print_json(found)
+        return
+    _show(display.compared(found, worst))
 
 
 @app.command()
@@ -671,6 +752,15 @@ def _show_engines(report: Report, output: Path) -> None:
         )
 
 
+def _show_measured(result: Evaluation | StatesEvaluation) -> None:
+    begins = f", each begins with {''.join(result.opening)}" if result.opening else ""
+    out.print(
+        f"{plural(result.windows, 'window')} of {result.length} tokens of {result.text}, convention "
+        f"{result.convention}{begins}"
+    )
+    _show(display.evaluated(result) if isinstance(result, Evaluation) else display.states(result))
+
+
 def _show(parts: Sequence[Table | str]) -> None:
     for part in parts:
         out.print(part)
@@ -693,8 +783,11 @@ def main(words: Sequence[str] | None = None) -> None:
     stop = Stop()
     speak_any_language()
     try:
-        if app(args=words, prog_name="halfbyte", standalone_mode=False) == INTERRUPTED:
+        code = app(args=words, prog_name="halfbyte", standalone_mode=False)
+        if code == INTERRUPTED:
             raise KeyboardInterrupt  # typer swallows it and returns this number
+        if code == GATE_BROKEN:
+            sys.exit(code)
     except HalfbyteError as error:
         _refuse(str(error))
     except UsageError as error:

@@ -9,7 +9,9 @@ from rich import box
 from rich.table import Table
 
 from halfbyte.report.types import (
+    Blame,
     CacheReport,
+    Comparison,
     DemoRow,
     Divergence,
     Evaluation,
@@ -121,9 +123,14 @@ def evaluated(result: Evaluation) -> list[Table | str]:
         table(["model", "half", "99 %", "all", "chance"], tails),
         *(_verdict(name, row) for name, row in zip(names, models, strict=True)),
     ]
+    if floor := result.noise_floor:
+        shown.append(f"noise floor, the original in bfloat16 against itself: {with_error(floor.kl, floor.kl_error, 5)}")
     for name, row in zip(names, models, strict=True):
         if row.kl_minus_first:
             shown.append(f"KL of {name} minus that of {names[0]}: {_signed(*row.kl_minus_first, 5)}")
+    for gate in result.gates:
+        words = "holds" if gate.holds else "does not hold"
+        shown.append(f"gate {gate.name} at most {gate.limit:g}: {gate.value:.5g} of {Path(gate.path).name} {words}")
     return [*shown, *(f"note: {warning}" for warning in result.warnings)]
 
 
@@ -222,6 +229,90 @@ def demonstrated(rows: Sequence[DemoRow]) -> list[Table | str]:
         "KL: what a token's prediction differs from the original's, ± its standard error;",
         "same: how often the most likely next word is the original's; s: seconds of quantizing",
     ]
+
+
+def blamed(result: Blame, count: int) -> list[Table | str]:
+    """The `count` parts of each kind that give back most, first those that are in no block of the model."""
+    weights = [part for part in result.parts if part.kind == "weight"]
+    large = [part for part in result.parts if part.kind != "weight"]
+    whole, _ = result.kl
+    shown: list[Table | str] = [
+        f"{Path(result.path).name}: KL to the original {with_error(*result.kl, 5)} nats; what of that goes "
+        "where one part is put back as it was"
+    ]
+    for kind, parts in (("part", large), ("weight", weights)):
+        shared, names = without_prefix([_in_short(part.name) for part in parts[:count]])
+        rows = []
+        for name, part in zip(names, parts, strict=False):
+            share = f"{100 * part.kl[0] / whole:.1f} %" if whole else ""
+            error = "" if part.error is None else f"{part.error:.4f}"
+            rows.append((name, with_error(*part.kl, 5), share, error))
+        if rows:
+            shown += [
+                *([f"{kind}s begin with {shared}"] if shared else []),
+                table([kind, "gives back, nats", "of all", "error"], rows),
+            ]
+    first = large[0] if large else None
+    if first and whole:
+        shown.append(f"{first.name} ({first.kind}) costs most: {100 * first.kl[0] / whole:.0f} % of what is lost")
+    shown.append(
+        "error: the largest relative error of its weights, as the run reported it; parts need not add up to 100 %"
+    )
+    return [*shown, *(f"note: {warning}" for warning in result.warnings)]
+
+
+def _in_short(names: str) -> str:
+    """Several names, with what they all begin with once."""
+    shared, rest = without_prefix(names.split(", "))
+    return shared + ", ".join(rest)
+
+
+def compared(found: Comparison, count: int) -> list[Table | str]:
+    """Two checkpoints: their sizes, the `count` tensors that are furthest apart, and what each lost."""
+    a, b = found.a, found.b
+    rows = [
+        (name, c.path, c.container or "not quantized", f"{c.size_bytes / 1e6:.2f}", f"{c.bits_per_parameter:.3f}")
+        for name, c in (("A", a), ("B", b))
+    ]
+    shown: list[Table | str] = [
+        table(["", "checkpoint", "container", "MB", "bits"], rows, words=3),
+        f"B takes {100 * (b.size_bytes / a.size_bytes - 1):+.1f} % of A's bytes",
+        *(f"{name}: {mine} in A, {its} in B" for name, (mine, its) in found.recipes.items()),
+    ]
+    same = sum(t.difference == 0 for t in found.tensors)
+    changed = [t for t in found.tensors if t.difference or None in t.stored_as or t.stored_as[0] != t.stored_as[1]]
+    known = any(t.difference is not None for t in found.tensors)
+    shown.append(
+        f"{len(found.tensors)} tensors"
+        + (f", {same} with the same values" if known else f", {len(changed)} stored otherwise")
+    )
+    changed.sort(key=lambda t: (-(t.difference or 0), -abs(t.size_bytes[1] - t.size_bytes[0])))
+    prefix, names = without_prefix([t.name for t in changed[:count]])
+    cells = [
+        (
+            name,
+            " → ".join(dict.fromkeys(kind or "-" for kind in t.stored_as)),
+            f"{t.size_bytes[0] / 1e3:.1f} → {t.size_bytes[1] / 1e3:.1f}",
+            "" if t.difference is None else f"{t.difference:.4f}",
+            " → ".join("-" if error is None else f"{error:.4f}" for error in t.error) if any(t.error) else "",
+        )
+        for name, t in zip(names, changed[:count], strict=True)
+    ]
+    if cells:
+        shown += [
+            "furthest apart: distance of B's values from A's, relative; errors as the runs reported them"
+            + (f"; names begin with {prefix}" if prefix else ""),
+            table(["tensor", "stored as", "kB", "apart", "error"], cells, words=2),
+        ]
+    for mine, its in found.evaluations:
+        shown.append(
+            f"KL on {mine.windows} windows of {mine.length} tokens of {mine.text}: "
+            f"{with_error(mine.model.kl, mine.model.kl_error, 5)} → {with_error(its.model.kl, its.model.kl_error, 5)}; "
+            f"perplexity {mine.model.perplexity:.3f} → {its.model.perplexity:.3f}"
+        )
+    if not found.evaluations:
+        shown.append("no measurement of both on one text is in their reports: halfbyte eval A B --against ORIGINAL")
+    return [*shown, *(f"note: {warning}" for warning in found.warnings)]
 
 
 def cached(found: CacheReport) -> list[Table | str]:

@@ -23,24 +23,27 @@ HIDDEN_BYTES = 512e6
 """Hidden states of all models kept at once; a longer text is walked in slices."""
 LOGITS_BYTES, COPIES = 512e6, 4
 """Predictions in memory, and how many of one size there are at a time: the original's twice, and a model's as logits
-and as logarithms."""
+and as logarithms, or as these and as probabilities."""
 STRETCHES = 16
 """Parts of a window of which the divergence is told apart."""
 
 
 @dataclass
-class _Tokens:
+class Tokens:
     """Per scored token, [windows, positions]: what is known of one model."""
 
     nll: Tensor
     kl: Tensor
+    """From the original to this model: what is lost where the original is right."""
+    reverse_kl: Tensor
+    """From this model to the original: what this one says that the original would not."""
     same_top: Tensor
     change: Tensor
     """Of the probability of the token that came next."""
 
-    def cpu(self) -> "_Tokens":
+    def cpu(self) -> "Tokens":
         """The same in the CPU's memory."""
-        return _Tokens(*(getattr(self, field.name).cpu() for field in fields(self)))
+        return Tokens(*(getattr(self, field.name).cpu() for field in fields(self)))
 
 
 @torch.no_grad()
@@ -51,13 +54,16 @@ def compare(
     dtype: torch.dtype = torch.float32,
     progress: Progress = silent,
     placement: Placement | None = None,
+    noise_floor: bool = False,
 ) -> list[dict[str, Any]]:
     """A row of measures for each checkpoint, the first being the reference; rows after the second are also compared
-    with the second, pair by pair.
+    with the second, pair by pair. With `noise_floor`, one more row at the end: the reference computed in bfloat16.
 
     `first`: the first position of each window whose prediction is scored.
     """
-    per_token = _measure(checkpoints, windows, first, dtype, progress, placement)
+    runs = [(checkpoint, dtype) for checkpoint in checkpoints]
+    runs += [(checkpoints[0], torch.bfloat16)] if noise_floor else []
+    per_token = _measure(runs, windows, first, progress, placement)
     rows = [_summary(t, first, reference=i == 0) for i, t in enumerate(per_token)]
     for row, tokens in list(zip(rows, per_token, strict=True))[1:]:
         difference, error = mean_and_error(tokens.nll - per_token[0].nll)
@@ -73,58 +79,72 @@ def compare(
 
 
 def _measure(
-    checkpoints: Sequence[Checkpoint],
+    runs: Sequence[tuple[Checkpoint, torch.dtype]],
     windows: Tensor,
     first: int,
-    dtype: torch.dtype,
     progress: Progress,
     placement: Placement | None,
-) -> list[_Tokens]:
-    width = checkpoints[0].text_config.get("hidden_size") or checkpoints[0].text_config.get("n_embd") or 4096
-    at_once = max(1, int(HIDDEN_BYTES / (len(checkpoints) * windows.shape[1] * width * dtype.itemsize)))
-    parts: list[list[_Tokens]] = [[] for _ in checkpoints]
+) -> list[Tokens]:
+    at_once = windows_at_once(runs[0][0], windows.shape[1], sum(dtype.itemsize for _, dtype in runs))
+    parts: list[list[Tokens]] = [[] for _ in runs]
     slices = windows.split(at_once)
     for number, part in enumerate(slices):
-        walks = [Walk(c, part, dtype, placement, as_served=True) for c in checkpoints]
+        walks = [Walk(c, part, dtype, placement, as_served=True) for c, dtype in runs]
         for index, walk in enumerate(walks):
             for at, _ in enumerate(walk):
                 progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))
             walk.finish()
         progress("comparing predictions", number + 1, len(slices))
-        for collected, found in zip(parts, _scores(walks, first), strict=True):
+        for collected, found in zip(parts, scores(walks, first), strict=True):
             collected.append(found)
-    return [_joined(part) for part in parts]
+    return [joined(part) for part in parts]
 
 
-def _scores(walks: Sequence[Walk], first: int) -> list[_Tokens]:
-    """Of every walk against the first. Those whose head is the first's are compared in one go, the others each by
-    itself: two heads are in memory at most."""
-    alike = [walk for walk in walks if walk is walks[0] or walk.same_head(walks[0])]
-    found = dict(zip(map(id, alike), _compared(alike, first, shared=True), strict=True))
-    for walk in walks:
-        if id(walk) not in found:
-            found[id(walk)] = _compared([walks[0], walk], first, shared=False)[1]
-    return [found[id(walk)] for walk in walks]
+def windows_at_once(checkpoint: Checkpoint, length: int, itemsize: int) -> int:
+    """How many windows run side by side, if one number of a hidden state takes so many bytes in all the models."""
+    width = checkpoint.text_config.get("hidden_size") or checkpoint.text_config.get("n_embd") or 4096
+    return max(1, int(HIDDEN_BYTES / (length * width * itemsize)))
 
 
-def _compared(walks: Sequence[Walk], first: int, shared: bool) -> list[_Tokens]:
-    parts: list[list[_Tokens]] = [[] for _ in walks]
+def scores(walks: Sequence[Walk], first: int) -> list[Tokens]:
+    """Of every finished walk against the first. Those with one head are compared in one go: two heads are in memory at
+    most."""
+    groups: list[list[int]] = []
+    for number, walk in enumerate(walks):
+        if group := next((g for g in groups if walk.same_head(walks[g[0]])), None):
+            group.append(number)
+        else:
+            groups.append([number])
+    found: dict[int, Tokens] = {}
+    for group in groups:
+        alike = [walks[number] for number in group]
+        compared = _compared(walks[0], alike if group[0] else alike[1:], group[0] == 0, first)
+        found |= dict(zip([0, *group] if group[0] else group, compared, strict=True))
+    return [found[number] for number in range(len(walks))]
+
+
+def _compared(reference: Walk, walks: Sequence[Walk], share_its_head: bool, first: int) -> list[Tokens]:
+    """Of the reference, and of walks that have one head, which may be the reference's."""
+    parts: list[list[Tokens]] = [[] for _ in (reference, *walks)]
     with ExitStack() as heads:
-        predict = [
-            heads.enter_context(walk.head(walks[0] if shared and walk is not walks[0] else None)) for walk in walks
-        ]
-        for batch in range(1, len(walks[0].batches)):
-            tokens = walks[0].batches[batch]
-            rows: list[list[_Tokens]] = [[] for _ in walks]
-            for positions in _positions(walks[0], tokens.shape, first):
+        said = heads.enter_context(reference.head())
+        leader = reference if share_its_head else None
+        predict = []
+        for walk in walks:
+            predict.append(heads.enter_context(walk.head(leader)))
+            leader = leader or walk
+        for batch in range(1, len(reference.batches)):
+            tokens = reference.batches[batch]
+            rows: list[list[Tokens]] = [[] for _ in parts]
+            for positions in _positions(reference, tokens.shape, first):
                 following = tokens[:, positions.start + 1 : positions.stop + 1]
-                original = _Original(_said(predict[0](batch, positions)), following)
+                original = _Original(_said(said(batch, positions)), following)
                 rows[0].append(original.of_itself())
-                for collected, own in zip(rows[1:], predict[1:], strict=True):
+                for collected, own in zip(rows[1:], predict, strict=True):
                     collected.append(original.against(_said(own(batch, positions))))
             for collected, row in zip(parts, rows, strict=True):
-                collected.append(_joined(row, dim=1).cpu())
-    return [_joined(part) for part in parts]
+                collected.append(joined(row, dim=1).cpu())
+    return [joined(part) for part in parts]
 
 
 def _positions(walk: Walk, shape: Sequence[int], first: int) -> Iterator[slice]:
@@ -135,8 +155,9 @@ def _positions(walk: Walk, shape: Sequence[int], first: int) -> Iterator[slice]:
     return (slice(start, min(start + step, last)) for start in range(first, last, step))
 
 
-def _joined(parts: Sequence[_Tokens], dim: int = 0) -> _Tokens:
-    return _Tokens(*(torch.cat([getattr(part, field.name) for part in parts], dim) for field in fields(_Tokens)))
+def joined(parts: Sequence[Tokens], dim: int = 0) -> Tokens:
+    """Along windows, or positions (1)."""
+    return Tokens(*(torch.cat([getattr(part, field.name) for part in parts], dim) for field in fields(Tokens)))
 
 
 def _said(logits: Tensor) -> Tensor:
@@ -157,20 +178,23 @@ class _Original:
     def _chosen(self, said: Tensor) -> Tensor:
         return said.gather(-1, self.following)[..., 0]
 
-    def of_itself(self) -> _Tokens:
+    def of_itself(self) -> Tokens:
         zeros = torch.zeros_like(self.chosen)
-        return _Tokens(-self.chosen, zeros, torch.ones_like(zeros), zeros)
+        return Tokens(-self.chosen, zeros, zeros, torch.ones_like(zeros), zeros)
 
-    def against(self, own: Tensor) -> _Tokens:
+    def against(self, own: Tensor) -> Tokens:
         """Another model at these positions. `own` is spent: what is large here is the vocabulary, and fresh memory
         takes longer than the sums."""
         chosen = self._chosen(own)
         same_top = (own.gather(-1, self.top)[..., 0] == own.amax(-1)).float()
-        kl = own.sub_(self.said).mul_(self.probabilities).sum(-1).neg_().clamp_(min=0)
-        return _Tokens(-chosen, kl, same_top, chosen.exp() - self.chosen.exp())
+        probabilities = own.exp()
+        apart = own.sub_(self.said)
+        reverse_kl = probabilities.mul_(apart).sum(-1).clamp_(min=0)
+        kl = apart.mul_(self.probabilities).sum(-1).neg_().clamp_(min=0)
+        return Tokens(-chosen, kl, reverse_kl, same_top, chosen.exp() - self.chosen.exp())
 
 
-def _summary(tokens: _Tokens, first: int, reference: bool) -> dict[str, Any]:
+def _summary(tokens: Tokens, first: int, reference: bool) -> dict[str, Any]:
     nll, nll_error = mean_and_error(tokens.nll)
     perplexity = float(torch.tensor(nll).exp())
     row = {
@@ -184,7 +208,7 @@ def _summary(tokens: _Tokens, first: int, reference: bool) -> dict[str, Any]:
         flat = tokens.kl.flatten().double().sort().values
         top, top_error = mean_and_error(tokens.same_top)
         row |= {
-            "kl": kl, "kl_error": kl_error,
+            "kl": kl, "kl_error": kl_error, "reverse_kl": mean_and_error(tokens.reverse_kl),
             "kl_median": _quantile(flat, 0.5), "kl_p99": _quantile(flat, 0.99), "kl_max": float(flat[-1]),
             "kl_by_position": by_position(tokens.kl, first),
             "same_top": top, "same_top_error": top_error,

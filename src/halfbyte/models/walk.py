@@ -394,8 +394,18 @@ class Walk:
                 module.__dict__.pop("forward", None)
             skeleton.release(self.model, self.outside)
 
+    def ending_in(self, hidden: Stream) -> "Walk":
+        """This pass as if other hidden states had come out of the last block: for its `finish` and `head`."""
+        other = copy(self)
+        other.inputs, other._before_head = hidden, dict(self._before_head)
+        return other
+
     def same_head(self, other: "Walk") -> bool:
         """Whether this model's head is, bit for bit, that of another, whose tensors bear the same names."""
+        if self.model.dtype != other.model.dtype:
+            return False
+        if self.checkpoint is other.checkpoint:
+            return True
         homes = {self.ties.get(name, name) for name in self._of_head}
         tensors = [tensor for tensor, place in self.places.items() if place.parameter in homes]
         return (

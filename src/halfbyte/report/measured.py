@@ -4,15 +4,21 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halfbyte.errors import BadRequest
+from halfbyte.evaluation.blame import Found
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report import written
+from halfbyte.report.gate import Limit
 from halfbyte.report.inspect import counted
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.types import (
+    Blame,
+    Blamed,
     Conditions,
     Divergence,
     Evaluation,
     EvaluationRecord,
+    Gate,
     Measured,
     Needle,
     NeedleConditions,
@@ -20,6 +26,7 @@ from halfbyte.report.types import (
     NeedleRecord,
     Perplexity,
     Recalled,
+    Report,
     StateError,
     StatesEvaluation,
     StatesRecord,
@@ -30,17 +37,35 @@ Asked = tuple[str | Path, str]
 
 
 def evaluation(
-    conditions: Mapping[str, Any], checkpoints: Sequence[Checkpoint], rows: Sequence[dict[str, Any]], predicts: bool
+    conditions: Mapping[str, Any],
+    checkpoints: Sequence[Checkpoint],
+    rows: Sequence[dict[str, Any]],
+    predicts: bool,
+    noise_floor: dict[str, Any] | None = None,
+    limits: Sequence[Limit] = (),
 ) -> Evaluation | StatesEvaluation:
-    """The measures of each checkpoint, of which the first is the reference. Raises BrokenOutput for NaN."""
-    require_finite(list(rows), "evaluation")
+    """The measures of each checkpoint, of which the first is the reference; `noise_floor`, those of the reference in
+    bfloat16. Raises BrokenOutput for NaN."""
+    require_finite([*rows, noise_floor], "evaluation")
     reference, *models = [_named(checkpoint) | row for checkpoint, row in zip(checkpoints, rows, strict=True)]
     own = {name: value for name, value in reference.items() if name not in ("path", "kv")}
     if predicts:
         measured = [Divergence(**row) for row in models]
-        return Evaluation(**conditions, compared="predictions", reference=Perplexity(**own), models=measured)
+        known: dict[str, Any] = (
+            {"noise_floor": Divergence(**_named(checkpoints[0]), **noise_floor)} if noise_floor else {}
+        )
+        known |= {"gates": [_gate(row, limit) for row in measured for limit in limits]} if limits else {}
+        result = Evaluation(**conditions, compared="predictions", reference=Perplexity(**own), models=measured)
+        return result.model_copy(update=known)
+    if limits:
+        raise BadRequest(f"{checkpoints[0].path} predicts no tokens, and --gate limits what is lost of predictions")
     states = [StateError(**row) for row in models]
     return StatesEvaluation(**conditions, compared="last hidden states", reference=Measured(**own), models=states)
+
+
+def _gate(row: Divergence, limit: Limit) -> Gate:
+    value = limit.of(row)
+    return Gate(path=row.path, kv=row.kv, name=limit.name, limit=limit.value, value=value, holds=value <= limit.value)
 
 
 def _named(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -96,3 +121,24 @@ def record_needle(result: Needle, asked: Sequence[Asked], strangers: Collection[
             name = "foreign_needle" if model in strangers else "needle"
             warnings += written.add(Path(row.path), **{name: NeedleRecord(**conditions, model=row)})
     return warnings
+
+
+def blame(conditions: Mapping[str, Any], checkpoint: Checkpoint, found: Found) -> Blame:
+    """What each part costs, beside the errors that the run reported. Raises BrokenOutput for NaN."""
+    report = written.known(checkpoint.path)
+    rows = report.weights if isinstance(report, Report) else []
+    parts = []
+    for part in found.parts:
+        trial = part.trial
+        own = [row.error for row in rows if row.name in trial.weights or row.name.startswith(f"{trial.name}.")]
+        parts.append(Blamed(name=trial.name, kind=trial.kind, kl=part.kl, error=max(own, default=None)))
+    result = Blame(**conditions, compared="predictions", path=str(checkpoint.path), kl=found.kl, parts=parts)
+    require_finite(result.as_dict(), "blame")
+    return result
+
+
+def folds(checkpoint: Checkpoint) -> list[list[str]]:
+    """The modules that share a scale, as the report beside a checkpoint says."""
+    report = written.known(checkpoint.path)
+    found = report.folds if isinstance(report, Report) else []
+    return [[name.removesuffix(".weight") for name in (fold.producer, *fold.readers)] for fold in found]

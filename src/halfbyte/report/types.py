@@ -325,6 +325,8 @@ class Divergence(Perplexity, frozen=True):
     """The KV cache that it ran with; None: in 16 bits."""
     kl: float
     kl_error: float | None
+    reverse_kl: Mean | None = None
+    """From the model to the reference: what it says that the reference would not."""
     kl_median: float
     kl_p99: float
     kl_max: float
@@ -357,11 +359,26 @@ class StateError(Measured, frozen=True):
     cosine_min: float
 
 
+class Gate(Part, frozen=True):
+    """A limit that a model was to keep to."""
+
+    path: str
+    kv: str | None = None
+    name: str
+    limit: float
+    value: float
+    holds: bool
+
+
 class Evaluation(Conditions, frozen=True):
     """Models of which predictions were compared with the reference's."""
 
     reference: Perplexity
+    noise_floor: Divergence | None = None
+    """The reference computed in bfloat16: less than this cannot be told from rounding while a model runs."""
     models: list[Divergence]
+    gates: list[Gate] = []
+    """The limits that were asked for, for every model."""
     warnings: list[str] = []
 
 
@@ -391,6 +408,28 @@ class StatesRecord(Conditions, frozen=True):
     reference: Measured
     model: StateError
     other_caches: list[StateError] = []
+
+
+class Blamed(Part, frozen=True):
+    """A part of a quantized model that was put back as it was."""
+
+    name: str
+    kind: str
+    """`block`, `weight` (or several that share a scale), `embedding`, `head`, or `KV cache`."""
+    kl: Mean
+    """What it gives back in KL divergence, in nats per token."""
+    error: float | None = None
+    """The largest relative error of its weights, as the run reported them."""
+
+
+class Blame(Conditions, frozen=True):
+    """What each part of a quantized model costs, most first."""
+
+    path: str
+    kl: Mean
+    """Of the model as it is."""
+    parts: list[Blamed]
+    warnings: list[str] = []
 
 
 class Recalled(Part, frozen=True):
@@ -459,6 +498,8 @@ class Measurements(Versioned, frozen=True):
     """The one that the card shows: the longest against the source."""
     states: StatesRecord | None = None
     needle: NeedleRecord | None = None
+    blame: Blame | None = None
+    """What each part costs, against the source."""
     foreign_states: StatesRecord | None = None
     foreign_needle: NeedleRecord | None = None
 
@@ -547,6 +588,41 @@ class Inspection(Sizes, frozen=True):
     weights: list[WeightReport]
     warnings: list[str]
     evaluation: EvaluationRecord | None = None
+
+
+class Compared(Part, frozen=True):
+    """One of two checkpoints that are compared."""
+
+    path: str
+    container: str | None
+    size_bytes: Count
+    bits_per_parameter: float
+
+
+class ComparedTensor(Part, frozen=True):
+    """A tensor in two checkpoints; None where it is in one alone, or not known."""
+
+    name: str
+    stored_as: tuple[str | None, str | None]
+    """A grid or a dtype."""
+    size_bytes: tuple[Count, Count]
+    error: tuple[float | None, float | None]
+    """Relative errors, as the runs reported them."""
+    difference: float | None = None
+    """How far the second's values are from the first's, relative to these."""
+
+
+class Comparison(Part, frozen=True):
+    """Two checkpoints side by side."""
+
+    a: Compared
+    b: Compared
+    tensors: list[ComparedTensor]
+    evaluations: list[tuple[EvaluationRecord, EvaluationRecord]]
+    """Measurements of both on the same tokens against the same original."""
+    recipes: dict[str, tuple[Any, Any]]
+    """The words of their recipes that differ."""
+    warnings: list[str] = []
 
 
 class ImatrixReport(CalibrationReport, frozen=True):

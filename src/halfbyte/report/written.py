@@ -18,7 +18,7 @@ from halfbyte.report.types import SCHEMA, CacheRecord, CacheReport, EvaluationRe
 from halfbyte.targets.table import beside
 
 CONDITIONS = ("reference_path", "reference_xxh3_128", "text", "windows", "length", "convention", "tokens_sha256")
-MEASURED = ("evaluation", "evaluations", "states", "needle", "foreign_states", "foreign_needle")
+MEASURED = ("evaluation", "evaluations", "states", "needle", "blame", "foreign_states", "foreign_needle")
 
 
 def read(checkpoint: Path) -> Report | CacheRecord | None:

@@ -125,7 +125,7 @@ PHI3: Names = {
 
 def _numbered(rows: int, heads: int, parts: int) -> Int64[Tensor, "heads parts rest"]:
     """Rows by the head that they are of, and by their part of it."""
-    if rows % (heads * parts):
+    if heads < 1 or rows % (heads * parts):
         raise BadCheckpoint(
             f"a matrix of {rows} rows is not that of {heads} heads of {parts} parts; it is not whole, or the model's "
             "config is of another"
