@@ -5,7 +5,7 @@ from outlines import GIB, PUBLISHED, config_of
 
 from halfbyte.errors import Unsupported
 from halfbyte.sizing.accounting import accounting_of
-from halfbyte.sizing.cache import TYPES, LayerCache, cache_bytes, layers_of
+from halfbyte.sizing.cache import TYPES, LayerCache, Settings, cache_bytes, layers_of
 
 
 def attention_alone(layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
@@ -58,3 +58,29 @@ def test_compressed_attention_is_not_guessed():
 def test_a_model_of_which_transformers_knows_nothing():
     config = {"model_type": "nobody", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
     assert layers_of(config) == (LayerCache(4, 16, 16),) * 2
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"hidden_size": "x"},
+        {"num_attention_heads": 0},
+        {"kv_lora_rank": -5},
+        {"num_key_value_heads": {"a": 1}},
+        {"block_configs": [1, 2]},
+        {"linear_attn_config": {"full_attn_layers": [1]}},
+        {"full_attention_interval": "4"},
+        {"sliding_window": 4, "sliding_window_pattern": 0},
+        {"layer_types": ["a", "b"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", ["llama", "nobody"])
+def test_settings_that_mean_nothing_are_refused(odd, model_type):
+    config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with pytest.raises(Unsupported):
+        layers_of({**config, "model_type": model_type, **odd})
+
+
+def test_a_width_that_differs_by_layer_is_its_largest():
+    assert Settings({"model_type": "nobody", "intermediate_size": [1, 3, 2]}).number("intermediate_size") == 3

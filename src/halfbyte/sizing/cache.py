@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.errors import Unsupported
+from halfbyte.errors import Unsupported, brief
 
 STATE_BYTES = 4
 """Of a number of a recurrence's state, which engines keep in float32."""
@@ -16,6 +16,7 @@ FULL = ("full_attention", "attention", "global_attention", "indexed_attention", 
 WINDOWED = ("sliding_attention", "local_attention")
 FIXED = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "short_conv", "linear")
 EMPTY = ("mlp", "moe")
+UNREADABLE = (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,13 @@ def layers_of(config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
     """Of a model with such a config.json. Raises Unsupported for a kind of cache that is not known."""
     if config.get("is_encoder_decoder"):
         raise Unsupported("the cache of an encoder and a decoder is not known")
-    s = Settings(config)
+    try:
+        return _layers(Settings(config))
+    except UNREADABLE as error:  # of a config that anybody may have written
+        raise Unsupported(f"config.json does not say what its layers keep: {brief(error)}") from None
+
+
+def _layers(s: "Settings") -> tuple[LayerCache, ...]:
     kinds = list(_kinds(s))
     shared = s.number("num_kv_shared_layers")
     own = kinds[: len(kinds) - shared]  # the last ones read what earlier ones keep
@@ -129,11 +136,13 @@ class Settings:
         return next((value for name in names if (value := getattr(self.known, name, None)) is not None), None)
 
     def number(self, *names: str, default: int = 0) -> int:
-        """A whole number. Raises Unsupported for another value."""
+        """A whole number, the largest where layers have their own. Raises Unsupported for another value."""
         value = self.get(*names)
         if value is None:
             return default
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if isinstance(value, list | tuple) and value and all(isinstance(v, int) for v in value):
+            value = max(value)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
             raise Unsupported(f"config.json has no number as {names[0]}")
         return int(value)
 
@@ -165,10 +174,11 @@ class Settings:
 
 def _read(raw: Mapping[str, Any]) -> Any:
     import transformers  # seconds, which names of devices need not wait for
+    from huggingface_hub.errors import StrictDataclassError
 
     try:
         return transformers.AutoConfig.for_model(**{**raw, "model_type": raw.get("model_type") or ""})
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError):
+    except (*UNREADABLE, ImportError, StrictDataclassError):
         return None  # a model of which Transformers has no code: its config.json has to do
 
 
