@@ -12,6 +12,8 @@ WIDTH, STEP = 420, 22
 """Of the smallest picture, and of a layer, in points."""
 MOST_LAYERS, MOST_ROLES = 256, 64
 """Beyond these a picture says nothing, and a report that somebody has made up would take all memory."""
+LONGEST = 64
+"""Characters of a name."""
 
 
 def add_picture(report: Report, folder: Path) -> str | None:
@@ -36,6 +38,8 @@ def picture(report: Report) -> bytes | None:
     layers, roles = (len({row[name] for row in rows}) for name in ("layer", "role"))
     if layers > MOST_LAYERS or roles > MOST_ROLES:
         return None
+    for row in rows:
+        row.update({name: _drawable(value) for name, value in row.items() if isinstance(value, str)})
     spec = charts.errors() | {
         "width": max(WIDTH, STEP * layers),
         "data": {"values": rows},
@@ -43,3 +47,8 @@ def picture(report: Report) -> bytes | None:
         "padding": 12,
     }
     return charts.library().vegalite_to_png(spec, scale=1.5, config=charts.theme("light"))
+
+
+def _drawable(text: str) -> str:
+    """Short, and without characters that no picture can have: the library ends the process at them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:LONGEST])
