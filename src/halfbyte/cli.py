@@ -185,10 +185,17 @@ def quantize(
     report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not as_json, device=device)
     if as_json:
         _print_json(report)
-    elif isinstance(report, Plan):
+        return
+    if isinstance(report, Plan):
         _show_plan(report, output)
     else:
         _show_report(report, output)
+    if not asked.model_fields_set & CHOSEN:
+        out.print(
+            f"{report.output.grid} is the default, as no scheme was asked for; what suits a device: "
+            f"halfbyte plan {shlex.quote(asked.model)}, or quantize --for ENGINE@DEVICE",
+            soft_wrap=True,
+        )
 
 
 @app.command()

@@ -174,6 +174,13 @@ def test_for_takes_the_recommendation(tmp_path):
     assert "nf4 for transformers: a quick trial" in done.out
 
 
+def test_a_default_is_said_to_be_one(tmp_path):
+    done = tiny.halfbyte("quantize", demo.MODEL, "-o", tmp_path / "out", "--dry-run")
+    assert "int4-g128 is the default, as no scheme was asked for; what suits a device: halfbyte plan" in done.out
+    done = tiny.halfbyte("quantize", demo.MODEL, "-o", tmp_path / "out", "--dry-run", "--grid", "fp8")
+    assert "as no scheme was asked for" not in done.out
+
+
 def test_what_is_quantized_already_stays(tmp_path):
     halfbyte.quantize(demo.MODEL, tmp_path / "m.gguf", method="minmax", grid="Q8_0")
     done = tiny.halfbyte("plan", tmp_path / "m.gguf", "--memory", "8GiB")
