@@ -330,7 +330,7 @@ def blame() -> Spec:
     ]
     y = {"y": label("part", None, axis={"labelLimit": 220})}
     bars = {
-        "mark": {"type": "bar", "cornerRadius": 2},
+        "mark": {"type": "bar", "cornerRadius": 2, "opacity": 0.6},
         "encoding": {**y, "x": field("kl", GIVEN), "tooltip": seen},
     }
     rules = {"mark": "rule", "encoding": {**y, "x": field("low", GIVEN), "x2": {"field": "high"}}}
