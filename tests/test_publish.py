@@ -180,4 +180,8 @@ def test_what_is_not_uploaded(home, hub, tmp_path):
     (tmp_path / "secret").write_text("it")
     (tmp_path / "out" / "link.txt").symlink_to(tmp_path / "secret")
     tiny.refused(tiny.halfbyte("push", tmp_path / "out", "me/model"), "link.txt", "outside")
+    halfbyte.quantize(home / "model", tmp_path / "out" / "one.gguf", method="nearest", grid="Q4_0")
+    (tmp_path / "out" / "one.Modelfile").unlink()
+    (tmp_path / "out" / "one.Modelfile").symlink_to(tmp_path / "secret")
+    tiny.refused(tiny.halfbyte("push", tmp_path / "out" / "one.gguf", "me/model"), "one.Modelfile", "outside")
     assert not hub.asked

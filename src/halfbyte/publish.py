@@ -44,10 +44,12 @@ def found(output: Path) -> dict[str, Path]:
     """The files of an output, by their names in a repository."""
     if is_file(output):
         near = [path for name in BESIDE if name != "README.md" and (path := beside(output, name)).exists()]
-        return {path.name: path for path in (output, *near)}
-    files = {path.relative_to(output).as_posix(): path for path in sorted(output.rglob("*")) if path.is_file()}
-    if strange := next((path for path in files.values() if not is_within(path, output)), None):
-        raise BadRequest(f"{strange} is a link to something outside of {output}, which is not uploaded; remove it")
+        files, home = {path.name: path for path in (output, *near)}, output.parent
+    else:
+        files = {path.relative_to(output).as_posix(): path for path in sorted(output.rglob("*")) if path.is_file()}
+        home = output
+    if strange := next((path for path in files.values() if not is_within(path, home)), None):
+        raise BadRequest(f"{strange} is a link to something outside of {home}, which is not uploaded; remove it")
     return files
 
 
