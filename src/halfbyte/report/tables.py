@@ -238,14 +238,15 @@ def blame(runs: Sequence[Named]) -> list[Row]:
     return [
         {
             "run": number,
-            "part": part["name"],
-            "kind": part["kind"],
-            "kl": part["kl"][0],
-            "kl_error": part["kl"][1],
-            "low": part["kl"][0] - (part["kl"][1] or 0.0),
-            "high": part["kl"][0] + (part["kl"][1] or 0.0),
-            "error": part.get("error"),
+            "part": part.name,
+            "kind": part.kind,
+            "kl": kl,
+            "kl_error": error,
+            "low": kl - (error or 0.0),
+            "high": kl + (error or 0.0),
+            "error": part.error,
         }
         for number, run in enumerate(runs)
-        for part in (run.report.as_dict().get("blame") or {}).get("parts", [])
+        for part in (run.report.blame.parts if run.report.blame else ())
+        for kl, error in [part.kl]
     ]
