@@ -96,6 +96,7 @@ def test_choices_are_of_known_engines_and_words():
     [
         ("vllm", "fp8", "h100", "CUTLASS FP8"),
         ("vllm", "fp8", "a100-80gb", "Marlin"),
+        ("vllm", "fp8", "t4", None),
         ("vllm", "nvfp4", "b200", "CUTLASS FP4"),
         ("vllm", "nvfp4", "h100", "Marlin"),
         ("vllm", "w8a8", "h100", "CUTLASS INT8"),
