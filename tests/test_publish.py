@@ -154,6 +154,19 @@ def test_a_file(home, hub):
     assert hub.files["Q4_0.gguf"] == (home / "Q4_0.gguf").read_bytes()
 
 
+def test_nobody_learns_where_anything_lay(home, hub, tmp_path):
+    text = tiny.text(tmp_path / "other.txt")
+    halfbyte.convert(home / "four", tmp_path / "moved", "gptq")  # made of a folder that was made of another
+    tiny.halfbyte("blame", tmp_path / "moved", "--against", home / "model", "--text", text, "--length", 64)
+    assert str(home) in (tmp_path / "moved" / "report.json").read_text()
+    assert "blame" in json.loads((tmp_path / "moved" / "report.json").read_text())
+    halfbyte.push(tmp_path / "moved", "me/model")
+    for name in ("README.md", "report.json", "recipe.yaml"):
+        said = hub.files[name].decode()
+        assert str(home) not in said
+        assert str(tmp_path) not in said
+
+
 def test_no_token(home, hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     tiny.refused(tiny.halfbyte("push", home / "four", "me/model"), "token", "HF_TOKEN", "hf auth login")

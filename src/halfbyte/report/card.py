@@ -87,9 +87,11 @@ def local_paths(report: Report, path: Path) -> dict[str, str]:
     """Every file of this machine that a report speaks of, and its name alone."""
     recipe = report.recipe
     said = [path, path.resolve(), report.source.path, recipe.adapter, recipe.imatrix, recipe.calibration.source]
-    of_others = (report.states, report.foreign_states, report.needle, report.foreign_needle)
+    of_others = (report.states, report.foreign_states, report.needle, report.foreign_needle, report.blame)
     measured = [one for one in (report.evaluation, *report.evaluations, *of_others) if one]
     said += [of for one in measured for of in (one.reference_path, one.reference_adapter, one.text)]
+    said += [origin.path for origin in report.source.made_of or ()]
+    said += [report.kv.calibration.source] if report.kv else []
     said += [] if report.source.hub else [recipe.model]
     paths = {
         str(one): os.path.basename(os.path.abspath(os.path.expanduser(one)))  # which asks no disk
