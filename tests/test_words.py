@@ -4,9 +4,9 @@ import pytest
 
 from halfbyte import formats, grids, registry, words
 from halfbyte.containers import READERS
-from halfbyte.containers.kv import KVGrid
 from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.grids import activations
+from halfbyte.grids.kv import KVGrid
 from halfbyte.targets.gguf import names
 from halfbyte.targets.gguf.blocks import LAYOUTS
 from halfbyte.targets.table import TARGETS, UNQUANTIZED

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from halfbyte import demo
 from halfbyte.containers import kv as layout
 from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
-from halfbyte.containers.kv import KVCache, KVGrid
+from halfbyte.containers.kv import KVCache
 from halfbyte.containers.safetensors import Spec, read_header
 from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, UnknownName, Unsupported
 from halfbyte.grids.activations import OBSERVERS, ActivationQuant
 from halfbyte.grids.grid import Params
+from halfbyte.grids.kv import KVGrid
 from halfbyte.models import calibrate, heads, kv
 from halfbyte.models.block import Block
 from halfbyte.models.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ import torch
 
 import halfbyte
 from halfbyte import demo
-from halfbyte.containers.kv import KVGrid
+from halfbyte.grids.kv import KVGrid
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 

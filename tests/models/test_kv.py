@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import halfbyte
 import tiny
-from halfbyte.containers.kv import KVGrid
 from halfbyte.grids.activations import ActivationQuant
+from halfbyte.grids.kv import KVGrid
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import Checkpoint
 from models.families import FAMILIES

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from halfbyte.containers.kv import KVCache, KVGrid
+from halfbyte.containers.kv import KVCache
 from halfbyte.errors import Unsupported
 from halfbyte.grids.activations import ActivationGrid, ActivationQuant, ActivationStats, ScaledActivations
 from halfbyte.grids.grid import Params
+from halfbyte.grids.kv import KVGrid
 from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.skeleton import Place

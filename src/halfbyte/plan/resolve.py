@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from halfbyte.containers import kv as layout
-from halfbyte.containers.kv import KVGrid
 from halfbyte.containers.safetensors import Spec
 from halfbyte.engines import verdicts
 from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
@@ -15,6 +14,7 @@ from halfbyte.engines.verdicts import Verdict
 from halfbyte.errors import BadRequest, UnknownName, Unsupported, plural
 from halfbyte.formats import SCHEMES
 from halfbyte.grids import schemes
+from halfbyte.grids.kv import KVGrid
 from halfbyte.grids.quantized import AnyScheme
 from halfbyte.grids.scalar import is_float
 from halfbyte.models import adapter, heads, sizes

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from halfbyte.containers.kv import KVGrid
 from halfbyte.containers.safetensors import Spec
 from halfbyte.engines.verdicts import Verdict
+from halfbyte.grids.kv import KVGrid
 from halfbyte.grids.quantized import AnyScheme
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.names import fused_set

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.folder import Shard
-from halfbyte.containers.kv import KVGrid
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import Shape
+from halfbyte.grids.kv import KVGrid
 from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.recipe import Method, Recipe

@@ -17,7 +17,7 @@ from torch import Tensor
 from halfbyte import grids
 from halfbyte.grids.grid import Grid, Params
 from halfbyte.grids.quantized import Quantized
-from halfbyte.targets.gguf import planes_numba
+from halfbyte.kernels.cpu import planes
 from halfbyte.targets.gguf.layout import Layout
 from halfbyte.targets.gguf.names import TYPES
 
@@ -123,11 +123,9 @@ def _pack_plane(codes: Bytes, field: Plane) -> Bytes:
     plane = np.empty((codes.shape[0], field.size), np.uint8)
     words = codes.numpy().view(np.uint64)
     if field.stride == 1:
-        planes_numba.pack_neighbours(words, plane, field.shift)
+        planes.pack_neighbours(words, plane, field.shift)
     else:
-        planes_numba.pack(
-            words.reshape(-1), plane.view(np.uint64).reshape(-1), field.bits, field.shift, field.stride // 8
-        )
+        planes.pack(words.reshape(-1), plane.view(np.uint64).reshape(-1), field.bits, field.shift, field.stride // 8)
     return torch.from_numpy(plane)
 
 
@@ -137,11 +135,9 @@ def _unpack_plane(raw: Bytes, codes: Bytes, field: Plane) -> None:
         return
     plane, words = np.ascontiguousarray(raw.numpy()), codes.numpy().view(np.uint64)
     if field.stride == 1:
-        planes_numba.unpack_neighbours(plane, words, field.shift)
+        planes.unpack_neighbours(plane, words, field.shift)
     else:
-        planes_numba.unpack(
-            plane.view(np.uint64).reshape(-1), words.reshape(-1), field.bits, field.shift, field.stride // 8
-        )
+        planes.unpack(plane.view(np.uint64).reshape(-1), words.reshape(-1), field.bits, field.shift, field.stride // 8)
 
 
 def _pack_trits(codes: Bytes, field: Trits) -> Bytes:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from halfbyte.containers import kv
 from halfbyte.containers.container import weights_only
-from halfbyte.containers.kv import KVGrid
 from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
+from halfbyte.grids.kv import KVGrid
 from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.grids.scalar import is_integer
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight

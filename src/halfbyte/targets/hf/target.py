@@ -9,11 +9,11 @@ from torch import Tensor
 
 from halfbyte.containers import Container
 from halfbyte.containers import kv as layout
-from halfbyte.containers.kv import KVGrid
 from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.cast import with_divisor
 from halfbyte.grids.grid import Shape
+from halfbyte.grids.kv import KVGrid
 from halfbyte.grids.quantized import AnyScheme, Quantized
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint
 from halfbyte.recipe import Recipe

@@ -1,5 +1,8 @@
-"""Moving planes of bits between codes and bytes, eight codes in a 64-bit word at a time: see Plane in
-scalar_blocks.py."""
+"""Moving planes of bits between codes and bytes, eight codes in a 64-bit word at a time.
+
+A plane is some bits of every code. Byte j of a run of `stride` bytes holds those of codes j, j + stride, j + 2 stride,
+...; of neighbours, byte j holds those of codes 8 j to 8 j + 7.
+"""
 
 import numpy as np
 
