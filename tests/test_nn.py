@@ -15,8 +15,9 @@ from halfbyte import demo
 from halfbyte.errors import HalfbyteError
 from halfbyte.grids.quantized import PackedMatrix
 from halfbyte.kernels.products import int8_product
+from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.nn import PackedModule, QuantEmbedding
+from halfbyte.nn import PackedModule, QuantEmbedding, QuantLinear
 from models.families import FAMILIES
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
@@ -138,3 +139,28 @@ def test_a_device_or_precision_that_is_none_is_refused_in_a_line(tmp_path):
     with pytest.raises(HalfbyteError, match="unknown dtype 'int3'"):
         halfbyte.load(tmp_path / "model", "int3")
     assert halfbyte.load(tmp_path / "model", "bfloat16", torch.device("cpu")).dtype == torch.bfloat16
+
+
+class Doubled(nn.Linear):
+    """A linear that does more than multiply, as routers of Llama 4 and Phi-MoE are."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_linear_that_does_more_than_multiply_keeps_doing_it(tmp_path, monkeypatch):
+    tiny.make(tmp_path / "model")
+    halfbyte.quantize(tmp_path / "model", tmp_path / "out", method="nearest", grid="int4-g64")
+    build = skeleton.build
+
+    def built(*args):
+        model = build(*args)
+        model.model.layers[0].mlp.down_proj.__class__ = Doubled
+        return model
+
+    monkeypatch.setattr(skeleton, "build", built)
+    found = halfbyte.load(tmp_path / "out", torch.float32).model.layers[0].mlp
+    assert isinstance(found.up_proj, QuantLinear)
+    w = Checkpoint(tmp_path / "out").read("model.layers.0.mlp.down_proj.weight").float()
+    x = torch.randn(3, w.shape[1])
+    assert torch.equal(found.down_proj(x), 2 * functional.linear(x, w))

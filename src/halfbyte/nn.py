@@ -192,8 +192,9 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
     """The model in `dtype`, on `device`. By default the checkpoint's own; a GGUF does not say what its model was
     computed in, and is loaded in bfloat16: hidden states of Gemma are beyond float16.
 
-    Linears and embeddings that are quantized stay packed in a CPU's memory; fused experts, transposed matrices and what
-    a model changes before it looks at it (embeddings with a `max_norm`, linears of RWKV) are decoded. On other devices
+    Linears and embeddings that are quantized stay packed in a CPU's memory; fused experts, transposed matrices,
+    linears whose class does more than multiply (routers) and what a model changes before it looks at it (embeddings with
+    a `max_norm`, linears of RWKV) are decoded. On other devices
     each weight takes a byte: codes are unpacked before they move there. A KV cache that is quantized holds the values
     that an engine would read from it, in 16 bits. Raises HalfbyteError.
     """
@@ -243,7 +244,8 @@ def _packed(model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton
             home = place.parameter.removesuffix(".weight")
             found, shape = model.get_submodule(home), checkpoint.quantized[module][1]
             looks_up = isinstance(found, nn.Embedding) and found.max_norm is None
-            if (isinstance(found, nn.Linear) or looks_up) and found.weight.shape == shape:
+            multiplies = isinstance(found, nn.Linear) and type(found).forward is nn.Linear.forward
+            if (multiplies or looks_up) and found.weight.shape == shape:
                 packed[f"{module}.weight"] = home
     return packed
 
