@@ -193,10 +193,10 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
     computed in, and is loaded in bfloat16: hidden states of Gemma are beyond float16.
 
     Linears and embeddings that are quantized stay packed in a CPU's memory; fused experts, transposed matrices,
-    linears whose class does more than multiply (routers) and what a model changes before it looks at it (embeddings with
-    a `max_norm`, linears of RWKV) are decoded. On other devices
-    each weight takes a byte: codes are unpacked before they move there. A KV cache that is quantized holds the values
-    that an engine would read from it, in 16 bits. Raises HalfbyteError.
+    linears whose class does more than multiply (routers) and what a model changes before it looks at it (embeddings
+    with a `max_norm`, linears of RWKV) are decoded. On other devices each weight takes a byte: codes are unpacked
+    before they move there. A KV cache that is quantized holds the values that an engine would read from it, in 16 bits.
+    Raises HalfbyteError.
     """
     where = device_named(str(device))
     if isinstance(dtype, str) and dtype not in DTYPE_NAMES:
