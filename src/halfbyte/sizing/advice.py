@@ -13,6 +13,7 @@ from halfbyte.models import headers, heads, sizes
 from halfbyte.models.checkpoint import HUB_ID, Checkpoint
 from halfbyte.plan import resolve
 from halfbyte.recipe import Recipe
+from halfbyte.registry import FORMS
 from halfbyte.sizing import speed
 from halfbyte.sizing.accounting import Accounting, accounting_of, cache_types
 from halfbyte.sizing.cache import LayerCache, Settings, cache_bytes, layers_of
@@ -23,6 +24,7 @@ from halfbyte.sizing.preferences import Words, recommended
 from halfbyte.sizing.question import CONTEXT, Question
 from halfbyte.sizing.types import SCHEMA, Advice, CacheRow, Loss, Row
 from halfbyte.targets.plan import commonest
+from halfbyte.targets.table import is_file
 
 DEGREES = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of cards that are tried."""
@@ -204,8 +206,9 @@ def command_of(source: str, asked: Question) -> Callable[[Words], tuple[str, str
     def command(words: Words) -> tuple[str, str]:
         grid = str(words["grid"])
         path = Path(source.partition("@")[0]).expanduser()
-        stem = path.stem if source.endswith(".gguf") else (path if path.name else path.resolve()).name
-        out = f"{stem}-{grid}.gguf" if words.get("to") == "gguf" else f"{stem}-{grid}"
+        stem = path.stem if is_file(path) else (path if path.name else path.resolve()).name
+        form = FORMS.get(str(words.get("to")))
+        out = f"{stem}-{grid}{form.suffix if form else ''}"
         parts = ["halfbyte", "quantize", source, "-o", out]
         for name, value in words.items():
             flag = f"--{name.replace('_', '-')}"

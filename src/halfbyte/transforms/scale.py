@@ -26,7 +26,7 @@ class Settings:
 
     alpha: float | None = None
     """SmoothQuant's migration strength; None: searched for each fold."""
-    ranges: str = "max"
+    observer: str = "max"
     """What stored scales of inputs span: a key of `halfbyte.grids.activations.OBSERVERS`."""
 
 

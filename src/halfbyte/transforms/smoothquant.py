@@ -43,7 +43,7 @@ def smoothquant(site: FoldSite, settings: Settings) -> ScaleChoice | None:
         site.reference.append(_output(site, None, None))
 
     def lost(scale: Float32[Tensor, " rows"] | None) -> float:
-        return (_output(site, scale, settings.ranges) - site.reference[0]).square().sum().item()
+        return (_output(site, scale, settings.observer) - site.reference[0]).square().sum().item()
 
     errors = {alpha: lost(at(alpha)) for alpha in COARSE}
     valley = min(errors, key=errors.__getitem__)
@@ -57,8 +57,8 @@ def _largest(seen: ActivationStats) -> Float32[Tensor, " in"]:
     return torch.maximum(seen.low.abs(), seen.high.abs())
 
 
-def _output(site: FoldSite, scale: Float32[Tensor, " rows"] | None, ranges: str | None) -> Tensor:
-    """What the block returns on a batch under a scale, in float32; with `ranges`, its readers' inputs and all weights
+def _output(site: FoldSite, scale: Float32[Tensor, " rows"] | None, observer: str | None) -> Tensor:
+    """What the block returns on a batch under a scale, in float32; with `observer`, its readers' inputs and all weights
     of the fold are rounded to nearest, without a search for scales. The block is as it was afterwards."""
     block, fold = site.block, site.fold
     takes_part = {*site.readers, *([site.producer_weight] if site.producer_weight else [])}
@@ -68,11 +68,11 @@ def _output(site: FoldSite, scale: Float32[Tensor, " rows"] | None, ranges: str 
         channels = torch.ones(()) if scale is None else FoldSite(block, fold, site.schemes, {}).apply(scale)
         for weight in moved:
             w = block.target(weight)
-            if ranges and weight in takes_part:
+            if observer and weight in takes_part:
                 w = _rounded(site, weight, w, channels)
             block.put(weight, w)
-        if ranges:
-            block.activations |= {w: i for w in site.readers if (i := _activation_quant(site, w, channels, ranges))}
+        if observer:
+            block.activations |= {w: i for w in site.readers if (i := _activation_quant(site, w, channels, observer))}
         return block.run(block.walk.inputs[BATCH], BATCH).float()
 
 
@@ -85,9 +85,11 @@ def _rounded(site: FoldSite, weight: Weight, w: Tensor, channels: Tensor) -> Flo
     ).decode()
 
 
-def _activation_quant(site: FoldSite, weight: Weight, channels: Tensor, ranges: str) -> ActivationQuant | None:
+def _activation_quant(site: FoldSite, weight: Weight, channels: Tensor, observer: str) -> ActivationQuant | None:
     """How the inputs are rounded that `weight` reads under the scale."""
     grid, seen = site.schemes[weight].activations, site.statistics[weight].activation_stats
     return (
-        ActivationQuant(grid, grid.fit(ActivationStats(*(part / channels for part in seen)), ranges)) if grid else None
+        ActivationQuant(grid, grid.fit(ActivationStats(*(part / channels for part in seen)), observer))
+        if grid
+        else None
     )
