@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halfbyte.grids.activations import ActivationStats
 from halfbyte.grids.grid import Grid
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.models.block import Block
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.collect import collect, in_parts, reading_groups
@@ -51,7 +51,7 @@ class BlockTask:
     """As the original has it, but for scales that transforms have moved."""
     fused_groups: Sequence[Sequence[Weight]]
     """Weights that are rounded as one matrix, most of them alone."""
-    schemes: Mapping[Weight, AnyScheme]
+    schemes: Mapping[Weight, Scheme]
     statistics: dict[Weight, Statistics] | None = None
     """Of all weights at once, where transforms had to see them."""
     seen: dict[Weight, ActivationStats] = field(default_factory=dict)

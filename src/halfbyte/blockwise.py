@@ -10,7 +10,7 @@ from halfbyte.block_solvers import BlockSolver, BlockTask, Solution, block_solve
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids.activations import ActivationQuant, ActivationStats
 from halfbyte.grids.grid import Params
-from halfbyte.grids.quantized import AnyScheme
+from halfbyte.grids.quantized import Scheme
 from halfbyte.models.block import Block
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, cast
@@ -105,7 +105,7 @@ def _finish_outside(run: Run, inside: set[str]) -> None:
 class _Solved(NamedTuple):
     """What is to become of a block."""
 
-    schemes: Mapping[Weight, AnyScheme]
+    schemes: Mapping[Weight, Scheme]
     solutions: Sequence[Solution]
     folds: list[dict]
     activations: Mapping[Weight, Params]
@@ -172,7 +172,7 @@ def _keep(run: Run, block: Block, tensor: str) -> list[str]:
 
 
 def _activations_of(
-    block: Block, schemes: Mapping[Weight, AnyScheme], seen: Mapping[Weight, ActivationStats], observer: str
+    block: Block, schemes: Mapping[Weight, Scheme], seen: Mapping[Weight, ActivationStats], observer: str
 ) -> tuple[dict[Weight, Params], dict[Weight, ActivationReport]]:
     """What is to be stored of the activations that each weight reads, and what the report tells of them.
 

@@ -13,7 +13,7 @@ import xxhash
 from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
 from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, plural
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.models import calibrate
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight
@@ -131,7 +131,7 @@ def convert(
     if folder.is_published:
         return report_of(out)
 
-    def transcode(_: Weight, q: Quantized, scheme: AnyScheme) -> Quantized:
+    def transcode(_: Weight, q: Quantized, scheme: Scheme) -> Quantized:
         for near in plan.target.casts(q):
             if near.scheme == scheme:
                 return near
@@ -238,7 +238,7 @@ def _stream(
     run: Run,
     units: Iterable[Sequence[Weight]],
     read: Callable[[Weight], Any],
-    solve: Callable[[Weight, Any, AnyScheme], Quantized],
+    solve: Callable[[Weight, Any, Scheme], Quantized],
 ) -> None:
     """Without calibration: piece after piece at the disk's speed, as many side by side as there are cores."""
     plan = run.plan

@@ -14,7 +14,7 @@ from torch import Tensor
 from halfbyte.containers.folder import Folder
 from halfbyte.grids.activations import ActivationQuant, ActivationStats
 from halfbyte.grids.grid import Params
-from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows, split_rows
+from halfbyte.grids.quantized import Quantized, Scheme, select_rows, split_rows
 from halfbyte.models.calibrate import Windows
 from halfbyte.models.checkpoint import Weight, cast, require_finite
 from halfbyte.models.placement import CPU
@@ -137,7 +137,7 @@ def commit(
     weights: Sequence[Weight],
     q: Quantized,
     originals: Sequence[Tensor | Quantized],
-    scheme: AnyScheme,
+    scheme: Scheme,
     activations: Mapping[Weight, Params] | None = None,
     sampled: int = SAMPLED,
 ) -> list[Committed]:
@@ -156,7 +156,7 @@ def commit(
 
 def weight_report(
     weight: Weight,
-    scheme: AnyScheme,
+    scheme: Scheme,
     chunks: Sequence[Committed],
     note: str,
     tokens: int | None = None,
@@ -182,7 +182,7 @@ def weight_report(
     )
 
 
-def with_activations(q: Quantized, scheme: AnyScheme, params: Params | None = None) -> Quantized:
+def with_activations(q: Quantized, scheme: Scheme, params: Params | None = None) -> Quantized:
     """The matrix as its scheme has it: with how its activations are rounded, and what is stored of that."""
     return (
         q._replace(activations=ActivationQuant(scheme.activations, params or {}))

@@ -13,7 +13,7 @@ from halfbyte.containers.folder import Shard
 from halfbyte.containers.safetensors import Entry, Output, Spec
 from halfbyte.errors import BrokenOutput, Unsupported
 from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import is_integer
 from halfbyte.targets.plan import Plan
 from halfbyte.targets.target import CheckpointWriter, Target
@@ -55,20 +55,20 @@ class Raw(Target):
     def name(self) -> str:
         return "raw"
 
-    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         return scheme.weight.with_scale("fp32") if is_integer(scheme) else scheme
 
-    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+    def check(self, scheme: Scheme, shape: Shape) -> None:
         if str(scheme) != "int8-channel-fp32":
             raise Unsupported(f"raw holds int8-channel, not {scheme}")
 
-    def specs(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+    def specs(self, scheme: Scheme, shape: Shape) -> dict[str, Spec]:
         return {"codes": Spec(shape, torch.uint8), "scale": Spec((shape[0], 1), torch.float32)}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         return {"codes": q.codes, "scale": q.params["scale"]}
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         return Quantized(scheme.weight, tensors["codes"], {"scale": tensors["scale"]})
 
     def writer(self, plan: Plan) -> CheckpointWriter:

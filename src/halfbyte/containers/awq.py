@@ -29,7 +29,7 @@ from halfbyte.containers.gptq import SCALE_NAME, scale_held, stored_scale
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import SCALE_DTYPES, integers
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -43,11 +43,11 @@ class AWQ(Container):
     name = "awq"
     mixes = False
 
-    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         """int4 with scales that both fp16 and the model's dtype hold. Raises Unsupported for other grids."""
         return integer(scheme, self.name).with_scale(stored_scale(dtype))
 
-    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+    def check(self, scheme: Scheme, shape: Shape) -> None:
         """Raise Unsupported unless it is int4 per group or channel, with a multiple of 8 out-features."""
         grid, (out, _) = integer(scheme, self.name), shape
         if grid.levels.bits != 4 or grid.granularity == "tensor":
@@ -59,7 +59,7 @@ class AWQ(Container):
         """Integers whose scales are exact in fp16; None for others."""
         return same if (same := super().cast_exact(q)) and fits_half(q.params["scale"]) else None
 
-    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+    def plan(self, scheme: Scheme, shape: Shape) -> dict[str, Spec]:
         """Packed weights, packed zero points and fp16 scales."""
         grid, (out, width) = integer(scheme, self.name), shape
         groups = grid.groups(width)
@@ -69,7 +69,7 @@ class AWQ(Container):
             "scales": Spec((groups, out), torch.float16),
         }
 
-    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
         """As `plan`; others write scales in bf16 and fp32 too."""
         return {
             **super().parts(scheme, shape, has),
@@ -85,7 +85,7 @@ class AWQ(Container):
             "scales": exact_half(q.params["scale"]).T.contiguous(),
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         """Codes and zero points in their own order again; no zero points for a symmetric grid."""
         grid, (out, _) = integer(scheme, self.name), shape
         params = {"scale": tensors["scales"].T.contiguous().to(SCALE_DTYPES[grid.scale])}
@@ -93,7 +93,7 @@ class AWQ(Container):
             params["zero"] = _unpack(tensors["qzeros"], out)
         return Quantized(grid, _unpack(tensors["qweight"], out), params)
 
-    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
         """AutoAWQ's `quantization_config`, with the unquantized modules by name."""
         grid = integer(commonest(schemes), self.name)
         return {
@@ -123,12 +123,12 @@ class AWQ(Container):
         """Whether `quant_method` is awq."""
         return config.get("quant_method") == "awq"
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Scheme, Shape]]:
         """Every module with a qweight: symmetric where all zero points are 8. Raises Unsupported for versions but
         GEMM."""
         if str(config.get("version", "gemm")).lower() != "gemm":
             raise Unsupported(f"awq version '{config['version']}' is not read; gemm is")
-        found: dict[str, tuple[AnyScheme, Shape]] = {}
+        found: dict[str, tuple[Scheme, Shape]] = {}
         for name in entries:
             if name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")

@@ -32,7 +32,7 @@ from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.files import parse_json
 from halfbyte.grids.activations import ActivationQuant, LLMInt8Activations
 from halfbyte.grids.grid import Grid, Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
+from halfbyte.grids.quantized import Quantized, Scheme, WeightActivation
 from halfbyte.grids.scalar import LLM_INT8 as LLM_INT8_GRID
 from halfbyte.grids.scalar import TABLES, ScalarGrid, integers, is_absmax, is_integer, parse
 from halfbyte.kernels.levels import values_of
@@ -40,7 +40,7 @@ from halfbyte.kernels.scales import NESTED, dynamic_map
 
 STATE = "weight.quant_state.bitsandbytes__"
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-LLM_INT8 = Scheme(LLM_INT8_GRID, LLMInt8Activations())
+LLM_INT8 = WeightActivation(LLM_INT8_GRID, LLMInt8Activations())
 """Whoever multiplies by these weights rounds what they read, too."""
 STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 """What bytes of codes are called (bnb_4bit_quant_storage)."""
@@ -65,13 +65,13 @@ class BitsAndBytes(Container):
         """The same, with the dtype that engines decode to."""
         return BitsAndBytes(dtype)
 
-    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         """int8 per channel becomes LLM.int8(), which rounds activations too; other schemes stay."""
         grid = scheme.weight
         is_int8 = _is_llm_int8(grid) or (is_integer(grid) and grid.with_scale("fp16") == integers(8, "channel"))
         return LLM_INT8 if is_int8 and scheme.activations in (None, LLM_INT8.activations) else scheme
 
-    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+    def check(self, scheme: Scheme, shape: Shape) -> None:
         """Raise Unsupported for grids but NF4, FP4 and LLM.int8(), and for shapes that blocks do not suit."""
         grid = _held(scheme)
         if is_absmax(grid):
@@ -83,7 +83,7 @@ class BitsAndBytes(Container):
             return q._replace(activations=ActivationQuant(LLM_INT8.activations, {}))
         return q if is_absmax(q.grid) and not q.activations else None
 
-    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+    def plan(self, scheme: Scheme, shape: Shape) -> dict[str, Spec]:
         """Codes, scales, tables of levels, and room for the quantization state in JSON."""
         grid, (out, width) = _held(scheme), shape
         if _is_llm_int8(grid):
@@ -104,7 +104,7 @@ class BitsAndBytes(Container):
             specs["weight.nested_quant_map"] = Spec((256,), torch.float32)
         return specs
 
-    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
         """As `plan`; 4-bit codes may be called by any of the dtypes in STORAGE."""
         grid, plan = _held(scheme), self.plan(scheme, shape)
         known = {
@@ -151,7 +151,7 @@ class BitsAndBytes(Container):
             tensors["weight.nested_quant_map"] = dynamic_map()
         return tensors
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         """The inverse. Raises Unsupported for levels that are not bitsandbytes' own."""
         grid, (out, width) = _held(scheme), shape
         if _is_llm_int8(grid):
@@ -176,7 +176,7 @@ class BitsAndBytes(Container):
             params |= {"nested": tensors["weight.nested_absmax"], "offset": torch.tensor([offset], dtype=torch.float32)}
         return Quantized(grid, codes, params)
 
-    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
         """Transformers' BitsAndBytesConfig, with the unquantized modules by name."""
         grid = _held(commonest(schemes))
         four = is_absmax(grid)
@@ -201,9 +201,9 @@ class BitsAndBytes(Container):
             config.get("load_in_4bit") or config.get("load_in_8bit")
         )
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Scheme, Shape]]:
         """4-bit modules by their quantization state, 8-bit ones by their SCB."""
-        found: dict[str, tuple[AnyScheme, Shape]] = {}
+        found: dict[str, tuple[Scheme, Shape]] = {}
         for name in entries:
             module, _, kind = name.rpartition(f".{STATE}")
             if module:
@@ -239,7 +239,7 @@ def _known(name: str) -> ScalarGrid:
     return grid
 
 
-def _held(scheme: AnyScheme) -> ScalarGrid:
+def _held(scheme: Scheme) -> ScalarGrid:
     grid = scheme.weight
     if not (is_absmax(grid) or _is_llm_int8(grid)) or scheme.activations not in (None, LLM_INT8.activations):
         kinds = " and ".join(TABLES)

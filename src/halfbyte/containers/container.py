@@ -18,7 +18,7 @@ from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import ActivationGrid, ActivationQuant
 from halfbyte.grids.actorder import ActOrderGrid
 from halfbyte.grids.grid import Grid, Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import ScalarGrid, is_integer
 
 Config = dict[str, Any]
@@ -34,7 +34,7 @@ SCALES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 Has = Callable[[str], bool]
-Modules = dict[str, tuple[AnyScheme, Shape]]
+Modules = dict[str, tuple[Scheme, Shape]]
 """Scheme and shape by module."""
 
 
@@ -76,17 +76,17 @@ class Reader(ABC):
         """The version of this layout that a checkpoint is in, and what `find` finds."""
         return self, self.find(config, entries)
 
-    def suffixes(self, scheme: AnyScheme, shape: Shape) -> set[str]:
+    def suffixes(self, scheme: Scheme, shape: Shape) -> set[str]:
         """Of the tensors that such a module may have."""
         return set(self.foreign_suffixes)
 
     @abstractmethod
-    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
         """What the tensors of such a module may be, by suffix. `has` tells whether a module has a tensor of a
         suffix."""
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         """A matrix, from the tensors of its module."""
 
     def inputs(self, tensors: Mapping[str, Tensor], grid: ActivationGrid | None) -> ActivationQuant | None:
@@ -105,12 +105,12 @@ class Container(Reader):
         return self
 
     @abstractmethod
-    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         """`scheme` with scales in the precision that engines compute with when the model is of `dtype`, and with the
         inputs that they round whether asked or not."""
 
     @abstractmethod
-    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+    def check(self, scheme: Scheme, shape: Shape) -> None:
         """Raise Unsupported, saying what the container can hold, unless it holds such a matrix."""
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
@@ -123,14 +123,14 @@ class Container(Reader):
         return self
 
     @abstractmethod
-    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+    def plan(self, scheme: Scheme, shape: Shape) -> dict[str, Spec]:
         """Suffix, shape and dtype of every tensor that `pack` will return."""
 
-    def suffixes(self, scheme: AnyScheme, shape: Shape) -> set[str]:
+    def suffixes(self, scheme: Scheme, shape: Shape) -> set[str]:
         """Those of `plan`, and those that files of others have."""
         return {*self.plan(scheme, shape), *self.foreign_suffixes}
 
-    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
         """Those of `plan`, and where others write them otherwise, that."""
         return {suffix: Part((spec,)) for suffix, spec in self.plan(scheme, shape).items()}
 
@@ -139,7 +139,7 @@ class Container(Reader):
         """The tensors to write, by suffix."""
 
     @abstractmethod
-    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
         """`quantization_config` for these modules; `kept` are linear modules left as they were."""
 
     def extra_files(self, config: Config) -> dict[str, Config]:
@@ -148,7 +148,7 @@ class Container(Reader):
 
 
 def require_parts(
-    module: str, scheme: AnyScheme, shape: Shape, parts: Mapping[str, Part], entries: Mapping[str, Spec]
+    module: str, scheme: Scheme, shape: Shape, parts: Mapping[str, Part], entries: Mapping[str, Spec]
 ) -> None:
     """Raise BadCheckpoint unless every tensor of a module is what its container may hold of such a matrix."""
     if len(shape) != 2 or min(shape) < 1:
@@ -184,7 +184,7 @@ def told(spec: Spec) -> str:
     return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
 
 
-def weights_only(scheme: AnyScheme, container: str) -> Grid:
+def weights_only(scheme: Scheme, container: str) -> Grid:
     """The grid of a scheme whose activations stay in 16 bits. Raises Unsupported, naming the container, for others."""
     if scheme.activations:
         raise Unsupported(
@@ -194,7 +194,7 @@ def weights_only(scheme: AnyScheme, container: str) -> Grid:
     return scheme.weight
 
 
-def integer(scheme: AnyScheme, container: str) -> ScalarGrid:
+def integer(scheme: Scheme, container: str) -> ScalarGrid:
     """The integer grid of a scheme of weights alone. Raises Unsupported, naming the container, for others."""
     grid = weights_only(scheme, container)
     if isinstance(grid, ActOrderGrid):
@@ -249,7 +249,7 @@ def span_of(module: str, width: int, groups: int, sizes: Collection[Any]) -> int
     return width // groups if groups > 1 or width in named else "channel"
 
 
-def commonest(schemes: Mapping[str, AnyScheme]) -> AnyScheme:
+def commonest(schemes: Mapping[str, Scheme]) -> Scheme:
     """The scheme of most modules."""
     return Counter(schemes.values()).most_common(1)[0][0]
 

@@ -37,7 +37,7 @@ from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid, ActivationQuant
 from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
+from halfbyte.grids.quantized import Quantized, Scheme, WeightActivation
 from halfbyte.grids.scalar import SCALAR_GRIDS, ScalarGrid, is_float
 from halfbyte.kernels.scales import SIDE, e8m0
 
@@ -65,12 +65,12 @@ class FP8(Container):
     mixes = False
     foreign_suffixes = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 
-    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         """Scales in fp32, and activations rounded to FP8 as engines do for that granularity."""
         grid = _held(scheme).with_scale("fp32")
-        return Scheme(grid, scheme.activations or READ[grid.granularity])
+        return WeightActivation(grid, scheme.activations or READ[grid.granularity])
 
-    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+    def check(self, scheme: Scheme, shape: Shape) -> None:
         """Raise Unsupported for other grids and activations, and for shapes that are no multiple of 128 x 128
         blocks."""
         grid = _held(scheme)
@@ -96,7 +96,7 @@ class FP8(Container):
         )
         return Quantized(q.grid.with_scale("fp32"), q.codes, {"scale": q.params["scale"].float()}, read)
 
-    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+    def plan(self, scheme: Scheme, shape: Shape) -> dict[str, Spec]:
         """FP8 weights, and scales of blocks or of the tensor."""
         grid = _float(scheme)
         weight = Spec(shape, DTYPES[grid.levels.name])
@@ -107,7 +107,7 @@ class FP8(Container):
             "weight_scale_inv": Spec(grid.scales_shape(shape), torch.float32 if grid.scale else torch.uint8),
         }
 
-    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
         """Either name of the scales, in any of the shapes that `find` knows."""
         grid, (out, width) = _float(scheme), shape
         rows, columns = grid.scales_shape(shape)
@@ -132,7 +132,7 @@ class FP8(Container):
             return {"weight": weight, "weight_scale": scale.reshape(()), **input_tensors(q.activations)}
         return {"weight": weight, "weight_scale_inv": scale}
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         """Of any version that is read: transposed experts, scales in powers of two, either name of the scales."""
         grid, weight = _float(scheme), tensors["weight"].view(torch.uint8)
         scale = tensors["weight_scale_inv" if "weight_scale_inv" in tensors else "weight_scale"]
@@ -152,7 +152,7 @@ class FP8(Container):
         )  # what Transformers calls it
         return inputs_of({**tensors, **known}, grid)
 
-    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
         """DeepSeek's `quantization_config`, with the unquantized modules by both names that engines know."""
         scheme = commonest(schemes)
         grid = _held(scheme)
@@ -181,9 +181,9 @@ class FP8(Container):
             },
         )
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Scheme, Shape]]:
         """Every module with FP8 weights, its granularity as the shape of the scales shows it."""
-        found: dict[str, tuple[AnyScheme, Shape]] = {}
+        found: dict[str, tuple[Scheme, Shape]] = {}
         for name, weight in entries.items():
             module = name.removesuffix(".weight")
             scale = entries.get(f"{module}.weight_scale_inv") or entries.get(f"{module}.weight_scale")
@@ -201,7 +201,7 @@ class FP8(Container):
                 )
                 has_scale = f"{module}.input_scale" in entries or f"{module}.activation_scale" in entries
                 is_static = config.get("activation_scheme") == "static" and has_scale
-                found[module] = Scheme(grid, STATIC if is_static else READ[grid.granularity]), shape
+                found[module] = WeightActivation(grid, STATIC if is_static else READ[grid.granularity]), shape
         return found
 
 
@@ -233,14 +233,14 @@ def _is_transposed(weight: Shape, scale: Shape) -> bool:
     return len(weight) == 2 and weight[0] != weight[1] > SIDE and tuple(scale) in ((1, weight[1]), (weight[1], 1))
 
 
-def _float(scheme: AnyScheme) -> ScalarGrid:
+def _float(scheme: Scheme) -> ScalarGrid:
     grid = scheme.weight
     if not is_float(grid):
         raise Unsupported(f"fp8 holds 8-bit floats only, not {grid}")
     return grid
 
 
-def _held(scheme: AnyScheme) -> ScalarGrid:
+def _held(scheme: Scheme) -> ScalarGrid:
     """What is written."""
     grid = _float(scheme)
     if grid.levels.name not in DTYPES or grid.granularity not in ("block", "tensor"):

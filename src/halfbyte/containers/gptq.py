@@ -38,7 +38,7 @@ from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.actorder import ActOrderGrid
 from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import SCALE_DTYPES, ScalarGrid, integers
 from halfbyte.names import FUSED_OF
 
@@ -53,11 +53,11 @@ class GPTQ(Container):
     name = "gptq"
     version: int = 1
 
-    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         """Integers with scales that both fp16 and the model's dtype hold. Raises Unsupported for other grids."""
         return integer(scheme, self.name).with_scale(stored_scale(dtype))
 
-    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+    def check(self, scheme: Scheme, shape: Shape) -> None:
         """Raise Unsupported unless it is int2, int3, int4 or int8 per channel or group, and fills whole words."""
         grid, (out, width) = integer(scheme, self.name), shape
         if grid.levels.bits not in WIDTHS or grid.granularity == "tensor":
@@ -76,7 +76,7 @@ class GPTQ(Container):
         """Version 2 for a matrix with a zero point of 0, which version 1 cannot hold."""
         return GPTQ(2) if "zero" in q.params and not q.params["zero"].all() else self
 
-    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+    def plan(self, scheme: Scheme, shape: Shape) -> dict[str, Spec]:
         """Packed weights, packed zero points, fp16 scales, and the group of each in-feature."""
         grid, (out, width) = _integers(scheme), shape
         groups = grid.groups(width)
@@ -87,7 +87,7 @@ class GPTQ(Container):
             "g_idx": Spec((width,), torch.int32),
         }
 
-    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
         """As `plan`; others write scales in bf16 and fp32 too, and leave g_idx out."""
         plan = self.plan(scheme, shape)
         scales, order = (
@@ -111,7 +111,7 @@ class GPTQ(Container):
             "g_idx": plain_order(width, grid),
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         """The inverse of `pack`, in either version. Raises Unsupported for zero points in a file that is called
         symmetric."""
         grid, (out, width) = _integers(scheme), shape
@@ -136,7 +136,7 @@ class GPTQ(Container):
             return (bits.unpack(words, 3, out) + 1) & 7
         return bits.unpack(words + 0xFFFFFFFF // ((1 << width_bits) - 1), width_bits, out)
 
-    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
         """GPTQModel's `quantization_config`: other grids, and unquantized modules, as `dynamic` rules."""
         main = integer(commonest(schemes), self.name)
         dynamic: Config = {}
@@ -217,7 +217,7 @@ def scale_held(scales: Entry) -> str:
 SCALE_NAME = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
-def _integers(scheme: AnyScheme) -> ScalarGrid:
+def _integers(scheme: Scheme) -> ScalarGrid:
     """What the codes are, in whichever order the columns are grouped."""
     return scheme.weight.integers if isinstance(scheme.weight, ActOrderGrid) else integer(scheme, GPTQ.name)
 

@@ -27,7 +27,7 @@ from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
 from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid, ActivationQuant
 from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
+from halfbyte.grids.quantized import Quantized, Scheme, WeightActivation
 from halfbyte.grids.scalar import NVFP4_FACTOR
 
 NVFP4_INPUTS = ACTIVATION_GRIDS["nvfp4"]
@@ -63,7 +63,7 @@ class ModelOpt(Reader):
             entries, {"": "weight", **{f"_{part}": part for part in ("weight_scale", "weight_scale_2", "input_scale")}}
         )
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Scheme, Shape]]:
         """FP8 modules as `FP8` finds them, and NVFP4 by its scales. Raises Unsupported for what else Model Optimizer
         has."""
         found = FP8().find({"activation_scheme": "static"}, entries)
@@ -78,10 +78,13 @@ class ModelOpt(Reader):
                 raise Unsupported(f"{name}: modelopt's {suffix} is not read; its plain FP8, MXFP8 and NVFP4 are")
             if suffix == "weight_scale" and module not in found:
                 read = _inputs_of_nvfp4(config, module) if f"{module}.input_scale" in entries else None
-                found[module] = Scheme(NVFP4_FACTOR, read) if read else NVFP4_FACTOR, _nvfp4_shape(module, entries)
+                found[module] = (
+                    WeightActivation(NVFP4_FACTOR, read) if read else NVFP4_FACTOR,
+                    _nvfp4_shape(module, entries),
+                )
         return found
 
-    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
         """Those of FP8, or NVFP4 weights with scales of groups and of the matrix, either way round."""
         if scheme.weight != NVFP4_FACTOR:
             return FP8().parts(scheme, shape, has)
@@ -98,7 +101,7 @@ class ModelOpt(Reader):
             **inputs,
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         """FP8, or NVFP4 with a factor in place of the divisor."""
         if scheme.weight != NVFP4_FACTOR:
             return FP8().unpack(tensors, scheme, shape)

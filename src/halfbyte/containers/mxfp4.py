@@ -19,7 +19,7 @@ from halfbyte.containers.fused import unfuse
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 
 
 class MXFP4(Reader):
@@ -36,9 +36,9 @@ class MXFP4(Reader):
         """The experts of a stack, one by one."""
         return unfuse(entries, {"_blocks": "blocks", "_scales": "scales"})
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Scheme, Shape]]:
         """Every module with blocks. Raises Unsupported for shapes that are no MXFP4."""
-        found: dict[str, tuple[AnyScheme, Shape]] = {}
+        found: dict[str, tuple[Scheme, Shape]] = {}
         for name, blocks in entries.items():
             if name.endswith(".blocks"):
                 module = name.removesuffix(".blocks")
@@ -56,12 +56,12 @@ class MXFP4(Reader):
                 found[module] = PACKED.grid, (blocks.shape[0], blocks.shape[1] * 32)
         return found
 
-    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
         """Blocks of 16 bytes, and a byte of scale for each."""
         out, groups = shape[0], shape[1] // 32
         return {"blocks": any_of([(out, groups, 16)], [torch.uint8]), "scales": any_of([(out, groups)], [torch.uint8])}
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         """As compressed-tensors has the same bytes."""
         return PACKED.unpack(
             {"weight_packed": tensors["blocks"].flatten(1), "weight_scale": tensors["scales"]}, PACKED.grid, shape

@@ -14,13 +14,13 @@ from typing import NamedTuple
 from halfbyte.containers import CONTAINERS
 from halfbyte.engines.architectures import Config, Registry, architecture_of, auto_class, decoder_of, registry
 from halfbyte.engines.engines import DEGREES, ENGINES, ROW, EngineSupport, Kernel, engine_named
-from halfbyte.grids.quantized import AnyScheme
+from halfbyte.grids.quantized import Scheme
 from halfbyte.grids.scalar import ScalarGrid, is_absmax, is_float, is_integer
 from halfbyte.kernels.scales import SIDE
 from halfbyte.models.checkpoint import Weight
 from halfbyte.names import Expert, Fused, fused_set
 
-Placed = Mapping[Weight, AnyScheme | None]
+Placed = Mapping[Weight, Scheme | None]
 
 
 class Word(StrEnum):
@@ -54,7 +54,7 @@ class Verdict:
 class Layout(NamedTuple):
     """What tensor parallelism asks of a matrix."""
 
-    scheme: AnyScheme
+    scheme: Scheme
     row: bool
     out: int
     width: int
@@ -66,7 +66,7 @@ def default_container(engine: str) -> str:
     return ENGINES[engine_named(engine)].default
 
 
-def multiplies(engine: str, container: str, scheme: AnyScheme) -> bool:
+def multiplies(engine: str, container: str, scheme: Scheme) -> bool:
     """Whether the engine has a kernel for a scheme from a container, for some shapes. Raises UnknownName."""
     support = ENGINES[engine_named(engine)].support.get(container)
     return support is not None and (support.everything or _kernel(support, scheme) is not None)
@@ -149,7 +149,7 @@ def _refused(engine: str, reasons: Iterable[str], notes: Iterable[str] = ()) -> 
     return Verdict(engine, Word.REFUSED, "", tuple(reasons), tuple(notes), (), None)
 
 
-def _rests_on(support: EngineSupport, quantized: Mapping[Weight, AnyScheme], config: Config) -> tuple[Word, str]:
+def _rests_on(support: EngineSupport, quantized: Mapping[Weight, Scheme], config: Config) -> tuple[Word, str]:
     """A test that runs all of it, or else what was read."""
     names = {_name(scheme) for scheme in quantized.values()}
     for tested in support.tested:
@@ -193,7 +193,7 @@ def _scaled(decoder: Config) -> str | None:
     return "partial_rotary_factor" if any(p not in (None, 1.0) for p in partial) else None
 
 
-def _is_decoded(known: Registry, container: str, quantized: Mapping[Weight, AnyScheme], config: Config) -> bool:
+def _is_decoded(known: Registry, container: str, quantized: Mapping[Weight, Scheme], config: Config) -> bool:
     """Whether the engine has to be asked to decode every weight as it loads."""
     packed = {s for s in set(quantized.values()) if "weight" not in CONTAINERS[container].plan(s, ANY_SHAPE)}
     asymmetric = any(is_integer(s.weight) and not s.weight.symmetric and not s.activations for s in packed)
@@ -203,7 +203,7 @@ def _is_decoded(known: Registry, container: str, quantized: Mapping[Weight, AnyS
 ANY_SHAPE = (256, 256)
 
 
-def _decoding(engine: str, quantized: Mapping[Weight, AnyScheme]) -> Iterator[str]:
+def _decoding(engine: str, quantized: Mapping[Weight, Scheme]) -> Iterator[str]:
     """What is wrong where every weight is decoded: the first scheme is taken for all, and inputs stay as they are."""
     schemes = sorted(set(quantized.values()), key=str)
     if len(schemes) > 1:
@@ -218,7 +218,7 @@ def _decoding(engine: str, quantized: Mapping[Weight, AnyScheme]) -> Iterator[st
         )
 
 
-def _inputs(engine: str, known: Registry, quantized: Mapping[Weight, AnyScheme], config: Config) -> Iterator[str]:
+def _inputs(engine: str, known: Registry, quantized: Mapping[Weight, Scheme], config: Config) -> Iterator[str]:
     by_token = next((s for s in quantized.values() if re.search(r"/.*-token(-asym)?$", str(s))), None)
     if by_token and known.name_of(config) in known.reshaped:
         name = known.name_of(config)
@@ -229,7 +229,7 @@ def _inputs(engine: str, known: Registry, quantized: Mapping[Weight, AnyScheme],
 
 
 def _stacks(
-    engine: str, known: Registry, support: EngineSupport, quantized: Mapping[Weight, AnyScheme], config: Config
+    engine: str, known: Registry, support: EngineSupport, quantized: Mapping[Weight, Scheme], config: Config
 ) -> Iterator[str]:
     name, numbered = known.name_of(config), [w for w in quantized if Expert.of(w.name)]
     if numbered and name in known.stacked:
@@ -255,7 +255,7 @@ def _notes(engine: str, support: EngineSupport, placed: Placed) -> Iterator[str]
 
 
 def _split(
-    engine: str, support: EngineSupport, quantized: Mapping[Weight, AnyScheme]
+    engine: str, support: EngineSupport, quantized: Mapping[Weight, Scheme]
 ) -> tuple[list[str], list[str], list[int]]:
     """What does not fit a kernel, a note where that is padded, and over how many devices all can be split."""
     layouts = _layouts(support, quantized)
@@ -274,12 +274,12 @@ def _split(
     )
 
 
-def _name(scheme: AnyScheme) -> str:
+def _name(scheme: Scheme) -> str:
     """The name of a scheme without the precision of its scales, which containers choose."""
     return re.sub(r"-(bf16|fp16|fp32)(?=/|$)", "", str(scheme))
 
 
-def _kernel(support: EngineSupport, scheme: AnyScheme) -> Kernel | None:
+def _kernel(support: EngineSupport, scheme: Scheme) -> Kernel | None:
     grid = scheme.weight
     if scheme.activations or not is_integer(grid):
         return next(
@@ -296,7 +296,7 @@ def _kernel(support: EngineSupport, scheme: AnyScheme) -> Kernel | None:
     )
 
 
-def _grids(engine: str, container: str, support: EngineSupport, quantized: Mapping[Weight, AnyScheme]) -> Iterator[str]:
+def _grids(engine: str, container: str, support: EngineSupport, quantized: Mapping[Weight, Scheme]) -> Iterator[str]:
     """What is wrong with the grids, wherever they are."""
     grids = sorted(set(quantized.values()), key=str)
     for grid in grids:
@@ -400,23 +400,23 @@ def _experts(engine: str, container: str, support: EngineSupport, placed: Placed
             f"{engine} takes all experts in {container} to be {main}, unlike {odd[0].name}: make them so, or write "
             "compressed-tensors"
         )
-    blocks: defaultdict[str | None, set[AnyScheme | None]] = defaultdict(set)
+    blocks: defaultdict[str | None, set[Scheme | None]] = defaultdict(set)
     for w, g in experts.items():
         blocks[w.block].add(g)
     if uneven := [block for block, found in blocks.items() if len(found) > 1]:
         yield f"{engine} loads the experts of {uneven[0]} as one tensor, so they need one grid, or all 16 bits"
 
 
-def _is_expert(support: EngineSupport, scheme: AnyScheme) -> bool:
+def _is_expert(support: EngineSupport, scheme: Scheme) -> bool:
     grid = scheme.weight
     if is_integer(grid) and not scheme.activations:
         return (grid.levels.bits, grid.symmetric) in support.experts
     return any(re.fullmatch(name, _name(scheme)) for name in support.named_experts)
 
 
-def _siblings(placed: Placed) -> dict[tuple[str, Fused], tuple[list[str], list[AnyScheme | None]]]:
+def _siblings(placed: Placed) -> dict[tuple[str, Fused], tuple[list[str], list[Scheme | None]]]:
     """Names and grids of each set of matrices that engines fuse."""
-    sets: dict[tuple[str, Fused], tuple[list[str], list[AnyScheme | None]]] = {}
+    sets: dict[tuple[str, Fused], tuple[list[str], list[Scheme | None]]] = {}
     for weight, grid in placed.items():
         if key := fused_set(weight.name):
             found, grids = sets.setdefault(key, ([], []))
@@ -425,7 +425,7 @@ def _siblings(placed: Placed) -> dict[tuple[str, Fused], tuple[list[str], list[A
     return sets
 
 
-def _layouts(support: EngineSupport, quantized: Mapping[Weight, AnyScheme]) -> dict[Layout, str]:
+def _layouts(support: EngineSupport, quantized: Mapping[Weight, Scheme]) -> dict[Layout, str]:
     """Every kind of matrix there is, and the first that is so."""
     sizes = {w.name: w.shape[0] for w in quantized}
     together = (

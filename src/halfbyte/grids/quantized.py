@@ -15,8 +15,8 @@ from halfbyte.grids.grid import Codes, Grid, Params, Shape
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """What becomes of a linear whose inputs are rounded too: W8A8 is int8-channel/int8-token."""
+class WeightActivation:
+    """The scheme of a linear whose activations are rounded too: W8A8 is int8-channel/int8-token."""
 
     weight: Grid
     activations: ActivationGrid
@@ -25,7 +25,8 @@ class Scheme:
         return f"{self.weight}/{self.activations}"
 
 
-AnyScheme = Grid | Scheme
+Scheme = Grid | WeightActivation
+"""A grid alone rounds weights only."""
 
 
 class Quantized(NamedTuple):
@@ -46,9 +47,9 @@ class Quantized(NamedTuple):
         return self.size or tuple(self.codes.shape)
 
     @property
-    def scheme(self) -> AnyScheme:
+    def scheme(self) -> Scheme:
         """The grid of the weights, and that of the activations if these are rounded."""
-        return Scheme(self.grid, self.activations.grid) if self.activations else self.grid
+        return WeightActivation(self.grid, self.activations.grid) if self.activations else self.grid
 
     def decode(self) -> Float32[Tensor, "out in"]:
         """The weights that it stands for, in float32."""

@@ -5,10 +5,10 @@ from halfbyte import grids
 from halfbyte.errors import UnknownName
 from halfbyte.formats import ALIASES, SCHEMES
 from halfbyte.grids import activations
-from halfbyte.grids.quantized import AnyScheme, Scheme
+from halfbyte.grids.quantized import Scheme, WeightActivation
 
 
-def parse(name: str) -> AnyScheme:
+def parse(name: str) -> Scheme:
     """`str(parse(name)) == name` for names that are no presets."""
     name = name.lower()
     words = SCHEMES[name].scheme if name in SCHEMES else name
@@ -17,4 +17,4 @@ def parse(name: str) -> AnyScheme:
         grid = grids.parse(weight)
     except UnknownName:
         raise UnknownName("grid", weight, (*grids.GRIDS, *ALIASES, *SCHEMES)) from None
-    return Scheme(grid, activations.parse(read)) if slash else grid
+    return WeightActivation(grid, activations.parse(read)) if slash else grid

@@ -24,7 +24,7 @@ from halfbyte.files import exists, is_within, read_object
 from halfbyte.formats import DTYPES
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, PackedMatrix, Quantized
+from halfbyte.grids.quantized import PackedMatrix, Quantized, Scheme
 from halfbyte.models import cards, roles, tokenizers
 from halfbyte.models.linears import Linears, linears
 from halfbyte.registry import SOURCES
@@ -247,7 +247,7 @@ class Checkpoint:
         return self._reader.name if self._reader else None
 
     @property
-    def quantized(self) -> dict[str, tuple[AnyScheme, Shape]]:
+    def quantized(self) -> dict[str, tuple[Scheme, Shape]]:
         """Scheme and shape of every module that is quantized already."""
         return self._opened[1]
 

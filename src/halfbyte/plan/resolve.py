@@ -15,7 +15,7 @@ from halfbyte.errors import BadRequest, UnknownName, Unsupported, plural
 from halfbyte.formats import SCHEMES
 from halfbyte.grids import schemes
 from halfbyte.grids.kv import KVGrid
-from halfbyte.grids.quantized import AnyScheme
+from halfbyte.grids.quantized import Scheme
 from halfbyte.grids.scalar import is_float
 from halfbyte.models import adapter, heads, sizes
 from halfbyte.models.checkpoint import Checkpoint
@@ -172,7 +172,7 @@ def _moved(checkpoint: Checkpoint, model: str) -> str:
     return f"; its bits in another container: halfbyte convert {model} -o OUT --to {other}" if other else ""
 
 
-def _takes(target: Target, scheme: AnyScheme) -> bool:
+def _takes(target: Target, scheme: Scheme) -> bool:
     """Whether a target holds a scheme, for some shapes."""
     try:
         target.check(target.resolve(scheme, torch.bfloat16), ANY_SHAPE)

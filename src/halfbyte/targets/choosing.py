@@ -10,7 +10,7 @@ from halfbyte import grids
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
+from halfbyte.grids.quantized import Quantized, Scheme, WeightActivation
 from halfbyte.grids.scalar import is_integer
 from halfbyte.models import experts, roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
@@ -81,7 +81,7 @@ def _choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[Te
     return choices
 
 
-def _fit(weight: Weight, scheme: AnyScheme, target: "Target", smaller_groups: bool, note: str = "") -> TensorPlan:
+def _fit(weight: Weight, scheme: Scheme, target: "Target", smaller_groups: bool, note: str = "") -> TensorPlan:
     """The scheme, or one with smaller groups where the row is no multiple of the group and that is asked for."""
     width, grid = weight.shape[1], scheme.weight
     if is_integer(grid) and grid.group_size and width % grid.group_size:
@@ -100,7 +100,7 @@ def _fit(weight: Weight, scheme: AnyScheme, target: "Target", smaller_groups: bo
             )
         note = f"{grid} does not divide {width} in-features"
         grid = grid.with_granularity(smaller)
-        scheme = Scheme(grid, scheme.activations) if scheme.activations else grid
+        scheme = WeightActivation(grid, scheme.activations) if scheme.activations else grid
     try:
         target.check(scheme, weight.shape)
     except Unsupported as error:
@@ -174,7 +174,7 @@ def _transcode(
     return choices, target
 
 
-def _like(own: AnyScheme, target: "Target", shapes: Collection[Shape]) -> str | None:
+def _like(own: Scheme, target: "Target", shapes: Collection[Shape]) -> str | None:
     """The grid of a target that people use in place of one that it does not hold: as wide or the next wider, with a
     scale for each 128 weights, or what comes nearest to that. None where it holds no matrix of these shapes."""
 

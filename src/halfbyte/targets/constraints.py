@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from halfbyte.engines.engines import ENGINES
-from halfbyte.grids.quantized import AnyScheme
+from halfbyte.grids.quantized import Scheme
 from halfbyte.models.checkpoint import Weight
 from halfbyte.names import fused_set
 
-Schemes = Mapping[Weight, AnyScheme | None]
+Schemes = Mapping[Weight, Scheme | None]
 """Scheme by weight; None: it stays in 16 bits."""
 
 

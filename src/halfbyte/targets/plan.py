@@ -12,7 +12,7 @@ import torch
 from halfbyte.containers.safetensors import Spec
 from halfbyte.engines.verdicts import Verdict
 from halfbyte.grids.kv import KVGrid
-from halfbyte.grids.quantized import AnyScheme
+from halfbyte.grids.quantized import Scheme
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.names import fused_set
 from halfbyte.recipe import Method, Recipe
@@ -30,7 +30,7 @@ class TensorPlan:
     """What becomes of a weight: a scheme, or None and the reason why it stays."""
 
     weight: Weight
-    scheme: AnyScheme | None
+    scheme: Scheme | None
     note: str = ""
 
 
@@ -62,7 +62,7 @@ class Plan:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @cached_property
-    def schemes(self) -> Mapping[Weight, AnyScheme]:
+    def schemes(self) -> Mapping[Weight, Scheme]:
         """Of every weight that is quantized."""
         return MappingProxyType({c.weight: c.scheme for c in self.choices if c.scheme})
 
@@ -127,7 +127,7 @@ def doubts(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def commonest(found: Mapping[str, tuple[AnyScheme, tuple[int, ...]]]) -> str:
+def commonest(found: Mapping[str, tuple[Scheme, tuple[int, ...]]]) -> str:
     """The scheme of most modules."""
     names = [str(scheme) for scheme, _ in found.values()]
     return max(set(names), key=names.count) if names else "no weights"

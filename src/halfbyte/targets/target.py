@@ -14,7 +14,7 @@ from halfbyte.errors import Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.kv import KVGrid
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.recipe import Method, Recipe
 from halfbyte.registry import FORMS
@@ -67,7 +67,7 @@ class Target(ABC):
         """The grid that is meant by a name where this target is written: its own names come first."""
         return name
 
-    def prefers(self, name: str, scheme: AnyScheme | None) -> bool:
+    def prefers(self, name: str, scheme: Scheme | None) -> bool:
         """Whether a grid that is called so is meant for this target, if none is asked for."""
         return False
 
@@ -76,7 +76,7 @@ class Target(ABC):
         named = [self.grid_name(scheme) for scheme in plan.schemes.values()]
         return max(named, key=named.count) if plan.recipe.method == "convert" and named else plan.recipe.grid
 
-    def grid_name(self, scheme: AnyScheme) -> str:
+    def grid_name(self, scheme: Scheme) -> str:
         """As readers of the output call it."""
         return str(scheme)
 
@@ -91,12 +91,12 @@ class Target(ABC):
         return self
 
     @abstractmethod
-    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         """`scheme` with scales in the precision that engines compute with when the model is of `dtype`, and with the
         activations that they round whether asked or not."""
 
     @abstractmethod
-    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+    def check(self, scheme: Scheme, shape: Shape) -> None:
         """Raise Unsupported, saying what the target can hold, unless it holds such a matrix."""
 
     def cast_exact(self, q: Quantized) -> Quantized | None:
@@ -109,7 +109,7 @@ class Target(ABC):
             yield exact
 
     @abstractmethod
-    def specs(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+    def specs(self, scheme: Scheme, shape: Shape) -> dict[str, Spec]:
         """Suffix, shape and dtype of every tensor that `pack` will return."""
 
     @abstractmethod
@@ -117,7 +117,7 @@ class Target(ABC):
         """The tensors to write, by suffix."""
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         """The inverse of `pack`."""
 
     def ties(self, checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[TiedGroup]:
@@ -191,7 +191,7 @@ class CheckpointWriter(ABC):
         for suffix, tensor in self.plan.target.pack(q).items():
             yield Part(f"{weight.name}.{suffix}", tensor)
 
-    def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: AnyScheme) -> Quantized:
+    def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: Scheme) -> Quantized:
         """The inverse of `pack`, from a file."""
         suffixes = self.plan.target.specs(scheme, weight.shape)
         tensors = {suffix: entries[f"{weight.name}.{suffix}"].read() for suffix in suffixes}

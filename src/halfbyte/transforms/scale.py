@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from halfbyte.grids.quantized import AnyScheme
+from halfbyte.grids.quantized import Scheme
 from halfbyte.models.block import Block
 from halfbyte.models.checkpoint import Weight
 from halfbyte.solvers.statistics import Statistics
@@ -44,7 +44,7 @@ class FoldSite:
 
     block: Block
     fold: Fold
-    schemes: Mapping[Weight, AnyScheme]
+    schemes: Mapping[Weight, Scheme]
     statistics: Mapping[Weight, Statistics]
     reference: list[Tensor] = field(default_factory=list)
     """What the block returns before anything is rounded, once a search has run it: folds leave it as it is, so all of a
@@ -118,7 +118,7 @@ Choose = Callable[[FoldSite, Settings], ScaleChoice | None]
 def scaled(
     block: Block,
     finder: Finder,
-    schemes: Mapping[Weight, AnyScheme],
+    schemes: Mapping[Weight, Scheme],
     statistics: Mapping[Weight, Statistics],
     settings: Settings,
     choose: Choose,

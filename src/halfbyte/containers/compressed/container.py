@@ -30,7 +30,7 @@ from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported, brief
 from halfbyte.grids.actorder import ActOrderGrid
 from halfbyte.grids.grid import Grid, Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized, Scheme
+from halfbyte.grids.quantized import Quantized, Scheme, WeightActivation
 from halfbyte.grids.scalar import NVFP4, NVFP4_FACTOR, ScalarGrid, is_integer
 
 PACKED = Packed()
@@ -50,15 +50,15 @@ class CompressedTensors(Container):
     name = "compressed-tensors"
     foreign_suffixes = ("weight", "weight_zero_point", ORDER, "input_scale", "input_zero_point", "input_global_scale")
 
-    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         """Scales in the model's dtype. Raises Unsupported for a scheme that no format holds."""
         grid = NVFP4 if scheme.weight == NVFP4_FACTOR else scheme.weight
         grid = grid.with_scale(SCALE_NAMES[dtype]) if isinstance(grid, ScalarGrid) and grid.scale else grid
-        resolved = Scheme(grid, scheme.activations) if scheme.activations else grid
+        resolved = WeightActivation(grid, scheme.activations) if scheme.activations else grid
         layout_of(resolved)
         return resolved
 
-    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+    def check(self, scheme: Scheme, shape: Shape) -> None:
         """Raise Unsupported for activations or shapes that the scheme's format does not hold."""
         check_inputs(scheme.activations)
         layout_of(scheme).check(scheme.weight, shape)
@@ -67,12 +67,12 @@ class CompressedTensors(Container):
         """The matrix itself: `resolve` and `check` say whether a format holds it."""
         return q
 
-    def plan(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+    def plan(self, scheme: Scheme, shape: Shape) -> dict[str, Spec]:
         """Tensors of the format of the scheme, and what is stored of activations."""
         scheme = _unordered(scheme)
         return {**layout_of(scheme).plan(scheme.weight, shape), **input_specs(scheme.activations)}
 
-    def parts(self, scheme: AnyScheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
         """Those of the format in which the file has them, which may be another than is written here."""
         scheme = _unordered(scheme)
         return {
@@ -85,7 +85,7 @@ class CompressedTensors(Container):
         """As the format of the scheme lays it out."""
         return {**layout_of(q.scheme).pack(q), **input_tensors(q.activations)}
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         """As the format in the file lays it out."""
         plain, inputs = _unordered(scheme), inputs_of(tensors, scheme.activations)
         q = _layout_in_file(plain, "weight_packed" in tensors).unpack(tensors, plain.weight, shape)
@@ -93,7 +93,7 @@ class CompressedTensors(Container):
             q = q._replace(grid=scheme.weight, params={**q.params, "g_idx": tensors[ORDER][None]})
         return q._replace(activations=inputs)
 
-    def config(self, schemes: Mapping[str, AnyScheme], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
         """A group for each scheme, with the modules that it targets; unquantized ones are ignored by name."""
         groups: dict[str, Config] = {}
         for scheme in sorted(set(schemes.values()), key=str):
@@ -127,14 +127,14 @@ class CompressedTensors(Container):
         """Whether `quant_method` is compressed-tensors."""
         return config.get("quant_method") == self.name
 
-    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[AnyScheme, Shape]]:
+    def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Scheme, Shape]]:
         """Grid and shape of every module as its tensors show them, and how the config has its activations."""
         groups = config.get("config_groups") or {}
         formats = {config.get("format"), *(group.get("format") for group in groups.values())}
         if unknown := sorted(f for f in formats - {None, MIXED, "dense"} if f not in LAYOUTS):
             raise Unsupported(f"compressed-tensors format '{unknown[0]}' is not read yet; {', '.join(LAYOUTS)} are")
         said = [_weights(group["weights"]) for group in groups.values() if group.get("weights")]
-        found: dict[str, tuple[AnyScheme, Shape]] = {}
+        found: dict[str, tuple[Scheme, Shape]] = {}
         for name in entries:
             module, _, suffix = name.rpartition(".")
             if suffix == "weight_packed" or (suffix == "weight" and f"{module}.weight_scale" in entries):
@@ -147,7 +147,7 @@ class CompressedTensors(Container):
                     )
                 grid, shape = _in_order(f"{module}.{ORDER}", entries, *known)
                 read = input_grid(group_of(module, groups).get("input_activations"))
-                found[module] = (Scheme(grid, read) if read else grid, shape)
+                found[module] = (WeightActivation(grid, read) if read else grid, shape)
         return found
 
 
@@ -170,21 +170,23 @@ def _in_order(name: str, entries: Mapping[str, Entry], grid: Grid, shape: Shape)
     return as_ordered(name, entry, grid, shape[1]), shape
 
 
-def _unordered(scheme: AnyScheme) -> AnyScheme:
+def _unordered(scheme: Scheme) -> Scheme:
     """What the codes are, in whichever order the columns are grouped."""
     if not isinstance(scheme.weight, ActOrderGrid):
         return scheme
-    return Scheme(scheme.weight.integers, scheme.activations) if scheme.activations else scheme.weight.integers
+    return (
+        WeightActivation(scheme.weight.integers, scheme.activations) if scheme.activations else scheme.weight.integers
+    )
 
 
-def _layout_in_file(scheme: AnyScheme, is_packed: bool) -> Layout:
+def _layout_in_file(scheme: Scheme, is_packed: bool) -> Layout:
     """Others give weights alone the names of those with inputs, and the other way round."""
     if is_integer(scheme.weight):
         return PACKED if is_packed else INT
     return layout_of(scheme)
 
 
-def layout_of(scheme: AnyScheme) -> Layout:
+def layout_of(scheme: Scheme) -> Layout:
     """Raises Unsupported for a scheme that no format holds."""
     layout = next((layout for layout in LAYOUTS.values() if layout.writes(scheme)), None)
     if layout is None:

@@ -9,7 +9,7 @@ from halfbyte.containers.container import Config, Part
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import SCALE_DTYPES
 
 SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
@@ -21,7 +21,7 @@ class Layout(ABC):
     format: str
 
     @abstractmethod
-    def writes(self, scheme: AnyScheme) -> bool:
+    def writes(self, scheme: Scheme) -> bool:
         """Whether matrices of this scheme are written so."""
 
     def check(self, grid: Grid, shape: Shape) -> None:

@@ -19,7 +19,7 @@ from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import FLOATS, ScaledActivations
 from halfbyte.grids.grid import Grid, Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import SCALE_DTYPES, integers, is_integer
 
 NAME = "compressed-tensors"
@@ -30,7 +30,7 @@ class Packed(Layout):
 
     format = "pack-quantized"
 
-    def writes(self, scheme: AnyScheme) -> bool:
+    def writes(self, scheme: Scheme) -> bool:
         """Integers, under activations in 16 bits or FP8."""
         return is_integer(scheme.weight) and (
             scheme.activations is None

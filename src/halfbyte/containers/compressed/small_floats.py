@@ -16,7 +16,7 @@ from halfbyte.containers.container import ONE, Config, Part, any_of, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import NVFP4, SCALAR_GRIDS
 
 
@@ -26,7 +26,7 @@ class MX(Layout):
     def __init__(self, format: str, grid: Grid, bits: int):
         self.format, self.grid, self.width_bits = format, grid, bits
 
-    def writes(self, scheme: AnyScheme) -> bool:
+    def writes(self, scheme: Scheme) -> bool:
         """Its own grid, whatever the activations."""
         return scheme.weight == self.grid
 
@@ -71,7 +71,7 @@ class NV4(Layout):
     format = "nvfp4-pack-quantized"
     grid = NVFP4
 
-    def writes(self, scheme: AnyScheme) -> bool:
+    def writes(self, scheme: Scheme) -> bool:
         """NVFP4, whatever the activations."""
         return scheme.weight == self.grid
 

@@ -19,7 +19,7 @@ from halfbyte.containers.container import ONE, Config, Part, any_of, integer, sp
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import Grid, Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import SCALAR_GRIDS, SCALE_DTYPES, fp8, integers, is_float, is_integer
 from halfbyte.kernels.scales import SIDE
 
@@ -32,7 +32,7 @@ class Unpacked(Layout):
     def __init__(self, name: str):
         self.format = name
 
-    def writes(self, scheme: AnyScheme) -> bool:
+    def writes(self, scheme: Scheme) -> bool:
         """Integers under rounded activations, and FP8: each under the name that says so."""
         grid = scheme.weight
         if is_integer(grid):
@@ -171,7 +171,7 @@ class MX8(Layout):
 
     format = "mxfp8-quantized"
 
-    def writes(self, scheme: AnyScheme) -> bool:
+    def writes(self, scheme: Scheme) -> bool:
         """MXFP8, whatever the activations."""
         return scheme.weight == MXFP8
 

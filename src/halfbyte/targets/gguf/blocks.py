@@ -8,7 +8,7 @@ from halfbyte.containers.container import exact_half, fits_half, weights_only
 from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import SCALE_DTYPES, integers, is_integer
 from halfbyte.targets.gguf.lattice_blocks import LATTICE_LAYOUTS
 from halfbyte.targets.gguf.layout import Layout
@@ -23,7 +23,7 @@ BLOCK = 32
 """Weights that share a scale in Q4_0, Q5_0 and Q8_0, which are our symmetric integers."""
 
 
-def check(scheme: AnyScheme, shape: Shape) -> None:
+def check(scheme: Scheme, shape: Shape) -> None:
     """Raise Unsupported unless a type of ggml holds such a matrix."""
     grid = weights_only(scheme, NAME)
     if type_of(grid) in READ_ONLY:

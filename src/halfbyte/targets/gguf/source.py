@@ -16,7 +16,7 @@ from halfbyte.containers.config import require_sound
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import Grid, Shape
-from halfbyte.grids.quantized import AnyScheme, PackedMatrix, Quantized
+from halfbyte.grids.quantized import PackedMatrix, Quantized, Scheme
 from halfbyte.models import tokenizers
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.provenance import HUB, HUB_ID, text_of
@@ -74,7 +74,7 @@ class GGUFCheckpoint(Checkpoint):
     def _collect(self) -> None:
         """The bytes of every tensor, and its grid where it is one quantized matrix."""
         self.entries: dict[str, Entry] = {}
-        self._quantized: dict[str, tuple[AnyScheme, Shape]] = {}
+        self._quantized: dict[str, tuple[Scheme, Shape]] = {}
         for hf, shape in self.shapes.items():
             for place in self.names.places(hf):
                 if place.name not in self.file.tensors:
@@ -164,7 +164,7 @@ class GGUFCheckpoint(Checkpoint):
         return torch.bfloat16 if self._quantized else self.dtype
 
     @property
-    def quantized(self) -> dict[str, tuple[AnyScheme, Shape]]:
+    def quantized(self) -> dict[str, tuple[Scheme, Shape]]:
         """Grid and shape of every matrix in a quantized type."""
         return self._quantized
 

@@ -12,7 +12,7 @@ from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.kv import KVGrid
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import is_integer
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
 from halfbyte.recipe import PARTS, Method, Recipe
@@ -46,7 +46,7 @@ class GGUF(Target):
         """GGUF."""
         return "GGUF"
 
-    def grid_name(self, scheme: AnyScheme) -> str:
+    def grid_name(self, scheme: Scheme) -> str:
         """ggml's name of the type."""
         return type_of(scheme.weight)
 
@@ -59,7 +59,7 @@ class GGUF(Target):
         """ggml's own grid where a type of the file is called as another grid is."""
         return OTHERWISE.get(name.upper(), name)
 
-    def prefers(self, name: str, scheme: AnyScheme | None) -> bool:
+    def prefers(self, name: str, scheme: Scheme | None) -> bool:
         """Whether the name is a preset, or the grid a type that no folder of safetensors holds."""
         return presets.is_preset(name) or (scheme in TYPE_OF and not is_integer(scheme))
 
@@ -68,12 +68,12 @@ class GGUF(Target):
         named = [self.grid_name(scheme) for scheme in plan.schemes.values()]
         return plan.preset or (max(named, key=named.count) if named else plan.recipe.grid)
 
-    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         """Scales in fp16. Raises Unsupported for rounded activations, which llama.cpp chooses itself."""
         grid = weights_only(scheme, self.name)
         return grid.with_scale("fp16") if is_integer(grid) else grid
 
-    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+    def check(self, scheme: Scheme, shape: Shape) -> None:
         """Raise Unsupported unless a type of ggml holds such a matrix."""
         blocks.check(scheme, shape)
 
@@ -87,7 +87,7 @@ class GGUF(Target):
         if near := blocks.with_minimum(q):
             yield near
 
-    def specs(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+    def specs(self, scheme: Scheme, shape: Shape) -> dict[str, Spec]:
         """One tensor of bytes, whose suffix is empty."""
         return {"": blocks.spec(weights_only(scheme, self.name), shape)}
 
@@ -95,7 +95,7 @@ class GGUF(Target):
         """The bytes of its blocks."""
         return {"": blocks.pack(q)}
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         """The inverse of `pack`."""
         return blocks.unpack(tensors[""], weights_only(scheme, self.name))
 

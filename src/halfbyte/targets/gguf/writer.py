@@ -13,7 +13,7 @@ from halfbyte.containers.folder import Shard
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BrokenOutput
 from halfbyte.grids.grid import Shape
-from halfbyte.grids.quantized import AnyScheme, Quantized, select_rows
+from halfbyte.grids.quantized import Quantized, Scheme, select_rows
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.provenance import provenance_of
 from halfbyte.targets.gguf import blocks, families, file, hyperparameters, modelfile, presets, tokenizer
@@ -148,7 +148,7 @@ class GGUFWriter(CheckpointWriter):
             expert = place.expert if weight.expert is None else weight.expert
             yield Part(place.name, raw, weight.first) if expert is None else Part(place.name, raw[None], expert)
 
-    def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: AnyScheme) -> Quantized:
+    def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: Scheme) -> Quantized:
         """The matrix from its places, rows in the checkpoint's order."""
         parts = []
         for place in self.names.places(weight.tensor):

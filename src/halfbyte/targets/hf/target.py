@@ -14,7 +14,7 @@ from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.cast import with_divisor
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.kv import KVGrid
-from halfbyte.grids.quantized import AnyScheme, Quantized
+from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint
 from halfbyte.recipe import Recipe
 from halfbyte.targets.choosing import ROUNDING
@@ -55,11 +55,11 @@ class HuggingFace(Target):
         """With the container's version that holds such a matrix too."""
         return replace(self, container=self._quantized.for_tensor(q))
 
-    def resolve(self, scheme: AnyScheme, dtype: torch.dtype) -> AnyScheme:
+    def resolve(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         """As the container resolves it."""
         return self._quantized.resolve(scheme, dtype)
 
-    def check(self, scheme: AnyScheme, shape: Shape) -> None:
+    def check(self, scheme: Scheme, shape: Shape) -> None:
         """As the container checks it."""
         self._quantized.check(scheme, shape)
 
@@ -73,7 +73,7 @@ class HuggingFace(Target):
         if near := with_divisor(q):
             yield near
 
-    def specs(self, scheme: AnyScheme, shape: Shape) -> dict[str, Spec]:
+    def specs(self, scheme: Scheme, shape: Shape) -> dict[str, Spec]:
         """As the container plans it."""
         return self._quantized.plan(scheme, shape)
 
@@ -81,7 +81,7 @@ class HuggingFace(Target):
         """As the container packs it."""
         return self._quantized.pack(q)
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Shape) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Quantized:
         """As the container unpacks it."""
         return self._quantized.unpack(tensors, scheme, shape)
 
