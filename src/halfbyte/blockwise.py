@@ -97,7 +97,7 @@ def _finish_outside(run: Run, inside: set[str]) -> None:
         for weight, done in zip(weights, commit(run, weights, q, originals, scheme), strict=True):
             run.rows[weight.name] = weight_report(weight, scheme, [done], "outside of the blocks: rounded to nearest")
             run.digests[weight.name] = [done.digest.result()]
-    for tensor in plan.kept:
+    for tensor in plan.unquantized:
         if tensor not in inside:
             run.keep(tensor, source.read(tensor))
 
@@ -136,7 +136,7 @@ def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolv
 def _commit(run: Run, block: Block, solved: _Solved) -> Future:
     """Everything that becomes of the block's tensors; from now on it computes with what is written. Returns when that
     is."""
-    notes = {c.weight: c.note for c in run.plan.choices}
+    notes = {c.weight: c.note for c in run.plan.weights}
     reports, digests = [], {}
     for weights, q, errors, tokens, remark in solved.solutions:
         scheme = solved.schemes[weights[0]]
@@ -152,7 +152,7 @@ def _commit(run: Run, block: Block, solved: _Solved) -> Future:
             block.put(weight, rounded)
             if scheme.activations:
                 block.round_activations(weight, ActivationQuant(scheme.activations, solved.activations.get(weight, {})))
-    kept = run.plan.kept
+    kept = run.plan.unquantized
     digests |= {tensor: _keep(run, block, tensor) for tensor in block.tensors if tensor in kept}
     run.folds += solved.folds
     return run.writer.submit(record_step, run, reports, digests, block=block.name, folds=solved.folds)
@@ -220,5 +220,5 @@ def _restore(run: Run, block: Block) -> None:
             if q.activations:
                 block.round_activations(weight, q.activations)
     for tensor in block.tensors:
-        if tensor in run.plan.kept:
+        if tensor in run.plan.unquantized:
             block.view(tensor).copy_(run.checkpoint_writer.restored(entries, tensor))

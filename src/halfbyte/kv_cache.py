@@ -33,7 +33,7 @@ from halfbyte.report import build, written
 from halfbyte.report.types import AttentionReport, CacheReport
 from halfbyte.run import Run, digest
 from halfbyte.targets.hf.writer import copy_companions, index_of, shards_of, write_json
-from halfbyte.targets.table import file_target, is_file, place_of
+from halfbyte.targets.table import file_target, is_file, output_path
 
 CHECKED = 16
 """Windows of held-out text on which values beyond the scales are counted."""
@@ -68,7 +68,7 @@ def attach(
     config = layout.config(
         checkpoint.config.get("quantization_config") or checkpoint.text_config.get("quantization_config"), kind
     )
-    claim(place_of(out), checkpoint.path, overwrite)
+    claim(output_path(out), checkpoint.path, overwrite)
     checkpoint = checkpoint.replaced(kv=None)  # what it had makes room for another
     windows = calibrate.calibration(checkpoint, calibration or Calibration())
     cache, rows = _find_scales(checkpoint, kind, windows.tokens, observer, progress, Placement.on(device))
@@ -76,7 +76,7 @@ def attach(
     about = _describe(kind, observer, windows, rows, device, checkpoint.left_out)
     files = _files(checkpoint, tensors)
     identity = xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode())
-    folder = Folder(place_of(out), shards_of(files), identity, overwrite)
+    folder = Folder(output_path(out), shards_of(files), identity, overwrite)
     if folder.is_published:
         return written.cache_of(out)
     with kept_on_interrupt(folder):

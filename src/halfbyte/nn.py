@@ -235,7 +235,7 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
     return model
 
 
-def _packed(model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton.Place]) -> dict[str, str]:
+def _packed(model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton.ParamView]) -> dict[str, str]:
     """Tensors that stay packed, and the linears and embeddings that take them."""
     packed: dict[str, str] = {}
     for module in checkpoint.quantized if checkpoint.model_type not in RESCALED else ():
@@ -251,7 +251,10 @@ def _packed(model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton
 
 
 def _round_inputs(
-    model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton.Place], inputs: dict[Weight, ActivationQuant]
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    places: dict[str, skeleton.ParamView],
+    inputs: dict[Weight, ActivationQuant],
 ) -> None:
     """Have the model round what matrices read that are no QuantLinear."""
     shapes = checkpoint.tensors()

@@ -32,7 +32,7 @@ from halfbyte.run import SAMPLED, Committed, Run, commit, digest, record_step, r
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
 from halfbyte.targets.plan import Plan
-from halfbyte.targets.table import UNQUANTIZED, file_target, is_file, place_of
+from halfbyte.targets.table import UNQUANTIZED, file_target, is_file, output_path
 
 SIDE_BY_SIDE = 1 << 28
 """Weights in memory at a time, where no single matrix has more."""
@@ -62,7 +62,7 @@ def quantize(
     elif windows is None:
         windows = calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
     writer = plan.target.writer(plan)
-    folder = Folder(place_of(out), writer.shards(_stem_of(out)), identity(plan, windows, device), overwrite)
+    folder = Folder(output_path(out), writer.shards(_stem_of(out)), identity(plan, windows, device), overwrite)
     if folder.is_published:
         return report_of(out)
     with kept_on_interrupt(folder):
@@ -127,7 +127,7 @@ def convert(
     out = Path(out).expanduser()
     _claim(out, plan, overwrite)
     writer = plan.target.writer(plan)
-    folder = Folder(place_of(out), writer.shards(_stem_of(out)), identity(plan, None), overwrite)
+    folder = Folder(output_path(out), writer.shards(_stem_of(out)), identity(plan, None), overwrite)
     if folder.is_published:
         return report_of(out)
 
@@ -175,7 +175,7 @@ def dequantize(
     plan = decoding(str(source), to, dtype, str(adapter) if adapter else None)
     _claim(out, plan, overwrite)
     writer = plan.target.writer(plan)
-    folder = Folder(place_of(out), writer.shards(_stem_of(out)), identity(plan, None), overwrite)
+    folder = Folder(output_path(out), writer.shards(_stem_of(out)), identity(plan, None), overwrite)
     if folder.is_published:
         return report_of(out)
     with shown(progress) as show, kept_on_interrupt(folder):
@@ -201,7 +201,7 @@ def _claim(out: Path, plan: Plan, overwrite: bool) -> None:
             f"parts of a {target.title} need a folder, and {out} is called like a file; name it without "
             f"{out.suffix}, or leave out --shard-gb"
         )
-    claim(place_of(out), plan.checkpoint.path, overwrite, {entry.path for entry in plan.checkpoint.entries.values()})
+    claim(output_path(out), plan.checkpoint.path, overwrite, {entry.path for entry in plan.checkpoint.entries.values()})
 
 
 def _importance(plan: Plan, device: torch.device) -> dict[Weight, Diagonal]:
@@ -248,7 +248,7 @@ def _stream(
         run.progress(
             f"{RESUMING}: {len(run.rows)} of {len(plan.schemes)} matrices are done", len(run.rows), len(plan.schemes)
         )
-    notes = {c.weight: c.note for c in plan.choices}
+    notes = {c.weight: c.note for c in plan.weights}
     todo = [unit for unit in units if any(w.name not in run.rows for w in unit)]
     cut = [[unit] if len(unit) > 1 else [[piece] for piece in run.checkpoint_writer.pieces(unit[0])] for unit in todo]
     total = sum(map(_size, todo))
@@ -276,8 +276,8 @@ def _stream(
             record_step(run, reports, digests, module=unit[0].name)
             seen += _size(unit)
             run.progress(unit[-1].name, seen, total)
-        for number, _ in enumerate(pool.map(keep, plan.kept)):
-            run.progress("tensors that are not quantized", number, len(plan.kept))
+        for number, _ in enumerate(pool.map(keep, plan.unquantized)):
+            run.progress("tensors that are not quantized", number, len(plan.unquantized))
 
 
 def _size(weights: Sequence[Weight]) -> int:
@@ -341,7 +341,7 @@ def verify(run: Run) -> None:
     """Open what was written as any reader would, decode it, and compare it with what the solver returned."""
     entries = run.checkpoint_writer.reopen(run.folder.partial)
     schemes = {w.name: (w, s) for w, s in run.plan.schemes.items()}
-    if lost := [n for n in (*run.plan.kept, *schemes) if n not in run.digests]:
+    if lost := [n for n in (*run.plan.unquantized, *schemes) if n not in run.digests]:
         raise BrokenOutput(
             f"{plural(len(lost), 'tensor of the source is', 'tensors of the source are')} in no part of the output, "
             f"the first '{lost[0]}'"

@@ -80,7 +80,7 @@ class Run:
     def keep(self, tensor: str, value: Tensor) -> None:
         """Write a tensor that is not quantized in the precision planned, which that of a decoded one is not."""
         value = cast(tensor, value, self.plan.spec(tensor).dtype, self.plan.wider)
-        if self.plan.kept[tensor] != SKIPPED:
+        if self.plan.unquantized[tensor] != SKIPPED:
             require_finite(tensor, value)
         parts = list(self.checkpoint_writer.keep(tensor, value))
         self.digests[tensor] = [digest([part.tensor for part in parts])]

@@ -81,10 +81,10 @@ def test_a_plan_does_not_change(tmp_path):
         plan.recipe = plan.recipe  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(TypeError):
         plan.schemes[next(iter(plan.schemes))] = INT4  # pyright: ignore[reportIndexIssue]
-    for mapping in (plan.kept, plan.dropped, plan.scales):
+    for mapping in (plan.unquantized, plan.dropped, plan.scales):
         with pytest.raises(TypeError):
             mapping["more"] = None
-    assert isinstance(plan.choices, tuple)
+    assert isinstance(plan.weights, tuple)
     assert isinstance(plan.verdicts, tuple)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from halfbyte.containers.place import Place, not_through_links, remove
+from halfbyte.containers.place import OutputPath, not_through_links, remove
 from halfbyte.containers.safetensors import Entry, Output
 from halfbyte.errors import BadRequest, HalfbyteError
 
@@ -45,7 +45,7 @@ class Shard(NamedTuple):
 class Folder:
     """Writes the tensors and files of one checkpoint."""
 
-    def __init__(self, place: Place, shards: Mapping[str, Shard], identity: str, overwrite: bool = False):
+    def __init__(self, place: OutputPath, shards: Mapping[str, Shard], identity: str, overwrite: bool = False):
         """`shards` by their file names. Raises BadRequest for a target that is in the way, or is being written."""
         self.target = place.target
         self.place = place
@@ -182,7 +182,7 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.2f} MB"
 
 
-def claim(place: Place, source: Path, overwrite: bool, files: Collection[Path] = ()) -> None:
+def claim(place: OutputPath, source: Path, overwrite: bool, files: Collection[Path] = ()) -> None:
     """Refuse a target that holds something, unless it may be replaced; never the source, one of its `files`, or a
     folder around it or in it.
 

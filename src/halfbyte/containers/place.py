@@ -26,7 +26,7 @@ BESIDE = ("report.json", "README.md", "recipe.yaml", "Modelfile", PICTURE)
 """What is written next to an output that is one file, under that file's name."""
 
 
-class Place:
+class OutputPath:
     """The names, and the steps from one to the other."""
 
     def __init__(self, target: Path, is_file: bool, marks: tuple[str, ...]):

@@ -51,7 +51,7 @@ class Verdict:
         return self.word is not Word.REFUSED
 
 
-class Layout(NamedTuple):
+class SplitMatrix(NamedTuple):
     """What tensor parallelism asks of a matrix."""
 
     scheme: Scheme
@@ -258,9 +258,9 @@ def _split(
     engine: str, support: EngineSupport, quantized: Mapping[Weight, Scheme]
 ) -> tuple[list[str], list[str], list[int]]:
     """What does not fit a kernel, a note where that is padded, and over how many devices all can be split."""
-    layouts = _layouts(support, quantized)
-    whole = {d: _misfit(support, layouts, d, tiles=False) for d in DEGREES}
-    tiled = {d: _misfit(support, layouts, d, tiles=True) for d in DEGREES}
+    matrices = _split_matrices(support, quantized)
+    whole = {d: _misfit(support, matrices, d, tiles=False) for d in DEGREES}
+    tiled = {d: _misfit(support, matrices, d, tiles=True) for d in DEGREES}
     degrees = [1] if support.whole else [d for d, misfit in (whole if tiled[1] else tiled).items() if misfit is None]
     if whole[1] or (tiled[1] and not support.pads):
         instead = "choose another group size" if whole[1] else "take another engine"
@@ -425,7 +425,7 @@ def _siblings(placed: Placed) -> dict[tuple[str, Fused], tuple[list[str], list[S
     return sets
 
 
-def _layouts(support: EngineSupport, quantized: Mapping[Weight, Scheme]) -> dict[Layout, str]:
+def _split_matrices(support: EngineSupport, quantized: Mapping[Weight, Scheme]) -> dict[SplitMatrix, str]:
     """Every kind of matrix there is, and the first that is so."""
     sizes = {w.name: w.shape[0] for w in quantized}
     together = (
@@ -433,17 +433,19 @@ def _layouts(support: EngineSupport, quantized: Mapping[Weight, Scheme]) -> dict
         if support.fuses
         else {}
     )
-    found: dict[Layout, str] = {}
+    found: dict[SplitMatrix, str] = {}
     for w, scheme in quantized.items():
         if isinstance(scheme.weight, ScalarGrid):
             out, width = w.shape
-            found.setdefault(Layout(scheme, bool(ROW.search(w.name)), out, width, together.get(w.name, out)), w.name)
+            found.setdefault(
+                SplitMatrix(scheme, bool(ROW.search(w.name)), out, width, together.get(w.name, out)), w.name
+            )
     return found
 
 
-def _misfit(support: EngineSupport, layouts: Mapping[Layout, str], degree: int, tiles: bool) -> str | None:
+def _misfit(support: EngineSupport, matrices: Mapping[SplitMatrix, str], degree: int, tiles: bool) -> str | None:
     """The first matrix that cannot be split over `degree` devices, and why: groups and packing, and tiles if asked."""
-    for (scheme, row, out, width, together), name in layouts.items():
+    for (scheme, row, out, width, together), name in matrices.items():
         grid = scheme.weight
         split = width if row else out
         if split % degree or (

@@ -22,7 +22,7 @@ from halfbyte.grids.grid import Params
 from halfbyte.grids.kv import KVGrid
 from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.models.skeleton import Place
+from halfbyte.models.skeleton import ParamView
 
 KV = Float[Tensor, "batch heads tokens dim"]
 CacheHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -87,7 +87,7 @@ def _name(module: nn.Module) -> str:
     return next((name for name in NAMES if name in parameters), "")
 
 
-def names(model: PreTrainedModel, places: Mapping[str, Place], block: nn.Module) -> dict[str, nn.Module]:
+def names(model: PreTrainedModel, places: Mapping[str, ParamView], block: nn.Module) -> dict[str, nn.Module]:
     """The attentions in a part of the model that cache keys and values, by what the checkpoint calls them."""
     layers = DynamicCache(config=model.config).layers
     paths = {module: path for path, module in model.named_modules()}
@@ -107,7 +107,7 @@ def names(model: PreTrainedModel, places: Mapping[str, Place], block: nn.Module)
 
 
 def apply(
-    model: PreTrainedModel, places: Mapping[str, Place], cache: KVCache, device: torch.device | str = "cpu"
+    model: PreTrainedModel, places: Mapping[str, ParamView], cache: KVCache, device: torch.device | str = "cpu"
 ) -> None:
     """From now on, the model computes with keys and values as this cache would return them. Raises Unsupported where it
     has none."""

@@ -31,7 +31,7 @@ def require(checkpoint: Checkpoint) -> None:
     for tensor in sorted(odd & places.keys()):
         place = places[tensor]
         expected = tuple(skeleton.tensor(model, place.parameter).shape)
-        whole = filled[place.parameter] == 1 and place == skeleton.Place(
+        whole = filled[place.parameter] == 1 and place == skeleton.ParamView(
             place.parameter
         )  # and no part of what Transformers fuses
         if whole and shapes[tensor] != expected:

@@ -1,7 +1,7 @@
 """A Transformers model without weights, and where each tensor of the checkpoint lies in it.
 
-Transformers renames tensors and fuses experts while it loads; its own rules (conversion_mapping.py) say how. A Place
-inverts them: it is a view of a parameter in which a tensor of the checkpoint lies as it does in the file.
+Transformers renames tensors and fuses experts while it loads; its own rules (conversion_mapping.py) say how. A
+ParamView inverts them: it is a view of a parameter in which a tensor of the checkpoint lies as it does in the file.
 """
 
 import re
@@ -54,7 +54,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class ParamView:
     """Where a tensor of the checkpoint lies in a parameter."""
 
     parameter: str
@@ -236,7 +236,7 @@ class Names:
         target, pattern = loading.rename_source_key(name, self.renamings, self.converters, self.prefix, self.known)
         return (name, None) if target not in self.known and name in self.known else (target, pattern)
 
-    def stack(self, name: str, rows: int = 0) -> Place | None:
+    def stack(self, name: str, rows: int = 0) -> ParamView | None:
         """Where a linear of one expert lies in a fused tensor, though Transformers has no rule that puts it there: we
         wrote it apart."""
         if not (split := re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", name)):
@@ -246,7 +246,7 @@ class Names:
             for target, _ in map(self.rename, (stack, f"{stack}.weight")):
                 if target in self.known:
                     turned = lies_transposed(self.model, target) != roles.is_transposed(name, kind)
-                    return Place(target, int(split[2]), number * rows, transposed=turned)
+                    return ParamView(target, int(split[2]), number * rows, transposed=turned)
         return None
 
     def find(self, name: str) -> tuple[str | None, loading.WeightConverter | None]:
@@ -265,26 +265,26 @@ def lies_transposed(model: transformers.PreTrainedModel, stack: str) -> bool:
     return getattr(home, "is_transposed", roles.is_transposed(stack, kind))
 
 
-class Places(dict[str, Place]):
+class WeightMap(dict[str, ParamView]):
     """Where each tensor of the checkpoint lies; tensors that the model does not use are absent."""
 
     def __init__(self):
         super().__init__()
         self.lost: dict[str, str] = {}
-        """Parameters that are made of the checkpoint in a way that no Place tells, and how."""
+        """Parameters that are made of the checkpoint in a way that no ParamView tells, and how."""
 
 
-def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> Places:
+def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> WeightMap:
     """Where each tensor of the checkpoint lies."""
     names = Names(model)
-    found = Places()
+    found = WeightMap()
     fused: dict[str, dict[str, list[str]]] = {}
     for name in sorted(tensors, key=loading.dot_natural_key):
         target, pattern = names.rename(name)
         if pattern is not None and target in names.known:
             fused.setdefault(target, {}).setdefault(pattern, []).append(name)
         elif target in names.known:
-            found[name] = Place(target)
+            found[name] = ParamView(target)
         elif stack := names.stack(name, tensors[name][0]):
             found[name] = stack
     for target, sources in fused.items():
@@ -316,7 +316,7 @@ def _fused(
     sources: dict[str, list[str]],
     tensors: dict[str, tuple[int, ...]],
     shape: tuple[int, ...],
-) -> dict[str, Place] | None:
+) -> dict[str, ParamView] | None:
     """Follow the conversion's operations for the names instead of the numbers. None where no view of the parameter is
     the tensor."""
     merged, dim, transposed = False, None, False
@@ -338,7 +338,7 @@ def _fused(
         names = sources.get(pattern, [])
         for number, name in enumerate(names):
             expert = number if merged else None
-            found[name] = Place(target, expert, first if dim is not None else 0, dim or 0, transposed)
+            found[name] = ParamView(target, expert, first if dim is not None else 0, dim or 0, transposed)
             if dim is not None and not merged:
                 first += tensors[name][dim]
         if dim is not None and merged and names:
@@ -352,7 +352,7 @@ def tensor(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(home), last).data
 
 
-def ties(model: transformers.PreTrainedModel, found: Places) -> dict[str, str]:
+def ties(model: transformers.PreTrainedModel, found: WeightMap) -> dict[str, str]:
     """Parameters without a tensor of their own, each with the one whose values it shares, by Transformers' rules."""
     own = {place.parameter for place in found.values()}
     groups: dict[str, list[str]] = {}
@@ -369,7 +369,7 @@ def ties(model: transformers.PreTrainedModel, found: Places) -> dict[str, str]:
 
 
 def require_whole(
-    model: transformers.PreTrainedModel, checkpoint: Checkpoint, found: Places, names: Collection[str]
+    model: transformers.PreTrainedModel, checkpoint: Checkpoint, found: WeightMap, names: Collection[str]
 ) -> None:
     """Raise BadCheckpoint for parameters and buffers among `names` of which the checkpoint fills not every element."""
     shapes, tied = checkpoint.tensors(), ties(model, found)
@@ -415,7 +415,7 @@ def put(model: nn.Module, name: str, p: nn.Parameter) -> None:
 def load(
     model: nn.Module,
     source: Source,
-    found: Places,
+    found: WeightMap,
     tied: dict[str, str],
     names: Iterable[str],
     device: torch.device | str,
@@ -463,7 +463,7 @@ def release(model: nn.Module, names: Iterable[str]) -> None:
             put(model, name, nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False))
 
 
-def _fill(model: nn.Module, source: Source, found: Places, names: Iterable[str], device: torch.device | str) -> None:
+def _fill(model: nn.Module, source: Source, found: WeightMap, names: Iterable[str], device: torch.device | str) -> None:
     """Read tensors of the checkpoint into the parameters in which they lie."""
     state = dict(model.state_dict(keep_vars=True))
     for name in names:

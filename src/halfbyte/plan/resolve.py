@@ -106,7 +106,7 @@ def _engine(words: str | None) -> str | None:
 def _judged(plan: Plan, engines: Iterable[str]) -> tuple[Verdict, ...]:
     """Ask these engines. Raises Unsupported where the one that was asked for will not load the output, or none will."""
     engine, name = plan.recipe.engine, plan.target.name
-    found = verdicts.verdicts(name, {c.weight: c.scheme for c in plan.choices}, plan.checkpoint.config, engines)
+    found = verdicts.verdicts(name, {c.weight: c.scheme for c in plan.weights}, plan.checkpoint.config, engines)
     others = [v.engine for v in found if v.loads]
     asked = next((v for v in found if v.engine == engine), None)
     if asked and not asked.loads:

@@ -45,7 +45,7 @@ and a few rows .6."""
 
 def planned(plan: Plan, size_bytes: int, file: str | None, files: list[str]) -> PlanReport:
     """All that is known of a run before it; `size_bytes` of all tensors of the output, which lie in `files`."""
-    notes = {c.weight: c.note for c in plan.choices}
+    notes = {c.weight: c.note for c in plan.weights}
     return PlanReport(
         **_common(plan),
         output=_output(plan, size_bytes).model_copy(update={"file": file, "files": files}),
@@ -110,7 +110,7 @@ def _common(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe,
         "source": _source(plan),
         "engines": [_engine_report(v) for v in plan.verdicts],
-        "kept": dict(plan.kept),
+        "kept": dict(plan.unquantized),
         "dropped": dict(plan.dropped),
     }
 
@@ -132,7 +132,7 @@ def _source(plan: Plan) -> Source:
 
 
 def _parameters(plan: Plan) -> int:
-    return sum(prod(w.shape) for w in plan.schemes) + sum(prod(plan.checkpoint.spec(t).shape) for t in plan.kept)
+    return sum(prod(w.shape) for w in plan.schemes) + sum(prod(plan.checkpoint.spec(t).shape) for t in plan.unquantized)
 
 
 def _output(plan: Plan, size_bytes: int) -> Output:
@@ -145,7 +145,7 @@ def _output(plan: Plan, size_bytes: int) -> Output:
         bits_per_weight=8 * stored / counted if counted else None,
         bits_per_parameter=8 * size_bytes / _parameters(plan),
         quantized=len(plan.schemes),
-        kept=len(plan.kept),
+        kept=len(plan.unquantized),
     )
 
 

@@ -42,15 +42,15 @@ class Plan:
     checkpoint: Checkpoint
     target: "Target"
     method: Method
-    choices: tuple[TensorPlan, ...]
-    kept: Mapping[str, str]
+    weights: tuple[TensorPlan, ...]
+    unquantized: Mapping[str, str]
     """Tensor to the reason why it is copied as it is."""
     dropped: Mapping[str, str] = field(default_factory=dict)
     """Tensor to the reason why the output has none such."""
     preset: str | None = None
     """A mixture of grids that has a name, where the output bears it."""
     warnings: tuple[str, ...] = ()
-    plain_dtype: torch.dtype | None = None
+    unquantized_dtype: torch.dtype | None = None
     """What tensors of floats that are not quantized are written in; None: each in its own."""
     kv: KVGrid | None = None
     """The KV cache that the output says it has, and the tensors of its scales."""
@@ -58,13 +58,13 @@ class Plan:
     verdicts: tuple[Verdict, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("kept", "dropped", "scales"):
+        for name in ("unquantized", "dropped", "scales"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @cached_property
     def schemes(self) -> Mapping[Weight, Scheme]:
         """Of every weight that is quantized."""
-        return MappingProxyType({c.weight: c.scheme for c in self.choices if c.scheme})
+        return MappingProxyType({c.weight: c.scheme for c in self.weights if c.scheme})
 
     @cached_property
     def fused_groups(self) -> tuple[tuple[Weight, ...], ...]:
@@ -80,7 +80,8 @@ class Plan:
     def spec(self, tensor: str) -> Spec:
         """Shape and dtype in which a tensor that is not quantized is written, by its name in the checkpoint."""
         spec = self.checkpoint.spec(tensor)
-        return Spec(spec.shape, self.plain_dtype) if self.plain_dtype and spec.dtype.is_floating_point else spec
+        dtype = self.unquantized_dtype if spec.dtype.is_floating_point else None
+        return Spec(spec.shape, dtype) if dtype else spec
 
     @property
     def label(self) -> str:

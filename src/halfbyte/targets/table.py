@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from halfbyte.containers import CONTAINERS
-from halfbyte.containers.place import Place
+from halfbyte.containers.place import OutputPath
 from halfbyte.errors import UnknownName, Unsupported
 from halfbyte.registry import FORMS, READ_ONLY, made
 from halfbyte.targets.hf.target import HuggingFace
@@ -38,10 +38,10 @@ def is_file(path: Path) -> bool:
     return file_target(path) is not None
 
 
-def place_of(path: Path) -> Place:
+def output_path(path: Path) -> OutputPath:
     """Where an output that is called so comes to lie."""
     marks = tuple(dict.fromkeys(mark for target in TARGETS.values() for mark in target.marks))
-    return Place(path, is_file(path.resolve()), marks)
+    return OutputPath(path, is_file(path.resolve()), marks)
 
 
 def beside(checkpoint: Path, name: str) -> Path:

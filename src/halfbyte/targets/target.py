@@ -171,7 +171,7 @@ class CheckpointWriter(ABC):
         for weight in plan.schemes:
             by_tensor.setdefault(weight.tensor, []).append(weight)
         for tensor in plan.checkpoint.tensors():
-            if tensor in plan.kept:
+            if tensor in plan.unquantized:
                 found[tensor] = plan.spec(tensor)
             for weight in by_tensor.get(tensor, []):
                 specs = plan.target.specs(plan.schemes[weight], weight.shape)

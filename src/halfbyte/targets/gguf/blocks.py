@@ -11,11 +11,11 @@ from halfbyte.grids.grid import Grid, Shape
 from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import SCALE_DTYPES, integers, is_integer
 from halfbyte.targets.gguf.lattice_blocks import LATTICE_LAYOUTS
-from halfbyte.targets.gguf.layout import Layout
+from halfbyte.targets.gguf.layout import BlockLayout
 from halfbyte.targets.gguf.names import OTHERWISE
 from halfbyte.targets.gguf.scalar_blocks import SCALAR_LAYOUTS
 
-LAYOUTS: dict[str, Layout] = {**SCALAR_LAYOUTS, **LATTICE_LAYOUTS}
+LAYOUTS: dict[str, BlockLayout] = {**SCALAR_LAYOUTS, **LATTICE_LAYOUTS}
 TYPE_OF: dict[Grid, str] = {layout.grid: name for name, layout in LAYOUTS.items()}
 NAME = "gguf"
 READ_ONLY = ("IQ1_S", "IQ1_M")
@@ -103,7 +103,7 @@ def type_of(grid: Grid) -> str:
     return TYPE_OF[known]
 
 
-def layout_of(grid: Grid, width: int) -> Layout:
+def layout_of(grid: Grid, width: int) -> BlockLayout:
     """Raises Unsupported where blocks do not fill a row."""
     layout = LAYOUTS[type_of(grid)]
     if width % layout.block:

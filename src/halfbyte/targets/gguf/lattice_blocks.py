@@ -14,7 +14,7 @@ from halfbyte.grids.grid import Codes, Grid, Params
 from halfbyte.grids.lattice import LATTICE_GRIDS
 from halfbyte.grids.quantized import Quantized
 from halfbyte.kernels.lattice import NEGATIVE, codebook, entry_of_key, keys
-from halfbyte.targets.gguf.layout import Layout
+from halfbyte.targets.gguf.layout import BlockLayout
 from halfbyte.targets.gguf.names import TYPES
 
 Raw = UInt8[Tensor, "out row_bytes"]
@@ -251,7 +251,7 @@ def _unpack_iq1_m(low: Tensor, high: Tensor, scale: Tensor) -> tuple[Tensor, Par
     return _moved(low.int() | ((high & 7) << 8), high >> 3, d, integers.flatten(-2), "iq1_m")
 
 
-def _layout(name: str, block: int, sizes: tuple[int, ...], pack_fields, unpack_fields) -> Layout:
+def _layout(name: str, block: int, sizes: tuple[int, ...], pack_fields, unpack_fields) -> BlockLayout:
     """`sizes`: bytes of the fields of the struct, in their order."""
 
     def pack(q: Quantized) -> Raw:
@@ -261,14 +261,14 @@ def _layout(name: str, block: int, sizes: tuple[int, ...], pack_fields, unpack_f
         codes, params = unpack_fields(*raw.unflatten(1, (-1, sum(sizes))).split(sizes, -1))
         return Quantized(grid, _contiguous(codes.flatten(1)), params)
 
-    return Layout(grids.parse(TYPES[name]), block, sum(sizes), pack, unpack)
+    return BlockLayout(grids.parse(TYPES[name]), block, sum(sizes), pack, unpack)
 
 
 def _contiguous(codes: Codes) -> Codes:
     return codes.contiguous()
 
 
-LATTICE_LAYOUTS: dict[str, Layout] = {
+LATTICE_LAYOUTS: dict[str, BlockLayout] = {
     "IQ4_NL": _layout("IQ4_NL", 32, (2, 16), _pack_iq4_nl, _unpack_iq4_nl),
     "IQ4_XS": _layout("IQ4_XS", 256, (2, 2, 4, 128), _pack_iq4_xs, _unpack_iq4_xs),
     "MXFP4": _layout("MXFP4", 32, (1, 16), partial(_pack_fp4, per_block=1, run=32), partial(_unpack_fp4, run=32)),

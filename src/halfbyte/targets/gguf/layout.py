@@ -1,4 +1,4 @@
-"""Layout: how one type of ggml lays a Quantized down in bytes."""
+"""BlockLayout: how one type of ggml lays a Quantized down in bytes."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from halfbyte.grids.grid import Grid
 from halfbyte.grids.quantized import Quantized
 
 
-class Layout(NamedTuple):
+class BlockLayout(NamedTuple):
     """A type of ggml: rows of blocks, each `size_bytes` long. `unpack(pack(q), q.grid)` is `q`."""
 
     grid: Grid

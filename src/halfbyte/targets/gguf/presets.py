@@ -88,7 +88,7 @@ def types(preset: str, tensors: Mapping[str, Shape], model: Model) -> dict[str, 
             if model.experts > 1 and kind in ("down", "gate", "up") and preset not in TWO_BITS
             else seen[counted]
         )
-        at = _Place(preset, base, kind, layer, like_v if counted == "like v" else model.layers, tensors[name], model)
+        at = _Tensor(preset, base, kind, layer, like_v if counted == "like v" else model.layers, tensors[name], model)
         found[name] = _type(at)
         seen[counted] += 1
     return found
@@ -103,7 +103,7 @@ def fallback(type_name: str, width: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Tensor:
     preset: str
     base: str
     kind: str
@@ -124,7 +124,7 @@ class _Place:
         return self.index < n // 8 or self.index >= 7 * n // 8 or (self.index - n // 8) % 3 == 2
 
 
-def _type(at: _Place) -> str:
+def _type(at: _Tensor) -> str:
     if at.base in PLAIN:
         return at.base
     if at.kind == "output" or (at.kind == "embedding" and at.model.tied):
@@ -143,7 +143,7 @@ def _type(at: _Place) -> str:
     return rules[at.kind](at) if at.kind in rules else at.base
 
 
-def _output(at: _Place) -> str:
+def _output(at: _Tensor) -> str:
     if (
         at.preset == "MXFP4_MOE"
         or at.model.arch == "falcon"
@@ -154,7 +154,7 @@ def _output(at: _Place) -> str:
     return "Q5_K" if at.preset in (*TWO_BITS, "IQ3_XXS") else "Q6_K"
 
 
-def _two_bits(at: _Place) -> str:
+def _two_bits(at: _Tensor) -> str:
     larger = "IQ3_S" if at.preset in IQ2_LARGE else "Q2_K"
     if at.kind in LIKE_V:
         return "Q4_K" if at.model.heads_per_kv >= 4 or at.model.experts >= 4 else larger
@@ -167,7 +167,7 @@ def _two_bits(at: _Place) -> str:
     return at.base
 
 
-def _values(at: _Place) -> str:
+def _values(at: _Tensor) -> str:
     grouped = at.model.heads_per_kv >= 4
     chosen = at.base
     match at.preset:
@@ -195,15 +195,15 @@ def _values(at: _Place) -> str:
     return "Q8_0" if at.model.experts == 8 else chosen
 
 
-def _keys(at: _Place) -> str:
+def _keys(at: _Tensor) -> str:
     return "Q8_0" if at.model.experts == 8 else _queries(at)
 
 
-def _queries(at: _Place) -> str:
+def _queries(at: _Tensor) -> str:
     return {"IQ3_XS": "IQ3_XXS", "IQ3_XXS": "IQ2_S"}.get(at.preset, at.base)
 
 
-def _down(at: _Place) -> str:
+def _down(at: _Tensor) -> str:
     falcon = at.model.arch == "falcon"
     match at.preset:
         case "Q2_K":
@@ -246,7 +246,7 @@ EIGHT_EXPERTS = {
 }
 
 
-def _attention_output(at: _Place) -> str:
+def _attention_output(at: _Tensor) -> str:
     if at.model.arch == "falcon":
         return "Q4_K" if at.preset == "Q3_K_L" else at.base
     if at.model.experts == 8:
@@ -256,7 +256,7 @@ def _attention_output(at: _Place) -> str:
     )
 
 
-def _gate_up(at: _Place) -> str:
+def _gate_up(at: _Tensor) -> str:
     return "IQ3_XXS" if at.preset == "IQ3_XS" and at.count // 8 <= at.index < 7 * at.count // 8 else at.base
 
 

@@ -18,7 +18,7 @@ from halfbyte import grids
 from halfbyte.grids.grid import Grid, Params
 from halfbyte.grids.quantized import Quantized
 from halfbyte.kernels.cpu import planes
-from halfbyte.targets.gguf.layout import Layout
+from halfbyte.targets.gguf.layout import BlockLayout
 from halfbyte.targets.gguf.names import TYPES
 
 Bytes = UInt8[Tensor, "rows _"]
@@ -226,11 +226,13 @@ FIELDS: dict[str, tuple[Field, ...]] = {
 }
 
 
-def _layout(grid: Grid, fields: tuple[Field, ...]) -> Layout:
+def _layout(grid: Grid, fields: tuple[Field, ...]) -> BlockLayout:
     """Blocks of these fields."""
     size = sum(field.size for field in fields)
-    return Layout(grid, grid.group_size or 0, size, partial(pack, fields), partial(unpack, fields))
+    return BlockLayout(grid, grid.group_size or 0, size, partial(pack, fields), partial(unpack, fields))
 
 
-SCALAR_LAYOUTS: dict[str, Layout] = {name: _layout(grids.parse(TYPES[name]), fields) for name, fields in FIELDS.items()}
+SCALAR_LAYOUTS: dict[str, BlockLayout] = {
+    name: _layout(grids.parse(TYPES[name]), fields) for name, fields in FIELDS.items()
+}
 """By ggml's name of the type."""

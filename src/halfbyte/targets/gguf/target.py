@@ -125,7 +125,7 @@ class GGUF(Target):
         """Every tensor in F32, F16 or BF16."""
         plain = recipe.model_copy(update={"grid": presets.PLAIN_NAMES[DTYPE_NAMES[recipe.grid]]})
         plan = types.quantizing(self, plain, checkpoint, PARTS["nearest"])
-        return replace(plan, recipe=recipe, plain_dtype=torch.float32)  # the writer rounds what it is given, once
+        return replace(plan, recipe=recipe, unquantized_dtype=torch.float32)  # the writer rounds what it is given, once
 
     def require_cache(self, grid: KVGrid) -> None:
         """Raises Unsupported: llama.cpp chooses its KV cache as it starts."""

@@ -60,7 +60,7 @@ class GGUFWriter(CheckpointWriter):
                     (out, weight.shape[1]),
                     place.expert if weight.expert is None else weight.expert,
                 )
-        for tensor in self.plan.kept:
+        for tensor in self.plan.unquantized:
             shape = self.plan.checkpoint.spec(tensor).shape
             for place in self.names.places(tensor):
                 stored = _stored_shape(place, shape)
@@ -76,7 +76,7 @@ class GGUFWriter(CheckpointWriter):
         """F32 for what llama.cpp wants so; a matrix keeps its 16 bits, or has those that were asked for."""
         if place.plain or len(self.plan.checkpoint.spec(tensor).shape) < 2:
             return "F32"
-        asked = None if self.plan.kept[tensor] in (SKIPPED, AS_ASKED) else self._asked_type
+        asked = None if self.plan.unquantized[tensor] in (SKIPPED, AS_ASKED) else self._asked_type
         return asked or presets.PLAIN_NAMES.get(self.plan.checkpoint.spec(tensor).dtype, "F32")
 
     @property

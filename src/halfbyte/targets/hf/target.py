@@ -89,7 +89,7 @@ class HuggingFace(Target):
         """Every tensor in one dtype. Raises Unsupported for experts that Transformers would not find."""
         _require_names(checkpoint)
         kept = dict.fromkeys(checkpoint.tensors(), "decoded" if checkpoint.container else "as in the source")
-        return Plan(recipe, checkpoint, self, ROUNDING, (), kept, plain_dtype=DTYPE_NAMES[recipe.grid])
+        return Plan(recipe, checkpoint, self, ROUNDING, (), kept, unquantized_dtype=DTYPE_NAMES[recipe.grid])
 
     def require_cache(self, grid: KVGrid) -> None:
         """Raise Unsupported unless scales of such a KV cache are read beside this container."""

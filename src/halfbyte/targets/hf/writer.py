@@ -65,9 +65,9 @@ class FolderWriter(CheckpointWriter):
         config = {name: value for name, value in source.config.items() if name != "quantization_config"}
         if isinstance(text := config.get("text_config"), dict):
             config["text_config"] = {name: value for name, value in text.items() if name != "quantization_config"}
-        if self.plan.plain_dtype:
+        if self.plan.unquantized_dtype:
             config = {name: value for name, value in config.items() if name != "torch_dtype"} | {
-                "dtype": _name(self.plan.plain_dtype)
+                "dtype": _name(self.plan.unquantized_dtype)
             }
         elif not config.keys() & {"dtype", "torch_dtype"}:
             config["dtype"] = _name(
@@ -78,12 +78,12 @@ class FolderWriter(CheckpointWriter):
     def _linears_kept(self) -> list[str]:
         """Modules left in 16 bits that engines would take to be quantized if config.json did not name them."""
         plan, source = self.plan, self.plan.checkpoint
-        weights = {c.weight.tensor for c in plan.choices}
+        weights = {c.weight.tensor for c in plan.weights}
         matrices = (
-            t for t in plan.kept if t.endswith(".weight") and t not in weights and len(source.spec(t).shape) == 2
+            t for t in plan.unquantized if t.endswith(".weight") and t not in weights and len(source.spec(t).shape) == 2
         )
         routers = [t.removesuffix(".weight") for t in matrices if not roles.EMBEDDING.match(t)]
-        kept = [c.weight.name for c in plan.choices if not c.scheme] + routers
+        kept = [c.weight.name for c in plan.weights if not c.scheme] + routers
         if all(w.block for w in plan.schemes) and "lm_head" not in kept:
             kept.append(
                 "lm_head"
