@@ -28,6 +28,7 @@ from halfbyte.sizing.devices import GIB, Device
 from halfbyte.sizing.types import Advice
 
 UNKNOWN = "-"
+UNCHECKED = "figures not checked against their source"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Table:
@@ -348,7 +349,7 @@ def devices(known: Sequence[Device], here: Sequence[Device]) -> list[Table | str
     """The table of devices, and which are on this machine."""
     rows = [
         (
-            d.name,
+            d.name if d.checked else f"{d.name} *",
             UNKNOWN if d.memory is None else f"{d.memory:g}",
             UNKNOWN if d.bandwidth is None else f"{d.bandwidth:g}",
             *(UNKNOWN if rate is None else f"{rate:g}" for rate in (d.fp16, d.int8, d.fp8, d.fp4)),
@@ -360,6 +361,7 @@ def devices(known: Sequence[Device], here: Sequence[Device]) -> list[Table | str
         "10^12 dense operations per second by dtype; cc: NVIDIA's compute capability",
         table(["device", "GiB", "GB/s", "fp16", "int8", "fp8", "fp4", "cc"], rows),
         f"{UNKNOWN}: unpublished, or there is none; sources: halfbyte devices --json",
+        *([] if all(d.checked for d in known) else [f"*: {UNCHECKED}"]),
         *(f"here: {_named(device)}" for device in here),
     ]
 
@@ -388,6 +390,7 @@ def device(one: Device, choices: Mapping[str, Sequence[Choice]]) -> list[Table |
     ]
     return [
         f"{one.title} ({one.name}); source: {one.source}",
+        *([] if one.checked else [UNCHECKED]),
         *(f"{name}: {value or 'unknown, or none'}" for name, value in facts),
         table(["engine", "what runs on it", "kernel"], cells, words=3),
     ]

@@ -63,6 +63,11 @@ def test_error_correction_takes_a_sixteenth():
         assert device_called(name).memory_bytes == pytest.approx(mib << 20, rel=0.001)
 
 
+def test_error_correction_is_off_by_default_on_a_workstation():
+    """nvidia-smi of an RTX 6000 Ada: 49140 MiB."""
+    assert device_called("rtx-6000-ada").memory_bytes == pytest.approx(49140 << 20, rel=0.001)
+
+
 def test_sizes():
     assert parse_size("24GiB") == 24 * GIB == unlisted("24 gib").memory_bytes
     assert parse_size("16GB") == 16e9
@@ -138,4 +143,14 @@ def test_the_command_shows_one():
         console.print(part)
     assert all(len(line) <= 80 for line in console.export_text().splitlines())
     rows = json.loads(tiny.halfbyte("devices", "l40s", "--json").out)["devices"]
-    assert rows[0]["source"] == "NVIDIA L40S datasheet"
+    assert rows[0]["source"] == device_called("l40s").source
+    assert rows[0]["checked"] is True
+
+
+def test_figures_that_were_read_nowhere_are_said_to_be_so():
+    unread = [d for d in devices().values() if not d.checked]
+    assert unread
+    shown = [part for d in unread for part in display.device(d, {})]
+    assert shown.count(display.UNCHECKED) == len(unread)
+    assert f"*: {display.UNCHECKED}" in display.devices(unread, [])
+    assert display.UNCHECKED not in display.device(device_called("l40s"), {})

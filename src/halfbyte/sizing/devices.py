@@ -52,6 +52,8 @@ class Device:
     fp4: float | None = None
     capability: float | None = None
     """NVIDIA's compute capability."""
+    checked: bool = True
+    """Whether its figures were read in public text, which source then names."""
 
     @property
     def memory_bytes(self) -> int | None:
