@@ -1,6 +1,10 @@
 """Imports point one way: a module may import from layers below its own, and from its own package."""
 
 import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -42,3 +46,20 @@ def test_every_module_has_its_layer():
     assert {
         p.name.removesuffix(".py") for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
     } == set(RANK)
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    return {re.split(r"[<>=\[]", words)[0].lower() for words in requirements}
+
+
+def test_what_is_depended_on_is_what_the_source_imports():
+    nodes = [n for path in ROOT.rglob("*.py") for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+    packages = {name.partition(".")[0] for name in found} - {"halfbyte"} - sys.stdlib_module_names
+    owners = packages_distributions()  # of what is installed: extras need not be
+    imported = {owner.lower() for package in packages for owner in owners.get(package, ())}
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = distributions(project["dependencies"])
+    extras = distributions([words for extra in project["optional-dependencies"].values() for words in extra])
+    assert needed <= imported <= needed | extras

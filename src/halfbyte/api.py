@@ -1,6 +1,7 @@
 """The public functions: what the command line calls, and nothing more."""
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +21,7 @@ from halfbyte.pipeline import convert, dequantize
 from halfbyte.progress import Progress, shown
 from halfbyte.publish import push
 from halfbyte.recipe import METHODS, Calibration, CalibrationWords, Recipe, meaning
+from halfbyte.registry import IMPORTANCE
 from halfbyte.report import lineage, measured, written
 from halfbyte.report.compare import compare
 from halfbyte.report.gate import limits
@@ -388,16 +390,14 @@ def imatrix(
 
     `calibration`: as in `quantize`. Raises HalfbyteError.
     """
-    from halfbyte.targets.gguf import imatrix as files
-    from halfbyte.targets.gguf import importance
-
+    importance = import_module(IMPORTANCE)  # needs the model's code
     chosen, out, asked = device_named(device), Path(out).expanduser(), Calibration.of(calibration)
     checkpoint = Checkpoint.open(model)
     with one_file(out, overwrite) as partial:
         windows = calibrate.calibration(checkpoint, asked)
         with shown(progress) as show:
             found = importance.measure(checkpoint, windows, show, Placement.on(chosen))
-        files.write(partial, found)
+        importance.write(partial, found)
     return ImatrixReport(path=str(out), matrices=len(found.tensors), device=title(chosen), **windows.about)
 
 

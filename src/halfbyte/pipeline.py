@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from halfbyte.models.stamp import stamp
 from halfbyte.plan import decoding, resolve, transcoding
 from halfbyte.progress import RESUMING, Progress, shown, silent
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
+from halfbyte.registry import IMPORTANCE
 from halfbyte.report import build
 from halfbyte.report.card import card
 from halfbyte.report.types import CacheReport, Devices, Report
@@ -208,8 +210,7 @@ def _importance(plan: Plan, device: torch.device) -> dict[Weight, Diagonal]:
     """What an importance matrix says of each weight, where one was given."""
     if plan.recipe.imatrix is None:
         return {}
-    from halfbyte.targets.gguf import importance  # needs the model's code, as calibration does
-
+    importance = import_module(IMPORTANCE)  # needs the model's code, as calibration does
     means = importance.read(Path(plan.recipe.imatrix).expanduser(), plan.checkpoint, plan.schemes)
     return {weight: Diagonal(mean.to(device)) for weight, mean in means.items()}
 

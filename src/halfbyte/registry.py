@@ -48,6 +48,9 @@ SOURCES = {
 """Of checkpoints that are no folders of safetensors, by the suffix of their files: what opens a file, or a folder of
 such without safetensors."""
 
+IMPORTANCE = "halfbyte.targets.gguf.importance"
+"""Importance matrices, which are llama.cpp's files: the module that measures, writes and reads them."""
+
 
 def made(homes: Mapping[str, str]) -> dict[str, Any]:
     """One of each, by name."""

@@ -20,8 +20,6 @@ REGISTRIES = {
     "engines/engines.py": "what each engine loads, and by which names it is called",
     "demonstration.py": "the rows of the demo",
     "kernels/lattice.py": "the package gguf, which has ggml's codebooks",
-    "api.py": "halfbyte imatrix, which measures and writes llama.cpp's importance matrices",
-    "pipeline.py": "--imatrix, which reads them",
 }
 """Where the word stands beside texts for people, and why."""
 

@@ -42,6 +42,9 @@ def measure(
     )
 
 
+write = imatrix.write
+
+
 def read(path: Path, checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[Weight, Float32[Tensor, " in"]]:
     """Mean squares by weight; matrices outside of the blocks may have none. Raises BadRequest for a matrix of another
     model."""
