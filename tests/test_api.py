@@ -131,3 +131,28 @@ def test_a_list_is_a_calibration_by_itself_and_bad_ones_are_one_line(home, tmp_p
             halfbyte.quantize(home / "model", tmp_path / "out", calibration=wrong)
         assert len(str(caught.value)) < 300
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda model: halfbyte.evaluate([], model, length=1), "length is 1, and has to be a whole number, 8 at least"),
+        (lambda model: halfbyte.evaluate([], model, length="64"), "length is '64'"),
+        (lambda model: halfbyte.evaluate([], model, windows=0), "windows is 0, and has to be a whole"),
+        (lambda model: halfbyte.blame(model, model, windows=0), "windows is 0"),
+        (lambda model: halfbyte.blame(model, model, blocks=-1), "blocks is -1"),
+        (lambda model: halfbyte.needle([], model, facts=0), "facts is 0"),
+        (lambda model: halfbyte.needle([], model, depths=0), "depths is 0"),
+    ],
+)  # fmt: skip
+def test_counts_that_measure_nothing_are_refused_by_name(home, wrong, said):
+    with pytest.raises(halfbyte.HalfbyteError, match=said):
+        wrong(home / "model")
+
+
+def test_one_model_stands_for_a_list_of_it(home):
+    one, listed = (
+        halfbyte.evaluate(models, home / "model", windows=1, length=16, kv=kv)
+        for models, kv in ((str(home / "int4"), "none"), ([home / "int4"], ["none"]))
+    )
+    assert one.models[0].kl == listed.models[0].kl

@@ -9,7 +9,7 @@ from halfbyte import demo, pipeline
 from halfbyte.containers.place import one_file
 from halfbyte.devices import AUTO, device_named, title
 from halfbyte.engines.engines import ENGINES
-from halfbyte.errors import BadRequest
+from halfbyte.errors import BadRequest, require_at_least
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.models import adapter as adapters
 from halfbyte.models import calibrate, heads
@@ -20,7 +20,7 @@ from halfbyte.models.stamp import origin
 from halfbyte.pipeline import convert, dequantize
 from halfbyte.progress import Progress, shown
 from halfbyte.publish import push
-from halfbyte.recipe import METHODS, Calibration, CalibrationWords, Recipe, meaning
+from halfbyte.recipe import METHODS, SHORTEST, Calibration, CalibrationWords, Recipe, meaning
 from halfbyte.registry import IMPORTANCE
 from halfbyte.report import lineage, measured, written
 from halfbyte.report.compare import compare
@@ -135,13 +135,13 @@ def advise(
 
 
 def evaluate(
-    models: Sequence[str | Path],
+    models: str | Path | Sequence[str | Path],
     against: str | Path,
     text: str = "heldout",
     length: int = 512,
     windows: int | None = None,
     convention: str = "served",
-    kv: Sequence[str] = ("stored",),
+    kv: str | Sequence[str] = ("stored",),
     adapter: str | Path | None = None,
     foreign: bool = False,
     noise_floor: bool = False,
@@ -166,14 +166,15 @@ def evaluate(
     `halfbyte.report.gate.MEASURES`; `gates` of the result says which hold. `device`: what runs the models, as in
     `quantize`.
     """
+    _require_windows(length, windows)
     chosen, held_to = device_named(device), limits(gate) if gate else []
     from halfbyte.evaluation import divergence, states
     from halfbyte.kv_cache import with_cache
 
     rule = convention_named(convention)
     reference = _reference(against, adapter)
-    kinds = [(model, kind) for model in models for kind in kv]
-    strangers = _strangers(reference, models, foreign)
+    kinds = [(model, kind) for model in _several(models) for kind in ([kv] if isinstance(kv, str) else kv)]
+    strangers = _strangers(reference, _several(models), foreign)
     placement = Placement.on(chosen)
     with shown(progress) as show:
         checkpoints = [reference, *(with_cache(model, kind, show, placement) for model, kind in kinds)]
@@ -197,14 +198,14 @@ def evaluate(
 
 
 def needle(
-    models: Sequence[str | Path],
+    models: str | Path | Sequence[str | Path],
     against: str | Path,
     text: str = "heldout",
     lengths: Sequence[int] = (256, 512, 1024),
     depths: int = 5,
     facts: int = 8,
     seed: int = 0,
-    kv: Sequence[str] = ("stored",),
+    kv: str | Sequence[str] = ("stored",),
     adapter: str | Path | None = None,
     foreign: bool = False,
     progress: Progress | bool = False,
@@ -217,13 +218,15 @@ def needle(
     `found`, the share of answers that greedy decoding gives. `kv`, `adapter`, `foreign` and `device` are as in
     `evaluate`. The result is also written into each model's report.json.
     """
+    require_at_least(1, depths=depths, facts=facts)
+    require_at_least(0, seed=seed)
     chosen = device_named(device)
     from halfbyte.evaluation.needle import measure
     from halfbyte.kv_cache import with_cache
 
     reference = _reference(against, adapter)
-    kinds = [(model, kind) for model in models for kind in kv]
-    strangers = _strangers(reference, models, foreign)
+    kinds = [(model, kind) for model in _several(models) for kind in ([kv] if isinstance(kv, str) else kv)]
+    strangers = _strangers(reference, _several(models), foreign)
     placement = Placement.on(chosen)
     with shown(progress) as show:
         checkpoints = [with_cache(model, kind, show, placement) for model, kind in kinds]
@@ -270,6 +273,8 @@ def blame(
     `text`, `length`, `windows`, `adapter`, `foreign` and `device` are as in `evaluate`. The result is also written into
     the model's report.json. Raises HalfbyteError.
     """
+    _require_windows(length, windows)
+    require_at_least(0, blocks=blocks)
     chosen = device_named(device)
     from halfbyte.evaluation import states
     from halfbyte.evaluation.blame import blame as measure
@@ -294,6 +299,17 @@ def blame(
     result = measured.blame(_conditions(text, taken, rule.name, chosen, reference), checkpoint, found)
     unwritten = [] if strangers else written.add(checkpoint.path, blame=result)
     return result.model_copy(update={"warnings": unwritten})
+
+
+def _require_windows(length: int, windows: int | None) -> None:
+    require_at_least(SHORTEST, length=length)
+    if windows is not None:
+        require_at_least(1, windows=windows)
+
+
+def _several(paths: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    """One stands for a list of it: a text is a sequence too, of letters."""
+    return [paths] if isinstance(paths, str | Path) else paths
 
 
 def _text(name: str) -> str:
@@ -401,14 +417,14 @@ def imatrix(
     return ImatrixReport(path=str(out), matrices=len(found.tensors), device=title(chosen), **windows.about)
 
 
-def page(runs: Sequence[str | Path], out: str | Path, overwrite: bool = False) -> None:
+def page(runs: str | Path | Sequence[str | Path], out: str | Path, overwrite: bool = False) -> None:
     """Write one page, for a browser, of what the reports of any number of outputs say. It needs no network.
 
     Charts are Vega-Lite's, which `halfbyte[report]` brings. Raises HalfbyteError.
     """
     from halfbyte.report import page as pages
 
-    text = pages.page(runs)
+    text = pages.page(_several(runs))
     with one_file(Path(out).expanduser(), overwrite) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 

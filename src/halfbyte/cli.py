@@ -25,7 +25,7 @@ from halfbyte.errors import BadRequest, HalfbyteError, brief, plural
 from halfbyte.evaluation.conventions import CONVENTIONS, convention_named
 from halfbyte.formats import cache_parts
 from halfbyte.progress import shown
-from halfbyte.recipe import METHODS, OTHER_COMMANDS, Calibration, Entries, Recipe, meaning, method_named
+from halfbyte.recipe import METHODS, OTHER_COMMANDS, SHORTEST, Calibration, Entries, Recipe, meaning, method_named
 from halfbyte.report.gate import MEASURES, limits
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.summary import headline, size, worst, worst_activations
@@ -326,7 +326,7 @@ def evaluate(
             show_default="heldout",
         ),
     ] = None,
-    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
+    length: Annotated[int, typer.Option(min=SHORTEST, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
     convention: Annotated[
         str, typer.Option(help=". ".join(f"{c.name}: {c.about}" for c in CONVENTIONS.values()))
@@ -445,7 +445,7 @@ def blame(
     text: Annotated[
         str, typer.Option(help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text.")
     ] = "heldout",
-    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
+    length: Annotated[int, typer.Option(min=SHORTEST, help="Tokens in a window.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="Use only the first N windows.")] = 8,
     blocks: Annotated[
         int, typer.Option(min=0, help="Of how many blocks, those that cost most, each weight is tried too.")

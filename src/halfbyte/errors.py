@@ -12,6 +12,7 @@ HalfbyteError          a user's request that cannot be met; its text is one line
 import difflib
 import reprlib
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 LISTED = 12
 """Known names that a message lists where none is near."""
@@ -75,6 +76,13 @@ def brief(value: object) -> str:
 def plural(number: int, noun: str, several: str = "") -> str:
     """A number with its noun: 1 window, 2 windows."""
     return f"{number} {noun if number == 1 else several or noun + 's'}"
+
+
+def require_at_least(least: int, **counts: object) -> None:
+    """Raises BadRequest for an argument, by its name, that is no whole number or a smaller one."""
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or count < least:
+            raise BadRequest(f"{name} is {brief(count)}, and has to be a whole number, {least} at least")
 
 
 class Unsupported(HalfbyteError):

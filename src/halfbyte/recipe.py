@@ -14,6 +14,8 @@ from halfbyte.files import read_text
 
 MOST = 1 << 20
 """Bytes of a recipe."""
+SHORTEST = 8
+"""Tokens of a window of text."""
 REFUSALS = (yaml.YAMLError, ValueError, KeyError, AttributeError, IndexError, TypeError, RecursionError)
 """What PyYAML raises: all but the first where a value is not of the kind that its tag says."""
 
@@ -44,7 +46,7 @@ class Calibration(Entries, frozen=True, extra="forbid", use_attribute_docstrings
     in recipes also a list of whole texts."""
     samples: int = Field(default=128, ge=1)
     """Calibration samples: how many windows of text."""
-    length: int = Field(default=512, ge=8)
+    length: int = Field(default=512, ge=SHORTEST)
     """Tokens in a sample."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Which samples are drawn."""

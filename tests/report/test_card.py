@@ -103,6 +103,30 @@ def test_recipe_of_the_card(home):
     assert "calibration" not in parts((home / "converted" / "README.md").read_text())[1]
 
 
+def test_texts_of_calibration_stay_out_of_the_card(tmp_path):
+    tiny.make(tmp_path / "model")
+    given = {"source": ["Once upon a time there was a fox. " * 9] * 2, "samples": 2, "length": 16}
+    halfbyte.quantize(tmp_path / "model", tmp_path / "out", grid="int4-g32", calibration=given)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Once upon a time" not in card
+    assert "  source: 2 texts given\n" in card
+    assert "says, with every text in place of their number" in card
+
+
+@pytest.mark.parametrize("output", ["out.gguf", "folder"])
+def test_a_published_gguf_is_downloaded_before_it_is_opened(tmp_path, output):
+    """A hub id stands for no single file: neither llama.cpp's -m nor halfbyte eval opens one by it."""
+    tiny.make(tmp_path / "model")
+    halfbyte.quantize(
+        tmp_path / "model", tmp_path / output, method="nearest", grid="Q8_0", to="gguf", repository="me/x"
+    )
+    card = (tmp_path / {"out.gguf": "out.README.md"}.get(output, "folder/README.md")).read_text()
+    place, file = (".", "out.gguf") if output == "out.gguf" else ("me/x", "me/x/folder.gguf")
+    assert f"hf download me/x --local-dir {place}\n" in card
+    assert f"llama-server -m {file}\n" in card
+    assert f"halfbyte eval {'out.gguf' if output == 'out.gguf' else 'me/x'} --against" in card
+
+
 def test_what_was_lost(home):
     measured, unmeasured = ((home / name / "README.md").read_text() for name in ("gptq it's", "nearest"))
     evaluation = json.loads((home / "gptq it's" / "report.json").read_text())["evaluation"]

@@ -54,7 +54,8 @@ def of_hub(source: str) -> HeaderCheckpoint:
     name, _, revision = source.partition("@")
     disable_progress_bars()
     try:
-        config = json.loads(Path(hf_hub_download(name, "config.json", revision=revision or None)).read_text("utf-8"))
+        file = hf_hub_download(name, "config.json", revision=revision or None)
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
         found = HfApi().get_safetensors_metadata(name, revision=revision or None)
     except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

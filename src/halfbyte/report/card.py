@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import plural
+from halfbyte.models.texts import called
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report.summary import size, worst, worst_activations
 from halfbyte.report.types import EngineReport, Report
@@ -31,6 +32,8 @@ def card(report: Report, path: Path, picture: str | None = None) -> str:
         for name, value in report.recipe.model_dump(mode="json", exclude_none=True).items()
         if value not in ([], {}, False) and (name != "calibration" or report.calibration)
     }
+    if texts := not isinstance(report.recipe.calibration.source, str) and "calibration" in recipe:
+        recipe["calibration"]["source"] = called(report.recipe.calibration.source)  # they may be as long as a book
     served = _served(report, path)
     original = original_of(report.recipe)
     adapter = report.recipe.adapter
@@ -39,9 +42,11 @@ def card(report: Report, path: Path, picture: str | None = None) -> str:
         name=path.resolve().name,
         is_file=is_file(path),
         library=getattr({**UNQUANTIZED, **TARGETS}.get(report.output.container), "library", Target.library),
-        path=report.recipe.repository or path.resolve().name,
+        path=_place(report, path),
+        repository=report.recipe.repository if report.output.file else None,
         against=shlex.quote(original) + (f" --adapter {shlex.quote(adapter)}" if adapter else ""),
         recipe=recipe,
+        texts=texts,
         recipe_file=beside(path, "recipe.yaml").name,
         engines=[(e, _title(e), code(e, served, original)) for e in report.engines],
         worst=worst(report),
@@ -75,12 +80,15 @@ def _title(engine: EngineReport) -> str:
     return ENGINES[engine.engine].title if engine.engine in ENGINES else engine.engine
 
 
+def _place(report: Report, path: Path) -> str:
+    """What commands call it: by its repository's id, which stands for no single file."""
+    return report.recipe.repository if report.recipe.repository and not is_file(path) else path.resolve().name
+
+
 def _served(report: Report, path: Path) -> Path:
     """What engines open, as somebody who has downloaded it calls it."""
-    place, file = Path(report.recipe.repository or path.resolve().name), report.output.file
-    if not file:
-        return place
-    return Path(file) if is_file(path) else place / file
+    place, file = Path(_place(report, path)), report.output.file
+    return place / file if file and not is_file(path) else place
 
 
 def local_paths(report: Report, path: Path) -> dict[str, str]:
