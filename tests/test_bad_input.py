@@ -455,7 +455,6 @@ def test_bad_words(name, home, tmp_path):
 
 def test_bad_commands(home, tmp_path):
     refused(tmp_path, "quantise", says=("No such command 'quantise'", "quantize"))
-    refused(tmp_path, "quantize", home / "model", says="quantize needs a model and an output folder")
     refused(tmp_path, "quantize", "-o", tmp_path / "out", says="quantize needs a model and an output folder")
     refused(tmp_path, "convert", home / "quantized", "-o", tmp_path / "out", says="--to")
     refused(tmp_path, "convert", home / "quantized", "-o", tmp_path / "out", "--to", "gpt", says="did you mean gptq")

@@ -13,13 +13,13 @@ WORDS, WIDTH, LENGTH = 1 << 18, 64, 512
 BUDGET = 1e9
 MEASURED = """
 import sys
+from resource import RUSAGE_SELF, getrusage
 from halfbyte import evaluate
 from halfbyte.evaluation import divergence
-from halfbyte.report.build import peak_memory_bytes
-before = peak_memory_bytes()
+before = getrusage(RUSAGE_SELF).ru_maxrss
 home, length, *models = sys.argv[1:]
 evaluate(models, f"{home}/model", f"{home}/text.txt", int(length), windows=2)
-print(peak_memory_bytes() - before)
+print(1024 * (getrusage(RUSAGE_SELF).ru_maxrss - before))
 """
 
 

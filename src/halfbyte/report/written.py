@@ -68,7 +68,7 @@ def _write(report: Measurements, folder: Path, path: Path) -> None:
     """Put a report into `folder`, which is to be `path`, with the card of a model that we quantized."""
     replace_text(beside(folder, "report.json"), as_json(report))
     if isinstance(report, Report):
-        picture = add_picture(report, folder)
+        picture = add_picture(report, folder) if report.evaluation else None
         replace_text(beside(folder, "README.md"), card(report, path, picture))
 
 

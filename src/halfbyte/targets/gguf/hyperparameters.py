@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import Shape
 from halfbyte.targets.gguf.families import Family, family_named, head_dim, llama3_factors, lost_window, rope_of
 from halfbyte.targets.gguf.file import Value
@@ -233,6 +233,8 @@ def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Ma
             found[called] = said[name]
     even = found["hidden_size"] // found["num_attention_heads"]
     width = said.get("attention.key_length", even)
+    if width < 1:
+        raise BadCheckpoint(f"the GGUF says that a head of attention is {width} wide")
     if "head_dim" in known or width != even:
         found["head_dim"] = width
     if "vocab_size" not in found:
