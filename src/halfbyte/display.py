@@ -288,7 +288,7 @@ def compared(found: Comparison, count: int) -> list[Table | str]:
         + (f", {same} with the same values" if known else f", {len(changed)} stored otherwise")
     )
     changed.sort(key=lambda t: (-(t.difference or 0), -abs(t.size_bytes[1] - t.size_bytes[0])))
-    prefix, names = without_prefix([t.name for t in changed[:count]])
+    prefix, names = without_prefix([t.name.removesuffix(".weight") for t in changed[:count]])
     cells = [
         (
             name,

@@ -42,6 +42,7 @@ def test_recipes_and_what_was_measured(home):
     said = tiny.halfbyte("compare", home / "int4", home / "int3").out
     wanted = (f"{mine.model.kl:.5f}", f"{its.model.kl:.5f}", "grid: int4-g64 in A")
     assert all(words in said for words in wanted)
+    assert ".weight" not in said  # what every name ends with takes the room of a number in 80 columns
 
 
 def test_a_folder_and_a_gguf(home):
