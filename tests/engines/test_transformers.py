@@ -14,7 +14,7 @@ from halfbyte.engines.architectures import architecture_of, registry
 from halfbyte.engines.engines import LOADED
 from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.models.experts import apart
+from halfbyte.models.experts import unstacked
 from halfbyte.nn import QuantLinear
 from halfbyte.report.card import code
 from halfbyte.targets.gguf.blocks import TYPE_OF
@@ -210,7 +210,7 @@ def test_every_model_loads_by_the_printed_command(name, tmp_path):
     assert dimensions <= {3} or architecture in CLAIMED.reshaped
 
     expected = type(model).from_pretrained(
-        with_decoded(apart(Checkpoint.open(source)), Checkpoint.open(tmp_path / "out"), tmp_path / "decoded"),
+        with_decoded(unstacked(Checkpoint.open(source)), Checkpoint.open(tmp_path / "out"), tmp_path / "decoded"),
         dtype="auto",
     )
     assert theirs.std() > 0.01

@@ -140,7 +140,7 @@ def with_decoded(source: Checkpoint, out: Checkpoint, folder: Path) -> Path:
 @pytest.mark.parametrize("method", ["nearest", "awq+gptq"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_exported_computes_what_we_computed(folders, text, tmp_path, family, method):
-    source = experts.apart(Checkpoint.open(folders(family)))
+    source = experts.unstacked(Checkpoint.open(folders(family)))
     calibration = {"source": text, "samples": 4, "length": 32}
     report = halfbyte.quantize(
         source.path,

@@ -163,8 +163,8 @@ def require_parts(
         elif Spec(entries[name].shape, entries[name].dtype) not in part.specs:
             wanted = part.specs[0]
             raise BadCheckpoint(
-                f"'{name}' is {told(entries[name])}, and {scheme} of {shape[0]} x {shape[1]} has {told(wanted)} "
-                "there; download it again"
+                f"'{name}' is {described(entries[name])}, and {scheme} of {shape[0]} x {shape[1]} has "
+                f"{described(wanted)} there; download it again"
             )
 
 
@@ -175,11 +175,11 @@ def stored(entries: Mapping[str, Entry], name: str, dtypes: Collection[torch.dty
         raise BadCheckpoint(f"'{name}' is not stored; the checkpoint is not whole")
     if entry.dtype not in dtypes or len(entry.shape) != dimensions or 0 in entry.shape:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise BadCheckpoint(f"'{name}' is {told(entry)}, which should have {dimensions} dimensions of {kinds}")
+        raise BadCheckpoint(f"'{name}' is {described(entry)}, which should have {dimensions} dimensions of {kinds}")
     return entry
 
 
-def told(spec: Spec) -> str:
+def described(spec: Spec) -> str:
     """Dtype and shape, as messages have them."""
     return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
 

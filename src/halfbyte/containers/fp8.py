@@ -26,11 +26,11 @@ from halfbyte.containers.container import (
     Part,
     any_of,
     commonest,
+    described,
     input_parts,
     input_specs,
     input_tensors,
     inputs_of,
-    told,
 )
 from halfbyte.containers.fused import unfuse
 from halfbyte.containers.safetensors import Entry, Spec
@@ -189,7 +189,7 @@ class FP8(Container):
             scale = entries.get(f"{module}.weight_scale_inv") or entries.get(f"{module}.weight_scale")
             if module != name and scale and weight.dtype in (*SCALES, torch.float64):
                 raise BadCheckpoint(
-                    f"'{name}' is {told(weight)} and has scales beside it, which are for floats of 8 bits; "
+                    f"'{name}' is {described(weight)} and has scales beside it, which are for floats of 8 bits; "
                     "download it again"
                 )
             if module != name and weight.dtype in ELEMENTS:

@@ -25,13 +25,13 @@ from halfbyte.containers.container import (
     Part,
     any_of,
     commonest,
+    described,
     exact_half,
     fits_half,
     integer,
     patterns,
     span_of,
     stored,
-    told,
 )
 from halfbyte.containers.order import as_ordered, plain_order
 from halfbyte.containers.safetensors import Entry, Spec
@@ -184,8 +184,8 @@ class GPTQ(Container):
                 out, grid_bits, groups = words.shape[1], zeros.shape[1] * 32 // words.shape[1], scales.shape[0]
                 if grid_bits not in WIDTHS or zeros.shape != (groups, out * grid_bits // 32):
                     raise BadCheckpoint(
-                        f"{module}: {told(zeros)} zero points are none of {out} out-features in {groups} groups, of "
-                        "2, 3, 4 or 8 bits"
+                        f"{module}: {described(zeros)} zero points are none of {out} out-features in {groups} groups, "
+                        "of 2, 3, 4 or 8 bits"
                     )
                 width = words.shape[0] * 32 // grid_bits
                 zero = bits.unpack(zeros.read(), grid_bits, out)

@@ -100,7 +100,7 @@ class _Search:
     ):
         self.model, self.original, self.windows, self.first = model, original, windows, first
         self.folded, self.progress, self.placement = [set(group) for group in folded], progress, placement
-        self.apart = experts.apart(original)
+        self.apart = experts.unstacked(original)
         self.homes: dict[str, tuple[Checkpoint, Weight]] = {
             w.name: (checkpoint, w) for checkpoint in (self.apart, original) for w in checkpoint.weights()
         }

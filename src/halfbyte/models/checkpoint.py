@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halfbyte.containers import READERS, Reader, kv
 from halfbyte.containers.config import require_sound
-from halfbyte.containers.container import Modules, require_parts, told
+from halfbyte.containers.container import Modules, described, require_parts
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief, plural
 from halfbyte.files import exists, is_within, read_object
@@ -278,7 +278,7 @@ class Checkpoint:
         for name, entry in self.entries.items():
             if name.endswith(".weight") and entry.dtype in CODES and name.removesuffix(".weight") not in found:
                 raise BadCheckpoint(
-                    f"'{name}' is {told(entry)}, and no scale of it is stored; the checkpoint is not whole"
+                    f"'{name}' is {described(entry)}, and no scale of it is stored; the checkpoint is not whole"
                 )
         return reader, found
 

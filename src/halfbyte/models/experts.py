@@ -34,7 +34,7 @@ class Piece(NamedTuple):
         return own.read()[:, self.first : last].T.contiguous() if self.transposed else own.read(self.first, last)
 
 
-def apart(checkpoint: Checkpoint) -> Checkpoint:
+def unstacked(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint, its experts apart wherever there are names for that."""
     if not checkpoint.splits_stacks:
         return checkpoint
@@ -47,7 +47,7 @@ def apart(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def together(checkpoint: Checkpoint, stacks: set[str]) -> Checkpoint:
+def restacked(checkpoint: Checkpoint, stacks: set[str]) -> Checkpoint:
     """The checkpoint with these stacks whole again."""
     return _reading(checkpoint, {name: piece for name, piece in checkpoint.pieces.items() if piece.stack not in stacks})
 

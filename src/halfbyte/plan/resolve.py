@@ -21,7 +21,7 @@ from halfbyte.models import adapter, heads, sizes
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.plan import fits
 from halfbyte.recipe import Method, Recipe, method_named
-from halfbyte.targets.plan import Plan, commonest, doubts
+from halfbyte.targets.plan import Plan, commonest_name, doubts
 from halfbyte.targets.table import TARGETS, UNQUANTIZED, target_named
 from halfbyte.targets.target import Target
 from halfbyte.words import require_plain
@@ -42,7 +42,7 @@ def resolve(recipe: Recipe, source: Checkpoint | None = None, engines: Iterable[
     checkpoint = source or _source_of(recipe)
     if checkpoint.container and not _is_original(checkpoint) and not recipe.requantize:
         raise Unsupported(
-            f"{recipe.model} is quantized already ({checkpoint.container}, {commonest(checkpoint.quantized)}); "
+            f"{recipe.model} is quantized already ({checkpoint.container}, {commonest_name(checkpoint.quantized)}); "
             f"quantize the original, or take what is left of it as the original with "
             f"--requantize{_moved(checkpoint, recipe.model)}"
         )
@@ -64,7 +64,7 @@ def _of_source(checkpoint: Checkpoint) -> list[str]:
     """What is to be said of a source that is quantized already."""
     if not checkpoint.container:
         return []
-    was = commonest(checkpoint.quantized)
+    was = commonest_name(checkpoint.quantized)
     if _is_original(checkpoint):
         return [f"the source's weights are {was}: errors are those against these, as precise as the model was released"]
     return [
@@ -230,7 +230,7 @@ def transcoding(source: str, to: str, grid: str | None = None, engine: str | Non
     if checkpoint.container is None:
         raise BadRequest(f"{source} is not quantized; to quantize it: halfbyte quantize {source} -o OUT --to {to}")
     target = target_named(to)
-    own = commonest(checkpoint.quantized)
+    own = commonest_name(checkpoint.quantized)
     grid = grid and target.means(grid)
     grid = None if grid == own else grid
     if grid:
@@ -262,7 +262,7 @@ def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Pla
     plan = UNQUANTIZED[to].decode(recipe, checkpoint)
     warnings = list(plan.warnings)
     if checkpoint.container:
-        was = commonest(checkpoint.quantized)
+        was = commonest_name(checkpoint.quantized)
         warnings.append(f"these are the values of {was} in {grid}: what quantizing lost does not come back")
     found = (
         verdicts.verdicts(to, {}, checkpoint.config) if any(to in engine.support for engine in ENGINES.values()) else ()

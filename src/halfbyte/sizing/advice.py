@@ -23,7 +23,7 @@ from halfbyte.sizing.memory import Load, Model, Weights, parameters_of, weights_
 from halfbyte.sizing.preferences import Words, recommended
 from halfbyte.sizing.question import CONTEXT, Question
 from halfbyte.sizing.types import SCHEMA, Advice, CacheRow, Loss, Row
-from halfbyte.targets.plan import commonest
+from halfbyte.targets.plan import commonest_name
 from halfbyte.targets.table import is_file
 
 DEGREES = (1, 2, 4, 8, 16, 32, 64)
@@ -172,7 +172,7 @@ def _on_device(subject: Subject, choice: Choice, asked: Question, weights: Weigh
 def _named(subject: Subject, choice: Choice) -> str:
     """What is quantized already is not in 16 bits."""
     as_it_is = choice.name == PLAIN and subject.checkpoint.container
-    return f"as it is: {commonest(subject.checkpoint.quantized)}" if as_it_is else choice.name
+    return f"as it is: {commonest_name(subject.checkpoint.quantized)}" if as_it_is else choice.name
 
 
 def _planned(subject: Subject, choice: Choice, engine: str) -> tuple[Weights, Verdict | None]:

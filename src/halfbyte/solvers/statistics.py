@@ -50,8 +50,8 @@ class Statistics:
         for first, last in self._stripes():
             self._sum[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
 
-    def merge(self, other: "Statistics") -> "Statistics":
-        """Add what another has seen of the same inputs, as if it came after what this has seen. Returns this.
+    def __iadd__(self, other: "Statistics") -> "Statistics":
+        """Add what another has seen of the same inputs, as if it came after what this has seen.
 
         Sums of floats depend on their order in the last bits. So whoever shares samples out to several workers merges
         their statistics in the order of the samples, whichever is ready first: the same parts in the same order give

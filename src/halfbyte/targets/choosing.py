@@ -35,7 +35,7 @@ def quantizing(target: "Target", recipe: Recipe, checkpoint: Checkpoint, method:
     if recipe.smaller_groups is None and "grid" not in recipe.model_fields_set:
         # Said, so that the written recipe, which names the grid, does the same.
         recipe = recipe.model_copy(update={"smaller_groups": True})
-    apart = experts.apart(checkpoint)
+    apart = experts.unstacked(checkpoint)
     choices = _choose(target, apart, recipe)
     # Experts that all stay in 16 bits stay as they lie.
     notes = {piece.stack: "" for piece in apart.pieces.values()}
@@ -43,7 +43,7 @@ def quantizing(target: "Target", recipe: Recipe, checkpoint: Checkpoint, method:
     whole = notes.keys() - {
         apart.pieces[c.weight.tensor].stack for c in choices if c.scheme and c.weight.tensor in apart.pieces
     }
-    checkpoint = experts.together(apart, whole)
+    checkpoint = experts.restacked(apart, whole)
     known = {c.weight: c for c in choices}
     choices = [known.get(w) or TensorPlan(w, None, notes[w.tensor]) for w in checkpoint.weights()]
     return Plan(recipe, checkpoint, target, method, tuple(choices), keep(checkpoint, choices))

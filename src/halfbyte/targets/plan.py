@@ -128,7 +128,7 @@ def doubts(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def commonest(found: Mapping[str, tuple[Scheme, tuple[int, ...]]]) -> str:
-    """The scheme of most modules."""
+def commonest_name(found: Mapping[str, tuple[Scheme, tuple[int, ...]]]) -> str:
+    """What the scheme of most modules is called."""
     names = [str(scheme) for scheme, _ in found.values()]
     return max(set(names), key=names.count) if names else "no weights"

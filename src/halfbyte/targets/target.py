@@ -226,7 +226,7 @@ class CheckpointWriter(ABC):
         """The headers of a finished folder, as any reader sees them. Raises BrokenOutput if it lacks a matrix."""
 
 
-def rows_of(entry: Entry, first: int | None) -> Tensor:
+def read_rows(entry: Entry, first: int | None) -> Tensor:
     """A tensor in a file: all of it, or its one row `first`."""
     return entry.read() if first is None else entry.read(first, first + 1)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfbyte.containers import bits
 from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments, may_be
-from halfbyte.containers.container import ONE, Config, Part, any_of, integer, span_of, stored, told
+from halfbyte.containers.container import ONE, Config, Part, any_of, described, integer, span_of, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import FLOATS, ScaledActivations
@@ -91,7 +91,7 @@ class Packed(Layout):
             return None
         shape = stored(entries, f"{module}.weight_shape", [torch.int64, torch.int32], 1)
         if shape.shape != (2,):
-            raise BadCheckpoint(f"'{module}.weight_shape' is {told(shape)}, which should be two numbers")
+            raise BadCheckpoint(f"'{module}.weight_shape' is {described(shape)}, which should be two numbers")
         out, width = shape.read().tolist()
         return _grid(entries, module, said, out, width), (out, width)
 
@@ -116,7 +116,7 @@ def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: in
     width_bits = next((b for b in range(2, 9) if b in named and -(-width * b // 32) == packed.shape[1]), None)
     if width_bits is None or not groups:
         raise BadCheckpoint(
-            f"{module}: {told(packed)} words and {told(scale)} scales are no packing of {out} x {width} in "
+            f"{module}: {described(packed)} words and {described(scale)} scales are no packing of {out} x {width} in "
             f"{' or '.join(map(str, named))} bits"
         )
     is_tensor = prod(scale.shape) == 1 and out > 1 and may_be(said, "strategy", "tensor")

@@ -503,7 +503,7 @@ def head_dim(s: Any) -> int:
     return getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads
 
 
-def together(places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:
+def reassembled(places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:
     """The checkpoint's tensor that went to several places, from what lies there."""
     dim, order = places[0].dim(parts[0].dim()), torch.argsort(rows_of(places))
     value = torch.cat(list(parts), dim).index_select(dim, order)

@@ -30,7 +30,7 @@ from halfbyte.targets.gguf.families import (
     checkpoint_shapes,
     family_named,
     family_of,
-    together,
+    reassembled,
 )
 from halfbyte.targets.gguf.tokenizer import SPECIAL
 from halfbyte.targets.gguf.tokenizer_files import tokenizer_files
@@ -190,7 +190,7 @@ class GGUFCheckpoint(Checkpoint):
             if value.numel() == prod(self.shapes[tensor]):
                 return place.restored(value).view(self.shapes[tensor])
             values.append(value)
-        return together(self.names.places(tensor), values)
+        return reassembled(self.names.places(tensor), values)
 
     def _value(self, place: Place) -> Tensor:
         """A tensor as it lies in the file, or one expert of it; decoded."""

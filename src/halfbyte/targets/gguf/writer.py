@@ -25,7 +25,7 @@ from halfbyte.targets.gguf.origin import FALSE_OF_ANOTHER, origin
 from halfbyte.targets.gguf.settings import settings
 from halfbyte.targets.gguf.source import GGUFCheckpoint, translation_of
 from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan
-from halfbyte.targets.target import CheckpointWriter, Part, rows_of, split
+from halfbyte.targets.target import CheckpointWriter, Part, read_rows, split
 
 PIECE, HEADS_ROWS = 1 << 20, 256
 """Weights of a piece: few enough for a core's cache. Rows of it come in multiples of a few heads', whose order may
@@ -154,7 +154,7 @@ class GGUFWriter(CheckpointWriter):
         for place in self.names.places(weight.tensor):
             expert = place.expert if weight.expert is None else weight.expert
             raw = (
-                rows_of(entries[place.name], expert)
+                read_rows(entries[place.name], expert)
                 if weight.first is None
                 else entries[place.name].read(weight.first, weight.first + weight.shape[0])
             )
@@ -176,7 +176,7 @@ class GGUFWriter(CheckpointWriter):
 
     def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
         """What lies at each of its places."""
-        return [rows_of(entries[place.name], place.expert) for place in self.names.places(tensor)]
+        return [read_rows(entries[place.name], place.expert) for place in self.names.places(tensor)]
 
     def restored(self, entries: Mapping[str, Entry], tensor: str) -> Tensor:
         """The checkpoint's tensor, from its places."""
@@ -187,7 +187,7 @@ class GGUFWriter(CheckpointWriter):
             if value.numel() == torch.Size(spec.shape).numel():
                 return place.restored(value).to(spec.dtype)
             values.append(value)
-        return families.together(self.names.places(tensor), values).to(spec.dtype)
+        return families.reassembled(self.names.places(tensor), values).to(spec.dtype)
 
     def extra(self) -> Iterator[Part]:
         """What the config says and llama.cpp reads as tensors: factors of rotary embeddings."""
