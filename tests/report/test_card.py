@@ -182,7 +182,7 @@ def test_report_counts_every_byte(home):
 
 
 def test_picture_of_where_it_lost_most(home, tmp_path, monkeypatch):
-    pytest.importorskip("vl_convert")
+    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed: pip install '.[report]'")
     card, drawn = (home / "gptq it's" / "README.md").read_text(), home / "gptq it's" / "errors.png"
     assert drawn.read_bytes().startswith(b"\x89PNG")
     assert drawn.stat().st_size < 200_000

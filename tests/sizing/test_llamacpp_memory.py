@@ -11,7 +11,7 @@ from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.sizing.accounting import accounting_of
 from halfbyte.sizing.cache import TYPES, Settings, cache_bytes, layers_of
 
-llama_cpp = pytest.importorskip("llama_cpp")
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
 GGML_TYPES = {"16 bits": 1, "q8_0": 8, "q4_0": 2}
 MIB = 1 << 20
 
