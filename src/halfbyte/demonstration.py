@@ -15,7 +15,6 @@ RUNS = [
     ("minmax", "int4-g128", "compressed-tensors"),
     ("nearest", "int4-g128", "compressed-tensors"),
     ("gptq", "int4-g128", "compressed-tensors"),
-    ("gptq", "int4-g128-asym", "gptq"),
     ("awq", "int4-g128-asym", "awq"),
     ("nearest", "int3-g128", "compressed-tensors"),
     ("gptq", "int3-g128", "compressed-tensors"),
