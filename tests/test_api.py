@@ -66,6 +66,15 @@ def test_a_report_is_short_in_a_terminal_and_a_table_in_a_notebook(home, tmp_pat
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(report.as_dict()))
 
 
+def test_an_evaluation_is_short_too(home, tmp_path):
+    halfbyte.quantize(home / "model", tmp_path / "int4", method="nearest", grid="int4-g32")
+    text = str(tiny.text(tmp_path / "text.txt"))
+    found = halfbyte.evaluate(tmp_path / "int4", home / "model", text, 64, 1)
+    row = found.models[0]
+    assert repr(found).startswith(f"<Evaluation: int4: KL {row.kl:.5f}, perplexity {row.perplexity:.3f} (was ")
+    assert f"<td>int4</td><td>{row.kl:.5f}</td>" in found._repr_html_()
+
+
 def test_a_dry_run_plans_what_the_run_writes_and_writes_nothing(home, tmp_path):
     words = {"method": "gptq", "grid": "int4-g32", "skip": "layers.0.*"}
     planned = halfbyte.quantize(home / "model", tmp_path / "out", dry_run=True, **words)

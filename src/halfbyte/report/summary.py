@@ -1,10 +1,11 @@
 """A report in a line, for terminals and notebooks."""
 
 import html
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from halfbyte.report.types import Planned, Report, WeightReport
+    from halfbyte.report.types import Evaluation, Planned, Report, WeightReport
 
 WORST = 5
 
@@ -37,6 +38,24 @@ def table(report: "Report") -> str:
         f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items() if value
     )
     return f"<table>{cells}</table>"
+
+
+def measured(evaluation: "Evaluation") -> str:
+    """What each model of an evaluation lost, in a line."""
+    rows = (f"{Path(row.path).name}: KL {row.kl:.5f}, perplexity {row.perplexity:.3f}" for row in evaluation.models)
+    return f"{'; '.join(rows)} (was {evaluation.reference.perplexity:.3f})"
+
+
+def measured_table(evaluation: "Evaluation") -> str:
+    """HTML, for notebooks: a row for each model."""
+    original = ("original", "", f"{evaluation.reference.perplexity:.3f}", "")
+    rows = [
+        (Path(row.path).name, f"{row.kl:.5f}", f"{row.perplexity:.3f}", f"{100 * row.same_top:.2f} %")
+        for row in evaluation.models
+    ]
+    heads = "".join(f"<th>{name}</th>" for name in ("model", "KL, nats", "perplexity", "same next word"))
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in (original, *rows))
+    return f"<table><tr>{heads}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def worst(report: "Report", count: int = WORST) -> "list[WeightReport]":

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, BaseModel, Field, SerializerFunctionWrapHandler, field_serializer
 
 from halfbyte.recipe import Entries, Recipe
-from halfbyte.report.summary import headline, table
+from halfbyte.report.summary import headline, measured, measured_table, table
 
 SCHEMA = 1
 """Counted up when an entry of report.json is renamed or means something else. One without it is read as of the
@@ -380,6 +380,12 @@ class Evaluation(Conditions, frozen=True):
     gates: list[Gate] = []
     """The limits that were asked for, for every model."""
     warnings: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"<Evaluation: {measured(self)}>"
+
+    def _repr_html_(self) -> str:
+        return measured_table(self)
 
 
 class StatesEvaluation(Conditions, frozen=True):
