@@ -347,3 +347,19 @@ def test_experts_of_a_block_have_one_type(tmp_path):
     pattern = f"*{name.split('experts')[0]}experts.0.*"
     words = ["quantize", tmp_path / "model", "-o", tmp_path / "x.gguf", *NEAREST, "--override", f"{pattern}=q8_0"]
     refused(tmp_path, *words, says=("experts of a block", "need one type"))
+
+
+@pytest.mark.parametrize("key", ["head_count", "head_count_kv", "key_length"])
+def test_heads_that_are_none_or_have_no_width_are_refused(key, home, tmp_path):
+    raw = (home / "q4.gguf").read_bytes()
+    name = f"llama.attention.{key}".encode()
+    at = raw.index(name) + len(name) + struct.calcsize("<I")
+    (tmp_path / "zero.gguf").write_bytes(raw[:at] + struct.pack("<I", 0) + raw[at + struct.calcsize("<I") :])
+    refused(
+        tmp_path,
+        "dequantize",
+        tmp_path / "zero.gguf",
+        "-o",
+        tmp_path / "out",
+        says=f"{key} is 0, which should be above 0",
+    )

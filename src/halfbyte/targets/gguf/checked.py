@@ -11,7 +11,7 @@ from halfbyte.targets.gguf.file import Value
 from halfbyte.targets.gguf.hyperparameters import KEYS, SAME
 
 NEEDED = ("block_count", "embedding_length", "attention.head_count")
-ABOVE_ZERO = (*NEEDED, "attention.key_length")
+ABOVE_ZERO = (*NEEDED, "attention.head_count_kv", "attention.key_length")
 PATTERN = "attention.sliding_window_pattern"
 """What is a list, with an entry for each layer."""
 KINDS: dict[str, tuple[type, ...]] = {"uint32": (int,), "float32": (int, float), "bool": (bool,), "string": (str,)}
@@ -64,11 +64,9 @@ def require_hyperparameters(metadata: Mapping[str, Value], arch: str) -> None:
                 f"the GGUF's {arch}.{name} is {brief(value.value)}, which should be a list, with an entry "
                 "for each layer"
             )
-        if (
-            not items
-            or any(type(item) not in KINDS[key.type] for item in items)
-            or (name in ABOVE_ZERO and not all(items))
-        ):
+        if name in ABOVE_ZERO and 0 in items:
+            raise BadCheckpoint(f"the GGUF's {arch}.{name} is 0, which should be above 0")
+        if not items or any(type(item) not in KINDS[key.type] for item in items):
             raise BadCheckpoint(
                 f"the GGUF's {arch}.{name} is {brief(value.value)}, which should be {key.type}, not {value.type}"
             )
