@@ -180,6 +180,11 @@ def evaluate(
         checkpoints = [reference, *(with_cache(model, kind, show, placement) for model, kind in kinds)]
         taken = calibrate.evaluation(reference, _text(text), length, windows, rule.begin)
         predicts = states.predicts(checkpoints)
+        if not predicts and (noise_floor or held_to):
+            raise BadRequest(
+                f"{reference.path} predicts no tokens: its last hidden states are compared, which have no noise floor "
+                "and no gates"
+            )
         if predicts:
             rows = divergence.compare(
                 checkpoints,
@@ -192,7 +197,7 @@ def evaluate(
         else:
             rows = states.compare(checkpoints, taken.tokens, progress=show, placement=placement)
     conditions = _conditions(text, taken, rule.name, chosen, reference)
-    floor = rows.pop() if noise_floor and predicts else None
+    floor = rows.pop() if noise_floor else None
     result = measured.evaluation(conditions, checkpoints, rows, predicts, floor, held_to)
     return result.model_copy(update={"warnings": measured.record(result, kinds, strangers)})
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfbyte.errors import BadRequest
-from halfbyte.evaluation.divergence import HIDDEN_BYTES, mean_and_error
+from halfbyte.evaluation.divergence import mean_and_error, windows_at_once
 from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.placement import Placement
@@ -42,8 +42,7 @@ def compare(
     placement: Placement | None = None,
 ) -> list[dict[str, Any]]:
     """A row of measures for each checkpoint, the first being the reference."""
-    width = skeleton.outline(checkpoints[0]).config.get_text_config(decoder=True).hidden_size
-    slices = windows.split(max(1, int(HIDDEN_BYTES / (len(checkpoints) * windows.shape[1] * width * dtype.itemsize))))
+    slices = windows.split(windows_at_once(checkpoints[0], windows.shape[1], len(checkpoints) * dtype.itemsize))
     errors: list[list[Tensor]] = [[] for _ in checkpoints]
     cosines: list[list[Tensor]] = [[] for _ in checkpoints]
     for number, part in enumerate(slices):

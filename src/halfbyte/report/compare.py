@@ -8,11 +8,9 @@ from halfbyte.errors import BadRequest
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.progress import Progress, shown
 from halfbyte.report import written
-from halfbyte.report.inspect import counted
+from halfbyte.report.inspect import counted, stored
+from halfbyte.report.tables import conditions_of
 from halfbyte.report.types import Compared, ComparedTensor, Comparison, EvaluationRecord, Report
-
-CONDITIONS = ("reference_xxh3_128", "tokens_sha256", "convention", "length", "windows")
-"""What two measurements have in common if they can be compared."""
 
 
 def compare(a: str | Path, b: str | Path, values: bool = True, progress: Progress | bool = False) -> Comparison:
@@ -22,7 +20,7 @@ def compare(a: str | Path, b: str | Path, values: bool = True, progress: Progres
     Raises HalfbyteError; BadRequest where no tensor of the one is in the other.
     """
     one, other = Checkpoint.open(a), Checkpoint.open(b)
-    kinds = [_kinds(checkpoint) for checkpoint in (one, other)]
+    kinds = [{name: (kind, size) for name, kind, _, size in stored(c)} for c in (one, other)]
     errors = [_errors(checkpoint) for checkpoint in (one, other)]
     shapes = [checkpoint.tensors() for checkpoint in (one, other)]
     shared = [name for name in shapes[0] if shapes[0][name] == shapes[1].get(name)]
@@ -70,18 +68,6 @@ def difference(one: Checkpoint, other: Checkpoint, name: str) -> float:
     return distance / length if length else float(distance > 0)
 
 
-def _kinds(checkpoint: Checkpoint) -> dict[str, tuple[str, int]]:
-    """What every tensor is stored as, with its bytes, by its name in the unquantized checkpoint."""
-    found = {
-        f"{module}.weight": (str(scheme), sum(checkpoint.entries[t].size_bytes for t in checkpoint.parts_of[module]))
-        for module, (scheme, _) in checkpoint.quantized.items()
-    }
-    for name, entry in checkpoint.entries.items():
-        if name not in checkpoint.parts:
-            found[name] = str(entry.dtype).removeprefix("torch."), entry.size_bytes
-    return found
-
-
 def _errors(checkpoint: Checkpoint) -> dict[str, float]:
     report = written.known(checkpoint.path)
     return {row.name: row.error for row in report.weights} if isinstance(report, Report) else {}
@@ -98,8 +84,7 @@ def _compared(checkpoint: Checkpoint) -> Compared:
 
 
 def _alike(mine: EvaluationRecord, its: EvaluationRecord) -> bool:
-    same = all(getattr(mine, name) == getattr(its, name) for name in CONDITIONS)
-    return same and mine.reference_xxh3_128 is not None and mine.model.kv == its.model.kv
+    return conditions_of(mine) == conditions_of(its) and mine.model.kv == its.model.kv
 
 
 def _recipes(*reports: Any) -> dict[str, tuple[Any, Any]]:

@@ -16,13 +16,17 @@ class Measure:
     of: Callable[[Divergence], float]
 
 
+def _rise(row: Divergence) -> float:
+    if row.nll_minus_reference is None:
+        raise BadRequest(f"the perplexity of {row.path} was not compared with the original's: measure it again")
+    return expm1(row.nll_minus_reference[0])
+
+
 MEASURES = {
     "kl": Measure("KL divergence, nats per token", lambda row: row.kl),
     "kl-p99": Measure("the divergence that 99 of 100 tokens stay below", lambda row: row.kl_p99),
     "flips": Measure("share of places with another most likely token", lambda row: 1 - row.same_top),
-    "perplexity": Measure(
-        "how much higher than the original's, as a share", lambda row: expm1((row.nll_minus_reference or (0.0,))[0])
-    ),
+    "perplexity": Measure("how much higher than the original's, as a share", _rise),
 }
 
 

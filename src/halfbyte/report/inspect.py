@@ -1,6 +1,7 @@
 """What is in a checkpoint: tensors, grids, bits per weight, sizes, and, of the report beside it, what was lost."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from halfbyte.errors import BadCheckpoint
@@ -38,17 +39,23 @@ def inspect(path: str | Path) -> Inspection:
 def counted(checkpoint: Checkpoint) -> Sizes:
     """How large it is, in all and by what its weights are stored as."""
     found: dict[str, list[tuple[int, int]]] = defaultdict(list)  # weights and bytes of each tensor
-    for module, (grid, shape) in checkpoint.quantized.items():
-        size_bytes = sum(checkpoint.entries[t].size_bytes for t in checkpoint.parts_of[module])
-        found[str(grid)].append((shape[0] * shape[1], size_bytes))
-    for name, entry in checkpoint.entries.items():
-        if name not in checkpoint.parts:
-            weights = entry.size_bytes // entry.dtype.itemsize
-            found[str(entry.dtype).removeprefix("torch.")].append((weights, entry.size_bytes))
+    for _, kind, weights, size_bytes in stored(checkpoint):
+        found[kind].append((weights, size_bytes))
     kinds = {kind: _stored(tensors) for kind, tensors in found.items()}
     size_bytes, parameters = sum(k.size_bytes for k in kinds.values()), sum(k.weights for k in kinds.values())
     bits = 8 * size_bytes / max(parameters, 1)
     return Sizes(size_bytes=size_bytes, parameters=parameters, bits_per_parameter=bits, grids=kinds)
+
+
+def stored(checkpoint: Checkpoint) -> Iterator[tuple[str, str, int, int]]:
+    """Every tensor by its name in the unquantized checkpoint: its grid or dtype, numbers, and bytes."""
+    for module, (scheme, shape) in checkpoint.quantized.items():
+        size_bytes = sum(checkpoint.entries[t].size_bytes for t in checkpoint.parts_of[module])
+        yield f"{module}.weight", str(scheme), shape[0] * shape[1], size_bytes
+    for name, entry in checkpoint.entries.items():
+        if name not in checkpoint.parts:
+            kind = str(entry.dtype).removeprefix("torch.")
+            yield name, kind, entry.size_bytes // entry.dtype.itemsize, entry.size_bytes
 
 
 def _stored(tensors: list[tuple[int, int]]) -> Stored:

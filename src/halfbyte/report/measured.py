@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.errors import BadRequest
 from halfbyte.evaluation.blame import Found
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report import written
@@ -57,8 +56,6 @@ def evaluation(
         known |= {"gates": [_gate(row, limit) for row in measured for limit in limits]} if limits else {}
         result = Evaluation(**conditions, compared="predictions", reference=Perplexity(**own), models=measured)
         return result.model_copy(update=known)
-    if limits:
-        raise BadRequest(f"{checkpoints[0].path} predicts no tokens, and --gate limits what is lost of predictions")
     states = [StateError(**row) for row in models]
     return StatesEvaluation(**conditions, compared="last hidden states", reference=Measured(**own), models=states)
 
