@@ -71,3 +71,11 @@ def test_last_hidden_states_are_compared(folder, text, tmp_path):
 def test_a_model_with_a_head_and_one_without_are_not_compared(folder, text):
     with pytest.raises(BadRequest, match="predicts tokens and the other has no head for it"):
         halfbyte.evaluate([folder], folder.parent / "llama", str(text), length=32)
+
+
+@pytest.mark.parametrize("asked", [["--noise-floor"], ["--gate", "kl=1"]])
+def test_what_is_measured_of_predictions_alone_is_refused(asked, folder, text):
+    tiny.refused(
+        tiny.halfbyte("eval", folder, "--against", folder, "--text", text, "--length", 32, *asked),
+        "predicts no tokens",
+    )
