@@ -464,7 +464,9 @@ def _try(read: Callable[[Path], None], path: Path, found: Found, case: str) -> N
     finally:
         signal.alarm(0)
     seconds, memory = _processor_time() - started, _peak() - had
-    if _largest_child() > children:  # else none of this case was larger than those of before, in a script none at all
+    # Known of a process that was started only if it held more than those before it, and more than this one: Linux counts
+    # what this one held at its start as the child's.
+    if _largest_child() > max(children, _peak()):
         memory += _largest_child()
     found.seconds, found.memory = max(found.seconds, seconds), max(found.memory, memory)
     if seconds > SECONDS or memory > MEMORY:

@@ -55,7 +55,8 @@ cli.main(sys.argv[1:])
 """A run that waits, once it has noted a step as done, for whatever comes from outside."""
 # The command line in a process of its own, which sends itself a signal when a number of records is in the journal.
 CUT = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
 from halfbyte import cli
 from halfbyte.containers.folder import Folder
 number, after = int(sys.argv[1]), int(sys.argv[2])
