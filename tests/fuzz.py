@@ -464,7 +464,7 @@ def _try(read: Callable[[Path], None], path: Path, found: Found, case: str) -> N
     finally:
         signal.alarm(0)
     seconds, memory = _processor_time() - started, _peak() - had
-    # Known of a process that was started only if it held more than those before it, and more than this one: Linux counts
+    # Known of a process that was started only if it held more than those before it and than this one: Linux counts
     # what this one held at its start as the child's.
     if _largest_child() > max(children, _peak()):
         memory += _largest_child()
