@@ -1,0 +1,113 @@
+"""What commands print: tables and sentences for people, JSON for machines."""
+
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from halfbyte import display
+from halfbyte.errors import plural
+from halfbyte.recipe import OTHER_COMMANDS
+from halfbyte.report.numbers import require_finite
+from halfbyte.report.summary import headline, size, worst, worst_activations
+from halfbyte.report.types import Evaluation, Part, Plan, Report, StatesEvaluation
+from halfbyte.terminal import Terminal, as_json
+
+out = Terminal(width=None if sys.stdout.isatty() else 180)
+err = Terminal(stderr=True)
+
+
+def show(parts: Sequence[Table | str]) -> None:
+    """Print what `display` made."""
+    for part in parts:
+        out.print(part)
+
+
+def print_json(found: Part | Sequence[Part]) -> None:
+    """Print what was found as JSON, one value or a list of them."""
+    print_value(found.as_dict() if isinstance(found, Part) else [part.as_dict() for part in found])
+
+
+def print_value(value: Any) -> None:
+    """Print as JSON, in which no number may be a NaN."""
+    print(as_json(require_finite(value)))
+
+
+def show_plan(plan: Plan, output: Path) -> None:
+    """Print what a dry run says."""
+    o = plan.output
+    out.print(f"{output} would be: {headline(plan)}")
+    for kind, count in Counter(row.grid for row in plan.weights).most_common():
+        out.print(f"  {plural(count, 'matrix', 'matrices')} on {kind}")
+    for reason, count in Counter(plan.kept.values()).most_common():
+        out.print(f"  {plural(count, 'tensor')} kept: {reason}")
+    for reason, count in Counter(plan.dropped.values()).most_common():
+        out.print(f"  {plural(count, 'tensor')} left out: {reason}")
+    names = ", ".join(o.files[:3]) + (" ..." if len(o.files) > 3 else "")
+    out.print(f"  {plural(len(o.files), 'file')} of tensors, {size(o.size_bytes)}: {names}")
+    for warning in plan.warnings:
+        out.print(f"note: {warning}")
+    for engine in plan.engines:
+        reason = "" if engine.loads else f": {engine.reasons[0]}"
+        out.print(f"{engine.engine} {'loads it' if engine.loads else 'does not load it'}{reason}", soft_wrap=True)
+    out.print("nothing was written", highlight=False)
+
+
+def show_report(report: Report, output: Path) -> None:
+    """Print what became of a run, and how the output is served and measured."""
+    out.print(f"{output}: {headline(report)}, {report.seconds:.1f} s; read back and verified")
+    show(display.worst(worst(report), report.error_of))
+    for row in worst_activations(report, 1):
+        if seen := row.activations:
+            out.print(
+                f"activations: {seen.grid}, the largest error {seen.error:.4f} where {row.name} reads from "
+                f"{seen.low:.3g} "
+                f"to {seen.high:.3g}; {seen.saturated} of {seen.values} values cut there"
+            )
+    if cache := report.kv:
+        out.print(
+            f"KV cache: {cache.grid}, at most {100 * cache.most_clipped:.4f}% of an attention's keys or values beyond "
+            f"the scales on other text. {cache.serve}",
+            soft_wrap=True,
+        )
+    for warning in (*report.warnings, *(cache.warnings if cache else ())):
+        out.print(f"note: {warning}")
+    _show_engines(report, output)
+    asked = report.recipe
+    if asked.method not in OTHER_COMMANDS and report.source.is_decoder:
+        merged = f" --adapter {shlex.quote(asked.adapter)}" if asked.adapter else ""
+        words = f"{shlex.quote(str(output))} --against {shlex.quote(asked.model)}{merged}"
+        out.print(f"what was lost: halfbyte eval {words}", soft_wrap=True)
+
+
+def _show_engines(report: Report, output: Path) -> None:
+    """What serves the output; of one engine, if it was asked for."""
+    from halfbyte.report.card import command, original_of
+    from halfbyte.targets.table import is_file
+
+    o, asked = report.output, report.recipe
+    place = output / o.file if o.file and not is_file(output) else output
+    for engine in report.engines:
+        if engine.loads and asked.engine in (None, "none", engine.engine):
+            words = command(engine, place, original_of(asked))
+            out.print(f"{engine.engine} ({engine.word}): {words}", soft_wrap=True)
+    if report.engines and not any(engine.loads for engine in report.engines):
+        out.print(
+            "note: no engine is known to load it; halfbyte.load does, and report.json says of each engine "
+            "why it does not",
+            soft_wrap=True,
+        )
+
+
+def show_measured(result: Evaluation | StatesEvaluation) -> None:
+    """Print an evaluation, with its conditions."""
+    begins = f", each begins with {''.join(result.opening)}" if result.opening else ""
+    out.print(
+        f"{plural(result.windows, 'window')} of {result.length} tokens of {result.text}, convention "
+        f"{result.convention}{begins}"
+    )
+    show(display.evaluated(result) if isinstance(result, Evaluation) else display.states(result))

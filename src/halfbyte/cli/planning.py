@@ -1,0 +1,91 @@
+"""Commands that say what fits, before anything is written."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from halfbyte import display
+from halfbyte.cli.options import Json
+from halfbyte.cli.output import out, print_json, print_value, show
+from halfbyte.engines.engines import engine_named
+from halfbyte.sizing.accounting import ACCOUNTINGS
+from halfbyte.sizing.cache import TYPES
+from halfbyte.sizing.choices import choices
+from halfbyte.sizing.devices import device_called, here
+from halfbyte.sizing.devices import devices as table_of_devices
+from halfbyte.sizing.question import question
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder, a GGUF, or a hub id: of that only headers are downloaded.")],
+    device: Annotated[
+        str | None,
+        typer.Option(help="What it is to run on: a row of `halfbyte devices`, or cpu.", show_default="what is here"),
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="In place of a device: such as 24GiB.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(ACCOUNTINGS)}.", show_default="vllm for cards of servers, else llama.cpp"),
+    ] = None,
+    cards: Annotated[int, typer.Option(min=1, help="How many of the device.")] = 1,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence.", show_default="8192, or the model's if less")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    cache: Annotated[str, typer.Option(help=f"What the cache is stored as: {', '.join(TYPES)}.")] = "16 bits",
+    as_json: Json = False,
+) -> None:
+    """What fits where, how fast at most, what it loses, and which scheme to take. No weight is read.
+
+    halfbyte plan org/model --device rtx-4090 --engine vllm --context 8192 --batch 8
+    """
+    question(engine, device, memory, cards, context, batch, cache)  # wrong words need not wait for torch
+    from halfbyte.api import advise
+
+    found = advise(
+        model,
+        device=device,
+        memory=memory,
+        engine=engine,
+        cards=cards,
+        context=context,
+        batch=batch,
+        cache=cache,
+    )
+    if as_json:
+        print_json(found)
+        return
+    for part in display.advised(found):
+        out.print(part, soft_wrap=isinstance(part, str))
+
+
+def devices(
+    name: Annotated[str | None, typer.Argument(help="One of them, for what runs on it.", show_default="all")] = None,
+    as_json: Json = False,
+) -> None:
+    """The cards, chips and processors that `plan` knows, with their sources, and what is on this machine.
+
+    halfbyte devices rtx-4090
+    """
+    known = [device_called(name)] if name else list(table_of_devices().values())
+    found = [] if name else here()
+    if as_json:
+        print_value({"devices": [asdict(d) for d in known], "here": [asdict(d) for d in found]})
+    elif name:
+        show(display.device(known[0], {engine: list(row.values()) for engine, row in choices().items()}))
+    else:
+        show(display.devices(known, found))
+
+
+def support(
+    engine: Annotated[
+        str | None, typer.Option(help="What this engine loads, as a list.", show_default="all, as tables of Markdown")
+    ] = None,
+) -> None:
+    """Which grids each container holds, found by trying, and what engines load."""
+    if engine:
+        engine_named(engine)
+    from halfbyte.report import support
+
+    print(support.of_engine(engine) if engine else support.markdown())

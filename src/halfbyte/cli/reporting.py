@@ -1,0 +1,82 @@
+"""Commands that say what is known of outputs, and hand it on."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte import display
+from halfbyte.cli.options import Json, Overwrite
+from halfbyte.cli.output import out, print_json, show
+from halfbyte.errors import plural
+from halfbyte.report.summary import size
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="A checkpoint.")],
+    b: Annotated[str, typer.Argument(help="Another version of the same model.")],
+    values: Annotated[
+        bool, typer.Option(help="Read all tensors, for how far apart their values are; else headers and reports alone.")
+    ] = True,
+    worst: Annotated[int, typer.Option(min=0, help="How many tensors to list.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Two runs or checkpoints side by side: tensors, bytes, errors, losses.
+
+    halfbyte compare model-int4 model-Q4_K_M.gguf
+    """
+    from halfbyte.api import compare as run
+
+    found = run(a, b, values, progress=not as_json)
+    if as_json:
+        print_json(found)
+        return
+    show(display.compared(found, worst))
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="Any checkpoint.")],
+    worst: Annotated[int, typer.Option(min=0, help="How many weights to list.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Tensors, grids, bits per weight, sizes, and which weights lost most."""
+    from halfbyte.api import inspect as run
+
+    found = run(path)
+    if as_json:
+        print_json(found)
+        return
+    show(display.inspected(found, worst))
+    if found.evaluation:
+        model, was = found.evaluation.model, found.evaluation.reference.perplexity
+        kl = display.with_error(model.kl, model.kl_error, 5)
+        out.print(f"KL to the original {kl}, perplexity {model.perplexity:.3f} (was {was:.3f})")
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Outputs of quantize: folders, or .gguf files.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Show any number of runs on one page, which needs no network: size against loss, and where each lost it.
+
+    halfbyte report model-int4 model-Q4_K_M.gguf -o report.html
+    """
+    from halfbyte.api import page as run
+
+    run(runs, output, overwrite)
+    out.print(f"{output}: {plural(len(runs), 'run')} on one page, {size(output.expanduser().stat().st_size)}")
+
+
+def push(
+    path: Annotated[str, typer.Argument(help="An output of quantize: a folder, or a .gguf file.")],
+    repository: Annotated[str, typer.Argument(help="Where to: org/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a repository that only you see.")] = False,
+) -> None:
+    """Upload an output to the hub: its files, and a card whose commands name the repository.
+
+    halfbyte push model-int4 me/model-int4
+    """
+    from halfbyte.api import push as run
+
+    out.print(f"{path}: uploaded to {run(path, repository, private)}", soft_wrap=True)

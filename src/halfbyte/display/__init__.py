@@ -1,0 +1,25 @@
+"""What the command line shows: tables and sentences."""
+
+from halfbyte.display.checkpoints import cached, compared, inspected, worst
+from halfbyte.display.measurements import blamed, demonstrated, evaluated, needles, states
+from halfbyte.display.sizing import UNCHECKED, advised, device, devices
+from halfbyte.display.tables import table, with_error, without_prefix
+
+__all__ = [
+    "UNCHECKED",
+    "advised",
+    "blamed",
+    "cached",
+    "compared",
+    "demonstrated",
+    "device",
+    "devices",
+    "evaluated",
+    "inspected",
+    "needles",
+    "states",
+    "table",
+    "with_error",
+    "without_prefix",
+    "worst",
+]

@@ -1,0 +1,111 @@
+"""Checkpoints as they are: what they are stored as, what each lost, how two differ."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from halfbyte.display.tables import table, with_error, without_prefix
+from halfbyte.report.types import (
+    CacheReport,
+    Comparison,
+    Inspection,
+    WeightReport,
+)
+
+
+def inspected(found: Inspection, count: int) -> list[Table | str]:
+    """What a checkpoint is stored as, and the `count` weights that lost most."""
+    megabytes, millions = found.size_bytes / 1e6, found.parameters / 1e6
+    rows = [
+        (k, str(r.tensors), f"{r.weights:,}", f"{r.size_bytes / 1e6:.2f}", f"{r.bits_per_weight:.3f}")
+        for k, r in found.grids.items()
+    ]
+    return [
+        f"{found.path}: {found.model_type}, {found.container or 'not quantized'}",
+        f"{megabytes:.2f} MB, {millions:.2f} M parameters, {found.bits_per_parameter:.3f} bits per parameter",
+        table(["stored as", "tensors", "weights", "MB", "bits"], rows),
+        *worst(found.weights[:count], found.error_of),
+        *(f"- {warning}" for warning in found.warnings),
+    ]
+
+
+def worst(rows: Sequence[WeightReport], error_of: str | None) -> list[Table | str]:
+    """The weights that lost most, and what is to be said of them."""
+    if not rows:
+        return []
+    if rows[0].error == 0:
+        return ["every weight is bit for bit that of the source"]
+    shared, names = without_prefix([row.name for row in rows])
+    cells = [(n, r.grid, f"{r.bits_per_weight:.3f}", f"{r.error:.4f}") for n, r in zip(names, rows, strict=True)]
+    notes = Counter(row.note for row in rows if row.note)
+    said = f"lost most: relative error of the {error_of}{f'; names begin with {shared}' if shared else ''}"
+    return [
+        said,
+        table(["weight", "grid", "bits", "error"], cells, words=2),
+        *(f"{count} of these: {note}" for note, count in notes.items()),
+    ]
+
+
+def compared(found: Comparison, count: int) -> list[Table | str]:
+    """Two checkpoints: their sizes, the `count` tensors that are furthest apart, and what each lost."""
+    a, b = found.a, found.b
+    rows = [
+        (name, c.path, c.container or "not quantized", f"{c.size_bytes / 1e6:.2f}", f"{c.bits_per_parameter:.3f}")
+        for name, c in (("A", a), ("B", b))
+    ]
+    shown: list[Table | str] = [
+        table(["", "checkpoint", "container", "MB", "bits"], rows, words=3),
+        f"B takes {100 * (b.size_bytes / a.size_bytes - 1):+.1f} % of A's bytes",
+        *(f"{name}: {mine} in A, {its} in B" for name, (mine, its) in found.recipes.items()),
+    ]
+    same = sum(t.difference == 0 for t in found.tensors)
+    changed = [t for t in found.tensors if t.difference or None in t.stored_as or t.stored_as[0] != t.stored_as[1]]
+    known = any(t.difference is not None for t in found.tensors)
+    shown.append(
+        f"{len(found.tensors)} tensors"
+        + (f", {same} with the same values" if known else f", {len(changed)} stored otherwise")
+    )
+    changed.sort(key=lambda t: (-(t.difference or 0), -abs(t.size_bytes[1] - t.size_bytes[0])))
+    prefix, names = without_prefix([t.name.removesuffix(".weight") for t in changed[:count]])
+    cells = [
+        (
+            name,
+            " → ".join(dict.fromkeys(kind or "-" for kind in t.stored_as)),
+            f"{t.size_bytes[0] / 1e3:.1f} → {t.size_bytes[1] / 1e3:.1f}",
+            "" if t.difference is None else f"{t.difference:.4f}",
+            " → ".join("-" if error is None else f"{error:.4f}" for error in t.error) if any(t.error) else "",
+        )
+        for name, t in zip(names, changed[:count], strict=True)
+    ]
+    if cells:
+        shown += [
+            "furthest apart: distance of B's values from A's, relative; errors as the runs reported them"
+            + (f"; names begin with {prefix}" if prefix else ""),
+            table(["tensor", "stored as", "kB", "apart", "error"], cells, words=2),
+        ]
+    for mine, its in found.evaluations:
+        shown.append(
+            f"KL on {mine.windows} windows of {mine.length} tokens of {mine.text}: "
+            f"{with_error(mine.model.kl, mine.model.kl_error, 5)} → {with_error(its.model.kl, its.model.kl_error, 5)}; "
+            f"perplexity {mine.model.perplexity:.3f} → {its.model.perplexity:.3f}"
+        )
+    if not found.evaluations:
+        shown.append("no measurement of both on one text is in their reports: halfbyte eval A B --against ORIGINAL")
+    return [*shown, *(f"note: {warning}" for warning in found.warnings)]
+
+
+def cached(found: CacheReport) -> list[Table | str]:
+    """The scales of a KV cache, a row for each attention."""
+    shared, names = without_prefix([row.module for row in found.rows])
+    cells = [
+        (
+            name,
+            *("" if scale is None else f"{scale:.5f}" for scale in (row.key_scale, row.value_scale)),
+            *(f"{100 * share:.4f} %" for share in (row.keys_clipped, row.values_clipped)),
+        )
+        for name, row in zip(names, found.rows, strict=True)
+    ]
+    said = "scales of the KV cache (the largest of heads), and what lies beyond them on other text"
+    said += f"; names begin with {shared}" if shared else ""
+    return [said, table(["attention", "keys", "values", "keys cut", "values cut"], cells)]
