@@ -1,4 +1,5 @@
-"""What a start costs: whole processes on a small model, with an empty cache of compiled kernels and with a full one.
+"""What a start costs: whole processes that print a few lines, before and after Python has compiled its modules; and on
+a small model, with an empty cache of compiled kernels and with a full one.
 
     python benchmarks/start.py
 
@@ -6,6 +7,7 @@ Processor seconds: wall seconds of a start depend on who else is there.
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +16,19 @@ from measure import Cost, machine, run
 
 from halfbyte import demo
 
+WORDS = (["--help"], ["quantize", "--help"], ["devices", "rtx-4090"])
+TRIES = 9
 RUNS = [("nearest", "int4-g128", "out"), ("nearest", "Q4_K_M", "out.gguf"), ("gptq", "int4-g128", "out")]
+
+
+def starts(words: list[str]) -> tuple[float, float]:
+    """Processor seconds before and after Python has compiled the modules, of these the median."""
+    command = [sys.executable, "-m", "halfbyte", *words]
+    with tempfile.TemporaryDirectory() as folder:
+        cold, *warm = (
+            run(command, PYTHONPYCACHEPREFIX=folder, PYTHONDONTWRITEBYTECODE="").cpu for _ in range(1 + TRIES)
+        )
+    return cold, statistics.median(warm)
 
 
 def main() -> None:
@@ -22,6 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "start.md")
     a = parser.parse_args()
     rows: list[tuple[str, Cost, Cost]] = []
+    words = [(" ".join(asked), *starts(asked)) for asked in WORDS]
     with tempfile.TemporaryDirectory() as folder:
         for method, grid, name in RUNS:
             command = [
@@ -47,6 +62,10 @@ def main() -> None:
         "",
         f"`python benchmarks/start.py` on {machine()}; bookworm-6m, 8 calibration windows of 512 tokens. Processor "
         "seconds of whole processes.",
+        "",
+        f"| | no module compiled yet | compiled before (median of {TRIES}) |",
+        "|---|---:|---:|",
+        *(f"| {name} | {cold:.2f} | {warm:.2f} |" for name, cold, warm in words),
         "",
         "| | no kernel compiled yet | compiled before | compiling |",
         "|---|---:|---:|---:|",

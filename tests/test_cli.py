@@ -1,6 +1,9 @@
 """The command line as a person and as a script meets it."""
 
+import contextlib
+import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ from halfbyte import cli
 from halfbyte.engines.engines import ENGINES
 from halfbyte.models import calibrate
 from halfbyte.recipe import METHODS, OBSERVERS, Recipe
+from halfbyte.report import types
 from halfbyte.words import CONTAINERS as WRITTEN
 from halfbyte.words import DTYPES, PLAIN, PRESETS, SCHEMES
 
@@ -54,8 +58,8 @@ def process(*words: object) -> subprocess.CompletedProcess:
 
 
 def test_help_is_quick():
-    """Neither torch nor Transformers is imported to print a few lines, or to refuse a word."""
-    heavy = "{'torch', 'transformers', 'numpy'}"
+    """Nothing large is imported to print a few lines, or to refuse a word."""
+    heavy = "{'torch', 'transformers', 'numpy', 'psutil', 'halfbyte.report.types'}"
     code = "import sys\nfrom halfbyte.cli import main\n"
     code += f"try:\n    main(sys.argv[1:])\nfinally:\n    assert not {heavy} & sys.modules.keys()"
     for words, status in ((["--help"], 0), (["quantize", "-h"], 0), (["--version"], 0), ([], 0), (["nonsense"], 2)):
@@ -67,10 +71,85 @@ def test_help_is_quick():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command):
+    """With an example, and with what every command has."""
     said = tiny.halfbyte(command, "--help")
     assert said.code == 0
     assert f"Usage: halfbyte {command}" in said.out
+    assert re.search(rf"^ halfbyte {command}", said.out, re.MULTILINE)
     assert "--help" in said.out
+    assert "--json" in said.out
+
+
+COMPLETED = {
+    "quantize --method awq": ("awq", "awq+gptq"),
+    "quantize --grid Q4_K": ("Q4_K_M", "Q4_K_S"),
+    "quantize --grid fp8-e4m3-b": ("fp8-e4m3-block",),
+    "quantize --to g": ("gguf", "gptq"),
+    "quantize --engine ll": ("llama.cpp",),
+    "quantize --device cu": ("cuda",),
+    "quantize --for vllm@rtx-409": ("vllm@rtx-4090",),
+    "quantize --observer p": ("percentile",),
+    "convert --to aw": ("awq",),
+    "dequantize --dtype f": ("float16", "float32"),
+    "kv --kv fp8": ("fp8-e4m3", "fp8-e4m3-head"),
+    "eval --convention p": ("papers",),
+    "eval --gate f": ("flips=",),
+    "eval --kv q8": ("q8_0",),
+    "plan --device rtx-409": ("rtx-4090",),
+    "plan --engine sg": ("sglang",),
+    "plan --cache q4": ("q4_0",),
+    "devices rtx-409": ("rtx-4090",),
+    "support --engine tr": ("transformers",),
+}
+
+
+@pytest.mark.parametrize("words", COMPLETED)
+def test_values_are_completed(words, monkeypatch):
+    monkeypatch.setenv("_HALFBYTE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"halfbyte {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    assert sorted(tiny.halfbyte(*words.split()).out.split()) == sorted(COMPLETED[words])
+
+
+def test_a_shell_need_not_wait_for_torch():
+    code = "import sys\nfrom halfbyte.cli import main\n"
+    code += "try:\n    main(['quantize'])\nfinally:\n    assert 'torch' not in sys.modules"
+    asked = {"_HALFBYTE_COMPLETE": "complete_bash", "COMP_WORDS": "halfbyte quantize --grid nf", "COMP_CWORD": "3"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**tiny.ALONE, **asked})
+    assert done.stdout.split() == ["nf4-g64", "nf4-g64-double"], done.stderr
+
+
+class Screen(io.StringIO):
+    """A standard error that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("flag", "is_shown"), [([], True), (["--quiet"], False), (["-q"], False), (["--json"], False)])
+def test_quiet_shows_no_progress(flag, is_shown, home, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
+    words = ["quantize", home / "model", "-o", tmp_path / "out", "--method", "nearest", "--grid", "int4-g64"]
+    with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(io.StringIO()):
+        cli.main([*map(str, words), *flag])
+    assert bool(screen.getvalue()) == is_shown
+
+
+SHOWS_PROGRESS = {"quantize", "convert", "dequantize", "kv", "imatrix", "eval", "needle", "blame", "compare", "demo"}
+
+
+def test_what_shows_progress_can_be_quiet():
+    quiet = {command for command in COMMANDS if "--quiet" in tiny.halfbyte(command, "--help").out}
+    assert quiet == SHOWS_PROGRESS
+
+
+def test_support_for_machines():
+    found = types.Support.model_validate_json(tiny.halfbyte("support", "--engine", "vllm", "--json").out)
+    assert [*found.containers] == [*WRITTEN]
+    rows = {row.container: row for row in found.engines}
+    assert "int4-g128" in rows["compressed-tensors"].tested_here
+    assert "fp8-e4m3-block" in rows["compressed-tensors"].documented_there
 
 
 def test_help_names_the_defaults():

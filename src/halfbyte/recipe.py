@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-class Entries(BaseModel, frozen=True):
+class Entries(BaseModel, frozen=True, defer_build=True):  # built when first used, for a quick start
     """A value whose entries are attributes; `value["name"]` reads one too, by its name in YAML or JSON."""
 
     def __getitem__(self, name: str) -> Any:
@@ -101,7 +101,7 @@ class Recipe(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True
     """The container to write."""
     engine: str | None = None
     """The engine that is to load it: its rules are checked first. none: write it although no engine loads it."""
-    calibration: Calibration = Calibration()
+    calibration: Calibration = Field(default_factory=Calibration)
     """The text that runs through the model, where the method or the grid needs one."""
     observer: Literal["max", "percentile", "mse"] = Field(
         default="max",

@@ -8,11 +8,11 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import metadata
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+import halfbyte
 from halfbyte.cli import measuring, planning, reporting, writing
 from halfbyte.cli.output import err
 from halfbyte.endings import Stop, hang_up, is_want_of_memory, speak_any_language
@@ -58,7 +58,7 @@ def options(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"halfbyte {metadata.version('halfbyte')}")
+        print(f"halfbyte {halfbyte.__version__}")
         raise typer.Exit
 
 
@@ -112,7 +112,7 @@ def _admit(error: Exception) -> NoReturn:
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", errors="backslashreplace", prefix="halfbyte-", suffix=".txt", delete=False
     ) as file:
-        file.write(f"halfbyte {metadata.version('halfbyte')}, {' '.join(map(shlex.quote, sys.argv[1:]))}\n\n")
+        file.write(f"halfbyte {halfbyte.__version__}, {' '.join(map(shlex.quote, sys.argv[1:]))}\n\n")
         file.writelines(traceback.format_exception(error))
     err.print(
         f"halfbyte: this is a bug of halfbyte ({brief(error)}); please report it with {file.name}, which says where it "

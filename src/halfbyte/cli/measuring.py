@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from halfbyte import display
-from halfbyte.cli.options import Adapter, Device, Foreign, Json, require_caches
+from halfbyte.cli.options import CACHES, Adapter, Device, Foreign, Json, Quiet, completing, require_caches
 from halfbyte.cli.output import out, print_json, show, show_measured
 from halfbyte.devices import AUTO
 from halfbyte.errors import BadRequest, plural
@@ -15,7 +15,6 @@ from halfbyte.evaluation.conventions import CONVENTIONS, convention_named
 from halfbyte.progress import shown
 from halfbyte.recipe import SHORTEST
 from halfbyte.report.gate import MEASURES, limits
-from halfbyte.report.types import Evaluation
 
 GATE_BROKEN = 1
 """Exit code."""
@@ -40,13 +39,18 @@ def evaluate(
     length: Annotated[int, typer.Option(min=SHORTEST, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
     convention: Annotated[
-        str, typer.Option(help=". ".join(f"{c.name}: {c.about}" for c in CONVENTIONS.values()))
+        str,
+        typer.Option(
+            help=". ".join(f"{c.name}: {c.about}" for c in CONVENTIONS.values()),
+            autocompletion=completing(*CONVENTIONS),
+        ),
     ] = "served",
     kv: Annotated[
         list[str] | None,
         typer.Option(
             help="Run the models with this KV cache: fp8-e4m3, int8, int4 ..., none for 16 bits; repeatable.",
             show_default="as stored",
+            autocompletion=completing(*CACHES),
         ),
     ] = None,
     adapter: Adapter = None,
@@ -59,10 +63,12 @@ def evaluate(
         typer.Option(
             help="Limits such as kl=0.05,flips=2%; exit code 1 where one does not hold. "
             + "; ".join(f"{name}: {measure.about}" for name, measure in MEASURES.items())
-            + "."
+            + ".",
+            autocompletion=completing(*(f"{name}=" for name in MEASURES)),
         ),
     ] = None,
     device: Device = AUTO,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity, and divergence from the original on the same tokens.
@@ -74,6 +80,7 @@ def evaluate(
     if gate:
         limits(gate)
     from halfbyte.api import evaluate as run
+    from halfbyte.report.types import Evaluation
 
     results = [
         run(
@@ -88,7 +95,7 @@ def evaluate(
             foreign,
             noise_floor,
             gate,
-            progress=not as_json,
+            progress=not (quiet or as_json),
             device=device,
         )
         for name in text or ["heldout"]
@@ -114,14 +121,22 @@ def needle(
     seed: Annotated[int, typer.Option(min=0, help="Which facts and texts are drawn.")] = 0,
     kv: Annotated[
         list[str] | None,
-        typer.Option(help="Run the models with this KV cache, as in eval; repeatable.", show_default="as stored"),
+        typer.Option(
+            help="Run the models with this KV cache, as in eval; repeatable.",
+            show_default="as stored",
+            autocompletion=completing(*CACHES),
+        ),
     ] = None,
     adapter: Adapter = None,
     foreign: Foreign = False,
     device: Device = AUTO,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Is a fact that was planted in a long text read back? By depth and length, before and after."""
+    """Is a fact that was planted in a long text read back? By depth and length, before and after.
+
+    halfbyte needle model-int4 --against org/model --lengths 1024,4096
+    """
     sizes = [int(size) for size in lengths.split(",") if size.strip().isdigit()]
     if len(sizes) != len(lengths.split(",")):
         raise BadRequest(f"--lengths takes numbers of tokens, such as 256,1024, not '{lengths}'")
@@ -139,7 +154,7 @@ def needle(
         kv or ["stored"],
         adapter,
         foreign,
-        progress=not as_json,
+        progress=not (quiet or as_json),
         device=device,
     )
     if as_json:
@@ -163,6 +178,7 @@ def blame(
     adapter: Adapter = None,
     foreign: Foreign = False,
     device: Device = AUTO,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Which part broke it? Each is put back as it was, and what that gives back is ranked.
@@ -171,7 +187,9 @@ def blame(
     """
     from halfbyte.api import blame as run
 
-    result = run(model, against, text, length, windows, blocks, adapter, foreign, progress=not as_json, device=device)
+    result = run(
+        model, against, text, length, windows, blocks, adapter, foreign, progress=not (quiet or as_json), device=device
+    )
     if as_json:
         print_json(result)
         return
@@ -183,12 +201,16 @@ def demo(
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens.")] = 12,
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 6,
     keep: Annotated[Path | None, typer.Option(help="Keep the quantized folders here.")] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize the embedded model with several methods and print what each one lost. Works offline."""
+    """Quantize the embedded model with several methods and print what each one lost. Works offline.
+
+    halfbyte demo
+    """
     from halfbyte.demonstration import rows
 
-    with tempfile.TemporaryDirectory() as scratch, shown(not as_json) as progress:
+    with tempfile.TemporaryDirectory() as scratch, shown(not (quiet or as_json)) as progress:
         table_rows = rows(keep or Path(scratch), samples, windows, progress)
     if as_json:
         print_json(table_rows)

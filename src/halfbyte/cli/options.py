@@ -1,14 +1,14 @@
 """Options that several commands have, and what is asked with them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from halfbyte.devices import AUTO, KINDS, require_name
 from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
-from halfbyte.formats import cache_parts
-from halfbyte.recipe import Calibration, Entries, Recipe, meaning
+from halfbyte.formats import CACHE_ALIASES, GGML_CACHES, cache_parts
+from halfbyte.recipe import OBSERVERS, Calibration, Entries, Recipe, meaning
 from halfbyte.words import (
     CONTAINERS,
     owner_of,
@@ -17,28 +17,43 @@ from halfbyte.words import (
 )
 
 
+def completing(*values: str) -> Callable[[], Sequence[str]] | None:
+    """What a shell offers for an option."""
+    return (lambda: values) if values else None
+
+
 def entry(
-    name: str, *flags: str, names: Iterable[str] = (), more: str = "", of: type[Entries] = Recipe, **settings: Any
+    name: str,
+    *flags: str,
+    names: Iterable[str] = (),
+    more: str = "",
+    values: Iterable[str] = (),
+    of: type[Entries] = Recipe,
+    **settings: Any,
 ) -> Any:
-    """An option for an entry of a recipe, whose own documentation is the help; `names` that it may be are listed."""
+    """An option for an entry of a recipe, whose own documentation is the help; `names` that it may be are listed, and
+    completed as `values` are."""
     listed = f"{', '.join(names)}." if names else ""
-    return typer.Option(*flags, help=" ".join(filter(None, (meaning(name, of), listed, more))), **settings)
+    text = " ".join(filter(None, (meaning(name, of), listed, more)))
+    return typer.Option(*flags, help=text, autocompletion=completing(*names, *values), **settings)
 
 
-DEFAULT = Calibration()
+DEFAULT = {name: str(field.default) for name, field in Calibration.model_fields.items()}
 Source = Annotated[str | None, entry("source", of=Calibration, show_default="the embedded text")]
-Samples = Annotated[int | None, entry("samples", of=Calibration, show_default=str(DEFAULT.samples))]
-Length = Annotated[int | None, entry("length", of=Calibration, show_default=str(DEFAULT.length))]
-Seed = Annotated[int | None, entry("seed", of=Calibration, show_default=str(DEFAULT.seed))]
+Samples = Annotated[int | None, entry("samples", of=Calibration, show_default=DEFAULT["samples"])]
+Length = Annotated[int | None, entry("length", of=Calibration, show_default=DEFAULT["length"])]
+Seed = Annotated[int | None, entry("seed", of=Calibration, show_default=DEFAULT["seed"])]
 Observer = Annotated[
-    str | None, entry("observer", "--observer", show_default=str(Recipe.model_fields["observer"].default))
+    str | None,
+    entry("observer", "--observer", values=OBSERVERS, show_default=str(Recipe.model_fields["observer"].default)),
 ]
 OldObserver = Annotated[str | None, typer.Option("--input-range", hidden=True)]
 """As it was called once."""
 Container = Annotated[str | None, entry("to", names=CONTAINERS, show_default="the engine's, else what holds the grid")]
 Engine = Annotated[str | None, entry("engine", names=ENGINES)]
 Adapter = Annotated[str | None, entry("adapter")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")]
 Foreign = Annotated[
     bool, typer.Option("--foreign", help="Compare with another model than the source, or one with other tokens, too.")
 ]
@@ -47,8 +62,12 @@ Device = Annotated[
     typer.Option(
         help=f"What computes: {AUTO} (a GPU where there is one), {', '.join(KINDS)}, or a GPU by its number (cuda:1).",
         callback=lambda words: require_name(words),
+        autocompletion=completing(AUTO, *KINDS),
     ),
 ]
+STORED_CACHES = ("fp8-e4m3", "fp8-e4m3-head")
+CACHES = ("stored", "none", *CACHE_ALIASES, *STORED_CACHES[1:], *GGML_CACHES)
+"""What models are run with, as far as it has a name."""
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 

@@ -1,11 +1,13 @@
 """What commands print: tables and sentences for people, JSON for machines."""
 
+from __future__ import annotations
+
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -14,8 +16,10 @@ from halfbyte.errors import plural
 from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.summary import headline, size, worst, worst_activations
-from halfbyte.report.types import Evaluation, Part, Plan, Report, StatesEvaluation
 from halfbyte.terminal import Terminal, as_json
+
+if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
+    from halfbyte.report.types import Evaluation, Part, Plan, Report, StatesEvaluation
 
 out = Terminal(width=None if sys.stdout.isatty() else 180)
 err = Terminal(stderr=True)
@@ -29,7 +33,7 @@ def show(parts: Sequence[Table | str]) -> None:
 
 def print_json(found: Part | Sequence[Part]) -> None:
     """Print what was found as JSON, one value or a list of them."""
-    print_value(found.as_dict() if isinstance(found, Part) else [part.as_dict() for part in found])
+    print_value([part.as_dict() for part in found] if isinstance(found, Sequence) else found.as_dict())
 
 
 def print_value(value: Any) -> None:
@@ -105,6 +109,8 @@ def _show_engines(report: Report, output: Path) -> None:
 
 def show_measured(result: Evaluation | StatesEvaluation) -> None:
     """Print an evaluation, with its conditions."""
+    from halfbyte.report.types import Evaluation
+
     begins = f", each begins with {''.join(result.opening)}" if result.opening else ""
     out.print(
         f"{plural(result.windows, 'window')} of {result.length} tokens of {result.text}, convention "

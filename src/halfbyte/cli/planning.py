@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from halfbyte import display
-from halfbyte.cli.options import Json
+from halfbyte.cli.options import Json, completing
 from halfbyte.cli.output import out, print_json, print_value, show
-from halfbyte.engines.engines import engine_named
+from halfbyte.engines.engines import ENGINES, engine_named
 from halfbyte.sizing.accounting import ACCOUNTINGS
 from halfbyte.sizing.cache import TYPES
 from halfbyte.sizing.choices import choices
@@ -21,19 +21,33 @@ def plan(
     model: Annotated[str, typer.Argument(help="A folder, a GGUF, or a hub id: of that only headers are downloaded.")],
     device: Annotated[
         str | None,
-        typer.Option(help="What it is to run on: a row of `halfbyte devices`, or cpu.", show_default="what is here"),
+        typer.Option(
+            help="What it is to run on: a row of `halfbyte devices`, or cpu.",
+            show_default="what is here",
+            autocompletion=lambda: ["cpu", *table_of_devices()],
+        ),
     ] = None,
     memory: Annotated[str | None, typer.Option(help="In place of a device: such as 24GiB.")] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(ACCOUNTINGS)}.", show_default="vllm for cards of servers, else llama.cpp"),
+        typer.Option(
+            help=f"{', '.join(ACCOUNTINGS)}.",
+            show_default="vllm for cards of servers, else llama.cpp",
+            autocompletion=completing(*ACCOUNTINGS),
+        ),
     ] = None,
     cards: Annotated[int, typer.Option(min=1, help="How many of the device.")] = 1,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a sequence.", show_default="8192, or the model's if less")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
-    cache: Annotated[str, typer.Option(help=f"What the cache is stored as: {', '.join(TYPES)}.")] = "16 bits",
+    cache: Annotated[
+        str,
+        typer.Option(
+            help=f"What the cache is stored as: {', '.join(TYPES)}.",
+            autocompletion=completing(*(name for name in TYPES if " " not in name)),  # shells part words at spaces
+        ),
+    ] = "16 bits",
     as_json: Json = False,
 ) -> None:
     """What fits where, how fast at most, what it loses, and which scheme to take. No weight is read.
@@ -61,7 +75,14 @@ def plan(
 
 
 def devices(
-    name: Annotated[str | None, typer.Argument(help="One of them, for what runs on it.", show_default="all")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="One of them, for what runs on it.",
+            show_default="all",
+            autocompletion=lambda: [*table_of_devices()],
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The cards, chips and processors that `plan` knows, with their sources, and what is on this machine.
@@ -80,12 +101,24 @@ def devices(
 
 def support(
     engine: Annotated[
-        str | None, typer.Option(help="What this engine loads, as a list.", show_default="all, as tables of Markdown")
+        str | None,
+        typer.Option(
+            help="What this engine loads, as a list.",
+            show_default="all, as tables of Markdown",
+            autocompletion=completing(*ENGINES),
+        ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Which grids each container holds, found by trying, and what engines load."""
+    """Which grids each container holds, found by trying, and what engines load.
+
+    halfbyte support --engine vllm
+    """
     if engine:
         engine_named(engine)
     from halfbyte.report import support
 
-    print(support.of_engine(engine) if engine else support.markdown())
+    if as_json:
+        print_json(support.found(engine))
+    else:
+        print(support.of_engine(engine) if engine else support.markdown())

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from halfbyte import display
-from halfbyte.cli.options import Json, Overwrite
-from halfbyte.cli.output import out, print_json, show
+from halfbyte.cli.options import Json, Overwrite, Quiet
+from halfbyte.cli.output import out, print_json, print_value, show
 from halfbyte.errors import plural
 from halfbyte.report.summary import size
 
@@ -19,6 +19,7 @@ def compare(
         bool, typer.Option(help="Read all tensors, for how far apart their values are; else headers and reports alone.")
     ] = True,
     worst: Annotated[int, typer.Option(min=0, help="How many tensors to list.")] = 10,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Two runs or checkpoints side by side: tensors, bytes, errors, losses.
@@ -27,7 +28,7 @@ def compare(
     """
     from halfbyte.api import compare as run
 
-    found = run(a, b, values, progress=not as_json)
+    found = run(a, b, values, progress=not (quiet or as_json))
     if as_json:
         print_json(found)
         return
@@ -39,7 +40,10 @@ def inspect(
     worst: Annotated[int, typer.Option(min=0, help="How many weights to list.")] = 10,
     as_json: Json = False,
 ) -> None:
-    """Tensors, grids, bits per weight, sizes, and which weights lost most."""
+    """Tensors, grids, bits per weight, sizes, and which weights lost most.
+
+    halfbyte inspect model-Q4_K_M.gguf
+    """
     from halfbyte.api import inspect as run
 
     found = run(path)
@@ -57,6 +61,7 @@ def report(
     runs: Annotated[list[str], typer.Argument(help="Outputs of quantize: folders, or .gguf files.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Show any number of runs on one page, which needs no network: size against loss, and where each lost it.
 
@@ -65,13 +70,18 @@ def report(
     from halfbyte.api import page as run
 
     run(runs, output, overwrite)
-    out.print(f"{output}: {plural(len(runs), 'run')} on one page, {size(output.expanduser().stat().st_size)}")
+    written = output.expanduser().stat().st_size
+    if as_json:
+        print_value({"path": str(output), "runs": runs, "size_bytes": written})
+    else:
+        out.print(f"{output}: {plural(len(runs), 'run')} on one page, {size(written)}")
 
 
 def push(
     path: Annotated[str, typer.Argument(help="An output of quantize: a folder, or a .gguf file.")],
     repository: Annotated[str, typer.Argument(help="Where to: org/name.")],
     private: Annotated[bool, typer.Option("--private", help="Make a repository that only you see.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Upload an output to the hub: its files, and a card whose commands name the repository.
 
@@ -79,4 +89,8 @@ def push(
     """
     from halfbyte.api import push as run
 
-    out.print(f"{path}: uploaded to {run(path, repository, private)}", soft_wrap=True)
+    place = run(path, repository, private)
+    if as_json:
+        print_value({"path": path, "repository": repository, "url": place})
+    else:
+        out.print(f"{path}: uploaded to {place}", soft_wrap=True)

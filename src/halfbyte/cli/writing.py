@@ -3,12 +3,13 @@
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from halfbyte import display
 from halfbyte.cli.options import (
+    STORED_CACHES,
     Adapter,
     Container,
     Device,
@@ -18,9 +19,11 @@ from halfbyte.cli.options import (
     Observer,
     OldObserver,
     Overwrite,
+    Quiet,
     Samples,
     Seed,
     Source,
+    completing,
     entry,
     require_caches,
     require_names,
@@ -31,18 +34,22 @@ from halfbyte.devices import AUTO
 from halfbyte.errors import BadRequest, plural
 from halfbyte.formats import cache_parts
 from halfbyte.recipe import METHODS, OTHER_COMMANDS, Recipe, method_named
-from halfbyte.report.types import Plan
+from halfbyte.sizing.accounting import ACCOUNTINGS
+from halfbyte.sizing.devices import devices
 from halfbyte.sizing.question import of_words, question
-from halfbyte.sizing.types import Recommendation
 from halfbyte.words import (
     CONTAINERS,
     DTYPES,
     FILES,
+    GRIDS,
     PLAIN,
     PRESETS,
     SCHEMES,
     require_plain,
 )
+
+if TYPE_CHECKING:
+    from halfbyte.sizing.types import Recommendation
 
 CHOSEN = frozenset({"grid", "method", "to", "engine", "pure", "override"})
 """Entries of a recipe that choose a scheme."""
@@ -53,7 +60,11 @@ def quantize(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")] = None,
     meant_for: Annotated[
         str | None,
-        typer.Option("--for", help="ENGINE or ENGINE@DEVICE: take what `plan` recommends, such as vllm@rtx-4090."),
+        typer.Option(
+            "--for",
+            help="ENGINE or ENGINE@DEVICE: take what `plan` recommends, such as vllm@rtx-4090.",
+            autocompletion=lambda: [*ACCOUNTINGS, *(f"{e}@{d}" for e in ACCOUNTINGS for d in devices())],
+        ),
     ] = None,
     method: Annotated[str | None, entry("method", names=METHODS, show_default="the preset's, or gptq")] = None,
     grid: Annotated[
@@ -61,6 +72,7 @@ def quantize(
         entry(
             "grid",
             more=f"Schemes: {', '.join(SCHEMES)}. Of GGUF: {', '.join(PRESETS)}.",
+            values=(*SCHEMES, *PRESETS, *GRIDS),
             show_default=Recipe.model_fields["grid"].default,
         ),
     ] = None,
@@ -70,7 +82,7 @@ def quantize(
     samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
-    kv: Annotated[str | None, entry("kv")] = None,
+    kv: Annotated[str | None, entry("kv", values=STORED_CACHES)] = None,
     skip: Annotated[list[str] | None, entry("skip", more="Repeatable.")] = None,
     override: Annotated[
         list[str] | None,
@@ -92,6 +104,7 @@ def quantize(
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     device: Device = AUTO,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint into a folder, or a GGUF, that an engine loads.
@@ -120,8 +133,9 @@ def quantize(
         require_names(meant, asked.engine, asked.grid, *asked.override.values())
     require_caches(*([asked.kv] if asked.kv else ()))
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
+    from halfbyte.report.types import Plan
 
-    report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not as_json, device=device)
+    report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not (quiet or as_json), device=device)
     if as_json:
         print_json(report)
         return
@@ -144,18 +158,24 @@ def convert(
     grid: Annotated[
         str | None,
         typer.Option(
-            help="What to round to where the container does not hold the source's grid.", show_default="as it is"
+            help="What to round to where the container does not hold the source's grid.",
+            show_default="as it is",
+            autocompletion=completing(*PRESETS, *GRIDS),
         ),
     ] = None,
     engine: Engine = None,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Move a quantized checkpoint into another container, exactly where the grids coincide."""
+    """Move a quantized checkpoint into another container, exactly where the grids coincide.
+
+    halfbyte convert model-int4 -o model-gptq --to gptq
+    """
     require_names(to, engine, *([grid] if grid else ()))
     from halfbyte.api import convert as run
 
-    report = run(path, output, to, grid, engine, overwrite=overwrite, progress=not as_json)
+    report = run(path, output, to, grid, engine, overwrite=overwrite, progress=not (quiet or as_json))
     if as_json:
         print_json(report)
     else:
@@ -166,20 +186,34 @@ def dequantize(
     path: Annotated[str, typer.Argument(help="A quantized checkpoint, or one to merge an adapter into.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")],
     to: Annotated[
-        str | None, typer.Option(help=f"{' or '.join(PLAIN)}.", show_default="as the output is called")
+        str | None,
+        typer.Option(
+            help=f"{' or '.join(PLAIN)}.", show_default="as the output is called", autocompletion=completing(*PLAIN)
+        ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help=f"{', '.join(DTYPES)}.", show_default="the checkpoint's; bfloat16 for a GGUF")
+        str | None,
+        typer.Option(
+            help=f"{', '.join(DTYPES)}.",
+            show_default="the checkpoint's; bfloat16 for a GGUF",
+            autocompletion=completing(*DTYPES),
+        ),
     ] = None,
     adapter: Adapter = None,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write a quantized checkpoint in 16 bits, for tools that read nothing else."""
+    """Write a quantized checkpoint in 16 bits, for tools that read nothing else.
+
+    halfbyte dequantize model.gguf -o model-16
+
+    halfbyte dequantize org/model -o merged --adapter lora
+    """
     require_plain(to, dtype)
     from halfbyte.api import dequantize as run
 
-    report = run(path, output, to, dtype, adapter, overwrite, progress=not as_json)
+    report = run(path, output, to, dtype, adapter, overwrite, progress=not (quiet or as_json))
     if as_json:
         print_json(report)
     else:
@@ -190,7 +224,12 @@ def kv(
     model: Annotated[str, typer.Argument(help="A folder or a hub id, quantized or not.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     grid: Annotated[
-        str, typer.Option("--kv", help="fp8-e4m3, or fp8-e4m3-head with a scale for each head.")
+        str,
+        typer.Option(
+            "--kv",
+            help="fp8-e4m3, or fp8-e4m3-head with a scale for each head.",
+            autocompletion=completing(*STORED_CACHES),
+        ),
     ] = "fp8-e4m3",
     calibration: Source = None,
     samples: Samples = None,
@@ -200,15 +239,19 @@ def kv(
     old_observer: OldObserver = None,
     overwrite: Overwrite = False,
     device: Device = AUTO,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Add the scales of a quantized KV cache to a checkpoint; all else is copied byte for byte."""
+    """Add the scales of a quantized KV cache to a checkpoint; all else is copied byte for byte.
+
+    halfbyte kv model-int4 -o model-int4-kv --kv fp8-e4m3
+    """
     cache_parts(grid)
     how = Recipe.of(model=model, observer=observer or old_observer or "max").observer
     from halfbyte.api import kv as run
 
     asked = sampling(calibration, samples, length, seed)
-    found = run(model, output, grid, asked, how, overwrite, progress=not as_json, device=device)
+    found = run(model, output, grid, asked, how, overwrite, progress=not (quiet or as_json), device=device)
     if as_json:
         print_json(found)
         return
@@ -227,13 +270,22 @@ def imatrix(
     seed: Seed = None,
     overwrite: Overwrite = False,
     device: Device = AUTO,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure an importance matrix, in the format of llama.cpp's own tools."""
+    """Measure an importance matrix, in the format of llama.cpp's own tools.
+
+    halfbyte imatrix org/model -o imatrix.gguf
+    """
     from halfbyte.api import imatrix as run
 
     made = run(
-        model, output, sampling(calibration, samples, length, seed), overwrite, progress=not as_json, device=device
+        model,
+        output,
+        sampling(calibration, samples, length, seed),
+        overwrite,
+        progress=not (quiet or as_json),
+        device=device,
     )
     if as_json:
         print_json(made)
@@ -244,7 +296,7 @@ def imatrix(
         )
 
 
-def _recommended(model: str, meant_for: str | None, asked: Iterable[str], quiet: bool) -> Recommendation:
+def _recommended(model: str, meant_for: str | None, asked: Iterable[str], quiet: bool) -> "Recommendation":
     """What `plan` would take, said with the reason. Raises BadRequest where that is nothing."""
     if words := sorted(asked):
         raise BadRequest(f"--for chooses the scheme: leave out --{' and --'.join(words)}, or leave out --for")

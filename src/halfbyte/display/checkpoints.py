@@ -1,17 +1,22 @@
 """Checkpoints as they are: what they are stored as, what each lost, how two differ."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from halfbyte.display.tables import table, with_error, without_prefix
-from halfbyte.report.types import (
-    CacheReport,
-    Comparison,
-    Inspection,
-    WeightReport,
-)
+
+if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
+    from halfbyte.report.types import (
+        CacheReport,
+        Comparison,
+        Inspection,
+        WeightReport,
+    )
 
 
 def inspected(found: Inspection, count: int) -> list[Table | str]:

@@ -1,23 +1,28 @@
 """What was measured of models."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from math import expm1
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from halfbyte.display.tables import in_parts, megabytes, signed, table, with_error, without_prefix
-from halfbyte.report.types import (
-    Blame,
-    DemoRow,
-    Divergence,
-    Evaluation,
-    Needle,
-    NeedleModel,
-    StateError,
-    StatesEvaluation,
-)
+
+if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
+    from halfbyte.report.types import (
+        Blame,
+        DemoRow,
+        Divergence,
+        Evaluation,
+        Needle,
+        NeedleModel,
+        StateError,
+        StatesEvaluation,
+    )
 
 
 def evaluated(result: Evaluation) -> list[Table | str]:

@@ -1,13 +1,19 @@
 """Devices, and what fits on them."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from halfbyte.display.tables import table
-from halfbyte.sizing.choices import Choice, Kernel
-from halfbyte.sizing.devices import GIB, Device
-from halfbyte.sizing.types import Advice
+from halfbyte.sizing.devices import GIB
+
+if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
+    from halfbyte.sizing.choices import Choice, Kernel
+    from halfbyte.sizing.devices import Device
+    from halfbyte.sizing.types import Advice
 
 UNKNOWN = "-"
 UNCHECKED = "figures not checked against their source"

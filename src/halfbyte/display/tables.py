@@ -1,13 +1,17 @@
 """Tables of at most 80 columns that cut neither numbers nor names."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
-from halfbyte.report.types import (
-    Measured,
-)
+if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
+    from halfbyte.report.types import (
+        Measured,
+    )
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Table:

@@ -1,11 +1,16 @@
 """Limits that a model must keep to, for scripts: `kl=0.05,flips=2%`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import expm1, isfinite
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import BadRequest
-from halfbyte.report.types import Divergence
+
+if TYPE_CHECKING:
+    from halfbyte.report.types import Divergence
 
 
 @dataclass(frozen=True)

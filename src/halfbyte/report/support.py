@@ -16,6 +16,7 @@ from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.quantized import Quantized
 from halfbyte.models.checkpoint import Weight
 from halfbyte.recipe import METHODS, method_named
+from halfbyte.report.types import EngineSupport, Support
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Statistics
 from halfbyte.targets.table import TARGETS
@@ -95,6 +96,25 @@ def markdown() -> str:
         cells = (_cell(engine, container, [g for g, held in fits.items() if held[container]]) for container in TARGETS)
         lines.append(f"| {engine} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def found(engine: str | None = None) -> Support:
+    """What each container holds, and what an engine loads of it; of all engines if none is named."""
+    held = {container: _held(container) for container in TARGETS}
+    rows = [
+        EngineSupport(
+            engine=name,
+            container=container,
+            tested_here=words[Word.TESTED],
+            documented_there=words[Word.DOCUMENTED],
+            source=support.source,
+            notes=list(support.notes),
+        )
+        for name in ([engine_named(engine)] if engine else ENGINES)
+        for container, support in ENGINES[name].support.items()
+        for words in [_by_word(name, container, held[container])]
+    ]
+    return Support(containers=held, engines=rows)
 
 
 def of_engine(engine: str) -> str:

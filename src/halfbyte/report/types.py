@@ -653,3 +653,25 @@ class DemoRow(Part, frozen=True):
     same_top: float
     perplexity: float
     seconds: float
+
+
+class EngineSupport(Part, frozen=True):
+    """The schemes that an engine loads from a container, of a Llama-shaped model."""
+
+    engine: str
+    container: str
+    tested_here: list[str]
+    """Those that a test or a benchmark of this repository runs."""
+    documented_there: list[str]
+    """Those that the engine's source or documentation says it loads."""
+    source: str
+    """Where that was read."""
+    notes: list[str]
+
+
+class Support(Part, frozen=True):
+    """What fits where."""
+
+    containers: dict[str, list[str]]
+    """The schemes that each container holds."""
+    engines: list[EngineSupport]

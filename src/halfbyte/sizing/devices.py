@@ -7,7 +7,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-import psutil
 import yaml
 
 from halfbyte.errors import BadRequest, UnknownName
@@ -112,6 +111,8 @@ def here() -> list[Device]:
 
 def this_cpu() -> Device:
     """This machine without a GPU. How fast its memory is, is not known without asking for rights."""
+    import psutil  # which `halfbyte --help` need not wait for
+
     memory = psutil.virtual_memory().total / GIB
     return Device("cpu", "this machine's CPU", "cpu", "cpu", "psutil", memory=memory, unified=True)
 
