@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from halfbyte import demo
-from halfbyte.containers.safetensors import Spec, Writer
+from halfbyte.containers.safetensors import SafetensorsWriter, Spec
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD, VOCABULARY = 2048, 8192, 32, 8, 64, 32768
 
@@ -40,7 +40,9 @@ def make(folder: Path, layers: int = 16) -> Path:
             ),
         }  # fmt: skip
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
-    writer = Writer(folder / "model.safetensors", {name: Spec(shape, torch.bfloat16) for name, shape in shapes.items()})
+    writer = SafetensorsWriter(
+        folder / "model.safetensors", {name: Spec(shape, torch.bfloat16) for name, shape in shapes.items()}
+    )
     generator = torch.Generator().manual_seed(0)
     for name, shape in shapes.items():
         spread = 0.02 if len(shape) == 2 else 0.3

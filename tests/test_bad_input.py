@@ -669,7 +669,7 @@ def full(*_) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", [(os, "posix_fallocate"), (safetensors.Output, "_write")])
+@pytest.mark.parametrize("where", [(os, "posix_fallocate"), (safetensors.FileWriter, "_write")])
 @pytest.mark.parametrize("method", ["nearest", "gptq"])
 def test_full_disk(where, method, home, tmp_path, monkeypatch):
     monkeypatch.setattr(*where, full)

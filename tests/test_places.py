@@ -175,13 +175,13 @@ def test_a_progress_that_cannot_be_called(run, home, tmp_path):
 
 def test_another_number_of_threads_is_another_run(home, monkeypatch):
     """Where it changes last bits: a run that is taken up with other threads would be a mixture."""
-    plan, windows = (
+    plan, samples = (
         resolve(Recipe.of(model=str(home / "model"), method="gptq", grid="int4-g32")),
         SimpleNamespace(digest="0"),
     )
-    before = [identity(plan, None), identity(plan, windows)]
+    before = [identity(plan, None), identity(plan, samples)]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    after = [identity(plan, None), identity(plan, windows)]
+    after = [identity(plan, None), identity(plan, samples)]
     assert before[0] == after[0]
     assert before[1] != after[1]
 

@@ -13,7 +13,7 @@ from halfbyte.errors import BadRequest, require_at_least
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.models import adapter as adapters
 from halfbyte.models import calibrate, heads
-from halfbyte.models.calibrate import Windows
+from halfbyte.models.calibrate import Samples
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.placement import Placement
 from halfbyte.models.stamp import origin
@@ -322,7 +322,7 @@ def _text(name: str) -> str:
 
 
 def _conditions(
-    text: str, taken: Windows, convention: str, device: "torch.device", reference: Checkpoint
+    text: str, taken: Samples, convention: str, device: "torch.device", reference: Checkpoint
 ) -> dict[str, Any]:
     """Of a measurement, for the report."""
     return {

@@ -12,7 +12,7 @@ from halfbyte.grids.activations import ActivationQuant, ActivationStats
 from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import Scheme
 from halfbyte.models.block import Block
-from halfbyte.models.calibrate import Windows
+from halfbyte.models.calibrate import Samples
 from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.placement import Placement
 from halfbyte.models.walk import Walk
@@ -21,7 +21,7 @@ from halfbyte.report.distributions import activation_distribution
 from halfbyte.report.types import ActivationDistribution, ActivationReport
 from halfbyte.run import Run, activation_report, commit, record_step, restore_step, weight_report, writing_beside
 from halfbyte.solvers import SOLVERS
-from halfbyte.transforms import TRANSFORMS, Settings
+from halfbyte.transforms import TRANSFORMS, TransformSettings
 from halfbyte.transforms.fold import Finder, pattern
 
 MODEL_STAGES: dict[str, Callable[[Run, Walk], None]] = {}
@@ -29,14 +29,14 @@ MODEL_STAGES: dict[str, Callable[[Run, Walk], None]] = {}
 can be committed anew (`halfbyte.run.commit`)."""
 
 
-def quantize(run: Run, windows: Windows) -> None:
+def quantize(run: Run, samples: Samples) -> None:
     """Walk the model once; what is done already is read back instead of solved."""
     plan = run.plan
     source = plan.checkpoint
     placement = Placement.on(run.device, run.folder.partial.parent)
     walk = Walk(
         source,
-        windows.tokens,
+        samples.tokens,
         source.dtype,
         placement,
         full_precision=plan.method.full_precision,
@@ -124,7 +124,7 @@ def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolv
     task = BlockTask(walk, block, [weights for weights in plan.fused_groups if weights[0] in schemes], schemes)
     folds = []
     for name in plan.method.transforms:
-        settings = Settings(plan.recipe.alpha, plan.recipe.observer)
+        settings = TransformSettings(plan.recipe.alpha, plan.recipe.observer)
         folds += TRANSFORMS[name](block, finder, schemes, task.statistics or task.collect_all(), settings)
     solutions = list(solver(task))
     walk.run_full_precision(block)

@@ -43,7 +43,7 @@ def rows(folder: Path, samples: int, windows: int, progress: Callable[[str, floa
         progress(f"{method} {grid}", number, len(RUNS) + 1)
         out = folder / f"{method}-{grid}-{container}"
         recipe = Recipe(model=str(demo.MODEL), method=method, grid=grid, to=container, calibration=calibration)
-        reports.append((out, pipeline.quantize(recipe, out, overwrite=True, windows=drawn)))
+        reports.append((out, pipeline.quantize(recipe, out, overwrite=True, samples=drawn)))
     progress("measuring", len(RUNS), len(RUNS) + 1)
     measured = cast(Evaluation, api.evaluate([out for out, _ in reports], demo.MODEL, windows=windows))
     original = DemoRow(

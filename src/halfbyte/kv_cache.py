@@ -70,10 +70,10 @@ def attach(
     )
     claim(output_path(out), checkpoint.path, overwrite)
     checkpoint = checkpoint.replaced(kv=None)  # what it had makes room for another
-    windows = calibrate.calibration(checkpoint, calibration or Calibration())
-    cache, rows = _find_scales(checkpoint, kind, windows.tokens, observer, progress, Placement.on(device))
+    samples = calibrate.calibration(checkpoint, calibration or Calibration())
+    cache, rows = _find_scales(checkpoint, kind, samples.tokens, observer, progress, Placement.on(device))
     tensors = cache.tensors()
-    about = _describe(kind, observer, windows, rows, device, checkpoint.left_out)
+    about = _describe(kind, observer, samples, rows, device, checkpoint.left_out)
     files = _files(checkpoint, tensors)
     identity = xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode())
     folder = Folder(output_path(out), shards_of(files), identity, overwrite)
@@ -99,7 +99,7 @@ def attach(
 def _describe(
     grid: KVGrid,
     observer: str,
-    windows: calibrate.Windows,
+    samples: calibrate.Samples,
     rows: list[AttentionReport],
     device: torch.device,
     left_out: Sequence[str] = (),
@@ -108,7 +108,7 @@ def _describe(
     return CacheReport(
         grid=str(grid),
         observer=observer,
-        calibration=build.calibration(windows),
+        calibration=build.calibration(samples),
         rows=rows,
         most_clipped=max(max(row.keys_clipped, row.values_clipped) for row in rows),
         serve=layout.served(grid),
@@ -126,10 +126,10 @@ def complete(run: Run) -> CacheReport | None:
     if plan.recipe.kv and plan.kv:
         run.checkpoint_writer.write_sidecars(run.folder.partial)  # with it, what is written is a checkpoint
         checkpoint = Checkpoint(run.folder.partial).replaced(kv=None)
-        windows = run.windows or calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
+        samples = run.samples or calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
         placement = Placement.on(run.device, run.folder.partial.parent)
-        cache, rows = _find_scales(checkpoint, plan.kv, windows.tokens, plan.recipe.observer, run.progress, placement)
-        about = _describe(plan.kv, plan.recipe.observer, windows, rows, run.device)
+        cache, rows = _find_scales(checkpoint, plan.kv, samples.tokens, plan.recipe.observer, run.progress, placement)
+        about = _describe(plan.kv, plan.recipe.observer, samples, rows, run.device)
     else:
         cache = plan.checkpoint.kv
     for name, scale in cache.tensors().items() if cache else ():
@@ -141,7 +141,7 @@ def complete(run: Run) -> CacheReport | None:
 def _find_scales(
     checkpoint: Checkpoint,
     grid: KVGrid,
-    windows: Int64[Tensor, "windows length"],
+    samples: Int64[Tensor, "samples length"],
     observer: str = "max",
     progress: Progress = silent,
     placement: Placement | None = None,
@@ -151,10 +151,10 @@ def _find_scales(
     `observer` is a key of `halfbyte.grids.activations.OBSERVERS`, `placement` where the model runs. Raises Unsupported
     for a model without such a cache.
     """
-    held_out = calibrate.evaluation(checkpoint, str(demo.HELDOUT), windows.shape[1], CHECKED).tokens
+    held_out = calibrate.evaluation(checkpoint, str(demo.HELDOUT), samples.shape[1], CHECKED).tokens
     walk = Walk(
         checkpoint,
-        windows,
+        samples,
         checkpoint.dtype,
         placement,
         held_out=held_out,
@@ -204,8 +204,8 @@ def with_cache(
     if grid and grid.static:
         default = Calibration()
         length = min(default.length, calibrate.longest(checkpoint, default.length))
-        windows = calibrate.calibration(checkpoint, default.model_copy(update={"length": length}))
-        cache, _ = _find_scales(checkpoint, grid, windows.tokens, progress=progress, placement=placement)
+        samples = calibrate.calibration(checkpoint, default.model_copy(update={"length": length}))
+        cache, _ = _find_scales(checkpoint, grid, samples.tokens, progress=progress, placement=placement)
         return checkpoint.replaced(kv=cache)
     return checkpoint
 

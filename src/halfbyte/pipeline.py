@@ -16,7 +16,7 @@ from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, plural
 from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.models import calibrate
-from halfbyte.models.calibrate import Windows
+from halfbyte.models.calibrate import Samples
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.placement import CPU
 from halfbyte.models.stamp import digest as digest_of
@@ -46,9 +46,9 @@ def quantize(
     overwrite: bool = False,
     progress: Progress = silent,
     device: torch.device = CPU,
-    windows: Windows | None = None,
+    samples: Samples | None = None,
 ) -> Report:
-    """Quantize a checkpoint into the folder `out` and return the report that is also written there. `windows` are those
+    """Quantize a checkpoint into the folder `out` and return the report that is also written there. `samples` are those
     of the recipe's calibration, where they are drawn already.
 
     Raises HalfbyteError, with nothing half-written left behind. A run that is killed is taken up again by the same
@@ -60,16 +60,16 @@ def quantize(
     _claim(out, plan, overwrite)
     known = _importance(plan, device)
     if not plan.calibrated:
-        windows = None
-    elif windows is None:
-        windows = calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
+        samples = None
+    elif samples is None:
+        samples = calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
     writer = plan.target.writer(plan)
-    folder = Folder(output_path(out), writer.shards(_stem_of(out)), identity(plan, windows, device), overwrite)
+    folder = Folder(output_path(out), writer.shards(_stem_of(out)), identity(plan, samples, device), overwrite)
     if folder.is_published:
         return report_of(out)
     with kept_on_interrupt(folder):
-        run = Run(plan, writer, folder, progress, windows=windows, device=device)
-        if windows is None:
+        run = Run(plan, writer, folder, progress, samples=samples, device=device)
+        if samples is None:
             solver = SOLVERS[plan.method.solver]
             _stream(
                 run,
@@ -80,7 +80,7 @@ def quantize(
         else:
             from halfbyte import blockwise  # Transformers takes seconds to import, and only calibration needs the model
 
-            blockwise.quantize(run, windows)
+            blockwise.quantize(run, samples)
         report = _finish(run, started)
         folder.publish()
     return report
@@ -220,7 +220,7 @@ def _stem_of(out: Path) -> str:
     return out.resolve().stem if is_file(out) else out.resolve().name
 
 
-def identity(plan: Plan, windows: Windows | None, device: torch.device = CPU) -> str:
+def identity(plan: Plan, samples: Samples | None, device: torch.device = CPU) -> str:
     """Two runs with the same identity write the same bytes, as far as a file whose size and time are the same has not
     changed.
 
@@ -229,7 +229,7 @@ def identity(plan: Plan, windows: Windows | None, device: torch.device = CPU) ->
     """
     imatrix = plan.recipe.imatrix and digest_of(Path(plan.recipe.imatrix).expanduser())
     adapter = plan.checkpoint.adapter and plan.checkpoint.adapter.digest
-    calibration = windows and (windows.digest, torch.get_num_threads())
+    calibration = samples and (samples.digest, torch.get_num_threads())
     return xxhash.xxh3_128_hexdigest(
         repr((plan.recipe.digest, stamp(plan.checkpoint), adapter, imatrix, calibration, title(device))).encode()
     )
@@ -317,8 +317,8 @@ def _finish(run: Run, started: float) -> Report:
     size_bytes = sum(shard.size_bytes for shard in run.folder.shards.values())
     file, seconds = run.checkpoint_writer.entry_file(_stem_of(run.folder.target)), time.perf_counter() - started
     device = title(run.device)
-    devices = Devices(solve=device, calibration=device if run.windows or cache else None)
-    report = build.report(run.plan, run.rows, run.folds, run.windows, cache, size_bytes, file, seconds, devices)
+    devices = Devices(solve=device, calibration=device if run.samples or cache else None)
+    report = build.report(run.plan, run.rows, run.folds, run.samples, cache, size_bytes, file, seconds, devices)
     texts = {
         "recipe.yaml": run.plan.recipe.dump(),
         "report.json": as_json(report),

@@ -15,7 +15,7 @@ from halfbyte.containers.folder import Folder
 from halfbyte.grids.activations import ActivationQuant, ActivationStats
 from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import Quantized, Scheme, select_rows, split_rows
-from halfbyte.models.calibrate import Windows
+from halfbyte.models.calibrate import Samples
 from halfbyte.models.checkpoint import Weight, cast, require_finite
 from halfbyte.models.placement import CPU
 from halfbyte.progress import Progress
@@ -62,7 +62,7 @@ class Run:
     """Of every module and unquantized tensor, as the solver returned it or the source held it; one for each chunk of
     rows it was written in."""
     folds: list[dict] = field(default_factory=list)
-    windows: Windows | None = None
+    samples: Samples | None = None
     device: torch.device = CPU
     """Where is solved."""
     writer: Executor = field(default_factory=lambda: _Inline())

@@ -20,7 +20,7 @@ from halfbyte.recipe import Calibration
 BOS, BOS_ID = tiny.BOS, 256
 
 
-def calibrated(checkpoint: Checkpoint, source: str, samples: int, length: int, seed: int) -> calibrate.Windows:
+def calibrated(checkpoint: Checkpoint, source: str, samples: int, length: int, seed: int) -> calibrate.Samples:
     return calibrate.calibration(checkpoint, Calibration(source=source, samples=samples, length=length, seed=seed))
 
 

@@ -5,7 +5,7 @@ from outlines import GIB, PUBLISHED, config_of
 
 from halfbyte.errors import Unsupported
 from halfbyte.sizing.accounting import accounting_of
-from halfbyte.sizing.cache import TYPES, LayerCache, Settings, cache_bytes, layers_of
+from halfbyte.sizing.cache import TYPES, LayerCache, ModelConfig, cache_bytes, layers_of
 
 
 def attention_alone(layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
@@ -83,4 +83,4 @@ def test_settings_that_mean_nothing_are_refused(odd, model_type):
 
 
 def test_a_width_that_differs_by_layer_is_its_largest():
-    assert Settings({"model_type": "nobody", "intermediate_size": [1, 3, 2]}).number("intermediate_size") == 3
+    assert ModelConfig({"model_type": "nobody", "intermediate_size": [1, 3, 2]}).number("intermediate_size") == 3

@@ -9,7 +9,7 @@ import halfbyte
 import tiny
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.sizing.accounting import accounting_of
-from halfbyte.sizing.cache import TYPES, Settings, cache_bytes, layers_of
+from halfbyte.sizing.cache import TYPES, ModelConfig, cache_bytes, layers_of
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
 GGML_TYPES = {"16 bits": 1, "q8_0": 8, "q4_0": 2}
@@ -55,7 +55,7 @@ def test_cache(gguf, context, kind):
 )
 def test_compute_buffers(hidden, vocabulary, context, measured):
     """MiB in the log of llama.cpp as llama-cpp-python 0.3.36 has it, on a CPU."""
-    s = Settings({"model_type": "", "hidden_size": hidden, "vocab_size": vocabulary})
+    s = ModelConfig({"model_type": "", "hidden_size": hidden, "vocab_size": vocabulary})
     planned = accounting_of("llama.cpp").activations(s, 0, 1, context, 1)
     assert planned / MIB == pytest.approx(measured, rel=0.1)
 

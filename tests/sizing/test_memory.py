@@ -15,9 +15,9 @@ from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.plan import resolve
 from halfbyte.recipe import Recipe
 from halfbyte.sizing.accounting import accounting_of
-from halfbyte.sizing.cache import TYPES, Settings, layers_of
+from halfbyte.sizing.cache import TYPES, ModelConfig, layers_of
 from halfbyte.sizing.devices import device_called
-from halfbyte.sizing.memory import Load, Model, Weights, parameters_of, weights_of
+from halfbyte.sizing.memory import Load, MemoryModel, Weights, parameters_of, weights_of
 
 H100 = device_called("h100")
 
@@ -25,7 +25,7 @@ H100 = device_called("h100")
 def weights(name: str, grid: str | None, engine: str = "vllm") -> Weights:
     """Bytes of what halfbyte would write."""
     checkpoint = outline(name)
-    s = Settings(checkpoint.config)
+    s = ModelConfig(checkpoint.config)
     if grid is None:
         return weights_of({name: entry.size_bytes for name, entry in checkpoint.entries.items()}, checkpoint, s)
     plan = resolve(Recipe.of(model=name, grid=grid, engine=engine), checkpoint)
@@ -37,8 +37,8 @@ def weights(name: str, grid: str | None, engine: str = "vllm") -> Weights:
 def test_loads_that_vllm_accounts_for(row):
     """Each part, and all but the cache together, within 10 %."""
     config, cards = config_of(row["model"]), row.get("cards", 1)
-    s = Settings(config)
-    model = Model(weights(row["model"], row.get("grid")), layers_of(config), s, accounting_of("vllm"), H100)
+    s = ModelConfig(config)
+    model = MemoryModel(weights(row["model"], row.get("grid")), layers_of(config), s, accounting_of("vllm"), H100)
     memory = model.memory(Load(8192, 1, TYPES[row.get("type", "16 bits")], cards))
     assert memory.weights / GIB + row.get("beside", 0) == pytest.approx(row["weights"], rel=0.1)
     assert memory.activations / GIB == pytest.approx(row["activations"], rel=0.1)
@@ -58,7 +58,7 @@ def test_files_of_llama_cpp(grid):
 def test_active_parameters():
     """Qwen3-30B-A3B has 30.5 billion parameters, of which 3.3 are active (its card), the embedding counted."""
     checkpoint = outline("qwen3-30b-a3b")
-    found = parameters_of(checkpoint, Settings(checkpoint.config))
+    found = parameters_of(checkpoint, ModelConfig(checkpoint.config))
     assert found.total / 1e9 == pytest.approx(30.5, rel=0.01)
     assert (found.of_token + found.looked_up) / 1e9 == pytest.approx(3.3, rel=0.03)
     assert found.read(1) == found.of_token
@@ -66,8 +66,9 @@ def test_active_parameters():
 
 
 def test_longest_and_largest_are_the_last_that_fit():
-    model = Model(weights("llama-3-8b", None), layers_of(config_of("llama-3-8b")), Settings(config_of("llama-3-8b")),
-                  accounting_of("vllm"), device_called("rtx-4090"))  # fmt: skip
+    config, device = config_of("llama-3-8b"), device_called("rtx-4090")
+    own = weights("llama-3-8b", None)
+    model = MemoryModel(own, layers_of(config), ModelConfig(config), accounting_of("vllm"), device)
     load = Load(4096, 1, TYPES["16 bits"])
     longest = model.longest(load, 131072)
     assert model.fits(Load(longest, 1, load.kind))

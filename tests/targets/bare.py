@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.folder import Shard
-from halfbyte.containers.safetensors import Entry, Output, Spec
+from halfbyte.containers.safetensors import Entry, FileWriter, Spec
 from halfbyte.errors import BrokenOutput, Unsupported
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import Quantized, Scheme
@@ -41,8 +41,8 @@ class RawWriter(CheckpointWriter):
         return found
 
 
-def _output(name: str, spec: Spec, path: Path, resume: bool) -> Output:
-    return Output(path, b"\n", {name: Entry(spec.shape, spec.dtype, path, 1)}, 1 + spec.size_bytes, resume)
+def _output(name: str, spec: Spec, path: Path, resume: bool) -> FileWriter:
+    return FileWriter(path, b"\n", {name: Entry(spec.shape, spec.dtype, path, 1)}, 1 + spec.size_bytes, resume)
 
 
 @dataclass(frozen=True)

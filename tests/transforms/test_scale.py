@@ -8,7 +8,7 @@ from halfbyte.grids import schemes
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.collect import collect
 from halfbyte.models.walk import Walk
-from halfbyte.transforms import TRANSFORMS, Settings
+from halfbyte.transforms import TRANSFORMS, TransformSettings
 from halfbyte.transforms.fold import Finder
 from halfbyte.transforms.scale import FoldSite
 from halfbyte.transforms.smoothquant import smoothquant
@@ -43,7 +43,7 @@ def scaled_block(family, folder, is_quantized, transforms, alpha=None):
     statistics = collect(block, set(of), block.walk.inputs)
     done = []
     for name in transforms.split("+"):
-        done += TRANSFORMS[name](block, Finder(), of, statistics, Settings(alpha))
+        done += TRANSFORMS[name](block, Finder(), of, statistics, TransformSettings(alpha))
     for weight in of:
         block.put(weight, block.target(weight))
     return block, of, statistics, before, done
@@ -84,7 +84,9 @@ def test_smoothquant_s_scale_is_the_paper_s(tmp_path, alpha):
     block.run(block.walk.inputs[1], 1)
     hook.remove()
     of = dict.fromkeys(block.weights, schemes.parse("int8-channel/int8-token"))
-    done = TRANSFORMS["smoothquant"](block, Finder(), of, collect(block, set(of), block.walk.inputs), Settings(alpha))
+    done = TRANSFORMS["smoothquant"](
+        block, Finder(), of, collect(block, set(of), block.walk.inputs), TransformSettings(alpha)
+    )
     assert {fold["alpha"] for fold in done} == {alpha}
     x = read[0].flatten(0, 1).abs().amax(0)
     w = torch.cat([block.module.mlp.gate_proj.weight, block.module.mlp.up_proj.weight]).abs().amax(0)
@@ -101,7 +103,7 @@ def test_the_search_for_alpha_leaves_no_trace(tmp_path):
     known = {w: (s.hessian.clone(), *s.activation_stats) for w, s in statistics.items()}
     before = {t: block.view(t).clone() for t in block.tensors}
     folds = Finder().find(block)
-    assert [smoothquant(FoldSite(block, fold, of, statistics), Settings()) for fold in folds]
+    assert [smoothquant(FoldSite(block, fold, of, statistics), TransformSettings()) for fold in folds]
     assert all(torch.equal(block.view(t), value) for t, value in before.items())
     assert all(
         torch.equal(*pair)
@@ -117,7 +119,9 @@ def test_smoothquant_leaves_folds_alone_whose_readers_inputs_stay_in_16_bits(tmp
     of = {
         w: schemes.parse("int8-channel/int8-token" if "self_attn" in w.name else "int8-channel") for w in block.weights
     }
-    done = TRANSFORMS["smoothquant"](block, Finder(), of, collect(block, set(of), block.walk.inputs), Settings(0.5))
+    done = TRANSFORMS["smoothquant"](
+        block, Finder(), of, collect(block, set(of), block.walk.inputs), TransformSettings(0.5)
+    )
     assert sorted(fold["producer"].split(".", 3)[-1] for fold in done) == [
         "input_layernorm.weight",
         "self_attn.v_proj.weight",
@@ -131,5 +135,5 @@ def test_the_search_for_alpha_runs_the_block_six_times_for_a_fold_and_once_for_a
     sites = [FoldSite(block, fold, of, statistics, reference) for reference in ([],) for fold in Finder().find(block)]
     runs, run = [], block.run
     monkeypatch.setattr(block, "run", lambda hidden, batch: runs.append(batch) or run(hidden, batch))
-    assert all(0.4 <= smoothquant(site, Settings()).about["alpha"] <= 1 for site in sites)
+    assert all(0.4 <= smoothquant(site, TransformSettings()).about["alpha"] <= 1 for site in sites)
     assert len(runs) == 6 * len(sites) + 1

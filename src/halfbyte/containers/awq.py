@@ -16,7 +16,7 @@ from halfbyte.containers.container import (
     Config,
     Container,
     Has,
-    Part,
+    PartSpec,
     any_of,
     commonest,
     exact_half,
@@ -69,7 +69,7 @@ class AWQ(Container):
             "scales": Spec((groups, out), torch.float16),
         }
 
-    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """As `plan`; others write scales in bf16 and fp32 too."""
         return {
             **super().parts(scheme, shape, has),

@@ -26,7 +26,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from halfbyte.containers.container import Config, Container, Has, Part, commonest, stored
+from halfbyte.containers.container import Config, Container, Has, PartSpec, commonest, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.files import parse_json
@@ -104,11 +104,11 @@ class BitsAndBytes(Container):
             specs["weight.nested_quant_map"] = Spec((256,), torch.float32)
         return specs
 
-    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """As `plan`; 4-bit codes may be called by any of the dtypes in STORAGE."""
         grid, plan = _held(scheme), self.plan(scheme, shape)
         known = {
-            suffix: Part((spec,), optional=suffix == "weight_format")
+            suffix: PartSpec((spec,), optional=suffix == "weight_format")
             for suffix, spec in plan.items()
             if not suffix.startswith(STATE)
         }
@@ -117,7 +117,7 @@ class BitsAndBytes(Container):
         size_bytes = plan["weight"].size_bytes
         return {
             **known,
-            "weight": Part(
+            "weight": PartSpec(
                 tuple(
                     Spec((size_bytes // dtype.itemsize, 1), dtype)
                     for dtype in STORAGE

@@ -38,16 +38,16 @@ Modules = dict[str, tuple[Scheme, Shape]]
 """Scheme and shape by module."""
 
 
-class Part(NamedTuple):
+class PartSpec(NamedTuple):
     """What a tensor of a module may be in a file, whoever wrote it."""
 
     specs: tuple[Spec, ...]
     optional: bool = False
 
 
-def any_of(shapes: Collection[Shape], dtypes: Collection[torch.dtype], optional: bool = False) -> Part:
+def any_of(shapes: Collection[Shape], dtypes: Collection[torch.dtype], optional: bool = False) -> PartSpec:
     """A part that may have any of these shapes and dtypes."""
-    return Part(tuple(Spec(shape, dtype) for shape in shapes for dtype in dtypes), optional)
+    return PartSpec(tuple(Spec(shape, dtype) for shape in shapes for dtype in dtypes), optional)
 
 
 class Reader(ABC):
@@ -81,7 +81,7 @@ class Reader(ABC):
         return set(self.foreign_suffixes)
 
     @abstractmethod
-    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """What the tensors of such a module may be, by suffix. `has` tells whether a module has a tensor of a
         suffix."""
 
@@ -130,9 +130,9 @@ class Container(Reader):
         """Those of `plan`, and those that files of others have."""
         return {*self.plan(scheme, shape), *self.foreign_suffixes}
 
-    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """Those of `plan`, and where others write them otherwise, that."""
-        return {suffix: Part((spec,)) for suffix, spec in self.plan(scheme, shape).items()}
+        return {suffix: PartSpec((spec,)) for suffix, spec in self.plan(scheme, shape).items()}
 
     @abstractmethod
     def pack(self, q: Quantized) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ class Container(Reader):
 
 
 def require_parts(
-    module: str, scheme: Scheme, shape: Shape, parts: Mapping[str, Part], entries: Mapping[str, Spec]
+    module: str, scheme: Scheme, shape: Shape, parts: Mapping[str, PartSpec], entries: Mapping[str, Spec]
 ) -> None:
     """Raise BadCheckpoint unless every tensor of a module is what its container may hold of such a matrix."""
     if len(shape) != 2 or min(shape) < 1:
@@ -211,7 +211,7 @@ def input_specs(grid: ActivationGrid | None) -> dict[str, Spec]:
     return {STORED_INPUTS[name][0]: Spec((1,), STORED_INPUTS[name][1]) for name in (grid.stored if grid else ())}
 
 
-def input_parts(grid: ActivationGrid | None) -> dict[str, Part]:
+def input_parts(grid: ActivationGrid | None) -> dict[str, PartSpec]:
     """As `input_specs`; others store them without a dimension too, and in the dtype of the model."""
     kinds = {"zero": (torch.int8,)}
     return {STORED_INPUTS[name][0]: any_of(ONE, kinds.get(name, SCALES)) for name in (grid.stored if grid else ())}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from halfbyte.containers.place import OutputPath, not_through_links, remove
-from halfbyte.containers.safetensors import Entry, Output
+from halfbyte.containers.safetensors import Entry, FileWriter
 from halfbyte.errors import BadRequest, HalfbyteError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -38,7 +38,7 @@ class Shard(NamedTuple):
 
     size_bytes: int
     """Of its tensors; the file is larger by its header."""
-    lay_out: Callable[[Path, bool], Output]
+    lay_out: Callable[[Path, bool], FileWriter]
     """Makes it at a path, or, if the flag is set, goes on with what lies there."""
 
 
@@ -53,7 +53,7 @@ class Folder:
         self.journal: list[dict[str, Any]] = []
         """Records of an earlier run that was cut off, in order."""
         self.shards = shards
-        self.writers: list[Output] = []
+        self.writers: list[FileWriter] = []
         self.is_published = False
         """Whether an earlier run of the same command had nothing left to do but to move things into place, which is
         done now."""

@@ -23,7 +23,7 @@ from halfbyte.containers.container import (
     Config,
     Container,
     Has,
-    Part,
+    PartSpec,
     any_of,
     commonest,
     described,
@@ -107,7 +107,7 @@ class FP8(Container):
             "weight_scale_inv": Spec(grid.scales_shape(shape), torch.float32 if grid.scale else torch.uint8),
         }
 
-    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """Either name of the scales, in any of the shapes that `find` knows."""
         grid, (out, width) = _float(scheme), shape
         rows, columns = grid.scales_shape(shape)

@@ -22,7 +22,7 @@ from halfbyte.containers.container import (
     Container,
     Has,
     Modules,
-    Part,
+    PartSpec,
     any_of,
     commonest,
     described,
@@ -87,7 +87,7 @@ class GPTQ(Container):
             "g_idx": Spec((width,), torch.int32),
         }
 
-    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """As `plan`; others write scales in bf16 and fp32 too, and leave g_idx out."""
         plan = self.plan(scheme, shape)
         scales, order = (

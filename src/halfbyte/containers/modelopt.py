@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.compressed.small_floats import unpack
-from halfbyte.containers.container import ONE, Config, Has, Part, Reader, any_of, input_parts, inputs_of
+from halfbyte.containers.container import ONE, Config, Has, PartSpec, Reader, any_of, input_parts, inputs_of
 from halfbyte.containers.fp8 import FP8, STATIC
 from halfbyte.containers.fused import unfuse
 from halfbyte.containers.safetensors import Entry
@@ -84,7 +84,7 @@ class ModelOpt(Reader):
                 )
         return found
 
-    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """Those of FP8, or NVFP4 weights with scales of groups and of the matrix, either way round."""
         if scheme.weight != NVFP4_FACTOR:
             return FP8().parts(scheme, shape, has)

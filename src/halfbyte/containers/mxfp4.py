@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.compressed.small_floats import MXFP4 as PACKED
-from halfbyte.containers.container import Config, Has, Part, Reader, any_of
+from halfbyte.containers.container import Config, Has, PartSpec, Reader, any_of
 from halfbyte.containers.fused import unfuse
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import Unsupported
@@ -56,7 +56,7 @@ class MXFP4(Reader):
                 found[module] = PACKED.grid, (blocks.shape[0], blocks.shape[1] * 32)
         return found
 
-    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """Blocks of 16 bytes, and a byte of scale for each."""
         out, groups = shape[0], shape[1] // 32
         return {"blocks": any_of([(out, groups, 16)], [torch.uint8]), "scales": any_of([(out, groups)], [torch.uint8])}

@@ -150,7 +150,7 @@ def _entry(path: Path, data: int, value: Mapping) -> Entry:
     return entry
 
 
-class Output:
+class FileWriter:
     """A file in which every tensor has its place before the first byte is written; tensors then come in any order."""
 
     def __init__(self, path: Path, head: bytes, entries: Mapping[str, Entry], size_bytes: int, resume: bool = False):
@@ -198,7 +198,7 @@ class Output:
         self.file.close()
 
 
-class Writer(Output):
+class SafetensorsWriter(FileWriter):
     """A safetensors file, laid out from the shapes of its tensors."""
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], resume: bool = False):

@@ -17,7 +17,7 @@ Code = tuple[int, bool]  # bits, and whether symmetric
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelSupport:
     """One family of kernels of an engine, and the schemes and shapes that it multiplies by."""
 
     codes: frozenset[Code]  # integers under inputs in 16 bits
@@ -39,9 +39,11 @@ def _named(
     tiles: tuple[tuple[int, int], ...] = (),
     strict_tiles: bool = False,
     flag: str = "",
-) -> Kernel:
+) -> KernelSupport:
     """A kernel for schemes by their names."""
-    return Kernel(NONE, frozenset(), tiles, note, flag, scheme_pattern=pattern, offer=offer, strict_tiles=strict_tiles)
+    return KernelSupport(
+        NONE, frozenset(), tiles, note, flag, scheme_pattern=pattern, offer=offer, strict_tiles=strict_tiles
+    )
 
 
 class Tested(NamedTuple):
@@ -56,7 +58,7 @@ class Tested(NamedTuple):
 class EngineSupport:
     """How an engine reads one container."""
 
-    kernels: tuple[Kernel, ...]  # fastest first; a grid runs on the first that takes it
+    kernels: tuple[KernelSupport, ...]  # fastest first; a grid runs on the first that takes it
     experts: frozenset[Code] = frozenset()  # what numbered experts (experts.7.up_proj) may be
     named_experts: tuple[str, ...] = ()  # ... and other schemes: patterns of their names
     whole: bool = False  # no matrix is split: no tensor parallelism
@@ -173,8 +175,8 @@ VLLM = {
     # lm_head: get_quant_method in compressed_tensors.py asks for a target that names it, and "Linear" does not.
     "compressed-tensors": EngineSupport(
         (
-            Kernel(SYMMETRIC | INT4, SPANS, TILES, TURING),
-            Kernel(ODD, SPANS, note=HUMMING),
+            KernelSupport(SYMMETRIC | INT4, SPANS, TILES, TURING),
+            KernelSupport(ODD, SPANS, note=HUMMING),
             # schemes/compressed_tensors_{w8a16_fp8,w4a4_nvfp4}.py; _get_scheme_from_parts in compressed_tensors.py.
             FP8_ROWS,
             _named(r"fp8-e4m3-block", "fp8-e4m3-block", "fp8-e4m3-block with 16-bit inputs needs vLLM of 2026", TILES),
@@ -245,7 +247,7 @@ VLLM = {
     # (quantization)/auto_gptq.py TYPE_MAP; utils/gptq_utils.py get_dynamic_override (experts have one name,
     # mlp.experts). Pull request 38288 (mid-2026) took away gptq.py, whose exllama kernel ran zero points, 2 and 3 bits.
     "gptq": EngineSupport(
-        (Kernel(SYMMETRIC, SPANS, TILES),),
+        (KernelSupport(SYMMETRIC, SPANS, TILES),),
         experts=SYMMETRIC,
         pads=True,
         base_experts=True,
@@ -258,7 +260,7 @@ VLLM = {
     ),
     # (quantization)/auto_awq.py. lm_head: only if the config says "lm_head", which ours does not.
     "awq": EngineSupport(
-        (Kernel(INT4, SPANS, TILES),),
+        (KernelSupport(INT4, SPANS, TILES),),
         experts=INT4,
         pads=True,
         mixes=False,
@@ -294,7 +296,7 @@ VLLM = {
     # vllm_gguf_plugin/quantization/utils.py DEQUANT_TYPES; loader.py. config.json and the tokenizer are looked for
     # beside the file.
     "gguf": EngineSupport(
-        (Kernel(GGUF_INTEGERS, frozenset({32})), GGUF_TYPES),
+        (KernelSupport(GGUF_INTEGERS, frozenset({32})), GGUF_TYPES),
         named_experts=(".*",),
         experts=GGUF_INTEGERS,
         fuses=False,
@@ -318,7 +320,7 @@ SGLANG = {
     # format of the whole checkpoint, which several formats do not have.
     "compressed-tensors": EngineSupport(
         (
-            Kernel(SYMMETRIC | INT4, SPANS, TILES[:1], AMPERE),
+            KernelSupport(SYMMETRIC | INT4, SPANS, TILES[:1], AMPERE),
             FP8_ROWS,
             _named(
                 r"int8-channel/int8-token",
@@ -347,7 +349,10 @@ SGLANG = {
     # (quantization)/gptq/gptq.py: GPTQMarlinConfig, or else GPTQConfig (float16, no experts);
     # gptq/schemes/gptq_linear.py.
     "gptq": EngineSupport(
-        (Kernel(SYMMETRIC, SPANS, TILES[:1], AMPERE), Kernel(PACKED, SPANS, note=EXLLAMA, flag=" --dtype float16")),
+        (
+            KernelSupport(SYMMETRIC, SPANS, TILES[:1], AMPERE),
+            KernelSupport(PACKED, SPANS, note=EXLLAMA, flag=" --dtype float16"),
+        ),
         experts=SYMMETRIC,
         one_kernel=True,
         base_experts=True,
@@ -365,7 +370,7 @@ SGLANG = {
     ),
     # (quantization)/awq/awq.py: is_layer_skipped_awq looks for the kept names in fused names.
     "awq": EngineSupport(
-        (Kernel(INT4, SPANS, TILES[:1], AMPERE),),
+        (KernelSupport(INT4, SPANS, TILES[:1], AMPERE),),
         experts=INT4,
         mixes=False,
         base_experts=True,
@@ -376,7 +381,7 @@ SGLANG = {
     # (quantization)/gguf.py; model_loader/loader.py GGUFModelLoader; found by the file's first bytes
     # (arg_groups/overrides.py).
     "gguf": EngineSupport(
-        (Kernel(GGUF_INTEGERS, frozenset({32})), GGUF_TYPES),
+        (KernelSupport(GGUF_INTEGERS, frozenset({32})), GGUF_TYPES),
         fuses=False,
         head=True,
         parallel=False,
@@ -402,7 +407,7 @@ TRANSFORMERS = {
     # for whatever is called experts).
     "compressed-tensors": EngineSupport(
         (
-            Kernel(ANY, SPANS | {"any group", "tensor"}),
+            KernelSupport(ANY, SPANS | {"any group", "tensor"}),
             _named(r"fp8-e4m3-[^/]*", "fp8-e4m3"),
             _named(
                 r"mxfp8-e4m3|mxfp6-e2m3|mxfp4|nvfp4",
@@ -440,7 +445,7 @@ TRANSFORMERS = {
     # transformers/quantizers/quantizer_gptq.py, huggingface/optimum optimum/gptq/quantizer.py convert_model: all layers
     # of the blocks get one setting (`dynamic` is not read), lm_head none; Conv1D is replaced too.
     "gptq": EngineSupport(
-        (Kernel(PACKED, SPANS),),
+        (KernelSupport(PACKED, SPANS),),
         fuses=False,
         mixes=False,
         keeps="none",
@@ -452,7 +457,7 @@ TRANSFORMERS = {
     ),
     # transformers/quantizers/quantizer_awq.py, integrations/awq.py: nn.Linear only, and not the head.
     "awq": EngineSupport(
-        (Kernel(INT4, SPANS),),
+        (KernelSupport(INT4, SPANS),),
         fuses=False,
         mixes=False,
         notes=("needs the packages gptqmodel and accelerate; float16 on GPUs",),
@@ -502,7 +507,7 @@ TGI = {
     # and tensors, and blocks of neither kind; loader.py goes by the format of the whole checkpoint.
     "compressed-tensors": EngineSupport(
         (
-            Kernel(SYMMETRIC, SPANS, TILES, AMPERE),
+            KernelSupport(SYMMETRIC, SPANS, TILES, AMPERE),
             _named(
                 r"int8-(channel|tensor)/int8-token(-asym)?",
                 "int8-channel/int8-token, and -asym",
@@ -524,8 +529,8 @@ TGI = {
     # utils/quantization.py (no `dynamic`), layers/marlin/gptq.py, layers/gptq/triton.py (2, 4, 8 bits).
     "gptq": EngineSupport(
         (
-            Kernel(SYMMETRIC, SPANS, TILES, AMPERE),
-            Kernel(PACKED - {(3, True), (3, False)}, SPANS, note="runs on slower exllama or Triton kernels"),
+            KernelSupport(SYMMETRIC, SPANS, TILES, AMPERE),
+            KernelSupport(PACKED - {(3, True), (3, False)}, SPANS, note="runs on slower exllama or Triton kernels"),
         ),
         mixes=False,
         keeps="none",
@@ -536,7 +541,7 @@ TGI = {
     # layers/marlin/gptq.py: GPTQMarlinWeightsLoader knows no kept modules, and divides by the group size, -1 for
     # channels.
     "awq": EngineSupport(
-        (Kernel(INT4, GROUPS, TILES, AMPERE),),
+        (KernelSupport(INT4, GROUPS, TILES, AMPERE),),
         mixes=False,
         keeps="none",
         notes=MAINTAINED,
@@ -548,7 +553,7 @@ TGI = {
 # compressed-tensors' parts under names that they do not have. mx.quantize knows these groups.
 MLX = {
     "awq": EngineSupport(
-        (Kernel(INT4, GROUPS),),
+        (KernelSupport(INT4, GROUPS),),
         fuses=False,
         mixes=False,
         parallel=False,

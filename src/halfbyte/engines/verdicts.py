@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from halfbyte.containers import CONTAINERS
 from halfbyte.engines.architectures import Config, Registry, architecture_of, auto_class, decoder_of, registry
-from halfbyte.engines.engines import DEGREES, ENGINES, ROW, EngineSupport, Kernel, engine_named
+from halfbyte.engines.engines import DEGREES, ENGINES, ROW, EngineSupport, KernelSupport, engine_named
 from halfbyte.grids.quantized import Scheme
 from halfbyte.grids.scalar import ScalarGrid, is_absmax, is_float, is_integer
 from halfbyte.kernels.scales import SIDE
@@ -279,7 +279,7 @@ def _name(scheme: Scheme) -> str:
     return re.sub(r"-(bf16|fp16|fp32)(?=/|$)", "", str(scheme))
 
 
-def _kernel(support: EngineSupport, scheme: Scheme) -> Kernel | None:
+def _kernel(support: EngineSupport, scheme: Scheme) -> KernelSupport | None:
     grid = scheme.weight
     if scheme.activations or not is_integer(grid):
         return next(

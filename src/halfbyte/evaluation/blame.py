@@ -48,7 +48,7 @@ class GivenBack:
 
 
 @dataclass(frozen=True)
-class Found:
+class Attribution:
     """The divergence of the model as it is, and what each trial takes off it, most first."""
 
     kl: tuple[float, float | None]
@@ -65,7 +65,7 @@ def blame(
     folded: Sequence[Iterable[str]] = (),
     progress: Progress = silent,
     placement: Placement | None = None,
-) -> Found:
+) -> Attribution:
     """Every block, the embedding, the head and the KV cache put back in turn, then the weights of those `blocks` that
     gave back most.
 
@@ -82,7 +82,7 @@ def blame(
     if not any(trials.values()):
         return by_block
     by_weight = search.measure({name: found for name, found in trials.items() if found}, outside=False)
-    return Found(by_block.kl, [*by_block.parts, *by_weight.parts])
+    return Attribution(by_block.kl, [*by_block.parts, *by_weight.parts])
 
 
 class _Search:
@@ -156,7 +156,7 @@ class _Search:
         ]
         return all(_near(self.model.read(tensor), self.original.read(tensor)) for tensor in own)
 
-    def measure(self, trials: Mapping[str, Sequence[Trial]], outside: bool) -> Found:
+    def measure(self, trials: Mapping[str, Sequence[Trial]], outside: bool) -> Attribution:
         """What trials within blocks give back, and with `outside` the parts that are in no block."""
         count = 3 + sum(map(len, trials.values()))
         at_once = windows_at_once(self.original, self.windows.shape[1], count * torch.float32.itemsize)
@@ -171,7 +171,7 @@ class _Search:
                 tried.setdefault(trial, []).append(tokens)
         kl = joined(as_it_is).kl
         given = [GivenBack(trial, mean_and_error(kl - joined(tokens).kl)) for trial, tokens in tried.items()]
-        return Found(mean_and_error(kl), sorted(given, key=lambda g: -g.kl[0]))
+        return Attribution(mean_and_error(kl), sorted(given, key=lambda g: -g.kl[0]))
 
 
 class _Pass:

@@ -83,7 +83,7 @@ def _inverse(scale: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     return torch.where(scale == 0, 0.0, scale.reciprocal()).clamp(max=1e38)
 
 
-class Found(NamedTuple):
+class Encoded(NamedTuple):
     """What groups of scaled weights are rounded to."""
 
     entry: Int64[Tensor, "rows groups parts"]
@@ -99,7 +99,7 @@ def _search(
     x: Float32[Tensor, "rows groups size"],
     h: Float32[Tensor, "rows groups size"],
     by: Float32[Tensor, "rows groups"],
-) -> Found:
+) -> Encoded:
     """A vector is first rounded one magnitude at a time. If that is an entry of the codebook, none is nearer. If not,
     the LISTED entries nearest to what it was rounded to are compared. Where parity asks for another sign, the weight
     that gives it is the one that loses least by it."""
@@ -118,7 +118,7 @@ def _search(
     best = (weight[..., None] * miss * miss).sum(-2).argmin(-1).masked_fill(known.exact[key], 0)
     entry = known.near.long()[key, best]
     q = known.values[entry]
-    return Found(entry, negative, (weight * q * a).sum((-1, -2)), (weight * q * q).sum((-1, -2)))
+    return Encoded(entry, negative, (weight * q * a).sum((-1, -2)), (weight * q * q).sum((-1, -2)))
 
 
 def _by_group(grid: Lattice, w: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ class PendingScales:
         return other
 
 
-class Trial:
+class Snapshot:
     """What a block was before it was tried out with changes."""
 
     def __init__(self, block: "Block"):
@@ -183,15 +183,15 @@ class Block:
                     yield Matrix(tensor, expert, owned.get(expert)), view[expert]
 
     @contextmanager
-    def trial(self, *tensors: str) -> Iterator[Trial]:
+    def trial(self, *tensors: str) -> Iterator[Snapshot]:
         """What happens to these tensors (and to others that are saved in time), to pending scales and to activations is
         undone."""
-        trial = Trial(self)
-        trial.save(*tensors)
+        snapshot = Snapshot(self)
+        snapshot.save(*tensors)
         try:
-            yield trial
+            yield snapshot
         finally:
-            trial.undo()
+            snapshot.undo()
 
     # What it computes ------------------------------------------------------------------------------------------------
 

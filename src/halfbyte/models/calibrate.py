@@ -25,7 +25,7 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True)
-class Stream:
+class TokenStream:
     """All tokens of a source, one text after the other."""
 
     tokens: Int64[Tensor, " tokens"]
@@ -43,7 +43,7 @@ class Stream:
             return self.tokens[start : start + length]
         return torch.cat([opening, self.tokens[start : start + length - len(opening)]])
 
-    def consecutive(self, length: int) -> Int64[Tensor, "windows length"]:
+    def consecutive(self, length: int) -> Int64[Tensor, "samples length"]:
         """Windows without overlap; what is left at the end is dropped."""
         found, at = [], 0
         while len(window := self.window(at, length)) == length:
@@ -57,16 +57,16 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Windows of equal length, and what is to be said of where they come from."""
+class Samples:
+    """Samples of equal length, and what is to be said of where they come from."""
 
-    tokens: Int64[Tensor, "windows length"]
+    tokens: Int64[Tensor, "samples length"]
     source: str
-    stream: Stream
+    stream: TokenStream
     chats: int = 0
-    """How many of the windows are of chats."""
+    """How many of them are of chats."""
     warnings: tuple[str, ...] = ()
-    spoken: Stream | None = None
+    spoken: TokenStream | None = None
     """Where those of chats come from, if not from the same source."""
 
     @property
@@ -87,36 +87,36 @@ class Windows:
         }
 
 
-def calibration(checkpoint: Checkpoint, asked: Calibration) -> Windows:
+def calibration(checkpoint: Checkpoint, asked: Calibration) -> Samples:
     """`asked.samples` windows drawn without overlap where the text is long enough, else at random.
 
     Some of the default text are chats for a model that chats.
     """
-    source, samples, length = asked.source, asked.samples, asked.length
+    source, count, length = asked.source, asked.samples, asked.length
     generator, tokenizer = torch.Generator().manual_seed(asked.seed), tokenizer_of(checkpoint)
     if isinstance(source, tuple) or source != DEFAULT:
         stream = read(checkpoint, tokenizer, source, length)
-        windows, warnings = _drawn(stream, texts.called(source), samples, length, generator)
-        return Windows(
-            windows, texts.called(source), stream, len(windows) * stream.of_chats, (*stream.warnings, *warnings)
+        tokens, warnings = _drawn(stream, texts.called(source), count, length, generator)
+        return Samples(
+            tokens, texts.called(source), stream, len(tokens) * stream.of_chats, (*stream.warnings, *warnings)
         )
     stream = read(checkpoint, tokenizer, str(demo.CALIBRATION), length)
-    spoken, talks, warnings = _default_chats(checkpoint, tokenizer, samples // 2, length)
-    windows, more = _drawn(stream, source, samples - len(talks), length, generator)
+    spoken, talks, warnings = _default_chats(checkpoint, tokenizer, count // 2, length)
+    tokens, more = _drawn(stream, source, count - len(talks), length, generator)
     kind = "small and mostly English" if len(talks) else "small and English"
     said = f"the default calibration text is {kind}; --calibration FILE takes text of the kind that the model will see"
-    return Windows(torch.cat([windows, talks]), source, stream, len(talks), (*(more or (said,)), *warnings), spoken)
+    return Samples(torch.cat([tokens, talks]), source, stream, len(talks), (*(more or (said,)), *warnings), spoken)
 
 
-def evaluation(checkpoint: Checkpoint, source: str, length: int, limit: int | None, begin: Begin = "before") -> Windows:
+def evaluation(checkpoint: Checkpoint, source: str, length: int, limit: int | None, begin: Begin = "before") -> Samples:
     """Consecutive windows without overlap; what is left at the end is dropped."""
     stream = read(checkpoint, tokenizer_of(checkpoint), source, length)
     if begin == "none":
         stream = replace(stream, opening=(), opening_words=())
-    windows = (stream if begin == "before" else replace(stream, opening=())).consecutive(length)[:limit]
+    tokens = (stream if begin == "before" else replace(stream, opening=())).consecutive(length)[:limit]
     if begin == "over":
-        windows[:, : len(stream.opening)] = torch.tensor(stream.opening, dtype=windows.dtype)
-    return Windows(windows, source, stream, len(windows) * stream.of_chats, stream.warnings)
+        tokens[:, : len(stream.opening)] = torch.tensor(stream.opening, dtype=tokens.dtype)
+    return Samples(tokens, source, stream, len(tokens) * stream.of_chats, stream.warnings)
 
 
 def longest(checkpoint: Checkpoint, otherwise: int) -> int:
@@ -124,7 +124,7 @@ def longest(checkpoint: Checkpoint, otherwise: int) -> int:
     return next((n for key in POSITIONS if isinstance(n := checkpoint.text_config.get(key), int)), otherwise)
 
 
-def read(checkpoint: Checkpoint, tokenizer: Any, source: str | tuple[str, ...], length: int) -> Stream:
+def read(checkpoint: Checkpoint, tokenizer: Any, source: str | tuple[str, ...], length: int) -> TokenStream:
     """All tokens of a source. Raises BadRequest for one that is empty, unreadable or shorter than one window."""
     if length > (most := longest(checkpoint, length)):
         raise BadRequest(f"the model reads at most {most} tokens at once, not {length}; give a smaller --length")
@@ -154,7 +154,7 @@ def tokenizer_of(checkpoint: Checkpoint):
         ) from None
 
 
-def _stream(checkpoint: Checkpoint, tokenizer: Any, records: Sequence[Record]) -> Stream:
+def _stream(checkpoint: Checkpoint, tokenizer: Any, records: Sequence[Record]) -> TokenStream:
     """Records to tokens: chats through the model's template, which puts its special tokens itself."""
     has_template = chats.template_of(tokenizer) is not None
     if untold := next((record for record in records if record.text is None and not has_template), None):
@@ -186,7 +186,7 @@ def _stream(checkpoint: Checkpoint, tokenizer: Any, records: Sequence[Record]) -
             f"{vocabulary}"
         )
     words = tuple(tokenizer.convert_ids_to_tokens(list(begins)))
-    return Stream(torch.tensor(ids, dtype=torch.int64), begins, words, len(talks) == len(records), warnings)
+    return TokenStream(torch.tensor(ids, dtype=torch.int64), begins, words, len(talks) == len(records), warnings)
 
 
 def _rendered(tokenizer: Any, talks: Sequence[Record]) -> tuple[list[str | None], tuple[str, ...]]:
@@ -202,30 +202,30 @@ def _rendered(tokenizer: Any, talks: Sequence[Record]) -> tuple[list[str | None]
 
 
 def _drawn(
-    stream: Stream, source: str, samples: int, length: int, generator: torch.Generator
-) -> tuple[Int64[Tensor, "windows length"], tuple[str, ...]]:
+    stream: TokenStream, source: str, count: int, length: int, generator: torch.Generator
+) -> tuple[Int64[Tensor, "samples length"], tuple[str, ...]]:
     """Windows without overlap where there are enough, else windows that begin anywhere."""
-    if samples > (distinct := stream.starts(length)):
+    if count > (distinct := stream.starts(length)):
         what = (
-            f"{source} has {plural(len(stream.tokens), 'token')}, from which {plural(samples, 'window')} of {length} "
+            f"{source} has {plural(len(stream.tokens), 'token')}, from which {plural(count, 'window')} of {length} "
             "cannot be drawn"
         )
         raise BadRequest(f"{what}; give more text, or smaller --samples or --length")
     whole = stream.consecutive(length)
-    if len(whole) >= samples:
-        return whole[torch.randperm(len(whole), generator=generator)[:samples]], ()
-    starts = torch.randint(0, distinct, (samples,), generator=generator)
+    if len(whole) >= count:
+        return whole[torch.randperm(len(whole), generator=generator)[:count]], ()
+    starts = torch.randint(0, distinct, (count,), generator=generator)
     warning = (
-        f"the text fills {plural(len(whole), 'window')} of {length} tokens, so the {samples} asked for overlap; "
+        f"the text fills {plural(len(whole), 'window')} of {length} tokens, so the {count} asked for overlap; "
         "more text would be better"
     )
     return torch.stack([stream.window(int(start), length) for start in starts]), (warning,)
 
 
 def _default_chats(
-    checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int
-) -> tuple[Stream | None, Tensor, tuple[str, ...]]:
-    """Windows of the embedded chats, at most `samples`; none for a model without a chat template."""
+    checkpoint: Checkpoint, tokenizer: Any, count: int, length: int
+) -> tuple[TokenStream | None, Tensor, tuple[str, ...]]:
+    """Windows of the embedded chats, at most `count`; none for a model without a chat template."""
     none = torch.empty(0, length, dtype=torch.int64)
     if chats.template_of(tokenizer) is None:
         return None, none, ()
@@ -234,4 +234,4 @@ def _default_chats(
     except (BadRequest, BadCheckpoint) as error:  # a user who asked for no chats need not mend a template
         reason = str(error).replace(str(demo.CHATS), "the embedded ones")  # where the package lies is nobody's business
         return None, none, (f"calibrated without chats: {reason}",)
-    return stream, stream.consecutive(length)[:samples], stream.warnings
+    return stream, stream.consecutive(length)[:count], stream.warnings

@@ -45,7 +45,7 @@ NO_MODEL = "--method nearest quantizes it all the same, and runs no model"
 
 
 @runtime_checkable
-class Source(Protocol):
+class TensorSource(Protocol):
     """What tensors are read from."""
 
     def read(self, tensor: str) -> Tensor:
@@ -414,7 +414,7 @@ def put(model: nn.Module, name: str, p: nn.Parameter) -> None:
 
 def load(
     model: nn.Module,
-    source: Source,
+    source: TensorSource,
     found: WeightMap,
     tied: dict[str, str],
     names: Iterable[str],
@@ -463,7 +463,9 @@ def release(model: nn.Module, names: Iterable[str]) -> None:
             put(model, name, nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False))
 
 
-def _fill(model: nn.Module, source: Source, found: WeightMap, names: Iterable[str], device: torch.device | str) -> None:
+def _fill(
+    model: nn.Module, source: TensorSource, found: WeightMap, names: Iterable[str], device: torch.device | str
+) -> None:
     """Read tensors of the checkpoint into the parameters in which they lie."""
     state = dict(model.state_dict(keep_vars=True))
     for name in names:

@@ -17,7 +17,7 @@ import torch
 
 from halfbyte.engines.verdicts import Verdict
 from halfbyte.errors import plural
-from halfbyte.models.calibrate import Windows
+from halfbyte.models.calibrate import Samples
 from halfbyte.models.provenance import provenance_of
 from halfbyte.report.lineage import source_of
 from halfbyte.report.types import (
@@ -63,7 +63,7 @@ def report(
     plan: Plan,
     rows: Mapping[str, WeightReport],
     folds: list[dict[str, Any]],
-    windows: Windows | None,
+    samples: Samples | None,
     cache: CacheReport | None,
     size_bytes: int,
     file: str | None,
@@ -75,7 +75,7 @@ def report(
     warnings = [
         *plan.warnings,
         *plan.checkpoint.left_out,
-        *(windows.warnings if windows else ()),
+        *(samples.warnings if samples else ()),
         *_lost(rows.values()),
     ]
     warnings += [f"{plural(count, 'weight')}: {note}" for note, count in notes.items()]
@@ -83,8 +83,8 @@ def report(
         **_common(plan),
         output=_output(plan, size_bytes).model_copy(update={"file": file}),
         warnings=warnings,
-        calibration=calibration(windows) if windows else None,
-        error_of="outputs on the calibration tokens" if windows else "weights",
+        calibration=calibration(samples) if samples else None,
+        error_of="outputs on the calibration tokens" if samples else "weights",
         weights=[rows[w.name] for w in plan.schemes],
         folds=[FoldReport(**fold) for fold in folds],
         environment=Environment(
@@ -149,9 +149,9 @@ def _output(plan: Plan, size_bytes: int) -> Output:
     )
 
 
-def calibration(windows: Windows) -> CalibrationReport:
+def calibration(samples: Samples) -> CalibrationReport:
     """Which text ran through the model."""
-    return CalibrationReport(**windows.about)
+    return CalibrationReport(**samples.about)
 
 
 def _engine_report(verdict: Verdict) -> EngineReport:

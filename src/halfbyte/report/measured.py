@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.evaluation.blame import Found
+from halfbyte.evaluation.blame import Attribution
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report import written
 from halfbyte.report.gate import Limit
@@ -120,7 +120,7 @@ def record_needle(result: Needle, asked: Sequence[Asked], strangers: Collection[
     return warnings
 
 
-def blame(conditions: Mapping[str, Any], checkpoint: Checkpoint, found: Found) -> Blame:
+def blame(conditions: Mapping[str, Any], checkpoint: Checkpoint, found: Attribution) -> Blame:
     """What each part costs, beside the errors that the run reported. Raises BrokenOutput for NaN."""
     report = written.known(checkpoint.path)
     rows = report.weights if isinstance(report, Report) else []

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from halfbyte.sizing.cache import TYPES, CacheType, Paging, Settings
+from halfbyte.sizing.cache import TYPES, CacheType, ModelConfig, Paging
 from halfbyte.sizing.devices import GIB, Device
 
 LARGE = 70 * GIB
@@ -14,7 +14,7 @@ UBATCH = 512
 """Tokens that llama.cpp computes at a time."""
 
 
-def chosen_experts(s: Settings) -> int:
+def chosen_experts(s: ModelConfig) -> int:
     """Experts of a layer that a token runs through; 0 where there are none."""
     return s.number("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
 
@@ -45,7 +45,7 @@ class Accounting:
             return Paging(block=16, ahead=self.tokens(memory), grouped=True)
         return Paging(block=256, ahead=UBATCH) if self.kind == "ggml" else Paging()
 
-    def activations(self, s: Settings, memory: int, cards: int, context: int, batch: int) -> int:
+    def activations(self, s: ModelConfig, memory: int, cards: int, context: int, batch: int) -> int:
         """Bytes of a card for what is computed and not kept."""
         vocabulary = s.number("vocab_size")
         if self.kind == "ggml":
@@ -56,11 +56,11 @@ class Accounting:
         head = batch * vocabulary * 6 if self.kind == "eager" else sequences * vocabulary * LOGIT_BYTES
         return int(max(body, head + tokens * s.hidden * 2) + self._experts(s, tokens, cards))
 
-    def _width(self, s: Settings) -> int:
+    def _width(self, s: ModelConfig) -> int:
         """Of what every token's MLP computes; a mixture's is counted apart."""
         return 0 if chosen_experts(s) else s.number("intermediate_size", "n_inner", "ffn_dim") or 4 * s.hidden
 
-    def _experts(self, s: Settings, tokens: int, cards: int) -> float:
+    def _experts(self, s: ModelConfig, tokens: int, cards: int) -> float:
         """What each token's experts compute, which lies side by side."""
         width = s.number("moe_intermediate_size") or s.number("intermediate_size")
         return tokens * chosen_experts(s) * (3 * width / cards + s.hidden) * 2

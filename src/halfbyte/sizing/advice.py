@@ -16,10 +16,10 @@ from halfbyte.recipe import Recipe
 from halfbyte.registry import FORMS
 from halfbyte.sizing import speed
 from halfbyte.sizing.accounting import Accounting, accounting_of, cache_types
-from halfbyte.sizing.cache import LayerCache, Settings, cache_bytes, layers_of
+from halfbyte.sizing.cache import LayerCache, ModelConfig, cache_bytes, layers_of
 from halfbyte.sizing.choices import PLAIN, Choice, choices
 from halfbyte.sizing.losses import loss_of
-from halfbyte.sizing.memory import Load, Model, Weights, parameters_of, weights_of
+from halfbyte.sizing.memory import Load, MemoryModel, Weights, parameters_of, weights_of
 from halfbyte.sizing.preferences import Words, recommended
 from halfbyte.sizing.question import CONTEXT, Question
 from halfbyte.sizing.types import SCHEMA, Advice, CacheRow, Loss, Row
@@ -42,7 +42,7 @@ class Subject:
 
     name: str
     checkpoint: Checkpoint
-    settings: Settings
+    settings: ModelConfig
     parameters: Weights
     layers: tuple[LayerCache, ...] | None
     """None: what it keeps of a sequence is not known."""
@@ -54,7 +54,7 @@ class Subject:
         """Raises HalfbyteError for what is no checkpoint."""
         checkpoint = opened(source)
         sizes.require(checkpoint)
-        s = Settings(checkpoint.config)
+        s = ModelConfig(checkpoint.config)
         parameters = parameters_of(checkpoint, s)
         try:
             return cls(source, checkpoint, s, parameters, layers_of(checkpoint.config))
@@ -73,7 +73,7 @@ def advise(source: str, asked: Question) -> Advice:
     context = asked.context or min(CONTEXT, subject.longest or CONTEXT)
     account = accounting_of(asked.engine)
     rows = [_row(subject, choice, asked, account, context) for choice in choices()[asked.engine].values()]
-    plain = Model(_plain(subject), subject.layers or (), subject.settings, account, asked.device)
+    plain = MemoryModel(_plain(subject), subject.layers or (), subject.settings, account, asked.device)
     return Advice(
         schema_version=SCHEMA,
         model=source,
@@ -129,7 +129,7 @@ def _row(subject: Subject, choice: Choice, asked: Question, account: Accounting,
         weights, verdict = _planned(subject, choice, asked.engine)
     except HalfbyteError as error:
         return Row(scheme=choice.name, words=dict(choice.words), refused=str(error))
-    model = Model(weights, subject.layers or (), subject.settings, account, asked.device)
+    model = MemoryModel(weights, subject.layers or (), subject.settings, account, asked.device)
     load = Load(context, asked.batch, asked.kind, asked.cards)
     degrees = _degrees(subject, account, verdict)
     memory, enough = model.memory(load), model.budget is not None and asked.cards in degrees

@@ -107,19 +107,19 @@ def layers_of(config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
     if config.get("is_encoder_decoder"):
         raise Unsupported("the cache of an encoder and a decoder is not known")
     try:
-        return _layers(Settings(config))
+        return _layers(ModelConfig(config))
     except UNREADABLE as error:  # of a config that anybody may have written
         raise Unsupported(f"config.json does not say what its layers keep: {brief(error)}") from None
 
 
-def _layers(s: "Settings") -> tuple[LayerCache, ...]:
+def _layers(s: "ModelConfig") -> tuple[LayerCache, ...]:
     kinds = list(_kinds(s))
     shared = s.number("num_kv_shared_layers")
     own = kinds[: len(kinds) - shared]  # the last ones read what earlier ones keep
     return tuple(_layer(s, kind, i) for i, kind in enumerate(own))
 
 
-class Settings:
+class ModelConfig:
     """A config.json, as Transformers reads it where it knows the model."""
 
     def __init__(self, config: Mapping[str, Any]):
@@ -182,7 +182,7 @@ def _read(raw: Mapping[str, Any]) -> Any:
         return None  # a model of which Transformers has no code: its config.json has to do
 
 
-def _kinds(s: Settings) -> Iterator[str]:
+def _kinds(s: ModelConfig) -> Iterator[str]:
     """Of every layer, in order."""
     said = s.get("layer_types", "layers_block_type")
     pattern = s.raw.get("hybrid_override_pattern")
@@ -205,7 +205,7 @@ def _kinds(s: Settings) -> Iterator[str]:
         yield from _by_window(s)
 
 
-def _by_window(s: Settings) -> Iterator[str]:
+def _by_window(s: ModelConfig) -> Iterator[str]:
     pattern, window = s.get("sliding_window_pattern", "_sliding_window_pattern"), s.get("sliding_window")
     windowed = bool(window) and s.get("use_sliding_window") is not False
     for i in range(s.layers):
@@ -213,7 +213,7 @@ def _by_window(s: Settings) -> Iterator[str]:
         yield "full_attention" if is_full else "sliding_attention"
 
 
-def _layer(s: Settings, kind: str, i: int) -> LayerCache:
+def _layer(s: ModelConfig, kind: str, i: int) -> LayerCache:
     if kind in EMPTY:
         return LayerCache()
     if kind in FIXED:
@@ -228,7 +228,7 @@ def _layer(s: Settings, kind: str, i: int) -> LayerCache:
     raise Unsupported(f"what layers of {kind} keep is not known")
 
 
-def _attention(s: Settings, i: int, window: int | None) -> LayerCache:
+def _attention(s: ModelConfig, i: int, window: int | None) -> LayerCache:
     if latent := s.number("kv_lora_rank"):
         index = INDEX_BYTES if s.get("index_head_dim", "index_n_heads") else 0
         return LayerCache(1, latent + s.number("qk_rope_head_dim"), 0, window, index)
@@ -247,14 +247,14 @@ def _attention(s: Settings, i: int, window: int | None) -> LayerCache:
     return LayerCache(heads, dim, s.number("v_head_dim") or dim, window)
 
 
-def _kv_heads(s: Settings, i: int) -> int:
+def _kv_heads(s: ModelConfig, i: int) -> int:
     if s.get("multi_query") and not s.get("new_decoder_architecture"):
         return 1
     heads = s.at(i, "num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv")
     return heads or s.heads
 
 
-def _state(s: Settings) -> int:
+def _state(s: ModelConfig) -> int:
     """Numbers that a recurrence or a convolution keeps of a sequence."""
     if kernel := s.number("conv_L_cache"):  # LFM2: a short convolution
         return s.hidden * (kernel - 1)

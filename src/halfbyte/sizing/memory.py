@@ -8,7 +8,7 @@ from math import prod
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.sizing.accounting import Accounting, chosen_experts
-from halfbyte.sizing.cache import CacheType, LayerCache, Settings, cache_bytes
+from halfbyte.sizing.cache import CacheType, LayerCache, ModelConfig, cache_bytes
 from halfbyte.sizing.devices import Device
 
 ROUTED = re.compile(r"(^|\.)experts(\.|$)|_exps\.")
@@ -44,7 +44,7 @@ class Weights:
         return self.always + self.experts * self.share
 
 
-def weights_of(sizes: Mapping[str, int], checkpoint: Checkpoint, s: Settings) -> Weights:
+def weights_of(sizes: Mapping[str, int], checkpoint: Checkpoint, s: ModelConfig) -> Weights:
     """Of tensors by name, with how much each is."""
     parts = {"always": 0, "experts": 0, "looked_up": 0}
     for name, size in sizes.items():
@@ -56,7 +56,7 @@ def weights_of(sizes: Mapping[str, int], checkpoint: Checkpoint, s: Settings) ->
     return Weights(**parts, share=share)
 
 
-def parameters_of(checkpoint: Checkpoint, s: Settings) -> Weights:
+def parameters_of(checkpoint: Checkpoint, s: ModelConfig) -> Weights:
     """Numbers of the model, however it is stored."""
     return weights_of({name: prod(shape) for name, shape in checkpoint.tensors().items()}, checkpoint, s)
 
@@ -88,12 +88,12 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Model:
+class MemoryModel:
     """All that memory depends on, of a model in one form."""
 
     weights: Weights
     layers: tuple[LayerCache, ...]
-    settings: Settings
+    settings: ModelConfig
     accounting: Accounting
     device: Device
 

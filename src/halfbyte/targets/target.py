@@ -149,7 +149,7 @@ class Target(ABC):
         """What lays a plan's output out and writes it."""
 
 
-class Part(NamedTuple):
+class TensorRows(NamedTuple):
     """A tensor of the output, or rows of its leading dimension."""
 
     name: str
@@ -186,10 +186,10 @@ class CheckpointWriter(ABC):
         """Runs of a matrix's rows that can be read, rounded and written each by itself, in order."""
         return [weight]
 
-    def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
+    def pack(self, weight: Weight, q: Quantized) -> Iterator[TensorRows]:
         """What is written of a matrix."""
         for suffix, tensor in self.plan.target.pack(q).items():
-            yield Part(f"{weight.name}.{suffix}", tensor)
+            yield TensorRows(f"{weight.name}.{suffix}", tensor)
 
     def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: Scheme) -> Quantized:
         """The inverse of `pack`, from a file."""
@@ -197,9 +197,9 @@ class CheckpointWriter(ABC):
         tensors = {suffix: entries[f"{weight.name}.{suffix}"].read() for suffix in suffixes}
         return self.plan.target.unpack(tensors, scheme, weight.shape)
 
-    def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
+    def keep(self, tensor: str, value: Tensor) -> Iterator[TensorRows]:
         """What is written of a tensor that is not quantized."""
-        yield Part(tensor, value)
+        yield TensorRows(tensor, value)
 
     def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
         """What `keep` wrote, from a file."""
@@ -213,7 +213,7 @@ class CheckpointWriter(ABC):
         """The file that engines are given; None where they are given the folder."""
         return None
 
-    def extra(self) -> Iterator[Part]:
+    def extra(self) -> Iterator[TensorRows]:
         """Tensors of the output that no tensor of the checkpoint becomes."""
         yield from ()
 

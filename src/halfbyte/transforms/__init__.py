@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from halfbyte.transforms.awq import awq
-from halfbyte.transforms.scale import Settings, scaled
+from halfbyte.transforms.scale import TransformSettings, scaled
 from halfbyte.transforms.smoothquant import smoothquant
 
 Transform = Callable[..., list[dict]]
@@ -15,4 +15,4 @@ TRANSFORMS: dict[str, Transform] = {
     "smoothquant": partial(scaled, choose=smoothquant),
 }
 
-__all__ = ["TRANSFORMS", "Settings", "Transform"]
+__all__ = ["TRANSFORMS", "Transform", "TransformSettings"]

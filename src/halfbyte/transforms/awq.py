@@ -11,12 +11,12 @@ from torch import Tensor
 
 from halfbyte.models.checkpoint import Weight
 from halfbyte.solvers.statistics import ERROR_PRODUCTS, sample_rows
-from halfbyte.transforms.scale import FoldSite, ScaleChoice, Settings
+from halfbyte.transforms.scale import FoldSite, ScaleChoice, TransformSettings
 
 EXPONENTS = [k / 10 for k in range(11)]
 
 
-def awq(site: FoldSite, settings: Settings) -> ScaleChoice:
+def awq(site: FoldSite, settings: TransformSettings) -> ScaleChoice:
     """The scale under which the readers' weights lose least."""
     importance = (
         torch.stack([site.statistics[w].importance * site.statistics[w].tokens for w in site.readers]).sum(0).sqrt()

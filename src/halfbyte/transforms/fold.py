@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from halfbyte.models.block import PROBE, Block, Trial
+from halfbyte.models.block import PROBE, Block, Snapshot
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.matmuls import Matrix
 
@@ -151,15 +151,15 @@ class Proof:
             return []
         scales = {p: 2.0 ** torch.randint(-2, 3, (first.shape[0],), generator=self.generator) for p in producers}
         tolerance = ROUNDED if producers[0].offset and first.element_size() < 4 else EXACT
-        with self.block.trial(*(t for p in producers for t in (p.tensor, p.bias))) as trial:
+        with self.block.trial(*(t for p in producers for t in (p.tensor, p.bias))) as snapshot:
             for producer in producers:
                 divide(self.block, producer, scales[producer])
-            folds, output = self._mended(trial, scales, taken, width, tolerance)
+            folds, output = self._mended(snapshot, scales, taken, width, tolerance)
             unchanged = (output - self.output).norm() <= tolerance * self.contribution
             return [fold for fold in folds if fold.readers] if unchanged else []
 
     def _mended(
-        self, trial: Trial, scales: dict[Producer, Tensor], taken: set[Matrix], width: int, tolerance: float
+        self, snapshot: Snapshot, scales: dict[Producer, Tensor], taken: set[Matrix], width: int, tolerance: float
     ) -> tuple[list[Fold], Tensor]:
         """Multiply the columns of all that reads divided channels. The folds, none where a reader is taken; and the
         block's output."""
@@ -179,7 +179,7 @@ class Proof:
                     if m in taken:
                         return [], output
                     fold = folds[self._partner(m, producers)]
-                    trial.save(m.tensor)
+                    snapshot.save(m.tensor)
                     view.mul_(fold.channels(scales[fold.producer]).to(view))
                     folds[fold.producer] = Fold(fold.producer, (*fold.readers, m))
         return list(folds.values()), output

@@ -21,7 +21,7 @@ WORTH = 0.99
 
 
 @dataclass(frozen=True)
-class Settings:
+class TransformSettings:
     """What a recipe says of transforms."""
 
     alpha: float | None = None
@@ -112,7 +112,7 @@ class FoldSite:
         return channels
 
 
-Choose = Callable[[FoldSite, Settings], ScaleChoice | None]
+Choose = Callable[[FoldSite, TransformSettings], ScaleChoice | None]
 
 
 def scaled(
@@ -120,7 +120,7 @@ def scaled(
     finder: Finder,
     schemes: Mapping[Weight, Scheme],
     statistics: Mapping[Weight, Statistics],
-    settings: Settings,
+    settings: TransformSettings,
     choose: Choose,
 ) -> list[dict]:
     """Fold what `choose` chooses wherever it is worth it. Returns what was done."""

@@ -14,7 +14,7 @@ from halfbyte.grids.activations import ActivationQuant, ActivationStats
 from halfbyte.models.checkpoint import Weight
 from halfbyte.solvers.nearest import nearest
 from halfbyte.solvers.statistics import Diagonal
-from halfbyte.transforms.scale import FoldSite, ScaleChoice, Settings
+from halfbyte.transforms.scale import FoldSite, ScaleChoice, TransformSettings
 
 COARSE, STEP = (0.5, 0.7, 0.9), 0.1
 """Strengths that are tried first, and how far the best one's neighbours lie from it: a search that is right where the
@@ -26,7 +26,7 @@ same model, w8a8: .000447 and .000449 with gptq, .00051 and .00049 without, stan
 all of gptq."""
 
 
-def smoothquant(site: FoldSite, settings: Settings) -> ScaleChoice | None:
+def smoothquant(site: FoldSite, settings: TransformSettings) -> ScaleChoice | None:
     """The scale at the alpha asked for, or at the best one; None where no input is rounded."""
     readers = [w for w in site.readers if site.schemes[w].activations]
     if not readers:

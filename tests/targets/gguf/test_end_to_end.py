@@ -111,7 +111,7 @@ def test_our_files_stand_beside_llama_quantizes(preset, tokens, original, tmp_pa
     quantize(demo.MODEL, "-o", paths["whole"], "--grid", "BF16")
     quantize(demo.MODEL, "-o", paths["ours"], "--grid", preset, "--method", "nearest")
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = presets.PRESETS[preset].file_type, 1
+    params.ftype, params.nthread = presets.PRESETS[preset].number, 1
     assert (
         llama_cpp.llama_model_quantize(
             str(paths["whole"]).encode(), str(paths["theirs"]).encode(), ctypes.byref(params)

@@ -6,7 +6,7 @@ import pytest
 
 import halfbyte
 from halfbyte import demo
-from halfbyte.containers.safetensors import Output
+from halfbyte.containers.safetensors import FileWriter
 from halfbyte.errors import BrokenOutput
 from halfbyte.targets.gguf import writer
 
@@ -35,12 +35,12 @@ def test_the_bytes_are_the_same(rows, whole, tmp_path, monkeypatch):
 
 def test_a_piece_that_the_disk_spoils_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "PIECE", 1)
-    written = Output._write
+    written = FileWriter._write
 
     def spoil(self, data, offset):
         written(self, data if len(data) < 1 << 16 else bytes(data[:-1]) + bytes([data[-1] ^ 1]), offset)
 
-    monkeypatch.setattr(Output, "_write", spoil)
+    monkeypatch.setattr(FileWriter, "_write", spoil)
     with pytest.raises(BrokenOutput, match="reads back as something else"):
         halfbyte.quantize(demo.MODEL, tmp_path / "model.gguf", **WORDS)
     assert not list(tmp_path.iterdir())

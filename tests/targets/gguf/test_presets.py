@@ -57,7 +57,7 @@ def log():
 def llama_quantize(whole: Path, preset: str, imatrix: bool, log: list[str]) -> dict[str, str]:
     """The types that a dry run announces."""
     params = llama.llama_model_quantize_default_params()
-    params.ftype, params.nthread, params.dry_run = presets.PRESETS[preset].file_type, 1, True
+    params.ftype, params.nthread, params.dry_run = presets.PRESETS[preset].number, 1, True
     rows = (llama.llama_model_imatrix_data * 2)()  # one entry, of no weight of the model, and the end of the list
     rows[0].name, rows[0].data, rows[0].size = b"none", (ctypes.c_float * 1)(1), 1
     params.imatrix = rows if imatrix else None

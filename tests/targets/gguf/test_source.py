@@ -144,7 +144,9 @@ def unknown_architecture(home: Path, path: Path) -> Path:
     said = {key.replace("llama.", "novel."): value for key, value in whole.metadata.items()} | {
         "general.architecture": Value("string", "novel")
     }
-    writer = gguf_file.Writer(path, said, {name: (stored.type, stored.shape) for name, stored in whole.tensors.items()})
+    writer = gguf_file.GGUFWriter(
+        path, said, {name: (stored.type, stored.shape) for name, stored in whole.tensors.items()}
+    )
     for name, stored in whole.tensors.items():
         writer.write(name, stored.entry.read())
     writer.close()
@@ -241,7 +243,7 @@ def changed(source: Path, path: Path, changes: dict[str, Value]) -> Path:
     """A GGUF with other metadata, of the same tensors."""
     found = gguf_file.read(source)
     kinds = {name: (stored.type, stored.shape) for name, stored in found.tensors.items()}
-    writer = gguf_file.Writer(path, {**found.metadata, **changes}, kinds)
+    writer = gguf_file.GGUFWriter(path, {**found.metadata, **changes}, kinds)
     for name, stored in found.tensors.items():
         writer.write(name, stored.entry.read())
     writer.close()

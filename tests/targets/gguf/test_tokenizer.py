@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import halfbyte.demo
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.targets.gguf.file import Value, Writer
+from halfbyte.targets.gguf.file import GGUFWriter, Value
 from halfbyte.targets.gguf.tokenizer import (
     CAPITAL,
     CONTRACTION,
@@ -162,7 +162,7 @@ def save(made: Tokenizer, folder: Path, **about) -> Path:
 
 def vocabulary(folder: Path, path: Path, vocab_size: int, **options):
     """The tokenizer of a folder in llama.cpp, without a model."""
-    Writer(
+    GGUFWriter(
         path,
         {"general.architecture": Value("string", "llama"), **tokenizer_metadata(folder, vocab_size, **options)},
         {},

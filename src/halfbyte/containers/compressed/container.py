@@ -17,7 +17,7 @@ from halfbyte.containers.container import (
     Config,
     Container,
     Has,
-    Part,
+    PartSpec,
     any_of,
     input_parts,
     input_specs,
@@ -72,7 +72,7 @@ class CompressedTensors(Container):
         scheme = _unordered(scheme)
         return {**layout_of(scheme).plan(scheme.weight, shape), **input_specs(scheme.activations)}
 
-    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, Part]:
+    def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """Those of the format in which the file has them, which may be another than is written here."""
         scheme = _unordered(scheme)
         return {

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from halfbyte.containers.container import Config, Part
+from halfbyte.containers.container import Config, PartSpec
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Shape
@@ -36,9 +36,9 @@ class Layout(ABC):
     def plan(self, grid: Grid, shape: Shape) -> dict[str, Spec]:
         """Suffix, shape and dtype of every tensor that `pack` will return."""
 
-    def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+    def parts(self, grid: Grid, shape: Shape) -> dict[str, PartSpec]:
         """Those of `plan`, and where others write them otherwise, that."""
-        return {suffix: Part((spec,)) for suffix, spec in self.plan(grid, shape).items()}
+        return {suffix: PartSpec((spec,)) for suffix, spec in self.plan(grid, shape).items()}
 
     @abstractmethod
     def pack(self, q: Quantized) -> dict[str, Tensor]:

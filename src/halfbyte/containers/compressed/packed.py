@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfbyte.containers import bits
 from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments, may_be
-from halfbyte.containers.container import ONE, Config, Part, any_of, described, integer, span_of, stored
+from halfbyte.containers.container import ONE, Config, PartSpec, any_of, described, integer, span_of, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import FLOATS, ScaledActivations
@@ -56,7 +56,7 @@ class Packed(Layout):
             specs["weight_zero_point"] = Spec((-(-out * grid.levels.bits // 32), groups), torch.int32)
         return specs
 
-    def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+    def parts(self, grid: Grid, shape: Shape) -> dict[str, PartSpec]:
         """As `plan`; one scale may have no dimension, and the shape be int32."""
         known, tensor = super().parts(grid, shape), integer(grid, NAME).granularity == "tensor"
         scale = (

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from halfbyte.containers.compressed.layout import Layout, arguments
-from halfbyte.containers.container import ONE, Config, Part, any_of, stored
+from halfbyte.containers.container import ONE, Config, PartSpec, any_of, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Shape
@@ -84,7 +84,7 @@ class NV4(Layout):
             "weight_global_scale": Spec((1,), torch.float32),
         }
 
-    def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+    def parts(self, grid: Grid, shape: Shape) -> dict[str, PartSpec]:
         """As `plan`; the divisor may have no dimension."""
         return {**super().parts(grid, shape), "weight_global_scale": any_of(ONE, [torch.float32])}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments, may_be
-from halfbyte.containers.container import ONE, Config, Part, any_of, integer, span_of, stored
+from halfbyte.containers.container import ONE, Config, PartSpec, any_of, integer, span_of, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import Grid, Shape
@@ -50,7 +50,7 @@ class Unpacked(Layout):
         zero = {} if grid.symmetric else {"weight_zero_point": Spec(scales, torch.int8)}
         return {"weight": Spec(shape, torch.int8), "weight_scale": Spec(scales, SCALE_DTYPES[grid.scale]), **zero}
 
-    def parts(self, grid: Grid, shape: Shape) -> dict[str, Part]:
+    def parts(self, grid: Grid, shape: Shape) -> dict[str, PartSpec]:
         """As `plan`; scales of a tensor or of channels may have fewer dimensions."""
         plan, span = (
             self.plan(grid, shape),
@@ -60,7 +60,7 @@ class Unpacked(Layout):
             str(span), (plan["weight_scale"].shape,)
         )
         return {
-            name: Part((spec,)) if name == "weight" else any_of(shapes, [spec.dtype]) for name, spec in plan.items()
+            name: PartSpec((spec,)) if name == "weight" else any_of(shapes, [spec.dtype]) for name, spec in plan.items()
         }
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from halfbyte.kernels.cpu.tiles import F
 from halfbyte.kernels.scalar import FloatLines, Lines, TableLines
 
 
-class Even(NamedTuple):
+class EvenArrays(NamedTuple):
     """scalar.EvenLines"""
 
     scale: np.ndarray
@@ -28,7 +28,7 @@ class Even(NamedTuple):
     top: int
 
 
-class Table(NamedTuple):
+class TableArrays(NamedTuple):
     """scalar.TableLines"""
 
     scale: np.ndarray
@@ -36,7 +36,7 @@ class Table(NamedTuple):
     value: np.ndarray
 
 
-class Floats(NamedTuple):
+class FloatArrays(NamedTuple):
     """scalar.FloatLines: floats.Bits says of which floats."""
 
     scale: np.ndarray
@@ -63,13 +63,13 @@ def round_block(
     return torch.from_numpy(codes)
 
 
-def _compiled(lines: Lines) -> Even | Table | Floats:
+def _compiled(lines: Lines) -> EvenArrays | TableArrays | FloatArrays:
     scale = lines.scale.contiguous().numpy()
     if isinstance(lines, FloatLines):
-        return Floats(scale, *bits_of(lines.levels))
+        return FloatArrays(scale, *bits_of(lines.levels))
     if isinstance(lines, TableLines):
-        return Table(scale, lines.code.numpy(), lines.value.numpy())
-    return Even(scale, lines.zero.contiguous().numpy(), lines.base.contiguous().numpy(), lines.top)
+        return TableArrays(scale, lines.code.numpy(), lines.value.numpy())
+    return EvenArrays(scale, lines.zero.contiguous().numpy(), lines.base.contiguous().numpy(), lines.top)
 
 
 def nearest(x, levels, row, group) -> tuple[np.uint8, np.float32]:
@@ -79,7 +79,9 @@ def nearest(x, levels, row, group) -> tuple[np.uint8, np.float32]:
 
 @overload(nearest, jit_options={"forceinline": True, "fastmath": ORDERED, "error_model": "numpy"})
 def _nearest(x, levels, row, group):
-    return {Even: _nearest_even, Table: _nearest_in_table, Floats: _nearest_float}[levels.instance_class]
+    return {EvenArrays: _nearest_even, TableArrays: _nearest_in_table, FloatArrays: _nearest_float}[
+        levels.instance_class
+    ]
 
 
 def _nearest_even(x, levels, row, group):

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from halfbyte.containers.safetensors import HEADER_LIMIT, LARGEST, Entry, Output
+from halfbyte.containers.safetensors import HEADER_LIMIT, LARGEST, Entry, FileWriter
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.files import opened
 from halfbyte.grids.grid import Shape
@@ -83,7 +83,7 @@ class Value(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorInfo:
     """A tensor in a file."""
 
     type: str
@@ -100,7 +100,7 @@ class File:
 
     paths: tuple[Path, ...]
     metadata: dict[str, Value]
-    tensors: dict[str, Stored]
+    tensors: dict[str, TensorInfo]
 
     def get(self, key: str, default: object = None):
         """A value of the metadata without its type."""
@@ -127,7 +127,7 @@ def read(path: Path) -> File:
     if not isinstance(count, int) or count <= 1:
         return File(first.paths, _unsplit(first.metadata), first.tensors)
     parts = [first if name == path else _read_part(name) for name in _siblings(path, count)]
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorInfo] = {}
     for number, part in enumerate(parts):
         if part.get("split.no") != number or part.get("split.count") != count:
             raise BadCheckpoint(
@@ -223,7 +223,7 @@ def _read_part(path: Path) -> File:
         raise BadCheckpoint(f"{path} is no GGUF file that can be read, or is cut short: {wrong}") from None
 
 
-def _header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Value], dict[str, Stored]]:
+def _header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Value], dict[str, TensorInfo]]:
     """Where a header ends is known only once it is parsed, so more of the file is taken until it is whole."""
     data = file.read(1 << 20)
     while True:
@@ -237,7 +237,7 @@ def _header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Value], di
             data += more
 
 
-def _parse(data: bytes, size: int, path: Path) -> tuple[dict[str, Value], dict[str, Stored]]:
+def _parse(data: bytes, size: int, path: Path) -> tuple[dict[str, Value], dict[str, TensorInfo]]:
     """Metadata and tensors of a header; `size` is that of the whole file."""
     cursor = _Cursor(data, size)
     tensor_count, key_count = _preamble(cursor)
@@ -251,7 +251,7 @@ def _parse(data: bytes, size: int, path: Path) -> tuple[dict[str, Value], dict[s
     step = alignment.value
     if alignment.type != "uint32" or step < 1 or step & (step - 1):
         raise _Malformed(f"general.alignment is {step!r} ({alignment.type}), not a power of two")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorInfo] = {}
     for _ in range(tensor_count):
         name = cursor.name("tensor's name")
         if name in tensors:
@@ -264,7 +264,7 @@ def _parse(data: bytes, size: int, path: Path) -> tuple[dict[str, Value], dict[s
     }
 
 
-def _require_apart(tensors: Mapping[str, Stored], size: int, step: int) -> None:
+def _require_apart(tensors: Mapping[str, TensorInfo], size: int, step: int) -> None:
     """Every tensor lies at a multiple of `step`, overlaps no other, and ends before the file does, `size` bytes on."""
     end = 0
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].entry.offset, item[1].entry.size_bytes)):
@@ -363,7 +363,7 @@ class _Cursor:
         self.at = at
         return found
 
-    def tensor(self, name: str, path: Path) -> Stored:
+    def tensor(self, name: str, path: Path) -> TensorInfo:
         """What is said of one tensor; its offset is still counted from the first."""
         dimensions = self.number("I")
         if dimensions > MOST_DIMENSIONS:
@@ -375,7 +375,7 @@ class _Cursor:
         if number not in TYPE_NAMES:
             raise _Malformed(f"tensor {name!r} is of ggml type {number}, which is not known")
         try:
-            return Stored(TYPE_NAMES[number], shape, _entry(TYPE_NAMES[number], shape, path, offset))
+            return TensorInfo(TYPE_NAMES[number], shape, _entry(TYPE_NAMES[number], shape, path, offset))
         except Unsupported as wrong:
             raise _Malformed(f"tensor {name!r}: {wrong}") from None
 
@@ -391,13 +391,13 @@ def _entry(type: str, shape: Shape, path: Path, offset: int) -> Entry:
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
-class Writer(Output):
+class GGUFWriter(FileWriter):
     """A GGUF file of version 3, laid out from the types and shapes of its tensors."""
 
     def __init__(
         self, path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], resume: bool = False
     ):
-        """`tensors` gives type (a key of TYPES) and shape, in torch's order. Tensors are written as `Stored.entry`
+        """`tensors` gives type (a key of TYPES) and shape, in torch's order. Tensors are written as `TensorInfo.entry`
         reads them.
 
         Raises Unsupported for what llama.cpp would refuse to read.

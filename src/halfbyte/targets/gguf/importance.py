@@ -10,7 +10,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from halfbyte.errors import BadRequest
-from halfbyte.models.calibrate import Windows
+from halfbyte.models.calibrate import Samples
 from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.models.collect import collect, in_parts, reading_groups
 from halfbyte.models.placement import Placement
@@ -22,13 +22,13 @@ from halfbyte.targets.gguf.source import translation_of
 
 
 def measure(
-    checkpoint: Checkpoint, windows: Windows, progress: Progress = silent, placement: Placement | None = None
+    checkpoint: Checkpoint, samples: Samples, progress: Progress = silent, placement: Placement | None = None
 ) -> Importance:
     """Mean squares of the inputs of every matrix of the unquantized model, experts in stacks: what llama-imatrix
     measures."""
     places = _places(checkpoint, checkpoint.weights())
     sums: dict[str, dict[int, tuple[Tensor, int]]] = {}
-    walk = Walk(checkpoint, windows.tokens, checkpoint.dtype, placement, to_the_end=False, progress=progress)
+    walk = Walk(checkpoint, samples.tokens, checkpoint.dtype, placement, to_the_end=False, progress=progress)
     for block in walk:
         groups = reading_groups(block, [[weight] for weight in block.weights])
         for wanted in in_parts(groups, walk.placement.statistics_bytes):
@@ -38,7 +38,7 @@ def measure(
                     sums.setdefault(name, {})[expert] = statistics.hessian.diagonal().cpu().clone(), statistics.tokens
     experts = Counter(name for found in places.values() for name, _ in found)
     return Importance(
-        {name: _stacked(found, experts[name]) for name, found in sums.items()}, (windows.source,), *windows.tokens.shape
+        {name: _stacked(found, experts[name]) for name, found in sums.items()}, (samples.source,), *samples.tokens.shape
     )
 
 

@@ -3,29 +3,29 @@
 from typing import NamedTuple
 
 
-class Preset(NamedTuple):
+class FileType(NamedTuple):
     """A type for most tensors, and how the file says so."""
 
     type: str
     """Of most tensors."""
-    file_type: int
+    number: int
     """`general.file_type`: LLAMA_FTYPE in llama.h."""
 
 
 KIND = "preset or type of GGUF"
 PRESETS = {
-    "F32": Preset("F32", 0), "F16": Preset("F16", 1), "BF16": Preset("BF16", 32),
-    "Q4_0": Preset("Q4_0", 2), "Q4_1": Preset("Q4_1", 3), "Q5_0": Preset("Q5_0", 8), "Q5_1": Preset("Q5_1", 9),
-    "Q8_0": Preset("Q8_0", 7),
-    "Q2_K": Preset("Q2_K", 10), "Q2_K_S": Preset("Q2_K", 21),
-    "Q3_K_S": Preset("Q3_K", 11), "Q3_K_M": Preset("Q3_K", 12), "Q3_K_L": Preset("Q3_K", 13),
-    "Q4_K_S": Preset("Q4_K", 14), "Q4_K_M": Preset("Q4_K", 15), "Q5_K_S": Preset("Q5_K", 16),
-    "Q5_K_M": Preset("Q5_K", 17), "Q6_K": Preset("Q6_K", 18),
-    "IQ2_XXS": Preset("IQ2_XXS", 19), "IQ2_XS": Preset("IQ2_XS", 20), "IQ2_S": Preset("IQ2_XS", 28),
-    "IQ2_M": Preset("IQ2_S", 29),
-    "IQ3_XXS": Preset("IQ3_XXS", 23), "IQ3_XS": Preset("IQ3_S", 22), "IQ3_S": Preset("IQ3_S", 26),
-    "IQ3_M": Preset("IQ3_S", 27),
-    "IQ4_NL": Preset("IQ4_NL", 25), "IQ4_XS": Preset("IQ4_XS", 30), "MXFP4_MOE": Preset("MXFP4", 38),
+    "F32": FileType("F32", 0), "F16": FileType("F16", 1), "BF16": FileType("BF16", 32),
+    "Q4_0": FileType("Q4_0", 2), "Q4_1": FileType("Q4_1", 3), "Q5_0": FileType("Q5_0", 8), "Q5_1": FileType("Q5_1", 9),
+    "Q8_0": FileType("Q8_0", 7),
+    "Q2_K": FileType("Q2_K", 10), "Q2_K_S": FileType("Q2_K", 21),
+    "Q3_K_S": FileType("Q3_K", 11), "Q3_K_M": FileType("Q3_K", 12), "Q3_K_L": FileType("Q3_K", 13),
+    "Q4_K_S": FileType("Q4_K", 14), "Q4_K_M": FileType("Q4_K", 15), "Q5_K_S": FileType("Q5_K", 16),
+    "Q5_K_M": FileType("Q5_K", 17), "Q6_K": FileType("Q6_K", 18),
+    "IQ2_XXS": FileType("IQ2_XXS", 19), "IQ2_XS": FileType("IQ2_XS", 20), "IQ2_S": FileType("IQ2_XS", 28),
+    "IQ2_M": FileType("IQ2_S", 29),
+    "IQ3_XXS": FileType("IQ3_XXS", 23), "IQ3_XS": FileType("IQ3_S", 22), "IQ3_S": FileType("IQ3_S", 26),
+    "IQ3_M": FileType("IQ3_S", 27),
+    "IQ4_NL": FileType("IQ4_NL", 25), "IQ4_XS": FileType("IQ4_XS", 30), "MXFP4_MOE": FileType("MXFP4", 38),
 }  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 OTHERWISE = {"NVFP4": "ggml-nvfp4"}

@@ -33,7 +33,7 @@ class Half(NamedTuple):
     size = 2
 
 
-class Scales(NamedTuple):
+class GroupScales(NamedTuple):
     """The integer scales of a block's groups: `pack` takes the params of `names`, a row per block, and `unpack` returns
     them."""
 
@@ -68,7 +68,7 @@ class Trits(NamedTuple):
     first: int
 
 
-Field = Half | Scales | Plane | Trits
+Field = Half | GroupScales | Plane | Trits
 
 
 def pack(fields: tuple[Field, ...], q: Quantized) -> UInt8[Tensor, "out row_bytes"]:
@@ -83,7 +83,7 @@ def pack(fields: tuple[Field, ...], q: Quantized) -> UInt8[Tensor, "out row_byte
         match field:
             case Half(name):
                 here.copy_(q.params[name].cpu().reshape(-1, 1).contiguous().view(torch.uint8))
-            case Scales():
+            case GroupScales():
                 here.copy_(field.pack(*(q.params[name].cpu().reshape(codes.shape[0], -1) for name in field.names)))
             case Plane():
                 here.copy_(_pack_plane(codes, field))
@@ -105,7 +105,7 @@ def unpack(fields: tuple[Field, ...], raw: UInt8[Tensor, "out row_bytes"], grid:
         match field:
             case Half(name):
                 params[name] = here.contiguous().view(torch.float16).view(out, -1)
-            case Scales():
+            case GroupScales():
                 params |= {
                     name: values.reshape(out, -1) for name, values in zip(field.names, field.unpack(here), strict=True)
                 }
@@ -204,10 +204,10 @@ def _unpack_8(raw: Bytes) -> tuple[Tensor, ...]:
     return (raw.contiguous().view(torch.int8),)
 
 
-SCALES_4_4 = Scales(16, ("scale", "min"), _pack_4_4, _unpack_4_4)
-SCALES_6_6 = Scales(12, ("scale", "min"), _pack_6_6, _unpack_6_6)
-SCALES_6 = Scales(12, ("scale",), _pack_6, _unpack_6)
-SCALES_8 = Scales(16, ("scale",), _pack_8, _unpack_8)
+SCALES_4_4 = GroupScales(16, ("scale", "min"), _pack_4_4, _unpack_4_4)
+SCALES_6_6 = GroupScales(12, ("scale", "min"), _pack_6_6, _unpack_6_6)
+SCALES_6 = GroupScales(12, ("scale",), _pack_6, _unpack_6)
+SCALES_8 = GroupScales(16, ("scale",), _pack_8, _unpack_8)
 
 # Plane: size, bits, shift, stride
 FIELDS: dict[str, tuple[Field, ...]] = {

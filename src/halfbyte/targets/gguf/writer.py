@@ -25,7 +25,7 @@ from halfbyte.targets.gguf.origin import FALSE_OF_ANOTHER, origin
 from halfbyte.targets.gguf.settings import settings
 from halfbyte.targets.gguf.source import GGUFCheckpoint, translation_of
 from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan
-from halfbyte.targets.target import CheckpointWriter, Part, read_rows, split
+from halfbyte.targets.target import CheckpointWriter, TensorRows, read_rows, split
 
 PIECE, HEADS_ROWS = 1 << 20, 256
 """Weights of a piece: few enough for a core's cache. Rows of it come in multiples of a few heads', whose order may
@@ -123,7 +123,7 @@ class GGUFWriter(CheckpointWriter):
             if label in presets.PRESETS
             else max(presets.PRESETS, key=lambda name: kinds.count(presets.PRESETS[name].type))
         )
-        return {**said, "general.file_type": Value("uint32", presets.PRESETS[commonest].file_type)}
+        return {**said, "general.file_type": Value("uint32", presets.PRESETS[commonest].number)}
 
     def pieces(self, weight: Weight) -> list[Weight]:
         """Blocks lie within rows, so rows go apart wherever the file's order of them does not mix the pieces."""
@@ -140,13 +140,17 @@ class GGUFWriter(CheckpointWriter):
         found = [replace(weight, first=first, shape=(min(rows, out - first), width)) for first in range(0, out, rows)]
         return found if place.expert is None and all(_closed(_order(place, piece)) for piece in found) else [weight]
 
-    def pack(self, weight: Weight, q: Quantized) -> Iterator[Part]:
+    def pack(self, weight: Weight, q: Quantized) -> Iterator[TensorRows]:
         """Blocks of the matrix at each of its places, rows in the file's order."""
         for place in self.names.places(weight.tensor):
             order = _order(place, weight)
             raw = blocks.pack(q if order is None else select_rows(q, order))
             expert = place.expert if weight.expert is None else weight.expert
-            yield Part(place.name, raw, weight.first) if expert is None else Part(place.name, raw[None], expert)
+            yield (
+                TensorRows(place.name, raw, weight.first)
+                if expert is None
+                else TensorRows(place.name, raw[None], expert)
+            )
 
     def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: Scheme) -> Quantized:
         """The matrix from its places, rows in the checkpoint's order."""
@@ -168,11 +172,15 @@ class GGUFWriter(CheckpointWriter):
         whole = Quantized(scheme.weight, torch.cat([part.codes for part in parts]), params)
         return select_rows(whole, torch.argsort(families.rows_of(self.names.places(weight.tensor))))
 
-    def keep(self, tensor: str, value: Tensor) -> Iterator[Part]:
+    def keep(self, tensor: str, value: Tensor) -> Iterator[TensorRows]:
         """The tensor at each of its places, in the type that the file has it in."""
         for place in self.names.places(tensor):
             stored = cast(tensor, place.stored(value), TYPES[self._plain(tensor, place)].dtype, self.plan.wider)
-            yield Part(place.name, stored) if place.expert is None else Part(place.name, stored[None], place.expert)
+            yield (
+                TensorRows(place.name, stored)
+                if place.expert is None
+                else TensorRows(place.name, stored[None], place.expert)
+            )
 
     def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
         """What lies at each of its places."""
@@ -189,10 +197,10 @@ class GGUFWriter(CheckpointWriter):
             values.append(value)
         return families.reassembled(self.names.places(tensor), values).to(spec.dtype)
 
-    def extra(self) -> Iterator[Part]:
+    def extra(self) -> Iterator[TensorRows]:
         """What the config says and llama.cpp reads as tensors: factors of rotary embeddings."""
         for name, value in self.names.extra().items():
-            yield Part(name, value.float())
+            yield TensorRows(name, value.float())
 
     def write_sidecars(self, folder: Path) -> None:
         """What Ollama is told; a GGUF is whole by itself otherwise."""
@@ -240,8 +248,8 @@ def _stored_shape(place: Place, shape: Shape) -> Shape:
 
 def _writer(
     metadata: Mapping[str, Value], types: Mapping[str, tuple[str, Shape]], path: Path, resume: bool
-) -> file.Writer:
-    return file.Writer(path, metadata, types, resume)
+) -> file.GGUFWriter:
+    return file.GGUFWriter(path, metadata, types, resume)
 
 
 def _metadata_of(plan: Plan) -> dict[str, Value]:
