@@ -42,6 +42,7 @@ from halfbyte.recipe import Recipe
 from halfbyte.report import inspect, written
 from halfbyte.targets.gguf import file as gguf_file
 from halfbyte.targets.gguf import imatrix, tokenizer
+from halfbyte.targets.gguf.head import Value
 
 SECONDS, MEMORY = 5, 1 << 30
 """Of processor time and of memory beyond what the process had, for one case and what it starts."""
@@ -75,7 +76,7 @@ CHAT = [
     }
 ]
 VALUES = tuple(
-    gguf_file.Value(kind, value)
+    Value(kind, value)
     for kinds, values in (
         (("uint32", "int64", "float32"), (0, 1, 3, 255)),
         (("uint32", "uint64"), ((1 << 31) - 1, (1 << 32) - 1)),
@@ -272,7 +273,7 @@ def read_gguf(path: Path) -> None:
 def read_vocabulary(path: Path) -> None:
     """The tokenizer as it is written into a GGUF."""
     said = {
-        "general.architecture": gguf_file.Value("string", "llama"),
+        "general.architecture": Value("string", "llama"),
         **tokenizer.tokenizer_metadata(path.parent, 264),
     }
     gguf_file.GGUFWriter(path.parent / "vocabulary.gguf", said, {}).close()

@@ -10,7 +10,7 @@ import torch
 
 import halfbyte
 import tiny
-from halfbyte.containers import CONTAINERS
+from halfbyte.containers.table import CONTAINERS
 from halfbyte.engines.engines import ENGINES
 from halfbyte.grids import activations
 from halfbyte.recipe import METHODS, OBSERVERS, Calibration, Recipe, meaning

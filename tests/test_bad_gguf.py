@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import halfbyte
 import tiny
 from halfbyte.targets.gguf import file as gguf_file
 from halfbyte.targets.gguf import imatrix
@@ -80,8 +81,15 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("command", ["quantize", "convert", "inspect", "eval"])
-@pytest.mark.parametrize("damage", SOURCES)
+@pytest.mark.parametrize(
+    ("damage", "command"),
+    [
+        (damage, command)
+        for damage in SOURCES
+        for command in ("quantize", "convert", "inspect", "eval")
+        if (damage, command) != ("undecoded-type", "inspect")
+    ],
+)
 def test_a_damaged_source_is_named(damage, command, home, tmp_path):
     change, says = SOURCES[damage]
     path = tmp_path / "broken.gguf"
@@ -98,6 +106,13 @@ def test_a_damaged_source_is_named(damage, command, home, tmp_path):
         *options.get(command, []),
         says=(str(path), *([says] if isinstance(says, str) else says)),
     )
+
+
+def test_a_type_that_is_not_decoded_is_inspected(home, tmp_path):
+    path = tmp_path / "undecoded.gguf"
+    path.write_bytes(with_type(42)((home / "q4.gguf").read_bytes()))
+    found = halfbyte.inspect(path).grids
+    assert found["Q2_0"].tensors == 1
 
 
 def test_a_missing_part_is_named(home, tmp_path):

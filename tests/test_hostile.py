@@ -207,7 +207,7 @@ def test_a_bug_is_one_line_and_a_file(monkeypatch, home):
     def broken(*_):
         raise ZeroDivisionError("of ours")
 
-    monkeypatch.setattr("halfbyte.api.inspect", broken)
+    monkeypatch.setattr("halfbyte.report.inspect.inspect", broken)
     monkeypatch.delenv("HALFBYTE_DEBUG", raising=False)
     result = tiny.halfbyte("inspect", home / "model")
     assert (result.code, result.out) == (70, "")

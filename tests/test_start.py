@@ -7,6 +7,7 @@ import sys
 import numba
 import pytest
 
+import tiny
 from halfbyte import demo, surroundings
 from halfbyte.kernels.cpu import compiled
 from halfbyte.progress import told_of_kernels
@@ -91,6 +92,13 @@ def refused_early(*words: str, said: str) -> None:
 
 def test_help_needs_no_torch():
     assert start("--help") == (0, ["False PASSIVE"])
+
+
+def test_inspecting_a_gguf_needs_no_torch(tmp_path):
+    made = tiny.halfbyte("quantize", demo.MODEL, "-o", tmp_path / "q.gguf", "--method", "nearest", "--grid", "Q4_K_M")
+    assert made.code == 0, made.err
+    for words in ([], ["--json"]):  # with the report that lies beside it
+        assert start("inspect", str(tmp_path / "q.gguf"), *words) == (0, ["False PASSIVE"])
 
 
 def test_kernels_are_kept_in_the_users_cache_if_there_is_one(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from halfbyte import formats, grids, registry, words
-from halfbyte.containers import READERS
+from halfbyte.containers.table import READERS
 from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.grids import activations
 from halfbyte.grids.kv import KVGrid

@@ -20,6 +20,10 @@ LARGEST = 128 << 20
 MOST_VALUES = 1 << 22
 """Values in one text of JSON, twice as many as the largest tokenizer.json has: the smallest of them take 60 bytes of
 memory for each byte of the file."""
+HEADER_LIMIT = 100_000_000
+"""Bytes of a file's head that says what tensors follow, as in the reference implementation of safetensors."""
+LARGEST_TENSOR = 1 << 48
+"""Elements; more would overflow strides, even of an empty tensor."""
 DEEPEST = 64
 """Objects and arrays in one another."""
 PATIENCE = 0.1

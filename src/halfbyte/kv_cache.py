@@ -15,6 +15,7 @@ from halfbyte import demo
 from halfbyte.containers import kv as layout
 from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
 from halfbyte.containers.kv import KVCache
+from halfbyte.containers.place import is_file
 from halfbyte.containers.safetensors import Spec, read_header
 from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, UnknownName, Unsupported
@@ -33,7 +34,7 @@ from halfbyte.report import build, written
 from halfbyte.report.types import AttentionReport, CacheReport
 from halfbyte.run import Run, digest
 from halfbyte.targets.hf.writer import copy_companions, index_of, shards_of, write_json
-from halfbyte.targets.table import file_target, is_file, output_path
+from halfbyte.targets.table import file_target, output_path
 
 CHECKED = 16
 """Windows of held-out text on which values beyond the scales are counted."""

@@ -12,6 +12,7 @@ import torch
 import xxhash
 
 from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
+from halfbyte.containers.place import is_file
 from halfbyte.devices import title
 from halfbyte.errors import BadRequest, BrokenOutput, plural
 from halfbyte.grids.quantized import Quantized, Scheme
@@ -34,7 +35,7 @@ from halfbyte.run import SAMPLED, Committed, Run, commit, digest, record_step, r
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
 from halfbyte.targets.plan import Plan
-from halfbyte.targets.table import UNQUANTIZED, file_target, is_file, output_path
+from halfbyte.targets.table import UNQUANTIZED, file_target, output_path
 
 SIDE_BY_SIDE = 1 << 28
 """Weights in memory at a time, where no single matrix has more."""

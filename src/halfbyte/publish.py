@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from halfbyte.containers.place import BESIDE
+from halfbyte.containers.place import BESIDE, beside, is_file
 from halfbyte.errors import BadRequest, brief
 from halfbyte.files import is_within
 from halfbyte.recipe import Recipe
@@ -12,7 +12,6 @@ from halfbyte.report.card import card, local_paths, without_paths
 from halfbyte.report.picture import add_picture
 from halfbyte.report.types import Report
 from halfbyte.report.written import as_json, report_of
-from halfbyte.targets.table import beside, is_file
 
 
 def push(output: str | Path, repository: str, private: bool = False) -> str:

@@ -5,6 +5,7 @@ before torch is, and a room may ask for what stands above it. The rooms' own tab
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
@@ -22,6 +23,25 @@ class Form(NamedTuple):
     """Whether it holds a model in 16 or 32 bits."""
     own_names: str = ""
     """What grids are called that have other names in it: a module with `KIND`, `NAMES` and, of these, `PRESETS`."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint, as it is stored."""
+
+    name: str
+    kind: str
+    """Its grid, or its dtype."""
+    weights: int
+    size_bytes: int
+
+
+class Contents(NamedTuple):
+    """What is in a checkpoint."""
+
+    model_type: str
+    container: str | None
+    """None: it is not quantized."""
+    tensors: list[StoredTensor]
 
 
 CONTAINERS = {
@@ -47,9 +67,21 @@ SOURCES = {
 }
 """Of checkpoints that are no folders of safetensors, by the suffix of their files: what opens a file, or a folder of
 such without safetensors."""
+HEADS = {
+    ".gguf": "halfbyte.targets.gguf.head:contents",
+}
+"""Of these, the ones whose head says what is in them: what makes Contents of it, and needs no torch."""
 
 IMPORTANCE = "halfbyte.targets.gguf.importance"
 """Importance matrices, which are llama.cpp's files: the module that measures, writes and reads them."""
+
+
+def source_suffix(path: Path) -> str | None:
+    """Of SOURCES, the suffix of a file, or of the files of a folder without safetensors; None for other paths."""
+    if path.is_dir():
+        bare = not any(path.glob("*.safetensors"))
+        return next((suffix for suffix in SOURCES if bare and any(path.glob(f"*{suffix}"))), None)
+    return path.suffix if path.suffix in SOURCES else None
 
 
 def made(homes: Mapping[str, str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import halfbyte
-from halfbyte.containers import READERS
+from halfbyte.containers.table import READERS
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.targets.table import TARGETS
 

@@ -90,8 +90,8 @@ def show_report(report: Report, output: Path) -> None:
 
 def _show_engines(report: Report, output: Path) -> None:
     """What serves the output; of one engine, if it was asked for."""
+    from halfbyte.containers.place import is_file
     from halfbyte.report.card import command, original_of
-    from halfbyte.targets.table import is_file
 
     o, asked = report.output, report.recipe
     place = output / o.file if o.file and not is_file(output) else output

@@ -44,7 +44,7 @@ def inspect(
 
     halfbyte inspect model-Q4_K_M.gguf
     """
-    from halfbyte.api import inspect as run
+    from halfbyte.report.inspect import inspect as run  # of itself, as the head of a GGUF needs no torch
 
     found = run(path)
     if as_json:

@@ -16,6 +16,7 @@ from pathlib import Path
 import filelock
 
 from halfbyte.errors import BadRequest
+from halfbyte.registry import FORMS
 
 WITHOUT_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -24,6 +25,16 @@ PICTURE = "errors.png"
 """Of where a run lost most, in its card."""
 BESIDE = ("report.json", "README.md", "recipe.yaml", "Modelfile", PICTURE)
 """What is written next to an output that is one file, under that file's name."""
+
+
+def is_file(output: Path) -> bool:
+    """Whether an output that is called so is one file, with its report beside it, and no folder."""
+    return any(output.suffix == form.suffix for form in FORMS.values() if form.suffix)
+
+
+def beside(checkpoint: Path, name: str) -> Path:
+    """A file that belongs to a checkpoint: in its folder, or next to the one file under that file's name."""
+    return checkpoint.with_name(f"{checkpoint.stem}.{name}") if is_file(checkpoint) else checkpoint / name
 
 
 class OutputPath:

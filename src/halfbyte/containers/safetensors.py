@@ -22,7 +22,7 @@ from torch import Tensor
 
 from halfbyte.containers.place import not_through_links
 from halfbyte.errors import BadCheckpoint, brief
-from halfbyte.files import opened, parse_json
+from halfbyte.files import HEADER_LIMIT, LARGEST_TENSOR, opened, parse_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -31,12 +31,10 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_LIMIT = 100_000_000  # bytes, as in the reference implementation
 MOST_VALUES = (
     1 << 20
 )  # in a header, of which each tensor has seven: 28 times as many as the largest shard that is known
 LONGEST_NAME = 1024  # characters
-LARGEST = 1 << 48  # elements; more would overflow strides, even of an empty tensor
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,10 @@ def _entry(path: Path, data: int, value: Mapping) -> Entry:
     if value["dtype"] not in DTYPES:
         raise ValueError(f"dtype {value['dtype']} is not known")
     (begin, end), shape = value["data_offsets"], value["shape"]
-    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or prod(max(n, 1) for n in shape) > LARGEST:
+    if (
+        not all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+        or prod(max(n, 1) for n in shape) > LARGEST_TENSOR
+    ):
         raise ValueError(f"shape {shape} and offsets {begin}..{end} are not all sizes")
     entry = Entry(tuple(shape), DTYPES[value["dtype"]], path, data + begin)
     if end - begin != entry.size_bytes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from halfbyte.containers import CONTAINERS
+from halfbyte.containers.table import CONTAINERS
 from halfbyte.engines.architectures import Config, Registry, architecture_of, auto_class, decoder_of, registry
 from halfbyte.engines.engines import DEGREES, ENGINES, ROW, EngineSupport, KernelSupport, engine_named
 from halfbyte.grids.quantized import Scheme

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halfbyte.containers import READERS, Reader, kv
+from halfbyte.containers import kv
 from halfbyte.containers.config import require_sound
-from halfbyte.containers.container import Modules, described, require_parts
+from halfbyte.containers.container import Modules, Reader, described, require_parts
 from halfbyte.containers.safetensors import Entry, Spec, read_header
+from halfbyte.containers.table import READERS
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief, plural
 from halfbyte.files import exists, is_within, read_object
 from halfbyte.formats import DTYPES
@@ -27,7 +28,7 @@ from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import PackedMatrix, Quantized, Scheme
 from halfbyte.models import cards, roles, tokenizers
 from halfbyte.models.linears import Linears, linears
-from halfbyte.registry import SOURCES
+from halfbyte.registry import SOURCES, source_suffix
 
 if TYPE_CHECKING:
     from halfbyte.models.adapter import Adapter
@@ -113,8 +114,8 @@ class Checkpoint:
         """
         path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
         if exists(path):
-            if home := next((home for suffix, home in SOURCES.items() if _is_of(path, suffix)), None):
-                return resolve_name(home)(path)
+            if suffix := source_suffix(path):
+                return resolve_name(SOURCES[suffix])(path)
             if path.is_dir():
                 return Checkpoint(path)
             raise BadCheckpoint(
@@ -528,13 +529,6 @@ def _adapter_hint(folder: Path) -> str:
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _is_of(path: Path, suffix: str) -> bool:
-    """Whether a file ends so, or a folder has such files and no safetensors."""
-    if path.is_file():
-        return path.suffix == suffix
-    return any(path.glob(f"*{suffix}")) and not any(path.glob("*.safetensors"))
 
 
 def download(source: str) -> Path:

@@ -13,13 +13,14 @@ from urllib.parse import quote
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from halfbyte.containers.place import beside, is_file
 from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import plural
 from halfbyte.models.texts import called
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.report.summary import size, worst, worst_activations
 from halfbyte.report.types import EngineReport, Report
-from halfbyte.targets.table import TARGETS, UNQUANTIZED, beside, is_file
+from halfbyte.targets.table import TARGETS, UNQUANTIZED
 from halfbyte.targets.target import Target
 
 

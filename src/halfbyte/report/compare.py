@@ -20,7 +20,7 @@ def compare(a: str | Path, b: str | Path, values: bool = True, progress: Progres
     Raises HalfbyteError; BadRequest where no tensor of the one is in the other.
     """
     one, other = Checkpoint.open(a), Checkpoint.open(b)
-    kinds = [{name: (kind, size) for name, kind, _, size in stored(c)} for c in (one, other)]
+    kinds = [{t.name: (t.kind, t.size_bytes) for t in stored(c)} for c in (one, other)]
     errors = [_errors(checkpoint) for checkpoint in (one, other)]
     shapes = [checkpoint.tensors() for checkpoint in (one, other)]
     shared = [name for name in shapes[0] if shapes[0][name] == shapes[1].get(name)]
@@ -74,7 +74,7 @@ def _errors(checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def _compared(checkpoint: Checkpoint) -> Compared:
-    size = counted(checkpoint)
+    size = counted(stored(checkpoint))
     return Compared(
         path=str(checkpoint.path),
         container=checkpoint.container,

@@ -1,13 +1,20 @@
 """What is in a checkpoint: tensors, grids, bits per weight, sizes, and, of the report beside it, what was lost."""
 
+import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import BadCheckpoint
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.files import exists
+from halfbyte.registry import HEADS, Contents, StoredTensor, source_suffix
 from halfbyte.report import written
 from halfbyte.report.types import Inspection, Report, Sizes, Stored, WeightReport
+
+if TYPE_CHECKING:
+    from halfbyte.models.checkpoint import Checkpoint
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -15,20 +22,20 @@ def inspect(path: str | Path) -> Inspection:
 
     Raises HalfbyteError. A report beside it that is not one of ours is named among the warnings.
     """
-    checkpoint = Checkpoint.open(path)
+    place, contents = _contents(path)
     weights: list[WeightReport] = []
     report, warnings = None, []
     try:
-        report = written.read(checkpoint.path)
+        report = written.read(place)
     except BadCheckpoint as error:
         warnings = [f"{error}; nothing of it is shown"]
     if isinstance(report, Report):
         weights, warnings = sorted(report.weights, key=lambda row: -row.error), report.warnings
     return Inspection(
-        path=str(checkpoint.path),
-        model_type=checkpoint.model_type,
-        container=checkpoint.container,
-        **counted(checkpoint).as_dict(),
+        path=str(place),
+        model_type=contents.model_type,
+        container=contents.container,
+        **counted(contents.tensors).as_dict(),
         error_of=report.error_of if isinstance(report, Report) else None,
         weights=weights,
         warnings=warnings,
@@ -36,29 +43,42 @@ def inspect(path: str | Path) -> Inspection:
     )
 
 
-def counted(checkpoint: Checkpoint) -> Sizes:
+def _contents(source: str | Path) -> tuple[Path, Contents]:
+    """Where a checkpoint lies, and what is in it."""
+    path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
+    if exists(path) and (suffix := source_suffix(path)) in HEADS:
+        return path, resolve_name(HEADS[suffix])(path)
+    from halfbyte.models.checkpoint import Checkpoint  # torch, and seconds, which a head that says all can spare
+
+    checkpoint = Checkpoint.open(source)
+    return checkpoint.path, Contents(checkpoint.model_type, checkpoint.container, stored(checkpoint))
+
+
+def counted(tensors: Iterable[StoredTensor]) -> Sizes:
     """How large it is, in all and by what its weights are stored as."""
     found: dict[str, list[tuple[int, int]]] = defaultdict(list)  # weights and bytes of each tensor
-    for _, kind, weights, size_bytes in stored(checkpoint):
-        found[kind].append((weights, size_bytes))
-    kinds = {kind: _stored(tensors) for kind, tensors in found.items()}
+    for tensor in tensors:
+        found[tensor.kind].append((tensor.weights, tensor.size_bytes))
+    kinds = {kind: _stored(sizes) for kind, sizes in found.items()}
     size_bytes, parameters = sum(k.size_bytes for k in kinds.values()), sum(k.weights for k in kinds.values())
     bits = 8 * size_bytes / max(parameters, 1)
     return Sizes(size_bytes=size_bytes, parameters=parameters, bits_per_parameter=bits, grids=kinds)
 
 
-def stored(checkpoint: Checkpoint) -> Iterator[tuple[str, str, int, int]]:
-    """Every tensor by its name in the unquantized checkpoint: its grid or dtype, numbers, and bytes."""
+def stored(checkpoint: "Checkpoint") -> list[StoredTensor]:
+    """Every tensor by its name in the unquantized checkpoint."""
+    found = []
     for module, (scheme, shape) in checkpoint.quantized.items():
         size_bytes = sum(checkpoint.entries[t].size_bytes for t in checkpoint.parts_of[module])
-        yield f"{module}.weight", str(scheme), shape[0] * shape[1], size_bytes
+        found.append(StoredTensor(f"{module}.weight", str(scheme), shape[0] * shape[1], size_bytes))
     for name, entry in checkpoint.entries.items():
         if name not in checkpoint.parts:
             kind = str(entry.dtype).removeprefix("torch.")
-            yield name, kind, entry.size_bytes // entry.dtype.itemsize, entry.size_bytes
+            found.append(StoredTensor(name, kind, entry.size_bytes // entry.dtype.itemsize, entry.size_bytes))
+    return found
 
 
-def _stored(tensors: list[tuple[int, int]]) -> Stored:
-    weights, size_bytes = (sum(part) for part in zip(*tensors, strict=True))
+def _stored(sizes: list[tuple[int, int]]) -> Stored:
+    weights, size_bytes = (sum(part) for part in zip(*sizes, strict=True))
     bits = 8 * size_bytes / max(weights, 1)
-    return Stored(tensors=len(tensors), weights=weights, size_bytes=size_bytes, bits_per_weight=bits)
+    return Stored(tensors=len(sizes), weights=weights, size_bytes=size_bytes, bits_per_weight=bits)

@@ -8,7 +8,7 @@ from halfbyte.evaluation.blame import Attribution
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report import written
 from halfbyte.report.gate import Limit
-from halfbyte.report.inspect import counted
+from halfbyte.report.inspect import counted, stored
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.types import (
     Blame,
@@ -66,7 +66,7 @@ def _gate(row: Divergence, limit: Limit) -> Gate:
 
 
 def _named(checkpoint: Checkpoint) -> dict[str, Any]:
-    size = counted(checkpoint)
+    size = counted(stored(checkpoint))
     kv = str(checkpoint.kv.grid) if checkpoint.kv else None
     return {
         "path": str(checkpoint.path),

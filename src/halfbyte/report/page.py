@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from halfbyte.containers.place import beside
 from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import BadCheckpoint, BadRequest, plural
 from halfbyte.report import charts, tables, written
@@ -16,7 +17,6 @@ from halfbyte.report.card import local_paths, without_paths
 from halfbyte.report.summary import size
 from halfbyte.report.tables import Named
 from halfbyte.report.types import Report
-from halfbyte.targets.table import beside
 from halfbyte.terminal import plain
 
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}

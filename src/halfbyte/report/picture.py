@@ -3,10 +3,9 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from halfbyte.containers.place import PICTURE, replace_bytes
+from halfbyte.containers.place import PICTURE, beside, replace_bytes
 from halfbyte.report import charts, tables
 from halfbyte.report.types import Report
-from halfbyte.targets.table import beside
 
 WIDTH, STEP = 420, 22
 """Of the smallest picture, and of a layer, in points."""

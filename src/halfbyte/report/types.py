@@ -588,6 +588,7 @@ class Inspection(Sizes, frozen=True):
 
     path: str
     model_type: str
+    """Transformers' name of the decoder's family, or what a GGUF calls its architecture."""
     container: str | None
     """None: it is not quantized."""
     error_of: str | None = None

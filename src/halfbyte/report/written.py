@@ -8,14 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from halfbyte.containers.place import replace_text
+from halfbyte.containers.place import beside, replace_text
 from halfbyte.errors import BadCheckpoint, BrokenOutput, brief
 from halfbyte.files import read_object
-from halfbyte.report.card import card
 from halfbyte.report.numbers import require_finite
-from halfbyte.report.picture import add_picture
 from halfbyte.report.types import SCHEMA, CacheRecord, CacheReport, EvaluationRecord, Measurements, Origin, Report
-from halfbyte.targets.table import beside
 
 CONDITIONS = ("reference_path", "reference_xxh3_128", "text", "windows", "length", "convention", "tokens_sha256")
 MEASURED = ("evaluation", "evaluations", "states", "needle", "blame", "foreign_states", "foreign_needle")
@@ -66,6 +63,9 @@ def known(checkpoint: Path) -> Report | CacheRecord | None:
 
 def _write(report: Measurements, folder: Path, path: Path) -> None:
     """Put a report into `folder`, which is to be `path`, with the card of a model that we quantized."""
+    from halfbyte.report.card import card  # which knows targets, and these torch: who reads a report needs none
+    from halfbyte.report.picture import add_picture
+
     replace_text(beside(folder, "report.json"), as_json(report))
     if isinstance(report, Report):
         picture = add_picture(report, folder) if report.evaluation else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfbyte.containers.place import is_file
 from halfbyte.engines.verdicts import Verdict
 from halfbyte.errors import HalfbyteError, Unsupported
 from halfbyte.files import exists
@@ -24,7 +25,6 @@ from halfbyte.sizing.preferences import Words, recommended
 from halfbyte.sizing.question import CONTEXT, Question
 from halfbyte.sizing.types import SCHEMA, Advice, CacheRow, Loss, Row
 from halfbyte.targets.plan import commonest_name
-from halfbyte.targets.table import is_file
 
 DEGREES = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of cards that are tried."""

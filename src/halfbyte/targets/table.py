@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from halfbyte.containers import CONTAINERS
-from halfbyte.containers.place import OutputPath
+from halfbyte.containers.place import OutputPath, is_file
+from halfbyte.containers.table import CONTAINERS
 from halfbyte.errors import UnknownName, Unsupported
 from halfbyte.registry import FORMS, READ_ONLY, made
 from halfbyte.targets.hf.target import HuggingFace
@@ -33,17 +33,7 @@ def file_target(path: Path) -> Target | None:
     return next((target for target in TARGETS.values() if target.file_suffix == path.suffix and path.suffix), None)
 
 
-def is_file(path: Path) -> bool:
-    """Whether an output that is called so is one file, with its report beside it, and no folder."""
-    return file_target(path) is not None
-
-
 def output_path(path: Path) -> OutputPath:
     """Where an output that is called so comes to lie."""
     marks = tuple(dict.fromkeys(mark for target in TARGETS.values() for mark in target.marks))
     return OutputPath(path, is_file(path.resolve()), marks)
-
-
-def beside(checkpoint: Path, name: str) -> Path:
-    """A file that belongs to a checkpoint: in its folder, or next to the one file under that file's name."""
-    return checkpoint.with_name(f"{checkpoint.stem}.{name}") if is_file(checkpoint) else checkpoint / name

@@ -11,17 +11,8 @@ import torch
 
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.targets.gguf.file import (
-    MOST_ELEMENTS,
-    TYPES,
-    File,
-    GGUFWriter,
-    Value,
-    part_name,
-    read,
-    row_bytes,
-    split_metadata,
-)
+from halfbyte.targets.gguf.file import GGUFWriter, TensorInfo, dtype_of, read, split_metadata
+from halfbyte.targets.gguf.head import MOST_ELEMENTS, TYPES, File, Value, part_name, row_bytes
 
 METADATA = {
     "general.architecture": Value("string", "llama"),
@@ -50,7 +41,7 @@ def contents(seed: int = 0) -> dict[str, torch.Tensor]:
     for name, (kind, shape) in TENSORS.items():
         size = row_bytes(kind, shape[-1])
         raw = torch.from_numpy(random.integers(0, 100, (*shape[:-1], size), dtype=np.uint8))
-        made[name] = raw.view(TYPES[kind].dtype)
+        made[name] = raw.view(dtype_of(kind))
     return made
 
 
@@ -88,7 +79,7 @@ def write_with_gguf(path: Path) -> Path:
     return path
 
 
-def require_same(file: File) -> None:
+def require_same(file: File[TensorInfo]) -> None:
     assert file.metadata == METADATA
     assert {name: (stored.type, stored.shape) for name, stored in file.tensors.items()} == TENSORS
     for name, tensor in contents().items():

@@ -13,7 +13,8 @@ import torch
 from halfbyte.errors import HalfbyteError
 from halfbyte.targets.gguf import file as gguf_file
 from halfbyte.targets.gguf import imatrix
-from halfbyte.targets.gguf.file import GGUFWriter, Value
+from halfbyte.targets.gguf.file import GGUFWriter
+from halfbyte.targets.gguf.head import File, Value
 
 CASES, SECONDS, BYTES = 60, 2.0, 32 << 20
 EXTREMES = (
@@ -124,13 +125,13 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, kind: str, damage: Callable
     assert refused
 
 
-def read_all(read: Callable[[Path], gguf_file.File | imatrix.Importance], path: Path) -> str | None:
+def read_all(read: Callable[[Path], File | imatrix.Importance], path: Path) -> str | None:
     """What is said against the file. Where nothing is, every byte that its header promises is there."""
     try:
         value = read(path)
     except HalfbyteError as error:
         return str(error)
-    if isinstance(value, gguf_file.File):
+    if isinstance(value, File):
         for stored in value.tensors.values():
             stored.entry.read()
     return None

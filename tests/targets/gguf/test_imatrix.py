@@ -13,7 +13,8 @@ import torch
 from halfbyte.errors import BadCheckpoint, BadRequest
 from halfbyte.targets.gguf import file as gguf_file
 from halfbyte.targets.gguf import imatrix
-from halfbyte.targets.gguf.file import GGUFWriter, Value
+from halfbyte.targets.gguf.file import GGUFWriter
+from halfbyte.targets.gguf.head import TYPES, Value
 from halfbyte.targets.gguf.imatrix import Importance, Squares
 
 
@@ -193,6 +194,6 @@ def test_the_quantizer_of_llama_cpp_takes_the_means_of_our_file(tmp_path):
         stored = made.tensors[name]
         mean = (squares[name].sums / squares[name].counts).contiguous()
         expected = torch.empty(stored.entry.shape, dtype=torch.uint8)
-        kind = gguf_file.TYPES[stored.type].number
+        kind = TYPES[stored.type].number
         base.ggml_quantize_chunk(kind, tensors[name].data_ptr(), expected.data_ptr(), 0, WIDTH, WIDTH, mean.data_ptr())
         assert torch.equal(stored.entry.read(), expected), name

@@ -15,8 +15,10 @@ import tiny
 from halfbyte import demo
 from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.report import inspect
 from halfbyte.targets.gguf import file as gguf_file
-from halfbyte.targets.gguf.file import Value
+from halfbyte.targets.gguf.blocks import LAYOUTS
+from halfbyte.targets.gguf.head import Value
 from models.families import FAMILIES, Family
 
 CALIBRATION = {"samples": 2, "length": 128}
@@ -274,4 +276,17 @@ def test_layers_of_different_numbers_of_heads_are_refused(home, tmp_path):
     same = changed(home / "q4.gguf", tmp_path / "same.gguf", {name: Value("uint32[]", [4] * 8)})
     differ = changed(home / "q4.gguf", tmp_path / "differ.gguf", {name: Value("uint32[]", [4] * 7 + [8])})
     assert type(Checkpoint.open(same).config["num_attention_heads"]) is int
-    tiny.refused(tiny.halfbyte("inspect", differ), name, "differs from layer to layer")
+    tiny.refused(tiny.halfbyte("convert", differ, "-o", tmp_path / "o", "--to", "gptq"), name, "from layer to layer")
+
+
+@pytest.mark.parametrize("name", ["bf16.gguf", "parts", "q4.gguf"])
+def test_a_head_says_what_the_checkpoint_holds(name, home):
+    assert halfbyte.inspect(home / name).grids == inspect.counted(inspect.stored(Checkpoint.open(home / name))).grids
+
+
+@pytest.mark.parametrize("type_name", LAYOUTS)
+def test_a_head_calls_types_as_grids_are_called(type_name, tmp_path):
+    said = {"general.architecture": Value("string", "none")}
+    gguf_file.GGUFWriter(tmp_path / "one.gguf", said, {"a": (type_name, (2, 256))}).close()
+    found = halfbyte.inspect(tmp_path / "one.gguf")
+    assert (found.model_type, found.container, [*found.grids]) == ("none", "gguf", [str(LAYOUTS[type_name].grid)])

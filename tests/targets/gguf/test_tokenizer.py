@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import halfbyte.demo
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.targets.gguf.file import GGUFWriter, Value
+from halfbyte.targets.gguf.file import GGUFWriter
+from halfbyte.targets.gguf.head import Value
 from halfbyte.targets.gguf.tokenizer import (
     CAPITAL,
     CONTRACTION,

@@ -7,7 +7,7 @@ from typing import Any
 
 from halfbyte.containers.config import require_sound
 from halfbyte.errors import BadCheckpoint, Unsupported, brief
-from halfbyte.targets.gguf.file import Value
+from halfbyte.targets.gguf.head import Value
 from halfbyte.targets.gguf.hyperparameters import KEYS, SAME
 
 NEEDED = ("block_count", "embedding_length", "attention.head_count")

@@ -1,85 +1,34 @@
-"""Reading and writing GGUF as a stream (format: docs/gguf.md of ggml-org/ggml; limits: ggml's gguf.cpp).
+"""Reading and writing GGUF as a stream: tensors one at a time at their offsets, as in `containers.safetensors`."""
 
-A header says everything: typed metadata, then name, shape, type and offset of every tensor. Tensors are read and
-written one at a time at their offsets, as in `containers.safetensors`. A header is not to be trusted: whatever it
-counts is compared with what the file can hold before anything of that size is made.
-"""
-
-import os
-import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 
-from halfbyte.containers.safetensors import HEADER_LIMIT, LARGEST, Entry, FileWriter
-from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.files import opened
+from halfbyte.containers.safetensors import Entry, FileWriter, Spec
+from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Shape
+from halfbyte.targets.gguf.head import (
+    ALIGNMENT,
+    ARRAY,
+    BYTES,
+    MAGIC,
+    MOST_DIMENSIONS,
+    NUMBERS,
+    STRING,
+    TYPES,
+    VALUE_NUMBERS,
+    VERSION,
+    File,
+    Value,
+    padded,
+    row_bytes,
+)
+from halfbyte.targets.gguf.head import read as read_head
 
-MAGIC, VERSION = b"GGUF", 3
-ALIGNMENT = 32  # bytes, where general.alignment does not say otherwise
-MOST_DIMENSIONS, LONGEST_NAME = 4, 63  # of a tensor, in ggml
-MOST_ELEMENTS, MOST_TENSORS, MOST_KEYS = (
-    1 << 22,
-    1 << 17,
-    1 << 16,
-)  # far beyond any real file, and few enough to hold in memory
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-
-
-class Type(NamedTuple):
-    """How ggml stores a row: blocks of `block` weights, `size_bytes` each."""
-
-    number: int
-    block: int
-    size_bytes: int
-    dtype: torch.dtype = torch.uint8
-    """What one element is, where no decoding is needed; bytes otherwise."""
-
-
-TYPES = {
-    "F32": Type(0, 1, 4, torch.float32), "F16": Type(1, 1, 2, torch.float16), "BF16": Type(30, 1, 2, torch.bfloat16),
-    "F64": Type(28, 1, 8, torch.float64),
-    "I8": Type(24, 1, 1, torch.int8), "I16": Type(25, 1, 2, torch.int16), "I32": Type(26, 1, 4, torch.int32),
-    "I64": Type(27, 1, 8, torch.int64),
-    "Q4_0": Type(2, 32, 18), "Q4_1": Type(3, 32, 20), "Q5_0": Type(6, 32, 22), "Q5_1": Type(7, 32, 24), "Q8_0": Type(8,
-    32, 34), "Q8_1": Type(9, 32, 40),
-    "Q2_K": Type(10, 256, 84), "Q3_K": Type(11, 256, 110), "Q4_K": Type(12, 256, 144), "Q5_K": Type(13, 256, 176),
-    "Q6_K": Type(14, 256, 210),
-    "Q8_K": Type(15, 256, 292), "IQ2_XXS": Type(16, 256, 66), "IQ2_XS": Type(17, 256, 74), "IQ2_S": Type(22, 256, 82),
-    "IQ3_XXS": Type(18, 256, 98),
-    "IQ3_S": Type(21, 256, 110), "IQ1_S": Type(19, 256, 50), "IQ1_M": Type(29, 256, 56), "IQ4_NL": Type(20, 32, 18),
-    "IQ4_XS": Type(23, 256, 136),
-    "TQ1_0": Type(34, 256, 54), "TQ2_0": Type(35, 256, 66), "MXFP4": Type(39, 32, 17), "NVFP4": Type(40, 64, 36),
-    "Q1_0": Type(41, 128, 18),
-    "Q2_0": Type(42, 64, 18),
-}  # fmt: skip
-"""ggml's tensor types, by ggml's names (ggml.h, ggml-common.h)."""
-TYPE_NAMES = {kind.number: name for name, kind in TYPES.items()}
-
-NUMBERS = {
-    "uint8": (0, "B"), "int8": (1, "b"), "uint16": (2, "H"), "int16": (3, "h"), "uint32": (4, "I"), "int32": (5, "i"),
-    "float32": (6, "f"), "bool": (7, "?"),
-    "uint64": (10, "Q"), "int64": (11, "q"), "float64": (12, "d"),
-}  # fmt: skip
-"""Numeric types of metadata, with their number in a file and their letter in `struct`."""
-STRING, ARRAY = 8, 9
-VALUE_NAMES = {number: name for name, (number, _) in NUMBERS.items()} | {STRING: "string"}
-VALUE_NUMBERS = {name: number for number, name in VALUE_NAMES.items()}
-
-
-class Value(NamedTuple):
-    """A value of metadata, with the type that it has in the file."""
-
-    type: str
-    """A key of NUMBERS or "string"; with "[]" after it, a sequence of these."""
-    value: Any
+LONGEST_NAME = 63  # of a tensor, in ggml
 
 
 @dataclass(frozen=True)
@@ -94,97 +43,31 @@ class TensorInfo:
     """Its bytes: of shape and dtype where the type is plain, uint8 [..., out, row_bytes] where it is not."""
 
 
-@dataclass(frozen=True)
-class File:
-    """One GGUF file, or the parts of a split one read as though they had not been split."""
-
-    paths: tuple[Path, ...]
-    metadata: dict[str, Value]
-    tensors: dict[str, TensorInfo]
-
-    def get(self, key: str, default: object = None):
-        """A value of the metadata without its type."""
-        return self.metadata[key].value if key in self.metadata else default
+def read(path: Path) -> File[TensorInfo]:
+    """As `head.read`, with the place of every tensor's bytes."""
+    found = read_head(path)
+    tensors = {
+        name: TensorInfo(placed.type, placed.shape, _entry(placed.type, placed.shape, placed.path, placed.offset))
+        for name, placed in found.tensors.items()
+    }
+    return File(found.paths, found.metadata, tensors)
 
 
-def row_bytes(type: str, width: int) -> int:
-    """Bytes of a row of `width` weights. Raises Unsupported where blocks do not fill it."""
-    kind = TYPES[type]
-    if width % kind.block:
-        raise Unsupported(f"{type} stores blocks of {kind.block} weights, which rows of {width} are no multiple of")
-    return width // kind.block * kind.size_bytes
+def dtype_of(type: str) -> torch.dtype:
+    """What one element of a type is; bytes, where it takes decoding."""
+    return getattr(torch, TYPES[type].dtype)
 
 
-def read(path: Path) -> File:
-    """A file, a part of a split one (its other parts are found beside it), or a folder that holds one of either.
-
-    Raises BadCheckpoint, naming the file, for one that is malformed, cut short, or lacks a part.
-    """
-    if path.is_dir():
-        path = _only_model(path)
-    first = _read_part(path)
-    count = first.get("split.count", 0)
-    if not isinstance(count, int) or count <= 1:
-        return File(first.paths, _unsplit(first.metadata), first.tensors)
-    parts = [first if name == path else _read_part(name) for name in _siblings(path, count)]
-    tensors: dict[str, TensorInfo] = {}
-    for number, part in enumerate(parts):
-        if part.get("split.no") != number or part.get("split.count") != count:
-            raise BadCheckpoint(
-                f"{part.paths[0]} says that it is part {part.get('split.no')} of {part.get('split.count')}, and its "
-                f"name that it is {number}"
-            )
-        twice = next((name for name in part.tensors if name in tensors), None)
-        if twice is not None:
-            raise BadCheckpoint(f"{part.paths[0]}: tensor {twice!r} is in an earlier part too")
-        tensors |= part.tensors
-    said = parts[0].get("split.tensors.count", len(tensors))
-    if said != len(tensors):
-        raise BadCheckpoint(
-            f"{parts[0].paths[0]} says that all parts hold {said} tensors, and they hold {len(tensors)}; "
-            "download them again"
-        )
-    return File(tuple(p.paths[0] for p in parts), _unsplit(parts[0].metadata), tensors)
+def spec_of(type: str, shape: Shape) -> Spec:
+    """A tensor as its bytes are read. Raises Unsupported where blocks do not fill its rows."""
+    if TYPES[type].dtype == BYTES:
+        shape = (*shape[:-1], row_bytes(type, shape[-1] if shape else 1))
+    return Spec(shape, dtype_of(type))
 
 
-def _only_model(folder: Path) -> Path:
-    """The first part of the one model in a folder."""
-    names = sorted(p.name for p in folder.glob("*.gguf"))
-    models = {(m["stem"], m["count"]) if (m := PART.fullmatch(name)) else name for name in names}
-    if not models:
-        raise BadCheckpoint(f"{folder} holds no .gguf file")
-    if len(models) > 1:
-        raise BadCheckpoint(
-            f"{folder} holds {len(models)} models, such as {' and '.join(names[:: max(1, len(names) - 1)][:2])}; "
-            "name one file"
-        )
-    return folder / names[0]
-
-
-def _siblings(path: Path, count: int) -> list[Path]:
-    found = PART.fullmatch(path.name)
-    if not found or int(found["count"]) != count:
-        raise BadCheckpoint(
-            f"{path} is one of {count} parts, which are found by their names; it should be named "
-            f"{part_name('NAME', 0, count)}"
-        )
-    names = [path.with_name(part_name(found["stem"], number, count)) for number in range(count)]
-    missing = [name for name in names if not name.exists()]
-    if missing:
-        raise BadCheckpoint(
-            f"{path} is one of {count} parts, and {len(missing)} are missing, the first {missing[0].name}; "
-            "download it again"
-        )
-    return names
-
-
-def _unsplit(metadata: dict[str, Value]) -> dict[str, Value]:
-    return {key: value for key, value in metadata.items() if not key.startswith("split.")}
-
-
-def part_name(stem: str, number: int, count: int) -> str:
-    """File name of part `number`, from 0, as llama.cpp looks for it."""
-    return f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
+def _entry(type: str, shape: Shape, path: Path, offset: int) -> Entry:
+    spec = spec_of(type, shape)
+    return Entry(spec.shape, spec.dtype, path, offset)
 
 
 def split_metadata(metadata: Mapping[str, Value], number: int, count: int, tensors: int) -> dict[str, Value]:
@@ -196,199 +79,6 @@ def split_metadata(metadata: Mapping[str, Value], number: int, count: int, tenso
         "split.tensors.count": Value("int32", tensors),
     }
     return {**(metadata if number == 0 else {}), **place}
-
-
-# Reading a header ---------------------------------------------------------------------------------------------------
-
-
-class _Malformed(Exception):
-    """What is wrong with a header."""
-
-
-class _CutShort(Exception):
-    """The bytes at hand end before the byte at `end`."""
-
-    def __init__(self, end: int):
-        self.end = end
-
-
-def _read_part(path: Path) -> File:
-    try:
-        with opened(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            return File((path,), *_header(file, size, path))
-    except OSError as error:
-        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except _Malformed as wrong:
-        raise BadCheckpoint(f"{path} is no GGUF file that can be read, or is cut short: {wrong}") from None
-
-
-def _header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Value], dict[str, TensorInfo]]:
-    """Where a header ends is known only once it is parsed, so more of the file is taken until it is whole."""
-    data = file.read(1 << 20)
-    while True:
-        try:
-            return _parse(data, size, path)
-        except _CutShort as cut:
-            wanted = min(HEADER_LIMIT, max(cut.end, 4 * len(data)))
-            more = b"" if cut.end > min(size, HEADER_LIMIT) else file.read(wanted - len(data))
-            if not more:
-                raise _Malformed(f"its header goes on to byte {cut.end} of {size}") from None
-            data += more
-
-
-def _parse(data: bytes, size: int, path: Path) -> tuple[dict[str, Value], dict[str, TensorInfo]]:
-    """Metadata and tensors of a header; `size` is that of the whole file."""
-    cursor = _Cursor(data, size)
-    tensor_count, key_count = _preamble(cursor)
-    metadata: dict[str, Value] = {}
-    for _ in range(key_count):
-        key = cursor.name("key")
-        if key in metadata:
-            raise _Malformed(f"key {key!r} comes twice")
-        metadata[key] = cursor.value(key)
-    alignment = metadata.get("general.alignment", Value("uint32", ALIGNMENT))
-    step = alignment.value
-    if alignment.type != "uint32" or step < 1 or step & (step - 1):
-        raise _Malformed(f"general.alignment is {step!r} ({alignment.type}), not a power of two")
-    tensors: dict[str, TensorInfo] = {}
-    for _ in range(tensor_count):
-        name = cursor.name("tensor's name")
-        if name in tensors:
-            raise _Malformed(f"tensor {name!r} comes twice")
-        tensors[name] = cursor.tensor(name, path)
-    start = _padded(cursor.at, step)
-    _require_apart(tensors, size - start, step)
-    return metadata, {
-        name: replace(t, entry=replace(t.entry, offset=start + t.entry.offset)) for name, t in tensors.items()
-    }
-
-
-def _require_apart(tensors: Mapping[str, TensorInfo], size: int, step: int) -> None:
-    """Every tensor lies at a multiple of `step`, overlaps no other, and ends before the file does, `size` bytes on."""
-    end = 0
-    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].entry.offset, item[1].entry.size_bytes)):
-        if stored.entry.offset % step:
-            raise _Malformed(f"tensor {name!r} is at {stored.entry.offset}, not a multiple of {step}")
-        if stored.entry.offset < end:
-            raise _Malformed(f"tensor {name!r} overlaps another")
-        end = stored.entry.offset + stored.entry.size_bytes
-        if end > size:
-            raise _Malformed(f"tensor {name!r} needs {end - size} bytes more than there are; download the file again")
-
-
-def _preamble(cursor: "_Cursor") -> tuple[int, int]:
-    """How many tensors and keys there are."""
-    magic = cursor.take(4)
-    if magic != MAGIC:
-        hint = "; it is a pointer of Git LFS: fetch it with git lfs pull" if magic == b"vers" else ""
-        raise _Malformed(f"it starts with {magic!r}, not {MAGIC!r}{hint}")
-    version = cursor.number("I")
-    if not version & 0xFFFF:
-        raise _Malformed(
-            "it is big-endian, and only little-endian files are read; convert it with gguf_convert_endian.py "
-            "of llama.cpp"
-        )
-    if version not in (2, VERSION):
-        raise _Malformed(
-            f"it is of version {version}, and versions 2 and 3 are read"
-            + ("; convert the model again" if version == 1 else "")
-        )
-    tensors, keys = cursor.number("Q"), cursor.number("Q")
-    if tensors > MOST_TENSORS or keys > MOST_KEYS:
-        raise _Malformed(
-            f"it counts {tensors} tensors and {keys} keys; at most {MOST_TENSORS} and {MOST_KEYS} are read"
-        )
-    return tensors, keys
-
-
-class _Cursor:
-    """A place in the bytes of a header. Raises _CutShort where they end too early."""
-
-    def __init__(self, data: bytes, size: int):
-        self.data, self.size, self.at = data, size, 0
-        self.left = MOST_ELEMENTS
-        """Elements of arrays that may follow."""
-
-    def take(self, count: int) -> bytes:
-        end = self.at + count
-        if end > len(self.data):
-            raise _CutShort(end)
-        taken = self.data[self.at : end]
-        self.at = end
-        return taken
-
-    def number(self, letter: str):
-        return struct.unpack(f"<{letter}", self.take(struct.calcsize(f"<{letter}")))[0]
-
-    def name(self, what: str) -> str:
-        raw = self.take(self.number("Q"))
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            raise _Malformed(f"a {what} is not UTF-8: {raw[:64]!r}") from None
-
-    def value(self, key: str) -> Value:
-        number, count = self.number("I"), None
-        if number == ARRAY:
-            number, count = self.number("I"), self.number("Q")
-        if number not in VALUE_NAMES:
-            what = "an array of arrays" if number == ARRAY else f"of type {number}"
-            raise _Malformed(f"{key!r} is {what}, which is not known")
-        self.left -= count or 0
-        if self.left < 0:
-            raise _Malformed(f"{key!r} counts {count} elements; at most {MOST_ELEMENTS} in all are read")
-        name, wanted = VALUE_NAMES[number], 1 if count is None else count
-        items = self.strings(wanted) if number == STRING else self.numbers(name, wanted)
-        return Value(name, items[0]) if count is None else Value(f"{name}[]", items)
-
-    def numbers(self, name: str, count: int) -> list:
-        kind = np.dtype(NUMBERS[name][1]).newbyteorder("<")
-        raw = np.frombuffer(self.take(count * kind.itemsize), np.uint8 if name == "bool" else kind)
-        return (raw != 0).tolist() if name == "bool" else raw.tolist()
-
-    def strings(self, count: int) -> list[str]:
-        """Bytes that are not UTF-8, as in some vocabularies, become surrogates, which are written back as they were."""
-        if self.at + 8 * count > self.size:
-            raise _CutShort(self.at + 8 * count)
-        data, at, length, found = self.data, self.at, struct.Struct("<Q").unpack_from, []
-        for _ in range(count):
-            start = at + 8
-            if start > len(data):
-                raise _CutShort(start)
-            at = start + length(data, at)[0]
-            if at > len(data):
-                raise _CutShort(at)
-            found.append(data[start:at].decode("utf-8", "surrogateescape"))
-        self.at = at
-        return found
-
-    def tensor(self, name: str, path: Path) -> TensorInfo:
-        """What is said of one tensor; its offset is still counted from the first."""
-        dimensions = self.number("I")
-        if dimensions > MOST_DIMENSIONS:
-            raise _Malformed(f"tensor {name!r} has {dimensions} dimensions; ggml has at most {MOST_DIMENSIONS}")
-        shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
-        number, offset = self.number("I"), self.number("Q")
-        if prod(max(n, 1) for n in shape) > LARGEST:
-            raise _Malformed(f"tensor {name!r} is of shape {list(shape)}, more than any file holds")
-        if number not in TYPE_NAMES:
-            raise _Malformed(f"tensor {name!r} is of ggml type {number}, which is not known")
-        try:
-            return TensorInfo(TYPE_NAMES[number], shape, _entry(TYPE_NAMES[number], shape, path, offset))
-        except Unsupported as wrong:
-            raise _Malformed(f"tensor {name!r}: {wrong}") from None
-
-
-def _entry(type: str, shape: Shape, path: Path, offset: int) -> Entry:
-    kind = TYPES[type]
-    if kind.dtype != torch.uint8:
-        return Entry(shape, kind.dtype, path, offset)
-    width = shape[-1] if shape else 1
-    return Entry((*shape[:-1], row_bytes(type, width)), torch.uint8, path, offset)
-
-
-# Writing ------------------------------------------------------------------------------------------------------------
 
 
 class GGUFWriter(FileWriter):
@@ -410,10 +100,10 @@ class GGUFWriter(FileWriter):
             infos += _string(name) + struct.pack(
                 f"<I{len(shape)}QIQ", len(shape), *shape[::-1], TYPES[type].number, offset
             )
-            offset += _padded(entries[name].size_bytes, step)
+            offset += padded(entries[name].size_bytes, step)
         head = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata))
         head += b"".join(_string(key) + _value(value) for key, value in metadata.items()) + infos
-        head += bytes(_padded(len(head), step) - len(head))
+        head += bytes(padded(len(head), step) - len(head))
         placed = {name: Entry(e.shape, e.dtype, path, len(head) + e.offset) for name, e in entries.items()}
         super().__init__(path, head, placed, len(head) + offset, resume)
 
@@ -425,10 +115,6 @@ def _require_name(name: str, shape: Shape) -> None:
         )
     if len(shape) > MOST_DIMENSIONS:
         raise Unsupported(f"tensor {name!r} has {len(shape)} dimensions; ggml has at most {MOST_DIMENSIONS}")
-
-
-def _padded(size_bytes: int, step: int) -> int:
-    return -(-size_bytes // step) * step
 
 
 def _string(text: str) -> bytes:

@@ -16,7 +16,7 @@ from torch import Tensor
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import Shape
 from halfbyte.targets.gguf.families import Family, family_named, head_dim, llama3_factors, lost_window, rope_of
-from halfbyte.targets.gguf.file import Value
+from halfbyte.targets.gguf.head import Value
 from halfbyte.targets.gguf.settings import settings
 
 QUANTIZATION_VERSION = 2

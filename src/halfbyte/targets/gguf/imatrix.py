@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halfbyte.errors import BadCheckpoint, BadRequest
 from halfbyte.targets.gguf import file as gguf
-from halfbyte.targets.gguf.file import Value
+from halfbyte.targets.gguf.head import Value
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNKS, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"

@@ -6,7 +6,7 @@ end a text.
 
 from collections.abc import Mapping
 
-from halfbyte.targets.gguf.file import Value
+from halfbyte.targets.gguf.head import Value
 
 ENDS = ("eos", "eot", "eom")
 

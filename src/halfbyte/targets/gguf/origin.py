@@ -4,7 +4,7 @@ docs/gguf.md)."""
 import re
 
 from halfbyte.models.provenance import HUB, Provenance
-from halfbyte.targets.gguf.file import Value
+from halfbyte.targets.gguf.head import Value
 
 SIZE = re.compile(r"\d+([._]\d+)?[KMBT]", re.I)
 UNITS = {"T": 1e12, "B": 1e9, "M": 1e6, "K": 1e3}

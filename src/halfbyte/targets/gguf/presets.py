@@ -12,7 +12,7 @@ import torch
 
 from halfbyte.errors import UnknownName
 from halfbyte.grids.grid import Shape
-from halfbyte.targets.gguf.file import TYPES
+from halfbyte.targets.gguf.head import TYPES
 from halfbyte.targets.gguf.names import ALIASES, PRESETS
 
 PLAIN = {"F32", "F16", "BF16"}

@@ -13,7 +13,7 @@ from typing import Any
 
 from halfbyte.errors import BadCheckpoint, Unsupported, brief
 from halfbyte.files import is_within, read_object, read_text
-from halfbyte.targets.gguf.file import Value
+from halfbyte.targets.gguf.head import Value
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """llama.cpp's kinds of tokens: `enum llama_token_type`."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.targets.gguf.file import Value
+from halfbyte.targets.gguf.head import Value
 from halfbyte.targets.gguf.tokenizer import (
     CONTROL,
     DIGITS,

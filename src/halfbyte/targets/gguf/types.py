@@ -13,7 +13,7 @@ from halfbyte.recipe import PARTS, Method, Recipe
 from halfbyte.targets.choosing import ROUNDING, left, modules_of, require_ties
 from halfbyte.targets.gguf import blocks, families, hyperparameters, presets
 from halfbyte.targets.gguf.blocks import LAYOUTS, type_of
-from halfbyte.targets.gguf.file import TYPES
+from halfbyte.targets.gguf.head import TYPES
 from halfbyte.targets.gguf.source import GGUFCheckpoint, Names, translation_of
 from halfbyte.targets.patterns import first_match
 from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan, TensorPlan, keep

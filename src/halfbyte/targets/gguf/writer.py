@@ -20,7 +20,7 @@ from halfbyte.targets.gguf import blocks, families, file, hyperparameters, model
 from halfbyte.targets.gguf.blocks import type_of
 from halfbyte.targets.gguf.checked import require_types
 from halfbyte.targets.gguf.families import Place
-from halfbyte.targets.gguf.file import TYPES, Value, row_bytes
+from halfbyte.targets.gguf.head import Value, part_name
 from halfbyte.targets.gguf.origin import FALSE_OF_ANOTHER, origin
 from halfbyte.targets.gguf.settings import settings
 from halfbyte.targets.gguf.source import GGUFCheckpoint, translation_of
@@ -86,7 +86,7 @@ class GGUFWriter(CheckpointWriter):
 
     def tensors(self) -> dict[str, Spec]:
         """Shape and dtype of every tensor of the file, under ggml's names."""
-        return {name: _spec(*tensor) for name, tensor in self.types.items()}
+        return {name: file.spec_of(*tensor) for name, tensor in self.types.items()}
 
     def shards(self, stem: str) -> dict[str, Shard]:
         """One file; or parts of at most `shard_gb`, the first of which says how many there are."""
@@ -97,9 +97,7 @@ class GGUFWriter(CheckpointWriter):
             if len(parts) == 1
             else [file.split_metadata(self.metadata, i, len(parts), len(specs)) for i in range(len(parts))]
         )
-        names = (
-            [f"{stem}.gguf"] if len(parts) == 1 else [file.part_name(stem, i, len(parts)) for i in range(len(parts))]
-        )
+        names = [f"{stem}.gguf"] if len(parts) == 1 else [part_name(stem, i, len(parts)) for i in range(len(parts))]
         return {
             name: Shard(
                 sum(s.size_bytes for s in part.values()), partial(_writer, metadata, {t: self.types[t] for t in part})
@@ -175,7 +173,7 @@ class GGUFWriter(CheckpointWriter):
     def keep(self, tensor: str, value: Tensor) -> Iterator[TensorRows]:
         """The tensor at each of its places, in the type that the file has it in."""
         for place in self.names.places(tensor):
-            stored = cast(tensor, place.stored(value), TYPES[self._plain(tensor, place)].dtype, self.plan.wider)
+            stored = cast(tensor, place.stored(value), file.dtype_of(self._plain(tensor, place)), self.plan.wider)
             yield (
                 TensorRows(place.name, stored)
                 if place.expert is None
@@ -218,15 +216,6 @@ class GGUFWriter(CheckpointWriter):
                 "planned as they were planned"
             )
         return {name: stored.entry for name, stored in written.tensors.items()}
-
-
-def _spec(type_name: str, shape: Shape) -> Spec:
-    kind = TYPES[type_name]
-    return (
-        Spec(shape, kind.dtype)
-        if kind.dtype != torch.uint8
-        else Spec((*shape[:-1], row_bytes(type_name, shape[-1])), torch.uint8)
-    )
 
 
 def _order(place: Place, weight: Weight) -> Tensor | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from halfbyte.containers import Container
 from halfbyte.containers import kv as layout
+from halfbyte.containers.container import Container
 from halfbyte.containers.safetensors import Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.cast import with_divisor

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.containers import Container, kv
-from halfbyte.containers.container import Config
+from halfbyte.containers import kv
+from halfbyte.containers.container import Config, Container
 from halfbyte.containers.folder import Shard
 from halfbyte.containers.place import PICTURE
 from halfbyte.containers.safetensors import Entry, SafetensorsWriter, Spec
