@@ -31,7 +31,7 @@ oracles:
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/gguf.py --llama-cpp $(BIN)/python
+	$(BIN)/python benchmarks/llama_quantize.py --llama-cpp $(BIN)/python
 
 # The package alone, for the demo. Modules are compiled as they are first imported: pip would compile all of torch's and Transformers'.
 $(VENV)/.demo: pyproject.toml constraints.txt

@@ -22,8 +22,6 @@ import halfbyte
 from halfbyte import demo
 from halfbyte.models.checkpoint import Checkpoint
 
-sys.path.remove(str(Path(__file__).parent))  # gguf.py beside this file is not the package gguf
-
 RUNS = [
     *(("nearest", grid) for grid in ("int4-g128", "nf4-g64", "fp8-e4m3-channel", "mxfp4", "nvfp4", "q4_k", "iq3_s")),
     *(("gptq", grid) for grid in ("int4-g128", "nf4-g64", "q4_k")),

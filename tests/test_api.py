@@ -61,6 +61,7 @@ def test_every_function_has_a_docstring_and_types(name):
 def test_a_report_is_short_in_a_terminal_and_a_table_in_a_notebook(home, tmp_path):
     report = halfbyte.quantize(home / "model", tmp_path / "out", method="nearest", grid="int4-g32")
     assert repr(report).startswith("<Report: nearest int4-g32 as compressed-tensors, ")
+    assert str(report) == repr(report)
     assert len(repr(report)) < 200
     assert "<th>worst weight</th>" in report._repr_html_()
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(report.as_dict()))

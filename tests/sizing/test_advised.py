@@ -13,6 +13,7 @@ import tiny
 from halfbyte import demo, display
 from halfbyte.errors import BadRequest
 from halfbyte.sizing import advice
+from halfbyte.sizing.choices import choices
 from halfbyte.sizing.losses import losses
 from halfbyte.sizing.question import question
 from halfbyte.sizing.types import Advice, Row
@@ -28,7 +29,7 @@ def outlines(monkeypatch):
     monkeypatch.setattr(advice, "opened", lambda source: outline(source) if source in KNOWN else opened(source))
 
 
-KNOWN = ("llama-3.1-70b", "llama-3.1-8b")
+KNOWN = ("llama-3.1-70b", "llama-3.1-8b", "qwen3-0.6b")
 
 
 def plan(model: str, **words) -> Advice:
@@ -107,6 +108,20 @@ def test_what_is_not_known_is_not_guessed():
 def test_losses_say_where_they_are_from():
     assert all(loss.source and loss.model and 0 < loss.kl < 2 for loss in losses())
     assert row(plan("llama-3.1-8b", device="m3"), "Q4_K_M").loss.model == "Llama-3-8B"
+
+
+@pytest.mark.parametrize("model", ["qwen3-0.6b", "llama-3.1-70b"])
+@pytest.mark.parametrize("engine", ["llama.cpp", "vllm", "transformers"])
+def test_losses_of_a_table_are_of_one_model(model, engine):
+    lost = [row for row in plan(model, memory="200GiB", engine=engine).rows if row.loss]
+    assert len({row.loss.model for row in lost}) == 1
+
+
+def test_more_bits_lose_less():
+    lost = [row for row in plan("llama-3.1-70b", memory="200GiB").rows if row.loss]
+    assert len(lost) == len(choices()["llama.cpp"]) - 1
+    sizes = [row.file_bytes for row in sorted(lost, key=lambda row: row.loss.kl)]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize(

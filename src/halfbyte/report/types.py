@@ -29,6 +29,10 @@ class Part(Entries, BaseModel, frozen=True, strict=True, extra="allow", protecte
         """All of it, as report.json has it."""
         return self.model_dump(exclude_unset=True)
 
+    def __str__(self) -> str:
+        """What a terminal shows of it, in place of every entry."""
+        return repr(self)
+
 
 class Origin(Part, frozen=True):
     """A model: where it was, and the digest of its files."""

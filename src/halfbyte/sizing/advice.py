@@ -19,7 +19,7 @@ from halfbyte.sizing import speed
 from halfbyte.sizing.accounting import Accounting, accounting_of, cache_types
 from halfbyte.sizing.cache import LayerCache, ModelConfig, cache_bytes, layers_of
 from halfbyte.sizing.choices import PLAIN, Choice, choices
-from halfbyte.sizing.losses import loss_of
+from halfbyte.sizing.losses import MeasuredLoss, losses_of
 from halfbyte.sizing.memory import Load, MemoryModel, Weights, parameters_of, weights_of
 from halfbyte.sizing.preferences import Words, recommended
 from halfbyte.sizing.question import CONTEXT, Question
@@ -72,7 +72,9 @@ def advise(source: str, asked: Question) -> Advice:
     subject = Subject.of(source)
     context = asked.context or min(CONTEXT, subject.longest or CONTEXT)
     account = accounting_of(asked.engine)
-    rows = [_row(subject, choice, asked, account, context) for choice in choices()[asked.engine].values()]
+    offered = choices()[asked.engine]
+    lost = losses_of(offered, subject.parameters.total)
+    rows = [_row(subject, choice, asked, account, context, lost.get(name)) for name, choice in offered.items()]
     plain = MemoryModel(_plain(subject), subject.layers or (), subject.settings, account, asked.device)
     return Advice(
         schema_version=SCHEMA,
@@ -124,7 +126,9 @@ def _plain(subject: Subject) -> Weights:
     return weights_of(tensors, subject.checkpoint, subject.settings)
 
 
-def _row(subject: Subject, choice: Choice, asked: Question, account: Accounting, context: int) -> Row:
+def _row(
+    subject: Subject, choice: Choice, asked: Question, account: Accounting, context: int, loss: MeasuredLoss | None
+) -> Row:
     try:
         weights, verdict = _planned(subject, choice, asked.engine)
     except HalfbyteError as error:
@@ -134,7 +138,6 @@ def _row(subject: Subject, choice: Choice, asked: Question, account: Accounting,
     degrees = _degrees(subject, account, verdict)
     memory, enough = model.memory(load), model.budget is not None and asked.cards in degrees
     fitting = (n for n in degrees if model.fits(Load(context, asked.batch, asked.kind, n)))
-    loss = loss_of(choice.name, subject.parameters.total)
     return Row(
         scheme=_named(subject, choice),
         words=dict(choice.words),

@@ -1,5 +1,6 @@
 """What a scheme lost where it was measured: losses.yaml."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -28,7 +29,15 @@ def losses() -> tuple[MeasuredLoss, ...]:
     return tuple(MeasuredLoss(**{**row, "parameters": float(row["parameters"])}) for row in yaml.safe_load(text))
 
 
-def loss_of(scheme: str, parameters: int) -> MeasuredLoss | None:
-    """Of the model that is nearest in size; None where nobody has measured that scheme."""
-    rows = [row for row in losses() if row.scheme == scheme]
-    return min(rows, key=lambda row: abs(log(row.parameters / parameters)), default=None)
+def losses_of(schemes: Collection[str], parameters: int) -> dict[str, MeasuredLoss]:
+    """Of one model, so that they can be compared: the nearest in size of those of which most of the schemes were
+    measured."""
+    models: dict[str, dict[str, MeasuredLoss]] = {}
+    for row in losses():
+        if row.scheme in schemes:
+            models.setdefault(row.model, {})[row.scheme] = row
+
+    def order(rows: dict[str, MeasuredLoss]) -> tuple[int, float]:
+        return -len(rows), abs(log(next(iter(rows.values())).parameters / parameters))
+
+    return min(models.values(), key=order, default={})

@@ -1,6 +1,6 @@
 """GGUF side by side with llama-quantize: time and memory on a Llama of a billion weights, KL divergence on bookworm-6m.
 
-    python benchmarks/gguf.py --llama-cpp LC/bin/python
+    python benchmarks/llama_quantize.py --llama-cpp LC/bin/python
 
 llama.cpp runs in the environment of that python (benchmarks/peers/llama_cpp_run.py says what it needs); without it only
 halfbyte is measured. Its source is a BF16 GGUF that halfbyte wrote; making one is not in its time. halfbyte reads the
@@ -14,8 +14,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-
-sys.path.append(sys.path.pop(0))  # this file is called like the package that lattices have their codebooks from
 
 from measure import Cost, machine, run
 from speed import COPY, START
@@ -131,7 +129,7 @@ def main() -> None:
     lines = [
         "# GGUF, side by side with llama-quantize",
         "",
-        f"`python benchmarks/gguf.py` with llama.cpp as in llama-cpp-python 0.3.36, on {machine()}.",
+        f"`python benchmarks/llama_quantize.py` with llama.cpp as in llama-cpp-python 0.3.36, on {machine()}.",
     ]
 
     def table(title: str, about: list[str], header: list[str], rows: Iterator[str]) -> None:
