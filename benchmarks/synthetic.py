@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from halfbyte import demo
-from halfbyte.containers.safetensors import SafetensorsWriter, Spec
+from halfbyte.containers.safetensors import SafetensorsFileWriter, Spec
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD, VOCABULARY = 2048, 8192, 32, 8, 64, 32768
 
@@ -40,7 +40,7 @@ def make(folder: Path, layers: int = 16) -> Path:
             ),
         }  # fmt: skip
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
-    writer = SafetensorsWriter(
+    writer = SafetensorsFileWriter(
         folder / "model.safetensors", {name: Spec(shape, torch.bfloat16) for name, shape in shapes.items()}
     )
     generator = torch.Generator().manual_seed(0)

@@ -206,7 +206,7 @@ def of_metadata(data: bytes, rng: random.Random) -> bytes:
                 del metadata[key]
             else:
                 metadata[key] = rng.choice((*VALUES, *metadata.values()))
-        gguf_file.GGUFWriter(path, metadata, {n: (t.type, t.shape) for n, t in found.tensors.items()}).abandon()
+        gguf_file.GGUFFileWriter(path, metadata, {n: (t.type, t.shape) for n, t in found.tensors.items()}).abandon()
         return path.read_bytes()
 
 
@@ -276,7 +276,7 @@ def read_vocabulary(path: Path) -> None:
         "general.architecture": Value("string", "llama"),
         **tokenizer.tokenizer_metadata(path.parent, 264),
     }
-    gguf_file.GGUFWriter(path.parent / "vocabulary.gguf", said, {}).close()
+    gguf_file.GGUFFileWriter(path.parent / "vocabulary.gguf", said, {}).close()
 
 
 def read_report(path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_missing_part_is_named(home, tmp_path):
 def test_a_lost_tensor_is_named(home, tmp_path):
     whole = gguf_file.read(home / "q4.gguf")
     left = {name: stored for name, stored in whole.tensors.items() if name != "blk.1.ffn_gate.weight"}
-    writer = gguf_file.GGUFWriter(
+    writer = gguf_file.GGUFFileWriter(
         tmp_path / "lost.gguf", whole.metadata, {name: (s.type, s.shape) for name, s in left.items()}
     )
     for name, stored in left.items():

@@ -189,7 +189,7 @@ def evaluate(
             rows = divergence.compare(
                 checkpoints,
                 taken.tokens,
-                rule.first(length, len(taken.stream.opening)),
+                rule.first_scored(length, len(taken.stream.opening)),
                 progress=show,
                 placement=placement,
                 noise_floor=noise_floor,
@@ -295,7 +295,7 @@ def blame(
             checkpoint,
             reference,
             taken.tokens,
-            rule.first(length, len(taken.stream.opening)),
+            rule.first_scored(length, len(taken.stream.opening)),
             blocks,
             measured.folds(checkpoint),
             show,

@@ -45,9 +45,9 @@ def exists(path: Path) -> bool:
 def is_within(path: Path, folder: Path) -> bool:
     """Whether a file lies in a folder, links followed; of a snapshot in the hub's cache, which links to its blobs: in
     these."""
-    place = folder.resolve()
-    places = [place, place.parent.parent / "blobs"] if place.parent.name == "snapshots" else [place]
-    return any(path.resolve().is_relative_to(home) for home in places)
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    return any(path.resolve().is_relative_to(one) for one in homes)
 
 
 def opened(path: Path, error: type[HalfbyteError] = BadCheckpoint) -> BufferedReader:
@@ -120,13 +120,13 @@ def parse_json(data: bytes | str, most: int = MOST_VALUES, unique: bool = False)
     return value
 
 
-def matches(pattern: str, name: str, place: object) -> bool:
-    """Whether a name begins as a pattern says that stands in `place`. Raises BadCheckpoint for none that ends."""
+def matches(pattern: str, name: str, source: object) -> bool:
+    """Whether a name begins as a pattern says that stands in `source`. Raises BadCheckpoint for none that ends."""
     try:
         return bool(regex.match(pattern, name, timeout=PATIENCE))
     except (regex.error, TimeoutError) as wrong:
         reason = str(wrong) or "it takes too long"
-        raise BadCheckpoint(f"{place} has a pattern '{pattern:.80}' that cannot be looked for: {reason}") from None
+        raise BadCheckpoint(f"{source} has a pattern '{pattern:.80}' that cannot be looked for: {reason}") from None
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

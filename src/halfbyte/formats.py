@@ -91,16 +91,16 @@ FP8 = re.compile(r"fp8-(?P<levels>e4m3|e5m2)-(?P<granularity>tensor|channel|bloc
 ABSMAX = re.compile(r"(?P<kind>nf4|fp4)-g(?P<group>[1-9]\d*)(?P<double>-double)?")
 PATTERNS = (INTEGERS, FP8, ABSMAX)
 ACTIVATIONS = re.compile(
-    r"(?P<number>int[2-8]|fp8-e4m3|fp8-e5m2)-(?P<span>tensor|token|static|head|g(?P<group>[1-9]\d*))(?P<asym>-asym)?"
+    r"(?P<number>int[2-8]|fp8-e4m3|fp8-e5m2)-(?P<granularity>tensor|token|static|head|g(?P<group>[1-9]\d*))(?P<asym>-asym)?"
 )
 """What activations are rounded to: a number, and what shares a scale."""
 
 SCALARS = {
     **{
-        f"int{bits}-{span}{asym}": ScalarFormat(f"int{bits}{asym}", granularity, "fp16")
+        f"int{bits}-{word}{asym}": ScalarFormat(f"int{bits}{asym}", granularity, "fp16")
         for bits in range(2, 9)
-        for span, granularity in (("g32", 32), ("g64", 64), ("g128", 128), ("channel", "channel"), ("tensor", "tensor"))
-        for asym in (("", "-asym") if span != "tensor" else ("",))
+        for word, granularity in (("g32", 32), ("g64", 64), ("g128", 128), ("channel", "channel"), ("tensor", "tensor"))
+        for asym in (("", "-asym") if word != "tensor" else ("",))
     },
     "iq4_nl": ScalarFormat("iq4", 32, "iq4-fp16"),
     "iq4_xs": ScalarFormat("iq4", 32, "iq4-under-fp16"),
@@ -177,9 +177,9 @@ SCHEMES: dict[str, Preset] = {
 }
 """Weights and activations together, or weights alone."""
 SCALED_ACTIVATIONS = tuple(
-    f"{number}-{span}{asym}"
+    f"{number}-{granularity}{asym}"
     for number in ("int8", "int4", "fp8-e4m3")
-    for span in ("token", "tensor", "static", "g128")
+    for granularity in ("token", "tensor", "static", "g128")
     for asym in ("", "-asym")
     if not (asym and number.startswith("fp8"))
 )
@@ -221,11 +221,11 @@ def _cache_part(said: str) -> str:
             f"'{said}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64, q8_0 or the like, or two "
             "of them for keys and values: int8/int4"
         )
-    if match["span"] == "tensor":
+    if match["granularity"] == "tensor":
         raise BadRequest(
             "a cache grows token by token, so no scale of all tokens can be found as it runs; write "
             f"{match['number']}-static or {match['number']}-token"
         )
-    if match["span"] in ("static", "head") and match["asym"]:
+    if match["granularity"] in ("static", "head") and match["asym"]:
         raise BadRequest(f"no engine has zero points of a whole cache; write {name.removesuffix('-asym')}")
     return name

@@ -165,7 +165,7 @@ def _find_scales(
     )
     keys, values, rows, latent = {}, {}, [], False
     for block in walk:
-        for name, attention in kv.names(walk.model, walk.places, block.module).items():
+        for name, attention in kv.names(walk.model, walk.weight_map, block.module).items():
             seen = walk.fitting(partial(_observed, walk, block, attention))
             _require_heads(checkpoint, grid, seen[0])
             latent = kv.is_latent(attention)

@@ -204,11 +204,11 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
     checkpoint = Checkpoint.open(path)
     dtype = (DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype) or checkpoint.unquantized_dtype
     model = skeleton.build(checkpoint, dtype)
-    places = skeleton.places(model, checkpoint.tensors())
-    ties = skeleton.ties(model, places)
+    weight_map = skeleton.weight_map(model, checkpoint.tensors())
+    ties = skeleton.ties(model, weight_map)
     names = skeleton.inside(model, "")
-    skeleton.require_whole(model, checkpoint, places, names)
-    packed = _packed(model, checkpoint, places)
+    skeleton.require_whole(model, checkpoint, weight_map, names)
+    packed = _packed(model, checkpoint, weight_map)
     for tensor, home in packed.items():
         matrix = checkpoint.read_packed(tensor.removesuffix(".weight"))
         matrix = matrix if choose.has_compiled(where) else matrix.unpacked()
@@ -221,27 +221,27 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
                 model.set_submodule(name, made.setdefault(id(before.bias), QuantLinear(matrix, before.bias, dtype)))
             elif isinstance(before, nn.Embedding) and not isinstance(before, QuantEmbedding):
                 model.set_submodule(name, made.setdefault(id(before), QuantEmbedding.of(before, matrix, dtype)))
-    skeleton.load(model, checkpoint, places, ties, names, where)
+    skeleton.load(model, checkpoint, weight_map, ties, names, where)
     nn.Module.to(model, where)
     decoded = {
         w: inputs
         for w in checkpoint.weights()
-        if f"{w.name}.weight" not in packed and w.tensor in places and (inputs := checkpoint.read_inputs(w.name))
+        if f"{w.name}.weight" not in packed and w.tensor in weight_map and (inputs := checkpoint.read_inputs(w.name))
     }
     if decoded:
-        _round_inputs(model, checkpoint, places, decoded)
+        _round_inputs(model, checkpoint, weight_map, decoded)
     if checkpoint.kv:
-        kv.apply(model, places, checkpoint.kv, where)
+        kv.apply(model, weight_map, checkpoint.kv, where)
     return model
 
 
-def _packed(model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton.ParamView]) -> dict[str, str]:
+def _packed(model: nn.Module, checkpoint: Checkpoint, weight_map: dict[str, skeleton.ParamView]) -> dict[str, str]:
     """Tensors that stay packed, and the linears and embeddings that take them."""
     packed: dict[str, str] = {}
     for module in checkpoint.quantized if checkpoint.model_type not in RESCALED else ():
-        place = places.get(f"{module}.weight")
-        if place and place.expert is None and not place.transposed:
-            home = place.parameter.removesuffix(".weight")
+        view = weight_map.get(f"{module}.weight")
+        if view and view.expert is None and not view.transposed:
+            home = view.parameter.removesuffix(".weight")
             found, shape = model.get_submodule(home), checkpoint.quantized[module][1]
             looks_up = isinstance(found, nn.Embedding) and found.max_norm is None
             multiplies = isinstance(found, nn.Linear) and type(found).forward is nn.Linear.forward
@@ -253,13 +253,14 @@ def _packed(model: nn.Module, checkpoint: Checkpoint, places: dict[str, skeleton
 def _round_inputs(
     model: nn.Module,
     checkpoint: Checkpoint,
-    places: dict[str, skeleton.ParamView],
+    weight_map: dict[str, skeleton.ParamView],
     inputs: dict[Weight, ActivationQuant],
 ) -> None:
     """Have the model round what matrices read that are no QuantLinear."""
     shapes = checkpoint.tensors()
     views = {
-        w: places[w.tensor].view(skeleton.tensor(model, places[w.tensor].parameter), shapes[w.tensor]) for w in inputs
+        w: weight_map[w.tensor].view(skeleton.tensor(model, weight_map[w.tensor].parameter), shapes[w.tensor])
+        for w in inputs
     }
     matrices = [
         (Matrix(w.tensor, w.expert, w), view if w.expert is None else view[w.expert]) for w, view in views.items()

@@ -238,11 +238,11 @@ def identity(plan: Plan, samples: Samples | None, device: torch.device = CPU) ->
 
 def _stream(
     run: Run,
-    units: Iterable[Sequence[Weight]],
+    fused_groups: Iterable[Sequence[Weight]],
     read: Callable[[Weight], Any],
     solve: Callable[[Weight, Any, Scheme], Quantized],
 ) -> None:
-    """Without calibration: piece after piece at the disk's speed, as many side by side as there are cores."""
+    """Without calibration: chunk after chunk of rows at the disk's speed, as many side by side as there are cores."""
     plan = run.plan
     for record in run.folder.journal:
         restore_step(run, record)
@@ -251,33 +251,35 @@ def _stream(
             f"{RESUMING}: {len(run.rows)} of {len(plan.schemes)} matrices are done", len(run.rows), len(plan.schemes)
         )
     notes = {c.weight: c.note for c in plan.weights}
-    todo = [unit for unit in units if any(w.name not in run.rows for w in unit)]
-    cut = [[unit] if len(unit) > 1 else [[piece] for piece in run.checkpoint_writer.pieces(unit[0])] for unit in todo]
+    todo = [group for group in fused_groups if any(w.name not in run.rows for w in group)]
+    cut = [
+        [group] if len(group) > 1 else [[rows] for rows in run.checkpoint_writer.row_chunks(group[0])] for group in todo
+    ]
     total = sum(map(_size, todo))
     seen = 0
 
-    def write(unit: Sequence[Weight], pieces: Sequence[Weight], sampled: int) -> list[Committed]:
-        values = [read(piece) for piece in pieces]
-        scheme = plan.schemes[unit[0]]
-        q = solve(unit[0], values[0] if len(values) == 1 else torch.cat(values), scheme)
-        return commit(run, pieces, q, values, scheme, sampled=sampled)
+    def write(group: Sequence[Weight], chunk: Sequence[Weight], sampled: int) -> list[Committed]:
+        values = [read(rows) for rows in chunk]
+        scheme = plan.schemes[group[0]]
+        q = solve(group[0], values[0] if len(values) == 1 else torch.cat(values), scheme)
+        return commit(run, chunk, q, values, scheme, sampled=sampled)
 
     def keep(tensor: str) -> None:
         run.keep(tensor, plan.checkpoint.read(tensor))
 
-    with _workers(max((_size(pieces) for tasks in cut for pieces in tasks), default=1)) as pool:
+    with _workers(max((_size(chunk) for tasks in cut for chunk in tasks), default=1)) as pool:
         written = [
-            [pool.submit(write, unit, pieces, SAMPLED // len(tasks)) for pieces in tasks]
-            for unit, tasks in zip(todo, cut, strict=True)
+            [pool.submit(write, group, chunk, SAMPLED // len(tasks)) for chunk in tasks]
+            for group, tasks in zip(todo, cut, strict=True)
         ]
-        for unit, tasks in zip(todo, written, strict=True):
+        for group, tasks in zip(todo, written, strict=True):
             reports, digests = [], {}
-            for weight, chunks in zip(unit, zip(*(task.result() for task in tasks), strict=True), strict=True):
+            for weight, chunks in zip(group, zip(*(task.result() for task in tasks), strict=True), strict=True):
                 reports.append(weight_report(weight, plan.schemes[weight], chunks, notes[weight]))
                 digests[weight.name] = [chunk.digest for chunk in chunks]
-            record_step(run, reports, digests, module=unit[0].name)
-            seen += _size(unit)
-            run.progress(unit[-1].name, seen, total)
+            record_step(run, reports, digests, module=group[0].name)
+            seen += _size(group)
+            run.progress(group[-1].name, seen, total)
         for number, _ in enumerate(pool.map(keep, plan.unquantized)):
             run.progress("tensors that are not quantized", number, len(plan.unquantized))
 
@@ -353,7 +355,7 @@ def verify(run: Run) -> None:
         if name not in schemes:
             return [digest(run.checkpoint_writer.kept(entries, name))]
         weight, scheme = schemes[name]
-        chunks = run.checkpoint_writer.pieces(weight) if len(run.digests[name]) > 1 else [weight]
+        chunks = run.checkpoint_writer.row_chunks(weight) if len(run.digests[name]) > 1 else [weight]
         return [digest(run.checkpoint_writer.unpack(entries, chunk, scheme)) for chunk in chunks]
 
     with _workers(max(map(_size, run.plan.fused_groups), default=1)) as pool:

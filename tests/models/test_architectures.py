@@ -53,7 +53,7 @@ def difference(a, b):
 def test_a_walk_computes_what_transformers_computes(folders, family):
     checkpoint = Checkpoint.open(folders(family))
     walk = Walk(checkpoint, TOKENS, checkpoint.dtype)
-    assert set(walk.places) == set(checkpoint.tensors())
+    assert set(walk.weight_map) == set(checkpoint.tensors())
     assert len(list(walk)) == 2
     logits = torch.cat([logits for _, logits in walk.logits()])
     expected = by_transformers(checkpoint.path)
@@ -122,11 +122,11 @@ def with_decoded(source: Checkpoint, out: Checkpoint, folder: Path) -> Path:
     tensors = {name: entry.read() for name, entry in source.entries.items()}
     for weight in source.weights():
         if weight.name in out.quantized:
-            piece = source.pieces.get(weight.tensor)
-            home = tensors[weight.tensor] if piece is None else tensors[piece.stack][piece.expert]
+            part = source.expert_slices.get(weight.tensor)
+            home = tensors[weight.tensor] if part is None else tensors[part.stack][part.expert]
             home = home if weight.expert is None else home[weight.expert]
-            home = home.T if weight.transposed or (piece and piece.transposed) else home
-            first = piece.first if piece else 0
+            home = home.T if weight.transposed or (part and part.transposed) else home
+            first = part.row_offset if part else 0
             home[first : first + weight.shape[0]] = out.read_quantized(weight.name).decode()
     tensors |= {
         name: out.entries[name].read() for name in source.entries if name in out.entries and name not in out.parts

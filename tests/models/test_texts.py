@@ -45,7 +45,7 @@ def write(path: Path, values: list) -> Path:
 def test_every_shape_is_the_same_chat(shape, kind, tmp_path):
     read = texts.records(write(tmp_path / f"x.{kind}", [SHAPES[shape], SHAPES[shape]]))
     assert [record.messages for record in read] == [CHAT, CHAT]
-    assert ("line 2" if kind == "jsonl" else "record 2") in read[1].place
+    assert ("line 2" if kind == "jsonl" else "record 2") in read[1].location
 
 
 @pytest.mark.parametrize("shape", ["Alpaca", "Dolly", "prompt and completion", "question and answer"])

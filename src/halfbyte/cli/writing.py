@@ -247,11 +247,11 @@ def kv(
     halfbyte kv model-int4 -o model-int4-kv --kv fp8-e4m3
     """
     cache_parts(grid)
-    how = Recipe.of(model=model, observer=observer or old_observer or "max").observer
+    resolved = Recipe.of(model=model, observer=observer or old_observer or "max").observer
     from halfbyte.api import kv as run
 
     asked = sampling(calibration, samples, length, seed)
-    found = run(model, output, grid, asked, how, overwrite, progress=not (quiet or as_json), device=device)
+    found = run(model, output, grid, asked, resolved, overwrite, progress=not (quiet or as_json), device=device)
     if as_json:
         print_json(found)
         return

@@ -21,8 +21,8 @@ from halfbyte.containers.container import (
     commonest,
     exact_half,
     fits_half,
+    granularity_of,
     integer,
-    span_of,
     stored,
 )
 from halfbyte.containers.gptq import SCALE_NAME, scale_held, stored_scale
@@ -135,8 +135,11 @@ class AWQ(Container):
                 words, zeros = stored(entries, name, [torch.int32]), stored(entries, f"{module}.qzeros", [torch.int32])
                 scales = stored(entries, f"{module}.scales", SCALE_NAME)
                 symmetric = bool((zeros.read() == -0x77777778).all())  # 0x88888888: every zero point 8
-                span = span_of(module, words.shape[0], scales.shape[0], [config.get("group_size")])
-                found[module] = integers(4, span, symmetric, scale_held(scales)), (words.shape[1] * 8, words.shape[0])
+                granularity = granularity_of(module, words.shape[0], scales.shape[0], [config.get("group_size")])
+                found[module] = (
+                    integers(4, granularity, symmetric, scale_held(scales)),
+                    (words.shape[1] * 8, words.shape[0]),
+                )
         return found
 
 

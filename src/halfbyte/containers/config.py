@@ -57,26 +57,26 @@ TYPES: dict[str, tuple[type, ...]] = {
 NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
 
 
-def require_sound(config: Mapping[str, Any], place: object) -> None:
+def require_sound(config: Mapping[str, Any], source: object) -> None:
     """Raise BadCheckpoint, naming the entry, for what is of another type or beyond any model. What is null is not
     there."""
     for name, value in config.items():
         if name in SIZES and value is not None and not _is_size(value, SIZES[name]):
-            raise BadCheckpoint(f"{place}: {name} is {brief(value)}, which should be a number up to {SIZES[name]}")
+            raise BadCheckpoint(f"{source}: {name} is {brief(value)}, which should be a number up to {SIZES[name]}")
         if (
             name in LISTS
             and value is not None
             and not all(_is_size(v, LISTS[name]) for v in (value if isinstance(value, list) else [value]))
         ):
-            raise BadCheckpoint(f"{place}: {name} is {brief(value)}, which should be a number up to {LISTS[name]}")
+            raise BadCheckpoint(f"{source}: {name} is {brief(value)}, which should be a number up to {LISTS[name]}")
         if name in TYPES and value is not None and type(value) not in TYPES[name]:
-            raise BadCheckpoint(f"{place}: {name} should be {NAMES[TYPES[name][0]]}, not {brief(value)}")
+            raise BadCheckpoint(f"{source}: {name} should be {NAMES[TYPES[name][0]]}, not {brief(value)}")
         if type(value) is int and abs(value) >= 1 << 63:
-            raise BadCheckpoint(f"{place}: {brief(name)} is a number of more than 64 bits")
+            raise BadCheckpoint(f"{source}: {brief(name)} is a number of more than 64 bits")
         if isinstance(value, dict):
-            require_sound(value, place)
+            require_sound(value, source)
     if any(not isinstance(name, str) for name in config.get("architectures") or []):
-        raise BadCheckpoint(f"{place}: architectures is no list of names")
+        raise BadCheckpoint(f"{source}: architectures is no list of names")
 
 
 def _is_size(value: object, most: int) -> bool:

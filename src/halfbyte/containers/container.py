@@ -234,7 +234,7 @@ def inputs_of(tensors: Mapping[str, Tensor], grid: ActivationGrid | None) -> Act
     return ActivationQuant(grid, {name: tensors[STORED_INPUTS[name][0]].float().view(1) for name in grid.stored})
 
 
-def span_of(module: str, width: int, groups: int, sizes: Collection[Any]) -> int | str:
+def granularity_of(module: str, width: int, groups: int, sizes: Collection[Any]) -> int | str:
     """What shares a scale, from shapes; a row of one group is a channel unless the config speaks of groups that wide.
 
     Raises BadCheckpoint for groups that do not divide the row, or that are of none of the sizes that the config names.

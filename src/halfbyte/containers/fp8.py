@@ -208,10 +208,10 @@ class FP8(Container):
 def _grid(name: str, weight: Entry, scale: Entry, in_blocks: bool) -> ScalarGrid:
     """From shapes: what the config says is true of most modules only."""
     element = ELEMENTS[weight.dtype]
-    spans = (
+    granularities = (
         ("block",) if in_blocks else ("block", "tensor", "channel") if len(scale.shape) > 1 else ("tensor", "channel")
     )
-    grids = [SCALAR_GRIDS[f"fp8-{element}-{span}"] for span in spans]
+    grids = [SCALAR_GRIDS[f"fp8-{element}-{granularity}"] for granularity in granularities]
     if scale.dtype in BYTES and weight.shape[-1] % 32 == 0:
         grids.append(SCALAR_GRIDS[f"mxfp8-{element}"])
     if _is_transposed(weight.shape, scale.shape) and not in_blocks:

@@ -28,9 +28,9 @@ from halfbyte.containers.container import (
     described,
     exact_half,
     fits_half,
+    granularity_of,
     integer,
     patterns,
-    span_of,
     stored,
 )
 from halfbyte.containers.order import as_ordered, plain_order
@@ -195,7 +195,7 @@ class GPTQ(Container):
                     symmetric
                 ):  # the value is the witness: vLLM had to unlearn trusting the label (its pull request 38966)
                     versions.add(1 if first == middle - 1 else 2)
-                grid = integers(grid_bits, span_of(module, width, groups, sizes), symmetric, scale_held(scales))
+                grid = integers(grid_bits, granularity_of(module, width, groups, sizes), symmetric, scale_held(scales))
                 order = f"{module}.g_idx"
                 found[module] = (as_ordered(order, entries.get(order), grid, width), (out, width))
         said = 2 if config.get("checkpoint_format") == "gptq_v2" else 1

@@ -155,10 +155,10 @@ def find(said: Config, entries: Mapping[str, Entry]) -> KVCache | None:
     if not found["k"] or not found["v"]:
         return None
     scheme = said.get("kv_cache_scheme") or {}
-    bits, span = scheme.get("num_bits", 8), "head" if scheme.get("strategy") == "attn_head" else "static"
+    bits, granularity = scheme.get("num_bits", 8), "head" if scheme.get("strategy") == "attn_head" else "static"
     if scheme.get("type", "float") == "float" and bits != 8:
         raise Unsupported(f"a KV cache of floats of {bits} bits is not read; FP8 and integers are")
-    part = ScaledActivations("fp8-e4m3" if scheme.get("type", "float") == "float" else f"int{bits}", span)
+    part = ScaledActivations("fp8-e4m3" if scheme.get("type", "float") == "float" else f"int{bits}", granularity)
     shape = (-1, 1, 1) if part.granularity == "head" else (-1,)
     shaped = {
         which: {module: {"scale": p["scale"].reshape(shape)} for module, p in known.items()}

@@ -199,7 +199,7 @@ class FileWriter:
         self.file.close()
 
 
-class SafetensorsWriter(FileWriter):
+class SafetensorsFileWriter(FileWriter):
     """A safetensors file, laid out from the shapes of its tensors."""
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], resume: bool = False):

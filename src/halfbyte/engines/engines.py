@@ -107,7 +107,7 @@ ODD = frozenset((bits, True) for bits in (2, 3, 5, 6, 7))
 # Marlin's groups: vllm-project/vllm model_executor/layers/quantization/utils/marlin_utils.py; SGLang and TGI have the
 # same.
 GROUPS: frozenset[int | str] = frozenset({32, 64, 128})
-SPANS = GROUPS | {"channel"}
+GRANULARITIES = GROUPS | {"channel"}
 # Marlin's tiles: either (vllm marlin_utils.py marlin_padded_nk; TGI layers/marlin/gptq.py _check_valid_shape), or the
 # first alone (sglang awq/schemes/awq_marlin.py verify_marlin_supports_shape).
 TILES = ((128, 64), (64, 128))
@@ -175,8 +175,8 @@ VLLM = {
     # lm_head: get_quant_method in compressed_tensors.py asks for a target that names it, and "Linear" does not.
     "compressed-tensors": EngineSupport(
         (
-            KernelSupport(SYMMETRIC | INT4, SPANS, TILES, TURING),
-            KernelSupport(ODD, SPANS, note=HUMMING),
+            KernelSupport(SYMMETRIC | INT4, GRANULARITIES, TILES, TURING),
+            KernelSupport(ODD, GRANULARITIES, note=HUMMING),
             # schemes/compressed_tensors_{w8a16_fp8,w4a4_nvfp4}.py; _get_scheme_from_parts in compressed_tensors.py.
             FP8_ROWS,
             _named(r"fp8-e4m3-block", "fp8-e4m3-block", "fp8-e4m3-block with 16-bit inputs needs vLLM of 2026", TILES),
@@ -247,7 +247,7 @@ VLLM = {
     # (quantization)/auto_gptq.py TYPE_MAP; utils/gptq_utils.py get_dynamic_override (experts have one name,
     # mlp.experts). Pull request 38288 (mid-2026) took away gptq.py, whose exllama kernel ran zero points, 2 and 3 bits.
     "gptq": EngineSupport(
-        (KernelSupport(SYMMETRIC, SPANS, TILES),),
+        (KernelSupport(SYMMETRIC, GRANULARITIES, TILES),),
         experts=SYMMETRIC,
         pads=True,
         base_experts=True,
@@ -260,7 +260,7 @@ VLLM = {
     ),
     # (quantization)/auto_awq.py. lm_head: only if the config says "lm_head", which ours does not.
     "awq": EngineSupport(
-        (KernelSupport(INT4, SPANS, TILES),),
+        (KernelSupport(INT4, GRANULARITIES, TILES),),
         experts=INT4,
         pads=True,
         mixes=False,
@@ -320,7 +320,7 @@ SGLANG = {
     # format of the whole checkpoint, which several formats do not have.
     "compressed-tensors": EngineSupport(
         (
-            KernelSupport(SYMMETRIC | INT4, SPANS, TILES[:1], AMPERE),
+            KernelSupport(SYMMETRIC | INT4, GRANULARITIES, TILES[:1], AMPERE),
             FP8_ROWS,
             _named(
                 r"int8-channel/int8-token",
@@ -350,8 +350,8 @@ SGLANG = {
     # gptq/schemes/gptq_linear.py.
     "gptq": EngineSupport(
         (
-            KernelSupport(SYMMETRIC, SPANS, TILES[:1], AMPERE),
-            KernelSupport(PACKED, SPANS, note=EXLLAMA, flag=" --dtype float16"),
+            KernelSupport(SYMMETRIC, GRANULARITIES, TILES[:1], AMPERE),
+            KernelSupport(PACKED, GRANULARITIES, note=EXLLAMA, flag=" --dtype float16"),
         ),
         experts=SYMMETRIC,
         one_kernel=True,
@@ -370,7 +370,7 @@ SGLANG = {
     ),
     # (quantization)/awq/awq.py: is_layer_skipped_awq looks for the kept names in fused names.
     "awq": EngineSupport(
-        (KernelSupport(INT4, SPANS, TILES[:1], AMPERE),),
+        (KernelSupport(INT4, GRANULARITIES, TILES[:1], AMPERE),),
         experts=INT4,
         mixes=False,
         base_experts=True,
@@ -407,7 +407,7 @@ TRANSFORMERS = {
     # for whatever is called experts).
     "compressed-tensors": EngineSupport(
         (
-            KernelSupport(ANY, SPANS | {"any group", "tensor"}),
+            KernelSupport(ANY, GRANULARITIES | {"any group", "tensor"}),
             _named(r"fp8-e4m3-[^/]*", "fp8-e4m3"),
             _named(
                 r"mxfp8-e4m3|mxfp6-e2m3|mxfp4|nvfp4",
@@ -445,7 +445,7 @@ TRANSFORMERS = {
     # transformers/quantizers/quantizer_gptq.py, huggingface/optimum optimum/gptq/quantizer.py convert_model: all layers
     # of the blocks get one setting (`dynamic` is not read), lm_head none; Conv1D is replaced too.
     "gptq": EngineSupport(
-        (KernelSupport(PACKED, SPANS),),
+        (KernelSupport(PACKED, GRANULARITIES),),
         fuses=False,
         mixes=False,
         keeps="none",
@@ -457,7 +457,7 @@ TRANSFORMERS = {
     ),
     # transformers/quantizers/quantizer_awq.py, integrations/awq.py: nn.Linear only, and not the head.
     "awq": EngineSupport(
-        (KernelSupport(INT4, SPANS),),
+        (KernelSupport(INT4, GRANULARITIES),),
         fuses=False,
         mixes=False,
         notes=("needs the packages gptqmodel and accelerate; float16 on GPUs",),
@@ -507,7 +507,7 @@ TGI = {
     # and tensors, and blocks of neither kind; loader.py goes by the format of the whole checkpoint.
     "compressed-tensors": EngineSupport(
         (
-            KernelSupport(SYMMETRIC, SPANS, TILES, AMPERE),
+            KernelSupport(SYMMETRIC, GRANULARITIES, TILES, AMPERE),
             _named(
                 r"int8-(channel|tensor)/int8-token(-asym)?",
                 "int8-channel/int8-token, and -asym",
@@ -529,8 +529,10 @@ TGI = {
     # utils/quantization.py (no `dynamic`), layers/marlin/gptq.py, layers/gptq/triton.py (2, 4, 8 bits).
     "gptq": EngineSupport(
         (
-            KernelSupport(SYMMETRIC, SPANS, TILES, AMPERE),
-            KernelSupport(PACKED - {(3, True), (3, False)}, SPANS, note="runs on slower exllama or Triton kernels"),
+            KernelSupport(SYMMETRIC, GRANULARITIES, TILES, AMPERE),
+            KernelSupport(
+                PACKED - {(3, True), (3, False)}, GRANULARITIES, note="runs on slower exllama or Triton kernels"
+            ),
         ),
         mixes=False,
         keeps="none",

@@ -60,7 +60,7 @@ def blame(
     model: Checkpoint,
     original: Checkpoint,
     windows: Int64[Tensor, "windows length"],
-    first: int = 0,
+    first_scored: int = 0,
     blocks: int = 3,
     folded: Sequence[Iterable[str]] = (),
     progress: Progress = silent,
@@ -69,11 +69,11 @@ def blame(
     """Every block, the embedding, the head and the KV cache put back in turn, then the weights of those `blocks` that
     gave back most.
 
-    `first`: the first position of each window whose prediction is scored. `folded`: modules that share a scale, which
-    are put back together. Raises Unsupported for models whose blocks hand on more than hidden states, and BadRequest
-    where nothing differs.
+    `first_scored`: the first position of each window whose prediction is scored. `folded`: modules that share a scale,
+    which are put back together. Raises Unsupported for models whose blocks hand on more than hidden states, and
+    BadRequest where nothing differs.
     """
-    search = _Search(model, original, windows, first, folded, progress, placement or Placement())
+    search = _Search(model, original, windows, first_scored, folded, progress, placement or Placement())
     by_block = search.measure({name: [Trial(name, BLOCK)] for name in search.differing}, outside=True)
     if not by_block.parts:
         raise BadRequest(f"{model.path} computes what {original.path} does: there is nothing to blame")
@@ -93,12 +93,12 @@ class _Search:
         model: Checkpoint,
         original: Checkpoint,
         windows: Tensor,
-        first: int,
+        first_scored: int,
         folded: Sequence[Iterable[str]],
         progress: Progress,
         placement: Placement,
     ):
-        self.model, self.original, self.windows, self.first = model, original, windows, first
+        self.model, self.original, self.windows, self.first_scored = model, original, windows, first_scored
         self.folded, self.progress, self.placement = [set(group) for group in folded], progress, placement
         self.apart = experts.unstacked(original)
         self.homes: dict[str, tuple[Checkpoint, Weight]] = {
@@ -133,8 +133,8 @@ class _Search:
         """All that a weight is called by: in the model, in the original, and there as a part of a stack."""
         names = {weight.name, weight.tensor}
         if home := self.homes.get(weight.name):
-            piece = self.apart.pieces.get(home[1].tensor)
-            names |= {home[1].tensor, *([piece.stack] if piece else ())}
+            part = self.apart.expert_slices.get(home[1].tensor)
+            names |= {home[1].tensor, *([part.stack] if part else ())}
         return {name.removesuffix(".weight") for name in names}
 
     def fold_groups(self, block: str) -> list[set[str]]:
@@ -209,7 +209,7 @@ class _Pass:
             walk.finish()
         if self.outside:
             found |= self._outside()
-        own = scores([*walks, *found.values()], self.search.first)
+        own = scores([*walks, *found.values()], self.search.first_scored)
         return own[1], dict(zip(found, own[2:], strict=True))
 
     def _run_original(self) -> Stream:

@@ -19,7 +19,7 @@ class Convention:
     begin: "Begin"
     about: str
 
-    def first(self, length: int, opening: int) -> int:
+    def first_scored(self, length: int, opening: int) -> int:
         """The first position whose prediction is scored: no model is asked to predict how a text begins."""
         return max(int(length * self.skip), opening - 1 if self.begin == "before" else 0)
 

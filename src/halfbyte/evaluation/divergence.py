@@ -50,7 +50,7 @@ class Tokens:
 def compare(
     checkpoints: Sequence[Checkpoint],
     windows: Int64[Tensor, "windows length"],
-    first: int = 0,
+    first_scored: int = 0,
     dtype: torch.dtype = torch.float32,
     progress: Progress = silent,
     placement: Placement | None = None,
@@ -59,12 +59,12 @@ def compare(
     """A row of measures for each checkpoint, the first being the reference; rows after the second are also compared
     with the second, pair by pair. With `noise_floor`, one more row at the end: the reference computed in bfloat16.
 
-    `first`: the first position of each window whose prediction is scored.
+    `first_scored`: the first position of each window whose prediction is scored.
     """
     runs = [(checkpoint, dtype) for checkpoint in checkpoints]
     runs += [(checkpoints[0], torch.bfloat16)] if noise_floor else []
-    per_token = _measure(runs, windows, first, progress, placement)
-    rows = [_summary(t, first, reference=i == 0) for i, t in enumerate(per_token)]
+    per_token = _measure(runs, windows, first_scored, progress, placement)
+    rows = [_summary(t, first_scored, reference=i == 0) for i, t in enumerate(per_token)]
     for row, tokens in list(zip(rows, per_token, strict=True))[1:]:
         difference, error = mean_and_error(tokens.nll - per_token[0].nll)
         row["nll_minus_reference"] = difference, error
@@ -81,7 +81,7 @@ def compare(
 def _measure(
     runs: Sequence[tuple[Checkpoint, torch.dtype]],
     windows: Tensor,
-    first: int,
+    first_scored: int,
     progress: Progress,
     placement: Placement | None,
 ) -> list[Tokens]:
@@ -95,7 +95,7 @@ def _measure(
                 progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))
             walk.finish()
         progress("comparing predictions", number + 1, len(slices))
-        for collected, found in zip(parts, scores(walks, first), strict=True):
+        for collected, found in zip(parts, scores(walks, first_scored), strict=True):
             collected.append(found)
     return [joined(part) for part in parts]
 
@@ -106,7 +106,7 @@ def windows_at_once(checkpoint: Checkpoint, length: int, itemsize: int) -> int:
     return max(1, int(HIDDEN_BYTES / (length * width * itemsize)))
 
 
-def scores(walks: Sequence[Walk], first: int) -> list[Tokens]:
+def scores(walks: Sequence[Walk], first_scored: int) -> list[Tokens]:
     """Of every finished walk against the first. Those with one head are compared in one go: two heads are in memory at
     most."""
     groups: list[list[int]] = []
@@ -118,12 +118,12 @@ def scores(walks: Sequence[Walk], first: int) -> list[Tokens]:
     found: dict[int, Tokens] = {}
     for group in groups:
         alike = [walks[number] for number in group]
-        compared = _compared(walks[0], alike if group[0] else alike[1:], group[0] == 0, first)
+        compared = _compared(walks[0], alike if group[0] else alike[1:], group[0] == 0, first_scored)
         found |= dict(zip([0, *group] if group[0] else group, compared, strict=True))
     return [found[number] for number in range(len(walks))]
 
 
-def _compared(reference: Walk, walks: Sequence[Walk], share_its_head: bool, first: int) -> list[Tokens]:
+def _compared(reference: Walk, walks: Sequence[Walk], share_its_head: bool, first_scored: int) -> list[Tokens]:
     """Of the reference, and of walks that have one head, which may be the reference's."""
     parts: list[list[Tokens]] = [[] for _ in (reference, *walks)]
     with ExitStack() as heads:
@@ -136,7 +136,7 @@ def _compared(reference: Walk, walks: Sequence[Walk], share_its_head: bool, firs
         for batch in range(1, len(reference.batches)):
             tokens = reference.batches[batch]
             rows: list[list[Tokens]] = [[] for _ in parts]
-            for positions in _positions(reference, tokens.shape, first):
+            for positions in _positions(reference, tokens.shape, first_scored):
                 following = tokens[:, positions.start + 1 : positions.stop + 1]
                 original = _Original(_said(said(batch, positions)), following)
                 rows[0].append(original.of_itself())
@@ -147,12 +147,12 @@ def _compared(reference: Walk, walks: Sequence[Walk], share_its_head: bool, firs
     return [joined(part) for part in parts]
 
 
-def _positions(walk: Walk, shape: Sequence[int], first: int) -> Iterator[slice]:
+def _positions(walk: Walk, shape: Sequence[int], first_scored: int) -> Iterator[slice]:
     """The scored positions of a batch, few enough at a time for the logits' share of the memory."""
     words = walk.model.config.get_text_config(decoder=True).vocab_size
     step = max(1, int(LOGITS_BYTES / (COPIES * 4 * words * shape[0])))
     last = shape[1] - 1
-    return (slice(start, min(start + step, last)) for start in range(first, last, step))
+    return (slice(start, min(start + step, last)) for start in range(first_scored, last, step))
 
 
 def joined(parts: Sequence[Tokens], dim: int = 0) -> Tokens:
@@ -194,7 +194,7 @@ class _Original:
         return Tokens(-chosen, kl, reverse_kl, same_top, chosen.exp() - self.chosen.exp())
 
 
-def _summary(tokens: Tokens, first: int, reference: bool) -> dict[str, Any]:
+def _summary(tokens: Tokens, first_scored: int, reference: bool) -> dict[str, Any]:
     nll, nll_error = mean_and_error(tokens.nll)
     perplexity = float(torch.tensor(nll).exp())
     row = {
@@ -210,7 +210,7 @@ def _summary(tokens: Tokens, first: int, reference: bool) -> dict[str, Any]:
         row |= {
             "kl": kl, "kl_error": kl_error, "reverse_kl": mean_and_error(tokens.reverse_kl),
             "kl_median": _quantile(flat, 0.5), "kl_p99": _quantile(flat, 0.99), "kl_max": float(flat[-1]),
-            "kl_by_position": by_position(tokens.kl, first),
+            "kl_by_position": by_position(tokens.kl, first_scored),
             "same_top": top, "same_top_error": top_error,
             "probability_change": float(tokens.change.double().mean()),
             "probability_change_rms": float(tokens.change.double().square().mean().sqrt()),
@@ -218,9 +218,9 @@ def _summary(tokens: Tokens, first: int, reference: bool) -> dict[str, Any]:
     return row
 
 
-def by_position(values: Float32[Tensor, "windows positions"], first: int) -> list[dict[str, Any]]:
-    """The mean and its error in some stretches of the windows, whose first scored position is `first`."""
-    stretches, found, start = values.tensor_split(min(STRETCHES, values.shape[1]), dim=1), [], first
+def by_position(values: Float32[Tensor, "windows positions"], first_scored: int) -> list[dict[str, Any]]:
+    """The mean and its error in some stretches of the windows, whose first scored position is `first_scored`."""
+    stretches, found, start = values.tensor_split(min(STRETCHES, values.shape[1]), dim=1), [], first_scored
     for stretch in stretches:
         mean, error = mean_and_error(stretch)
         found.append({"first": start, "last": start + stretch.shape[1] - 1, "kl": mean, "kl_error": error})
@@ -232,8 +232,8 @@ def mean_and_error(values: Float32[Tensor, "windows positions"]) -> tuple[float,
     """Mean and its standard error, which nobody knows of one token. Tokens of one window hang together, so windows are
     what is counted."""
     values = values.double()
-    units = values.mean(1) if values.shape[0] > 1 else values.flatten()
-    return float(values.mean()), float(units.std() / len(units) ** 0.5) if len(units) > 1 else None
+    observations = values.mean(1) if values.shape[0] > 1 else values.flatten()
+    return float(values.mean()), float(observations.std() / len(observations) ** 0.5) if len(observations) > 1 else None
 
 
 def _quantile(sorted_values: Tensor, share: float) -> float:

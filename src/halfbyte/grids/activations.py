@@ -111,11 +111,11 @@ class ScaledActivations(ActivationGrid):
         match = ACTIVATIONS.fullmatch(name)
         if match is None:
             raise BadRequest(f"'{name}' has no scale of its own; write int8-token, fp8-e4m3-token or the like")
-        return cls(match["number"], int(match["group"]) if match["group"] else match["span"], not match["asym"])
+        return cls(match["number"], int(match["group"]) if match["group"] else match["granularity"], not match["asym"])
 
     def __str__(self) -> str:
-        span = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
-        return f"{self.number}-{span}{'' if self.symmetric else '-asym'}"
+        granularity = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
+        return f"{self.number}-{granularity}{'' if self.symmetric else '-asym'}"
 
     @property
     def stored(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from halfbyte.kernels.scales import Params
 
 Shape = tuple[int, ...]
-Codes = Integer[Tensor, "out units"]
+Codes = Integer[Tensor, "out codes"]
 """Of any integer type; a unit is a weight, or of codebooks and the like, a vector of weights or a part of one."""
 
 

@@ -149,8 +149,8 @@ class ScalarGrid(Grid):
 
     def rounder(self, params: Params, shape: Shape) -> Rounder:
         """Rounds one weight after another, each to the nearest level of its group."""
-        lines, size = scalar.lines(self.levels, self.scales, params, *shape)
-        return partial(scalar.round_block, lines, size)
+        lookup, size = scalar.lookup(self.levels, self.scales, params, *shape)
+        return partial(scalar.round_block, lookup, size)
 
     def encode(
         self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None

@@ -128,7 +128,7 @@ def _zeros(params: Params) -> Float32[Tensor, "rows groups 1"] | None:
     return params["zero"].float()[..., None] if "zero" in params else None
 
 
-class EvenLines(NamedTuple):
+class EvenLookup(NamedTuple):
     """Evenly spaced levels: codes 0 to `top` stand for base + scale * (code - zero)."""
 
     scale: Float32[Tensor, "rows groups"]
@@ -137,7 +137,7 @@ class EvenLines(NamedTuple):
     top: int
 
 
-class TableLines(NamedTuple):
+class TableLookup(NamedTuple):
     """A table of levels times a scale: code and value of the one nearest to each of its cells."""
 
     scale: Float32[Tensor, "rows groups"]
@@ -145,35 +145,35 @@ class TableLines(NamedTuple):
     value: Float32[Tensor, " cells"]
 
 
-class FloatLines(NamedTuple):
+class FloatLookup(NamedTuple):
     """Small floats times a scale."""
 
     scale: Float32[Tensor, "rows groups"]
     levels: FloatLevels
 
 
-Lines = EvenLines | TableLines | FloatLines
+Lookup = EvenLookup | TableLookup | FloatLookup
 """How a weight of a row and a group finds the level nearest to it."""
 
 
-def lines(levels: Levels, scales: Scales, params: Params, out: int, width: int) -> tuple[Lines, int | None]:
+def lookup(levels: Levels, scales: Scales, params: Params, out: int, width: int) -> tuple[Lookup, int | None]:
     """Those of a scalar grid, and how many in-features share parameters; None: all do."""
     scale, size = scales.per_row(scales.storage.load(params, levels.unit), out, width)
     if isinstance(levels, FloatLevels):
-        return FloatLines(scale, levels), size
+        return FloatLookup(scale, levels), size
     if isinstance(levels, Table):
         code, value = cells(levels)
-        return TableLines(scale, code if levels.exact else levels.nearest(value), value), size
+        return TableLookup(scale, code if levels.exact else levels.nearest(value), value), size
     scale = torch.where(scale == 0, 1.0, scale if levels.steps == 1 else scale / levels.steps)
     zero = torch.full_like(scale, levels.midpoint, dtype=torch.uint8)
     if "zero" in params:
         zero = scales.per_row(params["zero"], out, width)[0]
-    return EvenLines(scale, zero, torch.zeros_like(scale), levels.top), size
+    return EvenLookup(scale, zero, torch.zeros_like(scale), levels.top), size
 
 
 @faster_on_cpu("round_block")
 def round_block(
-    lines: Lines,
+    lookup: Lookup,
     size: int | None,
     wanted: Float32[Tensor, "rows width"],
     target: Float32[Tensor, "rows width"],
@@ -185,22 +185,22 @@ def round_block(
     do."""
     codes, group = torch.empty_like(wanted, dtype=torch.uint8), [c // size if size else 0 for c in columns.tolist()]
     for k in range(len(group) - 1, -1, -1):
-        codes[:, k], value = _nearest(lines, wanted[:, k], group[k])
+        codes[:, k], value = _nearest(lookup, wanted[:, k], group[k])
         missed = target[:, k] - value
         wanted[:, :k] += (missed - error[:, k])[:, None] * coupling[k, :k]
         error[:, k] = missed
     return codes
 
 
-def _nearest(lines: Lines, x: Float32[Tensor, " rows"], group: int) -> tuple[Tensor, Tensor]:
+def _nearest(lookup: Lookup, x: Float32[Tensor, " rows"], group: int) -> tuple[Tensor, Tensor]:
     """Code and value of the level nearest to a weight of each row."""
-    scale = lines.scale[:, group]
-    if isinstance(lines, FloatLines):
-        codes = lines.levels.nearest(lines.levels.scaled(x, scale))
-        return codes, lines.levels.decode(codes, scale)
-    if isinstance(lines, TableLines):
+    scale = lookup.scale[:, group]
+    if isinstance(lookup, FloatLookup):
+        codes = lookup.levels.nearest(lookup.levels.scaled(x, scale))
+        return codes, lookup.levels.decode(codes, scale)
+    if isinstance(lookup, TableLookup):
         cell = cell_of(x * inverse(scale))
-        return lines.code.to(x.device)[cell], lines.value.to(x.device)[cell] * scale
-    zero, base = lines.zero[:, group].float(), lines.base[:, group]
-    q = (torch.round((x - base) * scale.reciprocal()) + zero).clamp(0, lines.top)
+        return lookup.code.to(x.device)[cell], lookup.value.to(x.device)[cell] * scale
+    zero, base = lookup.zero[:, group].float(), lookup.base[:, group]
+    q = (torch.round((x - base) * scale.reciprocal()) + zero).clamp(0, lookup.top)
     return q.to(torch.uint8), (q - zero) * scale + base

@@ -135,26 +135,26 @@ class Adapter:
         return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _of_module(self, patterns: str, tensor: str, otherwise: Any) -> Any:
-        said, place = self.config.get(patterns) or {}, self.path / CONFIG
+        said, path = self.config.get(patterns) or {}, self.path / CONFIG
         value = next(
-            (v for pattern, v in said.items() if matches(rf"(.*\.)?({pattern})$", self.modules[tensor], place)),
+            (v for pattern, v in said.items() if matches(rf"(.*\.)?({pattern})$", self.modules[tensor], path)),
             otherwise,
         )
         if type(value) not in (int, float) or not 0 < value < LARGEST:
-            raise BadCheckpoint(f"{place}: rank and alpha of '{tensor}' are numbers above 0, not {brief(value)}")
+            raise BadCheckpoint(f"{path}: rank and alpha of '{tensor}' are numbers above 0, not {brief(value)}")
         return value
 
-    def merge(self, tensor: str, w: Tensor, first: int = 0) -> Tensor:
-        """`w`, rows of the tensor from `first` on as it lies in the checkpoint, with what the adapter adds; computed in
-        float32."""
+    def merge(self, tensor: str, w: Tensor, row_offset: int = 0) -> Tensor:
+        """`w`, rows of the tensor from `row_offset` on as it lies in the checkpoint, with what the adapter adds;
+        computed in float32."""
         if tensor in self.whole:
-            w = self.whole[tensor].read(first, first + len(w)).to(w.dtype)
+            w = self.whole[tensor].read(row_offset, row_offset + len(w)).to(w.dtype)
         if tensor not in self.low_rank:
             return w
         parts = {name: entry.read().float() for name, entry in self.low_rank[tensor].items()}
-        total = w.float() + self._product(tensor, parts)[first : first + len(w)]
+        total = w.float() + self._product(tensor, parts)[row_offset : row_offset + len(w)]
         if (magnitude := parts.get("magnitude_vector")) is not None:
-            total = self._with_magnitude(tensor, total, magnitude.flatten(), first)
+            total = self._with_magnitude(tensor, total, magnitude.flatten(), row_offset)
         return total.to(w.dtype)
 
     def _product(self, tensor: str, parts: dict[str, Tensor]) -> Float32[Tensor, "rows columns"]:
@@ -162,11 +162,11 @@ class Adapter:
         product = b @ a * self.scaling(tensor)
         return product.T if tensor in self.transposed or "embedding_A" in parts else product
 
-    def _with_magnitude(self, tensor: str, total: Tensor, magnitude: Tensor, first: int) -> Tensor:
+    def _with_magnitude(self, tensor: str, total: Tensor, magnitude: Tensor, row_offset: int) -> Tensor:
         """DoRA: the product turns each out-feature, and its length is a number of its own."""
         if tensor in self.transposed:
             return total * (magnitude / total.norm(dim=0))
-        return total * (magnitude[first : first + len(total)] / total.norm(dim=1))[:, None]
+        return total * (magnitude[row_offset : row_offset + len(total)] / total.norm(dim=1))[:, None]
 
     @cached_property
     def digest(self) -> str:
@@ -192,11 +192,11 @@ def _by_parameter(checkpoint: Checkpoint, wanted: set[str]) -> dict[str, str]:
     """Tensors of the checkpoint by the names that their parameters have in Transformers' model."""
     from halfbyte.models import skeleton  # needs the model's code
 
-    places = skeleton.places(skeleton.build(checkpoint, torch.float32), checkpoint.tensors())
+    weight_map = skeleton.weight_map(skeleton.build(checkpoint, torch.float32), checkpoint.tensors())
     alone = {
-        place.parameter: tensor
-        for tensor, place in places.items()
-        if place.expert is None and not place.first and not place.transposed
+        view.parameter: tensor
+        for tensor, view in weight_map.items()
+        if view.expert is None and not view.offset and not view.transposed
     }
-    shared = [place.parameter for place in places.values()]
+    shared = [view.parameter for view in weight_map.values()]
     return {name: alone[name] for name in wanted if name in alone and shared.count(name) == 1}

@@ -90,7 +90,7 @@ class Block:
 
     def __init__(self, walk: "Walk", module: nn.Module, prefix: str, parameters: list[str]):
         self.walk, self.module, self.prefix, self.parameters = walk, module, prefix, parameters
-        self.tensors = [t for t, place in walk.places.items() if place.parameter.startswith(f"{prefix}.")]
+        self.tensors = [t for t, view in walk.weight_map.items() if view.parameter.startswith(f"{prefix}.")]
         if not self.tensors:
             raise BadCheckpoint(f"the checkpoint has no tensor of {prefix}")
         self.name = roles.block_of(self.tensors[0]) or prefix
@@ -120,7 +120,7 @@ class Block:
     def load(self, source: ReadAhead) -> None:
         """Read its parameters, and, as served, how its weights' activations are rounded."""
         walk = self.walk
-        skeleton.load(walk.model, source, walk.places, walk.ties, self.parameters, walk.device)
+        skeleton.load(walk.model, source, walk.weight_map, walk.ties, self.parameters, walk.device)
         if walk.as_served:
             read = source.checkpoint.read_inputs
             for weight in self.weights:
@@ -148,8 +148,8 @@ class Block:
 
     def view(self, tensor: str) -> Tensor:
         """A tensor of the checkpoint, as a view of the parameter in which it lies."""
-        place = self.walk.places[tensor]
-        return place.view(skeleton.tensor(self.walk.model, place.parameter), self.walk.shapes[tensor])
+        param_view = self.walk.weight_map[tensor]
+        return param_view.view(skeleton.tensor(self.walk.model, param_view.parameter), self.walk.shapes[tensor])
 
     def weight(self, weight: Weight) -> Float[Tensor, "out in"]:
         """A view of the parameter."""
@@ -216,12 +216,12 @@ class Block:
         """What the block would return with other weights; differentiable with respect to `values` and `hidden`."""
         replaced: dict[str, Tensor] = {}
         for weight, value in values.items():
-            place = self.walk.places[weight.tensor]
-            name = place.parameter
+            param_view = self.walk.weight_map[weight.tensor]
+            name = param_view.parameter
             if name not in replaced:
                 replaced[name] = skeleton.tensor(self.walk.model, name).clone()
-            view = place.view(replaced[name], self.walk.shapes[weight.tensor])
-            _oriented(view, Matrix(weight.tensor, weight.expert, weight)).copy_(value)
+            target = param_view.view(replaced[name], self.walk.shapes[weight.tensor])
+            _oriented(target, Matrix(weight.tensor, weight.expert, weight)).copy_(value)
         inside = {name.removeprefix(f"{self.prefix}."): value for name, value in replaced.items()}
         with torch.enable_grad():
             parts = [

@@ -159,7 +159,7 @@ def _stream(checkpoint: Checkpoint, tokenizer: Any, records: Sequence[Record]) -
     has_template = chats.template_of(tokenizer) is not None
     if untold := next((record for record in records if record.text is None and not has_template), None):
         raise BadRequest(
-            f"{untold.place}: the model's tokenizer has no chat template to make text of a chat; give "
+            f"{untold.location}: the model's tokenizer has no chat template to make text of a chat; give "
             "records with 'text'"
         )
     talks = [record for record in records if record.messages is not None and has_template]
@@ -194,10 +194,12 @@ def _rendered(tokenizer: Any, talks: Sequence[Record]) -> tuple[list[str | None]
     if not talks:
         return [], ()
     said, refused = chats.render(tokenizer, [record.messages or [] for record in talks])
-    reasons = [f"{talks[number].place}: the chat template does not take it: {reason}" for number, reason in refused]
+    reasons = [f"{talks[number].location}: the chat template does not take it: {reason}" for number, reason in refused]
     if len(refused) == len(talks):
         raise BadRequest(reasons[0])
-    said = [text if text is None else texts.sound(text, record.place) for text, record in zip(said, talks, strict=True)]
+    said = [
+        text if text is None else texts.sound(text, record.location) for text, record in zip(said, talks, strict=True)
+    ]
     return said, (f"left out: {len(refused)} of {plural(len(talks), 'chat')}; {reasons[0]}",) if refused else ()
 
 

@@ -32,7 +32,7 @@ from halfbyte.registry import SOURCES, source_suffix
 
 if TYPE_CHECKING:
     from halfbyte.models.adapter import Adapter
-    from halfbyte.models.experts import Piece
+    from halfbyte.models.experts import ExpertSlice
 
 INDEX = "model.safetensors.index.json"
 MODELOPT = "hf_quant_config.json"
@@ -65,8 +65,8 @@ class Weight:
     """[out, in], whichever way it lies in the file."""
     transposed: bool = False
     expert: int | None = None
-    first: int | None = None
-    """Of a piece: the first of its rows."""
+    row_offset: int | None = None
+    """Of a chunk of rows: the first of them."""
 
 
 class Checkpoint:
@@ -74,7 +74,7 @@ class Checkpoint:
 
     adapter: "Adapter | None" = None
     """What is merged into its weights as they are read (halfbyte.models.adapter)."""
-    pieces: "Mapping[str, Piece]" = MappingProxyType({})
+    expert_slices: "Mapping[str, ExpertSlice]" = MappingProxyType({})
     """Linears of single experts that are read out of stacks (halfbyte.models.experts)."""
     splits_stacks = True
     """Whether experts that lie in one tensor may be read apart."""
@@ -101,7 +101,7 @@ class Checkpoint:
 
     def replaced(self, **parts: Any) -> "Checkpoint":
         """Another checkpoint that reads the same files, with some parts in place of its own: `kv`, another cache (or
-        None); `adapter`, merged into its weights; `pieces`, experts apart; `config`."""
+        None); `adapter`, merged into its weights; `expert_slices`, experts apart; `config`."""
         other = copy.copy(self)
         other.__dict__.update(parts)
         return other
@@ -340,8 +340,8 @@ class Checkpoint:
         return roles.is_transposed(tensor, self.model_type)
 
     def _read(self, tensor: str) -> Tensor:
-        if tensor in self.pieces:
-            return self.pieces[tensor].read(self.entries[self.pieces[tensor].stack])
+        if tensor in self.expert_slices:
+            return self.expert_slices[tensor].read(self.entries[self.expert_slices[tensor].stack])
         if tensor in self.entries and tensor not in self.parts:  # a part may bear the name of the whole
             return self.entries[tensor].read()
         module = tensor.removesuffix(".weight")
@@ -362,8 +362,8 @@ class Checkpoint:
     def spec(self, tensor: str) -> Spec:
         """Shape and dtype of a tensor by its name in the unquantized checkpoint; that of the model where it is stored
         quantized."""
-        if tensor in self.pieces:
-            return Spec(self.pieces[tensor].shape, self.entries[self.pieces[tensor].stack].dtype)
+        if tensor in self.expert_slices:
+            return Spec(self.expert_slices[tensor].shape, self.entries[self.expert_slices[tensor].stack].dtype)
         entry = None if tensor in self.parts else self.entries.get(tensor)
         return Spec(entry.shape, entry.dtype) if entry else Spec(self.tensors()[tensor], self.dtype)
 
@@ -377,8 +377,8 @@ class Checkpoint:
             name = f"{module}.weight"
             shapes[name] = (width, out) if roles.is_transposed(name, self.model_type) else (out, width)
         apart: dict[str, dict[str, Shape]] = {}
-        for name, piece in self.pieces.items():
-            apart.setdefault(piece.stack, {})[name] = piece.shape
+        for name, part in self.expert_slices.items():
+            apart.setdefault(part.stack, {})[name] = part.shape
         return (
             {name: shape for t, own in shapes.items() for name, shape in apart.get(t, {t: own}).items()}
             if apart
@@ -389,7 +389,7 @@ class Checkpoint:
         """The matrices inside the blocks that a method may quantize, the head, and the embedding if asked for."""
         lies_transposed = self.linears.transposed
         for name, shape in self.tensors().items():
-            if name in self.pieces:
+            if name in self.expert_slices:
                 yield Weight(name.removesuffix(".weight"), name, roles.block_of(name), shape)
                 continue
             if name not in lies_transposed:
@@ -425,9 +425,9 @@ class Checkpoint:
 
     def read_weight(self, weight: Weight) -> Tensor:
         """[out, in], in the stored precision. Raises BadCheckpoint for NaN or Inf."""
-        if weight.first is not None:
-            w = self.entries[weight.tensor].read(weight.first, weight.first + weight.shape[0])
-            w = self.adapter.merge(weight.tensor, w, weight.first) if self.adapter else w
+        if weight.row_offset is not None:
+            w = self.entries[weight.tensor].read(weight.row_offset, weight.row_offset + weight.shape[0])
+            w = self.adapter.merge(weight.tensor, w, weight.row_offset) if self.adapter else w
         elif weight.expert is not None and weight.tensor in self.entries:
             w = self.entries[weight.tensor].read(weight.expert, weight.expert + 1)[
                 0

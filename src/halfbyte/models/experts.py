@@ -15,13 +15,13 @@ from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint
 
 
-class Piece(NamedTuple):
+class ExpertSlice(NamedTuple):
     """One linear of one expert."""
 
     stack: str
     """The tensor that it lies in."""
     expert: int
-    first: int
+    row_offset: int
     """Of its rows, in the expert's."""
     shape: Shape
     """[out, in]."""
@@ -30,8 +30,10 @@ class Piece(NamedTuple):
 
     def read(self, stack: Entry) -> Tensor:
         """Its rows, [out, in], out of the stack."""
-        own, last = stack.at(self.expert), self.first + self.shape[0]
-        return own.read()[:, self.first : last].T.contiguous() if self.transposed else own.read(self.first, last)
+        own, last = stack.at(self.expert), self.row_offset + self.shape[0]
+        return (
+            own.read()[:, self.row_offset : last].T.contiguous() if self.transposed else own.read(self.row_offset, last)
+        )
 
 
 def unstacked(checkpoint: Checkpoint) -> Checkpoint:
@@ -43,19 +45,21 @@ def unstacked(checkpoint: Checkpoint) -> Checkpoint:
     parts = {t: roles.parts_of(t, checkpoint.model_type) for t in stacks}
     return _reading(
         checkpoint,
-        {name: piece for t in stacks for name, piece in _pieces(t, shapes[t], transposed[t], parts[t]).items()},
+        {name: part for t in stacks for name, part in _slices(t, shapes[t], transposed[t], parts[t]).items()},
     )
 
 
 def restacked(checkpoint: Checkpoint, stacks: set[str]) -> Checkpoint:
     """The checkpoint with these stacks whole again."""
-    return _reading(checkpoint, {name: piece for name, piece in checkpoint.pieces.items() if piece.stack not in stacks})
+    return _reading(
+        checkpoint, {name: part for name, part in checkpoint.expert_slices.items() if part.stack not in stacks}
+    )
 
 
-def _pieces(stack: str, shape: Shape, transposed: bool, parts: list[tuple[str, str]]) -> dict[str, Piece]:
+def _slices(stack: str, shape: Shape, transposed: bool, parts: list[tuple[str, str]]) -> dict[str, ExpertSlice]:
     experts, out, width = (shape[0], shape[2], shape[1]) if transposed else shape
     return {
-        f"{home}.{expert}.{part}.weight": Piece(
+        f"{home}.{expert}.{part}.weight": ExpertSlice(
             stack, expert, out // len(parts) * number, (out // len(parts), width), transposed
         )
         for expert in range(experts)
@@ -63,5 +67,5 @@ def _pieces(stack: str, shape: Shape, transposed: bool, parts: list[tuple[str, s
     }
 
 
-def _reading(checkpoint: Checkpoint, pieces: Mapping[str, Piece]) -> Checkpoint:
-    return checkpoint.replaced(pieces=pieces)
+def _reading(checkpoint: Checkpoint, slices: Mapping[str, ExpertSlice]) -> Checkpoint:
+    return checkpoint.replaced(expert_slices=slices)

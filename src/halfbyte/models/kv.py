@@ -87,7 +87,7 @@ def _name(module: nn.Module) -> str:
     return next((name for name in NAMES if name in parameters), "")
 
 
-def names(model: PreTrainedModel, places: Mapping[str, ParamView], block: nn.Module) -> dict[str, nn.Module]:
+def names(model: PreTrainedModel, weight_map: Mapping[str, ParamView], block: nn.Module) -> dict[str, nn.Module]:
     """The attentions in a part of the model that cache keys and values, by what the checkpoint calls them."""
     layers = DynamicCache(config=model.config).layers
     paths = {module: path for path, module in model.named_modules()}
@@ -95,9 +95,9 @@ def names(model: PreTrainedModel, places: Mapping[str, ParamView], block: nn.Mod
     for attention in attentions(block).values():
         inside = f"{paths[attention]}."
         owned = {
-            tensor: place.parameter.removeprefix(inside)
-            for tensor, place in places.items()
-            if place.parameter.startswith(inside)
+            tensor: view.parameter.removeprefix(inside)
+            for tensor, view in weight_map.items()
+            if view.parameter.startswith(inside)
         }
         homes = [tensor.split(".")[: -len(rest.split("."))] for tensor, rest in owned.items()]
         layer = dict(enumerate(layers)).get(getattr(attention, "layer_idx", -1))
@@ -107,11 +107,11 @@ def names(model: PreTrainedModel, places: Mapping[str, ParamView], block: nn.Mod
 
 
 def apply(
-    model: PreTrainedModel, places: Mapping[str, ParamView], cache: KVCache, device: torch.device | str = "cpu"
+    model: PreTrainedModel, weight_map: Mapping[str, ParamView], cache: KVCache, device: torch.device | str = "cpu"
 ) -> None:
     """From now on, the model computes with keys and values as this cache would return them. Raises Unsupported where it
     has none."""
-    found = names(model, places, model)
+    found = names(model, weight_map, model)
     if not found:
         raise Unsupported(f"{model.config.model_type} has no attention that caches keys and values")
     for name, attention in found.items():
@@ -127,7 +127,7 @@ def blank(checkpoint: Checkpoint, grid: KVGrid) -> KVCache:
     """A cache of the right names and shapes, whose scales are still to be found. Raises Unsupported for a model without
     attention."""
     model = skeleton.build(checkpoint, checkpoint.dtype)
-    found = names(model, skeleton.places(model, checkpoint.tensors()), model)
+    found = names(model, skeleton.weight_map(model, checkpoint.tensors()), model)
     if not found:
         raise Unsupported(f"{checkpoint.model_type} has no attention that caches keys and values")
     text = model.config.get_text_config(decoder=True)

@@ -26,10 +26,10 @@ def require(checkpoint: Checkpoint) -> None:
     except (BadCheckpoint, Unsupported):
         return
     shapes = checkpoint.tensors()
-    places = skeleton.places(model, shapes)
-    filled = Counter(place.parameter for place in places.values())
-    for tensor in sorted(odd & places.keys()):
-        place = places[tensor]
+    weight_map = skeleton.weight_map(model, shapes)
+    filled = Counter(place.parameter for place in weight_map.values())
+    for tensor in sorted(odd & weight_map.keys()):
+        place = weight_map[tensor]
         expected = tuple(skeleton.tensor(model, place.parameter).shape)
         whole = filled[place.parameter] == 1 and place == skeleton.ParamView(
             place.parameter

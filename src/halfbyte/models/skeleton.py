@@ -59,7 +59,7 @@ class ParamView:
 
     parameter: str
     expert: int | None = None
-    first: int = 0
+    offset: int = 0
     """First row of the tensor along `dim`, which counts after the expert's dimension is gone."""
     dim: int = 0
     transposed: bool = False
@@ -69,7 +69,7 @@ class ParamView:
         view = parameter if self.expert is None else parameter[self.expert]
         if self.transposed:
             view = view.transpose(-1, -2)
-        return view.narrow(self.dim, self.first, shape[self.dim]) if shape else view
+        return view.narrow(self.dim, self.offset, shape[self.dim]) if shape else view
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:
@@ -274,7 +274,7 @@ class WeightMap(dict[str, ParamView]):
         """Parameters that are made of the checkpoint in a way that no ParamView tells, and how."""
 
 
-def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> WeightMap:
+def weight_map(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> WeightMap:
     """Where each tensor of the checkpoint lies."""
     names = Names(model)
     found = WeightMap()
@@ -301,7 +301,7 @@ def aliases(checkpoint: Checkpoint, modules: list[str]) -> list[str]:
     """What Transformers calls those of the modules that it renames: compressed-tensors looks for kept modules under
     these names."""
     try:
-        found = places(outline(checkpoint), checkpoint.tensors())
+        found = weight_map(outline(checkpoint), checkpoint.tensors())
     except BadCheckpoint:
         return []
     return sorted(
@@ -352,9 +352,9 @@ def tensor(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(home), last).data
 
 
-def ties(model: transformers.PreTrainedModel, found: WeightMap) -> dict[str, str]:
+def ties(model: transformers.PreTrainedModel, weight_map: WeightMap) -> dict[str, str]:
     """Parameters without a tensor of their own, each with the one whose values it shares, by Transformers' rules."""
-    own = {place.parameter for place in found.values()}
+    own = {view.parameter for view in weight_map.values()}
     groups: dict[str, list[str]] = {}
     first: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):  # a module may stand in several places
@@ -369,20 +369,20 @@ def ties(model: transformers.PreTrainedModel, found: WeightMap) -> dict[str, str
 
 
 def require_whole(
-    model: transformers.PreTrainedModel, checkpoint: Checkpoint, found: WeightMap, names: Collection[str]
+    model: transformers.PreTrainedModel, checkpoint: Checkpoint, weight_map: WeightMap, names: Collection[str]
 ) -> None:
     """Raise BadCheckpoint for parameters and buffers among `names` of which the checkpoint fills not every element."""
-    shapes, tied = checkpoint.tensors(), ties(model, found)
+    shapes, tied = checkpoint.tensors(), ties(model, weight_map)
     filled: dict[str, dict[tuple, int]] = {}
-    for tensor, place in found.items():
-        filled.setdefault(place.parameter, {})[place.expert, place.first] = prod(shapes[tensor])
+    for tensor, view in weight_map.items():
+        filled.setdefault(view.parameter, {})[view.expert, view.offset] = prod(shapes[tensor])
     sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
     bare = [
         name for name in names if name in sizes and sum(filled.get(tied.get(name, name), {}).values()) < sizes[name]
     ]
-    if made := next((name for name in bare if name in found.lost), None):
+    if made := next((name for name in bare if name in weight_map.lost), None):
         raise Unsupported(
-            f"Transformers makes '{made}' of the checkpoint by {found.lost[made]}, which halfbyte does not "
+            f"Transformers makes '{made}' of the checkpoint by {weight_map.lost[made]}, which halfbyte does not "
             f"follow; {NO_MODEL}"
         )
     if bare:
@@ -415,7 +415,7 @@ def put(model: nn.Module, name: str, p: nn.Parameter) -> None:
 def load(
     model: nn.Module,
     source: TensorSource,
-    found: WeightMap,
+    weight_map: WeightMap,
     tied: dict[str, str],
     names: Iterable[str],
     device: torch.device | str,
@@ -433,7 +433,7 @@ def load(
     for name in fresh:
         if state[name].is_meta:
             put(model, name, nn.Parameter(torch.empty_like(state[name], device=device), requires_grad=False))
-    _fill(model, source, found, [tensor for tensor, place in found.items() if place.parameter in fresh], device)
+    _fill(model, source, weight_map, [tensor for tensor, view in weight_map.items() if view.parameter in fresh], device)
     for name in names:
         if name in tied:
             put(model, name, model.get_parameter(tied[name]))
@@ -464,7 +464,7 @@ def release(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _fill(
-    model: nn.Module, source: TensorSource, found: WeightMap, names: Iterable[str], device: torch.device | str
+    model: nn.Module, source: TensorSource, weight_map: WeightMap, names: Iterable[str], device: torch.device | str
 ) -> None:
     """Read tensors of the checkpoint into the parameters in which they lie."""
     state = dict(model.state_dict(keep_vars=True))
@@ -472,7 +472,7 @@ def _fill(
         value = source.read(name)
         require_finite(name, value)
         try:
-            view = found[name].view(state[found[name].parameter].data, tuple(value.shape))
+            view = weight_map[name].view(state[weight_map[name].parameter].data, tuple(value.shape))
         except (RuntimeError, IndexError):
             view = None
         if view is None or view.shape != value.shape:

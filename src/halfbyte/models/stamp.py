@@ -41,9 +41,9 @@ def origin(checkpoint: Checkpoint) -> str:
     for name, entry in checkpoint.entries.items():
         files[entry.path].append((entry.offset, name, entry))
     found = []
-    for path, places in files.items():
+    for path, tensors in files.items():
         with open(path, "rb") as file:
-            for offset, name, entry in sorted(places, key=lambda place: place[:2]):
+            for offset, name, entry in sorted(tensors, key=lambda place: place[:2]):
                 file.seek(offset)
                 found.append((name, entry.shape, str(entry.dtype), file.read(min(SAMPLED, entry.size_bytes))))
     for one in sorted(found):

@@ -37,7 +37,7 @@ EXPECTED = (
 class Record(NamedTuple):
     """One text or one chat, and where it stands."""
 
-    place: str
+    location: str
     text: str | None
     """As a model without a chat template sees it; None: a chat is no text without one."""
     messages: list[dict[str, Any]] | None = None
@@ -112,13 +112,13 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def _parsed(text: str, place: str, expected: str = "") -> Any:
+def _parsed(text: str, location: str, expected: str = "") -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise BadRequest(f"{place}: is nested too deeply{expected}") from None
+        raise BadRequest(f"{location}: is nested too deeply{expected}") from None
     except ValueError as error:
-        raise BadRequest(f"{place}: is not JSON: {error}{expected}") from None
+        raise BadRequest(f"{location}: is not JSON: {error}{expected}") from None
 
 
 def _rows(text: str, delimiter: str, path: Path) -> list[dict[str, Any]]:
@@ -154,25 +154,25 @@ def _dataset(source: str) -> Any:
         raise BadRequest(f"dataset {source} cannot be read: {' '.join(str(error).split())}") from None
 
 
-def _record(value: Any, place: str) -> Record:
+def _record(value: Any, location: str) -> Record:
     if isinstance(value, str):
-        return Record(place, sound(value, place))
+        return Record(location, sound(value, location))
     if isinstance(value, list):
-        return Record(place, None, _messages(value, place))
+        return Record(location, None, _messages(value, location))
     if not isinstance(value, dict):
-        raise BadRequest(f"{place}: is {_called(value)}; {EXPECTED}")
+        raise BadRequest(f"{location}: is {_called(value)}; {EXPECTED}")
     if chat := next((value[key] for key in CHATS if isinstance(value.get(key), list)), None):
-        return Record(place, None, [*_system(value), *_messages(chat, place)])
+        return Record(location, None, [*_system(value), *_messages(chat, location)])
     if pair := next(
         ((ask, answer) for ask, answer in PAIRS if value.get(ask) is not None and value.get(answer) is not None), None
     ):
-        return _pair(value, *pair, place)
+        return _pair(value, *pair, location)
     if isinstance(value.get("text"), str):
-        return Record(place, sound(value["text"], place))
+        return Record(location, sound(value["text"], location))
     if wrong := next((key for key in ("text", *CHATS) if key in value), None):
-        raise BadRequest(f"{place}: '{wrong}' is {_called(value[wrong])}; {EXPECTED}")
+        raise BadRequest(f"{location}: '{wrong}' is {_called(value[wrong])}; {EXPECTED}")
     keys = ", ".join(f"'{str(key)[:40]}'" for key in list(value)[:8]) + (", ..." if len(value) > 8 else "")
-    raise BadRequest(f"{place}: has {f'the keys {keys}' if keys else 'no keys'}; {EXPECTED}")
+    raise BadRequest(f"{location}: has {f'the keys {keys}' if keys else 'no keys'}; {EXPECTED}")
 
 
 def _system(value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -184,21 +184,21 @@ def _system(value: dict[str, Any]) -> list[dict[str, Any]]:
     ][:1]
 
 
-def _pair(value: dict[str, Any], ask: str, answer: str, place: str) -> Record:
+def _pair(value: dict[str, Any], ask: str, answer: str, location: str) -> Record:
     """What is asked, with its context, and what is answered: a chat of two, or both in a row for a model without a chat
     template."""
     if isinstance(value[ask], list) and isinstance(value[answer], list):
-        return Record(place, None, [*_system(value), *_messages([*value[ask], *value[answer]], place)])
+        return Record(location, None, [*_system(value), *_messages([*value[ask], *value[answer]], location)])
     for key in (ask, answer):
         if not isinstance(value[key], str):
-            raise BadRequest(f"{place}: '{key}' is {_called(value[key])}; {EXPECTED}")
+            raise BadRequest(f"{location}: '{key}' is {_called(value[key])}; {EXPECTED}")
     context = [value[key] for key in CONTEXTS if isinstance(value.get(key), str) and value[key].strip()][:1]
-    asked, answered = sound("\n\n".join([value[ask], *context]), place), sound(value[answer], place)
+    asked, answered = sound("\n\n".join([value[ask], *context]), location), sound(value[answer], location)
     chat = [*_system(value), {"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return Record(place, asked + ("" if answer == "completion" else "\n\n") + answered, chat)
+    return Record(location, asked + ("" if answer == "completion" else "\n\n") + answered, chat)
 
 
-def _messages(value: list[Any], place: str) -> list[dict[str, Any]]:
+def _messages(value: list[Any], location: str) -> list[dict[str, Any]]:
     """Messages with 'role' and 'content', whichever way they were spelled."""
     found = []
     for message in value:
@@ -213,10 +213,11 @@ def _messages(value: list[Any], place: str) -> list[dict[str, Any]]:
                 else _called(message)
             )
             raise BadRequest(
-                f"{place}: a message is {what}; it is an object with 'role' and 'content', or with 'from' and 'value'"
+                f"{location}: a message is {what}; it is an object with 'role' and 'content', or with 'from' and "
+                "'value'"
             )
     if not found:
-        raise BadRequest(f"{place}: has no messages; {EXPECTED}")
+        raise BadRequest(f"{location}: has no messages; {EXPECTED}")
     return found
 
 
@@ -225,13 +226,13 @@ def _called(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def sound(text: str, place: str) -> str:
+def sound(text: str, location: str) -> str:
     """Raises BadRequest for text that no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRequest(
-            f"{place}: holds half a character, \\u{ord(text[error.start]):04x}, without its other half; write "
+            f"{location}: holds half a character, \\u{ord(text[error.start]):04x}, without its other half; write "
             "both or none"
         ) from None
     return text

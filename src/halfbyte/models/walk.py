@@ -65,10 +65,10 @@ class Walk:
         skeleton.move_buffers(self.model, self.device)
         self._require_decoder()
         self.shapes = checkpoint.tensors()
-        self.places = skeleton.places(self.model, self.shapes)
-        self.ties = skeleton.ties(self.model, self.places)
+        self.weight_map = skeleton.weight_map(self.model, self.shapes)
+        self.ties = skeleton.ties(self.model, self.weight_map)
         if as_served and checkpoint.kv:
-            kv.apply(self.model, self.places, checkpoint.kv, self.device)
+            kv.apply(self.model, self.weight_map, checkpoint.kv, self.device)
         self.weights = list(checkpoint.weights())
         per_batch = max(1, self.placement.batch_tokens // samples.shape[1])
         first = 1 if trials else per_batch
@@ -175,7 +175,7 @@ class Walk:
         """Run all that comes before the first block."""
         self.progress("embedding", 0, len(self.blocks))
         needed = [*self.outside, *(name for block in self.blocks for name in block.parameters)]
-        skeleton.require_whole(self.model, self.checkpoint, self.places, needed)
+        skeleton.require_whole(self.model, self.checkpoint, self.weight_map, needed)
         self.blocks[0].load(self.source)
         for hidden in self._note_calls():
             self.inputs.append(hidden)
@@ -407,7 +407,7 @@ class Walk:
         if self.checkpoint is other.checkpoint:
             return True
         homes = {self.ties.get(name, name) for name in self._of_head}
-        tensors = [tensor for tensor, place in self.places.items() if place.parameter in homes]
+        tensors = [tensor for tensor, view in self.weight_map.items() if view.parameter in homes]
         return (
             self._of_head == other._of_head
             and bool(tensors)
@@ -438,7 +438,7 @@ class Walk:
         return [name for name in self.outside if name.startswith(prefix)]
 
     def _load(self, names: list[str]) -> None:
-        skeleton.load(self.model, self.source, self.places, self.ties, names, self.device)
+        skeleton.load(self.model, self.source, self.weight_map, self.ties, names, self.device)
 
 
 def _halved(part: slice, samples: int) -> list[slice]:

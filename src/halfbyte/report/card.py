@@ -88,8 +88,8 @@ def _place(report: Report, path: Path) -> str:
 
 def _served(report: Report, path: Path) -> Path:
     """What engines open, as somebody who has downloaded it calls it."""
-    place, file = Path(_place(report, path)), report.output.file
-    return place / file if file and not is_file(path) else place
+    called, file = Path(_place(report, path)), report.output.file
+    return called / file if file and not is_file(path) else called
 
 
 def local_paths(report: Report, path: Path) -> dict[str, str]:
@@ -139,9 +139,9 @@ def code(engine: EngineReport, path: Path, original: str) -> str:
         return _filled(line, path, original)
     needed = sorted({"AutoTokenizer", *re.findall(r"\bAutoModel\w*|\bCompressedTensorsConfig\b", line)})
     file = re.search(r'\w+="\{file\}"', line)
-    place = f'"{{folder}}", {file[0]}' if file else '"{path}"'
+    names = f'"{{folder}}", {file[0]}' if file else '"{path}"'
     imported = f"from transformers import {', '.join(needed)}"
-    whole = f"{imported}\n\nmodel = {line}\ntokenizer = AutoTokenizer.from_pretrained({place})"
+    whole = f"{imported}\n\nmodel = {line}\ntokenizer = AutoTokenizer.from_pretrained({names})"
     return _filled(whole, path, original)
 
 

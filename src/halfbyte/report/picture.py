@@ -20,13 +20,13 @@ def add_picture(report: Report, folder: Path) -> str | None:
 
     None where nothing was lost, or Vega-Lite is not installed.
     """
-    place = beside(folder, PICTURE)
-    if not place.exists():
+    path = beside(folder, PICTURE)
+    if not path.exists():
         drawn = picture(report)
         if drawn is None:
             return None
-        replace_bytes(place, drawn)
-    return place.name
+        replace_bytes(path, drawn)
+    return path.name
 
 
 def picture(report: Report) -> bytes | None:

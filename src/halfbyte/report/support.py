@@ -209,8 +209,8 @@ def _condensed(names: list[str]) -> str:
     granularities: dict[tuple[str, str], list[str]] = {}
     for name in names:
         if name.startswith("int") and "/" not in name:
-            number, span, *asym = name.split("-")
-            granularities.setdefault((number, "-asym" if asym else ""), []).append(span)
+            number, granularity, *asym = name.split("-")
+            granularities.setdefault((number, "-asym" if asym else ""), []).append(granularity)
     numbers: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for (number, asym), found in granularities.items():
         numbers.setdefault((tuple(found), asym), []).append(number.removeprefix("int"))

@@ -196,7 +196,7 @@ def cells(report: Report) -> dict[tuple[str, str], list[WeightReport]]:
     """Weights by layer and role; experts of a kind are one role. Layers come in their order, roles in the report's."""
     found: dict[tuple[str, str], list[WeightReport]] = {}
     for row in report.weights:
-        found.setdefault(place(row.name), []).append(row)
+        found.setdefault(layer_and_role(row.name), []).append(row)
     roles = shortened(dict.fromkeys(role for _, role in found))
     order = sorted(found, key=lambda key: -1 if key[0] == OUTSIDE else int(key[0]))
     by_role = {role: n for n, role in enumerate(roles)}
@@ -204,7 +204,7 @@ def cells(report: Report) -> dict[tuple[str, str], list[WeightReport]]:
     return {(layer, roles[role]): found[layer, role] for layer, role in order}
 
 
-def place(name: str) -> tuple[str, str]:
+def layer_and_role(name: str) -> tuple[str, str]:
     """The layer and the role of a weight: `model.layers.3.mlp.experts.7.down_proj` is of layer 3, and a
     `mlp.experts.*.down_proj`."""
     block = block_of(f"{name}.weight", encoders=True)

@@ -38,10 +38,14 @@ def quantizing(target: "Target", recipe: Recipe, checkpoint: Checkpoint, method:
     apart = experts.unstacked(checkpoint)
     choices = _choose(target, apart, recipe)
     # Experts that all stay in 16 bits stay as they lie.
-    notes = {piece.stack: "" for piece in apart.pieces.values()}
-    notes |= {apart.pieces[c.weight.tensor].stack: c.note for c in choices if c.weight.tensor in apart.pieces}
+    notes = {part.stack: "" for part in apart.expert_slices.values()}
+    notes |= {
+        apart.expert_slices[c.weight.tensor].stack: c.note for c in choices if c.weight.tensor in apart.expert_slices
+    }
     whole = notes.keys() - {
-        apart.pieces[c.weight.tensor].stack for c in choices if c.scheme and c.weight.tensor in apart.pieces
+        apart.expert_slices[c.weight.tensor].stack
+        for c in choices
+        if c.scheme and c.weight.tensor in apart.expert_slices
     }
     checkpoint = experts.restacked(apart, whole)
     known = {c.weight: c for c in choices}

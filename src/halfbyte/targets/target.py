@@ -182,7 +182,7 @@ class CheckpointWriter(ABC):
     def shards(self, stem: str) -> dict[str, Shard]:
         """Every file of tensors, laid out from shapes alone; `stem` is the output's own name."""
 
-    def pieces(self, weight: Weight) -> list[Weight]:
+    def row_chunks(self, weight: Weight) -> list[Weight]:
         """Runs of a matrix's rows that can be read, rounded and written each by itself, in order."""
         return [weight]
 

@@ -8,7 +8,7 @@ from variants import CASES, as_f32, distance, transformers_logits
 import halfbyte
 from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.targets.gguf.families import Translation, family_named, family_of
+from halfbyte.targets.gguf.families import TensorNameMap, family_named, family_of
 from models.families import Family
 
 SMALL = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 264}
@@ -51,30 +51,30 @@ def test_every_tensor_is_placed_or_dropped_with_a_reason():
         "model.vision_tower.layers.0.self_attn.q_proj.weight": (64, 64),
     }
     config = SMALL | {"tie_word_embeddings": True}
-    translation = Translation(family_of(config), config, shapes)
-    assert translation.dropped("lm_head.weight") == "the head is the embedding"
-    assert translation.dropped("model.layers.0.self_attn.rotary_emb.inv_freq") == "computed from the config"
-    assert translation.dropped("model.layers.2.self_attn.q_proj.weight") == "beyond the model's last block"
-    assert translation.dropped("model.vision_tower.layers.0.self_attn.q_proj.weight") == "not of the text decoder"
-    assert [p.name for p in translation.places("model.embed_tokens.weight")] == ["token_embd.weight"]
+    names = TensorNameMap(family_of(config), config, shapes)
+    assert names.dropped("lm_head.weight") == "the head is the embedding"
+    assert names.dropped("model.layers.0.self_attn.rotary_emb.inv_freq") == "computed from the config"
+    assert names.dropped("model.layers.2.self_attn.q_proj.weight") == "beyond the model's last block"
+    assert names.dropped("model.vision_tower.layers.0.self_attn.q_proj.weight") == "not of the text decoder"
+    assert [p.name for p in names.mapped("model.embed_tokens.weight")] == ["token_embd.weight"]
     with pytest.raises(Unsupported, match=r"no place for tensor 'model\.layers\.0\.self_attn\.gadget\.weight'"):
-        translation.places("model.layers.0.self_attn.gadget.weight")
+        names.mapped("model.layers.0.self_attn.gadget.weight")
 
 
 @pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model."])
 def test_the_decoder_of_a_model_that_sees_is_found(prefix):
     name = f"{prefix}layers.0.self_attn.v_proj.weight"
     config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 2}}
-    translation = Translation(family_of(config), config, {name: (64, 64)})
-    assert [p.name for p in translation.places(name)] == ["blk.0.attn_v.weight"]
+    names = TensorNameMap(family_of(config), config, {name: (64, 64)})
+    assert [p.name for p in names.mapped(name)] == ["blk.0.attn_v.weight"]
 
 
 def test_experts_fused_or_apart_go_to_the_same_stacks():
     config = {"model_type": "qwen3_moe", "num_hidden_layers": 1, "norm_topk_prob": True, "hidden_size": 64}
     fused, apart = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.3.up_proj.weight"
-    translation = Translation(family_of(config), config, {fused: (8, 96, 64), apart: (48, 64)})
-    gate, up = translation.places(fused)
-    (one,) = translation.places(apart)
+    names = TensorNameMap(family_of(config), config, {fused: (8, 96, 64), apart: (48, 64)})
+    gate, up = names.mapped(fused)
+    (one,) = names.mapped(apart)
     assert (gate.name, up.name) == ("blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight")
     assert gate.rows is not None
     assert up.rows is not None

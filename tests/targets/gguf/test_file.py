@@ -11,7 +11,7 @@ import torch
 
 from halfbyte.containers.safetensors import Entry
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.targets.gguf.file import GGUFWriter, TensorInfo, dtype_of, read, split_metadata
+from halfbyte.targets.gguf.file import GGUFFileWriter, TensorInfo, dtype_of, read, split_metadata
 from halfbyte.targets.gguf.head import MOST_ELEMENTS, TYPES, File, Value, part_name, row_bytes
 
 METADATA = {
@@ -46,7 +46,7 @@ def contents(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, metadata: dict[str, Value] = METADATA, tensors: dict = TENSORS) -> Path:
-    writer, values = GGUFWriter(path, metadata, tensors), contents()
+    writer, values = GGUFFileWriter(path, metadata, tensors), contents()
     for name in reversed(tensors):
         writer.write(name, values[name])
     writer.close()
@@ -118,7 +118,7 @@ def test_every_type_is_as_large_as_the_gguf_package_says():
 
 
 def test_one_expert_of_a_stack_is_written_alone(tmp_path):
-    writer, values = GGUFWriter(tmp_path / "a.gguf", METADATA, TENSORS), contents()
+    writer, values = GGUFFileWriter(tmp_path / "a.gguf", METADATA, TENSORS), contents()
     for expert in (2, 0, 1):
         writer.write("experts", values["experts"][expert : expert + 1], at=expert)
     with pytest.raises(ValueError, match="planned"):
@@ -132,10 +132,10 @@ def test_one_expert_of_a_stack_is_written_alone(tmp_path):
 
 
 def test_a_writer_that_resumes_keeps_what_was_written(tmp_path):
-    writer, values = GGUFWriter(tmp_path / "a.gguf", METADATA, TENSORS), contents()
+    writer, values = GGUFFileWriter(tmp_path / "a.gguf", METADATA, TENSORS), contents()
     writer.write("f32", values["f32"])
     writer.abandon()
-    writer = GGUFWriter(tmp_path / "a.gguf", METADATA, TENSORS, resume=True)
+    writer = GGUFFileWriter(tmp_path / "a.gguf", METADATA, TENSORS, resume=True)
     for name in TENSORS.keys() - {"f32"}:
         writer.write(name, values[name])
     writer.close()
@@ -167,9 +167,9 @@ def test_a_vocabulary_of_150_thousand_is_read_within_a_second(tmp_path):
 
 def test_names_that_ggml_cannot_hold_are_refused(tmp_path):
     with pytest.raises(Unsupported, match="63 bytes"):
-        GGUFWriter(tmp_path / "a.gguf", {}, {"x" * 64: ("F32", (1,))})
+        GGUFFileWriter(tmp_path / "a.gguf", {}, {"x" * 64: ("F32", (1,))})
     with pytest.raises(Unsupported, match="blocks of 256"):
-        GGUFWriter(tmp_path / "a.gguf", {}, {"x": ("Q4_K", (4, 128))})
+        GGUFFileWriter(tmp_path / "a.gguf", {}, {"x": ("Q4_K", (4, 128))})
 
 
 # Split files --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from halfbyte.errors import HalfbyteError
 from halfbyte.targets.gguf import file as gguf_file
 from halfbyte.targets.gguf import imatrix
-from halfbyte.targets.gguf.file import GGUFWriter
+from halfbyte.targets.gguf.file import GGUFFileWriter
 from halfbyte.targets.gguf.head import File, Value
 
 CASES, SECONDS, BYTES = 60, 2.0, 32 << 20
@@ -44,7 +44,7 @@ def model(path: Path) -> bytes:
         "flag": Value("bool", True),
     }
     tensors = {"q": ("Q4_K", (2, 256)), "w": ("F32", (3, 5)), "e": ("IQ4_NL", (2, 2, 32)), "s": ("BF16", ())}
-    writer = GGUFWriter(path, metadata, tensors)
+    writer = GGUFFileWriter(path, metadata, tensors)
     for name, entry in writer.entries.items():
         writer.write(name, torch.zeros(entry.shape, dtype=entry.dtype))
     writer.close()

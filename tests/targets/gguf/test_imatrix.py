@@ -13,7 +13,7 @@ import torch
 from halfbyte.errors import BadCheckpoint, BadRequest
 from halfbyte.targets.gguf import file as gguf_file
 from halfbyte.targets.gguf import imatrix
-from halfbyte.targets.gguf.file import GGUFWriter
+from halfbyte.targets.gguf.file import GGUFFileWriter
 from halfbyte.targets.gguf.head import TYPES, Value
 from halfbyte.targets.gguf.imatrix import Importance, Squares
 
@@ -113,7 +113,7 @@ def test_values_that_are_no_squares_are_refused(tmp_path, sums, words):
 
 def test_a_file_that_is_something_else_is_refused(tmp_path):
     (tmp_path / "text").write_text("Call me Ishmael. Some years ago")
-    GGUFWriter(tmp_path / "model.gguf", {}, {"a.weight": ("F32", (4,))}).close()
+    GGUFFileWriter(tmp_path / "model.gguf", {}, {"a.weight": ("F32", (4,))}).close()
     for name in ("text", "model.gguf", "none"):
         with pytest.raises(BadCheckpoint, match=name):
             imatrix.read(tmp_path / name)
@@ -148,7 +148,7 @@ def model(path: Path) -> dict[str, torch.Tensor]:
         | dict.fromkeys(LINEARS, (WIDTH, WIDTH))
     )
     tensors = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
-    writer = GGUFWriter(path, MODEL, {name: ("F32", tuple(t.shape)) for name, t in tensors.items()})
+    writer = GGUFFileWriter(path, MODEL, {name: ("F32", tuple(t.shape)) for name, t in tensors.items()})
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     writer.close()

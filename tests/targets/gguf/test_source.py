@@ -146,7 +146,7 @@ def unknown_architecture(home: Path, path: Path) -> Path:
     said = {key.replace("llama.", "novel."): value for key, value in whole.metadata.items()} | {
         "general.architecture": Value("string", "novel")
     }
-    writer = gguf_file.GGUFWriter(
+    writer = gguf_file.GGUFFileWriter(
         path, said, {name: (stored.type, stored.shape) for name, stored in whole.tensors.items()}
     )
     for name, stored in whole.tensors.items():
@@ -245,7 +245,7 @@ def changed(source: Path, path: Path, changes: dict[str, Value]) -> Path:
     """A GGUF with other metadata, of the same tensors."""
     found = gguf_file.read(source)
     kinds = {name: (stored.type, stored.shape) for name, stored in found.tensors.items()}
-    writer = gguf_file.GGUFWriter(path, {**found.metadata, **changes}, kinds)
+    writer = gguf_file.GGUFFileWriter(path, {**found.metadata, **changes}, kinds)
     for name, stored in found.tensors.items():
         writer.write(name, stored.entry.read())
     writer.close()
@@ -287,6 +287,6 @@ def test_a_head_says_what_the_checkpoint_holds(name, home):
 @pytest.mark.parametrize("type_name", LAYOUTS)
 def test_a_head_calls_types_as_grids_are_called(type_name, tmp_path):
     said = {"general.architecture": Value("string", "none")}
-    gguf_file.GGUFWriter(tmp_path / "one.gguf", said, {"a": (type_name, (2, 256))}).close()
+    gguf_file.GGUFFileWriter(tmp_path / "one.gguf", said, {"a": (type_name, (2, 256))}).close()
     found = halfbyte.inspect(tmp_path / "one.gguf")
     assert (found.model_type, found.container, [*found.grids]) == ("none", "gguf", [str(LAYOUTS[type_name].grid)])

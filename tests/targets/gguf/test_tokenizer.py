@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import halfbyte.demo
 from halfbyte.errors import BadCheckpoint, Unsupported
-from halfbyte.targets.gguf.file import GGUFWriter
+from halfbyte.targets.gguf.file import GGUFFileWriter
 from halfbyte.targets.gguf.head import Value
 from halfbyte.targets.gguf.tokenizer import (
     CAPITAL,
@@ -163,7 +163,7 @@ def save(made: Tokenizer, folder: Path, **about) -> Path:
 
 def vocabulary(folder: Path, path: Path, vocab_size: int, **options):
     """The tokenizer of a folder in llama.cpp, without a model."""
-    GGUFWriter(
+    GGUFFileWriter(
         path,
         {"general.architecture": Value("string", "llama"), **tokenizer_metadata(folder, vocab_size, **options)},
         {},

@@ -81,18 +81,20 @@ def input_grid(said: Config | None) -> ActivationGrid | None:
         if is_float and (bits, strategy, group) == (words["num_bits"], words["strategy"], words["group_size"]):
             return ACTIVATION_GRIDS[name]
     dynamic = said.get("dynamic", False)
-    span = (
+    granularity = (
         f"g{group}"
         if strategy == "group" and dynamic
-        else next((span for span, words in STRATEGIES.items() if words == (strategy, dynamic)), None)
+        else next((granularity for granularity, words in STRATEGIES.items() if words == (strategy, dynamic)), None)
     )
     number = "fp8-e4m3" if is_float else f"int{bits}"
-    if span is None or (is_float and bits != 8):
+    if granularity is None or (is_float and bits != 8):
         raise Unsupported(
             f"inputs rounded to {number} with strategy '{strategy}', dynamic {dynamic}, are not read; per token, per "
             "tensor and in groups they are"
         )
-    return ScaledActivations.parse(f"{number}-{span}{'' if said.get('symmetric', True) or is_float else '-asym'}")
+    return ScaledActivations.parse(
+        f"{number}-{granularity}{'' if said.get('symmetric', True) or is_float else '-asym'}"
+    )
 
 
 def group_of(module: str, groups: Mapping[str, Config]) -> Config:

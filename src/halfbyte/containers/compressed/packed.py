@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfbyte.containers import bits
 from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments, may_be
-from halfbyte.containers.container import ONE, Config, PartSpec, any_of, described, integer, span_of, stored
+from halfbyte.containers.container import ONE, Config, PartSpec, any_of, described, granularity_of, integer, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import FLOATS, ScaledActivations
@@ -126,5 +126,9 @@ def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: in
             f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint "
             "is not whole"
         )
-    span = "tensor" if is_tensor else span_of(module, width, groups, [weights.get("group_size") for weights in said])
-    return integers(width_bits, span, symmetric, SCALE_NAMES[scale.dtype])
+    granularity = (
+        "tensor"
+        if is_tensor
+        else granularity_of(module, width, groups, [weights.get("group_size") for weights in said])
+    )
+    return integers(width_bits, granularity, symmetric, SCALE_NAMES[scale.dtype])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments, may_be
-from halfbyte.containers.container import ONE, Config, PartSpec, any_of, integer, span_of, stored
+from halfbyte.containers.container import ONE, Config, PartSpec, any_of, granularity_of, integer, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.grid import Grid, Shape
@@ -52,12 +52,12 @@ class Unpacked(Layout):
 
     def parts(self, grid: Grid, shape: Shape) -> dict[str, PartSpec]:
         """As `plan`; scales of a tensor or of channels may have fewer dimensions."""
-        plan, span = (
+        plan, granularity = (
             self.plan(grid, shape),
             grid.granularity if is_float(grid) else integer(grid, self.format).granularity,
         )
         shapes = {"tensor": (*ONE, (1, 1)), "channel": ((shape[0], 1), (shape[0],))}.get(
-            str(span), (plan["weight_scale"].shape,)
+            str(granularity), (plan["weight_scale"].shape,)
         )
         return {
             name: PartSpec((spec,)) if name == "weight" else any_of(shapes, [spec.dtype]) for name, spec in plan.items()
@@ -97,25 +97,27 @@ class Unpacked(Layout):
             return None
         out, width = stored(entries, f"{module}.weight", [weight.dtype]).shape
         rows, groups = scale.shape if len(scale.shape) == 2 else (prod(scale.shape), 1)
-        spans = [span for span in ("channel", "tensor", "block") if may_be(said, "strategy", span)]
+        granularities = [
+            granularity for granularity in ("channel", "tensor", "block") if may_be(said, "strategy", granularity)
+        ]
         if weight.dtype == torch.int8:
-            if (rows, groups) == (1, 1) and out > 1 and "tensor" not in spans:
+            if (rows, groups) == (1, 1) and out > 1 and "tensor" not in granularities:
                 raise BadCheckpoint(f"'{module}.weight_scale' is one number, and config.json says that there are more")
             if f"{module}.weight_zero_point" not in entries and not may_be(said, "symmetric", True):
                 raise BadCheckpoint(
                     f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the "
                     "checkpoint is not whole"
                 )
-            span = (
+            granularity = (
                 "tensor"
                 if rows == 1 and out > 1
-                else span_of(module, width, groups, [weights.get("group_size") for weights in said])
+                else granularity_of(module, width, groups, [weights.get("group_size") for weights in said])
             )
             return integers(
-                _bits(weight, said), span, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype]
+                _bits(weight, said), granularity, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype]
             ), (out, width)
-        for span in spans:
-            grid = fp8("e4m3", span, SCALE_NAMES[scale.dtype])
+        for granularity in granularities:
+            grid = fp8("e4m3", granularity, SCALE_NAMES[scale.dtype])
             if grid.scales_shape((out, width)) == (rows, groups):
                 return grid, (out, width)
         raise Unsupported(

@@ -11,7 +11,7 @@ from halfbyte.kernels.cpu.tiles import F, raw, widen
 from halfbyte.kernels.levels import CELLS, Table, ascending, borders, cells, inverse, values_of
 from halfbyte.kernels.scales import Number
 
-PIECE = 4096  # weights handled at once by one thread
+CHUNK = 4096  # weights handled at once by one thread
 FINITE = F(1e38)  # weights whose squares are not keep their absmax
 HALF, LAST = F(CELLS // 2), F(CELLS - 1)
 
@@ -58,8 +58,8 @@ def decode(
 
 
 def _tasks(blocks: int, group: int) -> int:
-    """PIECE weights each."""
-    return -(-blocks // max(1, PIECE // group))
+    """CHUNK weights each."""
+    return -(-blocks // max(1, CHUNK // group))
 
 
 @inline
@@ -70,7 +70,7 @@ def _cell(x):
 
 @loose_kernel
 def _fit(first, last, w, h, group, values, tries, scale):
-    per_task = max(1, PIECE // group)
+    per_task = max(1, CHUNK // group)
     for task in range(first, last):
         x, largest = np.zeros((per_task, group), np.float32), np.empty(per_task, np.float32)
         widen(w[task * x.size : (task + 1) * x.size], x.reshape(-1))
@@ -120,7 +120,7 @@ def _moments(x, h, by, values):
 # Exact, and all vectors: of ascending levels, the nearest is the one with as many borders below the weight.
 @strict_kernel
 def _encode(first, last, w, inverse, borders, order, reordered, group, codes):
-    per_task = max(1, PIECE // group)
+    per_task = max(1, CHUNK // group)
     for task in range(first, last):
         x = np.empty(per_task * group, np.float32)
         out = codes[task * x.size : (task + 1) * x.size]

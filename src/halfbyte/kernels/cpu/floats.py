@@ -11,7 +11,7 @@ from halfbyte.kernels import levels
 from halfbyte.kernels.cpu.compiled import in_threads, inline, kernel, loose, part
 from halfbyte.kernels.cpu.tiles import F, raw, widen
 
-PIECE = 4096  # in-features that one thread handles before it reads on
+CHUNK = 4096  # in-features that one thread handles before it reads on
 I = np.int32  # noqa: E741
 EXPONENT = I(levels.EXPONENT)
 
@@ -117,13 +117,13 @@ def code_of(x, exponent, steps, e):
 @kernel
 def _largest(start, stop, w, size, found):
     for row in range(start, stop):
-        x = np.empty(PIECE, np.float32)
+        x = np.empty(CHUNK, np.float32)
         for g in range(found.shape[1]):
             last, most = min((g + 1) * size, w.shape[1]), F(0)
-            for at in range(g * size, last, PIECE):
-                piece = x[: min(PIECE, last - at)]
-                widen(w[row, at : at + piece.size], piece)
-                most = max(most, _most(piece))
+            for at in range(g * size, last, CHUNK):
+                chunk = x[: min(CHUNK, last - at)]
+                widen(w[row, at : at + chunk.size], chunk)
+                most = max(most, _most(chunk))
             found[row, g] = most
 
 
@@ -141,15 +141,15 @@ def _most(x):
 @kernel
 def _moments(start, stop, w, h, inverse, size, e, wq, qq):
     for row in range(start, stop):
-        x = np.empty(PIECE, np.float32)
+        x = np.empty(CHUNK, np.float32)
         for g in range(inverse.shape[1]):
             last = min((g + 1) * size, w.shape[1])
-            for at in range(g * size, last, PIECE):
-                piece = x[: min(PIECE, last - at)]
-                widen(w[row, at : at + piece.size], piece)
-                weight = (h[0] if h.shape[0] == 1 else h[row])[at : at + piece.size]
+            for at in range(g * size, last, CHUNK):
+                chunk = x[: min(CHUNK, last - at)]
+                widen(w[row, at : at + chunk.size], chunk)
+                weight = (h[0] if h.shape[0] == 1 else h[row])[at : at + chunk.size]
                 for t in range(inverse.shape[2]):
-                    a, b = _sums(piece, weight, inverse[row, g, t], e)
+                    a, b = _sums(chunk, weight, inverse[row, g, t], e)
                     wq[row, g, t] += a
                     qq[row, g, t] += b
 
@@ -178,17 +178,17 @@ def _sums_of(x, h, inverse, e, count):
 @kernel
 def _encode(start, stop, w, scales, size, e, codes):
     for row in range(start, stop):
-        x = np.empty(PIECE, np.float32)
+        x = np.empty(CHUNK, np.float32)
         for g in range(scales.shape[1]):
             last = min((g + 1) * size, w.shape[1])
-            for at in range(g * size, last, PIECE):
-                piece = x[: min(PIECE, last - at)]
-                widen(w[row, at : at + piece.size], piece)
-                _encode_piece(piece, scales[row, g], e, codes[row, at : at + piece.size])
+            for at in range(g * size, last, CHUNK):
+                chunk = x[: min(CHUNK, last - at)]
+                widen(w[row, at : at + chunk.size], chunk)
+                _encode_chunk(chunk, scales[row, g], e, codes[row, at : at + chunk.size])
 
 
 @part
-def _encode_piece(x, scale, e, codes):
+def _encode_chunk(x, scale, e, codes):
     for i in range(x.size):
         exponent, steps = steps_of(min(abs(x[i] / scale), e.top), e)
         codes[i] = code_of(x[i], exponent, steps, e)

@@ -16,7 +16,7 @@ from halfbyte.kernels.cpu.compiled import ORDERED, in_threads, inline, kernel
 from halfbyte.kernels.cpu.floats import bits_of, code_of, steps_of, value_of
 from halfbyte.kernels.cpu.table import cell_of, inverse_of
 from halfbyte.kernels.cpu.tiles import F
-from halfbyte.kernels.scalar import FloatLines, Lines, TableLines
+from halfbyte.kernels.scalar import FloatLookup, Lookup, TableLookup
 
 
 class EvenArrays(NamedTuple):
@@ -48,7 +48,7 @@ class FloatArrays(NamedTuple):
 
 
 def round_block(
-    lines: Lines,
+    lookup: Lookup,
     size: int | None,
     wanted: Float32[Tensor, "rows width"],
     target: Float32[Tensor, "rows width"],
@@ -59,17 +59,17 @@ def round_block(
     """Rows are independent: each stays in the cache."""
     codes, group = np.empty(wanted.shape, np.uint8), columns // size if size else torch.zeros_like(columns)
     matrices = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy()
-    in_threads(_round_block, -(-len(wanted) // 4), *matrices, group.numpy(), _compiled(lines), codes)
+    in_threads(_round_block, -(-len(wanted) // 4), *matrices, group.numpy(), _compiled(lookup), codes)
     return torch.from_numpy(codes)
 
 
-def _compiled(lines: Lines) -> EvenArrays | TableArrays | FloatArrays:
-    scale = lines.scale.contiguous().numpy()
-    if isinstance(lines, FloatLines):
-        return FloatArrays(scale, *bits_of(lines.levels))
-    if isinstance(lines, TableLines):
-        return TableArrays(scale, lines.code.numpy(), lines.value.numpy())
-    return EvenArrays(scale, lines.zero.contiguous().numpy(), lines.base.contiguous().numpy(), lines.top)
+def _compiled(lookup: Lookup) -> EvenArrays | TableArrays | FloatArrays:
+    scale = lookup.scale.contiguous().numpy()
+    if isinstance(lookup, FloatLookup):
+        return FloatArrays(scale, *bits_of(lookup.levels))
+    if isinstance(lookup, TableLookup):
+        return TableArrays(scale, lookup.code.numpy(), lookup.value.numpy())
+    return EvenArrays(scale, lookup.zero.contiguous().numpy(), lookup.base.contiguous().numpy(), lookup.top)
 
 
 def nearest(x, levels, row, group) -> tuple[np.uint8, np.float32]:

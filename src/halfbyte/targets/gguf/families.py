@@ -367,7 +367,7 @@ PLAIN = re.compile(r"\.bias$|norm(_2)?\.weight$|^position_embd|_gate_inp(_shexp)
 
 
 @dataclass(frozen=True)
-class Place:
+class MappedTensor:
     """A tensor of the GGUF that a tensor of the checkpoint fills, or a part of it that it fills."""
 
     name: str
@@ -503,22 +503,22 @@ def head_dim(s: Any) -> int:
     return getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads
 
 
-def reassembled(places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:
-    """The checkpoint's tensor that went to several places, from what lies there."""
-    dim, order = places[0].dim(parts[0].dim()), torch.argsort(rows_of(places))
+def reassembled(mapped: Sequence[MappedTensor], parts: Sequence[Tensor]) -> Tensor:
+    """The checkpoint's tensor that became several of the GGUF, from these."""
+    dim, order = mapped[0].dim(parts[0].dim()), torch.argsort(rows_of(mapped))
     value = torch.cat(list(parts), dim).index_select(dim, order)
-    return value.mT if places[0].transposed else value
+    return value.mT if mapped[0].transposed else value
 
 
-def rows_of(places: Sequence[Place]) -> Rows:
-    """Which rows of the checkpoint's tensor lie in these places, one after the other."""
-    return torch.cat([place.rows for place in places if place.rows is not None])
+def rows_of(mapped: Sequence[MappedTensor]) -> Rows:
+    """Which rows of the checkpoint's tensor these hold, one after the other."""
+    return torch.cat([part.rows for part in mapped if part.rows is not None])
 
 
-class Translation:
+class TensorNameMap:
     """Tensors of one checkpoint under ggml's names.
 
-    It serves both ways: what `places` says of a tensor that is to be written is also where it is read from. To read a
+    It serves both ways: what `mapped` says of a tensor that is to be written is also where it is read from. To read a
     GGUF as a checkpoint, take `checkpoint_shapes` of its tensors.
     """
 
@@ -543,9 +543,9 @@ class Translation:
             return "the head is the embedding"
         return None
 
-    def places(self, tensor: str) -> tuple[Place, ...]:
-        """Where a tensor of the checkpoint goes: one place, or several; none if it is dropped. Raises Unsupported for a
-        tensor that is in no table."""
+    def mapped(self, tensor: str) -> tuple[MappedTensor, ...]:
+        """What a tensor of the checkpoint becomes: one tensor, or several; none if it is dropped. Raises Unsupported
+        for a tensor that is in no table."""
         if self.dropped(tensor):
             return ()
         name, suffix, block = self._split(tensor)
@@ -562,11 +562,11 @@ class Translation:
             )
             halves = (rows[::2], rows[1::2]) if self.family.alternating else rows.split(len(rows) // 2)
             return tuple(
-                self._place(base, suffix, block, expert, half) for base, half in zip(names, halves, strict=True)
+                self._mapped(base, suffix, block, expert, half) for base, half in zip(names, halves, strict=True)
             )
-        placed = (self._place(names, suffix, block, expert, self._order(names, tensor)),)
+        placed = (self._mapped(names, suffix, block, expert, self._order(names, tensor)),)
         if names == "token_embd" and self.family.own_head and self.tied:
-            return (*placed, self._place("output", suffix, None, None, None))
+            return (*placed, self._mapped("output", suffix, None, None, None))
         return placed
 
     def extra(self) -> dict[str, Tensor]:
@@ -596,10 +596,10 @@ class Translation:
         shape = self.shapes[tensor]
         return self.family.rows[base](self.settings, shape[0]) if base in self.family.rows else None
 
-    def _place(self, base: str, suffix: str, block: int | None, expert: int | None, rows: Rows | None) -> Place:
+    def _mapped(self, base: str, suffix: str, block: int | None, expert: int | None, rows: Rows | None) -> MappedTensor:
         name = f"{base}.{suffix}" if block is None else f"blk.{block}.{base}.{suffix}"
         add = 1.0 if self.family.adds_one and name.endswith("norm.weight") else 0.0
-        return Place(
+        return MappedTensor(
             name,
             expert,
             rows,

@@ -81,7 +81,7 @@ def split_metadata(metadata: Mapping[str, Value], number: int, count: int, tenso
     return {**(metadata if number == 0 else {}), **place}
 
 
-class GGUFWriter(FileWriter):
+class GGUFFileWriter(FileWriter):
     """A GGUF file of version 3, laid out from the types and shapes of its tensors."""
 
     def __init__(

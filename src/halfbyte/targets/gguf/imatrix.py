@@ -146,7 +146,9 @@ def write(path: Path, importance: Importance) -> None:
     contents: dict[str, Tensor] = {}
     for name, squares in sorted(importance.tensors.items()):
         contents |= {name + SUMS: squares.sums, name + COUNTS: squares.counts[:, None]}
-    writer = gguf.GGUFWriter(path, metadata, {name: ("F32", tuple(tensor.shape)) for name, tensor in contents.items()})
+    writer = gguf.GGUFFileWriter(
+        path, metadata, {name: ("F32", tuple(tensor.shape)) for name, tensor in contents.items()}
+    )
     for name, tensor in contents.items():
         writer.write(name, tensor)
     writer.close()

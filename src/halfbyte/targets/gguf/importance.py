@@ -18,7 +18,7 @@ from halfbyte.models.walk import Walk
 from halfbyte.progress import Progress, silent
 from halfbyte.targets.gguf import imatrix
 from halfbyte.targets.gguf.imatrix import Importance, Squares
-from halfbyte.targets.gguf.source import translation_of
+from halfbyte.targets.gguf.source import name_map_of
 
 
 def measure(
@@ -26,7 +26,7 @@ def measure(
 ) -> Importance:
     """Mean squares of the inputs of every matrix of the unquantized model, experts in stacks: what llama-imatrix
     measures."""
-    places = _places(checkpoint, checkpoint.weights())
+    names = _names(checkpoint, checkpoint.weights())
     sums: dict[str, dict[int, tuple[Tensor, int]]] = {}
     walk = Walk(checkpoint, samples.tokens, checkpoint.dtype, placement, to_the_end=False, progress=progress)
     for block in walk:
@@ -34,9 +34,9 @@ def measure(
         for wanted in in_parts(groups, walk.placement.statistics_bytes):
             found = walk.fitting(partial(collect, block, wanted, walk.inputs))
             for weight, statistics in found.items():
-                for name, expert in places[weight]:
+                for name, expert in names[weight]:
                     sums.setdefault(name, {})[expert] = statistics.hessian.diagonal().cpu().clone(), statistics.tokens
-    experts = Counter(name for found in places.values() for name, _ in found)
+    experts = Counter(name for found in names.values() for name, _ in found)
     return Importance(
         {name: _stacked(found, experts[name]) for name, found in sums.items()}, (samples.source,), *samples.tokens.shape
     )
@@ -49,13 +49,13 @@ def read(path: Path, checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[
     """Mean squares by weight; matrices outside of the blocks may have none. Raises BadRequest for a matrix of another
     model."""
     matrix = imatrix.read(path)
-    places = _places(checkpoint, weights)
-    experts = Counter(name for found in places.values() for name, _ in found)
-    inside = {name for weight, found in places.items() if weight.block for name, _ in found}
+    names = _names(checkpoint, weights)
+    experts = Counter(name for found in names.values() for name, _ in found)
+    inside = {name for weight, found in names.items() if weight.block for name, _ in found}
     if strange := next((name for name in matrix.tensors if name.startswith("blk.") and name not in inside), None):
         raise BadRequest(f"{path} is of another model: it knows {strange}, which {checkpoint.path} has not")
     found: dict[Weight, Tensor] = {}
-    for weight, named in places.items():
+    for weight, named in names.items():
         name, expert = named[0]
         means = matrix.of(name, experts[name], weight.shape[1])
         if means is not None:
@@ -65,11 +65,11 @@ def read(path: Path, checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[
     return found
 
 
-def _places(checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[Weight, list[tuple[str, int]]]:
+def _names(checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[Weight, list[tuple[str, int]]]:
     """GGUF tensor and number of expert of every weight that a GGUF has."""
-    names = translation_of(checkpoint)
+    names = name_map_of(checkpoint)
     placed = {
-        w: [(p.name, (p.expert if w.expert is None else w.expert) or 0) for p in names.places(w.tensor)]
+        w: [(p.name, (p.expert if w.expert is None else w.expert) or 0) for p in names.mapped(w.tensor)]
         for w in weights
     }
     return {weight: found for weight, found in placed.items() if found}

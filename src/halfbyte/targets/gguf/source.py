@@ -25,8 +25,8 @@ from halfbyte.targets.gguf.blocks import LAYOUTS
 from halfbyte.targets.gguf.checked import require_hyperparameters, require_tokenizer
 from halfbyte.targets.gguf.families import (
     FAMILIES,
-    Place,
-    Translation,
+    MappedTensor,
+    TensorNameMap,
     checkpoint_shapes,
     family_named,
     family_of,
@@ -67,7 +67,7 @@ class GGUFCheckpoint(Checkpoint):
             rope = {name: self.file.tensors[name].entry.read() for name in stored if name.startswith("rope_")}
             self.config = hyperparameters.config(self.file.metadata, stored, rope)
             self.shapes = checkpoint_shapes(family, stored)
-            self.names = Translation(family, self.config, self.shapes)
+            self.names = TensorNameMap(family, self.config, self.shapes)
         self._collect()
         self._seal()
 
@@ -76,14 +76,14 @@ class GGUFCheckpoint(Checkpoint):
         self.entries: dict[str, Entry] = {}
         self._quantized: dict[str, tuple[Scheme, Shape]] = {}
         for hf, shape in self.shapes.items():
-            for place in self.names.places(hf):
-                if place.name not in self.file.tensors:
-                    raise BadCheckpoint(f"{self.path} lacks tensor '{place.name}'")
-                stored = self.file.tensors[place.name]
-                entry = stored.entry if place.expert is None else stored.entry.at(place.expert)
+            for mapped in self.names.mapped(hf):
+                if mapped.name not in self.file.tensors:
+                    raise BadCheckpoint(f"{self.path} lacks tensor '{mapped.name}'")
+                stored = self.file.tensors[mapped.name]
+                entry = stored.entry if mapped.expert is None else stored.entry.at(mapped.expert)
                 if stored.type not in LAYOUTS and entry.dtype == torch.uint8:
                     raise Unsupported(
-                        f"{self.path}: tensor '{place.name}' is {stored.type}, which is not decoded; "
+                        f"{self.path}: tensor '{mapped.name}' is {stored.type}, which is not decoded; "
                         f"decoded are {', '.join(LAYOUTS)}"
                     )
                 if entry.dtype != torch.uint8:
@@ -92,7 +92,7 @@ class GGUFCheckpoint(Checkpoint):
                     module = hf.removesuffix(".weight")
                     self._quantized[module] = (
                         LAYOUTS[stored.type].grid,
-                        (shape[1], shape[0]) if place.transposed else shape,
+                        (shape[1], shape[0]) if mapped.transposed else shape,
                     )
                     self.entries[f"{module}."] = entry  # a matrix of a GGUF has one part, whose suffix is empty
 
@@ -176,8 +176,8 @@ class GGUFCheckpoint(Checkpoint):
     def read_packed(self, module: str) -> PackedMatrix:
         """Blocks as they lie in the file, rows in the checkpoint's order."""
         scheme, _ = self._quantized[module]
-        raw, place = self.entries[f"{module}."].read(), f"{module}.weight"
-        rows = self.names.places(place if place in self.shapes else module)[0].rows
+        raw, tensor = self.entries[f"{module}."].read(), f"{module}.weight"
+        rows = self.names.mapped(tensor if tensor in self.shapes else module)[0].rows
         raw = raw if rows is None else raw[torch.argsort(rows)]
         return PackedMatrix({"": raw}, partial(_unpacked, scheme.weight), by_rows=True)
 
@@ -185,17 +185,17 @@ class GGUFCheckpoint(Checkpoint):
         if tensor.removesuffix(".weight") in self._quantized:
             return super()._read(tensor)
         values = []
-        for place in self.names.places(tensor):
-            value = self._value(place)
+        for mapped in self.names.mapped(tensor):
+            value = self._value(mapped)
             if value.numel() == prod(self.shapes[tensor]):
-                return place.restored(value).view(self.shapes[tensor])
+                return mapped.restored(value).view(self.shapes[tensor])
             values.append(value)
-        return reassembled(self.names.places(tensor), values)
+        return reassembled(self.names.mapped(tensor), values)
 
-    def _value(self, place: Place) -> Tensor:
+    def _value(self, mapped: MappedTensor) -> Tensor:
         """A tensor as it lies in the file, or one expert of it; decoded."""
-        stored = self.file.tensors[place.name]
-        raw = (stored.entry if place.expert is None else stored.entry.at(place.expert)).read()
+        stored = self.file.tensors[mapped.name]
+        raw = (stored.entry if mapped.expert is None else stored.entry.at(mapped.expert)).read()
         if raw.dtype != torch.uint8:
             return raw
         layout = LAYOUTS[stored.type]
@@ -240,9 +240,9 @@ class GGUFCheckpoint(Checkpoint):
 class Untranslated:
     """The names of a GGUF as they are."""
 
-    def places(self, tensor: str) -> tuple[Place, ...]:
+    def mapped(self, tensor: str) -> tuple[MappedTensor, ...]:
         """Where it lies: under its own name."""
-        return (Place(tensor),)
+        return (MappedTensor(tensor),)
 
     def dropped(self, tensor: str) -> None:
         """None: nothing is left out."""
@@ -253,14 +253,14 @@ class Untranslated:
         return {}
 
 
-Names = Translation | Untranslated
+Names = TensorNameMap | Untranslated
 
 
-def translation_of(checkpoint: Checkpoint) -> Names:
+def name_map_of(checkpoint: Checkpoint) -> Names:
     """ggml's names of the tensors of any checkpoint. Raises Unsupported for a family that is in no table."""
     if isinstance(checkpoint, GGUFCheckpoint):
         return checkpoint.names
-    return Translation(family_of(checkpoint.config), checkpoint.config, checkpoint.tensors())
+    return TensorNameMap(family_of(checkpoint.config), checkpoint.config, checkpoint.tensors())
 
 
 def _unpacked(grid: Grid, tensors: Mapping[str, Tensor]) -> Quantized:

@@ -20,7 +20,7 @@ from halfbyte.targets.constraints import EACH, Rule, TiedGroup, tied_by
 from halfbyte.targets.gguf import blocks, presets, types
 from halfbyte.targets.gguf.blocks import TYPE_OF, type_of
 from halfbyte.targets.gguf.names import OTHERWISE
-from halfbyte.targets.gguf.source import translation_of
+from halfbyte.targets.gguf.source import name_map_of
 from halfbyte.targets.gguf.writer import GGUFWriter
 from halfbyte.targets.plan import Plan
 from halfbyte.targets.target import Target
@@ -101,11 +101,11 @@ class GGUF(Target):
 
     def ties(self, checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[TiedGroup]:
         """Experts of a block are one tensor, however they lie in the source."""
-        names = translation_of(checkpoint)
+        names = name_map_of(checkpoint)
 
         def stack(weight: Weight) -> str | None:
             expert = next(
-                (p for p in names.places(weight.tensor) if weight.expert is not None or p.expert is not None), None
+                (p for p in names.mapped(weight.tensor) if weight.expert is not None or p.expert is not None), None
             )
             return expert.name if expert else None
 

@@ -109,16 +109,16 @@ def _require_read(path: Path) -> None:
         raise BadCheckpoint(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
-def _require_texts(about: Mapping[str, Any], place: Path) -> None:
+def _require_texts(about: Mapping[str, Any], path: Path) -> None:
     """Raise BadCheckpoint, naming the entry, for a special token or a chat template that is no text, or no answer to a
     question."""
     for name in (f"{special}_token" for special in SPECIAL):
         token = about.get(name)
         if token is not None and not isinstance(token.get("content") if isinstance(token, dict) else token, str):
-            raise BadCheckpoint(f"{place}: {name} is {brief(token)}, which should be a text")
+            raise BadCheckpoint(f"{path}: {name} is {brief(token)}, which should be a text")
     for name in ("add_bos_token", "add_eos_token"):
         if type(about.get(name)) not in (bool, type(None)):
-            raise BadCheckpoint(f"{place}: {name} is {brief(about[name])}, which should be true or false")
+            raise BadCheckpoint(f"{path}: {name} is {brief(about[name])}, which should be true or false")
     said = about.get("chat_template")
     named = said if isinstance(said, list) else [] if said is None else [{"name": "default", "template": said}]
     if not all(
@@ -126,7 +126,7 @@ def _require_texts(about: Mapping[str, Any], place: Path) -> None:
         for entry in named
     ):
         raise BadCheckpoint(
-            f"{place}: chat_template is {brief(said)}, which should be a text, or a list of texts with names"
+            f"{path}: chat_template is {brief(said)}, which should be a text, or a list of texts with names"
         )
 
 

@@ -14,7 +14,7 @@ from halfbyte.targets.choosing import ROUNDING, left, modules_of, require_ties
 from halfbyte.targets.gguf import blocks, families, hyperparameters, presets
 from halfbyte.targets.gguf.blocks import LAYOUTS, type_of
 from halfbyte.targets.gguf.head import TYPES
-from halfbyte.targets.gguf.source import GGUFCheckpoint, Names, translation_of
+from halfbyte.targets.gguf.source import GGUFCheckpoint, Names, name_map_of
 from halfbyte.targets.patterns import first_match
 from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan, TensorPlan, keep
 from halfbyte.targets.target import Target
@@ -25,7 +25,7 @@ PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 def quantizing(target: Target, recipe: Recipe, checkpoint: Checkpoint, method: Method) -> Plan:
     """What quantizing makes of every tensor."""
-    names = translation_of(checkpoint)
+    names = name_map_of(checkpoint)
     preset, base = _preset_and_type(recipe.grid, recipe.pure)
     weights = list(checkpoint.weights(embedding=True))
     overridden, skipped = first_match(weights, recipe.override), first_match(weights, dict.fromkeys(recipe.skip, True))
@@ -33,7 +33,7 @@ def quantizing(target: Target, recipe: Recipe, checkpoint: Checkpoint, method: M
     choices = []
     for weight in weights:
         override = overridden.get(weight)
-        types = [wanted.get(place.name, "F16") for place in names.places(weight.tensor)]
+        types = [wanted.get(mapped.name, "F16") for mapped in names.mapped(weight.tensor)]
         type_name = max(types, key=lambda t: TYPES[t].size_bytes / TYPES[t].block, default="F16")
         if weight in skipped:
             choices.append(TensorPlan(weight, None, SKIPPED))
@@ -70,7 +70,7 @@ def _is_mostly(preset: str | None, choices: list[TensorPlan], wanted: Mapping[st
     if preset is None or preset in presets.PLAIN:
         return True
     same = [
-        type_of(c.scheme.weight) in {wanted.get(place.name) for place in names.places(c.weight.tensor)}
+        type_of(c.scheme.weight) in {wanted.get(mapped.name) for mapped in names.mapped(c.weight.tensor)}
         for c in choices
         if c.scheme
     ]
@@ -119,9 +119,9 @@ def _types(
     """The type of every GGUF tensor that is made of these weights."""
     shapes: dict[str, tuple[int, ...]] = {}
     for weight in weights:
-        for place in names.places(weight.tensor):
-            is_stack = weight.expert is not None or place.expert is not None
-            shapes[place.name] = (1, *weight.shape) if is_stack else weight.shape
+        for mapped in names.mapped(weight.tensor):
+            is_stack = weight.expert is not None or mapped.expert is not None
+            shapes[mapped.name] = (1, *weight.shape) if is_stack else weight.shape
     if preset is None:
         return dict.fromkeys(shapes, base)
     c = checkpoint.text_config
@@ -157,7 +157,7 @@ def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str
             f"{source} is a GGUF already, whose types convert keeps; to round it to others: "
             f"halfbyte quantize {source} -o OUT.gguf --grid {grid} --requantize"
         )
-    names = translation_of(checkpoint)
+    names = name_map_of(checkpoint)
     dropped = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
     weights = [w for w in modules_of(checkpoint) if w.tensor not in dropped]
     preset, base = _preset_and_type(grid) if grid else (None, "")
@@ -171,7 +171,7 @@ def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str
     for weight in weights:
         own, read = checkpoint.quantized[weight.name][0].weight, checkpoint.quantized[weight.name][0].activations
         remark = f"a GGUF does not say how inputs are rounded: no longer to {read}" if read else ""
-        asked = _fitting(weight, wanted[names.places(weight.tensor)[0].name]) if grid else None
+        asked = _fitting(weight, wanted[names.mapped(weight.tensor)[0].name]) if grid else None
         same = blocks.cast_exact(checkpoint.read_quantized(weight.name))
         if same and (asked is None or same.grid == asked.scheme):
             choices.append(TensorPlan(weight, same.grid, remark))

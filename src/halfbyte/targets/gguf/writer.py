@@ -19,16 +19,16 @@ from halfbyte.models.provenance import provenance_of
 from halfbyte.targets.gguf import blocks, families, file, hyperparameters, modelfile, presets, tokenizer
 from halfbyte.targets.gguf.blocks import type_of
 from halfbyte.targets.gguf.checked import require_types
-from halfbyte.targets.gguf.families import Place
+from halfbyte.targets.gguf.families import MappedTensor
 from halfbyte.targets.gguf.head import Value, part_name
 from halfbyte.targets.gguf.origin import FALSE_OF_ANOTHER, origin
 from halfbyte.targets.gguf.settings import settings
-from halfbyte.targets.gguf.source import GGUFCheckpoint, translation_of
+from halfbyte.targets.gguf.source import GGUFCheckpoint, name_map_of
 from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan
 from halfbyte.targets.target import CheckpointWriter, TensorRows, read_rows, split
 
-PIECE, HEADS_ROWS = 1 << 20, 256
-"""Weights of a piece: few enough for a core's cache. Rows of it come in multiples of a few heads', whose order may
+CHUNK, HEADS_ROWS = 1 << 20, 256
+"""Weights of a chunk of rows: few enough for a core's cache. They come in multiples of a few heads', whose order may
 differ."""
 
 
@@ -38,7 +38,7 @@ class GGUFWriter(CheckpointWriter):
 
     def __init__(self, plan: Plan):
         super().__init__(plan)
-        self.names = translation_of(plan.checkpoint)
+        self.names = name_map_of(plan.checkpoint)
 
     @cached_property
     def types(self) -> dict[str, tuple[str, Shape]]:
@@ -46,25 +46,25 @@ class GGUFWriter(CheckpointWriter):
         found: dict[str, tuple[str, Shape]] = {}
         experts: dict[str, int] = {}
 
-        def add(place: Place, type_name: str, shape: Shape, expert: int | None) -> None:
-            found.setdefault(place.name, (type_name, shape))
+        def add(mapped: MappedTensor, type_name: str, shape: Shape, expert: int | None) -> None:
+            found.setdefault(mapped.name, (type_name, shape))
             if expert is not None:
-                experts[place.name] = max(experts.get(place.name, 0), expert + 1)
+                experts[mapped.name] = max(experts.get(mapped.name, 0), expert + 1)
 
         for weight, scheme in self.plan.schemes.items():
-            for place in self.names.places(weight.tensor):
-                out = weight.shape[0] if place.rows is None else len(place.rows)
+            for mapped in self.names.mapped(weight.tensor):
+                out = weight.shape[0] if mapped.rows is None else len(mapped.rows)
                 add(
-                    place,
+                    mapped,
                     type_of(scheme.weight),
                     (out, weight.shape[1]),
-                    place.expert if weight.expert is None else weight.expert,
+                    mapped.expert if weight.expert is None else weight.expert,
                 )
         for tensor in self.plan.unquantized:
             shape = self.plan.checkpoint.spec(tensor).shape
-            for place in self.names.places(tensor):
-                stored = _stored_shape(place, shape)
-                add(place, self._plain(tensor, place), stored, place.expert)
+            for mapped in self.names.mapped(tensor):
+                stored = _stored_shape(mapped, shape)
+                add(mapped, self._plain(tensor, mapped), stored, mapped.expert)
         for name, value in self.names.extra().items():
             found[name] = "F32", tuple(value.shape)
         stacked = {
@@ -72,9 +72,9 @@ class GGUFWriter(CheckpointWriter):
         }
         return dict(sorted(stacked.items(), key=lambda item: presets.order(item[0])))
 
-    def _plain(self, tensor: str, place: Place) -> str:
+    def _plain(self, tensor: str, mapped: MappedTensor) -> str:
         """F32 for what llama.cpp wants so; a matrix keeps its 16 bits, or has those that were asked for."""
-        if place.plain or len(self.plan.checkpoint.spec(tensor).shape) < 2:
+        if mapped.plain or len(self.plan.checkpoint.spec(tensor).shape) < 2:
             return "F32"
         asked = None if self.plan.unquantized[tensor] in (SKIPPED, AS_ASKED) else self._asked_type
         return asked or presets.PLAIN_NAMES.get(self.plan.checkpoint.spec(tensor).dtype, "F32")
@@ -123,9 +123,9 @@ class GGUFWriter(CheckpointWriter):
         )
         return {**said, "general.file_type": Value("uint32", presets.PRESETS[commonest].number)}
 
-    def pieces(self, weight: Weight) -> list[Weight]:
-        """Blocks lie within rows, so rows go apart wherever the file's order of them does not mix the pieces."""
-        source, places, (out, width) = self.plan.checkpoint, self.names.places(weight.tensor), weight.shape
+    def row_chunks(self, weight: Weight) -> list[Weight]:
+        """Blocks lie within rows, so rows go apart wherever the file's order of them does not mix the chunks."""
+        source, places, (out, width) = self.plan.checkpoint, self.names.mapped(weight.tensor), weight.shape
         plain = (
             not isinstance(source, GGUFCheckpoint)
             and weight.tensor in source.entries
@@ -133,67 +133,69 @@ class GGUFWriter(CheckpointWriter):
         )
         if not plain or weight.transposed or weight.expert is not None or len(places) != 1:
             return [weight]
-        (place,) = places
-        rows = max(HEADS_ROWS, PIECE // width // HEADS_ROWS * HEADS_ROWS)
-        found = [replace(weight, first=first, shape=(min(rows, out - first), width)) for first in range(0, out, rows)]
-        return found if place.expert is None and all(_closed(_order(place, piece)) for piece in found) else [weight]
+        (mapped,) = places
+        rows = max(HEADS_ROWS, CHUNK // width // HEADS_ROWS * HEADS_ROWS)
+        found = [
+            replace(weight, row_offset=start, shape=(min(rows, out - start), width)) for start in range(0, out, rows)
+        ]
+        return found if mapped.expert is None and all(_closed(_order(mapped, chunk)) for chunk in found) else [weight]
 
     def pack(self, weight: Weight, q: Quantized) -> Iterator[TensorRows]:
         """Blocks of the matrix at each of its places, rows in the file's order."""
-        for place in self.names.places(weight.tensor):
-            order = _order(place, weight)
+        for mapped in self.names.mapped(weight.tensor):
+            order = _order(mapped, weight)
             raw = blocks.pack(q if order is None else select_rows(q, order))
-            expert = place.expert if weight.expert is None else weight.expert
+            expert = mapped.expert if weight.expert is None else weight.expert
             yield (
-                TensorRows(place.name, raw, weight.first)
+                TensorRows(mapped.name, raw, weight.row_offset)
                 if expert is None
-                else TensorRows(place.name, raw[None], expert)
+                else TensorRows(mapped.name, raw[None], expert)
             )
 
     def unpack(self, entries: Mapping[str, Entry], weight: Weight, scheme: Scheme) -> Quantized:
         """The matrix from its places, rows in the checkpoint's order."""
         parts = []
-        for place in self.names.places(weight.tensor):
-            expert = place.expert if weight.expert is None else weight.expert
+        for mapped in self.names.mapped(weight.tensor):
+            expert = mapped.expert if weight.expert is None else weight.expert
             raw = (
-                read_rows(entries[place.name], expert)
-                if weight.first is None
-                else entries[place.name].read(weight.first, weight.first + weight.shape[0])
+                read_rows(entries[mapped.name], expert)
+                if weight.row_offset is None
+                else entries[mapped.name].read(weight.row_offset, weight.row_offset + weight.shape[0])
             )
             raw = raw if expert is None else raw[0]
             part = blocks.unpack(raw, scheme.weight)
             if part.shape == weight.shape:
-                order = _order(place, weight)
+                order = _order(mapped, weight)
                 return part if order is None else select_rows(part, torch.argsort(order))
             parts.append(part)
         params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
         whole = Quantized(scheme.weight, torch.cat([part.codes for part in parts]), params)
-        return select_rows(whole, torch.argsort(families.rows_of(self.names.places(weight.tensor))))
+        return select_rows(whole, torch.argsort(families.rows_of(self.names.mapped(weight.tensor))))
 
     def keep(self, tensor: str, value: Tensor) -> Iterator[TensorRows]:
-        """The tensor at each of its places, in the type that the file has it in."""
-        for place in self.names.places(tensor):
-            stored = cast(tensor, place.stored(value), file.dtype_of(self._plain(tensor, place)), self.plan.wider)
+        """The tensor under each of its names, in the type that the file has it in."""
+        for mapped in self.names.mapped(tensor):
+            stored = cast(tensor, mapped.stored(value), file.dtype_of(self._plain(tensor, mapped)), self.plan.wider)
             yield (
-                TensorRows(place.name, stored)
-                if place.expert is None
-                else TensorRows(place.name, stored[None], place.expert)
+                TensorRows(mapped.name, stored)
+                if mapped.expert is None
+                else TensorRows(mapped.name, stored[None], mapped.expert)
             )
 
     def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
-        """What lies at each of its places."""
-        return [read_rows(entries[place.name], place.expert) for place in self.names.places(tensor)]
+        """What lies under each of its names."""
+        return [read_rows(entries[mapped.name], mapped.expert) for mapped in self.names.mapped(tensor)]
 
     def restored(self, entries: Mapping[str, Entry], tensor: str) -> Tensor:
-        """The checkpoint's tensor, from its places."""
+        """The checkpoint's tensor, from what lies under its names."""
         spec = self.plan.checkpoint.spec(tensor)
         values = []
-        for place, stored in zip(self.names.places(tensor), self.kept(entries, tensor), strict=True):
-            value = stored if place.expert is None else stored[0]
+        for mapped, stored in zip(self.names.mapped(tensor), self.kept(entries, tensor), strict=True):
+            value = stored if mapped.expert is None else stored[0]
             if value.numel() == torch.Size(spec.shape).numel():
-                return place.restored(value).to(spec.dtype)
+                return mapped.restored(value).to(spec.dtype)
             values.append(value)
-        return families.reassembled(self.names.places(tensor), values).to(spec.dtype)
+        return families.reassembled(self.names.mapped(tensor), values).to(spec.dtype)
 
     def extra(self) -> Iterator[TensorRows]:
         """What the config says and llama.cpp reads as tensors: factors of rotary embeddings."""
@@ -218,27 +220,27 @@ class GGUFWriter(CheckpointWriter):
         return {name: stored.entry for name, stored in written.tensors.items()}
 
 
-def _order(place: Place, weight: Weight) -> Tensor | None:
-    """Where the rows of a matrix, or of a piece of it, come from; None: as they lie."""
-    if place.rows is None or weight.first is None:
-        return place.rows
-    return place.rows[weight.first : weight.first + weight.shape[0]] - weight.first
+def _order(mapped: MappedTensor, weight: Weight) -> Tensor | None:
+    """Where the rows of a matrix, or of a chunk of it, come from; None: as they lie."""
+    if mapped.rows is None or weight.row_offset is None:
+        return mapped.rows
+    return mapped.rows[weight.row_offset : weight.row_offset + weight.shape[0]] - weight.row_offset
 
 
 def _closed(order: Tensor | None) -> bool:
     return order is None or torch.equal(order.sort().values, torch.arange(len(order)))
 
 
-def _stored_shape(place: Place, shape: Shape) -> Shape:
-    shape = (*shape[:-2], shape[-1], shape[-2]) if place.transposed else shape
-    at = place.dim(len(shape))
-    return shape if place.rows is None else (*shape[:at], len(place.rows), *shape[at + 1 :])
+def _stored_shape(mapped: MappedTensor, shape: Shape) -> Shape:
+    shape = (*shape[:-2], shape[-1], shape[-2]) if mapped.transposed else shape
+    at = mapped.dim(len(shape))
+    return shape if mapped.rows is None else (*shape[:at], len(mapped.rows), *shape[at + 1 :])
 
 
 def _writer(
     metadata: Mapping[str, Value], types: Mapping[str, tuple[str, Shape]], path: Path, resume: bool
-) -> file.GGUFWriter:
-    return file.GGUFWriter(path, metadata, types, resume)
+) -> file.GGUFFileWriter:
+    return file.GGUFFileWriter(path, metadata, types, resume)
 
 
 def _metadata_of(plan: Plan) -> dict[str, Value]:

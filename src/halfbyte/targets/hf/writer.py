@@ -12,7 +12,7 @@ from halfbyte.containers import kv
 from halfbyte.containers.container import Config, Container
 from halfbyte.containers.folder import Shard
 from halfbyte.containers.place import PICTURE
-from halfbyte.containers.safetensors import Entry, SafetensorsWriter, Spec
+from halfbyte.containers.safetensors import Entry, SafetensorsFileWriter, Spec
 from halfbyte.errors import BrokenOutput
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import INDEX, Checkpoint
@@ -122,8 +122,8 @@ def shards_of(files: Files) -> dict[str, Shard]:
     }
 
 
-def _laid_out(specs: Mapping[str, Spec], path: Path, resume: bool) -> SafetensorsWriter:
-    return SafetensorsWriter(path, specs, resume)
+def _laid_out(specs: Mapping[str, Spec], path: Path, resume: bool) -> SafetensorsFileWriter:
+    return SafetensorsFileWriter(path, specs, resume)
 
 
 def index_of(files: Files) -> dict[str, Config]:

@@ -1,4 +1,4 @@
-"""A matrix that is written piece after piece is the matrix that is written whole."""
+"""A matrix that is written chunk after chunk of rows is the matrix that is written whole."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
 )
 def test_the_bytes_are_the_same(rows, whole, tmp_path, monkeypatch):
     before, out = whole
-    monkeypatch.setattr(writer, "PIECE", 1)
+    monkeypatch.setattr(writer, "CHUNK", 1)
     monkeypatch.setattr(writer, "HEADS_ROWS", rows)
     after = halfbyte.quantize(demo.MODEL, tmp_path / "model.gguf", **WORDS)
     assert (tmp_path / "model.gguf").read_bytes() == out.read_bytes()
@@ -33,8 +33,8 @@ def test_the_bytes_are_the_same(rows, whole, tmp_path, monkeypatch):
     assert all(errors[1][name] == pytest.approx(error, rel=0.05) for name, error in errors[0].items())
 
 
-def test_a_piece_that_the_disk_spoils_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "PIECE", 1)
+def test_a_chunk_that_the_disk_spoils_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "CHUNK", 1)
     written = FileWriter._write
 
     def spoil(self, data, offset):
