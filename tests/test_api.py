@@ -166,3 +166,19 @@ def test_one_model_stands_for_a_list_of_it(home):
         for models, kv in ((str(home / "int4"), "none"), ([home / "int4"], ["none"]))
     )
     assert one.models[0].kl == listed.models[0].kl
+
+
+NO_PATH = """
+import halfbyte
+for call in (halfbyte.load, halfbyte.inspect, lambda path: halfbyte.evaluate([path], path)):
+    try:
+        call(None)
+    except halfbyte.HalfbyteError as error:
+        print(error)
+"""
+
+
+def test_what_is_no_path_is_refused_in_one_line():
+    """In a process of its own, where no shapes and types are checked."""
+    said = subprocess.run([sys.executable, "-c", NO_PATH], capture_output=True, text=True, check=True).stdout
+    assert said == 3 * "a checkpoint is named by its folder, its file or its hub id, not by None\n"

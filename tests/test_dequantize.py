@@ -10,6 +10,7 @@ from llama_cpp import Llama, llama_cpp
 from tests import tiny
 
 import halfbyte
+from halfbyte.errors import BadRequest
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.targets.gguf import file
 
@@ -68,6 +69,43 @@ def test_a_gguf_of_sixteen_bits(home, tmp_path, container, dtype):
         narrow = value if value.dim() == 1 else wanted[name].to(getattr(torch, dtype)).float()
         assert torch.equal(value, narrow), name
     assert file.read(tmp_path / "out.gguf").get("general.file_type") == {"float16": 1, "bfloat16": 32}[dtype]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("M-F16.gguf", "F16"), ("m.bf16.gguf", "BF16"), ("f32.gguf", "F32"), ("stuff16.gguf", "BF16")]
+)
+def test_a_gguf_holds_what_its_name_says(home, tmp_path, name, dtype):
+    halfbyte.dequantize(home / "awq", tmp_path / name)
+    stored = gguf.GGUFReader(tmp_path / name).tensors
+    assert {t.tensor_type.name for t in stored if len(t.shape) > 1} == {dtype}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("M-F16.gguf", "bfloat16"), ("M-Q4_K_M.gguf", None)])
+def test_a_name_that_says_otherwise_is_refused(home, tmp_path, name, dtype):
+    with pytest.raises(BadRequest, match=rf"{name} is called \w+, and would be BF16; call it so, or give the --dtype"):
+        halfbyte.dequantize(home / "awq", tmp_path / name, dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantize_takes_the_grid_from_a_ggufs_name(home, tmp_path):
+    said = tiny.halfbyte("quantize", home / "model", "-o", tmp_path / "m-Q5_0.gguf", "--method", "nearest")
+    assert said.code == 0, said.err
+    assert file.read(tmp_path / "m-Q5_0.gguf").get("general.file_type") == 8
+    assert "is the default" not in said.out
+    other = halfbyte.quantize(home / "model", tmp_path / "m-Q8_0.gguf", method="nearest", grid="Q5_0")
+    assert "m-Q8_0.gguf is called Q8_0, and most of it is Q5_0" in other.warnings
+
+
+def test_what_quantizing_again_gains_is_said_before_it_is_done(home, tmp_path):
+    words = ("quantize", home / "gguf.gguf", "--method", "nearest", "--requantize")
+    said = tiny.halfbyte(*words, "-o", tmp_path / "larger", "--grid", "int8-channel").out
+    note, done = (said.index(words) for words in ("bits per weight become 8.", "read back and verified"))
+    assert note < done
+    assert said.count("bits per weight become") == 1
+    assert "so that it becomes no smaller and no more exact" in said
+    said = tiny.halfbyte(*words, "-o", tmp_path / "smaller", "--grid", "int3-g64").out
+    assert "4.50 bits per weight become 3.2" in said
+    assert "no smaller" not in said
 
 
 def test_llama_cpp_loads_it(home, tmp_path, monkeypatch):

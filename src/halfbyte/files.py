@@ -13,7 +13,7 @@ from typing import Any
 
 import regex
 
-from halfbyte.errors import BadCheckpoint, HalfbyteError
+from halfbyte.errors import BadCheckpoint, HalfbyteError, brief
 
 LARGEST = 128 << 20
 """Bytes of a file that is read whole: four times the largest tokenizer.json that is known."""
@@ -40,6 +40,14 @@ KINDS = {
 def exists(path: Path) -> bool:
     """Whether anything bears this name; of names that no file can have, nothing does."""
     return os.path.exists(path)
+
+
+def path_of(source: str | Path, error: type[HalfbyteError] = BadCheckpoint) -> Path:
+    """The path that somebody wrote, with their home for ~ (Path's own raises where there is no such user). Raises
+    `error` for what is no path."""
+    if not isinstance(source, str | os.PathLike):
+        raise error(f"a checkpoint is named by its folder, its file or its hub id, not by {brief(source)}")
+    return Path(os.path.expanduser(source))
 
 
 def is_within(path: Path, folder: Path) -> bool:

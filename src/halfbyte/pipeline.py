@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
 from halfbyte.targets.plan import Plan
 from halfbyte.targets.table import UNQUANTIZED, file_target, output_path
+from halfbyte.words import dtype_in_name, grid_in_name
 
 SIDE_BY_SIDE = 1 << 28
 """Weights in memory at a time, where no single matrix has more."""
@@ -88,11 +90,16 @@ def quantize(
 
 
 def _planned(recipe: Recipe, out: Path) -> Plan:
-    """What a recipe means for an output that is called so."""
-    named = file_target(out)
+    """What a recipe means for an output that is called so: a file's name may say what it is, and what it holds."""
+    named, said = file_target(out), grid_in_name(out)
     if named and not recipe.to and recipe.engine in (None, "none"):
         recipe = recipe.model_copy(update={"to": named.name})
-    return resolve(recipe)
+    if said and "grid" not in recipe.model_fields_set:
+        recipe = recipe.model_copy(update={"grid": said})
+    plan = resolve(recipe)
+    if said and said not in (plan.label, plan.recipe.grid.upper()):
+        return replace(plan, warnings=(*plan.warnings, f"{out.name} is called {said}, and most of it is {plan.label}"))
+    return plan
 
 
 def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> PlanReport:
@@ -167,15 +174,21 @@ def dequantize(
     """Write a quantized checkpoint in 16 bits, with its tokenizer, template and config: a folder of safetensors, or a
     GGUF if `out` is called so; returns the report.
 
-    `dtype` is bfloat16, float16 or float32 (by default what the checkpoint says); `adapter` the folder of a LoRA
-    adapter to merge; `progress` True for a bar, or a function of (what, done, total).
+    `dtype` is bfloat16, float16 or float32 (by default what the name of a GGUF ends with, such as F16, or what the
+    checkpoint says); `adapter` the folder of a LoRA adapter to merge; `progress` True for a bar, or a function of
+    (what, done, total).
     Raises HalfbyteError, with nothing half-written left behind.
     """
     started = time.perf_counter()
     out = Path(out).expanduser()
     named = file_target(out)
     to = to or (named.name if named else next(iter(UNQUANTIZED)))
-    plan = decoding(str(source), to, dtype, str(adapter) if adapter else None)
+    said = grid_in_name(out)
+    plan = decoding(str(source), to, dtype or dtype_in_name(out), str(adapter) if adapter else None)
+    if said and said != plan.label:
+        raise BadRequest(
+            f"{out} is called {said}, and would be {plan.label}; call it so, or give the --dtype that is meant"
+        )
     _claim(out, plan, overwrite)
     writer = plan.target.writer(plan)
     folder = Folder(output_path(out), writer.shards(_stem_of(out)), identity(plan, None), overwrite)

@@ -5,6 +5,7 @@ All are checked before torch is imported, which takes seconds: the tables that a
 
 import re
 from importlib import import_module
+from pathlib import Path
 
 from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.formats import ALIASES, DTYPES, KQUANTS, LATTICES, PATTERNS, SCALARS, SCHEMES, require_activations
@@ -34,6 +35,18 @@ def require_container(name: str) -> None:
 def owner_of(grid: str) -> str | None:
     """The container that has such a grid of its own."""
     return next((name for name, own in OWN.items() if grid.upper() in own.NAMES), None)
+
+
+def grid_in_name(output: Path) -> str | None:
+    """What the name of an output that is one file says that it holds, where such files are called by that."""
+    own = OWN.get(FILES.get(output.suffix, ""))
+    return own.in_name(output.stem) if own else None
+
+
+def dtype_in_name(output: Path) -> str | None:
+    """The same, if it is a precision that does not quantize."""
+    own = OWN.get(FILES.get(output.suffix, ""))
+    return own.DTYPES.get(own.in_name(output.stem)) if own else None
 
 
 def require_grid(name: str, container: str | None = None) -> None:

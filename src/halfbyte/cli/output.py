@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,16 +53,15 @@ def show_plan(plan: Plan, output: Path) -> None:
         out.print(f"  {plural(count, 'tensor')} left out: {reason}")
     names = ", ".join(o.files[:3]) + (" ..." if len(o.files) > 3 else "")
     out.print(f"  {plural(len(o.files), 'file')} of tensors, {size(o.size_bytes)}: {names}")
-    for warning in plan.warnings:
-        out.print(f"note: {warning}")
+    show_warnings(plan.warnings)
     for engine in plan.engines:
         reason = "" if engine.loads else f": {engine.reasons[0]}"
         out.print(f"{engine.engine} {'loads it' if engine.loads else 'does not load it'}{reason}", soft_wrap=True)
     out.print("nothing was written", highlight=False)
 
 
-def show_report(report: Report, output: Path) -> None:
-    """Print what became of a run, and how the output is served and measured."""
+def show_report(report: Report, output: Path, told: Sequence[str] = ()) -> None:
+    """Print what became of a run, and how the output is served and measured; without the warnings that were told."""
     out.print(f"{output}: {headline(report)}, {report.seconds:.1f} s; read back and verified")
     show(display.worst(worst(report), report.error_of))
     for row in worst_activations(report, 1):
@@ -78,14 +77,19 @@ def show_report(report: Report, output: Path) -> None:
             f"the scales on other text. {cache.serve}",
             soft_wrap=True,
         )
-    for warning in (*report.warnings, *(cache.warnings if cache else ())):
-        out.print(f"note: {warning}")
+    show_warnings(w for w in (*report.warnings, *(cache.warnings if cache else ())) if w not in told)
     _show_engines(report, output)
     asked = report.recipe
     if asked.method not in OTHER_COMMANDS and report.source.is_decoder:
         merged = f" --adapter {shlex.quote(asked.adapter)}" if asked.adapter else ""
         words = f"{shlex.quote(str(output))} --against {shlex.quote(asked.model)}{merged}"
         out.print(f"what was lost: halfbyte eval {words}", soft_wrap=True)
+
+
+def show_warnings(warnings: Iterable[str]) -> None:
+    """Print each in a line."""
+    for warning in warnings:
+        out.print(f"note: {warning}")
 
 
 def _show_engines(report: Report, output: Path) -> None:

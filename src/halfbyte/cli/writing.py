@@ -29,7 +29,7 @@ from halfbyte.cli.options import (
     require_names,
     sampling,
 )
-from halfbyte.cli.output import out, print_json, show, show_plan, show_report
+from halfbyte.cli.output import out, print_json, show, show_plan, show_report, show_warnings
 from halfbyte.devices import AUTO
 from halfbyte.errors import BadRequest, plural
 from halfbyte.formats import cache_parts
@@ -45,6 +45,7 @@ from halfbyte.words import (
     PLAIN,
     PRESETS,
     SCHEMES,
+    grid_in_name,
     require_plain,
 )
 
@@ -135,6 +136,10 @@ def quantize(
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
     from halfbyte.report.types import Plan
 
+    told = []
+    if asked.requantize and not (dry_run or quiet or as_json):  # it may not be worth the time
+        told = run(asked, output, overwrite=overwrite, dry_run=True).warnings
+        show_warnings(told)
     report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not (quiet or as_json), device=device)
     if as_json:
         print_json(report)
@@ -142,8 +147,8 @@ def quantize(
     if isinstance(report, Plan):
         show_plan(report, output)
     else:
-        show_report(report, output)
-    if not asked.model_fields_set & CHOSEN:
+        show_report(report, output, told)
+    if not asked.model_fields_set & CHOSEN and not grid_in_name(output):
         out.print(
             f"{report.output.grid} is the default, as no scheme was asked for; what suits a device: "
             f"halfbyte plan {shlex.quote(asked.model)}, or quantize --for ENGINE@DEVICE",
@@ -195,7 +200,7 @@ def dequantize(
         str | None,
         typer.Option(
             help=f"{', '.join(DTYPES)}.",
-            show_default="the checkpoint's; bfloat16 for a GGUF",
+            show_default="as a GGUF is called (X-F16.gguf), else the checkpoint's; bfloat16 of a GGUF",
             autocompletion=completing(*DTYPES),
         ),
     ] = None,
@@ -257,8 +262,7 @@ def kv(
         return
     show(display.cached(found))
     out.print(f"{output}: the KV cache in {found.grid}; read back and verified. {found.serve}", soft_wrap=True)
-    for warning in found.warnings:
-        out.print(f"note: {warning}")
+    show_warnings(found.warnings)
 
 
 def imatrix(

@@ -145,17 +145,17 @@ class Adapter:
         return value
 
     def merge(self, tensor: str, w: Tensor, row_offset: int = 0) -> Tensor:
-        """`w`, rows of the tensor from `row_offset` on as it lies in the checkpoint, with what the adapter adds;
-        computed in float32."""
+        """`w`, rows of the tensor from `row_offset` on as it lies in the checkpoint, with what the adapter adds: in
+        float32, so that it is rounded once, to what it is written in."""
         if tensor in self.whole:
-            w = self.whole[tensor].read(row_offset, row_offset + len(w)).to(w.dtype)
+            w = self.whole[tensor].read(row_offset, row_offset + len(w)).float()
         if tensor not in self.low_rank:
             return w
         parts = {name: entry.read().float() for name, entry in self.low_rank[tensor].items()}
         total = w.float() + self._product(tensor, parts)[row_offset : row_offset + len(w)]
         if (magnitude := parts.get("magnitude_vector")) is not None:
             total = self._with_magnitude(tensor, total, magnitude.flatten(), row_offset)
-        return total.to(w.dtype)
+        return total
 
     def _product(self, tensor: str, parts: dict[str, Tensor]) -> Float32[Tensor, "rows columns"]:
         a, b = (parts[name] for name in sorted(parts.keys() - {"magnitude_vector"}))

@@ -1,7 +1,6 @@
 """The checkpoint is the truth: its tensors, its config, and everything else in its folder."""
 
 import copy
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from halfbyte.containers.container import Modules, Reader, described, require_pa
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.containers.table import READERS
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief, plural
-from halfbyte.files import exists, is_within, read_object
+from halfbyte.files import exists, is_within, path_of, read_object
 from halfbyte.formats import DTYPES
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.grid import Shape
@@ -112,7 +111,7 @@ class Checkpoint:
 
         Raises BadCheckpoint for what is none of these.
         """
-        path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
+        path = path_of(source)
         if exists(path):
             if suffix := source_suffix(path):
                 return resolve_name(SOURCES[suffix])(path)

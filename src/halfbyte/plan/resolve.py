@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def resolve(recipe: Recipe, source: Checkpoint | None = None, engines: Iterable[
     fits.require_known(target, recipe.grid, recipe.override.values())
     plan = target.plan(recipe, checkpoint, method)
     _check_activations(plan)
-    warnings = (*plan.warnings, *doubts(checkpoint), *_of_source(checkpoint), *_of_adapter(checkpoint))
+    warnings = (*plan.warnings, *doubts(checkpoint), *_of_source(plan), *_of_adapter(checkpoint))
     return _finished(plan, warnings, engines)
 
 
@@ -60,8 +61,9 @@ def _finished(plan: Plan, warnings: tuple[str, ...], engines: Iterable[str] = EN
     return replace(plan, verdicts=_judged(plan, engines))
 
 
-def _of_source(checkpoint: Checkpoint) -> list[str]:
+def _of_source(plan: Plan) -> list[str]:
     """What is to be said of a source that is quantized already."""
+    checkpoint = plan.checkpoint
     if not checkpoint.container:
         return []
     was = commonest_name(checkpoint.quantized)
@@ -70,8 +72,20 @@ def _of_source(checkpoint: Checkpoint) -> list[str]:
     return [
         f"the source is quantized already ({checkpoint.container}, {was}), and its values were taken as the original: "
         "all errors and losses are those against it, and what it had lost comes on top; "
-        "quantize the original if you can"
+        f"quantize the original if you can{_bits_again(plan)}"
     ]
+
+
+def _bits_again(plan: Plan) -> str:
+    """How large weights are that are quantized again, and how large they were."""
+    stored = plan.checkpoint.quantized
+    again = {w: (stored[w.name][0].weight, s.weight) for w, s in plan.schemes.items() if w.name in stored}
+    weights = sum(prod(w.shape) for w in again)
+    if not weights:
+        return ""
+    was, now = (sum(grids[i].bits(w.shape) * prod(w.shape) for w, grids in again.items()) / weights for i in range(2))
+    no_smaller = ", so that it becomes no smaller and no more exact" if now >= was else ""
+    return f"; {was:.2f} bits per weight become {now:.2f}{no_smaller}"
 
 
 def _source_of(recipe: Recipe) -> Checkpoint:

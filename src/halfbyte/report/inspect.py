@@ -1,6 +1,5 @@
 """What is in a checkpoint: tensors, grids, bits per weight, sizes, and, of the report beside it, what was lost."""
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +7,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from halfbyte.errors import BadCheckpoint
-from halfbyte.files import exists
+from halfbyte.files import exists, path_of
 from halfbyte.registry import HEADS, Contents, StoredTensor, source_suffix
 from halfbyte.report import written
 from halfbyte.report.types import Inspection, Report, Sizes, Stored, WeightReport
@@ -45,7 +44,7 @@ def inspect(path: str | Path) -> Inspection:
 
 def _contents(source: str | Path) -> tuple[Path, Contents]:
     """Where a checkpoint lies, and what is in it."""
-    path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
+    path = path_of(source)
     if exists(path) and (suffix := source_suffix(path)) in HEADS:
         return path, resolve_name(HEADS[suffix])(path)
     from halfbyte.models.checkpoint import Checkpoint  # torch, and seconds, which a head that says all can spare

@@ -234,10 +234,16 @@ def test_what_llama_cpp_does_not_do_to_a_text_is_refused(tmp_path):
     folder = save(unigram(), tmp_path / "model")
     whole = json.loads((folder / "tokenizer.json").read_text())
     normalized = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}
+    steps = whole["normalizer"]["normalizers"]
     for changed, why in (
         (whole | {"model": whole["model"] | {"byte_fallback": True}}, "byte_fallback"),
         (whole | {"normalizer": normalized}, "Unigram.*Lowercase, NFKC"),
+        (whole | {"normalizer": {"type": "Sequence", "normalizers": steps[1:]}}, "a part of it"),
+        (whole | {"normalizer": {"type": "Sequence", "normalizers": steps[:1]}}, "a part of it"),
+        (whole | {"normalizer": steps[1] | {"pattern": {"String": "a"}}}, "Replace of {'String': 'a'}"),
+        (whole | {"pre_tokenizer": whole["pre_tokenizer"] | {"prepend_scheme": "never"}}, "a part of it"),
         (json.loads(sentencepiece(True).to_str()) | {"normalizer": normalized}, "BPE.*Lowercase, NFKC"),
+        (json.loads(sentencepiece(True).to_str()) | {"normalizer": steps[0]}, "BPE.*Strip"),
     ):
         (folder / "tokenizer.json").write_text(json.dumps(changed))
         with pytest.raises(Unsupported, match=why):

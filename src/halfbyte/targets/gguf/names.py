@@ -1,5 +1,6 @@
 """What types and presets of a GGUF are called; known before torch is imported."""
 
+import re
 from typing import NamedTuple
 
 
@@ -39,3 +40,12 @@ TYPES = {
 }
 """Types of ggml whose tensors are quantized, and the grid of each."""
 NAMES = (*PRESETS, *TYPES)
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Presets that do not quantize, as torch calls their numbers."""
+LAST_WORD = re.compile(rf"(?:^|[-._ ])({'|'.join(sorted(NAMES, key=len, reverse=True))})$", re.IGNORECASE)
+
+
+def in_name(stem: str) -> str | None:
+    """The preset or type that a file's name ends with, as people call such files; None where it says nothing."""
+    match = LAST_WORD.search(stem)
+    return match and match[1].upper()

@@ -20,6 +20,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 SPACE = "\u2581"
 """What SentencePiece writes for a space."""
+SEVERAL = {"Regex": " {2,}"}
+"""The pattern of several spaces, as converted models of SentencePiece have it."""
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -170,11 +172,18 @@ def _about_unknown(about: Mapping[str, Any], model: Mapping[str, Any], kind: str
 
 def _require_normalizers(tokenizer: Mapping[str, Any], known: set[str], before: str) -> None:
     """Raise Unsupported for what llama.cpp does not do to a text; in NFC most text is already, as it trusts."""
-    used = {n["type"] for n in _parts(tokenizer.get("normalizer"), "normalizers")}
-    if unknown := sorted(used - known - {"NFC"}):
+    steps = _parts(tokenizer.get("normalizer"), "normalizers")
+    unknown = {n["type"] for n in steps} - known - {"NFC"}
+    replaced = [n for n in steps if n["type"] == "Replace" and n["type"] in known and not _is_of_spaces(n)]
+    if found := sorted(unknown | {f"Replace of {brief(n['pattern'])}" for n in replaced}):
         raise Unsupported(
-            f"llama.cpp does not normalize text so before {before}, and this tokenizer.json does: {', '.join(unknown)}"
+            f"llama.cpp does not normalize text so before {before}, and this tokenizer.json does: {', '.join(found)}"
         )
+
+
+def _is_of_spaces(replace: Mapping[str, Any]) -> bool:
+    """Whether what is replaced is a space, or several, by one."""
+    return replace["pattern"] in ({"String": " "}, SEVERAL) and replace.get("content") in (" ", SPACE)
 
 
 def _byte_level(tokenizer: Mapping[str, Any], pre: str | None) -> dict[str, Value]:
@@ -226,7 +235,7 @@ def _same(pattern: str) -> str:
 
 
 def _sentencepiece(tokenizer: Mapping[str, Any]) -> dict[str, Value]:
-    _require_normalizers(tokenizer, {"Prepend", "Replace", "Strip"}, "SentencePiece's BPE")
+    _require_normalizers(tokenizer, {"Prepend", "Replace"}, "SentencePiece's BPE")
     return {
         "tokenizer.ggml.model": Value("string", "llama"),
         "tokenizer.ggml.pre": Value("string", "default"),
@@ -241,14 +250,22 @@ def _unigram(tokenizer: Mapping[str, Any]) -> dict[str, Value]:
             "llama.cpp's Unigram takes one unknown token for what is of no piece, and this tokenizer.json takes its "
             "bytes (byte_fallback): a GGUF of it would cut text otherwise"
         )
+    prefix = _space_prefix(tokenizer)
     said = {
         "tokenizer.ggml.model": Value("string", "t5"),
         "tokenizer.ggml.pre": Value("string", "default"),
-        **_space_prefix(tokenizer),
+        **prefix,
     }
     normalizers = _parts(tokenizer.get("normalizer"), "normalizers")
     charsmap = next((n["precompiled_charsmap"] for n in normalizers if n["type"] == "Precompiled"), None)
-    shrinks = any(n["type"] == "Replace" and n["pattern"].get("Regex") == " {2,}" for n in normalizers)
+    shrinks = any(n["type"] == "Replace" and n["pattern"] == SEVERAL for n in normalizers)
+    strips = [n for n in normalizers if n["type"] == "Strip"]
+    trims = any(n.get("strip_right", True) for n in strips)
+    if (shrinks or strips) and not (shrinks and trims and all(value.value for value in prefix.values())):
+        raise Unsupported(
+            "llama.cpp's Unigram makes one space of several, drops those at a text's end and puts one before it, or "
+            "does none of this; this tokenizer.json does a part of it, so a GGUF would cut text otherwise"
+        )
     if charsmap:
         said["tokenizer.ggml.precompiled_charsmap"] = Value("uint8[]", list(base64.b64decode(charsmap)))
     return said | {"tokenizer.ggml.remove_extra_whitespaces": Value("bool", shrinks)}

@@ -14,13 +14,13 @@ from halfbyte.targets.choosing import ROUNDING, left, modules_of, require_ties
 from halfbyte.targets.gguf import blocks, families, hyperparameters, presets
 from halfbyte.targets.gguf.blocks import LAYOUTS, type_of
 from halfbyte.targets.gguf.head import TYPES
+from halfbyte.targets.gguf.names import DTYPES
 from halfbyte.targets.gguf.source import GGUFCheckpoint, Names, name_map_of
 from halfbyte.targets.patterns import first_match
 from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan, TensorPlan, keep
 from halfbyte.targets.target import Target
 
 MISFIT = "neither"
-PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def quantizing(target: Target, recipe: Recipe, checkpoint: Checkpoint, method: Method) -> Plan:
@@ -164,7 +164,7 @@ def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str
     if preset in presets.PLAIN:
         raise BadRequest(
             f"{preset} does not quantize: write it with halfbyte dequantize {checkpoint.path} -o OUT.gguf "
-            f"--dtype {PLAIN_DTYPES[preset]}"
+            f"--dtype {DTYPES[preset]}"
         )
     wanted = _types(preset, base, weights, names, checkpoint, imatrix=False) if grid else {}
     choices = []
