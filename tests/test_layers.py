@@ -17,7 +17,7 @@ LAYERS = [
     ["kernels"], ["recipe", "grids"],
     ["solvers", "containers"], ["demo"], ["models"],
     ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["nn", "evaluation", "plan"], ["report"],
-    ["sizing"], ["run", "display"],
+    ["sizing"], ["run", "display", "budget"],
     ["blockwise", "kv_cache"], ["pipeline", "publish"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

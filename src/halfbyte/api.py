@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from halfbyte import demo, pipeline
+from halfbyte.budget.budget import Budget
 from halfbyte.containers.place import one_file
 from halfbyte.devices import AUTO, device_named, title
 from halfbyte.engines.engines import ENGINES
@@ -73,6 +74,13 @@ def quantize(
     pre: str | None = None,
     repository: str | None = None,
     shard_gb: float | None = None,
+    bits: float | None = None,
+    size: str | int | None = None,
+    fit: str | int | None = None,
+    max_kl: float | None = None,
+    context: int | None = None,
+    candidates: str | Sequence[str] | None = None,
+    sensitivities: str | Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | bool = False,
@@ -83,6 +91,13 @@ def quantize(
     Returns the report, which is also written there. What is None is as the recipe has it, or the default of `Recipe`.
 
     {entries}
+    bits: In place of a grid: choose each weight's, so that least is lost with so many bits per parameter.
+    size: ... with files of this size, such as "3.7GB", or bytes.
+    fit: ... with as much as fits into this memory beside a cache.
+    context: Tokens of that cache; by default 8192, or as many as the model is made for if these are fewer.
+    max_kl: ... or so that the output is smallest with this predicted KL divergence, in nats per token.
+    candidates: Grids to choose among; by default those that the engine reads.
+    sensitivities: The file of what each weight costs, which other budgets read; by default beside the output.
     overwrite: Replace an output that exists.
     dry_run: Return the plan, and write nothing.
     progress: True for a bar, or a function of (what, done, total).
@@ -100,8 +115,12 @@ def quantize(
     recipe = Recipe.of(
         **{**asked, **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()}}
     )
+    found = None
+    if budget := Budget.of(bits, size, fit, max_kl, context, candidates, sensitivities):
+        with shown(progress) as show:
+            recipe, found, _ = pipeline.within(budget, recipe, out, overwrite, show, chosen)
     if dry_run:
-        return pipeline.plan(recipe, out, overwrite=overwrite)
+        return pipeline.plan(recipe, out, overwrite=overwrite, budget=found)
     if recipe.method == "convert":
         if recipe.to is None:
             raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(TARGETS)}")
@@ -110,7 +129,7 @@ def quantize(
     if recipe.method == "dequantize":
         return dequantize(recipe.model, out, recipe.to, recipe.grid, recipe.adapter, overwrite, progress)
     with shown(progress) as show:
-        return pipeline.quantize(recipe, out, overwrite=overwrite, progress=show, device=chosen)
+        return pipeline.quantize(recipe, out, overwrite=overwrite, progress=show, device=chosen, budget=found)
 
 
 def advise(

@@ -125,7 +125,7 @@ def per_matrix(method: Method) -> BlockSolver:
                     statistics.pop(weight, None)
                 targets = [task.block.target(weight) for weight in weights]
                 w = targets[0] if len(targets) == 1 else torch.cat(targets)
-                q, note = _solve(w, task.schemes[weights[0]].weight, known, method)
+                q, note = solve_matrix(w, task.schemes[weights[0]].weight, known, method)
                 if known is None:
                     yield Solution(weights, q, note=note)
                     continue
@@ -136,7 +136,7 @@ def per_matrix(method: Method) -> BlockSolver:
     return solve_block
 
 
-def _solve(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) -> tuple[Quantized, str]:
+def solve_matrix(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) -> tuple[Quantized, str]:
     """The solver's answer, or that of `nearest` and the reason."""
     solver = SOLVERS[method.solver]
     if not method.calibrated:  # the text is there for stored scales of activations

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import xxhash
 
+from halfbyte.budget.budget import Budget
 from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
 from halfbyte.containers.place import is_file
 from halfbyte.devices import title
@@ -20,7 +21,7 @@ from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.models import calibrate
 from halfbyte.models.calibrate import Samples
 from halfbyte.models.checkpoint import Weight
-from halfbyte.models.placement import CPU
+from halfbyte.models.placement import CPU, Placement
 from halfbyte.models.stamp import digest as digest_of
 from halfbyte.models.stamp import stamp
 from halfbyte.plan import decoding, resolve, transcoding
@@ -29,7 +30,7 @@ from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.registry import IMPORTANCE
 from halfbyte.report import build
 from halfbyte.report.card import card
-from halfbyte.report.types import CacheReport, Devices, Report
+from halfbyte.report.types import BudgetReport, CacheReport, Devices, Planned, Report
 from halfbyte.report.types import Plan as PlanReport
 from halfbyte.report.written import as_json, report_of
 from halfbyte.run import SAMPLED, Committed, Run, commit, digest, record_step, restore_step, weight_report
@@ -39,6 +40,10 @@ from halfbyte.targets.plan import Plan
 from halfbyte.targets.table import UNQUANTIZED, file_target, output_path
 from halfbyte.words import dtype_in_name, grid_in_name
 
+if TYPE_CHECKING:
+    from halfbyte.budget.mix import Mixed
+
+Some = TypeVar("Some", bound=Planned)
 SIDE_BY_SIDE = 1 << 28
 """Weights in memory at a time, where no single matrix has more."""
 
@@ -50,9 +55,10 @@ def quantize(
     progress: Progress = silent,
     device: torch.device = CPU,
     samples: Samples | None = None,
+    budget: BudgetReport | None = None,
 ) -> Report:
     """Quantize a checkpoint into the folder `out` and return the report that is also written there. `samples` are those
-    of the recipe's calibration, where they are drawn already.
+    of the recipe's calibration, where they are drawn already; `budget` is what chose the recipe's grids.
 
     Raises HalfbyteError, with nothing half-written left behind. A run that is killed is taken up again by the same
     call.
@@ -84,16 +90,14 @@ def quantize(
             from halfbyte import blockwise  # Transformers takes seconds to import, and only calibration needs the model
 
             blockwise.quantize(run, samples)
-        report = _finish(run, started)
+        report = _finish(run, started, budget)
         folder.publish()
     return report
 
 
 def _planned(recipe: Recipe, out: Path) -> Plan:
     """What a recipe means for an output that is called so: a file's name may say what it is, and what it holds."""
-    named, said = file_target(out), grid_in_name(out)
-    if named and not recipe.to and recipe.engine in (None, "none"):
-        recipe = recipe.model_copy(update={"to": named.name})
+    recipe, said = _named(recipe, out), grid_in_name(out)
     if said and "grid" not in recipe.model_fields_set:
         recipe = recipe.model_copy(update={"grid": said})
     plan = resolve(recipe)
@@ -102,7 +106,33 @@ def _planned(recipe: Recipe, out: Path) -> Plan:
     return plan
 
 
-def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> PlanReport:
+def _named(recipe: Recipe, out: Path) -> Recipe:
+    """With the form of output that a name says."""
+    named = file_target(out)
+    if named and not recipe.to and recipe.engine in (None, "none"):
+        return recipe.model_copy(update={"to": named.name})
+    return recipe
+
+
+def within(
+    budget: Budget,
+    recipe: Recipe,
+    out: str | Path,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    device: torch.device = CPU,
+) -> "Mixed":
+    """The recipe with the grids that suit a budget best, for an output that is called so, and the file in which what
+    each weight costs is kept. Raises HalfbyteError."""
+    from halfbyte.budget import mix  # needs the model's code
+
+    out = Path(out).expanduser()
+    plan(recipe, out, overwrite)  # what is in the way is seen before hours of work
+    scratch = out.parent if out.parent.is_dir() else None
+    return mix.mixed(_named(recipe, out), budget, out, Placement.on(device, scratch), progress)
+
+
+def plan(recipe: Recipe, out: str | Path, overwrite: bool = False, budget: BudgetReport | None = None) -> PlanReport:
     """What `quantize` would do; nothing is written and no weight is read. Raises what `quantize` would."""
     if recipe.method in OTHER_COMMANDS:
         raise BadRequest(f"a recipe of {recipe.method} has no plan before the values are read; plan those of quantize")
@@ -112,7 +142,7 @@ def plan(recipe: Recipe, out: str | Path, overwrite: bool = False) -> PlanReport
     writer = plan.target.writer(plan)
     shards = writer.shards(_stem_of(out))
     size_bytes = sum(shard.size_bytes for shard in shards.values())
-    return build.planned(plan, size_bytes, writer.entry_file(_stem_of(out)), list(shards))
+    return _with_budget(build.planned(plan, size_bytes, writer.entry_file(_stem_of(out)), list(shards)), budget)
 
 
 def convert(
@@ -319,7 +349,7 @@ def _workers(largest: int) -> Iterator[Executor]:
             torch.set_num_threads(cores)
 
 
-def _finish(run: Run, started: float) -> Report:
+def _finish(run: Run, started: float, budget: BudgetReport | None = None) -> Report:
     """Small files, the check of what was written, and the report."""
     folder = run.folder.partial
     for part in run.checkpoint_writer.extra():
@@ -334,7 +364,9 @@ def _finish(run: Run, started: float) -> Report:
     file, seconds = run.checkpoint_writer.entry_file(_stem_of(run.folder.target)), time.perf_counter() - started
     device = title(run.device)
     devices = Devices(solve=device, calibration=device if run.samples or cache else None)
-    report = build.report(run.plan, run.rows, run.folds, run.samples, cache, size_bytes, file, seconds, devices)
+    report = _with_budget(
+        build.report(run.plan, run.rows, run.folds, run.samples, cache, size_bytes, file, seconds, devices), budget
+    )
     texts = {
         "recipe.yaml": run.plan.recipe.dump(),
         "report.json": as_json(report),
@@ -343,6 +375,10 @@ def _finish(run: Run, started: float) -> Report:
     for name, text in texts.items():
         run.folder.companion(name).write_text(text, encoding="utf-8", newline="\n")
     return report
+
+
+def _with_budget(report: Some, budget: BudgetReport | None) -> Some:
+    return report.model_copy(update={"budget": budget}) if budget else report
 
 
 def _cache(run: Run) -> CacheReport | None:

@@ -24,7 +24,8 @@ class RawWriter(CheckpointWriter):
 
     def shards(self, stem: str) -> dict[str, Shard]:
         return {
-            f"{name}.raw": Shard(spec.size_bytes, partial(_output, name, spec)) for name, spec in self.tensors().items()
+            f"{name}.raw": Shard(spec.size_bytes, partial(_output, name, spec), partial(int, 1 + spec.size_bytes))
+            for name, spec in self.tensors().items()
         }
 
     def write_sidecars(self, folder: Path) -> None:

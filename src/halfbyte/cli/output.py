@@ -51,6 +51,8 @@ def show_plan(plan: Plan, output: Path) -> None:
         out.print(f"  {plural(count, 'tensor')} kept: {reason}")
     for reason, count in Counter(plan.dropped.values()).most_common():
         out.print(f"  {plural(count, 'tensor')} left out: {reason}")
+    if plan.budget:
+        out.print(f"  {display.budget(plan.budget)}", soft_wrap=True)
     names = ", ".join(o.files[:3]) + (" ..." if len(o.files) > 3 else "")
     out.print(f"  {plural(len(o.files), 'file')} of tensors, {size(o.size_bytes)}: {names}")
     show_warnings(plan.warnings)
@@ -63,6 +65,8 @@ def show_plan(plan: Plan, output: Path) -> None:
 def show_report(report: Report, output: Path, told: Sequence[str] = ()) -> None:
     """Print what became of a run, and how the output is served and measured; without the warnings that were told."""
     out.print(f"{output}: {headline(report)}, {report.seconds:.1f} s; read back and verified")
+    if report.budget:
+        out.print(display.budget(report.budget), soft_wrap=True)
     show(display.worst(worst(report), report.error_of))
     for row in worst_activations(report, 1):
         if seen := row.activations:

@@ -2,12 +2,14 @@
 
 import shlex
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from halfbyte import display
+from halfbyte.budget.budget import Budget
 from halfbyte.cli.options import (
     STORED_CACHES,
     Adapter,
@@ -51,6 +53,12 @@ from halfbyte.words import (
 
 if TYPE_CHECKING:
     from halfbyte.sizing.types import Recommendation
+
+
+def budgeted(meaning: str) -> Any:
+    """An option of a budget."""
+    return typer.Option(help=meaning, rich_help_panel="Mixed precision under a budget")
+
 
 CHOSEN = frozenset({"grid", "method", "to", "engine", "pure", "override"})
 """Entries of a recipe that choose a scheme."""
@@ -102,6 +110,15 @@ def quantize(
     requantize: Annotated[bool | None, entry("requantize", "--requantize")] = None,
     repository: Annotated[str | None, entry("repository")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these; options win over it.")] = None,
+    bits: Annotated[float | None, budgeted("Choose each weight's grid: so many bits per parameter in all.")] = None,
+    size: Annotated[str | None, budgeted("... files of this size: 3.7GB, 3500MiB, or bytes.")] = None,
+    fit: Annotated[str | None, budgeted("... what fits into this memory with a cache: 22GiB.")] = None,
+    max_kl: Annotated[float | None, budgeted("... the smallest output with this predicted KL divergence.")] = None,
+    context: Annotated[int | None, budgeted("Tokens of the cache beside what is to --fit.")] = None,
+    candidates: Annotated[str | None, budgeted("Grids to choose among, such as Q4_K,Q5_K,Q6_K.")] = None,
+    sensitivities: Annotated[
+        Path | None, budgeted("The file of what each weight costs, which other budgets read; beside the output.")
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     device: Device = AUTO,
@@ -115,12 +132,15 @@ def quantize(
     halfbyte quantize org/model -o model-Q4_K_M.gguf --grid Q4_K_M
 
     halfbyte quantize org/model --for ollama
+
+    halfbyte quantize org/model -o model.gguf --size 3.7GB
     """
+    budget = Budget.of(bits, size, fit, max_kl, context, candidates, sensitivities)
     given = {name: value for name, value in locals().items() if name in Recipe.model_fields and value not in (None, [])}
     given |= {"observer": observer or old_observer} if observer or old_observer else {}
     given |= {"override": dict(_pair(pair) for pair in override)} if override else {}
     given.pop("calibration", None)
-    if model and recipe is None and (meant_for or (output is None and not given.keys() & CHOSEN)):
+    if model and recipe is None and (meant_for or (output is None and budget is None and not given.keys() & CHOSEN)):
         best = _recommended(model, meant_for, given.keys() & CHOSEN, quiet=as_json)
         given, output = {**given, **best.words, "engine": best.engine}, output or Path(best.output)
     if output is None or (model is None and recipe is None):
@@ -131,7 +151,7 @@ def quantize(
     if asked.method not in OTHER_COMMANDS:
         method_named(asked.method)
         meant = asked.to or FILES.get(output.suffix)
-        require_names(meant, asked.engine, asked.grid, *asked.override.values())
+        require_names(meant, asked.engine, asked.grid, *asked.override.values(), *(budget.candidates if budget else ()))
     require_caches(*([asked.kv] if asked.kv else ()))
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
     from halfbyte.report.types import Plan
@@ -140,7 +160,9 @@ def quantize(
     if asked.requantize and not (dry_run or quiet or as_json):  # it may not be worth the time
         told = run(asked, output, overwrite=overwrite, dry_run=True).warnings
         show_warnings(told)
-    report = run(asked, output, overwrite=overwrite, dry_run=dry_run, progress=not (quiet or as_json), device=device)
+    limits = {} if budget is None else asdict(budget)
+    progress = not (quiet or as_json)
+    report = run(asked, output, **limits, overwrite=overwrite, dry_run=dry_run, progress=progress, device=device)
     if as_json:
         print_json(report)
         return
@@ -148,7 +170,7 @@ def quantize(
         show_plan(report, output)
     else:
         show_report(report, output, told)
-    if not asked.model_fields_set & CHOSEN and not grid_in_name(output):
+    if budget is None and not asked.model_fields_set & CHOSEN and not grid_in_name(output):
         out.print(
             f"{report.output.grid} is the default, as no scheme was asked for; what suits a device: "
             f"halfbyte plan {shlex.quote(asked.model)}, or quantize --for ENGINE@DEVICE",

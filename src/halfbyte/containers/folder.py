@@ -40,6 +40,8 @@ class Shard(NamedTuple):
     """Of its tensors; the file is larger by its header."""
     lay_out: Callable[[Path, bool], FileWriter]
     """Makes it at a path, or, if the flag is set, goes on with what lies there."""
+    file_bytes: Callable[[], int]
+    """How large the file will be, header and padding counted."""
 
 
 class Folder:

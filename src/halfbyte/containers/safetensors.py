@@ -203,23 +203,28 @@ class SafetensorsFileWriter(FileWriter):
     """A safetensors file, laid out from the shapes of its tensors."""
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], resume: bool = False):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
+        head = head_of(specs)
+        entries, offset = {}, len(head)
         for name, spec in specs.items():
-            header[name] = {
-                "dtype": NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.size_bytes],
-            }
+            entries[name] = Entry(spec.shape, spec.dtype, path, offset)
             offset += spec.size_bytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        entries = {
-            name: Entry(spec.shape, spec.dtype, path, start + header[name]["data_offsets"][0])
-            for name, spec in specs.items()
+        super().__init__(path, head, entries, offset, resume)
+
+
+def head_of(specs: Mapping[str, Spec]) -> bytes:
+    """What comes before the tensors in a file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        header[name] = {
+            "dtype": NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.size_bytes],
         }
-        super().__init__(path, struct.pack("<Q", len(text)) + text, entries, start + offset, resume)
+        offset += spec.size_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _reserve(file: int, path: Path, size_bytes: int) -> None:

@@ -1,6 +1,6 @@
 """What the command line shows: tables and sentences."""
 
-from halfbyte.display.checkpoints import cached, compared, inspected, worst
+from halfbyte.display.checkpoints import budget, cached, compared, inspected, worst
 from halfbyte.display.measurements import blamed, demonstrated, evaluated, needles, states
 from halfbyte.display.sizing import UNCHECKED, advised, device, devices
 from halfbyte.display.tables import table, with_error, without_prefix
@@ -9,6 +9,7 @@ __all__ = [
     "UNCHECKED",
     "advised",
     "blamed",
+    "budget",
     "cached",
     "compared",
     "demonstrated",

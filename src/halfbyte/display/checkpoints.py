@@ -12,6 +12,7 @@ from halfbyte.display.tables import table, with_error, without_prefix
 
 if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
     from halfbyte.report.types import (
+        BudgetReport,
         CacheReport,
         Comparison,
         Inspection,
@@ -50,6 +51,15 @@ def worst(rows: Sequence[WeightReport], error_of: str | None) -> list[Table | st
         table(["weight", "grid", "bits", "error"], cells, words=2),
         *(f"{count} of these: {note}" for note, count in notes.items()),
     ]
+
+
+def budget(found: BudgetReport) -> str:
+    """Which grids a budget has chosen, and what they are predicted to lose."""
+    grids = ", ".join(f"{name} x {count}" for name, count in found.grids.items())
+    return (
+        f"for {found.asked}: {grids}; {found.file_bytes:,} bytes of files, predicted KL to the original "
+        f"{found.predicted_kl:.5f}"
+    )
 
 
 def compared(found: Comparison, count: int) -> list[Table | str]:

@@ -191,7 +191,7 @@ class Walk:
 
     def _note_calls(self) -> list[Hidden]:
         """Note what blocks are called with, for every part of every batch. Returns what the first block reads."""
-        base, first, calls, found = self._base, self.blocks[0], Calls(), []
+        base, first, calls, found = self.base, self.blocks[0], Calls(), []
         self._load(self._outside(base))
         for batch, tokens in enumerate(self.batches):
             hidden = []
@@ -319,19 +319,19 @@ class Walk:
 
     def states(self) -> Iterator[tuple[Int64[Tensor, "batch length"], Float[Tensor, "batch length width"]]]:
         """After the last block: tokens and last hidden states of every batch but the probe."""
-        for tokens, out in self._finish(self._base):
+        for tokens, out in self._finish(self.base):
             yield tokens, out.last_hidden_state
 
     @property
     def _ends_in_head(self) -> bool:
-        return self.predicts and self._base is not self.model
+        return self.predicts and self.base is not self.model
 
     @property
     def _decoder(self) -> nn.Module:
         return self.model.get_submodule(self._stack()[0].rpartition(".")[0])
 
     @property
-    def _base(self) -> nn.Module:
+    def base(self) -> nn.Module:
         """All but the head: what the family calls its base, or where that is the whole model (Llama 4), its decoder."""
         base = self.model.base_model
         return self._decoder if base is self.model and self.predicts else base
@@ -352,7 +352,7 @@ class Walk:
                 f"'{self.checkpoint.model_type}' ({type(self.model).__name__}) predicts no tokens, and predictions "
                 "are what is compared"
             )
-        base, decoder = self._base, self._decoder
+        base, decoder = self.base, self._decoder
         hook = decoder.register_forward_hook(
             lambda module, args, out: self._before_head.update(
                 {module: out} if hasattr(out, "last_hidden_state") else {}
@@ -377,15 +377,7 @@ class Walk:
 
         @torch.no_grad()
         def logits(batch: int, positions: slice) -> Tensor:
-            for (
-                module,
-                whole,
-            ) in self._before_head.items():  # most heads ask the base for hidden states, or (OPT's) the decoder in it
-                out = copy(whole)
-                out.last_hidden_state = self.inputs[batch][:, positions].to(self.device)
-                module.forward = lambda *args, out=out, **kwargs: out
-            tokens = self.batches[batch][:, positions].to(self.device)
-            return self._with_head(input_ids=tokens, use_cache=False).logits
+            return self.predict(self.inputs[batch][:, positions], self.batches[batch][:, positions])
 
         try:
             yield logits
@@ -393,6 +385,14 @@ class Walk:
             for module in self._before_head:
                 module.__dict__.pop("forward", None)
             skeleton.release(self.model, self.outside)
+
+    def predict(self, hidden: Hidden, tokens: Tokens) -> Float[Tensor, "batch positions vocabulary"]:
+        """Logits of what the head reads, while that is in memory (`head`); differentiable with respect to `hidden`."""
+        for module, whole in self._before_head.items():  # most heads ask the base for it, or (OPT's) the decoder in it
+            out = copy(whole)
+            out.last_hidden_state = hidden.to(self.device)
+            module.forward = lambda *args, out=out, **kwargs: out
+        return self._with_head(input_ids=tokens.to(self.device), use_cache=False).logits
 
     def ending_in(self, hidden: Stream) -> "Walk":
         """This pass as if other hidden states had come out of the last block: for its `finish` and `head`."""
@@ -417,21 +417,33 @@ class Walk:
     @property
     def _of_head(self) -> list[str]:
         """Parameters of what comes after the base."""
-        base = set(self._outside(self._base))
+        base = set(self._outside(self.base))
         return [name for name in self.outside if name not in base]
 
     @torch.no_grad()
     def _finish(self, part: nn.Module) -> Iterator[tuple[Tensor, Any]]:
+        with self.ends(part):
+            for hidden, tokens in list(zip(self.inputs, self.batches, strict=True))[1:]:
+                yield tokens, self.around_blocks(part, tokens, lambda _, hidden=hidden: hidden)
+
+    @contextmanager
+    def ends(self, part: nn.Module) -> Iterator[None]:
+        """While this lasts, what runs before and after the blocks of a part of the model is in memory."""
         self._load(self._outside(part))
-        for hidden, tokens in list(zip(self.inputs, self.batches, strict=True))[1:]:
-            returned = self.as_returned(hidden.to(self.device))
-            with (
-                self._standing_in(lambda _, returned=returned: lambda *args, **kwargs: returned),
-                skeleton.refusing(self.checkpoint, "run"),
-            ):
-                out = part(input_ids=tokens.to(self.device), use_cache=False)
-            yield tokens, out
+        yield
         skeleton.release(self.model, self.outside)
+
+    def around_blocks(self, part: nn.Module, tokens: Tokens, instead: Callable[[Hidden], Hidden]) -> Any:
+        """What a part of the model returns where `instead` of all its blocks something else makes hidden states of
+        those that the first one reads; differentiable."""
+
+        def stand_in(number: int) -> Callable:
+            return lambda hidden, *args, **kwargs: self.as_returned(
+                hidden if number else instead(hidden).to(self.device)
+            )
+
+        with self._standing_in(stand_in), skeleton.refusing(self.checkpoint, "run"):
+            return part(input_ids=tokens.to(self.device), use_cache=False)
 
     def _outside(self, part: nn.Module) -> list[str]:
         prefix = next(f"{name}." if name else "" for name, module in self.model.named_modules() if module is part)

@@ -127,11 +127,12 @@ def _source(plan: Plan) -> Source:
         model_type=source.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
         size_bytes=sum(e.size_bytes for e in source.entries.values()),
-        parameters=_parameters(plan),
+        parameters=parameters_of(plan),
     )
 
 
-def _parameters(plan: Plan) -> int:
+def parameters_of(plan: Plan) -> int:
+    """Numbers of the model, as far as the output has them."""
     return sum(prod(w.shape) for w in plan.schemes) + sum(prod(plan.checkpoint.spec(t).shape) for t in plan.unquantized)
 
 
@@ -143,7 +144,7 @@ def _output(plan: Plan, size_bytes: int) -> Output:
         grid=plan.label,
         size_bytes=size_bytes,
         bits_per_weight=8 * stored / counted if counted else None,
-        bits_per_parameter=8 * size_bytes / _parameters(plan),
+        bits_per_parameter=8 * size_bytes / parameters_of(plan),
         quantized=len(plan.schemes),
         kept=len(plan.unquantized),
     )

@@ -33,6 +33,8 @@ def card(report: Report, path: Path, picture: str | None = None) -> str:
         for name, value in report.recipe.model_dump(mode="json", exclude_none=True).items()
         if value not in ([], {}, False) and (name != "calibration" or report.calibration)
     }
+    if report.budget:
+        recipe["override"] = f"{len(report.recipe.override)} patterns, each with its grid"
     if texts := not isinstance(report.recipe.calibration.source, str) and "calibration" in recipe:
         recipe["calibration"]["source"] = called(report.recipe.calibration.source)  # they may be as long as a book
     served = _served(report, path)

@@ -520,6 +520,21 @@ class CacheRecord(Measurements, frozen=True):
     kv: CacheReport
 
 
+class BudgetReport(Part, frozen=True):
+    """A budget that chose the grid of each weight."""
+
+    asked: str
+    """In words."""
+    limit_bytes: Count | None
+    """Of the files of tensors; None where a loss was limited."""
+    file_bytes: Count
+    """Of the files, headers counted."""
+    predicted_kl: float
+    """Divergence from the original in nats per token, by its second derivative at the original."""
+    grids: dict[str, Count]
+    """How many weights got which."""
+
+
 class Planned(Versioned, frozen=True):
     """What is known of a run before it."""
 
@@ -533,6 +548,8 @@ class Planned(Versioned, frozen=True):
     """Tensors that are not quantized, and why."""
     dropped: dict[str, str]
     """Tensors of the source that are not in the output, and why."""
+    budget: BudgetReport | None = None
+    """What chose the grids, if they were not named."""
 
     @field_serializer("recipe", mode="wrap")
     def _recipe(self, recipe: Recipe, _: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SMALLER_GROUPS = (256, 128, 64, 32)
 SMALLER = "--smaller-groups"
+HEAD = "the head, kept unless --head"
 USUAL_SHAPE, SCALE_BITS = (4096, 4096), 16 / 128
 """A matrix by which grids are compared, and what a scale for each 128 weights takes of each."""
 ROUNDING = Method((), "nearest", calibrated=False)
@@ -72,7 +73,7 @@ def _choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[Te
         if weight in skipped:
             choices.append(TensorPlan(weight, None, SKIPPED))
         elif weight.block is None and not recipe.head and wanted is scheme:
-            choices.append(TensorPlan(weight, None, "the head, kept unless --head"))
+            choices.append(TensorPlan(weight, None, HEAD))
         elif wanted is None:
             choices.append(TensorPlan(weight, None, AS_ASKED))
         else:

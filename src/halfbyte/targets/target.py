@@ -34,6 +34,10 @@ class Target(ABC):
     """Where no grid is named; None: that of every recipe."""
     library: ClassVar[str] = "transformers"
     """What the hub says that reads it."""
+    candidates: ClassVar[tuple[str, ...]] = ()
+    """Grids among which a budget chooses, where none are named."""
+    alignment: ClassVar[int] = 1
+    """Bytes of which each tensor in a file takes a multiple."""
     has_presets: ClassVar[bool] = False
     """Whether some of its grids are mixtures that have a name."""
 

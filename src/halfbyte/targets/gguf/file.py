@@ -4,6 +4,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -81,14 +82,19 @@ def split_metadata(metadata: Mapping[str, Value], number: int, count: int, tenso
     return {**(metadata if number == 0 else {}), **place}
 
 
-class GGUFFileWriter(FileWriter):
-    """A GGUF file of version 3, laid out from the types and shapes of its tensors."""
+class Layout(NamedTuple):
+    """Where everything is to lie in a file."""
 
-    def __init__(
-        self, path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], resume: bool = False
-    ):
-        """`tensors` gives type (a key of TYPES) and shape, in torch's order. Tensors are written as `TensorInfo.entry`
-        reads them.
+    head: bytes
+    """What comes before the tensors."""
+    entries: Mapping[str, Entry]
+    """The tensors, counted from the first."""
+    size_bytes: int
+    """Of the whole file."""
+
+    @classmethod
+    def of(cls, path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]]) -> "Layout":
+        """`tensors` gives type (a key of TYPES) and shape, in torch's order.
 
         Raises Unsupported for what llama.cpp would refuse to read.
         """
@@ -104,8 +110,19 @@ class GGUFFileWriter(FileWriter):
         head = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata))
         head += b"".join(_string(key) + _value(value) for key, value in metadata.items()) + infos
         head += bytes(padded(len(head), step) - len(head))
+        return cls(head, entries, len(head) + offset)
+
+
+class GGUFFileWriter(FileWriter):
+    """A GGUF file of version 3, laid out from the types and shapes of its tensors."""
+
+    def __init__(
+        self, path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, Shape]], resume: bool = False
+    ):
+        """As `Layout.of`. Tensors are written as `TensorInfo.entry` reads them."""
+        head, entries, size_bytes = Layout.of(path, metadata, tensors)
         placed = {name: Entry(e.shape, e.dtype, path, len(head) + e.offset) for name, e in entries.items()}
-        super().__init__(path, head, placed, len(head) + offset, resume)
+        super().__init__(path, head, placed, size_bytes, resume)
 
 
 def _require_name(name: str, shape: Shape) -> None:

@@ -19,6 +19,7 @@ from halfbyte.recipe import PARTS, Method, Recipe
 from halfbyte.targets.constraints import EACH, Rule, TiedGroup, tied_by
 from halfbyte.targets.gguf import blocks, presets, types
 from halfbyte.targets.gguf.blocks import TYPE_OF, type_of
+from halfbyte.targets.gguf.file import ALIGNMENT
 from halfbyte.targets.gguf.names import OTHERWISE
 from halfbyte.targets.gguf.source import name_map_of
 from halfbyte.targets.gguf.writer import GGUFWriter
@@ -34,6 +35,11 @@ class GGUF(Target):
     words = frozenset({"pure", "pre"})
     default_grid = "Q4_K_M"
     library = "gguf"
+    candidates = (
+        *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+        *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "IQ4_NL"),
+    )
+    alignment = ALIGNMENT
     has_presets = True
 
     @property

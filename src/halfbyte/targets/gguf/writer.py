@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -99,9 +99,7 @@ class GGUFWriter(CheckpointWriter):
         )
         names = [f"{stem}.gguf"] if len(parts) == 1 else [part_name(stem, i, len(parts)) for i in range(len(parts))]
         return {
-            name: Shard(
-                sum(s.size_bytes for s in part.values()), partial(_writer, metadata, {t: self.types[t] for t in part})
-            )
+            name: _shard(sum(s.size_bytes for s in part.values()), metadata, {t: self.types[t] for t in part})
             for name, metadata, part in zip(names, said, parts, strict=True)
         }
 
@@ -237,10 +235,11 @@ def _stored_shape(mapped: MappedTensor, shape: Shape) -> Shape:
     return shape if mapped.rows is None else (*shape[:at], len(mapped.rows), *shape[at + 1 :])
 
 
-def _writer(
-    metadata: Mapping[str, Value], types: Mapping[str, tuple[str, Shape]], path: Path, resume: bool
-) -> file.GGUFFileWriter:
-    return file.GGUFFileWriter(path, metadata, types, resume)
+def _shard(size_bytes: int, metadata: Mapping[str, Value], types: Mapping[str, tuple[str, Shape]]) -> Shard:
+    def lay_out(path: Path, resume: bool) -> file.GGUFFileWriter:
+        return file.GGUFFileWriter(path, metadata, types, resume)
+
+    return Shard(size_bytes, lay_out, lambda: file.Layout.of(Path(), metadata, types).size_bytes)
 
 
 def _metadata_of(plan: Plan) -> dict[str, Value]:

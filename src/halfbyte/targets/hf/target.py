@@ -28,6 +28,10 @@ class HuggingFace(Target):
     """Bits as a container lays them, in files that Transformers and the engines find by config.json."""
 
     marks = ("config.json",)
+    candidates = (
+        *("int2-g64", "int3-g128", "int3-g64", "int4-g128", "int4-g64", "int4-g32", "int5-g128", "int6-g128"),
+        *("int8-g128", "int8-channel", "fp8-e4m3-channel", "nvfp4", "mxfp4"),
+    )
     container: Container | None = None
     """None: in 16 or 32 bits, nothing is quantized."""
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Collection, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from halfbyte.containers import kv
 from halfbyte.containers.container import Config, Container
 from halfbyte.containers.folder import Shard
 from halfbyte.containers.place import PICTURE
-from halfbyte.containers.safetensors import Entry, SafetensorsFileWriter, Spec
+from halfbyte.containers.safetensors import Entry, SafetensorsFileWriter, Spec, head_of
 from halfbyte.errors import BrokenOutput
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import INDEX, Checkpoint
@@ -116,14 +115,15 @@ Files = Mapping[str, Mapping[str, Spec]]
 
 def shards_of(files: Files) -> dict[str, Shard]:
     """How each is laid out."""
-    return {
-        name: Shard(sum(spec.size_bytes for spec in specs.values()), partial(_laid_out, specs))
-        for name, specs in files.items()
-    }
+    return {name: _shard(specs) for name, specs in files.items()}
 
 
-def _laid_out(specs: Mapping[str, Spec], path: Path, resume: bool) -> SafetensorsFileWriter:
-    return SafetensorsFileWriter(path, specs, resume)
+def _shard(specs: Mapping[str, Spec]) -> Shard:
+    def lay_out(path: Path, resume: bool) -> SafetensorsFileWriter:
+        return SafetensorsFileWriter(path, specs, resume)
+
+    size_bytes = sum(spec.size_bytes for spec in specs.values())
+    return Shard(size_bytes, lay_out, lambda: len(head_of(specs)) + size_bytes)
 
 
 def index_of(files: Files) -> dict[str, Config]:

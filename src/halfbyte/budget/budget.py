@@ -1,0 +1,82 @@
+"""What a mix is to hold to: bits per parameter, bytes of a file, memory, or a divergence. Words alone: no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.errors import BadRequest, brief
+from halfbyte.report.summary import size
+from halfbyte.sizing.devices import parse_size
+
+LIMITS = ("bits", "size", "fit", "max_kl")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One of four limits, the others being None, and how it is to be kept."""
+
+    bits: float | None = None
+    """Per parameter of the model, everything counted."""
+    size: int | None = None
+    """Bytes of the files of tensors."""
+    fit: int | None = None
+    """Bytes of memory into which an engine is to load it, with a cache."""
+    max_kl: float | None = None
+    """Predicted divergence from the original, in nats per token."""
+    context: int | None = None
+    """Tokens of the cache beside what is to fit."""
+    candidates: tuple[str, ...] = ()
+    """Grids to choose among; none: the output's usual ones."""
+    sensitivities: Path | None = None
+    """The file of what each weight costs; None: beside the output."""
+
+    @classmethod
+    def of(
+        cls,
+        bits: float | None = None,
+        size: str | int | None = None,
+        fit: str | int | None = None,
+        max_kl: float | None = None,
+        context: int | None = None,
+        candidates: str | Sequence[str] | None = None,
+        sensitivities: str | Path | None = None,
+    ) -> "Budget | None":
+        """What is asked for; None where nothing is. Raises BadRequest."""
+        given = dict(zip(LIMITS, (bits, size, fit, max_kl), strict=True))
+        named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise BadRequest(f"{' and '.join(named)} are {len(named)} budgets; give one of them")
+        needs = {"context": context, "candidates": candidates, "sensitivities": sensitivities}
+        for name, value in needs.items():
+            if value and (not named or (name == "context" and fit is None)):
+                raise BadRequest(f"--{name} is of a budget; give one too, such as {EXAMPLES[name]}")
+        if not named:
+            return None
+        for name, value in (("bits", bits), ("max-kl", max_kl), ("context", context)):
+            if value is not None and not 0 < value < float("inf"):
+                raise BadRequest(f"--{name} is {brief(value)}, and has to be above 0")
+        grids = candidates.split(",") if isinstance(candidates, str) else candidates or ()
+        path = None if sensitivities is None else Path(sensitivities).expanduser()
+        return cls(bits, _bytes("size", size), _bytes("fit", fit), max_kl, context, tuple(map(str.strip, grids)), path)
+
+    @property
+    def words(self) -> str:
+        """As a person would ask for it."""
+        if self.bits is not None:
+            return f"{self.bits:g} bits per parameter"
+        if self.size is not None:
+            return f"files of {size(self.size)}"
+        if self.fit is not None:
+            context = f" of {self.context} tokens" if self.context else ""
+            return f"{size(self.fit)} of memory with a cache{context}"
+        return f"a predicted KL of {self.max_kl:g}"
+
+
+EXAMPLES = {"context": "--fit 22GiB", "candidates": "--bits 4.25", "sensitivities": "--bits 4.25"}
+
+
+def _bytes(name: str, words: str | int | None) -> int | None:
+    found = parse_size(words) if isinstance(words, str) else words
+    if found is not None and found <= 0:
+        raise BadRequest(f"--{name} is {brief(words)}, and has to be above 0, such as 3.7GB")
+    return found
