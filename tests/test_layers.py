@@ -16,7 +16,7 @@ LAYERS = [
     ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names", "formats", "registry", "devices"],
     ["kernels"], ["recipe", "grids"],
     ["solvers", "containers"], ["demo"], ["models"],
-    ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["nn", "evaluation", "plan"], ["report"],
+    ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["nn"], ["evaluation", "plan"], ["report"],
     ["sizing"], ["run", "display", "budget"],
     ["blockwise", "kv_cache"], ["pipeline", "publish"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip

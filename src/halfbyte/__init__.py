@@ -7,8 +7,9 @@
 >>> halfbyte.evaluate(["model-int4"], against="org/model")
 >>> model = halfbyte.load("model-int4")
 
-quantize, convert, dequantize and kv write checkpoints; evaluate, needle, blame, inspect and compare measure them; page
-shows them in a browser, push puts one on the hub; imatrix writes an importance matrix; load gives a Transformers model.
+quantize, convert, dequantize and kv write checkpoints; evaluate, suite, needle, blame, inspect and compare measure
+them; page shows them in a browser, push puts one on the hub; imatrix writes an importance matrix; load gives a
+Transformers model.
 Whatever is wrong with a request is a HalfbyteError, whose text is one line.
 """
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         page,
         push,
         quantize,
+        suite,
     )
     from halfbyte.errors import HalfbyteError
     from halfbyte.recipe import Calibration, Recipe
@@ -56,6 +58,7 @@ __all__ = [
     "page",
     "push",
     "quantize",
+    "suite",
 ]
 
 

@@ -12,6 +12,7 @@ from halfbyte.devices import AUTO, device_named, title
 from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import BadRequest, require_at_least
 from halfbyte.evaluation.conventions import convention_named
+from halfbyte.evaluation.suites.suite import suites as read_suites
 from halfbyte.models import adapter as adapters
 from halfbyte.models import calibrate, heads
 from halfbyte.models.calibrate import Samples
@@ -25,9 +26,19 @@ from halfbyte.recipe import METHODS, SHORTEST, Calibration, CalibrationWords, Re
 from halfbyte.registry import IMPORTANCE
 from halfbyte.report import lineage, measured, written
 from halfbyte.report.compare import compare
-from halfbyte.report.gate import limits
+from halfbyte.report.gate import limits, shared_out
 from halfbyte.report.inspect import inspect
-from halfbyte.report.types import Blame, CacheReport, Evaluation, ImatrixReport, Needle, Plan, Report, StatesEvaluation
+from halfbyte.report.types import (
+    Blame,
+    CacheReport,
+    Evaluation,
+    ImatrixReport,
+    Needle,
+    Plan,
+    Report,
+    StatesEvaluation,
+    SuiteEvaluation,
+)
 from halfbyte.sizing import advice
 from halfbyte.sizing.question import question
 from halfbyte.sizing.types import Advice
@@ -186,7 +197,7 @@ def evaluate(
     `quantize`.
     """
     _require_windows(length, windows)
-    chosen, held_to = device_named(device), limits(gate) if gate else []
+    chosen, (held_to, _) = device_named(device), shared_out(limits(gate) if gate else [], answers=False)
     from halfbyte.evaluation import divergence, states
     from halfbyte.kv_cache import with_cache
 
@@ -275,6 +286,56 @@ def needle(
     }
     result = measured.needle(conditions, [reference, *checkpoints], rows)
     return result.model_copy(update={"warnings": measured.record_needle(result, kinds, strangers)})
+
+
+def suite(
+    models: str | Path | Sequence[str | Path],
+    against: str | Path,
+    suites: str | Path | Sequence[str | Path] = "all",
+    tokens: int | None = None,
+    kv: str | Sequence[str] = ("stored",),
+    adapter: str | Path | None = None,
+    foreign: bool = False,
+    gate: str | None = None,
+    progress: Progress | bool = False,
+    device: str = AUTO,
+) -> SuiteEvaluation:
+    """What averages hide: prompts with a check each, answered greedily by `against` and by `models`, side by side.
+
+    `suites`: names of `halfbyte.evaluation.suites.suite.SHIPPED`, "all" of these, or JSONL files, each line of which
+    has a prompt and a check of `halfbyte.evaluation.suites.checks.CHECKS`. `tokens`: the most that an answer has, in
+    place of each prompt's own limit. `gate`: limits such as "flips=2%,lost=1%". `kv`, `adapter`, `foreign` and `device`
+    are as in `evaluate`. One whole model is in memory at a time, in float32 where there is room. The result is also
+    written into each model's report.json. Raises HalfbyteError.
+    """
+    if tokens is not None:
+        require_at_least(1, tokens=tokens)
+    chosen, (odd, held_to) = device_named(device), shared_out(limits(gate) if gate else [], answers=True)
+    if odd:
+        raise BadRequest(f"{odd[0].name} is measured on a text, not on answers: leave it to halfbyte.evaluate")
+    asked = read_suites(suites)
+    from halfbyte.evaluation import states
+    from halfbyte.evaluation.suites.measure import measure
+    from halfbyte.kv_cache import with_cache
+
+    reference = _reference(against, adapter)
+    kinds = [(model, kind) for model in _several(models) for kind in ([kv] if isinstance(kv, str) else kv)]
+    strangers = _strangers(reference, _several(models), foreign)
+    with shown(progress) as show:
+        checkpoints = [with_cache(model, kind, show, Placement.on(chosen)) for model, kind in kinds]
+        if not states.predicts([reference, *checkpoints]):
+            raise BadRequest(f"{reference.path} predicts no tokens, so it answers nothing")
+        found = measure([reference, *checkpoints], asked, tokens, chosen, show)
+    conditions = {
+        "files": [{"name": one.name, "sha256": one.digest} for one in asked],
+        "tokens": tokens,
+        "device": title(chosen),
+        "dtype": str(found.dtype).removeprefix("torch."),
+        **_about(reference),
+    }
+    result = measured.suites(conditions, checkpoints, found.models, held_to)
+    warnings = [*found.warnings, *measured.record_suites(result, kinds, strangers)]
+    return result.model_copy(update={"warnings": warnings})
 
 
 def blame(
@@ -477,4 +538,5 @@ __all__ = [
     "page",
     "push",
     "quantize",
+    "suite",
 ]

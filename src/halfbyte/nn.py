@@ -202,7 +202,12 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
     if isinstance(dtype, str) and dtype not in DTYPE_NAMES:
         raise UnknownName("dtype", dtype, DTYPE_NAMES)
     checkpoint = Checkpoint.open(path)
-    dtype = (DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype) or checkpoint.unquantized_dtype
+    return built(checkpoint, (DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype), where)
+
+
+def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device):
+    """The same of a checkpoint that is open, with the adapter and the cache that it has."""
+    dtype = dtype or checkpoint.unquantized_dtype
     model = skeleton.build(checkpoint, dtype)
     weight_map = skeleton.weight_map(model, checkpoint.tensors())
     ties = skeleton.ties(model, weight_map)
@@ -233,6 +238,20 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
     if checkpoint.kv:
         kv.apply(model, weight_map, checkpoint.kv, where)
     return model
+
+
+def unpack(model: nn.Module) -> None:
+    """Have linears hold their decoded weights, for models that answer token by token: decoding takes longer than to
+    multiply with so few. Memory is that of a model which was never packed."""
+    made: dict[int, nn.Linear] = {}
+    for name, packed in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(packed, QuantLinear) and packed.activations is None:
+            if id(packed) not in made:
+                weight = packed.weight
+                dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+                dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), packed.bias
+                made[id(packed)] = dense
+            model.set_submodule(name, made[id(packed)])
 
 
 def _packed(model: nn.Module, checkpoint: Checkpoint, weight_map: dict[str, skeleton.ParamView]) -> dict[str, str]:

@@ -59,7 +59,7 @@ def test_percent(measured):
     row = measured.models[0]
     assert [limit.value for limit in gate.limits("flips=2%,perplexity=0.5")] == [0.02, 0.5]
     rise = row.perplexity / measured.reference.perplexity - 1
-    assert gate.Limit("perplexity", 0.5).of(row) == pytest.approx(rise, rel=1e-3)
+    assert gate.MEASURES["perplexity"].of_text(row) == pytest.approx(rise, rel=1e-3)
 
 
 @torch.no_grad()

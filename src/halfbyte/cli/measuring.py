@@ -12,9 +12,10 @@ from halfbyte.cli.output import out, print_json, show, show_measured
 from halfbyte.devices import AUTO
 from halfbyte.errors import BadRequest, plural
 from halfbyte.evaluation.conventions import CONVENTIONS, convention_named
+from halfbyte.evaluation.suites.suite import ALL, SHIPPED, suites
 from halfbyte.progress import shown
 from halfbyte.recipe import SHORTEST
-from halfbyte.report.gate import MEASURES, limits
+from halfbyte.report.gate import MEASURES, as_words, limits, shared_out
 
 GATE_BROKEN = 1
 """Exit code."""
@@ -33,8 +34,19 @@ def evaluate(
         typer.Option(
             help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text; several are "
             "measured one by one.",
-            show_default="heldout",
+            show_default="heldout, unless a suite is named",
         ),
+    ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Prompts with a check each, answered greedily by both: {', '.join(SHIPPED)}, {ALL}, or a .jsonl of "
+            "your own; repeatable."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="The most that an answer in a suite has.", show_default="each prompt's own limit"),
     ] = None,
     length: Annotated[int, typer.Option(min=SHORTEST, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
@@ -71,41 +83,39 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity, and divergence from the original on the same tokens.
+    """Perplexity, and divergence from the original on the same tokens; answers to prompts, side by side.
 
     halfbyte eval model-int4 --against org/model --gate kl=0.05
+
+    halfbyte eval model-int4 --against org/model --suite json --suite my-prompts.jsonl --gate flips=2%
     """
     convention_named(convention)
     require_caches(*(kv or ()))
-    if gate:
-        limits(gate)
-    from halfbyte.api import evaluate as run
-    from halfbyte.report.types import Evaluation
+    of_text, of_answers = shared_out(limits(gate) if gate else [], answers=bool(suite))
+    suites(suite or ())
+    texts = text or ([] if suite and not of_text else ["heldout"])
+    from halfbyte import api
+    from halfbyte.report.types import Evaluation, StatesEvaluation, SuiteEvaluation
 
-    results = [
-        run(
-            models,
-            against,
-            name,
-            length,
-            windows,
-            convention,
-            kv or ["stored"],
-            adapter,
-            foreign,
-            noise_floor,
-            gate,
-            progress=not (quiet or as_json),
-            device=device,
-        )
-        for name in text or ["heldout"]
-    ]
+    common = {
+        "kv": kv or ["stored"],
+        "adapter": adapter,
+        "foreign": foreign,
+        "progress": not (quiet or as_json),
+        "device": device,
+    }
+    results: list[Evaluation | StatesEvaluation | SuiteEvaluation] = []
+    for name in texts:
+        asked = {"length": length, "windows": windows, "convention": convention, "noise_floor": noise_floor}
+        results.append(api.evaluate(models, against, name, **asked, **common, gate=as_words(of_text)))
+    if suite:
+        results.append(api.suite(models, against, suite, tokens, **common, gate=as_words(of_answers)))
     if as_json:
         print_json(results if len(results) > 1 else results[0])
     else:
         for result in results:
             show_measured(result)
-    gates = [gate for result in results if isinstance(result, Evaluation) for gate in result.gates]
+    gates = [gate for result in results if not isinstance(result, StatesEvaluation) for gate in result.gates]
     raise typer.Exit(0 if all(gate.holds for gate in gates) else GATE_BROKEN)
 
 

@@ -19,7 +19,7 @@ from halfbyte.report.summary import headline, size, worst, worst_activations
 from halfbyte.terminal import Terminal, as_json
 
 if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
-    from halfbyte.report.types import Evaluation, Part, Plan, Report, StatesEvaluation
+    from halfbyte.report.types import Evaluation, Part, Plan, Report, StatesEvaluation, SuiteEvaluation
 
 out = Terminal(width=None if sys.stdout.isatty() else 180)
 err = Terminal(stderr=True)
@@ -115,10 +115,13 @@ def _show_engines(report: Report, output: Path) -> None:
         )
 
 
-def show_measured(result: Evaluation | StatesEvaluation) -> None:
+def show_measured(result: Evaluation | StatesEvaluation | SuiteEvaluation) -> None:
     """Print an evaluation, with its conditions."""
-    from halfbyte.report.types import Evaluation
+    from halfbyte.report.types import Evaluation, SuiteEvaluation
 
+    if isinstance(result, SuiteEvaluation):
+        show(display.answered(result))
+        return
     begins = f", each begins with {''.join(result.opening)}" if result.opening else ""
     out.print(
         f"{plural(result.windows, 'window')} of {result.length} tokens of {result.text}, convention "

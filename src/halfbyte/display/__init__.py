@@ -1,5 +1,6 @@
 """What the command line shows: tables and sentences."""
 
+from halfbyte.display.answers import answered
 from halfbyte.display.checkpoints import budget, cached, compared, inspected, worst
 from halfbyte.display.measurements import blamed, demonstrated, evaluated, needles, states
 from halfbyte.display.sizing import UNCHECKED, advised, device, devices
@@ -8,6 +9,7 @@ from halfbyte.display.tables import table, with_error, without_prefix
 __all__ = [
     "UNCHECKED",
     "advised",
+    "answered",
     "blamed",
     "budget",
     "cached",

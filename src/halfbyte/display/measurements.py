@@ -18,17 +18,19 @@ if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
         DemoRow,
         Divergence,
         Evaluation,
+        Gate,
         Needle,
         NeedleModel,
         StateError,
         StatesEvaluation,
+        SuiteModel,
     )
 
 
 def evaluated(result: Evaluation) -> list[Table | str]:
     """The models of an evaluation beside their original, and what that means in a sentence for each."""
     models = result.models
-    names = _short_names(models)
+    names = short_names(models)
     rows = [
         (
             f"original: {Path(result.reference_path).name}",
@@ -70,10 +72,16 @@ def evaluated(result: Evaluation) -> list[Table | str]:
     for name, row in zip(names, models, strict=True):
         if row.kl_minus_first:
             shown.append(f"KL of {name} minus that of {names[0]}: {signed(*row.kl_minus_first, 5)}")
-    for gate in result.gates:
-        words = "holds" if gate.holds else "does not hold"
-        shown.append(f"gate {gate.name} at most {gate.limit:g}: {gate.value:.5g} of {Path(gate.path).name} {words}")
-    return [*shown, *(f"note: {warning}" for warning in result.warnings)]
+    return [*shown, *gates(result.gates), *(f"note: {warning}" for warning in result.warnings)]
+
+
+def gates(gates: Sequence[Gate]) -> list[str]:
+    """A line for each limit."""
+    words = {True: "holds", False: "does not hold"}
+    return [
+        f"gate {g.name} at most {g.limit:g}: {g.value:.5g} of {Path(g.path).name}, {g.of}, {words[g.holds]}"
+        for g in gates
+    ]
 
 
 def states(result: StatesEvaluation) -> list[Table | str]:
@@ -86,7 +94,7 @@ def states(result: StatesEvaluation) -> list[Table | str]:
             f"{row.cosine:.5f}",
             f"{row.cosine_min:.4f}",
         ]
-        for name, row in zip(_short_names(result.models), result.models, strict=True)
+        for name, row in zip(short_names(result.models), result.models, strict=True)
     ]
     said = "the model predicts no tokens: last hidden states are compared, each with the original's of the same token"
     notes = [f"note: {warning}" for warning in result.warnings]
@@ -106,7 +114,7 @@ def _verdict(name: str, row: Divergence) -> str:
     return said
 
 
-def _short_names(models: Sequence[Divergence | StateError | NeedleModel]) -> list[str]:
+def short_names(models: Sequence[Divergence | StateError | NeedleModel | SuiteModel]) -> list[str]:
     """The last part of each path, or the whole where two would be called alike; and the KV cache."""
     lasts = Counter(Path(row.path).name for row in models if not row.kv)
     names = [name if lasts[name := Path(row.path).name] < 2 else row.path for row in models]
@@ -118,7 +126,7 @@ def needles(result: Needle) -> list[Table | str]:
     shown: list[Table | str] = [
         "What having read the fact adds to the log-probability of its answer, nats per token: the original → the model"
     ]
-    for name, model in zip(_short_names(result.models), result.models, strict=True):
+    for name, model in zip(short_names(result.models), result.models, strict=True):
         rows = []
         for number, size in enumerate(result.lengths):
             part = slice(number * result.depths, (number + 1) * result.depths)

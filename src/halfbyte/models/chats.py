@@ -38,10 +38,21 @@ def template_of(tokenizer: Any) -> str | None:
     return (found.get("default") if isinstance(found, dict) else found) or None
 
 
-def render(tokenizer: Any, chats: list[list[dict[str, Any]]]) -> Rendered:
-    """What the model would read of each chat. Raises BadCheckpoint for a template that never ends, or takes more memory
-    than any should."""
-    words = {"template": template_of(tokenizer), "variables": dict(tokenizer.special_tokens_map), "chats": chats}
+def render(
+    tokenizer: Any,
+    chats: list[list[dict[str, Any]]],
+    tools: list[list[dict[str, Any]] | None] | None = None,
+    to_answer: bool = False,
+) -> Rendered:
+    """What the model would read of each chat, with the tools that it may call there; `to_answer`: up to where its own
+    answer begins. Raises BadCheckpoint for a template that never ends, or takes more memory than any should."""
+    words = {
+        "template": template_of(tokenizer),
+        "variables": dict(tokenizer.special_tokens_map),
+        "chats": chats,
+        "tools": tools or [None] * len(chats),
+        "to_answer": to_answer,
+    }
     command = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]
     surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(

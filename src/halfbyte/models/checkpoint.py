@@ -172,6 +172,12 @@ class Checkpoint:
         beside = (self.path / name for name in ("chat_template.jinja", "chat_template.json"))
         return any(map(exists, beside)) or bool(read_object(self.path / "tokenizer_config.json").get("chat_template"))
 
+    @property
+    def ends(self) -> set[int]:
+        """Tokens at which an answer ends, as config.json and generation_config.json say."""
+        said = read_object(self.path / "generation_config.json").get("eos_token_id")
+        return _tokens(said) | _tokens(self.text_config.get("eos_token_id"))
+
     @cached_property
     def tied(self) -> bool:
         """Whether the head shares the embedding's values, whatever config.json says: as Transformers reads it."""
@@ -515,6 +521,11 @@ def _entries(path: Path) -> dict[str, Entry]:
                 f"{path}: {INDEX} names {plural(len(lost), 'tensor')} that no shard holds, the first '{lost[0]}'"
             )
     return entries
+
+
+def _tokens(said: Any) -> set[int]:
+    """One number or a list of them."""
+    return {token for token in (said if isinstance(said, list) else [said]) if type(token) is int}
 
 
 def _adapter_hint(folder: Path) -> str:

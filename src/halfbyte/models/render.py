@@ -29,7 +29,11 @@ def main() -> None:
     for number, chat in enumerate(asked["chats"]):
         try:
             (text,), _ = render_jinja_template(
-                conversations=[chat], chat_template=asked["template"], **asked["variables"]
+                conversations=[chat],
+                chat_template=asked["template"],
+                tools=asked["tools"][number],
+                add_generation_prompt=asked["to_answer"],
+                **asked["variables"],
             )
             if len(text) > LONGEST:
                 raise ValueError(f"it makes {len(text)} characters of one chat")

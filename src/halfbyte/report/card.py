@@ -18,7 +18,7 @@ from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import plural
 from halfbyte.models.texts import called
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
-from halfbyte.report.summary import size, worst, worst_activations
+from halfbyte.report.summary import passed, size, worst, worst_activations
 from halfbyte.report.types import EngineReport, Report
 from halfbyte.targets.table import TARGETS, UNQUANTIZED
 from halfbyte.targets.target import Target
@@ -69,7 +69,7 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"begins": _begins, "plural": plural}
+    environment.globals |= {"begins": _begins, "plural": plural, "passed": passed}
     environment.filters |= {
         "size": size,
         "quote": shlex.quote,
@@ -100,7 +100,10 @@ def local_paths(report: Report, path: Path) -> dict[str, str]:
     said = [path, path.resolve(), report.source.path, recipe.adapter, recipe.imatrix, recipe.calibration.source]
     of_others = (report.states, report.foreign_states, report.needle, report.foreign_needle, report.blame)
     measured = [one for one in (report.evaluation, *report.evaluations, *of_others) if one]
-    said += [of for one in measured for of in (one.reference_path, one.reference_adapter, one.text)]
+    said += [one.text for one in measured]
+    answered = [one for one in (report.suites, report.foreign_suites) if one]
+    said += [of for one in (*measured, *answered) for of in (one.reference_path, one.reference_adapter)]
+    said += [suite.name for one in answered for suite in one.files]
     said += [origin.path for origin in report.source.made_of or ()]
     said += [report.kv.calibration.source] if report.kv else []
     said += [] if report.source.hub else [recipe.model]

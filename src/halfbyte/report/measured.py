@@ -7,7 +7,7 @@ from typing import Any
 from halfbyte.evaluation.blame import Attribution
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report import written
-from halfbyte.report.gate import Limit
+from halfbyte.report.gate import Limit, of_answers, of_text
 from halfbyte.report.inspect import counted, stored
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.types import (
@@ -17,7 +17,6 @@ from halfbyte.report.types import (
     Divergence,
     Evaluation,
     EvaluationRecord,
-    Gate,
     Measured,
     Needle,
     NeedleConditions,
@@ -29,6 +28,11 @@ from halfbyte.report.types import (
     StateError,
     StatesEvaluation,
     StatesRecord,
+    SuiteConditions,
+    SuiteEvaluation,
+    SuiteModel,
+    SuiteRecord,
+    SuiteResult,
 )
 
 Asked = tuple[str | Path, str]
@@ -53,24 +57,18 @@ def evaluation(
         known: dict[str, Any] = (
             {"noise_floor": Divergence(**_named(checkpoints[0]), **noise_floor)} if noise_floor else {}
         )
-        known |= {"gates": [_gate(row, limit) for row in measured for limit in limits]} if limits else {}
+        known |= {"gates": [gate for row in measured for gate in of_text(limits, row)]} if limits else {}
         result = Evaluation(**conditions, compared="predictions", reference=Perplexity(**own), models=measured)
         return result.model_copy(update=known)
     states = [StateError(**row) for row in models]
     return StatesEvaluation(**conditions, compared="last hidden states", reference=Measured(**own), models=states)
 
 
-def _gate(row: Divergence, limit: Limit) -> Gate:
-    value = limit.of(row)
-    return Gate(path=row.path, kv=row.kv, name=limit.name, limit=limit.value, value=value, holds=value <= limit.value)
-
-
 def _named(checkpoint: Checkpoint) -> dict[str, Any]:
     size = counted(stored(checkpoint))
-    kv = str(checkpoint.kv.grid) if checkpoint.kv else None
     return {
         "path": str(checkpoint.path),
-        "kv": kv,
+        "kv": _cache(checkpoint),
         "size_bytes": size.size_bytes,
         "bits_per_parameter": size.bits_per_parameter,
     }
@@ -103,8 +101,7 @@ def needle(
     require_finite(list(rows), "needle")
     reference, *found = [[Recalled(**row) for row in part] for part in rows]
     models = [
-        NeedleModel(path=str(c.path), kv=str(c.kv.grid) if c.kv else None, rows=part)
-        for c, part in zip(checkpoints[1:], found, strict=True)
+        NeedleModel(path=str(c.path), kv=_cache(c), rows=part) for c, part in zip(checkpoints[1:], found, strict=True)
     ]
     return Needle(**conditions, reference=reference, models=models)
 
@@ -118,6 +115,37 @@ def record_needle(result: Needle, asked: Sequence[Asked], strangers: Collection[
             name = "foreign_needle" if model in strangers else "needle"
             warnings += written.add(Path(row.path), **{name: NeedleRecord(**conditions, model=row)})
     return warnings
+
+
+def suites(
+    conditions: Mapping[str, Any],
+    checkpoints: Sequence[Checkpoint],
+    found: Sequence[list[dict[str, Any]]],
+    limits: Sequence[Limit] = (),
+) -> SuiteEvaluation:
+    """What each model answered beside what the original did."""
+    models = [
+        SuiteModel(path=str(c.path), kv=_cache(c), suites=[SuiteResult.model_validate(row) for row in rows])
+        for c, rows in zip(checkpoints, found, strict=True)
+    ]
+    gates = [gate for m in models for gate in of_answers(limits, m.suites, m.path, m.kv, "answers of suites")]
+    return SuiteEvaluation(**conditions, models=models, gates=gates)
+
+
+def record_suites(result: SuiteEvaluation, asked: Sequence[Asked], strangers: Collection[str | Path]) -> list[str]:
+    """Put what each model with its own cache answered into the report beside it; returns what could not be."""
+    conditions = {name: getattr(result, name) for name in SuiteConditions.model_fields}
+    warnings: list[str] = []
+    for (model, kind), row in zip(asked, result.models, strict=True):
+        if kind == "stored":
+            foreign = model in strangers
+            said = SuiteRecord(**conditions, model=row)
+            warnings += written.add(Path(row.path), **{"foreign_suites" if foreign else "suites": said})
+    return warnings
+
+
+def _cache(checkpoint: Checkpoint) -> str | None:
+    return str(checkpoint.kv.grid) if checkpoint.kv else None
 
 
 def blame(conditions: Mapping[str, Any], checkpoint: Checkpoint, found: Attribution) -> Blame:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from halfbyte.report.types import Evaluation, Planned, Report, WeightReport
+    from halfbyte.report.types import Evaluation, Paired, Planned, Report, WeightReport
 
 WORST = 5
 
@@ -67,6 +67,13 @@ def worst_activations(report: "Report", count: int = WORST) -> "list[WeightRepor
     """Of the activations with the largest errors, the first of the weights that they are multiplied by."""
     found = {repr(row.activations): row for row in reversed(report.weights) if row.activations}
     return sorted(found.values(), key=lambda row: -row.activations.error if row.activations else 0.0)[:count]
+
+
+def passed(row: "Paired") -> str:
+    """How many of the items the original and the model got right."""
+    if row.original is None or row.model is None:
+        return ""
+    return f"{row.original * row.items:.0f} → {row.model * row.items:.0f} of {row.items}"
 
 
 def size(size_bytes: float) -> str:

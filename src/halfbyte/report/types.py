@@ -368,6 +368,8 @@ class Gate(Part, frozen=True):
 
     path: str
     kv: str | None = None
+    of: str = "predictions"
+    """What was held to it: `predictions` of a text, or answers of suites or tasks."""
     name: str
     limit: float
     value: float
@@ -492,6 +494,98 @@ class NeedleRecord(NeedleConditions, frozen=True):
     model: NeedleModel
 
 
+class Paired(Part, frozen=True):
+    """The same items, put to the original and to a model."""
+
+    name: str
+    items: Count
+    """Those of which an answer is right or wrong, or gets a score."""
+    original: float | None
+    """The share that it gets right, or its mean score; None of no items."""
+    model: float | None
+    difference: Mean | None
+    """Of the model from the original, item by item."""
+    lost: Count
+    """Items that the original got right and the model does not, or that it scores less on."""
+    gained: Count
+
+
+class Flip(Part, frozen=True):
+    """An answer that is right of one of the two alone."""
+
+    line: Count
+    """Of the suite's file."""
+    prompt: str
+    original: str
+    model: str
+    lost: bool
+    """Whether it was the original that was right."""
+
+
+class SuiteResult(Paired, frozen=True):
+    """One model on one suite of prompts."""
+
+    prompts: Count
+    changed: Count
+    """Of prompts with choices: where the two choose differently, right or wrong."""
+    parts_after: list[Count | None]
+    """Of each answer that was generated: after how many tokens it parts from the original's; None: it does not."""
+    median_parting: float | None
+    """Of those that part."""
+    loops: Annotated[tuple[Count, Count], Field(strict=False)]
+    """Answers that end in repeating themselves: of the original, of the model."""
+    flips: list[Flip]
+
+
+class AnswerConditions(Part, frozen=True):
+    """Of whom and how answers were had."""
+
+    device: str | None = None
+    """What ran the models."""
+    dtype: str
+    """That both computed in."""
+    reference_path: str
+    reference_adapter: str | None = None
+    reference_xxh3_128: str | None = None
+
+
+class SuiteModel(Part, frozen=True):
+    """A model on all suites that were asked for."""
+
+    path: str
+    kv: str | None = None
+    suites: list[SuiteResult]
+
+
+class SuiteFile(Part, frozen=True):
+    """A suite: its name or file, and the digest of that."""
+
+    name: str
+    sha256: str
+
+
+class SuiteConditions(AnswerConditions, frozen=True):
+    """What suites were measured on."""
+
+    files: list[SuiteFile]
+    tokens: Count | None = None
+    """The most that an answer had, in place of each prompt's own limit."""
+
+
+class SuiteEvaluation(SuiteConditions, frozen=True):
+    """What averages hide: models on suites of prompts."""
+
+    models: list[SuiteModel]
+    gates: list[Gate] = []
+    warnings: list[str] = []
+
+
+class SuiteRecord(SuiteConditions, frozen=True):
+    """One model of these, for the report beside it."""
+
+    model: SuiteModel
+
+
 class Versioned(Part, frozen=True):
     """What every report.json says of itself."""
 
@@ -510,8 +604,11 @@ class Measurements(Versioned, frozen=True):
     needle: NeedleRecord | None = None
     blame: Blame | None = None
     """What each part costs, against the source."""
+    suites: SuiteRecord | None = None
+    """What averages hide, against the source."""
     foreign_states: StatesRecord | None = None
     foreign_needle: NeedleRecord | None = None
+    foreign_suites: SuiteRecord | None = None
 
 
 class CacheRecord(Measurements, frozen=True):

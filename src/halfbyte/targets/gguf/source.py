@@ -32,6 +32,7 @@ from halfbyte.targets.gguf.families import (
     family_of,
     reassembled,
 )
+from halfbyte.targets.gguf.modelfile import ENDS
 from halfbyte.targets.gguf.tokenizer import SPECIAL
 from halfbyte.targets.gguf.tokenizer_files import tokenizer_files
 
@@ -133,6 +134,12 @@ class GGUFCheckpoint(Checkpoint):
     def has_chat_template(self) -> bool:
         """Whether the file has one."""
         return "tokenizer.chat_template" in self.file.metadata
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens that the file says end a text, a turn or a message."""
+        keys = (f"tokenizer.ggml.{end}_token_id" for end in ENDS)
+        return {self.file.metadata[key].value for key in keys if key in self.file.metadata}
 
     @property
     def vocabulary(self) -> dict[int, str]:

@@ -1,0 +1,75 @@
+"""What was answered: suites, item by item."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from halfbyte.display.measurements import gates, short_names
+from halfbyte.display.tables import table
+from halfbyte.report.summary import passed
+
+if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
+    from halfbyte.report.types import Flip, SuiteEvaluation, SuiteResult
+
+FLIPS, LONGEST = 6, 60
+"""Answers that are shown of a model, and the most characters of each."""
+
+
+def answered(result: SuiteEvaluation) -> list[Table | str]:
+    """A table for each model: a row for each suite, the original and the model side by side."""
+    shown: list[Table | str] = []
+    for name, model in zip(short_names(result.models), result.models, strict=True):
+        rows = [
+            (
+                Path(s.name).name,
+                str(s.prompts),
+                passed(s),
+                f"{s.lost} / {s.gained}" if s.items else "",
+                parted(s),
+                f"{s.loops[0]} → {s.loops[1]}" if s.parts_after else "",
+            )
+            for s in model.suites
+        ]
+        heads = ["suite", "prompts", "right", "lost / gained", "part, after", "loop"]
+        shown += [f"{name} beside {Path(result.reference_path).name}, both in {result.dtype}", table(heads, rows)]
+        flips = [(suite, flip) for suite in model.suites for flip in suite.flips]
+        shown += [_flip(suite, flip) for suite, flip in flips[:FLIPS]]
+        shown += [f"... and {len(flips) - FLIPS} more (--json)"] if len(flips) > FLIPS else []
+        shown += [said for suite in model.suites for said in remarks(suite)]
+    told = (
+        "right: answers that pass, of the original → of the model; lost, gained: right of the original alone, of the "
+        "model alone; part: greedy answers that differ from the original's, and after how many tokens (the median); "
+        "loop: answers that end in repeating themselves"
+    )
+    return [*shown, told, *gates(result.gates), *(f"note: {warning}" for warning in result.warnings)]
+
+
+def parted(suite: SuiteResult) -> str:
+    """How many of the answers part from the original's, and where."""
+    count = sum(at is not None for at in suite.parts_after)
+    where = "" if suite.median_parting is None else f", {suite.median_parting:g}"
+    return f"{count} of {len(suite.parts_after)}{where}" if suite.parts_after else ""
+
+
+def remarks(suite: SuiteResult) -> list[str]:
+    """What a suite does not tell."""
+    name = Path(suite.name).name
+    if suite.items and not suite.original:
+        return [f"{name}: the original passes none, so what was lost does not show here"]
+    if not suite.items and not suite.parts_after:
+        return [f"{name}: not asked, as this model opens no thoughts"]
+    return []
+
+
+def _flip(suite: SuiteResult, flip: Flip) -> str:
+    what = "lost" if flip.lost else "gained"
+    said = [_short(text) for text in (flip.prompt, flip.original, flip.model)]
+    return f"{what}, {Path(suite.name).name} {flip.line}: {said[0]} original: {said[1]} model: {said[2]}"
+
+
+def _short(text: str) -> str:
+    words = " ".join(text.split())
+    return repr(words if len(words) <= LONGEST else f"{words[: LONGEST - 3]}...")

@@ -1,0 +1,103 @@
+"""The original and what was made of it, prompt by prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+
+from halfbyte.devices import kind_of
+from halfbyte.evaluation.paired import paired
+from halfbyte.evaluation.suites import asking
+from halfbyte.evaluation.suites.answers import Answer, answers
+from halfbyte.evaluation.suites.asking import Asked
+from halfbyte.evaluation.suites.suite import Suite
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.progress import Progress, silent
+
+SHARE = 0.6
+"""Of the free memory that a model in float32 may take; a larger one runs in its own dtype."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row for each suite, of each model."""
+
+    models: list[list[dict[str, Any]]]
+    dtype: torch.dtype
+    warnings: list[str]
+
+
+def measure(
+    checkpoints: Sequence[Checkpoint],
+    suites: Sequence[Suite],
+    most: int | None,
+    device: torch.device,
+    progress: Progress = silent,
+) -> Found:
+    """All models on all suites, the first being the original; `most`: tokens of an answer, in place of each prompt's
+    own. One model is in memory at a time."""
+    reading = asking.read(checkpoints[0], [prompt for suite in suites for prompt in suite.prompts], most)
+    dtype = dtype_for(checkpoints[0], device)
+    said = []
+    for number, checkpoint in enumerate(checkpoints):
+        told = "answering: the original" if number == 0 else f"answering: {checkpoint.path.name}"
+        said.append(
+            answers(
+                checkpoint,
+                reading,
+                dtype,
+                device,
+                lambda done, number=number, told=told: progress(told, number + done, len(checkpoints)),
+            )
+        )
+    models = [[_row(suite, reading.asked, said[0], own) for suite in suites] for own in said[1:]]
+    return Found(models, dtype, reading.warnings)
+
+
+def dtype_for(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """float32, in which rounding while a model runs changes no answer, where there is room for it."""
+    free = psutil.virtual_memory().available if kind_of(device).is_host else kind_of(device).free_bytes(device)
+    size = 4 * sum(torch.Size(shape).numel() for shape in checkpoint.tensors().values())
+    return torch.float32 if size <= SHARE * free else checkpoint.unquantized_dtype
+
+
+def _row(suite: Suite, asked: Sequence[Asked], original: Sequence[Answer], model: Sequence[Answer]) -> dict[str, Any]:
+    """One model on one suite."""
+    places = {id(prompt) for prompt in suite.prompts}
+    rows = [row for row in zip(asked, original, model, strict=True) if id(row[0].prompt) in places]
+    judged = [(one, a, b) for one, a, b in rows if a.passes is not None]
+    free = [(a, b) for _, a, b in rows if a.choice is None]
+    parts = [_parting(a.tokens, b.tokens) for a, b in free]
+    parted = [at for at in parts if at is not None]
+    return {
+        "name": suite.name,
+        "prompts": len(suite.prompts),
+        **paired([float(bool(a.passes)) for _, a, _ in judged], [float(bool(b.passes)) for _, _, b in judged]),
+        "changed": sum(a.choice != b.choice for _, a, b in rows if a.choice is not None),
+        "parts_after": parts,
+        "median_parting": float(median(parted)) if parted else None,
+        "loops": (sum(a.loops for a, _ in free), sum(b.loops for _, b in free)),
+        "flips": [
+            {
+                "line": one.prompt.line,
+                "prompt": one.prompt.in_short,
+                "original": a.text,
+                "model": b.text,
+                "lost": bool(a.passes),
+            }
+            for one, a, b in judged
+            if a.passes != b.passes
+        ],
+    }
+
+
+def _parting(original: Sequence[int], model: Sequence[int]) -> int | None:
+    """After how many tokens two answers part; None where they are the same."""
+    if original == model:
+        return None
+    return next(
+        (n for n, (a, b) in enumerate(zip(original, model, strict=False)) if a != b), min(map(len, (original, model)))
+    )
