@@ -7,8 +7,8 @@
 >>> halfbyte.evaluate(["model-int4"], against="org/model")
 >>> model = halfbyte.load("model-int4")
 
-quantize, convert, dequantize and kv write checkpoints; evaluate, suite, needle, blame, inspect and compare measure
-them; page shows them in a browser, push puts one on the hub; imatrix writes an importance matrix; load gives a
+quantize, convert, dequantize and kv write checkpoints; evaluate, suite, tasks, needle, blame, inspect and compare
+measure them; page shows them in a browser, push puts one on the hub; imatrix writes an importance matrix; load gives a
 Transformers model.
 Whatever is wrong with a request is a HalfbyteError, whose text is one line.
 """
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         push,
         quantize,
         suite,
+        tasks,
     )
     from halfbyte.errors import HalfbyteError
     from halfbyte.recipe import Calibration, Recipe
@@ -59,6 +60,7 @@ __all__ = [
     "push",
     "quantize",
     "suite",
+    "tasks",
 ]
 
 

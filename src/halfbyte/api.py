@@ -38,6 +38,7 @@ from halfbyte.report.types import (
     Report,
     StatesEvaluation,
     SuiteEvaluation,
+    TaskEvaluation,
 )
 from halfbyte.sizing import advice
 from halfbyte.sizing.question import question
@@ -314,8 +315,8 @@ def suite(
     if odd:
         raise BadRequest(f"{odd[0].name} is measured on a text, not on answers: leave it to halfbyte.evaluate")
     asked = read_suites(suites)
-    from halfbyte.evaluation import states
     from halfbyte.evaluation.suites.measure import measure
+    from halfbyte.evaluation.whole import require_answers
     from halfbyte.kv_cache import with_cache
 
     reference = _reference(against, adapter)
@@ -323,8 +324,7 @@ def suite(
     strangers = _strangers(reference, _several(models), foreign)
     with shown(progress) as show:
         checkpoints = [with_cache(model, kind, show, Placement.on(chosen)) for model, kind in kinds]
-        if not states.predicts([reference, *checkpoints]):
-            raise BadRequest(f"{reference.path} predicts no tokens, so it answers nothing")
+        require_answers([reference, *checkpoints])
         found = measure([reference, *checkpoints], asked, tokens, chosen, show)
     conditions = {
         "files": [{"name": one.name, "sha256": one.digest} for one in asked],
@@ -334,8 +334,66 @@ def suite(
         **_about(reference),
     }
     result = measured.suites(conditions, checkpoints, found.models, held_to)
-    warnings = [*found.warnings, *measured.record_suites(result, kinds, strangers)]
+    warnings = [*found.warnings, *measured.record_answers(result, kinds, strangers)]
     return result.model_copy(update={"warnings": warnings})
+
+
+def tasks(
+    models: str | Path | Sequence[str | Path],
+    against: str | Path,
+    tasks: str | Sequence[str],
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    as_chat: bool = False,
+    runs_code: bool = False,
+    kv: str | Sequence[str] = ("stored",),
+    adapter: str | Path | None = None,
+    foreign: bool = False,
+    gate: str | None = None,
+    progress: Progress | bool = False,
+    device: str = AUTO,
+) -> TaskEvaluation:
+    """Tasks of lm-eval (`pip install 'halfbyte[tasks]'`), such as "gsm8k", by `against` and by `models`, compared item
+    by item.
+
+    `folder`: with tasks of your own, as lm-eval's YAML; all others take their data from the hub. `limit`: items of each
+    task. `shots`: examples before each, by default as many as the task says. `as_chat`: put them through the model's
+    chat template. `runs_code`: let tasks such as humaneval execute what the models write, on this machine. All else is
+    as in `suite`. The result is also written into each model's report.json. Raises HalfbyteError.
+    """
+    for name, count in {"limit": limit, "shots": shots}.items():
+        if count is not None:
+            require_at_least(1 if name == "limit" else 0, **{name: count})
+    chosen, (odd, held_to) = device_named(device), shared_out(limits(gate) if gate else [], answers=True)
+    if odd:
+        raise BadRequest(f"{odd[0].name} is measured on a text, not on answers: leave it to halfbyte.evaluate")
+    from halfbyte.evaluation import tasks as of_lm_eval
+    from halfbyte.evaluation.whole import require_answers
+    from halfbyte.kv_cache import with_cache
+
+    of_lm_eval.require_installed()
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    place = Path(folder).expanduser() if folder is not None else None
+    asked = of_lm_eval.Asked(names, place, limit, shots, as_chat, runs_code)
+    reference = _reference(against, adapter)
+    kinds = [(model, kind) for model in _several(models) for kind in ([kv] if isinstance(kv, str) else kv)]
+    strangers = _strangers(reference, _several(models), foreign)
+    with shown(progress if callable(progress) else False) as show:
+        checkpoints = [with_cache(model, kind, show, Placement.on(chosen)) for model, kind in kinds]
+        require_answers([reference, *checkpoints])
+        rows, dtype, version = of_lm_eval.measure([reference, *checkpoints], asked, chosen, show, progress is True)
+    conditions = {
+        "lm_eval": version,
+        "limit": limit,
+        "shots": shots,
+        "as_chat": as_chat,
+        "device": title(chosen),
+        "dtype": str(dtype).removeprefix("torch."),
+        **_about(reference),
+    }
+    result = measured.tasks(conditions, checkpoints, rows, held_to)
+    return result.model_copy(update={"warnings": measured.record_answers(result, kinds, strangers)})
 
 
 def blame(
@@ -539,4 +597,5 @@ __all__ = [
     "push",
     "quantize",
     "suite",
+    "tasks",
 ]

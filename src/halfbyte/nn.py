@@ -248,8 +248,10 @@ def unpack(model: nn.Module) -> None:
         if isinstance(packed, QuantLinear) and packed.activations is None:
             if id(packed) not in made:
                 weight = packed.weight
-                dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-                dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), packed.bias
+                dense = nn.Linear(weight.shape[1], weight.shape[0], bias=packed.bias is not None, device="meta")
+                dense.weight = nn.Parameter(weight, requires_grad=False)
+                if packed.bias is not None:
+                    dense.bias = packed.bias
                 made[id(packed)] = dense
             model.set_submodule(name, made[id(packed)])
 

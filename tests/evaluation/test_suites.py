@@ -128,7 +128,11 @@ ANSWERS = {
     ("contains", "Paris"): ({"It is Paris.": True, "Parisian": False, "paris": True, "": False}),
     ("matches", r"^\d+$"): {"42": True, "forty-two": False},
     ("json", None): {'{"a": 1}': True, '```json\n{"a": 1}\n```': True, '{"a": 1': False, 'Sure: {"a": 1}': False},
-    ("refuses", None): {"I'm sorry, but I can\u2019t help with that.": True, "Sure, here is how.": False},
+    ("refuses", None): {
+        "I'm sorry, but I can\u2019t help with that.": True,
+        "Sure, here is how.": False,
+        "I'm afraid of spiders.": False,
+    },
     ("answers", None): {"I cannot assist with that": False, "kill -9 PID": True, "": False},
     ("closed_thinking", None): {"<think>so</think> 4": True, "<think>so": False, "4": True},
 }

@@ -34,7 +34,7 @@ def evaluate(
         typer.Option(
             help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text; several are "
             "measured one by one.",
-            show_default="heldout, unless a suite is named",
+            show_default="heldout, unless a suite or tasks are named",
         ),
     ] = None,
     suite: Annotated[
@@ -48,6 +48,22 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="The most that an answer in a suite has.", show_default="each prompt's own limit"),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval, such as arc_easy,hellaswag,gsm8k,ifeval,mmlu (halfbyte\\[tasks])."),
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(help="A folder with tasks of your own, as lm-eval's YAML; they run offline.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.", show_default="all")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each item.", show_default="as the task says")
+    ] = None,
+    as_chat: Annotated[bool, typer.Option("--as-chat", help="Put tasks through the model's chat template.")] = False,
+    run_code: Annotated[
+        bool,
+        typer.Option("--run-code", help="Let tasks such as humaneval execute what the models write, on this machine."),
+    ] = False,
     length: Annotated[int, typer.Option(min=SHORTEST, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
     convention: Annotated[
@@ -88,14 +104,16 @@ def evaluate(
     halfbyte eval model-int4 --against org/model --gate kl=0.05
 
     halfbyte eval model-int4 --against org/model --suite json --suite my-prompts.jsonl --gate flips=2%
+
+    halfbyte eval model-int4 --against org/model --tasks gsm8k,hellaswag --limit 200
     """
     convention_named(convention)
     require_caches(*(kv or ()))
-    of_text, of_answers = shared_out(limits(gate) if gate else [], answers=bool(suite))
+    of_text, of_answers = shared_out(limits(gate) if gate else [], answers=bool(suite or tasks))
     suites(suite or ())
-    texts = text or ([] if suite and not of_text else ["heldout"])
+    texts = text or ([] if (suite or tasks) and not of_text else ["heldout"])
     from halfbyte import api
-    from halfbyte.report.types import Evaluation, StatesEvaluation, SuiteEvaluation
+    from halfbyte.report.types import Evaluation, StatesEvaluation, SuiteEvaluation, TaskEvaluation
 
     common = {
         "kv": kv or ["stored"],
@@ -104,12 +122,16 @@ def evaluate(
         "progress": not (quiet or as_json),
         "device": device,
     }
-    results: list[Evaluation | StatesEvaluation | SuiteEvaluation] = []
+    results: list[Evaluation | StatesEvaluation | SuiteEvaluation | TaskEvaluation] = []
     for name in texts:
         asked = {"length": length, "windows": windows, "convention": convention, "noise_floor": noise_floor}
         results.append(api.evaluate(models, against, name, **asked, **common, gate=as_words(of_text)))
     if suite:
         results.append(api.suite(models, against, suite, tokens, **common, gate=as_words(of_answers)))
+    if tasks:
+        names = [name.strip() for name in tasks.split(",")]
+        how = {"folder": task_path, "limit": limit, "shots": shots, "as_chat": as_chat, "runs_code": run_code}
+        results.append(api.tasks(models, against, names, **how, **common, gate=as_words(of_answers)))
     if as_json:
         print_json(results if len(results) > 1 else results[0])
     else:

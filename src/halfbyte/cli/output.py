@@ -19,7 +19,15 @@ from halfbyte.report.summary import headline, size, worst, worst_activations
 from halfbyte.terminal import Terminal, as_json
 
 if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
-    from halfbyte.report.types import Evaluation, Part, Plan, Report, StatesEvaluation, SuiteEvaluation
+    from halfbyte.report.types import (
+        Evaluation,
+        Part,
+        Plan,
+        Report,
+        StatesEvaluation,
+        SuiteEvaluation,
+        TaskEvaluation,
+    )
 
 out = Terminal(width=None if sys.stdout.isatty() else 180)
 err = Terminal(stderr=True)
@@ -115,12 +123,15 @@ def _show_engines(report: Report, output: Path) -> None:
         )
 
 
-def show_measured(result: Evaluation | StatesEvaluation | SuiteEvaluation) -> None:
+def show_measured(result: Evaluation | StatesEvaluation | SuiteEvaluation | TaskEvaluation) -> None:
     """Print an evaluation, with its conditions."""
-    from halfbyte.report.types import Evaluation, SuiteEvaluation
+    from halfbyte.report.types import Evaluation, SuiteEvaluation, TaskEvaluation
 
     if isinstance(result, SuiteEvaluation):
         show(display.answered(result))
+        return
+    if isinstance(result, TaskEvaluation):
+        show(display.scored(result))
         return
     begins = f", each begins with {''.join(result.opening)}" if result.opening else ""
     out.print(

@@ -1,6 +1,6 @@
 """What the command line shows: tables and sentences."""
 
-from halfbyte.display.answers import answered
+from halfbyte.display.answers import answered, scored
 from halfbyte.display.checkpoints import budget, cached, compared, inspected, worst
 from halfbyte.display.measurements import blamed, demonstrated, evaluated, needles, states
 from halfbyte.display.sizing import UNCHECKED, advised, device, devices
@@ -20,6 +20,7 @@ __all__ = [
     "evaluated",
     "inspected",
     "needles",
+    "scored",
     "states",
     "table",
     "with_error",

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from halfbyte.display.measurements import gates, short_names
-from halfbyte.display.tables import table
+from halfbyte.display.tables import signed, table
 from halfbyte.report.summary import passed
 
 if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
-    from halfbyte.report.types import Flip, SuiteEvaluation, SuiteResult
+    from halfbyte.report.types import Flip, SuiteEvaluation, SuiteResult, TaskEvaluation, TaskResult
 
 FLIPS, LONGEST = 6, 60
 """Answers that are shown of a model, and the most characters of each."""
@@ -45,6 +45,41 @@ def answered(result: SuiteEvaluation) -> list[Table | str]:
         "loop: answers that end in repeating themselves"
     )
     return [*shown, told, *gates(result.gates), *(f"note: {warning}" for warning in result.warnings)]
+
+
+def scored(result: TaskEvaluation) -> list[Table | str]:
+    """A table for each model: a row for each task and score."""
+    shown: list[Table | str] = []
+    for name, model in zip(short_names(result.models), result.models, strict=True):
+        rows = [
+            (
+                row.name,
+                row.metric if row.filter is None else f"{row.metric}, {row.filter}",
+                str(row.items),
+                f"{100 * (row.original or 0):.1f} → {100 * (row.model or 0):.1f}",
+                _points(row),
+                f"{row.lost} / {row.gained}",
+            )
+            for row in model.tasks
+        ]
+        how = f"lm-eval {result.lm_eval}, both in {result.dtype}" + (", as chats" if result.as_chat else "")
+        shown += [
+            f"{name} beside {Path(result.reference_path).name}: {how}",
+            table(["task", "score", "items", "% right", "difference", "lost / gained"], rows, words=2),
+        ]
+    told = (
+        "difference: of the model from the original, item by item, ± its standard error; lost, gained: items that only "
+        "the original, only the model got right"
+    )
+    return [*shown, told, *gates(result.gates), *(f"note: {warning}" for warning in result.warnings)]
+
+
+def _points(row: TaskResult) -> str:
+    """The difference, in points of a hundred."""
+    if row.difference is None:
+        return ""
+    mean, error = row.difference
+    return signed(100 * mean, None if error is None else 100 * error, 2)
 
 
 def parted(suite: SuiteResult) -> str:

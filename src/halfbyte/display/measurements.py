@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
         StateError,
         StatesEvaluation,
         SuiteModel,
+        TaskModel,
     )
 
 
@@ -114,7 +115,7 @@ def _verdict(name: str, row: Divergence) -> str:
     return said
 
 
-def short_names(models: Sequence[Divergence | StateError | NeedleModel | SuiteModel]) -> list[str]:
+def short_names(models: Sequence[Divergence | StateError | NeedleModel | SuiteModel | TaskModel]) -> list[str]:
     """The last part of each path, or the whole where two would be called alike; and the KV cache."""
     lasts = Counter(Path(row.path).name for row in models if not row.kv)
     names = [name if lasts[name := Path(row.path).name] < 2 else row.path for row in models]

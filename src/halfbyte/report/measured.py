@@ -33,6 +33,11 @@ from halfbyte.report.types import (
     SuiteModel,
     SuiteRecord,
     SuiteResult,
+    TaskConditions,
+    TaskEvaluation,
+    TaskModel,
+    TaskRecord,
+    TaskResult,
 )
 
 Asked = tuple[str | Path, str]
@@ -132,15 +137,36 @@ def suites(
     return SuiteEvaluation(**conditions, models=models, gates=gates)
 
 
-def record_suites(result: SuiteEvaluation, asked: Sequence[Asked], strangers: Collection[str | Path]) -> list[str]:
+def tasks(
+    conditions: Mapping[str, Any],
+    checkpoints: Sequence[Checkpoint],
+    found: Sequence[list[dict[str, Any]]],
+    limits: Sequence[Limit] = (),
+) -> TaskEvaluation:
+    """What each model scored beside the original, item by item. A task that has several scores is held to the first."""
+    models = [
+        TaskModel(path=str(c.path), kv=_cache(c), tasks=[TaskResult.model_validate(row) for row in rows])
+        for c, rows in zip(checkpoints, found, strict=True)
+    ]
+    gates = []
+    for m in models:
+        first = {row.name: row for row in reversed(m.tasks)}
+        gates += of_answers(limits, list(first.values()), m.path, m.kv, "answers of tasks")
+    return TaskEvaluation(**conditions, models=models, gates=gates)
+
+
+def record_answers(
+    result: SuiteEvaluation | TaskEvaluation, asked: Sequence[Asked], strangers: Collection[str | Path]
+) -> list[str]:
     """Put what each model with its own cache answered into the report beside it; returns what could not be."""
-    conditions = {name: getattr(result, name) for name in SuiteConditions.model_fields}
+    is_suite = isinstance(result, SuiteEvaluation)
+    name, of, record = ("suites", SuiteConditions, SuiteRecord) if is_suite else ("tasks", TaskConditions, TaskRecord)
+    conditions = {field: getattr(result, field) for field in of.model_fields}
     warnings: list[str] = []
     for (model, kind), row in zip(asked, result.models, strict=True):
         if kind == "stored":
-            foreign = model in strangers
-            said = SuiteRecord(**conditions, model=row)
-            warnings += written.add(Path(row.path), **{"foreign_suites" if foreign else "suites": said})
+            said = record.model_validate({**conditions, "model": row})
+            warnings += written.add(Path(row.path), **{f"foreign_{name}" if model in strangers else name: said})
     return warnings
 
 

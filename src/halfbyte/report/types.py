@@ -586,6 +586,48 @@ class SuiteRecord(SuiteConditions, frozen=True):
     model: SuiteModel
 
 
+class TaskResult(Paired, frozen=True):
+    """One model on one task of lm-eval, by one of its scores."""
+
+    metric: str
+    filter: str | None = None
+    """How the answer was found in what was said, where the task knows several ways."""
+
+
+class TaskModel(Part, frozen=True):
+    """A model on all tasks that were asked for."""
+
+    path: str
+    kv: str | None = None
+    tasks: list[TaskResult]
+
+
+class TaskConditions(AnswerConditions, frozen=True):
+    """How tasks were measured."""
+
+    lm_eval: str
+    """Its version."""
+    limit: Count | None = None
+    """Items of each task; None: all."""
+    shots: Count | None = None
+    """Examples before each item; None: as the task says."""
+    as_chat: bool = False
+
+
+class TaskEvaluation(TaskConditions, frozen=True):
+    """Models on tasks of lm-eval."""
+
+    models: list[TaskModel]
+    gates: list[Gate] = []
+    warnings: list[str] = []
+
+
+class TaskRecord(TaskConditions, frozen=True):
+    """One model of these, for the report beside it."""
+
+    model: TaskModel
+
+
 class Versioned(Part, frozen=True):
     """What every report.json says of itself."""
 
@@ -609,6 +651,8 @@ class Measurements(Versioned, frozen=True):
     foreign_states: StatesRecord | None = None
     foreign_needle: NeedleRecord | None = None
     foreign_suites: SuiteRecord | None = None
+    tasks: TaskRecord | None = None
+    foreign_tasks: TaskRecord | None = None
 
 
 class CacheRecord(Measurements, frozen=True):

@@ -15,8 +15,8 @@ from halfbyte.report.numbers import require_finite
 from halfbyte.report.types import SCHEMA, CacheRecord, CacheReport, EvaluationRecord, Measurements, Origin, Report
 
 CONDITIONS = ("reference_path", "reference_xxh3_128", "text", "windows", "length", "convention", "tokens_sha256")
-MEASURED = ("evaluation", "evaluations", "states", "needle", "blame", "suites")
-MEASURED += tuple(f"foreign_{name}" for name in ("states", "needle", "suites"))
+MEASURED = ("evaluation", "evaluations", "states", "needle", "blame", "suites", "tasks")
+MEASURED += tuple(f"foreign_{name}" for name in ("states", "needle", "suites", "tasks"))
 
 
 def read(checkpoint: Path) -> Report | CacheRecord | None:

@@ -10,10 +10,10 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import GenerationConfig
 
-from halfbyte import nn
 from halfbyte.evaluation.suites import checks
 from halfbyte.evaluation.suites.asking import Asked, Reading
 from halfbyte.evaluation.suites.checks import CHECKS, Said
+from halfbyte.evaluation.whole import model_of
 from halfbyte.models.checkpoint import Checkpoint
 
 TOKENS_AT_ONCE = 8192
@@ -43,8 +43,7 @@ def answers(
     progress: Callable[[float], None],
 ) -> list[Answer]:
     """One for each prompt, in their order; the whole model is in memory meanwhile."""
-    model = nn.built(checkpoint, dtype, device)
-    nn.unpack(model)
+    model = model_of(checkpoint, dtype, device)
     asked = list(enumerate(reading.asked))
     chosen = [(n, one) for n, one in asked if one.choices]
     free = [(n, one) for n, one in asked if not one.choices]

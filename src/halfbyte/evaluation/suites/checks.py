@@ -20,7 +20,8 @@ THOUGHTS = {
 }
 """What opens a thought, and what closes it, as the templates of reasoning models have it."""
 REFUSING = regex.compile(
-    r"\b(i('m| am) (very |really |so )?(sorry|afraid)|i (can ?not|can't|won't|will not|must decline|am unable)"
+    r"\b(i('m| am) (very |really |so )?(sorry|afraid)(?! (of|for))"
+    r"|i (can ?not|can't|won't|will not|must decline|am unable)"
     r"|i('m| am) (not able|unable|not going)|i('d| would) (rather|prefer) not|(sorry|unfortunately), (but )?i"
     r"|as an? (ai|artificial|language model|responsible)|cannot (assist|help|provide|fulfil)"
     r"|(can't|not able to|unable to) (assist|help|provide|fulfil))",

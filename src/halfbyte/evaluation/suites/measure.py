@@ -5,20 +5,16 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 
-from halfbyte.devices import kind_of
 from halfbyte.evaluation.paired import paired
 from halfbyte.evaluation.suites import asking
 from halfbyte.evaluation.suites.answers import Answer, answers
 from halfbyte.evaluation.suites.asking import Asked
 from halfbyte.evaluation.suites.suite import Suite
+from halfbyte.evaluation.whole import dtype_for
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.progress import Progress, silent
-
-SHARE = 0.6
-"""Of the free memory that a model in float32 may take; a larger one runs in its own dtype."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +51,6 @@ def measure(
         )
     models = [[_row(suite, reading.asked, said[0], own) for suite in suites] for own in said[1:]]
     return Found(models, dtype, reading.warnings)
-
-
-def dtype_for(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """float32, in which rounding while a model runs changes no answer, where there is room for it."""
-    free = psutil.virtual_memory().available if kind_of(device).is_host else kind_of(device).free_bytes(device)
-    size = 4 * sum(torch.Size(shape).numel() for shape in checkpoint.tensors().values())
-    return torch.float32 if size <= SHARE * free else checkpoint.unquantized_dtype
 
 
 def _row(suite: Suite, asked: Sequence[Asked], original: Sequence[Answer], model: Sequence[Answer]) -> dict[str, Any]:
