@@ -46,6 +46,8 @@ from halfbyte.targets.gguf.head import Value
 
 SECONDS, MEMORY = 5, 1 << 30
 """Of processor time and of memory beyond what the process had, for one case and what it starts."""
+HANGS = 60
+"""Seconds on the clock after which a case waits for something, however busy the machine is."""
 WORDS = (
     None, True, -1, 0, 1 << 31, 1 << 64, 10**400, 1e308, float("nan"), "", "x", "[/b]\x1b[2J", "\ud800", [], [1], {},
     {"a": 1}, "9" * 5000
@@ -450,8 +452,12 @@ def fuzz(reader: str, home: Path, cases: int, seed: int = 0) -> Found:
 
 
 def _try(read: Callable[[Path], None], path: Path, found: Found, case: str) -> None:
+    def hangs(*_) -> None:
+        raise AssertionError(f"{case} hangs")
+
+    signal.signal(signal.SIGALRM, hangs)
     had, children, started = _begin(), _largest_child(), _processor_time()
-    signal.alarm(4 * SECONDS)
+    signal.alarm(HANGS)
     try:
         read(path)
         found.ends["read"] += 1
