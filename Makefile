@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint oracles bench clean
+.PHONY: demo test quick lint docs oracles bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
@@ -15,9 +15,13 @@ quick: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --few 8
 
 lint: $(VENV)/.ready
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/pyright
+
+# The site, into site/; a warning is an error. Nothing is fetched while it is built or read.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # GPTQModel's own kernels on our gptq and awq folders, in an environment of its own: its metadata asks for a newer torch than it needs.
 oracles:
@@ -45,5 +49,9 @@ $(VENV)/.ready: $(VENV)/.demo
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.demo
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oracles
+	rm -rf $(VENV) .venv-oracles site

@@ -58,7 +58,7 @@ def _with_entries(function: Function) -> Function:
     more = {name: f" One of {', '.join(table)}." for name, table in names.items()}
     more["calibration"] = f" {meaning('source', Calibration)} Or a Calibration: {', '.join(Calibration.model_fields)}."
     lines = [f"{name}: {meaning(name)}{more.get(name, '')}" for name in Recipe.model_fields if name != "model"]
-    function.__doc__ = (function.__doc__ or "").replace("{entries}", "\n    ".join(lines))
+    function.__doc__ = (function.__doc__ or "").replace("{entries}", "\n        ".join(lines))
     return function
 
 
@@ -102,20 +102,22 @@ def quantize(
 
     Returns the report, which is also written there. What is None is as the recipe has it, or the default of `Recipe`.
 
-    {entries}
-    bits: In place of a grid: choose each weight's, so that least is lost with so many bits per parameter.
-    size: ... with files of this size, such as "3.7GB", or bytes.
-    fit: ... with as much as fits into this memory beside a cache.
-    context: Tokens of that cache; by default 8192, or as many as the model is made for if these are fewer.
-    max_kl: ... or so that the output is smallest with this predicted KL divergence, in nats per token.
-    candidates: Grids to choose among; by default those that the engine reads.
-    sensitivities: The file of what each weight costs, which other budgets read; by default beside the output.
-    overwrite: Replace an output that exists.
-    dry_run: Return the plan, and write nothing.
-    progress: True for a bar, or a function of (what, done, total).
-    device: What solves and runs the model: auto (a GPU where there is one), cpu, cuda, cuda:1, mps or xpu.
+    Args:
+        {entries}
+        bits: In place of a grid: choose each weight's, so that least is lost with so many bits per parameter.
+        size: ... with files of this size, such as "3.7GB", or bytes.
+        fit: ... with as much as fits into this memory beside a cache.
+        context: Tokens of that cache; by default 8192, or as many as the model is made for if these are fewer.
+        max_kl: ... or so that the output is smallest with this predicted KL divergence, in nats per token.
+        candidates: Grids to choose among; by default those that the engine reads.
+        sensitivities: The file of what each weight costs, which other budgets read; by default beside the output.
+        overwrite: Replace an output that exists.
+        dry_run: Return the plan, and write nothing.
+        progress: True for a bar, or a function of (what, done, total).
+        device: What solves and runs the model: auto (a GPU where there is one), cpu, cuda, cuda:1, mps or xpu.
 
-    Raises HalfbyteError, with nothing half-written left behind.
+    Raises:
+        HalfbyteError: with nothing half-written left behind.
     """
     chosen = device_named(device)
     given = {

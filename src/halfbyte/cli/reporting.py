@@ -7,7 +7,7 @@ import typer
 
 from halfbyte import display
 from halfbyte.cli.options import Json, Overwrite, Quiet
-from halfbyte.cli.output import out, print_json, print_value, show
+from halfbyte.cli.output import out, print_json, show
 from halfbyte.errors import plural
 from halfbyte.report.summary import size
 
@@ -68,11 +68,12 @@ def report(
     halfbyte report model-int4 model-Q4_K_M.gguf -o report.html
     """
     from halfbyte.api import page as run
+    from halfbyte.report.types import Page
 
     run(runs, output, overwrite)
     written = output.expanduser().stat().st_size
     if as_json:
-        print_value({"path": str(output), "runs": runs, "size_bytes": written})
+        print_json(Page(path=str(output), runs=runs, size_bytes=written))
     else:
         out.print(f"{output}: {plural(len(runs), 'run')} on one page, {size(written)}")
 
@@ -88,9 +89,10 @@ def push(
     halfbyte push model-int4 me/model-int4
     """
     from halfbyte.api import push as run
+    from halfbyte.report.types import Upload
 
     place = run(path, repository, private)
     if as_json:
-        print_value({"path": path, "repository": repository, "url": place})
+        print_json(Upload(path=path, repository=repository, url=place))
     else:
         out.print(f"{path}: uploaded to {place}", soft_wrap=True)

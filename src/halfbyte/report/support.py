@@ -81,7 +81,7 @@ def markdown() -> str:
         f"|---|{':-:|' * len(TARGETS)}",
     ]
     for held, names in families.items():
-        lines.append(f"| {_condensed(names)} | {' | '.join('yes' if c in held else '' for c in TARGETS)} |")
+        lines.append(f"| {condensed(names)} | {' | '.join('yes' if c in held else '' for c in TARGETS)} |")
     lines += [
         "",
         "Engines load a Llama-shaped model so; group sizes, other shapes, families and mixtures are checked before "
@@ -133,7 +133,7 @@ def of_engine(engine: str) -> str:
             told = support.models
         for word, names in _by_word(name, container, _held(container)).items():
             by = f" ({', '.join(dict.fromkeys(t.by for t in support.tested))})" if word is Word.TESTED else ""
-            lines += [f"  {word}{by}:", *_wrapped(_condensed(names).replace("`", ""), "    ")] if names else []
+            lines += [f"  {word}{by}:", *_wrapped(condensed(names).replace("`", ""), "    ")] if names else []
         for note in support.notes:
             lines += _wrapped(f"- {note}", "  ", "    ")
     if others := [container for container in TARGETS if container not in spec.support]:
@@ -186,7 +186,7 @@ def _by_word(engine: str, container: str, names: list[str]) -> dict[Word, list[s
 
 def _cell(engine: str, container: str, names: list[str]) -> str:
     found = _by_word(engine, container, names)
-    told = [f"{word}: {_condensed(found[word])}" for word in (Word.TESTED, Word.DOCUMENTED) if found[word]]
+    told = [f"{word}: {condensed(found[word])}" for word in (Word.TESTED, Word.DOCUMENTED) if found[word]]
     return "; ".join(told) or "none"
 
 
@@ -204,7 +204,7 @@ LLAMA = {
 }  # fmt: skip
 
 
-def _condensed(names: list[str]) -> str:
+def condensed(names: list[str]) -> str:
     """int4-g32, int4-g64, int8-g32, int8-g64, q4_k -> `int4/8-g32/64`, `q4_k`."""
     granularities: dict[tuple[str, str], list[str]] = {}
     for name in names:

@@ -838,3 +838,19 @@ class Support(Part, frozen=True):
     containers: dict[str, list[str]]
     """The schemes that each container holds."""
     engines: list[EngineSupport]
+
+
+class Page(Part, frozen=True):
+    """A page of runs that was written."""
+
+    path: str
+    runs: list[str]
+    size_bytes: Count
+
+
+class Upload(Part, frozen=True):
+    """An output that was put on the hub."""
+
+    path: str
+    repository: str
+    url: str
