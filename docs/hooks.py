@@ -9,7 +9,8 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -43,7 +44,10 @@ TYPES_OF_JSON: dict[str, str | tuple[str, ...]] = {
     "dequantize": "halfbyte.report.types:Report",
     "kv": "halfbyte.report.types:CacheReport",
     "imatrix": "halfbyte.report.types:ImatrixReport",
-    "eval": ("halfbyte.report.types:Evaluation", "halfbyte.report.types:StatesEvaluation"),
+    "eval": tuple(
+        f"halfbyte.report.types:{kind}"
+        for kind in ("Evaluation", "StatesEvaluation", "SuiteEvaluation", "TaskEvaluation")
+    ),
     "needle": "halfbyte.report.types:Needle",
     "blame": "halfbyte.report.types:Blame",
     "compare": "halfbyte.report.types:Comparison",
@@ -96,7 +100,7 @@ def type_of(command: str) -> Any:
     """What a command prints with --json."""
     homes = TYPES_OF_JSON[command]
     kinds = [resolve_name(home) for home in ((homes,) if isinstance(homes, str) else homes)]
-    whole: Any = kinds[0] if len(kinds) == 1 else kinds[0] | kinds[1]
+    whole: Any = reduce(or_, kinds)
     return {"demo": list[whole], "devices": dict[str, list[whole]]}.get(command, whole)
 
 
