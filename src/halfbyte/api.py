@@ -201,7 +201,7 @@ def evaluate(
     """
     _require_windows(length, windows)
     chosen, (held_to, _) = device_named(device), shared_out(limits(gate) if gate else [], answers=False)
-    from halfbyte.evaluation import divergence, states
+    from halfbyte.evaluation import classes, divergence, states
     from halfbyte.kv_cache import with_cache
 
     rule = convention_named(convention)
@@ -226,6 +226,7 @@ def evaluate(
                 progress=show,
                 placement=placement,
                 noise_floor=noise_floor,
+                classes=classes.of(calibrate.tokenizer_of(reference), taken.tokens),
             )
         else:
             rows = states.compare(checkpoints, taken.tokens, progress=show, placement=placement)

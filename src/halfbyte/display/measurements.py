@@ -68,6 +68,7 @@ def evaluated(result: Evaluation) -> list[Table | str]:
         table(["model", "half", "99 %", "all", "chance"], tails),
         *(_verdict(name, row) for name, row in zip(names, models, strict=True)),
     ]
+    shown += [f"{name}: {finding}" for name, row in zip(names, models, strict=True) for finding in row.findings]
     if floor := result.noise_floor:
         shown.append(f"noise floor, the original in bfloat16 against itself: {with_error(floor.kl, floor.kl_error, 5)}")
     for name, row in zip(names, models, strict=True):

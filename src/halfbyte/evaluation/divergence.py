@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from halfbyte.evaluation.classes import CLASSES
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.placement import Placement
 from halfbyte.models.walk import Walk
@@ -55,11 +56,13 @@ def compare(
     progress: Progress = silent,
     placement: Placement | None = None,
     noise_floor: bool = False,
+    classes: Int64[Tensor, "windows length"] | None = None,
 ) -> list[dict[str, Any]]:
     """A row of measures for each checkpoint, the first being the reference; rows after the second are also compared
     with the second, pair by pair. With `noise_floor`, one more row at the end: the reference computed in bfloat16.
 
-    `first_scored`: the first position of each window whose prediction is scored.
+    `first_scored`: the first position of each window whose prediction is scored. `classes`: the kind of each token, as
+    `halfbyte.evaluation.classes` has them.
     """
     runs = [(checkpoint, dtype) for checkpoint in checkpoints]
     runs += [(checkpoints[0], torch.bfloat16)] if noise_floor else []
@@ -72,6 +75,8 @@ def compare(
             row["perplexity"] - rows[0]["perplexity"],
             error and row["perplexity"] * error,
         )
+        if classes is not None:
+            row["kl_by_class"] = by_class(tokens.kl, classes[:, first_scored + 1 :])
     for row, tokens in list(zip(rows, per_token, strict=True))[2:]:
         row["kl_minus_first"] = mean_and_error(tokens.kl - per_token[1].kl)
         row["nll_minus_first"] = mean_and_error(tokens.nll - per_token[1].nll)
@@ -225,6 +230,24 @@ def by_position(values: Float32[Tensor, "windows positions"], first_scored: int)
         mean, error = mean_and_error(stretch)
         found.append({"first": start, "last": start + stretch.shape[1] - 1, "kl": mean, "kl_error": error})
         start += stretch.shape[1]
+    return found
+
+
+def by_class(
+    values: Float32[Tensor, "windows positions"], classes: Int64[Tensor, "windows positions"]
+) -> list[dict[str, Any]]:
+    """The mean where a token of each class comes next, and its standard error: over windows, of which those without
+    such a token tell nothing."""
+    found = []
+    for number, name in enumerate(CLASSES):
+        is_one = classes == number
+        counts = is_one.sum(1)
+        if counts.any():
+            sums = (values.double() * is_one).sum(1)
+            means = (sums / counts.clamp(min=1))[counts > 0]
+            error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else None
+            kl = float(sums.sum() / counts.sum())
+            found.append({"name": name, "tokens": int(counts.sum()), "kl": kl, "kl_error": error})
     return found
 
 

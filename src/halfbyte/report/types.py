@@ -321,6 +321,15 @@ class AtPositions(Part, frozen=True):
     kl_error: float | None
 
 
+class OfClass(Part, frozen=True):
+    """A measure where a token of a kind comes next."""
+
+    name: str
+    tokens: Count
+    kl: float
+    kl_error: float | None
+
+
 class Divergence(Perplexity, frozen=True):
     """How far a model's predictions are from the reference's, in nats per token."""
 
@@ -335,6 +344,9 @@ class Divergence(Perplexity, frozen=True):
     kl_p99: float
     kl_max: float
     kl_by_position: list[AtPositions] = []
+    kl_by_class: list[OfClass] = []
+    findings: list[str] = []
+    """What stands out: kinds of tokens, positions, weights, inputs."""
     same_top: float
     """The share of places where both have the same most likely token."""
     same_top_error: float | None = None

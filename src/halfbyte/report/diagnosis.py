@@ -1,0 +1,76 @@
+"""What stands out of what was measured: where a loss is, if it is not everywhere."""
+
+from collections.abc import Iterator
+from statistics import median
+
+from halfbyte.errors import plural
+from halfbyte.report.types import Divergence, Measurements, Report
+
+LEAST = 1e-3
+"""Nats per token; of less, nothing is to be explained."""
+TIMES, ERRORS, TOKENS = 2.0, 3.0, 30
+"""How many times the average a part loses that stands out, by how many standard errors, on how many tokens at least."""
+WORST = 3.0
+"""Times the median weight's error."""
+CUT = 0.01
+"""Share of the activations that a weight reads which lie beyond their scale."""
+SHARE = 0.25
+"""Of the divergence, that one part gives back."""
+
+
+def findings(row: Divergence, report: Measurements | None) -> list[str]:
+    """Which tokens, positions, layers and inputs carry the loss of a model, as far as they do more than others."""
+    if row.kl < LEAST:
+        return []
+    said = [*_tokens(row), *_positions(row)]
+    return [*said, *_layers(report), *_inputs(report)] if isinstance(report, Report) else said
+
+
+def _stands_out(kl: float, error: float | None, average: float) -> bool:
+    return error is not None and kl > TIMES * average and kl - average > ERRORS * error
+
+
+def _tokens(row: Divergence) -> Iterator[str]:
+    for part in row.kl_by_class:
+        if part.tokens >= TOKENS and _stands_out(part.kl, part.kl_error, row.kl):
+            yield (
+                f"{part.name} lose {part.kl / row.kl:.1f} times the average: KL {part.kl:.4f} ± {part.kl_error:.4f} on "
+                f"{part.tokens} of {row.tokens} tokens"
+            )
+
+
+def _positions(row: Divergence) -> Iterator[str]:
+    for part in row.kl_by_position:
+        if _stands_out(part.kl, part.kl_error, row.kl):
+            yield (
+                f"positions {part.first} to {part.last} of a window lose {part.kl / row.kl:.1f} times the average: KL "
+                f"{part.kl:.4f} ± {part.kl_error:.4f}"
+            )
+
+
+def _layers(report: Report) -> Iterator[str]:
+    errors = [row.error for row in report.weights]
+    if errors and (worst := max(report.weights, key=lambda row: row.error)).error > WORST * median(errors) > 0:
+        times = worst.error / median(errors)
+        yield (
+            f"{worst.name} on {worst.grid} has {times:.1f} times the error of the median weight; halfbyte blame "
+            "measures what that costs"
+        )
+    if report.blame and report.blame.parts and (whole := report.blame.kl[0]) > 0:
+        first = report.blame.parts[0]
+        if first.kl[0] > SHARE * whole:
+            yield f"{first.name} put back takes off {100 * first.kl[0] / whole:.0f} % of the divergence, as blame found"
+
+
+def _inputs(report: Report) -> Iterator[str]:
+    cut = [row for row in report.weights if row.activations and row.activations.clipped > CUT]
+    if cut:
+        worst = max(cut, key=lambda row: row.activations.clipped if row.activations else 0.0)
+        share = 100 * worst.activations.clipped if worst.activations else 0.0
+        yield (
+            f"{plural(len(cut), 'weight reads', 'weights read')} activations that are cut by their scale, the most "
+            f"{worst.name} with {share:.1f} % of them"
+        )
+    idle = [row for row in report.weights if row.tokens == 0]
+    if idle:
+        yield f"no calibration token reached {plural(len(idle), 'weight')}, such as the expert {idle[0].name}"
