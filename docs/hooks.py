@@ -237,7 +237,7 @@ def schema_table(_: Page) -> str:
             for home in ((homes,) if isinstance(homes, str) else homes)
         )
         many = {"demo": "a list of ", "devices": "`devices` and `here`, lists of "}.get(command, "")
-        rows.append((f"`halfbyte {command} --json`", many + kinds, f"[schema](schemas/{command}.json)"))
+        rows.append((f"`{command}`", many + kinds, f"[schema](schemas/{command}.json)"))
     return table(["command", "prints", "as JSON Schema"], rows)
 
 

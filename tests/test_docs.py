@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 import documented
 from documented import Command
-from halfbyte import registry, words
+from halfbyte import api, registry, words
 from halfbyte.recipe import PARTS
 
 pytest.importorskip("mkdocs", reason="pip install 'halfbyte[docs]'")
@@ -113,4 +113,6 @@ def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path):
     assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=.?https?:", site)
     for name in (*PARTS, *words.GRIDS, *words.SCHEMES, *words.PRESETS, *words.CONTAINERS, *documented.COMMANDS):
         assert f"{name}</code>" in site, name
+    reference = (tmp_path / "reference" / "python.html").read_text(encoding="utf-8")
+    assert [name for name in api.__all__ if f'id="halfbyte.api.{name}"' not in reference] == []
     assert (tmp_path / "reference" / "schemas" / "quantize.json").exists()
