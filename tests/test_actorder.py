@@ -3,8 +3,10 @@ lie."""
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import actorder
 import halfbyte
@@ -70,3 +72,21 @@ def test_it_is_no_grid_to_quantize_to(home):
         "gptq",
     ]
     tiny.refused(tiny.halfbyte(*words), "neighbouring in-features only", "int4-g32-actorder")
+
+
+def test_gptq_is_read_as_the_format_defines_it(tmp_path):
+    """scales[g_idx] * (codes - zeros[g_idx]), by NumPy alone; version 1 stores zeros less one."""
+    tiny.make(tmp_path / "model", num_hidden_layers=1)
+    halfbyte.quantize(tmp_path / "model", tmp_path / "q", method="nearest", grid="int4-g32-asym", to="gptq")
+    actorder.shuffle(tmp_path / "q")
+    stored, checkpoint = load_file(tmp_path / "q" / "model.safetensors"), Checkpoint.open(tmp_path / "q")
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)
+    assert checkpoint.quantized
+    for module in checkpoint.quantized:
+        words, zeros = (stored[f"{module}.{part}"].numpy().view(np.uint32) for part in ("qweight", "qzeros"))
+        codes = (words[:, None] >> shifts[:, None] & 15).reshape(-1, words.shape[1]).astype(np.float32)
+        zeros = (zeros[..., None] >> shifts & 15).reshape(len(zeros), -1).astype(np.float32) + 1
+        groups, scales = stored[f"{module}.g_idx"].numpy(), stored[f"{module}.scales"].float().numpy()
+        assert (np.diff(groups) < 0).any()
+        wanted = (scales[groups] * (codes - zeros[groups])).T
+        assert np.array_equal(checkpoint.read_quantized(module).decode().numpy(), wanted)
