@@ -67,7 +67,8 @@ def show_plan(plan: Plan, output: Path) -> None:
     for engine in plan.engines:
         reason = "" if engine.loads else f": {engine.reasons[0]}"
         out.print(f"{engine.engine} {'loads it' if engine.loads else 'does not load it'}{reason}", soft_wrap=True)
-    out.print("nothing was written", highlight=False)
+    but = ", but the file of what each weight costs, from which another budget takes seconds" if plan.budget else ""
+    out.print(f"nothing was written{but}", highlight=False, soft_wrap=True)
 
 
 def show_report(report: Report, output: Path, told: Sequence[str] = ()) -> None:
