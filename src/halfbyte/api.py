@@ -19,6 +19,7 @@ from halfbyte.models.calibrate import Samples
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.placement import Placement
 from halfbyte.models.stamp import origin
+from halfbyte.models.texts import named
 from halfbyte.pipeline import convert, dequantize
 from halfbyte.progress import Progress, shown
 from halfbyte.publish import push
@@ -186,7 +187,8 @@ def evaluate(
     models that predict no tokens (reward, embedding), how far their last hidden states are from those of `against`.
     `compared` says which.
 
-    `text`: a file, a dataset, or "heldout", the embedded text. `convention`: how it becomes windows and scored
+    `text`: a file, a dataset, or "heldout", the embedded text; with a name of its own, such as its language, as
+    "de=news.txt". `convention`: how it becomes windows and scored
     positions, a key of `halfbyte.evaluation.conventions.CONVENTIONS`: "served", each window begins as the tokenizer
     begins a text; "papers", none does; "llama.cpp". `kv`: caches to run each model with; "stored" is the one that it
     says it has, "none" one of 16 bits. `adapter`: the folder of a LoRA adapter that is merged into `against`. The
@@ -200,6 +202,7 @@ def evaluate(
     `quantize`.
     """
     _require_windows(length, windows)
+    name, text = named(text)
     chosen, (held_to, _) = device_named(device), shared_out(limits(gate) if gate else [], answers=False)
     from halfbyte.evaluation import classes, divergence, states
     from halfbyte.kv_cache import with_cache
@@ -230,7 +233,7 @@ def evaluate(
             )
         else:
             rows = states.compare(checkpoints, taken.tokens, progress=show, placement=placement)
-    conditions = _conditions(text, taken, rule.name, chosen, reference)
+    conditions = {"text_name": name, **_conditions(text, taken, rule.name, chosen, reference)}
     floor = rows.pop() if noise_floor else None
     result = measured.evaluation(conditions, checkpoints, rows, predicts, floor, held_to)
     return result.model_copy(update={"warnings": measured.record(result, kinds, strangers)})

@@ -91,6 +91,23 @@ def test_the_noise_floor_is_the_original_in_bfloat16(home, measured):
     assert [row.path for row in measured.models] == [str(home / "int3")]
 
 
+def test_texts_by_name(home):
+    said = command(home, "--text", f"zz={home / 'other.txt'}")
+    both = json.loads(command(home, "--text", f"zz={home / 'other.txt'}", "--json").out)
+    assert [(one["text_name"], one["text"]) for one in both] == [
+        (None, str(home / "text.txt")),
+        ("zz", str(home / "other.txt")),
+    ]
+    lines = [line.split() for line in said.out.splitlines() if line.startswith("int3") and "±" in line]
+    assert {(words[1], float(words[3])) for words in lines[-2:]} == {
+        (name, float(f"{one['models'][0]['kl']:.5f}")) for name, one in zip(("text.txt", "zz"), both, strict=True)
+    }
+    assert float(lines[-2][3]) >= float(lines[-1][3])
+    (home / "a=b.txt").write_text((home / "text.txt").read_text())
+    whole = json.loads(command(home, "--text", home / "a=b.txt", "--json").out)
+    assert whole[1]["text_name"] is None
+
+
 def test_several_texts_are_measured_one_by_one(home):
     both = json.loads(command(home, "--text", home / "other.txt", "--json").out)
     assert [one["text"] for one in both] == [str(home / "text.txt"), str(home / "other.txt")]

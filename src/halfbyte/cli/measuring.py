@@ -33,7 +33,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text; several are "
-            "measured one by one.",
+            "measured one by one, and may have names, such as de=news.txt.",
             show_default="heldout, unless a suite or tasks are named",
         ),
     ] = None,
@@ -137,6 +137,9 @@ def evaluate(
     else:
         for result in results:
             show_measured(result)
+        of_texts = [result for result in results if isinstance(result, Evaluation)]
+        if len(of_texts) > 1:
+            show(display.by_text(of_texts))
     gates = [gate for result in results if not isinstance(result, StatesEvaluation) for gate in result.gates]
     raise typer.Exit(0 if all(gate.holds for gate in gates) else GATE_BROKEN)
 

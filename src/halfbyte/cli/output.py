@@ -124,6 +124,10 @@ def _show_engines(report: Report, output: Path) -> None:
         )
 
 
+def _text(result: Evaluation | StatesEvaluation) -> str:
+    return f"{result.text_name} ({result.text})" if result.text_name else result.text
+
+
 def show_measured(result: Evaluation | StatesEvaluation | SuiteEvaluation | TaskEvaluation) -> None:
     """Print an evaluation, with its conditions."""
     from halfbyte.report.types import Evaluation, SuiteEvaluation, TaskEvaluation
@@ -136,7 +140,7 @@ def show_measured(result: Evaluation | StatesEvaluation | SuiteEvaluation | Task
         return
     begins = f", each begins with {''.join(result.opening)}" if result.opening else ""
     out.print(
-        f"{plural(result.windows, 'window')} of {result.length} tokens of {result.text}, convention "
+        f"{plural(result.windows, 'window')} of {result.length} tokens of {_text(result)}, convention "
         f"{result.convention}{begins}"
     )
     show(display.evaluated(result) if isinstance(result, Evaluation) else display.states(result))

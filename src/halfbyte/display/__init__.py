@@ -2,7 +2,7 @@
 
 from halfbyte.display.answers import answered, scored
 from halfbyte.display.checkpoints import budget, cached, compared, inspected, worst
-from halfbyte.display.measurements import blamed, demonstrated, evaluated, needles, states
+from halfbyte.display.measurements import blamed, by_text, demonstrated, evaluated, needles, states
 from halfbyte.display.sizing import UNCHECKED, advised, device, devices
 from halfbyte.display.tables import table, with_error, without_prefix
 
@@ -12,6 +12,7 @@ __all__ = [
     "answered",
     "blamed",
     "budget",
+    "by_text",
     "cached",
     "compared",
     "demonstrated",

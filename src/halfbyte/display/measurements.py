@@ -77,6 +77,18 @@ def evaluated(result: Evaluation) -> list[Table | str]:
     return [*shown, *gates(result.gates), *(f"note: {warning}" for warning in result.warnings)]
 
 
+def by_text(results: Sequence[Evaluation]) -> list[Table | str]:
+    """The divergence of each model on each of several texts, of the largest loss first."""
+    rows = [
+        (name, result.text_name or Path(result.text).name, str(row.tokens), with_error(row.kl, row.kl_error, 5))
+        for result in results
+        for name, row in zip(short_names(result.models), result.models, strict=True)
+    ]
+    return [
+        table(["model", "text", "tokens", "KL, nats"], sorted(rows, key=lambda row: -float(row[3].split()[0])), words=2)
+    ]
+
+
 def gates(gates: Sequence[Gate]) -> list[str]:
     """A line for each limit."""
     words = {True: "holds", False: "does not hold"}

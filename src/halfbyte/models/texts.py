@@ -45,6 +45,15 @@ class Record(NamedTuple):
     """Whether the tokenizer's special tokens belong around it: a file of text is cut anyway."""
 
 
+NAMED = re.compile(r"([\w-]+)=(.+)", re.DOTALL)
+
+
+def named(words: str) -> tuple[str | None, str]:
+    """What a text is called, and where it is: of `de=news.txt`, "de" and the file; a file called that has none."""
+    found = NAMED.fullmatch(words)
+    return (found[1], found[2]) if found and not Path(words).expanduser().exists() else (None, words)
+
+
 def called(source: str | Path | tuple[str, ...]) -> str:
     """A source of text in messages and reports."""
     return f"{plural(len(source), 'text')} given" if isinstance(source, tuple) else str(source)

@@ -282,6 +282,8 @@ class Conditions(Part, frozen=True):
     compared: str
     """`predictions`, or `last hidden states` of models that predict no tokens."""
     text: str
+    text_name: str | None = None
+    """What it is called, such as by its language."""
     length: Count
     windows: Count
     tokens_sha256: str
