@@ -6,6 +6,7 @@ one line in `BLOCK_SOLVERS`.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -79,9 +80,19 @@ class BlockTask:
         return self.walk.calibrating
 
     def collect_all(self) -> dict[Weight, Statistics]:
-        """Statistics of all weights at once, whatever they take."""
-        self.statistics = self._collected(self.schemes)
-        return self.statistics
+        """Statistics of all weights at once; those beyond a device's budget wait in the host's memory."""
+        found: dict[Weight, Statistics] = {}
+        for wanted in [set(self.schemes)] if self.walk.placement.is_host else self._in_parts():
+            for statistics in found.values():
+                statistics.leave_device()
+            found |= self._collected(wanted)
+        self.statistics = found
+        return found
+
+    def _in_parts(self) -> Iterator[set[Weight]]:
+        """Weights, as many at a time as have statistics within the budget."""
+        groups = reading_groups(self.block, self.fused_groups)
+        return in_parts(groups, self.walk.placement.statistics_bytes, self.walk.full_inputs is not None)
 
     def parts(self) -> Iterator[tuple[list[Sequence[Weight]], dict[Weight, Statistics]]]:
         """Fused groups with the statistics of their weights, as many at a time as the memory's budget holds."""
@@ -89,8 +100,7 @@ class BlockTask:
             self._note_seen(self.statistics)
             yield list(self.fused_groups), self.statistics
             return
-        groups = reading_groups(self.block, self.fused_groups)
-        for wanted in in_parts(groups, self.walk.placement.statistics_bytes, self.walk.full_inputs is not None):
+        for wanted in self._in_parts():
             statistics = self._collected(wanted)
             self._note_seen(statistics)
             yield [group for group in self.fused_groups if group[0] in wanted], statistics
@@ -125,7 +135,8 @@ def per_matrix(method: Method) -> BlockSolver:
                     statistics.pop(weight, None)
                 targets = [task.block.target(weight) for weight in weights]
                 w = targets[0] if len(targets) == 1 else torch.cat(targets)
-                q, note = solve_matrix(w, task.schemes[weights[0]].weight, known, method)
+                solve = partial(solve_matrix, w, task.schemes[weights[0]].weight, known, method)
+                q, note = task.walk.fitting(solve)
                 if known is None:
                     yield Solution(weights, q, note=note)
                     continue

@@ -2,9 +2,12 @@
 nothing of what is computed."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import halfbyte
 import tiny
@@ -17,6 +20,11 @@ from halfbyte.models.collect import collect, in_parts, reading_groups
 from halfbyte.models.placement import Placement
 from halfbyte.models.streams import Stream
 from halfbyte.models.walk import Walk
+from halfbyte.solvers import SOLVERS
+from halfbyte.solvers.statistics import Statistics
+from halfbyte.transforms import TRANSFORMS
+from halfbyte.transforms.fold import Finder
+from halfbyte.transforms.scale import scaled
 from models.families import FAMILIES
 
 TOKENS = torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(0))
@@ -174,3 +182,81 @@ def test_a_stage_after_the_last_block_sees_the_whole_model_and_may_write_anew(ll
     written = Checkpoint.open(tmp_path / "out").read_quantized(seen[0])
     expected = blockwise.SOLVERS["minmax"](Checkpoint.open(llama).read(f"{seen[0]}.weight"), written.grid, None)
     assert written.equal(expected)
+
+
+class Scarce(TorchDispatchMode):
+    """A device whose memory is too small for one of the tensors that are made, and then has room."""
+
+    def __init__(self, made: int):
+        super().__init__()
+        self.made = made
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.made -= 1
+        if not self.made:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return func(*args, **(kwargs or {}))
+
+
+def scarce(work, made: int, calls: list):
+    """Some work that runs out of memory once."""
+
+    def first(*args):
+        calls.append(1)
+        with Scarce(made if len(calls) == 1 else 0):
+            return work(*args)
+
+    return first
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory):
+    """A model of one block, and what transforms make of it where there is room."""
+    home = tmp_path_factory.mktemp("folded")
+    model, text = tiny.make(home / "model", num_hidden_layers=1), str(tiny.text(home / "text.txt"))
+
+    def quantize(name: str, out: Path) -> dict[str, bytes]:
+        words = {"method": f"{name}+gptq", "grid": "int4-g32/int8-token", "engine": "none", "device": "cpu"}
+        halfbyte.quantize(model, out, calibration={"source": text, "samples": 4, "length": 32}, **words)
+        return tiny.weights(out)
+
+    return quantize, {name: quantize(name, home / name) for name in ("awq", "smoothquant")}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "made"),
+    [
+        ("awq", "find", 3),
+        ("smoothquant", "choose", 40),
+        *(pytest.param("awq", stage, 40, marks=pytest.mark.slow) for stage in ("choose", "solve")),
+        *(pytest.param("smoothquant", stage, 400, marks=pytest.mark.slow) for stage in ("find", "choose")),
+    ],
+)
+def test_a_search_for_folds_that_runs_out_of_memory_goes_on(folded, tmp_path, monkeypatch, name, stage, made):
+    (quantize, expected), calls = folded, []
+    monkeypatch.setattr(Placement, "on", lambda device, scratch=None: Placement(hidden_device_bytes=10**9))
+    if stage == "find":
+        monkeypatch.setattr(Finder, "find", scarce(Finder.find, made, calls))
+    elif stage == "choose":
+        choose = scarce(TRANSFORMS[name].keywords["choose"], made, calls)
+        monkeypatch.setitem(TRANSFORMS, name, partial(scaled, choose=choose))
+    else:
+        monkeypatch.setitem(SOLVERS, "gptq", scarce(SOLVERS["gptq"], made, calls))
+    assert quantize(name, tmp_path / "out") == expected[name]
+    assert len(calls) > 1
+
+
+def test_statistics_of_a_block_wait_in_memory_where_a_device_has_no_room(folded, tmp_path, monkeypatch):
+    """The meta device is no host: what is asked of statistics that have left it comes there again."""
+    statistics = Statistics(8)
+    statistics.add(torch.randn(64, 8))
+    statistics.device = torch.device("meta")
+    statistics.leave_device()
+    asked = (statistics.hessian, statistics.importance, *statistics.activation_stats, *statistics.sample(16))
+    assert all(tensor.is_meta for tensor in asked)
+    (quantize, expected), left = folded, []
+    monkeypatch.setattr(Placement, "is_host", False)
+    monkeypatch.setattr(Placement, "on", lambda device, scratch=None: Placement(statistics_bytes=1))
+    monkeypatch.setattr(Statistics, "leave_device", lambda self: left.append(self))
+    assert quantize("awq", tmp_path / "out") == expected["awq"]
+    assert left

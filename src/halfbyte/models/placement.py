@@ -52,6 +52,11 @@ class Placement:
             reads_ahead=True,
         )
 
+    @property
+    def is_host(self) -> bool:
+        """Whether the device computes in this machine's memory, beside which there is no other."""
+        return kind_of(self.device).is_host
+
     def of_hidden(self, size_bytes: int) -> str:
         """Where hidden states of so many bytes in all are kept: on the "device", in "memory", or in "files"."""
         if size_bytes <= self.hidden_device_bytes:

@@ -21,9 +21,10 @@ ERROR_PRODUCTS = 1 << 31
 
 
 class Statistics:
-    """Sum of x x^T over the tokens that a linear has read."""
+    """Sum of x x^T over the tokens that a linear has read. What is asked of it comes on the device that computes."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
         self.tokens = 0
         self._sum = torch.zeros(width, width, device=device)
         self._whole = True
@@ -70,6 +71,13 @@ class Statistics:
         self._factor = None
         return self
 
+    def leave_device(self) -> None:
+        """Wait in the host's memory from now on, and see no more tokens."""
+        self._factor = None
+        self._sum, self._low, self._high = (tensor.cpu() for tensor in (self._sum, self._low, self._high))
+        self.drift = None if self.drift is None else self.drift.cpu()
+        self._rows = [rows.cpu() for rows in self._rows]
+
     @staticmethod
     def size_bytes(width: int, drift: bool = False) -> int:
         """What one takes in memory, but for the tokens that are kept whole."""
@@ -91,12 +99,12 @@ class Statistics:
             for first, last in self._stripes():
                 self._sum[:first, first:last] = self._sum[first:last, :first].T
             self._whole = True
-        return self._sum
+        return self._sum.to(self.device)
 
     @property
     def activation_stats(self) -> ActivationStats:
         """What x ranges over, and every SAMPLED-th token."""
-        return ActivationStats(self._low, self._high, torch.cat(self._rows).float())
+        return self._stats(self._rows)
 
     def sample(self, count: int) -> ActivationStats:
         """The same with some `count` values of tokens, evenly spaced."""
@@ -105,15 +113,19 @@ class Statistics:
         for rows in self._rows:
             chosen.append(rows[-seen % step :: step])
             seen += len(rows)
-        return ActivationStats(self._low, self._high, torch.cat(chosen).float())
+        return self._stats(chosen)
+
+    def _stats(self, rows: list[Tensor]) -> ActivationStats:
+        return ActivationStats(*(part.to(self.device) for part in (self._low, self._high, torch.cat(rows).float())))
 
     @property
     def importance(self) -> Float32[Tensor, " width"]:
         """Mean of x^2 per in-feature."""
-        return self._sum.diagonal() / max(self.tokens, 1)
+        return self._sum.diagonal().to(self.device) / max(self.tokens, 1)
 
     def divide(self, scale: Float32[Tensor, " width"]) -> None:
         """From now on, the statistic of x / scale."""
+        scale = scale.to(self._sum.device)
         for matrix in (self._sum, self.drift):
             if matrix is not None:
                 matrix.div_(scale).div_(scale[:, None])
@@ -162,7 +174,7 @@ class Statistics:
         if self.drift is None:
             return w.float()
         order, factor, diagonal = self.factor()
-        y = (w.float() @ self.drift)[:, order].T
+        y = (w.float() @ self.drift.to(self.device))[:, order].T
         y = torch.linalg.solve_triangular(factor, y, upper=False, unitriangular=True) / diagonal.square()[:, None]
         y = torch.linalg.solve_triangular(factor.T, y, upper=True, unitriangular=True)
         return w.float().index_add(1, order, y.T, alpha=share)

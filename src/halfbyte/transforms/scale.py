@@ -3,7 +3,7 @@ it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -124,10 +124,11 @@ def scaled(
     choose: Choose,
 ) -> list[dict]:
     """Fold what `choose` chooses wherever it is worth it. Returns what was done."""
-    done, reference = [], []
-    for fold in finder.find(block):
+    done, reference, fitting = [], [], block.walk.fitting
+    for fold in fitting(partial(finder.find, block)):
         site = FoldSite(block, fold, schemes, statistics, reference)
-        if site.readers and (chosen := choose(site, settings)) and chosen.about.get("error", 0.0) < WORTH:
+        chosen = fitting(partial(choose, site, settings)) if site.readers else None
+        if chosen and chosen.about.get("error", 0.0) < WORTH:
             site.apply(chosen.scale)
             done.append({"producer": fold.producer.tensor, "readers": [m.tensor for m in fold.readers], **chosen.about})
     return done
