@@ -1,6 +1,6 @@
 """Reports as tables of plain rows, one table for each chart: what is in the JSON, and nothing else."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,7 @@ def errors(runs: Sequence[Named]) -> list[Row]:
             "run": number,
             "layer": layer,
             "role": role,
-            "count": len(rows),
+            "count": count,
             "tensor": worst.name,
             "grid": worst.grid,
             "bits": worst.bits_per_weight,
@@ -149,9 +149,7 @@ def errors(runs: Sequence[Named]) -> list[Row]:
             "worst": worst.worst_row,
             "tokens": worst.tokens,
         }
-        for number, run in enumerate(runs)
-        for (layer, role), rows in cells(run.report).items()
-        for worst in [max(rows, key=lambda row: row.error)]
+        for number, layer, role, count, worst in _worst_of_cells(runs)
     ]
 
 
@@ -165,9 +163,7 @@ def spreads(runs: Sequence[Named], of: str) -> list[Row]:
             "tensor": worst.name,
             **{name: value for name, value in found.as_dict().items() if name != "outliers"},
         }
-        for number, run in enumerate(runs)
-        for (layer, role), rows in cells(run.report).items()
-        for worst in [max(rows, key=lambda row: row.error)]
+        for number, layer, role, count, worst in _worst_of_cells(runs)
         if (found := worst[of]) and layer != OUTSIDE
     ]
 
@@ -184,12 +180,17 @@ def outliers(runs: Sequence[Named]) -> list[Row]:
             "largest": one.largest,
             "median_channel": found.median_channel,
         }
-        for number, run in enumerate(runs)
-        for (layer, role), rows in cells(run.report).items()
-        for worst in [max(rows, key=lambda row: row.error)]
+        for number, layer, role, count, worst in _worst_of_cells(runs)
         if (found := worst.activation_distribution) and layer != OUTSIDE
         for one in found.outliers
     ]
+
+
+def _worst_of_cells(runs: Sequence[Named]) -> Iterator[tuple[int, str, str, int, WeightReport]]:
+    """Of each run, layer and role: how many weights there are, and the one that lost most."""
+    for number, run in enumerate(runs):
+        for (layer, role), rows in cells(run.report).items():
+            yield number, layer, role, len(rows), max(rows, key=lambda row: row.error)
 
 
 def cells(report: Report) -> dict[tuple[str, str], list[WeightReport]]:

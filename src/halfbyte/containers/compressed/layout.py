@@ -10,7 +10,7 @@ from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Grid, Shape
 from halfbyte.grids.quantized import Quantized, Scheme
-from halfbyte.grids.scalar import SCALE_DTYPES
+from halfbyte.grids.scalar import SCALE_DTYPES, ScalarGrid
 
 SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
@@ -75,6 +75,12 @@ def arguments(
         "observer_kwargs": {},
         **more,
     }
+
+
+def arguments_of_integers(grid: ScalarGrid) -> Config:
+    """The same of integers."""
+    strategy = "group" if grid.group_size else str(grid.granularity)
+    return arguments(grid.levels.bits, "int", strategy, grid.group_size, grid.symmetric)
 
 
 def may_be(said: list[Config], word: str, value: object) -> bool:

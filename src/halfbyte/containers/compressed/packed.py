@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.containers import bits
-from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments, may_be
+from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments_of_integers, may_be
 from halfbyte.containers.container import ONE, Config, PartSpec, any_of, described, granularity_of, integer, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
@@ -97,14 +97,7 @@ class Packed(Layout):
 
     def arguments(self, grid: Grid) -> Config:
         """Bits, granularity and symmetry of the integers."""
-        grid = integer(grid, NAME)
-        return arguments(
-            grid.levels.bits,
-            "int",
-            "group" if grid.group_size else str(grid.granularity),
-            grid.group_size,
-            grid.symmetric,
-        )
+        return arguments_of_integers(integer(grid, NAME))
 
 
 def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: int, width: int) -> Grid:

@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments, may_be
+from halfbyte.containers.compressed.layout import SCALE_NAMES, Layout, arguments, arguments_of_integers, may_be
 from halfbyte.containers.container import ONE, Config, PartSpec, any_of, granularity_of, integer, stored
 from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BadCheckpoint, Unsupported
@@ -131,14 +131,7 @@ class Unpacked(Layout):
             return arguments(
                 8, "float", str(grid.granularity), block_structure=[SIDE, SIDE] if grid.granularity == "block" else None
             )
-        grid = integer(grid, self.format)
-        return arguments(
-            grid.levels.bits,
-            "int",
-            "group" if grid.group_size else str(grid.granularity),
-            grid.group_size,
-            grid.symmetric,
-        )
+        return arguments_of_integers(integer(grid, self.format))
 
 
 def _signed(codes: Tensor, middle: int) -> Tensor:
