@@ -277,7 +277,11 @@ def _said(name: str, entries: Mapping[str, Entry]) -> Config:
 
 
 def _parsed(state: Tensor) -> Config:
-    said = parse_json(state.numpy().tobytes())
+    """Nothing of what is no JSON object."""
+    try:
+        said = parse_json(state.numpy().tobytes())
+    except ValueError:
+        return {}
     return said if isinstance(said, dict) else {}
 
 

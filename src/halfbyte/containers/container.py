@@ -240,7 +240,7 @@ def granularity_of(module: str, width: int, groups: int, sizes: Collection[Any])
     Raises BadCheckpoint for groups that do not divide the row, or that are of none of the sizes that the config names.
     """
     named = [size for size in sizes if type(size) is int and size > 0]
-    if width % groups or (groups > 1 and named and width // groups not in named):
+    if not groups or width % groups or (groups > 1 and named and width // groups not in named):
         said = f", and config.json has groups of {' and '.join(map(str, named))}" if named else ""
         raise BadCheckpoint(
             f"{module} has {groups} scales for each row of {width}{said}; its tensors or its config are of "

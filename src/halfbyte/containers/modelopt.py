@@ -125,12 +125,15 @@ class ModelOpt(Reader):
 def _inputs_of_nvfp4(config: Config, module: str) -> ActivationGrid:
     """W4A8 and W4A4 differ in the config alone, which says it for all modules or for each."""
     said = config.get("quantization") or config
-    algorithm = said.get("quantized_layers", {}).get(module, said).get("quant_algo", "NVFP4")
-    return STATIC if "FP8" in algorithm else NVFP4_INPUTS
+    layers = said.get("quantized_layers") if isinstance(said, dict) else None
+    own = layers.get(module, said) if isinstance(layers, dict) else said
+    algorithm = own.get("quant_algo") if isinstance(own, dict) else None
+    return STATIC if "FP8" in str(algorithm) else NVFP4_INPUTS
 
 
 def _nvfp4_shape(module: str, entries: Mapping[str, Entry]) -> Shape:
-    weight, scale = entries[f"{module}.weight"], entries[f"{module}.weight_scale"]
+    scale = entries[f"{module}.weight_scale"]
+    weight = entries.get(f"{module}.weight", scale)
     if (
         f"{module}.weight_scale_2" in entries
         and weight.dtype == torch.uint8

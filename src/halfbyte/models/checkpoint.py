@@ -19,7 +19,7 @@ from halfbyte.containers.config import require_sound
 from halfbyte.containers.container import Modules, Reader, described, require_parts
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.containers.table import READERS
-from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, brief, plural
+from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, plural
 from halfbyte.files import exists, is_within, path_of, read_object
 from halfbyte.formats import DTYPES
 from halfbyte.grids.activations import ActivationQuant
@@ -272,12 +272,7 @@ class Checkpoint:
         """How the checkpoint is read, and what of it is quantized."""
         if self._reader is None:
             return None, {}
-        try:
-            reader, found = self._reader.opened(self._quantization, self.entries)
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
-            raise BadCheckpoint(
-                f"{self.path} says that it is {self._reader.name}, but its tensors are not so: {brief(error)}"
-            ) from None
+        reader, found = self._reader.opened(self._quantization, self.entries)
         for module, (scheme, shape) in found.items():
             has = partial(_has, self.entries, module)
             require_parts(module, scheme, shape, reader.parts(scheme, shape, has), self.entries)

@@ -41,6 +41,21 @@ ORDER = "weight_g_idx"
 """The group of each in-feature, in files of versions that sorted them (before 0.20)."""
 MIXED = "mixed-precision"
 """What the config calls several formats."""
+GROUP: dict[str, tuple[type, ...]] = {
+    "targets": (list,),
+    "weights": (dict,),
+    "input_activations": (dict,),
+    "format": (str,),
+}
+ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "num_bits": (int,),
+    "group_size": (int,),
+    "type": (str,),
+    "strategy": (str,),
+    "symmetric": (bool,),
+    "dynamic": (bool, str),
+}
+"""Types of what is used of a group, and of its QuantizationArgs."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +144,11 @@ class CompressedTensors(Container):
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Scheme, Shape]]:
         """Grid and shape of every module as its tensors show them, and how the config has its activations."""
-        groups = config.get("config_groups") or {}
+        groups = _groups(config)
         formats = {config.get("format"), *(group.get("format") for group in groups.values())}
-        if unknown := sorted(f for f in formats - {None, MIXED, "dense"} if f not in LAYOUTS):
+        if unknown := sorted(f for f in formats if f and f not in (MIXED, "dense", *LAYOUTS)):
             raise Unsupported(f"compressed-tensors format '{unknown[0]}' is not read yet; {', '.join(LAYOUTS)} are")
-        said = [_weights(group["weights"]) for group in groups.values() if group.get("weights")]
+        said = [group["weights"] for group in groups.values() if group.get("weights")]
         found: dict[str, tuple[Scheme, Shape]] = {}
         for name in entries:
             module, _, suffix = name.rpartition(".")
@@ -151,15 +166,26 @@ class CompressedTensors(Container):
         return found
 
 
-def _weights(said: Config) -> Config:
-    """QuantizationArgs of weights, as far as they are used here."""
-    if (
-        type(said.get("num_bits", 8)) is not int
-        or not isinstance(said.get("group_size") or 1, int)
-        or not isinstance(said.get("type", "int"), str)
-    ):
+def _groups(config: Config) -> dict[str, Config]:
+    """The config's groups of modules, of which every entry that is used is of the type that it should be."""
+    _require_types(config, {"format": (str,), "config_groups": (dict,)})
+    groups = config.get("config_groups") or {}
+    for group in groups.values():
+        _require_types(group, GROUP)
+        for part in ("weights", "input_activations"):
+            _require_types(group.get(part) or {}, ARGUMENTS)
+        for target in group.get("targets") or []:
+            _require_types({"targets": target}, {"targets": (str,)})
+    return groups
+
+
+def _require_types(said: object, types: Mapping[str, tuple[type, ...]]) -> None:
+    """Raise BadCheckpoint for entries of other types; what is null is not there."""
+    if not isinstance(said, dict):
         raise BadCheckpoint(f"config.json says of quantized weights what nobody would: {brief(said)}")
-    return said
+    for name, kinds in types.items():
+        if said.get(name) is not None and type(said[name]) not in kinds:
+            raise BadCheckpoint(f"config.json says of quantized weights what nobody would: {name} {brief(said[name])}")
 
 
 def _in_order(name: str, entries: Mapping[str, Entry], grid: Grid, shape: Shape) -> tuple[Grid, Shape]:
