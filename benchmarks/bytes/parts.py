@@ -17,7 +17,7 @@ import yaml
 
 Parts = dict[str, str]
 """Digests by the name of what they are of; the last is the file's."""
-OF_THE_RUN = {"seconds", "peak_memory_bytes"}
+OF_THE_RUN = {"seconds", "peak_memory_bytes", "planned", "measured"}
 TOOK = re.compile(rb"^It took [0-9.]+ s( and [^(]*? of memory)?\.", re.MULTILINE)
 """The same in a model's card."""
 WHOLE = "all of it"

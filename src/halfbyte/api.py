@@ -1,6 +1,7 @@
 """The public functions: what the command line calls, and nothing more."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,9 +11,10 @@ from halfbyte.budget.budget import Budget
 from halfbyte.containers.place import one_file
 from halfbyte.devices import AUTO, device_named, title
 from halfbyte.engines.engines import ENGINES
-from halfbyte.errors import BadRequest, require_at_least
+from halfbyte.errors import BadRequest, HalfbyteError, require_at_least
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.evaluation.suites.suite import suites as read_suites
+from halfbyte.files import exists
 from halfbyte.models import adapter as adapters
 from halfbyte.models import calibrate, heads
 from halfbyte.models.calibrate import Samples
@@ -135,7 +137,7 @@ def quantize(
         with shown(progress) as show:
             recipe, found, _ = pipeline.within(budget, recipe, out, overwrite, show, chosen)
     if dry_run:
-        return pipeline.plan(recipe, out, overwrite=overwrite, budget=found)
+        return pipeline.plan(recipe, out, overwrite=overwrite, budget=found, device=chosen)
     if recipe.method == "convert":
         if recipe.to is None:
             raise BadRequest(f"method convert needs a container in the recipe's entry 'to': {', '.join(TARGETS)}")
@@ -566,14 +568,27 @@ def imatrix(
     return ImatrixReport(path=str(out), matrices=len(found.tensors), device=title(chosen), **windows.about)
 
 
-def page(runs: str | Path | Sequence[str | Path], out: str | Path, overwrite: bool = False) -> None:
+def page(
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    overwrite: bool = False,
+    device: str | None = None,
+    engine: str | None = None,
+) -> None:
     """Write one page, for a browser, of what the reports of any number of outputs say. It needs no network.
 
-    Charts are Vega-Lite's, which `halfbyte[report]` brings. Raises HalfbyteError.
+    `device` and `engine`: where what `advise` says of the runs' models is for, by default what is here; of models that
+    are not here any more it says nothing. Charts are Vega-Lite's, which `halfbyte[report]` brings. Raises
+    HalfbyteError.
     """
     from halfbyte.report import page as pages
 
-    text = pages.page(_several(runs))
+    asked, outputs, plans = question(engine, device), [Path(run).expanduser() for run in _several(runs)], []
+    for path in dict.fromkeys(run.report.source.path for run in pages.reports(outputs)):
+        if exists(Path(path)):
+            with suppress(HalfbyteError):  # something else may lie there by now
+                plans.append(advice.advise(path, asked))
+    text = pages.page(outputs, plans)
     with one_file(Path(out).expanduser(), overwrite) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 

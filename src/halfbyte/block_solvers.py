@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halfbyte.devices import release
 from halfbyte.grids.activations import ActivationStats
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.quantized import Quantized, Scheme
@@ -117,7 +118,9 @@ class BlockTask:
         outputs = None
         if walk.full_inputs is not None and walk.full_outputs is None:
             outputs = walk.full_outputs = walk.full_inputs.fork()
-        return walk.fitting(lambda: collect(self.block, wanted, walk.inputs, walk.full_inputs, outputs))
+        found = walk.fitting(lambda: collect(self.block, wanted, walk.inputs, walk.full_inputs, outputs))
+        release(walk.device)
+        return found
 
 
 BlockSolver = Callable[[BlockTask], Iterator[Solution]]
@@ -133,18 +136,22 @@ def per_matrix(method: Method) -> BlockSolver:
                 known = statistics.get(weights[0])  # what is one matrix to engines reads one tensor
                 for weight in weights:  # the last weight of a group frees its Hessian
                     statistics.pop(weight, None)
-                targets = [task.block.target(weight) for weight in weights]
-                w = targets[0] if len(targets) == 1 else torch.cat(targets)
-                solve = partial(solve_matrix, w, task.schemes[weights[0]].weight, known, method)
-                q, note = task.walk.fitting(solve)
-                if known is None:
-                    yield Solution(weights, q, note=note)
-                    continue
-                decoded = q.decode().split([w.shape[0] for w in weights])
-                errors = [known.error(w, rounded) for w, rounded in zip(targets, decoded, strict=True)]
-                yield Solution(weights, q, errors, known.tokens, note)
+                yield _solution(task, weights, known, method)
+                del known  # not beside the next one
 
     return solve_block
+
+
+def _solution(task: BlockTask, weights: Sequence[Weight], known: Statistics | None, method: Method) -> Solution:
+    """What a fused group becomes by the statistics of what it reads."""
+    targets = [task.block.target(weight) for weight in weights]
+    w = targets[0] if len(targets) == 1 else torch.cat(targets)
+    q, note = task.walk.fitting(partial(solve_matrix, w, task.schemes[weights[0]].weight, known, method))
+    if known is None:
+        return Solution(weights, q, note=note)
+    decoded = q.decode().split([w.shape[0] for w in weights])
+    errors = [known.error(w, rounded) for w, rounded in zip(targets, decoded, strict=True)]
+    return Solution(weights, q, errors, known.tokens, note)
 
 
 def solve_matrix(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) -> tuple[Quantized, str]:

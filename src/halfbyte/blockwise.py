@@ -62,7 +62,9 @@ def quantize(run: Run, samples: Samples) -> None:
             solved = _solve(run, walk, block, finder, solver)
             written.result()  # so that one block at most waits to be written
             written = _commit(run, block, solved)
+            del solved  # its codes take half of what the next block does
         written.result()
+    run.spilled_bytes = walk.spilled_bytes
     if stage := MODEL_STAGES.get(plan.method.solver):
         stage(run, walk)
     run.progress("tensors outside of the blocks", len(walk.blocks), len(walk.blocks))

@@ -1,9 +1,16 @@
 """What computes: the kinds of devices, what each can do, and which one is meant. Nobody else asks what kind one is."""
 
+import ctypes
 import re
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from halfbyte.errors import BadRequest
 
@@ -15,6 +22,50 @@ AUTO = "auto"
 
 def _free_bytes(device: "torch.device") -> int:
     return _module(device.type).mem_get_info(device)[0]
+
+
+def _peak_bytes(device: "torch.device") -> int | None:
+    """None where torch does not tell (MPS)."""
+    peak = getattr(_module(device.type), "max_memory_allocated", None)
+    return peak(device) if peak else None
+
+
+def _peak_of_process(_: "torch.device") -> int | None:
+    """None where the system does not say (macOS)."""
+    if sys.platform != "linux":
+        return getattr(psutil.Process().memory_info(), "peak_wset", None)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _available_bytes(_: "torch.device") -> int:
+    """Of this machine: what programs can have without others being put out, within what the system lets this process
+    have."""
+    limits = [limit - used for limit, used in map(_of_group, CGROUPS) if limit is not None]
+    return max(0, min([psutil.virtual_memory().available, *limits]))
+
+
+def _of_group(names: tuple[str, str, str]) -> tuple[int | None, int]:
+    """The limit of a control group, if there is one, and what its processes hold that cannot be dropped."""
+    home, limit, used = names
+    try:
+        words = Path(home, limit).read_text(encoding="ascii").strip()
+        taken = int(Path(home, used).read_text(encoding="ascii"))
+        files = dict(line.split() for line in Path(home, "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return None, 0
+    dropped = int(files.get("inactive_file", files.get("total_inactive_file", 0)))
+    return (int(words) if words.isdigit() else None), taken - dropped
+
+
+CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Where Linux says what a container may have: version 2, and version 1."""
 
 
 def _recommended_bytes(device: "torch.device") -> int:
@@ -38,12 +89,14 @@ class Kind:
     """Whether torch._int_mm is exact and fast on it."""
     free_bytes: Callable[["torch.device"], int] = _free_bytes
     """Bytes of its memory that nothing has taken."""
+    peak_bytes: Callable[["torch.device"], int | None] = _peak_bytes
+    """The most of its memory that this process has had at a time."""
 
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("cpu", is_host=True, is_numbered=False),
+        Kind("cpu", is_host=True, is_numbered=False, free_bytes=_available_bytes, peak_bytes=_peak_of_process),
         Kind("cuda", pins=True, multiplies_int8=True),
         Kind("xpu"),
         Kind("mps", is_numbered=False, free_bytes=_recommended_bytes),
@@ -97,10 +150,24 @@ def title(device: "torch.device") -> str:
     return f"{device} ({_module(device.type).get_device_name(device)})"
 
 
+def forget_peak(device: "torch.device") -> None:
+    """From now on, a GPU's `peak_bytes` are of what comes."""
+    if reset := getattr(_module(device.type), "reset_peak_memory_stats", None):
+        reset(device)
+
+
 def release(device: "torch.device") -> None:
-    """Give memory back that torch holds of a GPU and does not use."""
+    """Give memory back that is held and not used: torch's of a GPU, the C library's of the system's."""
     if not kind_of(device).is_host:
         _module(device.type).empty_cache()
+    elif trim := _trim():
+        trim(0)
+
+
+@cache
+def _trim() -> "Callable[[int], int] | None":
+    """glibc keeps what was freed in small pieces, and each thread its own: of a large block, hundreds of megabytes."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def _device(name: str) -> "torch.device":

@@ -1,7 +1,6 @@
 """quantize(): plan, walk, transform, solve, write, verify, report."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,27 +12,30 @@ import torch
 import xxhash
 
 from halfbyte.budget.budget import Budget
-from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
+from halfbyte.containers.folder import Folder, Shard, claim, kept_on_interrupt
 from halfbyte.containers.place import is_file
-from halfbyte.devices import title
+from halfbyte.devices import release, title
 from halfbyte.errors import BadRequest, BrokenOutput, plural
 from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.models import calibrate
 from halfbyte.models.calibrate import Samples
 from halfbyte.models.checkpoint import Weight
-from halfbyte.models.placement import CPU, Placement
+from halfbyte.models.placement import CPU, Placement, tasks_together
 from halfbyte.models.stamp import digest as digest_of
 from halfbyte.models.stamp import stamp
 from halfbyte.plan import decoding, resolve, transcoding
-from halfbyte.progress import RESUMING, Progress, shown, silent
+from halfbyte.progress import RESUMING, TAKING, Progress, shown, silent
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.registry import IMPORTANCE
 from halfbyte.report import build
 from halfbyte.report.card import card
-from halfbyte.report.types import BudgetReport, CacheReport, Devices, Planned, Report
+from halfbyte.report.summary import in_words
+from halfbyte.report.types import BudgetReport, CacheReport, Devices, Planned, Report, Resources
 from halfbyte.report.types import Plan as PlanReport
 from halfbyte.report.written import as_json, report_of
 from halfbyte.run import SAMPLED, Committed, Run, commit, digest, record_step, restore_step, weight_report
+from halfbyte.sizing import run as sizing
+from halfbyte.sizing.run import Meter
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
 from halfbyte.targets.plan import Plan
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from halfbyte.budget.mix import Mixed
 
 Some = TypeVar("Some", bound=Planned)
-SIDE_BY_SIDE = 1 << 28
-"""Weights in memory at a time, where no single matrix has more."""
 
 
 def quantize(
@@ -63,21 +63,23 @@ def quantize(
     Raises HalfbyteError, with nothing half-written left behind. A run that is killed is taken up again by the same
     call.
     """
-    started = time.perf_counter()
+    meter = Meter(device)
     out = Path(out).expanduser()
     plan = _planned(recipe, out)
     _claim(out, plan, overwrite)
+    writer = plan.target.writer(plan)
+    shards = writer.shards(_stem_of(out))
+    takes = _required(plan, shards, out, meter, progress)
     known = _importance(plan, device)
     if not plan.calibrated:
         samples = None
     elif samples is None:
         samples = calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
-    writer = plan.target.writer(plan)
-    folder = Folder(output_path(out), writer.shards(_stem_of(out)), identity(plan, samples, device), overwrite)
+    folder = Folder(output_path(out), shards, identity(plan, samples, device), overwrite)
     if folder.is_published:
         return report_of(out)
     with kept_on_interrupt(folder):
-        run = Run(plan, writer, folder, progress, samples=samples, device=device)
+        run = Run(plan, writer, folder, progress, samples=samples, device=device, planned=takes, meter=meter)
         if samples is None:
             solver = SOLVERS[plan.method.solver]
             _stream(
@@ -90,7 +92,7 @@ def quantize(
             from halfbyte import blockwise  # Transformers takes seconds to import, and only calibration needs the model
 
             blockwise.quantize(run, samples)
-        report = _finish(run, started, budget)
+        report = _finish(run, budget)
         folder.publish()
     return report
 
@@ -132,7 +134,13 @@ def within(
     return mix.mixed(_named(recipe, out), budget, out, Placement.on(device, scratch), progress)
 
 
-def plan(recipe: Recipe, out: str | Path, overwrite: bool = False, budget: BudgetReport | None = None) -> PlanReport:
+def plan(
+    recipe: Recipe,
+    out: str | Path,
+    overwrite: bool = False,
+    budget: BudgetReport | None = None,
+    device: torch.device = CPU,
+) -> PlanReport:
     """What `quantize` would do; nothing is written and no weight is read. Raises what `quantize` would."""
     if recipe.method in OTHER_COMMANDS:
         raise BadRequest(f"a recipe of {recipe.method} has no plan before the values are read; plan those of quantize")
@@ -142,7 +150,9 @@ def plan(recipe: Recipe, out: str | Path, overwrite: bool = False, budget: Budge
     writer = plan.target.writer(plan)
     shards = writer.shards(_stem_of(out))
     size_bytes = sum(shard.size_bytes for shard in shards.values())
-    return _with_budget(build.planned(plan, size_bytes, writer.entry_file(_stem_of(out)), list(shards)), budget)
+    takes = sizing.resources(plan, shards, device, output_path(out).final.parent)
+    planned = build.planned(plan, size_bytes, writer.entry_file(_stem_of(out)), list(shards), takes)
+    return _with_budget(planned, budget)
 
 
 def convert(
@@ -162,14 +172,12 @@ def convert(
     report's errors are those against the quantized source: 0 where nothing was rounded.
     Raises HalfbyteError, with nothing half-written left behind.
     """
-    started = time.perf_counter()
+    meter = Meter(CPU)
     plan = transcoding(str(source), to, grid, engine)
     out = Path(out).expanduser()
     _claim(out, plan, overwrite)
     writer = plan.target.writer(plan)
-    folder = Folder(output_path(out), writer.shards(_stem_of(out)), identity(plan, None), overwrite)
-    if folder.is_published:
-        return report_of(out)
+    shards = writer.shards(_stem_of(out))
 
     def transcode(_: Weight, q: Quantized, scheme: Scheme) -> Quantized:
         for near in plan.target.casts(q):
@@ -179,16 +187,21 @@ def convert(
             activations=q.activations if q.scheme.activations == scheme.activations else None
         )
 
-    with shown(progress) as show, kept_on_interrupt(folder):
-        run = Run(plan, writer, folder, show)
-        _stream(
-            run,
-            [[weight] for weight in plan.schemes],
-            lambda weight: plan.checkpoint.read_quantized(weight.name),
-            transcode,
-        )
-        report = _finish(run, started)
-        folder.publish()
+    with shown(progress) as show:
+        takes = _required(plan, shards, out, meter, show)
+        folder = Folder(output_path(out), shards, identity(plan, None), overwrite)
+        if folder.is_published:
+            return report_of(out)
+        with kept_on_interrupt(folder):
+            run = Run(plan, writer, folder, show, planned=takes, meter=meter)
+            _stream(
+                run,
+                [[weight] for weight in plan.schemes],
+                lambda weight: plan.checkpoint.read_quantized(weight.name),
+                transcode,
+            )
+            report = _finish(run)
+            folder.publish()
     return report
 
 
@@ -209,7 +222,7 @@ def dequantize(
     (what, done, total).
     Raises HalfbyteError, with nothing half-written left behind.
     """
-    started = time.perf_counter()
+    meter = Meter(CPU)
     out = Path(out).expanduser()
     named = file_target(out)
     to = to or (named.name if named else next(iter(UNQUANTIZED)))
@@ -221,17 +234,32 @@ def dequantize(
         )
     _claim(out, plan, overwrite)
     writer = plan.target.writer(plan)
-    folder = Folder(output_path(out), writer.shards(_stem_of(out)), identity(plan, None), overwrite)
-    if folder.is_published:
-        return report_of(out)
-    with shown(progress) as show, kept_on_interrupt(folder):
-        run = Run(plan, writer, folder, show)
-        _stream(
-            run, [], plan.checkpoint.read_weight, lambda weight, w, scheme: SOLVERS["nearest"](w, scheme.weight, None)
-        )
-        report = _finish(run, started)
-        folder.publish()
+    shards = writer.shards(_stem_of(out))
+    with shown(progress) as show:
+        takes = _required(plan, shards, out, meter, show)
+        folder = Folder(output_path(out), shards, identity(plan, None), overwrite)
+        if folder.is_published:
+            return report_of(out)
+        with kept_on_interrupt(folder):
+            run = Run(plan, writer, folder, show, planned=takes, meter=meter)
+            _stream(
+                run,
+                [],
+                plan.checkpoint.read_weight,
+                lambda weight, w, scheme: SOLVERS["nearest"](w, scheme.weight, None),
+            )
+            report = _finish(run)
+            folder.publish()
     return report
+
+
+def _required(plan: Plan, shards: Mapping[str, Shard], out: Path, meter: Meter, progress: Progress) -> Resources:
+    """What the run will take, said. Raises BadRequest where that is not there."""
+    place = output_path(out)
+    takes = sizing.resources(plan, shards, meter.device, place.final.parent, meter.peak_bytes or 0)
+    sizing.require(takes, plan, meter.device, place)
+    progress(f"{TAKING} {in_words(takes)}", 0, 1)
+    return takes
 
 
 def _claim(out: Path, plan: Plan, overwrite: bool) -> None:
@@ -323,6 +351,7 @@ def _stream(
             record_step(run, reports, digests, module=group[0].name)
             seen += _size(group)
             run.progress(group[-1].name, seen, total)
+        release(CPU)
         for number, _ in enumerate(pool.map(keep, plan.unquantized)):
             run.progress("tensors that are not quantized", number, len(plan.unquantized))
 
@@ -338,9 +367,7 @@ def _workers(largest: int) -> Iterator[Executor]:
 
     There is one thread more than that takes, since some wait for the disk.
     """
-    cores = torch.get_num_threads()
-    together = max(1, min(cores, SIDE_BY_SIDE // largest))
-
+    cores, together = torch.get_num_threads(), tasks_together(largest)
     with ThreadPoolExecutor(together + 1, initializer=torch.set_num_threads, initargs=(cores // together,)) as pool:
         try:
             yield pool
@@ -349,8 +376,9 @@ def _workers(largest: int) -> Iterator[Executor]:
             torch.set_num_threads(cores)
 
 
-def _finish(run: Run, started: float, budget: BudgetReport | None = None) -> Report:
+def _finish(run: Run, budget: BudgetReport | None = None) -> Report:
     """Small files, the check of what was written, and the report."""
+    release(CPU)  # what reads again needs room of its own
     folder = run.folder.partial
     for part in run.checkpoint_writer.extra():
         run.folder.write(*part)
@@ -361,11 +389,13 @@ def _finish(run: Run, started: float, budget: BudgetReport | None = None) -> Rep
         verify(run)
         sealed.result()
     size_bytes = sum(shard.size_bytes for shard in run.folder.shards.values())
-    file, seconds = run.checkpoint_writer.entry_file(_stem_of(run.folder.target)), time.perf_counter() - started
+    file, seconds = run.checkpoint_writer.entry_file(_stem_of(run.folder.target)), run.meter.seconds
     device = title(run.device)
     devices = Devices(solve=device, calibration=device if run.samples or cache else None)
+    resources = run.planned, run.meter.read(folder, run.spilled_bytes)
     report = _with_budget(
-        build.report(run.plan, run.rows, run.folds, run.samples, cache, size_bytes, file, seconds, devices), budget
+        build.report(run.plan, run.rows, run.folds, run.samples, cache, size_bytes, file, seconds, devices, resources),
+        budget,
     )
     texts = {
         "recipe.yaml": run.plan.recipe.dump(),

@@ -8,7 +8,8 @@ from halfbyte.errors import BadRequest
 Progress = Callable[[str, float, float], None]
 """(what is being done, done so far, of how much)"""
 RESUMING = "resuming"
-"""How a message begins that is worth a line of its own."""
+TAKING = "this takes"
+"""How messages begin that are worth a line of their own."""
 
 
 def silent(what: str, done: float, total: float) -> None:
@@ -49,7 +50,7 @@ def _bar() -> Iterator[Progress]:
         task = bar.add_task("", total=None)
 
         def show(what: str, done: float, total: float) -> None:
-            if what.startswith(RESUMING) and console.is_terminal:
+            if what.startswith((RESUMING, TAKING)) and console.is_terminal:
                 console.print(what, highlight=False, soft_wrap=True)
             bar.update(task, description=plain(what), completed=done, total=total)
 

@@ -20,7 +20,8 @@ from halfbyte.models.checkpoint import Weight, cast, require_finite
 from halfbyte.models.placement import CPU
 from halfbyte.progress import Progress
 from halfbyte.report.distributions import Sample, distribution, sample
-from halfbyte.report.types import ActivationDistribution, ActivationReport, WeightReport
+from halfbyte.report.types import ActivationDistribution, ActivationReport, Resources, WeightReport
+from halfbyte.sizing.run import Meter
 from halfbyte.targets.plan import SKIPPED, Plan
 from halfbyte.targets.target import CheckpointWriter
 
@@ -57,6 +58,10 @@ class Run:
     checkpoint_writer: CheckpointWriter
     folder: Folder
     progress: Progress
+    planned: Resources
+    """What it is to take."""
+    meter: Meter
+    """What it takes."""
     rows: dict[str, WeightReport] = field(default_factory=dict)
     digests: dict[str, list[str]] = field(default_factory=dict)
     """Of every module and unquantized tensor, as the solver returned it or the source held it; one for each chunk of
@@ -67,6 +72,8 @@ class Run:
     """Where is solved."""
     writer: Executor = field(default_factory=lambda: _Inline())
     """Who writes."""
+    spilled_bytes: int = 0
+    """Of hidden states in files."""
 
     def put(self, weight: Weight, q: Quantized) -> str:
         """Pack and write a matrix; its digest."""

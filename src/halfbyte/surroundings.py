@@ -1,10 +1,15 @@
 """What libraries are told through the environment where halfbyte is the program. They read it as they are loaded, so it
 is said before."""
 
+import ctypes
 import hashlib
 import os
+import sys
 import tempfile
 from pathlib import Path
+
+M_MMAP_THRESHOLD, LARGE_BYTES = -3, 8 << 20
+"""The name that malloc.h has for a number."""
 
 
 def arrange() -> None:
@@ -15,6 +20,14 @@ def arrange() -> None:
     )  # threads that spin where they wait for others take a neighbour's time
     if place := kernels():
         os.environ.setdefault("NUMBA_CACHE_DIR", str(place))
+    give_back_blocks()
+
+
+def give_back_blocks() -> None:
+    """Have glibc return every large block as it is freed: else it keeps those of up to 32 MB in a heap with holes (of
+    gptq on a block of 60 million weights, a peak of 1.80 GB for 1.63 GB)."""
+    if sys.platform == "linux" and (set_option := getattr(ctypes.CDLL(None), "mallopt", None)):
+        set_option(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def kernels() -> Path | None:

@@ -35,7 +35,7 @@ def home(tmp_path_factory) -> Path:
     halfbyte.evaluate(outputs, home / "model", str(home / "text.txt"), 64, 3)
     halfbyte.evaluate(outputs[:1], home / "model", str(home / "text.txt"), 32, 2)
     halfbyte.needle(outputs[:1], home / "model", str(home / "text.txt"), [256], depths=2, facts=1)
-    halfbyte.page(outputs, home / "report.html")
+    halfbyte.page(outputs, home / "report.html", device="rtx-4090", engine="vllm")
     (home / "broken").mkdir()
     report = json.loads((home / "three" / "report.json").read_text())
     report["recipe"] |= {"method": HOSTILE, "model": HOSTILE}
@@ -122,6 +122,29 @@ def test_charts_are_those_of_the_reports(home, chromium):
     for chart in ("spreads", "reads"):
         assert shown.locator(f"[data-chart={chart}] svg").count() == 1
     assert shown.locator("[data-chart=blame]").is_hidden()  # nothing was blamed
+    assert not wrong
+
+
+@in_browser
+def test_plan_is_that_of_advise_and_runs_say_what_they_took(home, chromium):
+    shown, wrong = opened(chromium, home / "report.html")
+    advice = halfbyte.advise(home / "model", device="rtx-4090", engine="vllm")
+    rows = {row.scheme: row for row in advice.rows if not row.refused}
+    listed = shown.locator("table.plans tbody tr").all()
+    assert [row.locator("td").first.inner_text() for row in listed] == list(rows)
+    for row, known in zip(listed, rows.values(), strict=True):
+        values = {
+            cell.get_attribute("data-title"): float(cell.get_attribute("data-value"))
+            for cell in row.locator("td.number[data-value]").all()
+        }
+        assert values["file"] == known.file_bytes
+        assert values["in memory, GiB"] == known.memory_bytes
+        assert values.get("tokens/s") == known.decode_tokens
+    assert "vLLM on NVIDIA GeForce RTX 4090" in shown.locator(".plan .note").first.inner_text()
+    assert str(home) not in shown.locator(".plan").inner_text()
+    shown.select_option("#run", "0")
+    planned = reports(home)[0]["planned"]
+    assert f"{planned['memory_bytes'] / 1e6:.2f} MB of memory" in shown.locator(".of-run:visible").inner_text()
     assert not wrong
 
 

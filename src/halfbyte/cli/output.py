@@ -15,7 +15,7 @@ from halfbyte import display
 from halfbyte.errors import plural
 from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.report.numbers import require_finite
-from halfbyte.report.summary import headline, size, worst, worst_activations
+from halfbyte.report.summary import headline, in_words, size, worst, worst_activations
 from halfbyte.terminal import Terminal, as_json
 
 if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
@@ -63,6 +63,8 @@ def show_plan(plan: Plan, output: Path) -> None:
         out.print(f"  {display.budget(plan.budget)}", soft_wrap=True)
     names = ", ".join(o.files[:3]) + (" ..." if len(o.files) > 3 else "")
     out.print(f"  {plural(len(o.files), 'file')} of tensors, {size(o.size_bytes)}: {names}")
+    if plan.planned:
+        out.print(f"  the run would take {in_words(plan.planned)}", soft_wrap=True)
     show_warnings(plan.warnings)
     for engine in plan.engines:
         reason = "" if engine.loads else f": {engine.reasons[0]}"
@@ -74,6 +76,8 @@ def show_plan(plan: Plan, output: Path) -> None:
 def show_report(report: Report, output: Path, told: Sequence[str] = ()) -> None:
     """Print what became of a run, and how the output is served and measured; without the warnings that were told."""
     out.print(f"{output}: {headline(report)}, {report.seconds:.1f} s; read back and verified")
+    if report.planned and report.measured:
+        out.print(f"took {in_words(report.measured)}; planned {in_words(report.planned)}", soft_wrap=True)
     if report.budget:
         out.print(display.budget(report.budget), soft_wrap=True)
     show(display.worst(worst(report), report.error_of))

@@ -10,6 +10,7 @@ from halfbyte.cli.options import Json, Overwrite, Quiet
 from halfbyte.cli.output import out, print_json, show
 from halfbyte.errors import plural
 from halfbyte.report.summary import size
+from halfbyte.sizing.question import of_words, question
 
 
 def compare(
@@ -60,6 +61,10 @@ def inspect(
 def report(
     runs: Annotated[list[str], typer.Argument(help="Outputs of quantize: folders, or .gguf files.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+    meant_for: Annotated[
+        str | None,
+        typer.Option("--for", help="ENGINE or ENGINE@DEVICE that the page's plan is for.", show_default="what is here"),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -67,10 +72,12 @@ def report(
 
     halfbyte report model-int4 model-Q4_K_M.gguf -o report.html
     """
+    engine, device = of_words(meant_for) if meant_for else (None, None)
+    question(engine, device)  # wrong words need not wait for torch
     from halfbyte.api import page as run
     from halfbyte.report.types import Page
 
-    run(runs, output, overwrite)
+    run(runs, output, overwrite, device, engine)
     written = output.expanduser().stat().st_size
     if as_json:
         print_json(Page(path=str(output), runs=runs, size_bytes=written))

@@ -1,12 +1,14 @@
 """What a pass takes of a device's memory, from shapes alone: whether a model fits is known before it is read."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import prod
 
 from halfbyte.models import roles
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.checkpoint import Checkpoint, Weight
 from halfbyte.models.placement import Placement
+from halfbyte.names import fused_set
 from halfbyte.solvers.statistics import Statistics
 
 FITTING = 8
@@ -30,6 +32,8 @@ class DeviceMemory:
     """Of as many weights at a time as the budget holds."""
     running: int
     """What a block computes of a batch."""
+    least: int
+    """What no smaller batch and no budget makes less: a block, and the largest Hessian with its factor."""
     solving: int
     """The factor of the largest Hessian, the largest matrix while it is solved, and the codes of a block."""
 
@@ -45,33 +49,53 @@ class DeviceMemory:
 def device_memory(
     checkpoint: Checkpoint, samples: int, length: int, placement: Placement, full_precision: bool = False
 ) -> DeviceMemory:
-    """Of quantizing with calibration on so many samples. Weights that read one tensor share a statistic, which shapes
-    do not tell: each is counted."""
+    """Of quantizing with calibration on so many samples. Weights that read one tensor share a statistic, as far as
+    their names tell."""
     itemsize = checkpoint.dtype.itemsize
     blocks: dict[str | None, list[tuple[int, ...]]] = defaultdict(list)
     for tensor, shape in checkpoint.tensors().items():
         blocks[roles.block_of(tensor)].append(shape)
     weights = [weight for weight in checkpoint.weights() if weight.block]
     by_block: dict[str | None, list[tuple[int, ...]]] = defaultdict(list)
+    read: dict[str | None, dict[object, int]] = defaultdict(dict)
     for weight in weights:
         by_block[weight.block].append(weight.shape)
-    width = checkpoint.text_config["hidden_size"]
-    batch = max(1, placement.batch_tokens // length) * length
-    streams = 3 if full_precision else 1
-    hidden = samples * length * width * itemsize * streams
+        read[weight.block][reading_group(weight)] = Statistics.size_bytes(weight.shape[1], full_precision)
+    width = hidden_size(checkpoint)
+    batch = min(samples, max(1, placement.batch_tokens // length)) * length
+    hidden = hidden_bytes(checkpoint, samples, length, full_precision)
     on_device = hidden if placement.of_hidden(hidden) == "device" else 0
-    statistics = max(
-        sum(Statistics.size_bytes(shape[1], full_precision) for shape in shapes) for shapes in by_block.values()
-    )
-    largest = max(Statistics.size_bytes(weight.shape[1], full_precision) for weight in weights)
-    widest = max(max(weight.shape) for weight in weights)
-    matrix = max(prod(weight.shape) for weight in weights)
-    codes = max(sum(map(prod, shapes)) for shapes in by_block.values())
+    statistics = max((sum(groups.values()) for groups in read.values()), default=0)
+    block = max((sum(map(prod, shapes)) for name, shapes in blocks.items() if name), default=0) * itemsize
+    largest = max((Statistics.size_bytes(weight.shape[1], full_precision) for weight in weights), default=0)
+    widest = max((max(weight.shape) for weight in weights), default=width)
+    matrix = max((prod(weight.shape) for weight in weights), default=0)
+    codes = max((sum(map(prod, shapes)) for shapes in by_block.values()), default=0)
+    inputs = max((weight.shape[1] for weight in weights), default=0)
     return DeviceMemory(
         outside=sum(map(prod, blocks[None])) * itemsize,
-        block=max(sum(map(prod, shapes)) for block, shapes in blocks.items() if block) * itemsize,
+        block=block,
         hidden=on_device + batch * width * itemsize * 2,
         statistics=min(statistics, max(placement.statistics_bytes, largest)),
         running=batch * widest * (RUNNING * itemsize + 4),  # what statistics are made of is in float32
-        solving=Statistics.size_bytes(max(weight.shape[1] for weight in weights)) + FITTING * 4 * matrix + 2 * codes,
+        least=block + 2 * largest,
+        solving=Statistics.size_bytes(inputs) + FITTING * 4 * matrix + 2 * codes,
     )
+
+
+def hidden_size(checkpoint: Checkpoint) -> int:
+    """Features of a hidden state; where config.json does not say in a usual word, what most matrices read."""
+    said = (checkpoint.text_config.get(name) for name in ("hidden_size", "n_embd", "d_model"))
+    widths = Counter(weight.shape[1] for weight in checkpoint.weights())
+    return next((n for n in said if isinstance(n, int)), max(widths, key=widths.__getitem__, default=0))
+
+
+def hidden_bytes(checkpoint: Checkpoint, samples: int, length: int, full_precision: bool = False) -> int:
+    """Of what so many samples make between two blocks; in full precision too, of what a block reads and returns."""
+    of_token = hidden_size(checkpoint) * checkpoint.dtype.itemsize
+    return samples * length * of_token * (3 if full_precision else 1)
+
+
+def reading_group(weight: Weight) -> Hashable:
+    """The same for weights that read one tensor, as far as their names tell."""
+    return fused_set(weight.name) or weight.name

@@ -17,6 +17,13 @@ HIDDEN_SHARE, STATISTICS_SHARE = 1 / 4, 1 / 4
 """Of a GPU's free memory: the rest is for the block, the next one, and what a solver and the block compute with."""
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 8192
 """Tokens that run through a block at once. A GPU is busy only with more of them."""
+SIDE_BY_SIDE = 1 << 28
+"""Weights that are worked on at a time, where no single matrix has more."""
+
+
+def tasks_together(largest: int) -> int:
+    """How many tasks of at most so many weights share the cores out."""
+    return max(1, min(torch.get_num_threads(), SIDE_BY_SIDE // max(largest, 1)))
 
 
 @dataclass(frozen=True)

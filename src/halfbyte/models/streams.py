@@ -58,6 +58,11 @@ class Stream:
         """Whether they lie on the device that computes."""
         return self._where == "device"
 
+    @property
+    def file_bytes(self) -> int:
+        """What they take of a disk."""
+        return sum(hidden.nbytes for hidden in self._batches) if self._where == "files" else 0
+
     def leave_device(self) -> None:
         """Move what is on the device to memory."""
         self._where = "memory"

@@ -167,6 +167,7 @@ class Walk:
                 if self.to_the_end or not last:
                     self.advance(block)
                 block.free()
+                release(self.device)
         finally:
             self.source.close()
 
@@ -246,6 +247,11 @@ class Walk:
         for batch in range(len(self.batches)):
             outputs[batch] = self.fitting(lambda batch=batch: block.run(outputs[batch], batch))
         self.full_outputs = outputs
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Of hidden states in files."""
+        return sum(stream.file_bytes for stream in (self.inputs, self.full_inputs, self.full_outputs) if stream)
 
     # Memory ----------------------------------------------------------------------------------------------------------
 

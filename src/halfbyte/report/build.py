@@ -2,19 +2,17 @@
 
 import json
 import platform
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from halfbyte.devices import KINDS
 from halfbyte.engines.verdicts import Verdict
 from halfbyte.errors import plural
 from halfbyte.models.calibrate import Samples
@@ -32,6 +30,7 @@ from halfbyte.report.types import (
     PlannedWeight,
     Provenance,
     Report,
+    Resources,
     Source,
     WeightReport,
 )
@@ -43,12 +42,15 @@ LOST, LOST_ROW = 0.5, 0.75
 and a few rows .6."""
 
 
-def planned(plan: Plan, size_bytes: int, file: str | None, files: list[str]) -> PlanReport:
+def planned(
+    plan: Plan, size_bytes: int, file: str | None, files: list[str], resources: Resources | None = None
+) -> PlanReport:
     """All that is known of a run before it; `size_bytes` of all tensors of the output, which lie in `files`."""
     notes = {c.weight: c.note for c in plan.weights}
     return PlanReport(
         **_common(plan),
         output=_output(plan, size_bytes).model_copy(update={"file": file, "files": files}),
+        planned=resources,
         warnings=[*plan.warnings, *plan.checkpoint.left_out],
         weights=[
             PlannedWeight(
@@ -69,8 +71,10 @@ def report(
     file: str | None,
     seconds: float,
     devices: Devices,
+    resources: tuple[Resources, Resources],
 ) -> Report:
-    """All that is known of a run after it; `file` is what engines open of the output, None for the folder."""
+    """All that is known of a run after it; `file` is what engines open of the output, None for the folder, and
+    `resources` what the run was to take and took."""
     notes = Counter(row.note for row in rows.values() if row.note)
     warnings = [
         *plan.warnings,
@@ -97,7 +101,9 @@ def report(
             instructions=torch.backends.cpu.get_cpu_capability(),
         ),
         device=devices,
-        peak_memory_bytes=_peak_memory_bytes(),
+        peak_memory_bytes=KINDS["cpu"].peak_bytes(torch.device("cpu")),
+        planned=resources[0],
+        measured=resources[1],
         seconds=round(seconds, 2),
     )
     return made.model_copy(update={"kv": cache}) if cache else made
@@ -181,14 +187,3 @@ def _lost(rows: Iterable[WeightReport]) -> list[str]:
         f"{worst.error:.2f}, of its worst row {worst.worst_row:.2f}); give it a finer grid with --override, or --skip "
         "it"
     ]
-
-
-def _peak_memory_bytes() -> int | None:
-    """The most memory that this process has had; None where the system does not say (macOS)."""
-    if sys.platform != "linux":
-        return getattr(psutil.Process().memory_info(), "peak_wset", None)
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return None

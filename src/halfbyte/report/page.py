@@ -14,22 +14,23 @@ from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import BadCheckpoint, BadRequest, plural
 from halfbyte.report import charts, tables, written
 from halfbyte.report.card import local_paths, without_paths
-from halfbyte.report.summary import size
+from halfbyte.report.summary import in_words, size
 from halfbyte.report.tables import Named
-from halfbyte.report.types import Report
+from halfbyte.report.types import Part, Report
 from halfbyte.terminal import plain
 
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 """So that no text of JSON ends the element that it stands in."""
 
 
-def page(outputs: Sequence[str | Path]) -> str:
-    """The page of what lies in these folders, or beside these files.
+def page(outputs: Sequence[str | Path], plans: Sequence[Part] = ()) -> str:
+    """The page of what lies in these folders, or beside these files, with what `plan` says of their models.
 
     Raises BadCheckpoint for one without a report of ours, BadRequest where the charts' library is not installed.
     """
     library = charts.library()
-    runs = named([Path(output).expanduser() for output in outputs])
+    paths = [Path(output).expanduser() for output in outputs]
+    runs = named(paths)
     found = {
         "runs": [{"error_of": run.report.error_of, "quantized": run.report.output.quantized} for run in runs],
         "models": tables.models(runs),
@@ -51,6 +52,7 @@ def page(outputs: Sequence[str | Path]) -> str:
         runs=runs,
         title=titled(runs),
         verdict=verdict(runs),
+        plans=[_without_paths(plan.model_dump(), paths) for plan in plans],
         conditions=list(tables.conditions(runs).values()),
         tables=found,
         palettes=charts.PALETTES,
@@ -86,8 +88,8 @@ def specifications(found: dict[str, list[tables.Row]]) -> dict[str, charts.Spec]
     }
 
 
-def named(outputs: Sequence[Path]) -> list[Named]:
-    """Their reports without this machine's paths, and a name for each that no other has."""
+def reports(outputs: Sequence[Path]) -> list[Named]:
+    """Their reports, and a name for each that no other has."""
     if not outputs:
         raise BadRequest("a report is of one run or more: halfbyte report OUT... -o report.html")
     names = [path.resolve().name for path in outputs]
@@ -99,9 +101,23 @@ def named(outputs: Sequence[Path]) -> list[Named]:
                 f"{beside(path, 'report.json')} is not the report of a run; halfbyte quantize writes one with each "
                 "output"
             )
-        said = without_paths(report.as_dict(), local_paths(report, path))
-        found.append(Named(str(path) if names.count(name) > 1 else name, Report.model_validate(said)))
+        found.append(Named(str(path) if names.count(name) > 1 else name, report))
     return found
+
+
+def named(outputs: Sequence[Path]) -> list[Named]:
+    """The same without this machine's paths."""
+    return [
+        Named(run.name, Report.model_validate(without_paths(run.report.as_dict(), local_paths(run.report, path))))
+        for path, run in zip(outputs, reports(outputs), strict=True)
+    ]
+
+
+def _without_paths(said: dict[str, Any], outputs: Sequence[Path]) -> dict[str, Any]:
+    """The same with names in place of this machine's paths, as far as the reports know them."""
+    for path, run in zip(outputs, reports(outputs), strict=True):
+        said = without_paths(said, local_paths(run.report, path))
+    return said
 
 
 def titled(runs: Sequence[Named]) -> str:
@@ -180,5 +196,5 @@ def _template() -> Template:
     )
     environment.globals |= {"plural": plural, "counted": lambda values: Counter(values).most_common()}
     environment.globals |= {"engine_title": engine_title}
-    environment.filters |= {"size": size, "engine_title": engine_title}
+    environment.filters |= {"size": size, "engine_title": engine_title, "resources": in_words}
     return environment.get_template("page.html.jinja")

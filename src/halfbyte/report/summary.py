@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from halfbyte.report.types import Evaluation, Paired, Planned, Report, WeightReport
+    from halfbyte.report.types import Evaluation, Paired, Planned, Report, Resources, WeightReport
 
 WORST = 5
 
@@ -74,6 +74,12 @@ def passed(row: "Paired") -> str:
     if row.original is None or row.model is None:
         return ""
     return f"{row.original * row.items:.0f} → {row.model * row.items:.0f} of {row.items}"
+
+
+def in_words(resources: "Resources") -> str:
+    """Memory, that of a GPU, and disk."""
+    parts = {"memory": resources.memory_bytes, "the GPU's": resources.device_bytes, "disk": resources.disk_bytes}
+    return ", ".join(f"{size(value)} of {name}" for name, value in parts.items() if value is not None)
 
 
 def size(size_bytes: float) -> str:

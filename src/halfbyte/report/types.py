@@ -675,6 +675,17 @@ class CacheRecord(Measurements, frozen=True):
     kv: CacheReport
 
 
+class Resources(Part, frozen=True):
+    """What a run takes at its worst moment; None: it is not known."""
+
+    memory_bytes: Count | None
+    """Of the process, libraries and all."""
+    device_bytes: Count | None = None
+    """Of a GPU's memory."""
+    disk_bytes: Count
+    """Of the output, and of hidden states that memory does not hold."""
+
+
 class BudgetReport(Part, frozen=True):
     """A budget that chose the grid of each weight."""
 
@@ -693,6 +704,8 @@ class BudgetReport(Part, frozen=True):
 class Planned(Versioned, frozen=True):
     """What is known of a run before it."""
 
+    planned: Resources | None = None
+    """What it was to take."""
     recipe: Recipe
     source: Source
     output: Output
@@ -732,6 +745,9 @@ class Report(Measurements, Planned, frozen=True):
     environment: Environment | None = None
     device: Devices | None = None
     peak_memory_bytes: Count | None = None
+    """Of the process, before the run too."""
+    measured: Resources | None = None
+    """What it took; of memory None where the process had had more before."""
     seconds: float
 
     def __repr__(self) -> str:

@@ -37,7 +37,7 @@ def gptq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Quan
 def magnitude_weights(w: Float[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
     """How much more an error in a large weight counts than in a small one: as in llama.cpp's fitting with an importance
     matrix."""
-    squares = w.float().square()
+    squares = w.to(torch.float32, copy=True).square_()
     return squares.add_(squares.mean(1, keepdim=True)).sqrt_()
 
 

@@ -1,0 +1,238 @@
+"""What a run itself takes, known from shapes before it starts: memory of the process and of a GPU, and disk; and
+whether that is there.
+
+What is counted is what is there at the worst moment; how much libraries and workspaces take was measured
+(benchmarks/run_memory.py), and the planned peak is within 15% of the measured one.
+"""
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import psutil
+import torch
+
+from halfbyte.containers.folder import Shard
+from halfbyte.containers.place import OutputPath
+from halfbyte.devices import KINDS, forget_peak, kind_of
+from halfbyte.errors import BadRequest
+from halfbyte.models.checkpoint import Weight
+from halfbyte.models.memory import DeviceMemory, device_memory, hidden_bytes, reading_group
+from halfbyte.models.placement import Placement, tasks_together
+from halfbyte.recipe import method_named
+from halfbyte.report.summary import size
+from halfbyte.report.types import Resources
+from halfbyte.solvers.statistics import Statistics
+from halfbyte.targets.plan import Plan
+
+HOST = KINDS["cpu"]
+FACTORING = ("gptq", "gptaq")
+"""Solvers that factor a Hessian."""
+FEWER = (64, 32, 16, 8)
+"""Samples that are offered in place of more."""
+KERNELS = 110_000_000
+"""Compiled kernels and what loads them, beside what the process has when a plan is made."""
+TEXT = 100_000_000
+"""The tokenizer, and the libraries that run it."""
+CODE = 1
+"""Bytes of a rounded weight before it is packed."""
+DECODED = 8
+"""Bytes of a weight while it is decoded: codes as float32, and what they stand for."""
+TOGETHER = 10
+"""Bytes of a weight while a grid is fitted whose rows share a parameter: all of a matrix at once, in float32."""
+PIECES = 60_000_000
+"""... and of what is computed of it in small pieces, of all threads."""
+SOLVING = 10
+"""Bytes of a weight while GPTQ rounds it: the weight in float32, what an error in it counts, errors."""
+RECORD = 900
+"""Bytes of the report by weight."""
+SURE = 0.85
+"""A run is refused where even so much less than is planned would not fit: plans are right within 15%."""
+
+
+def resources(plan: Plan, shards: Mapping[str, Shard], device: torch.device, scratch: Path, peak: int = 0) -> Resources:
+    """What a run of this plan will take, if it begins now: `scratch` is where hidden states go that memory does not
+    hold, and `peak` what planning has taken at most."""
+    placement = Placement.on(device, scratch)
+    on_device = plan.calibrated and not kind_of(device).is_host
+    tensors, beside = sum(shard.size_bytes for shard in shards.values()), plan.checkpoint.other_files
+    return Resources(
+        memory_bytes=max(peak, psutil.Process().memory_info().rss + KERNELS + _taken(plan, placement)),
+        device_bytes=_pass(plan, placement).total if on_device else None,
+        disk_bytes=tensors
+        + sum(path.stat().st_size for path in beside)
+        + RECORD * len(plan.weights)
+        + _spilled(plan, placement),
+    )
+
+
+def _taken(plan: Plan, placement: Placement) -> int:
+    """Bytes of the host's memory beside libraries and kernels."""
+    if not plan.calibrated:
+        return max(_streaming(plan), _checking(plan))
+    return TEXT + max(_with_calibration(plan, placement, _pass(plan, placement)), _checking(plan))
+
+
+def _pass(plan: Plan, placement: Placement) -> DeviceMemory:
+    asked = plan.recipe.calibration
+    return device_memory(plan.checkpoint, asked.samples, asked.length, placement, plan.method.full_precision)
+
+
+def _spilled(plan: Plan, placement: Placement) -> int:
+    """Bytes of hidden states in files."""
+    if not plan.calibrated:
+        return 0
+    asked = plan.recipe.calibration
+    hidden = hidden_bytes(plan.checkpoint, asked.samples, asked.length, plan.method.full_precision)
+    return hidden if placement.of_hidden(hidden) == "files" else 0
+
+
+def _with_calibration(plan: Plan, placement: Placement, known: DeviceMemory) -> int:
+    """Bytes of the host: all of a pass where it computes, else what is kept and written there."""
+    asked = plan.recipe.calibration
+    hidden = hidden_bytes(plan.checkpoint, asked.samples, asked.length, plan.method.full_precision)
+    kept = hidden if placement.of_hidden(hidden) != "device" else 0
+    if not kind_of(placement.device).is_host:
+        return kept + 2 * known.block + CODE * _largest(plan)
+    begins = known.outside + known.hidden
+    blocks: dict[str | None, list[Weight]] = defaultdict(list)
+    for weight in plan.schemes:
+        blocks[weight.block].append(weight)
+    solving = max((_solving(plan, own, known.statistics) for block, own in blocks.items() if block), default=0)
+    collecting = known.statistics + known.running
+    tried = known.block if "smoothquant" in plan.method.transforms else 0
+    return known.block + kept + max(begins, known.hidden + max(collecting, solving, tried + known.statistics))
+
+
+def _solving(plan: Plan, weights: Sequence[Weight], budget: int) -> int:
+    """Bytes of a block's matrices as they are solved one after the other: statistics of those that are left (no more
+    than a budget at a time), codes of those that are done, and the one at hand."""
+    drift = plan.method.full_precision
+    left: dict[object, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        left[reading_group(weight)].append(weight)
+    most = codes = 0
+    waiting = sum(Statistics.size_bytes(group[0].shape[1], drift) for group in left.values())
+    for weight in weights:
+        matrix = prod(weight.shape)
+        codes += CODE * matrix
+        factored = plan.method.solver in FACTORING
+        factor = Statistics.size_bytes(weight.shape[1]) if factored else 0
+        grid = plan.schemes[weight].weight
+        solver = TOGETHER if grid.shares_params_across_rows else SOLVING
+        most = max(most, min(waiting, budget) + factor + codes + max(solver, DECODED + 2) * matrix)
+        group = left[reading_group(weight)]
+        group.pop()
+        waiting -= 0 if group else Statistics.size_bytes(weight.shape[1], drift)
+    return most
+
+
+def _largest(plan: Plan) -> int:
+    return max((prod(weight.shape) for weight in plan.schemes), default=0)
+
+
+def _streaming(plan: Plan) -> int:
+    """Bytes of matrices that are rounded side by side, without calibration."""
+    shared = any(scheme.weight.shares_params_across_rows for scheme in plan.schemes.values())
+    read = plan.checkpoint.dtype.itemsize
+    each = read + CODE + 1 + (TOGETHER if shared else 0)
+    return _most(plan, _pieces(plan), each) + (PIECES if shared else 0)
+
+
+def _pieces(plan: Plan) -> list[int]:
+    """Weights of what is rounded and written by itself."""
+    writer = plan.target.writer(plan)
+    return [
+        sum(prod(weight.shape) for weight in group) if len(group) > 1 else prod(piece.shape)
+        for group in plan.fused_groups
+        for piece in writer.row_chunks(group[0])
+    ]
+
+
+def _checking(plan: Plan) -> int:
+    """Bytes of what is written and read again side by side: tensors that are not quantized are the largest."""
+    sizes = [plan.spec(tensor).size_bytes for tensor in plan.unquantized]
+    sizes += [(CODE + 1) * piece for piece in _pieces(plan)]
+    return _most(plan, sizes, 1)
+
+
+def _most(plan: Plan, sizes: Sequence[int], each: int) -> int:
+    """Of what is worked on at a time, where one task waits for the disk."""
+    largest = max((sum(prod(weight.shape) for weight in group) for group in plan.fused_groups), default=1)
+    return sum(sorted(sizes)[-tasks_together(largest) - 1 :]) * each
+
+
+class Meter:
+    """What this process takes from now on."""
+
+    def __init__(self, device: torch.device):
+        self.device, self._before, self._started = device, HOST.peak_bytes(device), time.perf_counter()
+        self.on_host = kind_of(device).is_host
+        if not self.on_host:
+            forget_peak(device)
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.perf_counter() - self._started
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Of the process's memory; None where it had more before, or the system does not say."""
+        peak = HOST.peak_bytes(self.device)
+        return peak if peak is not None and peak > (self._before or 0) else None
+
+    def read(self, output: Path, spilled: int) -> Resources:
+        """At the end of a run whose files lie in `output`; `spilled` is what hidden states took of the disk."""
+        return Resources(
+            memory_bytes=self.peak_bytes,
+            device_bytes=None if self.on_host else kind_of(self.device).peak_bytes(self.device),
+            disk_bytes=_files(output) + spilled,
+        )
+
+
+def require(planned: Resources, plan: Plan, device: torch.device, place: OutputPath) -> None:
+    """Raise BadRequest where memory, disk or the device has less than is planned, saying what would fit."""
+    needed = (planned.memory_bytes or 0) - psutil.Process().memory_info().rss
+    if SURE * needed > (free := HOST.free_bytes(device)):
+        raise BadRequest(f"{_lacking('memory', needed, free)}; {_instead(plan, device, free)}")
+    if not kind_of(device).is_host and plan.calibrated:
+        needed, free = _pass(plan, Placement.on(device)).least, kind_of(device).free_bytes(device)
+        if needed > free:
+            raise BadRequest(f"{_lacking(f'memory of {device}', needed, free)}; --device cpu, or --method nearest")
+    needed = planned.disk_bytes - (_files(place.partial) if place.partial.exists() else 0)
+    there = next(path for path in place.final.parents if path.exists())
+    if needed > (free := shutil.disk_usage(there).free):
+        raise BadRequest(f"{_lacking(f'disk in {there}', needed, free)}; name an output on another disk")
+
+
+def _lacking(what: str, needed: int, free: int) -> str:
+    return f"this takes {size(needed)} more of {what}, of which {size(free)} are free"
+
+
+def _instead(plan: Plan, device: torch.device, free: int) -> str:
+    """What would fit into so much memory."""
+    asked = plan.recipe.calibration
+    fewer = [n for n in FEWER if n < asked.samples] if plan.calibrated else []
+    less = {
+        f"--samples {n}": plan.recipe.model_copy(update={"calibration": asked.model_copy(update={"samples": n})})
+        for n in fewer
+    }
+    tried = {words: replace(plan, recipe=recipe) for words, recipe in less.items()}
+    if plan.method.calibrated:
+        tried["--method nearest"] = replace(plan, method=method_named("nearest"))
+    placement = Placement.on(device, plan.checkpoint.path)
+    fits = {words: of for words, other in tried.items() if (of := KERNELS + _taken(other, placement)) <= free}
+    if not fits:
+        return "close other programs, or take a machine with more"
+    words = next(iter(fits))
+    return f"{words} would take {size(fits[words])}"
+
+
+def _files(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
