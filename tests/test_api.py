@@ -43,7 +43,7 @@ def test_every_word_of_a_recipe_is_a_documented_argument():
     taken = inspect.signature(halfbyte.quantize).parameters
     assert Recipe.model_fields.keys() <= taken.keys()
     for name in taken.keys() - {"model", "out"}:
-        assert f"\n    {name}: " in halfbyte.quantize.__doc__
+        assert f"\n        {name}: " in halfbyte.quantize.__doc__
     for name in (*METHODS, *CONTAINERS, *ENGINES, *OBSERVERS, *Calibration.model_fields):
         assert name in halfbyte.quantize.__doc__
     assert not any(p.kind is p.VAR_KEYWORD for p in taken.values())

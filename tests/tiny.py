@@ -38,7 +38,8 @@ def cut_after_each_record(monkeypatch):
 
 
 WAIT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from halfbyte import cli
 from halfbyte.containers.folder import Folder
 record = Folder.record
@@ -56,7 +57,8 @@ cli.main(sys.argv[1:])
 # The command line in a process of its own, which sends itself a signal when a number of records is in the journal.
 CUT = """
 import os, signal, sys
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup, and in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from halfbyte import cli
 from halfbyte.containers.folder import Folder
 number, after = int(sys.argv[1]), int(sys.argv[2])

@@ -10,8 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from halfbyte.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -33,6 +31,8 @@ def _peak_bytes(device: "torch.device") -> int | None:
 def _peak_of_process(_: "torch.device") -> int | None:
     """None where the system does not say (macOS)."""
     if sys.platform != "linux":
+        import psutil  # which `halfbyte --help` need not wait for
+
         return getattr(psutil.Process().memory_info(), "peak_wset", None)
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
@@ -44,6 +44,8 @@ def _peak_of_process(_: "torch.device") -> int | None:
 def _available_bytes(_: "torch.device") -> int:
     """Of this machine: what programs can have without others being put out, within what the system lets this process
     have."""
+    import psutil
+
     limits = [limit - used for limit, used in map(_of_group, CGROUPS) if limit is not None]
     return max(0, min([psutil.virtual_memory().available, *limits]))
 

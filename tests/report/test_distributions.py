@@ -67,10 +67,10 @@ def test_activations_that_overflow_are_not_told_of():
 
 def test_divergence_by_position_adds_up():
     kl = torch.rand(3, 63)
-    stretches = by_position(kl, first=5)
+    stretches = by_position(kl, first_scored=5)
     assert (stretches[0]["first"], stretches[-1]["last"]) == (5, 67)
     assert all(a["last"] + 1 == b["first"] for a, b in pairwise(stretches))
     counts = [s["last"] - s["first"] + 1 for s in stretches]
     mean = sum(s["kl"] * count for s, count in zip(stretches, counts, strict=True)) / sum(counts)
     assert mean == pytest.approx(kl.mean().item())
-    assert len(by_position(kl[:, :3], first=0)) == 3
+    assert len(by_position(kl[:, :3], first_scored=0)) == 3

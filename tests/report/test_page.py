@@ -11,6 +11,7 @@ import halfbyte
 import tiny
 from halfbyte.report import charts
 from halfbyte.report.page import page
+from halfbyte.report.summary import size
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[test]'")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -144,7 +145,7 @@ def test_plan_is_that_of_advise_and_runs_say_what_they_took(home, chromium):
     assert str(home) not in shown.locator(".plan").inner_text()
     shown.select_option("#run", "0")
     planned = reports(home)[0]["planned"]
-    assert f"{planned['memory_bytes'] / 1e6:.2f} MB of memory" in shown.locator(".of-run:visible").inner_text()
+    assert f"{size(planned['memory_bytes'])} of memory" in shown.locator(".of-run:visible").inner_text()
     assert not wrong
 
 
