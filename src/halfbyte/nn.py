@@ -209,7 +209,7 @@ def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device
     """The same of a checkpoint that is open, with the adapter and the cache that it has."""
     dtype = dtype or checkpoint.unquantized_dtype
     model = skeleton.build(checkpoint, dtype)
-    weight_map = skeleton.weight_map(model, checkpoint.tensors())
+    weight_map = skeleton.places(model, checkpoint.tensors())
     ties = skeleton.ties(model, weight_map)
     names = skeleton.inside(model, "")
     skeleton.require_whole(model, checkpoint, weight_map, names)

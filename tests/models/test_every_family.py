@@ -64,7 +64,7 @@ def test_a_walk_and_a_loaded_model_compute_what_transformers_computes(name, tmp_
     else:
         ours = halfbyte.load(folder, torch.float32)
         assert type(ours) is type(theirs)
-        filled = {place.parameter for place in skeleton.weight_map(ours, checkpoint.tensors()).values()}
+        filled = {place.parameter for place in skeleton.places(ours, checkpoint.tensors()).values()}
         for buffer, value in buffers(theirs, filled).items():
             torch.testing.assert_close(ours.get_buffer(buffer), value, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(outputs(ours), expected, rtol=0, atol=0)

@@ -192,7 +192,7 @@ def _by_parameter(checkpoint: Checkpoint, wanted: set[str]) -> dict[str, str]:
     """Tensors of the checkpoint by the names that their parameters have in Transformers' model."""
     from halfbyte.models import skeleton  # needs the model's code
 
-    weight_map = skeleton.weight_map(skeleton.build(checkpoint, torch.float32), checkpoint.tensors())
+    weight_map = skeleton.places(skeleton.build(checkpoint, torch.float32), checkpoint.tensors())
     alone = {
         view.parameter: tensor
         for tensor, view in weight_map.items()

@@ -127,7 +127,7 @@ def blank(checkpoint: Checkpoint, grid: KVGrid) -> KVCache:
     """A cache of the right names and shapes, whose scales are still to be found. Raises Unsupported for a model without
     attention."""
     model = skeleton.build(checkpoint, checkpoint.dtype)
-    found = names(model, skeleton.weight_map(model, checkpoint.tensors()), model)
+    found = names(model, skeleton.places(model, checkpoint.tensors()), model)
     if not found:
         raise Unsupported(f"{checkpoint.model_type} has no attention that caches keys and values")
     text = model.config.get_text_config(decoder=True)

@@ -26,7 +26,7 @@ def require(checkpoint: Checkpoint) -> None:
     except (BadCheckpoint, Unsupported):
         return
     shapes = checkpoint.tensors()
-    weight_map = skeleton.weight_map(model, shapes)
+    weight_map = skeleton.places(model, shapes)
     filled = Counter(place.parameter for place in weight_map.values())
     for tensor in sorted(odd & weight_map.keys()):
         place = weight_map[tensor]

@@ -274,7 +274,7 @@ class WeightMap(dict[str, ParamView]):
         """Parameters that are made of the checkpoint in a way that no ParamView tells, and how."""
 
 
-def weight_map(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> WeightMap:
+def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> WeightMap:
     """Where each tensor of the checkpoint lies."""
     names = Names(model)
     found = WeightMap()
@@ -301,7 +301,7 @@ def aliases(checkpoint: Checkpoint, modules: list[str]) -> list[str]:
     """What Transformers calls those of the modules that it renames: compressed-tensors looks for kept modules under
     these names."""
     try:
-        found = weight_map(outline(checkpoint), checkpoint.tensors())
+        found = places(outline(checkpoint), checkpoint.tensors())
     except BadCheckpoint:
         return []
     return sorted(

@@ -65,7 +65,7 @@ class Walk:
         skeleton.move_buffers(self.model, self.device)
         self._require_decoder()
         self.shapes = checkpoint.tensors()
-        self.weight_map = skeleton.weight_map(self.model, self.shapes)
+        self.weight_map = skeleton.places(self.model, self.shapes)
         self.ties = skeleton.ties(self.model, self.weight_map)
         if as_served and checkpoint.kv:
             kv.apply(self.model, self.weight_map, checkpoint.kv, self.device)
