@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import xxhash
@@ -40,6 +40,7 @@ from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
 from halfbyte.targets.plan import Plan
 from halfbyte.targets.table import UNQUANTIZED, file_target, output_path
+from halfbyte.targets.target import CheckpointWriter
 from halfbyte.words import dtype_in_name, grid_in_name
 
 if TYPE_CHECKING:
@@ -66,20 +67,14 @@ def quantize(
     meter = Meter(device)
     out = Path(out).expanduser()
     plan = _planned(recipe, out)
-    _claim(out, plan, overwrite)
-    writer = plan.target.writer(plan)
-    shards = writer.shards(_stem_of(out))
-    takes = _required(plan, shards, out, meter, progress)
+    output = _Output.of(plan, out, overwrite, meter, progress)
     known = _importance(plan, device)
     if not plan.calibrated:
         samples = None
     elif samples is None:
         samples = calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
-    folder = Folder(output_path(out), shards, identity(plan, samples, device), overwrite)
-    if folder.is_published:
-        return report_of(out)
-    with kept_on_interrupt(folder):
-        run = Run(plan, writer, folder, progress, samples=samples, device=device, planned=takes, meter=meter)
+
+    def solve(run: Run) -> None:
         if samples is None:
             solver = SOLVERS[plan.method.solver]
             _stream(
@@ -92,9 +87,8 @@ def quantize(
             from halfbyte import blockwise  # Transformers takes seconds to import, and only calibration needs the model
 
             blockwise.quantize(run, samples)
-        report = _finish(run, budget)
-        folder.publish()
-    return report
+
+    return output.written(solve, progress, samples, budget)
 
 
 def _planned(recipe: Recipe, out: Path) -> Plan:
@@ -175,9 +169,6 @@ def convert(
     meter = Meter(CPU)
     plan = transcoding(str(source), to, grid, engine)
     out = Path(out).expanduser()
-    _claim(out, plan, overwrite)
-    writer = plan.target.writer(plan)
-    shards = writer.shards(_stem_of(out))
 
     def transcode(_: Weight, q: Quantized, scheme: Scheme) -> Quantized:
         for near in plan.target.casts(q):
@@ -187,22 +178,12 @@ def convert(
             activations=q.activations if q.scheme.activations == scheme.activations else None
         )
 
+    def solve(run: Run) -> None:
+        read = plan.checkpoint.read_quantized
+        _stream(run, [[weight] for weight in plan.schemes], lambda weight: read(weight.name), transcode)
+
     with shown(progress) as show:
-        takes = _required(plan, shards, out, meter, show)
-        folder = Folder(output_path(out), shards, identity(plan, None), overwrite)
-        if folder.is_published:
-            return report_of(out)
-        with kept_on_interrupt(folder):
-            run = Run(plan, writer, folder, show, planned=takes, meter=meter)
-            _stream(
-                run,
-                [[weight] for weight in plan.schemes],
-                lambda weight: plan.checkpoint.read_quantized(weight.name),
-                transcode,
-            )
-            report = _finish(run)
-            folder.publish()
-    return report
+        return _Output.of(plan, out, overwrite, meter, show).written(solve, show)
 
 
 def dequantize(
@@ -232,25 +213,61 @@ def dequantize(
         raise BadRequest(
             f"{out} is called {said}, and would be {plan.label}; call it so, or give the --dtype that is meant"
         )
-    _claim(out, plan, overwrite)
-    writer = plan.target.writer(plan)
-    shards = writer.shards(_stem_of(out))
+
+    def solve(run: Run) -> None:
+        nearest = SOLVERS["nearest"]
+        _stream(run, [], plan.checkpoint.read_weight, lambda weight, w, scheme: nearest(w, scheme.weight, None))
+
     with shown(progress) as show:
-        takes = _required(plan, shards, out, meter, show)
-        folder = Folder(output_path(out), shards, identity(plan, None), overwrite)
+        return _Output.of(plan, out, overwrite, meter, show).written(solve, show)
+
+
+class _Output(NamedTuple):
+    """A plan's output, before a weight is read: nothing is in its way, and what its run takes is there."""
+
+    plan: Plan
+    path: Path
+    overwrite: bool
+    writer: CheckpointWriter
+    shards: dict[str, Shard]
+    takes: Resources
+    meter: Meter
+
+    @classmethod
+    def of(cls, plan: Plan, path: Path, overwrite: bool, meter: Meter, progress: Progress) -> "_Output":
+        """Raises HalfbyteError."""
+        _claim(path, plan, overwrite)
+        writer = plan.target.writer(plan)
+        shards = writer.shards(_stem_of(path))
+        return cls(plan, path, overwrite, writer, shards, _required(plan, shards, path, meter, progress), meter)
+
+    def written(
+        self,
+        solve: Callable[[Run], None],
+        progress: Progress,
+        samples: Samples | None = None,
+        budget: BudgetReport | None = None,
+    ) -> Report:
+        """Whole or not there: `solve` gives a run all its weights. One that was written before, alike, stays."""
+        same = identity(self.plan, samples, self.meter.device)
+        folder = Folder(output_path(self.path), self.shards, same, self.overwrite)
         if folder.is_published:
-            return report_of(out)
+            return report_of(self.path)
         with kept_on_interrupt(folder):
-            run = Run(plan, writer, folder, show, planned=takes, meter=meter)
-            _stream(
-                run,
-                [],
-                plan.checkpoint.read_weight,
-                lambda weight, w, scheme: SOLVERS["nearest"](w, scheme.weight, None),
+            run = Run(
+                self.plan,
+                self.writer,
+                folder,
+                progress,
+                samples=samples,
+                device=self.meter.device,
+                planned=self.takes,
+                meter=self.meter,
             )
-            report = _finish(run)
+            solve(run)
+            report = _finish(run, budget)
             folder.publish()
-    return report
+        return report
 
 
 def _required(plan: Plan, shards: Mapping[str, Shard], out: Path, meter: Meter, progress: Progress) -> Resources:

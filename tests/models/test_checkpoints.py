@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import halfbyte
 import tiny
+from halfbyte import cli
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
+from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import INDEX, Checkpoint
 from halfbyte.models.walk import Walk
 from halfbyte.nn import QuantLinear, load
@@ -246,3 +248,13 @@ def test_any_kind_of_checkpoint_is_opened_by_the_class(tmp_path, monkeypatch):
     (tmp_path / "out.txt").touch()
     with pytest.raises(BadCheckpoint, match=r"out\.txt is a file and no \.gguf or \.other"):
         Checkpoint.open(tmp_path / "out.txt")
+
+
+def test_scripts_see_where_tensors_lie_and_what_commands_print(tmp_path):
+    """By names that others use, which are not to change."""
+    checkpoint = Checkpoint.open(tiny.make(tmp_path / "model"))
+    model = skeleton.build(checkpoint, torch.float32)
+    places = skeleton.places(model, checkpoint.tensors())
+    assert places.keys() == checkpoint.tensors().keys()
+    assert {place.parameter for place in places.values()} <= dict(model.named_parameters()).keys()
+    assert cli.out.file is not cli.err.file
