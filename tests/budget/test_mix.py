@@ -61,6 +61,18 @@ def test_what_engines_fuse_gets_one_grid(home):
     assert next(engine for engine in report.engines if engine.engine == "vllm").loads
 
 
+def test_groups_that_do_not_divide_a_row_are_no_candidates(tmp_path):
+    tiny.make(tmp_path / "model", num_hidden_layers=1, hidden_size=96, intermediate_size=192, num_attention_heads=6)
+    tiny.text(tmp_path / "text.txt", 400)
+    report = make(
+        tmp_path, "ct", bits=9, to="compressed-tensors", candidates="int4-g128,int4-g64,int4-g32,int8-channel"
+    )
+    assert {row.grid.partition("-bf16")[0] for row in report.weights if row.shape[1] == 96} <= {
+        "int4-g32",
+        "int8-channel",
+    }
+
+
 def test_what_the_recipe_names_stays_as_it_is_there(home):
     report = make(home, "own.gguf", bits=6, override={"layers.0.mlp.*": "Q8_0"}, skip="layers.1.self_attn.q_proj")
     grids = {row.name: row.grid for row in report.weights}

@@ -118,22 +118,24 @@ def _together(weights: list[Weight], ties: Iterable[TiedGroup]) -> list[tuple[We
 def _options(plan: Plan, weights: tuple[Weight, ...], known: Mapping[str, Scheme]) -> dict[str, int]:
     found = {}
     for name, scheme in known.items():
-        if all(_holds(plan, scheme, weight) for weight in weights):
-            found[name] = sum(size_of(plan, weight, scheme) for weight in weights)
+        sizes = [taken for weight in weights if (taken := _held_in(plan, scheme, weight)) is not None]
+        if len(sizes) == len(weights):
+            found[name] = sum(sizes)
     engine = engine_of(plan)
     if plan.recipe.engine in (None, NOBODY) or all(may_stay(w, engine, plan.target.name) for w in weights):
         found[KEEP] = sum(size_of(plan, weight, None) for weight in weights)
     return found
 
 
-def _holds(plan: Plan, scheme: Scheme, weight: Weight) -> bool:
+def _held_in(plan: Plan, scheme: Scheme, weight: Weight) -> int | None:
+    """Bytes of a weight on a scheme; None where the target does not hold that, or groups do not divide its rows."""
     if scheme.activations and weight.block is None:
-        return False
+        return None
     try:
         plan.target.check(scheme, weight.shape)
-    except Unsupported:
-        return False
-    return True
+        return size_of(plan, weight, scheme)
+    except (BadRequest, Unsupported):
+        return None
 
 
 def size_of(plan: Plan, weight: Weight, scheme: Scheme | None) -> int:
