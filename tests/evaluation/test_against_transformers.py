@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import halfbyte
 import tiny
@@ -154,6 +155,17 @@ def test_a_model_does_not_diverge_from_itself(home):
     row = halfbyte.evaluate([home / "model"], home / "model", str(home / "text.txt"), LENGTH)["models"][0]
     assert row["kl"] == row["kl_max"] == row["probability_change_rms"] == 0
     assert row["same_top"] == 1
+
+
+def test_a_model_that_says_nothing_does_not_say_the_same(home, tmp_path):
+    """Of all words alike, the first is the most likely, as for Transformers, and not whatever the original says."""
+    silent = shutil.copytree(home / "model", tmp_path / "silent")
+    tensors = load_file(silent / "model.safetensors")
+    tensors["model.norm.weight"].zero_()
+    save_file(tensors, silent / "model.safetensors", {"format": "pt"})
+    row = halfbyte.evaluate([silent], home / "model", str(home / "text.txt"), LENGTH, foreign=True)["models"][0]
+    assert row["perplexity"] == pytest.approx(264)
+    assert row["same_top"] < 0.1
 
 
 def test_errors_count_windows():

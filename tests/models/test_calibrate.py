@@ -13,7 +13,7 @@ import halfbyte
 import tiny
 from halfbyte import demo
 from halfbyte.errors import BadCheckpoint
-from halfbyte.models import calibrate, chats
+from halfbyte.models import calibrate, chats, tokenizers
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.recipe import Calibration
 
@@ -168,3 +168,12 @@ def test_a_template_that_does_not_end_is_ended(home, tmp_path, monkeypatch):
     with pytest.raises(BadCheckpoint, match="does not end within 2 s"):
         chats.render(tokenizer, [[{"role": "user", "content": "hello"}]])
     assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text"])
+def test_a_folder_without_a_tokenizer_is_refused(model_type, tmp_path):
+    """For some families Transformers then makes one that knows special tokens alone."""
+    settings = tiny.config(model_type=model_type, architectures=None)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(BadCheckpoint, match="holds no tokenizer"):
+        tokenizers.load(tmp_path)

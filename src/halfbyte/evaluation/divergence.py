@@ -191,7 +191,7 @@ class _Original:
         """Another model at these positions. `own` is spent: what is large here is the vocabulary, and fresh memory
         takes longer than the sums."""
         chosen = self._chosen(own)
-        same_top = (own.gather(-1, self.top)[..., 0] == own.amax(-1)).float()
+        same_top = (own.argmax(-1, keepdim=True) == self.top)[..., 0].float()
         probabilities = own.exp()
         apart = own.sub_(self.said)
         reverse_kl = probabilities.mul_(apart).sum(-1).clamp_(min=0)

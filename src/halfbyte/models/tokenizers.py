@@ -40,6 +40,10 @@ def load(folder: Path):
             f"the tokenizer of {folder} puts '{lost:.80}' around a text and does not say what that is; "
             "download it again"
         )
+    if set(found.get_vocab()) <= set(found.all_special_tokens):  # which Transformers makes where it finds no file
+        raise BadCheckpoint(
+            f"{folder} holds no tokenizer, or one without a vocabulary; copy the model's tokenizer files"
+        )
     return found
 
 
