@@ -483,9 +483,11 @@ class Forked:
         status = 1
         try:
             os.close(self.telling)
-            sys.stdin, sys.stdout = open(told, encoding="utf-8"), open(self.answer.fileno(), "w", encoding="utf-8")
-            render.main()
-            sys.stdout.flush()
+            with (
+                open(told, encoding="utf-8") as sys.stdin,
+                open(self.answer.fileno(), "w", encoding="utf-8") as sys.stdout,
+            ):
+                render.main()
             status = 0
         finally:
             os._exit(status)
@@ -523,7 +525,7 @@ class Forked:
 
 @contextmanager
 def forking():
-    """Templates run in processes that are forked off, within less time and as much memory beside what these begin with."""
+    """Templates run in processes that are forked off, within less time, and memory beside what these begin with."""
     began = psutil.Process().memory_info().rss
     with (
         mock.patch.object(chats.subprocess, "Popen", Forked),
