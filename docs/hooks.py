@@ -152,7 +152,7 @@ def schemes(_: Page) -> str:
     rows = [
         (
             f"`{name}`",
-            f"`{preset.scheme}`",
+            ", some ".join(f"`{s}`" for s in dict.fromkeys((preset.scheme, *preset.others.values())) if s != "keep"),
             f"`{preset.method}`",
             ", ".join(f"[{c}](../containers/{c}.md)" for c, names in held.items() if preset.scheme in names),
         )

@@ -5,6 +5,7 @@ rows; to add a scalar format whose levels and scales are known: one line in SCAL
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,6 +81,9 @@ class Preset(NamedTuple):
 
     scheme: str
     method: str
+    others: Mapping[re.Pattern[str], str] = {}
+    """Modules that get another scheme, or keep for 16 bits: the first pattern that is in their names decides. Heads
+    that an engine does not load so stay in 16 bits."""
 
 
 # Integer grids, FP8 and those of bitsandbytes are read by pattern; SCALARS has those of them that help, completion and
@@ -160,6 +164,14 @@ ALIASES = {
 }
 """Types of ggml that are integer grids, what bitsandbytes takes where no block is named, and NVIDIA's format by a
 former name."""
+RELEASED = {
+    re.compile(r"(^|\.)(in_proj_(a|b|ba)|[^.]*gate)$"): "keep",
+    re.compile(r"(^|\.)(self_attn|self_attention|attention|attn|linear_attn)\."): "fp8",
+    re.compile(r"^(.*\.)?(lm_head|embed_out|output_projection|output)$"): "fp8",
+}
+"""What models of some 27 billion parameters are released in since 2026, beside NVFP4: small gates, attention (with
+linear attention), and the head. NVIDIA/Model-Optimizer, modelopt_recipes/huggingface/qwen3_5/ptq;
+unsloth/Qwen3.8-27B-NVFP4, whose last eight MLPs are in FP8 too."""
 SCHEMES: dict[str, Preset] = {
     "fp8": Preset("fp8-e4m3-channel/fp8-e4m3-token", "nearest"),
     "fp8-static": Preset("fp8-e4m3-tensor/fp8-e4m3-static", "nearest"),
@@ -174,6 +186,7 @@ SCHEMES: dict[str, Preset] = {
     "w4a4": Preset("int4-channel/int4-token", "smoothquant+gptq"),
     "w4a4-nvfp4": Preset("nvfp4/nvfp4", "gptq"),
     "w4a4-mxfp4": Preset("mxfp4/mxfp4", "gptq"),
+    "nvfp4-fp8": Preset("nvfp4/nvfp4", "gptq", others=RELEASED),
 }
 """Weights and activations together, or weights alone."""
 SCALED_ACTIVATIONS = tuple(

@@ -1,6 +1,7 @@
 """How modules of decoders are called: what engines fuse, and which expert a linear is of."""
 
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 
@@ -21,6 +22,7 @@ FUSED = (
     Fused(("in_proj_b", "in_proj_a")),
 )
 FUSED_OF = {part: fused for fused in FUSED for part in fused.parts}
+SHARED = re.compile(r"(?P<before>(?:.*\.)?)shared_experts?\.[^.]+", re.DOTALL)
 EXPERT = re.compile(r"(?P<before>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<after>.+)", re.DOTALL)
 
 
@@ -42,3 +44,18 @@ def fused_set(module: str) -> tuple[str, Fused] | None:
     """What the module is fused in: where that lies, and of which parts it is; None for one that stays alone."""
     home, _, part = module.rpartition(".")
     return (home, FUSED_OF[part]) if part in FUSED_OF else None
+
+
+def fused_names(modules: Collection[str]) -> list[str]:
+    """What engines call the matrices that they make of these, where all parts are among them."""
+    sets = {key for module in modules if (key := fused_set(module)) and key[1].module}
+    known = set(modules)
+    return sorted(f"{home}.{f.module}" for home, f in sets if all(f"{home}.{part}" in known for part in f.parts))
+
+
+def with_experts(module: str) -> str | None:
+    """The list of experts that the module is one of, or is beside of as a shared one; None for others."""
+    if expert := Expert.of(module):
+        return expert.home
+    shared = SHARED.fullmatch(module)
+    return f"{shared['before']}experts" if shared else None

@@ -21,7 +21,7 @@ from halfbyte.kernels import choose
 from halfbyte.kernels.products import int8_product
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
-from halfbyte.models.matmuls import MatmulCapture, Matrix
+from halfbyte.models.matmuls import rounding
 
 STORED = ("packed_", "input_")
 """What buffers of a file's own values are called."""
@@ -283,17 +283,11 @@ def _round_inputs(
         w: weight_map[w.tensor].view(skeleton.tensor(model, weight_map[w.tensor].parameter), shapes[w.tensor])
         for w in inputs
     }
-    matrices = [
-        (Matrix(w.tensor, w.expert, w), view if w.expert is None else view[w.expert]) for w, view in views.items()
-    ]
     forward = model.forward
-
-    def read(matrices: list[Matrix], x: Tensor) -> Tensor:
-        return next(inputs[m.weight] for m in matrices if m.weight).round(x)
 
     @wraps(forward)
     def rounded(*args, **kwargs):
-        with MatmulCapture(matrices, read):
+        with rounding(views, inputs):
             return forward(*args, **kwargs)
 
     model.forward = rounded

@@ -63,8 +63,8 @@ def test_the_textbooks_table():
         ("llama-3.1-8b", {"memory": "8GiB"}, "Q4_K_M", "llama.cpp"),
         ("llama-3.1-8b", {"memory": "4GiB", "context": 2048}, "IQ3_XXS", "llama.cpp"),
         ("llama-3.1-8b", {"device": "t4", "engine": "transformers"}, "nf4", "transformers"),
-        ("llama-3.1-70b", {"device": "b200"}, "nvfp4", "vllm"),
-        ("llama-3.1-8b", {"device": "rtx-5090", "engine": "vllm"}, "nvfp4", "vllm"),
+        ("llama-3.1-70b", {"device": "b200"}, "nvfp4-fp8", "vllm"),
+        ("llama-3.1-8b", {"device": "rtx-5090", "engine": "vllm"}, "nvfp4-fp8", "vllm"),
         ("llama-3.1-8b", {"device": "rtx-4090", "engine": "vllm"}, "fp8", "vllm"),
     ],
 )
@@ -147,7 +147,7 @@ def test_the_command_in_80_columns(tmp_path):
     assert "roofline" in done.out
     found = json.loads(tiny.halfbyte(*words, "--json").out)
     assert found["schema_version"] == 1
-    assert {r["scheme"] for r in found["rows"]} == {"16 bits", "fp8", "w8a8", "nvfp4", "int4-g128"}
+    assert {r["scheme"] for r in found["rows"]} == {"16 bits", "fp8", "w8a8", "nvfp4-fp8", "nvfp4", "int4-g128"}
     console = Console(width=80, file=io.StringIO())
     for part in display.advised(plan("llama-3.1-70b", device="l40s")):
         if not isinstance(part, str):

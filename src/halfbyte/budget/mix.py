@@ -13,7 +13,7 @@ from halfbyte.budget.room import Room, sized
 from halfbyte.budget.sensitivity import measure
 from halfbyte.budget.solve import Option, choose
 from halfbyte.budget.units import KEEP, Unit, candidates, engine_of, units
-from halfbyte.engines.engines import ENGINES, NOBODY
+from halfbyte.engines.verdicts import takes_head
 from halfbyte.errors import BadRequest
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight
@@ -83,8 +83,8 @@ def _widest(recipe: Recipe) -> Plan:
     """The plan in which all is quantized that the target and the engine can quantize, the head too."""
     plan = resolve(recipe)
     engine = engine_of(plan)
-    takes_head = engine == NOBODY or ENGINES[engine].support[plan.target.name].head
-    if "head" in recipe.model_fields_set or not takes_head or all(c.note != HEAD for c in plan.weights):
+    loaded = all(takes_head(engine, plan.target.name, scheme) for scheme in set(plan.schemes.values()))
+    if "head" in recipe.model_fields_set or not loaded or all(c.note != HEAD for c in plan.weights):
         return plan
     return resolve(recipe.model_copy(update={"head": True}), plan.checkpoint)
 

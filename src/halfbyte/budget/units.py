@@ -11,7 +11,7 @@ from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.quantized import Scheme
 from halfbyte.models.checkpoint import Weight
-from halfbyte.names import Expert
+from halfbyte.names import Expert, with_experts
 from halfbyte.targets.constraints import Rule, TiedGroup, fused, may_stay, tied_by
 from halfbyte.targets.patterns import first_match
 from halfbyte.targets.plan import Plan
@@ -97,9 +97,8 @@ def _ties(plan: Plan, weights: list[Weight]) -> list[TiedGroup]:
     support = ENGINES[engine].support.get(name) if engine != NOBODY else None
     if support is None or support.everything:
         return ties
-    experts = tied_by(
-        weights, lambda w: (e := Expert.of(w.name)) and e.home, Rule.SAME, f"{engine} loads experts as one"
-    )
+    home = (lambda w: with_experts(w.name)) if support.shared_experts else lambda w: (e := Expert.of(w.name)) and e.home
+    experts = tied_by(weights, home, Rule.SAME, f"{engine} loads experts as one")
     return [*ties, *fused(weights, engine, name), *(experts if support.fuses else [])]
 
 

@@ -67,11 +67,15 @@ class EngineSupport:
     fuses: bool = True  # q, k, v and gate, up become one matrix each, so each set has one grid
     mixes: bool = True  # several grids in one checkpoint
     one_kernel: bool = False  # ... but only such as run on the same kernel
+    together: str = ""  # ... or are of these: a pattern of schemes' names
+    together_since: str = ""  # the first version that loads these
+    shared_experts: bool = False  # shared experts become experts like others, so all have one grid
     base_experts: bool = False  # rules per module do not reach experts: all of them get the commonest grid
     keeps: str = (
         "any"  # which matrices of a block may stay in 16 bits: "any", "unfused" (not q, k, v, gate, up) or "none"
     )
-    head: bool = False  # a quantized lm_head
+    heads: str = ""  # what a quantized lm_head may be: a pattern of schemes' names
+    heads_since: str = ""  # the first version that loads one
     transposed: bool = False  # GPT-2's Conv1D
     everything: bool = False  # whatever the container holds, wherever it is
     numbered_kept: bool = True  # numbered experts may stay in 16 bits
@@ -128,6 +132,7 @@ FP8_ROWS = _named(r"fp8-e4m3-(channel|tensor)", "fp8-e4m3 per channel, tensor", 
 INPUTS_IN_FP8 = (
     "the engine rounds inputs to FP8 on GPUs of compute capability 8.9 or later; older ones leave inputs in 16 bits"
 )
+FP8_HEAD = "fp8-e4m3-channel/fp8-e4m3-token"
 FP8_ROUNDED = "fp8-e4m3-channel/fp8-e4m3-token, fp8-e4m3-tensor/fp8-e4m3-static"
 FP8_BLOCKS = _named(r"fp8-e4m3-block/fp8-e4m3-g128", "fp8-e4m3-block/fp8-e4m3-g128", INPUTS_IN_FP8)
 FP8_LOADED = _named(
@@ -172,7 +177,8 @@ VLLM = {
     # (quantization)/compressed_tensors/schemes/compressed_tensors_wNa16.py: symmetric 2 to 8 bits, zero points at 4 and
     # 8; of those only Hopper's Machete and the package conch have 8 (model_executor/kernels/linear/mixed_precision/*.py
     # can_implement); requirements/cuda.txt: humming-kernels; models/gpt2.py transposes tensors named .weight only.
-    # lm_head: get_quant_method in compressed_tensors.py asks for a target that names it, and "Linear" does not.
+    # lm_head: get_quant_method in compressed_tensors.py asks for a target that names it, and "Linear" does not. In FP8
+    # under inputs in FP8 it is served (unsloth/Qwen3.8-27B-NVFP4); FP8 weights alone fail there (pull request 52543).
     "compressed-tensors": EngineSupport(
         (
             KernelSupport(SYMMETRIC | INT4, GRANULARITIES, TILES, TURING),
@@ -240,6 +246,8 @@ VLLM = {
         ),
         pads=True,
         transposed=True,
+        heads=FP8_HEAD,
+        heads_since="vLLM of March 2026 or later (pull request 37291)",
         models="vllm",
         source="vLLM 0.33.0, model_executor/layers/quantization/compressed_tensors",
         tested=(Tested(CPU_RUNS, r"int4-(g128|channel)(-asym)?|int8-(channel|tensor)/int8-token(-asym)?"),),
@@ -251,7 +259,7 @@ VLLM = {
         experts=SYMMETRIC,
         pads=True,
         base_experts=True,
-        head=True,
+        heads=".*",
         transposed=True,
         notes=(TURING,),
         models="vllm",
@@ -300,7 +308,7 @@ VLLM = {
         named_experts=(".*",),
         experts=GGUF_INTEGERS,
         fuses=False,
-        head=True,
+        heads=".*",
         transposed=True,
         parallel=False,
         notes=(
@@ -317,7 +325,9 @@ SGLANG = {
     # (issue 35358). schemes/compressed_tensors_w8a16_fp8.py has rows and tensors, no blocks.
     # schemes/compressed_tensors_w8a8_int8.py rounds inputs per token without zero points whatever the config says, so
     # stored scales and zero points would be ignored; its scales are of channels. _get_scheme_from_parts goes by the
-    # format of the whole checkpoint, which several formats do not have.
+    # format of the whole checkpoint, which several formats do not have; since pull request 32736 NVFP4 and FP8 go by
+    # that of their group, and names in `ignore` are no longer looked for inside of others. Shared experts are fused
+    # into the routed ones, and fail where their schemes differ (pull request 37207).
     "compressed-tensors": EngineSupport(
         (
             KernelSupport(SYMMETRIC | INT4, GRANULARITIES, TILES[:1], AMPERE),
@@ -343,6 +353,11 @@ SGLANG = {
         experts=SYMMETRIC,
         named_experts=("fp8-e4m3-channel/fp8-e4m3-token", "fp8-e4m3-tensor/fp8-e4m3-static", "nvfp4/nvfp4"),
         one_kernel=True,
+        together=rf"{FP8_HEAD}|nvfp4/nvfp4",
+        together_since="SGLang of August 2026 or later (pull request 32736); before, all of it loads in 16 bits",
+        shared_experts=True,
+        heads=FP8_HEAD,
+        heads_since="SGLang of the end of August 2026 or later (pull request 35228)",
         models="sglang",
         source="SGLang, srt/layers/quantization/compressed_tensors",
     ),
@@ -356,7 +371,7 @@ SGLANG = {
         experts=SYMMETRIC,
         one_kernel=True,
         base_experts=True,
-        head=True,
+        heads=".*",
         models="sglang",
         source="SGLang, srt/layers/quantization/gptq",
     ),
@@ -383,7 +398,7 @@ SGLANG = {
     "gguf": EngineSupport(
         (KernelSupport(GGUF_INTEGERS, frozenset({32})), GGUF_TYPES),
         fuses=False,
-        head=True,
+        heads=".*",
         parallel=False,
         notes=("needs an NVIDIA GPU",),
         models="sglang-gguf",
@@ -433,7 +448,7 @@ TRANSFORMERS = {
         numbered_kept=False,
         decodes=True,
         fuses=False,
-        head=True,
+        heads=".*",
         notes=(
             "needs the package compressed-tensors, which decompresses the weights: it saves no memory or "
             "time at run time",
@@ -482,7 +497,7 @@ TRANSFORMERS = {
         (BLOCKS_AND_BYTES,),
         fuses=False,
         mixes=False,
-        head=True,
+        heads=".*",
         transposed=True,
         spanned=SPANNED,
         notes=(BITSANDBYTES,),

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from halfbyte.containers.table import CONTAINERS
 from halfbyte.engines.architectures import Config, Registry, architecture_of, auto_class, decoder_of, registry
-from halfbyte.engines.engines import DEGREES, ENGINES, ROW, EngineSupport, KernelSupport, engine_named
+from halfbyte.engines.engines import DEGREES, ENGINES, NOBODY, ROW, EngineSupport, KernelSupport, engine_named
 from halfbyte.grids.quantized import Scheme
 from halfbyte.grids.scalar import ScalarGrid, is_absmax, is_float, is_integer
 from halfbyte.kernels.scales import SIDE
 from halfbyte.models.checkpoint import Weight
-from halfbyte.names import Expert, Fused, fused_set
+from halfbyte.names import Expert, Fused, fused_set, with_experts
 
 Placed = Mapping[Weight, Scheme | None]
 
@@ -70,6 +70,14 @@ def multiplies(engine: str, container: str, scheme: Scheme) -> bool:
     """Whether the engine has a kernel for a scheme from a container, for some shapes. Raises UnknownName."""
     support = ENGINES[engine_named(engine)].support.get(container)
     return support is not None and (support.everything or _kernel(support, scheme) is not None)
+
+
+def takes_head(engine: str | None, container: str, scheme: Scheme) -> bool:
+    """Whether an engine loads a head on such a scheme from a container; where none is asked for, some do."""
+    if engine in (None, NOBODY):
+        return True
+    support = ENGINES[engine_named(engine)].support.get(container)
+    return support is not None and (support.everything or re.fullmatch(support.heads, _name(scheme)) is not None)
 
 
 def verdicts(container: str, placed: Placed, config: Config, engines: Iterable[str] = ENGINES) -> list[Verdict]:
@@ -250,6 +258,10 @@ def _notes(engine: str, support: EngineSupport, placed: Placed) -> Iterator[str]
         odd := [w for w, g in quantized.items() if is_absmax(g.weight) and w.shape[1] % int(g.weight.granularity)]
     ):
         yield f"{odd[0].name} ({odd[0].shape[0]} x {odd[0].shape[1]}, {len(odd)} such): {support.spanned}"
+    if support.heads_since and any(w.block is None for w in quantized):
+        yield f"a quantized head needs {support.heads_since}"
+    if support.together_since and len({_kernel(support, g) for g in quantized.values()}) > 1:
+        yield f"several formats in one checkpoint need {support.together_since}"
     if not support.decodes and any(w.expert is not None and g is None for w, g in placed.items()):
         yield f"experts that are one 3-D tensor stay in 16 bits; that {engine} finds them so was not verified"
 
@@ -308,11 +320,15 @@ def _grids(engine: str, container: str, support: EngineSupport, quantized: Mappi
             "compressed-tensors"
         )
     kernels = {_kernel(support, grid) for grid in grids} - {None}
-    if support.one_kernel and len(kernels) > 1:
+    if support.one_kernel and len(kernels) > 1 and not _run_together(support, grids):
         yield (
             f"{engine} runs all of a {container} checkpoint on one kernel, which does not exist for "
             f"{', '.join(map(str, grids))}: use one grid"
         )
+
+
+def _run_together(support: EngineSupport, grids: Iterable[Scheme]) -> bool:
+    return all(re.fullmatch(support.together, _name(grid)) for grid in grids)
 
 
 def _offer(support: EngineSupport) -> str:
@@ -338,9 +354,13 @@ def _places(engine: str, container: str, support: EngineSupport, placed: Placed,
             f"{engine} holds fused experts in one tensor, not as '{fused[0].name}' ({len(fused)} such): keep them in "
             f"16 bits, with {_skipping(fused, support)}"
         )
-    if heads := [w.name for w in quantized if w.block is None and not support.head]:
+    heads = {w: g for w, g in placed.items() if g is not None and w.block is None}
+    if odd := next((w for w, g in heads.items() if not re.fullmatch(support.heads, _name(g))), None):
+        known = f", or on {support.heads}" if support.heads else ""
+        on = f" on {heads[odd]}" if support.heads else ""
         yield (
-            f"{engine} does not load a quantized {heads[0]} from {container} as it is written here: keep it in 16 bits"
+            f"{engine} does not load a quantized {odd.name}{on} from {container} as it is written here: keep it in "
+            f"16 bits{known}"
         )
     # vLLM turns what is called .weight, as all of 8 bits is but integers under 16-bit inputs (models/gpt2.py).
     conv1d = {w.name: g for w, g in placed.items() if g and w.transposed and w.expert is None}
@@ -405,6 +425,15 @@ def _experts(engine: str, container: str, support: EngineSupport, placed: Placed
         blocks[w.block].add(g)
     if uneven := [block for block, found in blocks.items() if len(found) > 1]:
         yield f"{engine} loads the experts of {uneven[0]} as one tensor, so they need one grid, or all 16 bits"
+    if support.shared_experts and (odd := _unlike_experts(placed)):
+        yield f"{engine} may fuse {odd} with the experts beside it, so they need one grid, or all 16 bits"
+
+
+def _unlike_experts(placed: Placed) -> str | None:
+    """A shared expert whose scheme is not that of the experts beside it."""
+    routed = {e.home: g for w, g in placed.items() if (e := Expert.of(w.name))}
+    shared = ((w.name, home, g) for w, g in placed.items() if not Expert.of(w.name) and (home := with_experts(w.name)))
+    return next((name for name, home, g in shared if home in routed and g != routed[home]), None)
 
 
 def _is_expert(support: EngineSupport, scheme: Scheme) -> bool:

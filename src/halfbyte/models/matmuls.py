@@ -4,7 +4,7 @@ operand.
 Products are known by the memory that they read, so no architecture has to say where its linears are.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from halfbyte.errors import BadCheckpoint
+from halfbyte.grids.activations import ActivationQuant
 from halfbyte.models.checkpoint import Weight
 
 Report = Callable[[list["Matrix"], Tensor], Tensor | None]
@@ -92,6 +93,16 @@ class MatmulCapture(TorchFunctionMode):
                 )
         instead = self.report([m for m, _ in read], x) if read else None
         return x if instead is None else instead
+
+
+def rounding(views: Mapping[Weight, Tensor], inputs: Mapping[Weight, ActivationQuant]) -> MatmulCapture:
+    """While this lasts, what these weights are multiplied by is rounded so."""
+
+    def read(matrices: list[Matrix], x: Tensor) -> Tensor:
+        return next(inputs[m.weight] for m in matrices if m.weight).round(x)
+
+    matrices = ((Matrix(w.tensor, w.expert, w), v if w.expert is None else v[w.expert]) for w, v in views.items())
+    return MatmulCapture(matrices, read)
 
 
 def _extent(view: Tensor) -> tuple[int, int]:

@@ -17,6 +17,9 @@ FOREIGN = re.compile(
     re.I,
 )
 
+# What predicts further tokens ahead, beside the decoder.
+AHEAD = re.compile(r"(^|\.)mtp[^.]*\.")
+
 # Matrices that choose experts or gate them, that normalize, convolve or hold positions: small, and ruined by rounding.
 KEPT = re.compile(
     r"(^|\.)(gate|wg|shared_expert_gate|gate_weight|expert_bias|e_score_correction_bias|conv1d|A_log|dt_proj|x_proj)(\.weight|\.bias)?$"

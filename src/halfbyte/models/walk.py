@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -19,10 +20,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from halfbyte.devices import release
 from halfbyte.errors import BadCheckpoint, OutOfMemory, Unsupported
+from halfbyte.grids.activations import ActivationQuant
 from halfbyte.models import kv, roles, skeleton
 from halfbyte.models.ahead import ReadAhead
 from halfbyte.models.block import PROBE, Block
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.matmuls import rounding
 from halfbyte.models.placement import Placement
 from halfbyte.models.standins import Calls, StandIns
 from halfbyte.models.streams import Hidden, Stream
@@ -398,7 +401,19 @@ class Walk:
             out = copy(whole)
             out.last_hidden_state = hidden.to(self.device)
             module.forward = lambda *args, out=out, **kwargs: out
-        return self._with_head(input_ids=tokens.to(self.device), use_cache=False).logits
+        with rounding(self._head_views(), self._read_by_head):
+            return self._with_head(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    @cached_property
+    def _read_by_head(self) -> dict[Weight, ActivationQuant]:
+        """How what the head reads is rounded, where it is."""
+        heads = [w for w in self.weights if w.block is None and w.tensor in self.weight_map] if self.as_served else []
+        found = {w: inputs for w in heads if (inputs := self.checkpoint.read_inputs(w.name))}
+        return {w: q._replace(params={n: p.to(self.device) for n, p in q.params.items()}) for w, q in found.items()}
+
+    def _head_views(self) -> dict[Weight, Tensor]:
+        views = {w: self.weight_map[w.tensor] for w in self._read_by_head}
+        return {w: v.view(skeleton.tensor(self.model, v.parameter), self.shapes[w.tensor]) for w, v in views.items()}
 
     def ending_in(self, hidden: Stream) -> "Walk":
         """This pass as if other hidden states had come out of the last block: for its `finish` and `head`."""

@@ -29,8 +29,9 @@ PREFERENCES = (
     Preference(
         "served",
         "fp4",
-        ("nvfp4", "fp8", "int4-g128"),
+        ("nvfp4-fp8", "nvfp4", "fp8", "int4-g128"),
         {
+            "nvfp4-fp8": "the device multiplies in FP4 and FP8: 4 bits, and 8 where 4 lose most, in attention and head",
             "nvfp4": "the device multiplies in FP4: 4 bits, and twice the arithmetic of FP8",
             "fp8": "the device multiplies in FP8, which loses next to nothing",
             "int4-g128": FOUR_BITS,

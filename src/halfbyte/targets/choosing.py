@@ -1,12 +1,13 @@
 """A scheme for every weight of a checkpoint that is written under its own names."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 
 from halfbyte import grids
+from halfbyte.engines.verdicts import takes_head
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import Shape
@@ -67,11 +68,14 @@ def _choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[Te
         raise Unsupported(
             "the head shares its tensor with the embedding, which is looked up and not multiplied; it stays in 16 bits"
         )
+    by_preset = _of_preset(target, checkpoint, recipe, [w for w in weights if w not in overridden])
     choices = []
     for weight in weights:
         wanted = overridden.get(weight, scheme)
         if weight in skipped:
             choices.append(TensorPlan(weight, None, SKIPPED))
+        elif weight in by_preset:
+            choices.append(by_preset[weight])
         elif weight.block is None and not recipe.head and wanted is scheme:
             choices.append(TensorPlan(weight, None, HEAD))
         elif wanted is None:
@@ -84,6 +88,26 @@ def _choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[Te
     if not any(c.scheme for c in choices):
         raise BadRequest("every weight is skipped or kept, so there is nothing to quantize")
     return choices
+
+
+def _of_preset(
+    target: "Target", checkpoint: Checkpoint, recipe: Recipe, weights: Iterable[Weight]
+) -> dict[Weight, TensorPlan]:
+    """What becomes of the weights that the recipe's preset gives another scheme than most."""
+    by_name = {weight.name: weight for weight in weights}
+    found = {}
+    for name, wanted in schemes.of_others(recipe.grid, by_name).items():
+        weight = by_name[name]
+        resolved = wanted and target.resolve(wanted, checkpoint.dtype)
+        if weight.block is None and "head" in recipe.model_fields_set and not recipe.head:
+            found[weight] = TensorPlan(weight, None, HEAD)
+        elif weight.block is None and resolved and not takes_head(recipe.engine, target.name, resolved):
+            found[weight] = TensorPlan(weight, None, f"the head, which {recipe.engine} does not load on {resolved}")
+        elif resolved:
+            found[weight] = _fit(weight, resolved, target, bool(recipe.smaller_groups))
+        else:
+            found[weight] = TensorPlan(weight, None, f"in 16 bits, as {recipe.grid} has it")
+    return found
 
 
 def _fit(weight: Weight, scheme: Scheme, target: "Target", smaller_groups: bool, note: str = "") -> TensorPlan:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halfbyte.containers.folder import Shard
 from halfbyte.containers.safetensors import Entry, Spec
-from halfbyte.errors import Unsupported
+from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.kv import KVGrid
@@ -66,6 +66,8 @@ class Target(ABC):
     def require_name(self, name: str, mixture: bool) -> None:
         """Raise UnknownName for a word that is no grid, nor, where a mixture is wanted, a preset."""
         schemes.parse(name)
+        if not mixture and schemes.is_mixture(name):
+            raise BadRequest(f"'{name}' is several schemes, each for some weights; name one, such as nvfp4 or fp8")
 
     def means(self, name: str) -> str:
         """The grid that is meant by a name where this target is written: its own names come first."""

@@ -2,7 +2,7 @@
 are in which."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,8 @@ ORDER = "weight_g_idx"
 """The group of each in-feature, in files of versions that sorted them (before 0.20)."""
 MIXED = "mixed-precision"
 """What the config calls several formats."""
+BLOCK = re.compile(r"[^.]+\.\d+\.")
+"""The name of a list of blocks, and the number of one."""
 GROUP: dict[str, tuple[type, ...]] = {
     "targets": (list,),
     "weights": (dict,),
@@ -111,10 +113,13 @@ class CompressedTensors(Container):
     def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
         """A group for each scheme, with the modules that it targets; unquantized ones are ignored by name."""
         groups: dict[str, Config] = {}
+        home = _wrapped_in(schemes)
+        start = r"(.*\.)?" if home else "^"
         for scheme in sorted(set(schemes.values()), key=str):
             own = [name for name, s in schemes.items() if s == scheme]
             others = [name for name in schemes if name not in set(own)]
-            targets = [f"re:^{p}$" for p in patterns(own, others)] if others else ["Linear"]
+            inside = ([n.removeprefix(home) for n in names] for names in (own, others))
+            targets = [f"re:{start}{p}$" for p in patterns(*inside)] if others else ["Linear"]
             # The head is no Linear to vLLM and SGLang; they quantize it if a target names it (their pull requests 37291
             # and 35228).
             targets += [
@@ -135,7 +140,7 @@ class CompressedTensors(Container):
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
             "config_groups": groups,
-            "ignore": sorted(kept),
+            "ignore": sorted(_ignored(kept, schemes)),
         }
 
     def reads(self, config: Config) -> bool:
@@ -164,6 +169,20 @@ class CompressedTensors(Container):
                 read = input_grid(group_of(module, groups).get("input_activations"))
                 found[module] = (WeightActivation(grid, read) if read else grid, shape)
         return found
+
+
+def _wrapped_in(modules: Iterable[str]) -> str:
+    """Where the blocks of a decoder lie that is a part of a model: beside encoders of images vLLM has it elsewhere than
+    the file, so targets leave that open. Empty for a decoder by itself, and where blocks lie in several places."""
+    places = {name[: match.start()] for name in modules if (match := BLOCK.search(name))}
+    return places.pop() if len(places) == 1 and "." in min(places).rstrip(".") else ""
+
+
+def _ignored(kept: list[str], quantized: Iterable[str]) -> list[str]:
+    """Names of modules, as patterns where they are in the name of a quantized one: SGLang looked for names in others
+    (before its pull request 32736), and loaded what it found so in 16 bits."""
+    names = "\n".join(quantized)
+    return [f"re:^{re.escape(name)}$" if name in names else name for name in kept]
 
 
 def _groups(config: Config) -> dict[str, Config]:

@@ -359,7 +359,6 @@ FAMILIES: dict[str, Family] = {
 """Transformers' `model_type` to its row."""
 
 WRAPPERS = re.compile(r"^((model|transformer|gpt_neox|language_model)\.)+")
-AHEAD = re.compile(r"(^|\.)mtp[^.]*\.")
 ELSEWHERE = "not of the text decoder"
 BUFFERS = re.compile(r"rotary_emb\.|\.rotary\.|(^|\.)attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")
 PLAIN = re.compile(r"\.bias$|norm(_2)?\.weight$|^position_embd|_gate_inp(_shexp)?\.weight$")
@@ -530,7 +529,7 @@ class TensorNameMap:
 
     def dropped(self, tensor: str) -> str | None:
         """Why the GGUF has no such tensor; None if it has."""
-        if AHEAD.search(tensor):
+        if roles.AHEAD.search(tensor):
             return "for predicting several tokens at once"
         if roles.FOREIGN.search(tensor):
             return ELSEWHERE

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from halfbyte.containers.safetensors import Entry, SafetensorsFileWriter, Spec, 
 from halfbyte.errors import BrokenOutput
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import INDEX, Checkpoint
+from halfbyte.names import fused_names
 from halfbyte.targets.plan import Plan
 from halfbyte.targets.target import CheckpointWriter, split
 
@@ -82,7 +83,7 @@ class FolderWriter(CheckpointWriter):
             t for t in plan.unquantized if t.endswith(".weight") and t not in weights and len(source.spec(t).shape) == 2
         )
         routers = [t.removesuffix(".weight") for t in matrices if not roles.EMBEDDING.match(t)]
-        kept = [c.weight.name for c in plan.weights if not c.scheme] + routers
+        kept = [c.weight.name for c in plan.weights if not c.scheme] + routers + self._ahead(routers)
         if all(w.block for w in plan.schemes) and "lm_head" not in kept:
             kept.append(
                 "lm_head"
@@ -94,6 +95,19 @@ class FolderWriter(CheckpointWriter):
 
             kept += skeleton.aliases(source, kept)
         return kept
+
+    def _ahead(self, matrices: Sequence[str]) -> list[str]:
+        """Of what predicts further tokens: the other names that engines look for. SGLang's models of it do not say what
+        they fuse (issue 35797), and experts that lie in stacks are asked for one by one."""
+        source = self.plan.checkpoint
+        stacks = (t for t in self.plan.unquantized if roles.AHEAD.search(t) and len(source.spec(t).shape) == 3)
+        experts = [
+            f"{home}.{number}.{part}"
+            for stack in stacks
+            for number in range(source.spec(stack).shape[0])
+            for home, part in roles.parts_of(stack, source.model_type)
+        ]
+        return fused_names([name for name in matrices if roles.AHEAD.search(name)]) + experts
 
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
         """The entries of the folder as it is read. Raises BrokenOutput if other modules are quantized than planned."""
