@@ -237,6 +237,24 @@ def test_a_checkpoint_is_a_value_that_others_are_made_of(tmp_path):
             setattr(checkpoint, name, None)
 
 
+def test_planning_lists_the_tensors_once_for_each_checkpoint(tmp_path, monkeypatch):
+    """Once for each matrix took minutes, of a mixture with its tens of thousands."""
+    halfbyte.quantize(LLAMA.save(tmp_path / "m"), tmp_path / "int8", method="nearest", grid="int8-channel")
+    listed, count = Checkpoint._shapes.func, 0
+
+    def counted(checkpoint):
+        nonlocal count
+        count += 1
+        return listed(checkpoint)
+
+    monkeypatch.setattr(Checkpoint._shapes, "func", counted)
+    plan = halfbyte.quantize(
+        tmp_path / "int8", tmp_path / "out", dry_run=True, method="nearest", grid="int4-g32", requantize=True
+    )
+    assert len(plan.weights) == 14
+    assert count <= 3  # as it is, with its experts apart, and with them together
+
+
 def test_any_kind_of_checkpoint_is_opened_by_the_class(tmp_path, monkeypatch):
     tiny.make(tmp_path / "model")
     halfbyte.quantize(tmp_path / "model", tmp_path / "out.gguf", grid="Q8_0", method="nearest")

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import NamedTuple
 
 from halfbyte.containers.table import CONTAINERS
@@ -286,6 +287,7 @@ def _split(
     )
 
 
+@cache
 def _name(scheme: Scheme) -> str:
     """The name of a scheme without the precision of its scales, which containers choose."""
     return re.sub(r"-(bf16|fp16|fp32)(?=/|$)", "", str(scheme))
@@ -410,8 +412,9 @@ def _experts(engine: str, container: str, support: EngineSupport, placed: Placed
         yield f"{engine} reads all that is called experts on one grid, not {', '.join(several)}: make them one"
     known = ["int{}{}".format(bits, "" if symmetric else "-asym") for bits, symmetric in sorted(support.experts)]
     known += [name.removesuffix("-.*") for name in support.named_experts]
-    for w, g in experts.items():
-        if w.expert is None and g is not None and not _is_expert(support, g):
+    strange = {g for g in set(experts.values()) if g is not None and not _is_expert(support, g)}
+    for w, g in experts.items() if strange else ():
+        if w.expert is None and g in strange:
             instead = f"use {' or '.join(known)}" if known else "keep the experts in 16 bits"
             yield f"{engine} is not known to load {w.name} on {g} from {container}: {instead}"
             break

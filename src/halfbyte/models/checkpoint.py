@@ -102,6 +102,7 @@ class Checkpoint:
         """Another checkpoint that reads the same files, with some parts in place of its own: `kv`, another cache (or
         None); `adapter`, merged into its weights; `expert_slices`, experts apart; `config`."""
         other = copy.copy(self)
+        other.__dict__.pop("_shapes", None)  # which other parts make others
         other.__dict__.update(parts)
         return other
 
@@ -365,11 +366,15 @@ class Checkpoint:
         if tensor in self.expert_slices:
             return Spec(self.expert_slices[tensor].shape, self.entries[self.expert_slices[tensor].stack].dtype)
         entry = None if tensor in self.parts else self.entries.get(tensor)
-        return Spec(entry.shape, entry.dtype) if entry else Spec(self.tensors()[tensor], self.dtype)
+        return Spec(entry.shape, entry.dtype) if entry else Spec(self._shapes[tensor], self.dtype)
 
     def tensors(self) -> dict[str, Shape]:
         """Names and shapes as in the unquantized checkpoint, whose cache has no scales; fused experts that were
         quantized stay apart."""
+        return dict(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, Shape]:
         shapes = {
             name: e.shape for name, e in self.entries.items() if name not in self.parts and name not in self.kv_scales
         }

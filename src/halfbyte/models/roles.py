@@ -6,6 +6,7 @@ matrices are something else, and which lie transposed. Of names that are in no p
 """
 
 import re
+from functools import lru_cache
 
 # <prefix>.<integer>.: a block of a stack, "model.layers.3", "transformer.h.11", "gpt_neox.layers.0".
 BLOCK = re.compile(r"^((?:[^.\d][^.]*\.)+?\d+)\.")
@@ -105,6 +106,7 @@ SMALLEST = 16
 """Matrices with a side below this stay as they are: their scales would outweigh them."""
 
 
+@lru_cache(maxsize=1 << 17)  # large mixtures have as many tensors, and each is asked about many times
 def block_of(tensor: str, encoders: bool = False) -> str | None:
     """`model.layers.3` for a tensor of a module in that block of the decoder, and with `encoders` in that of another
     stack."""

@@ -144,7 +144,8 @@ def parameters_of(plan: Plan) -> int:
 
 def _output(plan: Plan, size_bytes: int) -> Output:
     counted = sum(prod(w.shape) for w in plan.schemes)
-    stored = sum(spec.size_bytes for w, s in plan.schemes.items() for spec in plan.target.specs(s, w.shape).values())
+    sizes = Counter((s, w.shape) for w, s in plan.schemes.items())
+    stored = sum(n * spec.size_bytes for alike, n in sizes.items() for spec in plan.target.specs(*alike).values())
     return Output(
         container=plan.target.name,
         grid=plan.label,

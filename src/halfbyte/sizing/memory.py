@@ -48,9 +48,11 @@ def weights_of(sizes: Mapping[str, int], checkpoint: Checkpoint, s: ModelConfig)
     """Of tensors by name, with how much each is."""
     parts = {"always": 0, "experts": 0, "looked_up": 0}
     for name, size in sizes.items():
-        is_embedding = bool(roles.EMBEDDING.match(name)) and not checkpoint.tied
-        kind = "looked_up" if is_embedding or roles.FOREIGN.search(name) else "always"
-        parts["experts" if ROUTED.search(name) else kind] += size
+        if ROUTED.search(name):
+            parts["experts"] += size
+        else:
+            is_embedding = bool(roles.EMBEDDING.match(name)) and not checkpoint.tied
+            parts["looked_up" if is_embedding or roles.FOREIGN.search(name) else "always"] += size
     experts = s.number("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     share = min(1.0, chosen_experts(s) / experts) if experts and chosen_experts(s) else 1.0
     return Weights(**parts, share=share)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -174,13 +175,14 @@ class CheckpointWriter(ABC):
         """Every tensor of the output, in the order of the source."""
         plan, found = self.plan, dict[str, Spec]()
         by_tensor: dict[str, list[Weight]] = {}
+        specs_of = cache(plan.target.specs)  # of a mixture's thousands of matrices that are alike
         for weight in plan.schemes:
             by_tensor.setdefault(weight.tensor, []).append(weight)
         for tensor in plan.checkpoint.tensors():
             if tensor in plan.unquantized:
                 found[tensor] = plan.spec(tensor)
             for weight in by_tensor.get(tensor, []):
-                specs = plan.target.specs(plan.schemes[weight], weight.shape)
+                specs = specs_of(plan.schemes[weight], weight.shape)
                 found.update({f"{weight.name}.{suffix}": spec for suffix, spec in specs.items()})
         return {**found, **plan.scales}
 

@@ -4,6 +4,7 @@ are in which."""
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -231,6 +232,7 @@ def _layout_in_file(scheme: Scheme, is_packed: bool) -> Layout:
     return layout_of(scheme)
 
 
+@cache
 def layout_of(scheme: Scheme) -> Layout:
     """Raises Unsupported for a scheme that no format holds."""
     layout = next((layout for layout in LAYOUTS.values() if layout.writes(scheme)), None)

@@ -1,5 +1,7 @@
 """GGUF: rows of blocks, one ggml type for each tensor (ggml's docs/gguf.md)."""
 
+from functools import cache
+
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -94,6 +96,7 @@ def with_minimum(q: Quantized) -> Quantized | None:
     return Quantized(wider, q.codes, {name: value.repeat_interleave(repeats, 1) for name, value in params.items()})
 
 
+@cache
 def type_of(grid: Grid) -> str:
     """ggml's name of a grid. Raises Unsupported."""
     known = grid.with_scale("fp16") if is_integer(grid) else grid

@@ -526,9 +526,16 @@ class TensorNameMap:
         self.family, self.shapes, self.settings = family, shapes, settings(config)
         self.has_head = any(re.search(r"(lm_head|embed_out)\.weight$", name) for name in shapes)
         self.tied = bool(self.settings.tie_word_embeddings) or not self.has_head
+        self._reasons: dict[str, str | None] = {}
+        self._known: dict[str, tuple[MappedTensor, ...]] = {}
 
     def dropped(self, tensor: str) -> str | None:
         """Why the GGUF has no such tensor; None if it has."""
+        if tensor not in self._reasons:
+            self._reasons[tensor] = self._reason(tensor)
+        return self._reasons[tensor]
+
+    def _reason(self, tensor: str) -> str | None:
         if roles.AHEAD.search(tensor):
             return "for predicting several tokens at once"
         if roles.FOREIGN.search(tensor):
@@ -545,8 +552,11 @@ class TensorNameMap:
     def mapped(self, tensor: str) -> tuple[MappedTensor, ...]:
         """What a tensor of the checkpoint becomes: one tensor, or several; none if it is dropped. Raises Unsupported
         for a tensor that is in no table."""
-        if self.dropped(tensor):
-            return ()
+        if tensor not in self._known:
+            self._known[tensor] = () if self.dropped(tensor) else self._placed(tensor)
+        return self._known[tensor]
+
+    def _placed(self, tensor: str) -> tuple[MappedTensor, ...]:
         name, suffix, block = self._split(tensor)
         of = Expert.of(name)
         pattern, expert = (f"{of.home}.{{e}}.{of.part}", of.number) if of else (name, None)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -263,6 +263,7 @@ class Untranslated:
 Names = TensorNameMap | Untranslated
 
 
+@lru_cache(maxsize=1)  # of one model, plans of many grids are made
 def name_map_of(checkpoint: Checkpoint) -> Names:
     """ggml's names of the tensors of any checkpoint. Raises Unsupported for a family that is in no table."""
     if isinstance(checkpoint, GGUFCheckpoint):
