@@ -12,5 +12,5 @@ class Runtime(griffe.Extension):
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         """Called of each function that is read."""
-        if func.docstring and "{entries}" in func.docstring.value:
+        if func.docstring and "{arguments}" in func.docstring.value:
             func.docstring.value = inspect.getdoc(resolve_name(f"{func.module.path}:{func.name}")) or ""

@@ -2,18 +2,37 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from beartype.door import is_subhint
+from pydantic.fields import FieldInfo
 
 import halfbyte
 import tiny
+from halfbyte.arguments import (
+    Answering,
+    Blaming,
+    Caching,
+    Comparing,
+    Converting,
+    Dequantizing,
+    Evaluating,
+    Fitting,
+    Publishing,
+    Retrieving,
+    Running,
+    sentence,
+)
+from halfbyte.budget.budget import Budget
 from halfbyte.containers.table import CONTAINERS
 from halfbyte.engines.engines import ENGINES
 from halfbyte.grids import activations
-from halfbyte.recipe import METHODS, OBSERVERS, Calibration, Recipe, meaning
+from halfbyte.recipe import METHODS, OBSERVERS, Calibration, Entries, Recipe, meaning
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +58,61 @@ def test_observers_are_those_of_the_table():
     assert tuple(activations.OBSERVERS) == OBSERVERS
 
 
-def test_every_word_of_a_recipe_is_a_documented_argument():
+FUNCTIONS = [name for name in halfbyte.__all__ if name not in ("Calibration", "HalfbyteError", "Recipe")]
+DECLARED = {
+    "quantize": (Recipe, Budget, Running),
+    "convert": (Converting, Recipe, Running),
+    "dequantize": (Dequantizing, Recipe, Running),
+    "kv": (Caching, Recipe, Running),
+    "imatrix": (Recipe, Running),
+    "evaluate": (Evaluating, Running),
+    "needle": (Retrieving, Running),
+    "suite": (Answering, Running),
+    "tasks": (Answering, Running),
+    "blame": (Blaming, Running),
+    "advise": (Fitting,),
+    "page": (Fitting, Running),
+    "compare": (Comparing, Running),
+    "push": (Publishing,),
+}
+"""What the arguments of functions are fields of."""
+
+
+def declared(name: str) -> Iterator[tuple[inspect.Parameter, FieldInfo, type[Entries]]]:
+    for own in inspect.signature(getattr(halfbyte, name)).parameters.values():
+        kind = next((kind for kind in DECLARED[name] if own.name in kind.model_fields), None)
+        if kind is not None and own.name != "model":
+            yield own, kind.model_fields[own.name], kind
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_arguments_are_those_that_are_declared(name):
+    for own, field, kind in declared(name):
+        taken = inspect.signature(getattr(halfbyte, name), eval_str=True).parameters[own.name].annotation
+        words = Sequence[str] if field.annotation == tuple[str, ...] else field.annotation
+        assert is_subhint(words, taken | None), own.name
+        if own.default is own.empty:
+            assert field.is_required() or (name, own.name) == ("convert", "to")
+        elif own.default is not None or kind not in (Recipe, Budget):  # None: as the recipe has it
+            assert own.default == field.default, own.name
+        assert f"\n        {own.name}: {sentence(own.name, kind)}" in getattr(halfbyte, name).__doc__
+
+
+def test_every_word_of_a_recipe_and_of_a_budget_is_an_argument():
     taken = inspect.signature(halfbyte.quantize).parameters
-    assert Recipe.model_fields.keys() <= taken.keys()
-    for name in taken.keys() - {"model", "out"}:
-        assert f"\n        {name}: " in halfbyte.quantize.__doc__
+    assert taken.keys() == {"out", *Recipe.model_fields, *Budget.model_fields, *Running.model_fields}
+    assert not any(own.kind is own.VAR_KEYWORD for own in taken.values())
     for name in (*METHODS, *CONTAINERS, *ENGINES, *OBSERVERS, *Calibration.model_fields):
         assert name in halfbyte.quantize.__doc__
-    assert not any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in halfbyte.__all__ if name not in ("Calibration", "HalfbyteError", "Recipe")]
-)
-def test_every_function_has_a_docstring_and_types(name):
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_has_types_and_says_what_each_argument_is(name):
     function = getattr(halfbyte, name)
-    assert len(function.__doc__) > 60
-    assert all(p.annotation is not p.empty for p in inspect.signature(function).parameters.values())
+    assert "{arguments}" not in function.__doc__
+    for own in inspect.signature(function).parameters.values():
+        assert own.annotation is not own.empty
+        assert re.search(rf"\b{own.name}\b", function.__doc__), own.name
 
 
 def test_a_report_is_short_in_a_terminal_and_a_table_in_a_notebook(home, tmp_path):

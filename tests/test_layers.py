@@ -16,9 +16,10 @@ LAYERS = [
     ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names", "formats", "registry", "devices"],
     ["kernels"], ["recipe", "grids"],
     ["solvers", "containers"], ["demo"], ["models"],
-    ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["nn"], ["evaluation", "plan"], ["report"],
-    ["sizing"], ["run", "display", "budget"],
-    ["blockwise", "kv_cache"], ["pipeline", "publish"], ["api"], ["demonstration"], ["cli"], ["__main__", "__init__"],
+    ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["nn"], ["evaluation", "plan"],
+    ["arguments"], ["report"], ["sizing"], ["run", "display", "budget"],
+    ["blockwise", "kv_cache"], ["pipeline", "publish", "against"], ["api"], ["demonstration"], ["cli"],
+    ["__main__", "__init__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

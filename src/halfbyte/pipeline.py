@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 import xxhash
 
+from halfbyte.arguments import Converting, Dequantizing, Running, documented
 from halfbyte.budget.budget import Budget
 from halfbyte.containers.folder import Folder, Shard, claim, kept_on_interrupt
 from halfbyte.containers.place import is_file
@@ -149,6 +150,7 @@ def plan(
     return _with_budget(planned, budget)
 
 
+@documented(Converting, Recipe, Running)
 def convert(
     source: str | Path,
     out: str | Path,
@@ -158,13 +160,16 @@ def convert(
     overwrite: bool = False,
     progress: Progress | bool = False,
 ) -> Report:
-    """Move a quantized checkpoint into another container: bit for bit where it holds the same grid, else by rounding
-    again; returns the report.
+    """Move `source`, a quantized checkpoint, into `out` in another container: bit for bit where that holds the same
+    grid, else by rounding again; returns the report.
 
-    `to` is the container, `grid` what to round to where it does not hold the source's, `engine` one that has to load it
-    (or "none": write what no engine loads), `progress` True for a bar, or a function of (what, done, total). The
-    report's errors are those against the quantized source: 0 where nothing was rounded.
-    Raises HalfbyteError, with nothing half-written left behind.
+    The report's errors are those against the quantized source: 0 where nothing was rounded.
+
+    Args:
+        {arguments}
+
+    Raises:
+        HalfbyteError: with nothing half-written left behind.
     """
     meter = Meter(CPU)
     plan = transcoding(str(source), to, grid, engine)
@@ -186,6 +191,12 @@ def convert(
         return _Output.of(plan, out, overwrite, meter, show).written(solve, show)
 
 
+@documented(
+    Dequantizing,
+    Recipe,
+    Running,
+    dtype="By default what the name of a GGUF ends with, such as F16, or what the checkpoint says.",
+)
 def dequantize(
     source: str | Path,
     out: str | Path,
@@ -195,13 +206,14 @@ def dequantize(
     overwrite: bool = False,
     progress: Progress | bool = False,
 ) -> Report:
-    """Write a quantized checkpoint in 16 bits, with its tokenizer, template and config: a folder of safetensors, or a
-    GGUF if `out` is called so; returns the report.
+    """Write `source`, a quantized checkpoint, in 16 bits, with its tokenizer, template and config: a folder of
+    safetensors, or a GGUF if `out` is called so; returns the report.
 
-    `dtype` is bfloat16, float16 or float32 (by default what the name of a GGUF ends with, such as F16, or what the
-    checkpoint says); `adapter` the folder of a LoRA adapter to merge; `progress` True for a bar, or a function of
-    (what, done, total).
-    Raises HalfbyteError, with nothing half-written left behind.
+    Args:
+        {arguments}
+
+    Raises:
+        HalfbyteError: with nothing half-written left behind.
     """
     meter = Meter(CPU)
     out = Path(out).expanduser()

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from halfbyte.arguments import Publishing, documented
 from halfbyte.containers.place import BESIDE, beside, is_file
 from halfbyte.errors import BadRequest, brief
 from halfbyte.files import is_within
@@ -14,11 +15,16 @@ from halfbyte.report.types import Report
 from halfbyte.report.written import as_json, report_of
 
 
+@documented(Publishing)
 def push(output: str | Path, repository: str, private: bool = False) -> str:
-    """Upload what lies in a folder, or a file with what lies beside it; returns the address of the repository.
+    """Upload an `output`, a folder or a file with what lies beside it; returns the address of the repository, which is
+    made if it is not there.
 
-    It is made if it is not there. Raises BadCheckpoint for what has no report of ours, BadRequest where the hub does
-    not take it.
+    Args:
+        {arguments}
+
+    Raises:
+        HalfbyteError: BadCheckpoint for what has no report of ours, BadRequest where the hub does not take it.
     """
     output = Path(output).expanduser()
     report = public(report_of(output), output, repository)

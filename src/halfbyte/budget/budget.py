@@ -1,34 +1,33 @@
 """What a mix is to hold to: bits per parameter, bytes of a file, memory, or a divergence. Words alone: no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.errors import BadRequest, brief
+from halfbyte.recipe import Entries
 from halfbyte.report.summary import size
 from halfbyte.sizing.devices import parse_size
 
 LIMITS = ("bits", "size", "fit", "max_kl")
 
 
-@dataclass(frozen=True)
-class Budget:
-    """One of four limits, the others being None, and how it is to be kept."""
+class Budget(Entries, frozen=True, use_attribute_docstrings=True):
+    """One of four limits, the others being None, and how it is to be kept. Sizes are bytes."""
 
     bits: float | None = None
-    """Per parameter of the model, everything counted."""
+    """Choose each weight's grid: so many bits per parameter in all."""
     size: int | None = None
-    """Bytes of the files of tensors."""
+    """... files of this size: 3.7GB, 3500MiB, or bytes."""
     fit: int | None = None
-    """Bytes of memory into which an engine is to load it, with a cache."""
+    """... what fits into this memory with a cache: 22GiB."""
     max_kl: float | None = None
-    """Predicted divergence from the original, in nats per token."""
+    """... the smallest output with this predicted KL divergence."""
     context: int | None = None
-    """Tokens of the cache beside what is to fit."""
+    """Tokens of the cache beside what is to --fit."""
     candidates: tuple[str, ...] = ()
-    """Grids to choose among; none: the output's usual ones."""
+    """Grids to choose among, such as Q4_K,Q5_K,Q6_K."""
     sensitivities: Path | None = None
-    """The file of what each weight costs; None: beside the output."""
+    """The file of what each weight costs, which other budgets read; beside the output."""
 
     @classmethod
     def of(
@@ -57,7 +56,15 @@ class Budget:
                 raise BadRequest(f"--{name} is {brief(value)}, and has to be above 0")
         grids = candidates.split(",") if isinstance(candidates, str) else candidates or ()
         path = None if sensitivities is None else Path(sensitivities).expanduser()
-        return cls(bits, _bytes("size", size), _bytes("fit", fit), max_kl, context, tuple(map(str.strip, grids)), path)
+        return cls(
+            bits=bits,
+            size=_bytes("size", size),
+            fit=_bytes("fit", fit),
+            max_kl=max_kl,
+            context=context,
+            candidates=tuple(map(str.strip, grids)),
+            sensitivities=path,
+        )
 
     @property
     def words(self) -> str:

@@ -1,24 +1,43 @@
 """Commands that measure what was lost."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from halfbyte import display
-from halfbyte.cli.options import CACHES, Adapter, Device, Foreign, Json, Quiet, completing, require_caches
+from halfbyte.arguments import Answering, Blaming, Evaluating, Measuring, Retrieving
+from halfbyte.cli.options import (
+    Against,
+    Caches,
+    Device,
+    Foreign,
+    Json,
+    MergedAdapter,
+    Quiet,
+    count,
+    option,
+    require_caches,
+)
 from halfbyte.cli.output import out, print_json, show, show_measured
 from halfbyte.devices import AUTO
 from halfbyte.errors import BadRequest, plural
 from halfbyte.evaluation.conventions import CONVENTIONS, convention_named
-from halfbyte.evaluation.suites.suite import ALL, SHIPPED, suites
+from halfbyte.evaluation.suites.suite import suites
 from halfbyte.progress import shown
-from halfbyte.recipe import SHORTEST
-from halfbyte.report.gate import MEASURES, as_words, limits, shared_out
+from halfbyte.report.gate import MEASURES, about_measures, as_words, limits, shared_out
+
+if TYPE_CHECKING:
+    from halfbyte.report.types import Evaluation, StatesEvaluation, SuiteEvaluation, TaskEvaluation
+
+    Measured = Evaluation | StatesEvaluation | SuiteEvaluation | TaskEvaluation
 
 GATE_BROKEN = 1
 """Exit code."""
+Models = Annotated[list[str], typer.Argument(help="Checkpoints to measure.")]
+Length = Annotated[int, count(Measuring, "length")]
 
 
 def evaluate(
@@ -28,71 +47,38 @@ def evaluate(
             help="Checkpoints to measure; the second and later are also compared with the first, token by token."
         ),
     ],
-    against: Annotated[str, typer.Option(help="The original.")],
+    against: Against,
     text: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text; several are "
-            "measured one by one, and may have names, such as de=news.txt.",
+        option(
+            Measuring,
+            "text",
+            more="Several are measured one by one, and may have names, such as de=news.txt.",
             show_default="heldout, unless a suite or tasks are named",
         ),
     ] = None,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Prompts with a check each, answered greedily by both: {', '.join(SHIPPED)}, {ALL}, or a .jsonl of "
-            "your own; repeatable."
-        ),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="The most that an answer in a suite has.", show_default="each prompt's own limit"),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Tasks of lm-eval, such as arc_easy,hellaswag,gsm8k,ifeval,mmlu (halfbyte\\[tasks])."),
-    ] = None,
-    task_path: Annotated[
-        Path | None, typer.Option(help="A folder with tasks of your own, as lm-eval's YAML; they run offline.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.", show_default="all")] = None,
-    shots: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each item.", show_default="as the task says")
-    ] = None,
-    as_chat: Annotated[bool, typer.Option("--as-chat", help="Put tasks through the model's chat template.")] = False,
-    run_code: Annotated[
-        bool,
-        typer.Option("--run-code", help="Let tasks such as humaneval execute what the models write, on this machine."),
-    ] = False,
-    length: Annotated[int, typer.Option(min=SHORTEST, help="Tokens in a window.")] = 512,
-    windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
-    convention: Annotated[
-        str,
-        typer.Option(
-            help=". ".join(f"{c.name}: {c.about}" for c in CONVENTIONS.values()),
-            autocompletion=completing(*CONVENTIONS),
-        ),
-    ] = "served",
-    kv: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Run the models with this KV cache: fp8-e4m3, int8, int4 ..., none for 16 bits; repeatable.",
-            show_default="as stored",
-            autocompletion=completing(*CACHES),
-        ),
-    ] = None,
-    adapter: Adapter = None,
+    suite: Annotated[list[str] | None, option(Answering, "suites", "--suite", more="Repeatable.")] = None,
+    tokens: Annotated[int | None, count(Answering, "tokens", show_default="each prompt's own limit")] = None,
+    tasks: Annotated[str | None, option(Answering, "tasks")] = None,
+    task_path: Annotated[Path | None, option(Answering, "folder", "--task-path")] = None,
+    limit: Annotated[int | None, count(Answering, "limit", show_default="all")] = None,
+    shots: Annotated[int | None, count(Answering, "shots", show_default="as the task says")] = None,
+    as_chat: Annotated[bool, option(Answering, "as_chat", "--as-chat")] = False,
+    run_code: Annotated[bool, option(Answering, "runs_code", "--run-code")] = False,
+    length: Length = 512,
+    windows: Annotated[int | None, count(Measuring, "windows")] = None,
+    convention: Annotated[str, option(Evaluating, "convention", values=CONVENTIONS)] = "served",
+    kv: Caches = None,
+    adapter: MergedAdapter = None,
     foreign: Foreign = False,
-    noise_floor: Annotated[
-        bool, typer.Option("--noise-floor", help="Measure the original in bfloat16 against itself, too.")
-    ] = False,
+    noise_floor: Annotated[bool, option(Evaluating, "noise_floor", "--noise-floor")] = False,
     gate: Annotated[
         str | None,
-        typer.Option(
-            help="Limits such as kl=0.05,flips=2%; exit code 1 where one does not hold. "
-            + "; ".join(f"{name}: {measure.about}" for name, measure in MEASURES.items())
-            + ".",
-            autocompletion=completing(*(f"{name}=" for name in MEASURES)),
+        option(
+            Measuring,
+            "gate",
+            more=f"Exit code 1 where one does not hold. {about_measures()}",
+            values=[f"{name}=" for name in MEASURES],
         ),
     ] = None,
     device: Device = AUTO,
@@ -113,7 +99,6 @@ def evaluate(
     suites(suite or ())
     texts = text or ([] if (suite or tasks) and not of_text else ["heldout"])
     from halfbyte import api
-    from halfbyte.report.types import Evaluation, StatesEvaluation, SuiteEvaluation, TaskEvaluation
 
     common = {
         "kv": kv or ["stored"],
@@ -122,7 +107,7 @@ def evaluate(
         "progress": not (quiet or as_json),
         "device": device,
     }
-    results: list[Evaluation | StatesEvaluation | SuiteEvaluation | TaskEvaluation] = []
+    results: list[Measured] = []
     for name in texts:
         asked = {"length": length, "windows": windows, "convention": convention, "noise_floor": noise_floor}
         results.append(api.evaluate(models, against, name, **asked, **common, gate=as_words(of_text)))
@@ -132,6 +117,13 @@ def evaluate(
         names = [name.strip() for name in tasks.split(",")]
         how = {"folder": task_path, "limit": limit, "shots": shots, "as_chat": as_chat, "runs_code": run_code}
         results.append(api.tasks(models, against, names, **how, **common, gate=as_words(of_answers)))
+    _show_all(results, as_json)
+
+
+def _show_all(results: "Sequence[Measured]", as_json: bool) -> NoReturn:
+    """Print what was measured, and end: with another code where a gate does not hold."""
+    from halfbyte.report.types import Evaluation, StatesEvaluation
+
     if as_json:
         print_json(results if len(results) > 1 else results[0])
     else:
@@ -145,24 +137,15 @@ def evaluate(
 
 
 def needle(
-    models: Annotated[list[str], typer.Argument(help="Checkpoints to measure.")],
-    against: Annotated[str, typer.Option(help="The original.")],
-    text: Annotated[
-        str, typer.Option(help="Where the fact is hidden: a text file, a .jsonl, a dataset, or 'heldout'.")
-    ] = "heldout",
-    lengths: Annotated[str, typer.Option("--lengths", "--length", help="Tokens of the texts.")] = "256,512,1024",
-    depths: Annotated[int, typer.Option(min=1, help="Places from the beginning to the end.")] = 5,
-    facts: Annotated[int, typer.Option(min=1, help="Facts at each place, of which the mean is shown.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Which facts and texts are drawn.")] = 0,
-    kv: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Run the models with this KV cache, as in eval; repeatable.",
-            show_default="as stored",
-            autocompletion=completing(*CACHES),
-        ),
-    ] = None,
-    adapter: Adapter = None,
+    models: Models,
+    against: Against,
+    text: Annotated[str, option(Measuring, "text", more="The fact is hidden in it.")] = "heldout",
+    lengths: Annotated[str, option(Retrieving, "lengths", "--lengths", "--length")] = "256,512,1024",
+    depths: Annotated[int, count(Retrieving, "depths")] = 5,
+    facts: Annotated[int, count(Retrieving, "facts")] = 8,
+    seed: Annotated[int, count(Retrieving, "seed")] = 0,
+    kv: Caches = None,
+    adapter: MergedAdapter = None,
     foreign: Foreign = False,
     device: Device = AUTO,
     quiet: Quiet = False,
@@ -200,17 +183,13 @@ def needle(
 
 def blame(
     model: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
-    against: Annotated[str, typer.Option(help="The original.")],
-    text: Annotated[
-        str, typer.Option(help="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text.")
-    ] = "heldout",
-    length: Annotated[int, typer.Option(min=SHORTEST, help="Tokens in a window.")] = 512,
-    windows: Annotated[int, typer.Option(min=1, help="Use only the first N windows.")] = 8,
-    blocks: Annotated[
-        int, typer.Option(min=0, help="Of how many blocks, those that cost most, each weight is tried too.")
-    ] = 3,
+    against: Against,
+    text: Annotated[str, option(Measuring, "text")] = "heldout",
+    length: Length = 512,
+    windows: Annotated[int, count(Blaming, "windows")] = 8,
+    blocks: Annotated[int, count(Blaming, "blocks")] = 3,
     worst: Annotated[int, typer.Option(min=1, help="How many parts to list.")] = 10,
-    adapter: Adapter = None,
+    adapter: MergedAdapter = None,
     foreign: Foreign = False,
     device: Device = AUTO,
     quiet: Quiet = False,

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from halfbyte import display
-from halfbyte.cli.options import Json, completing
+from halfbyte.arguments import Fitting
+from halfbyte.cli.options import Json, completing, count, option
 from halfbyte.cli.output import out, print_json, print_value, show
 from halfbyte.engines.engines import ENGINES, engine_named
 from halfbyte.sizing.accounting import ACCOUNTINGS
@@ -21,31 +22,29 @@ def plan(
     model: Annotated[str, typer.Argument(help="A folder, a GGUF, or a hub id: of that only headers are downloaded.")],
     device: Annotated[
         str | None,
-        typer.Option(
-            help="What it is to run on: a row of `halfbyte devices`, or cpu.",
-            show_default="what is here",
-            autocompletion=lambda: ["cpu", *table_of_devices()],
-        ),
+        option(Fitting, "device", show_default="what is here", autocompletion=lambda: ["cpu", *table_of_devices()]),
     ] = None,
-    memory: Annotated[str | None, typer.Option(help="In place of a device: such as 24GiB.")] = None,
+    memory: Annotated[str | None, option(Fitting, "memory")] = None,
     engine: Annotated[
         str | None,
-        typer.Option(
-            help=f"{', '.join(ACCOUNTINGS)}.",
+        option(
+            Fitting,
+            "engine",
+            more=f"{', '.join(ACCOUNTINGS)}.",
+            values=ACCOUNTINGS,
             show_default="vllm for cards of servers, else llama.cpp",
-            autocompletion=completing(*ACCOUNTINGS),
         ),
     ] = None,
-    cards: Annotated[int, typer.Option(min=1, help="How many of the device.")] = 1,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sequence.", show_default="8192, or the model's if less")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    cards: Annotated[int, count(Fitting, "cards")] = 1,
+    context: Annotated[int | None, count(Fitting, "context", show_default="8192, or the model's if less")] = None,
+    batch: Annotated[int, count(Fitting, "batch")] = 1,
     cache: Annotated[
         str,
-        typer.Option(
-            help=f"What the cache is stored as: {', '.join(TYPES)}.",
-            autocompletion=completing(*(name for name in TYPES if " " not in name)),  # shells part words at spaces
+        option(
+            Fitting,
+            "cache",
+            more=f"{', '.join(TYPES)}.",
+            values=[name for name in TYPES if " " not in name],  # shells part words at spaces
         ),
     ] = "16 bits",
     as_json: Json = False,
@@ -57,20 +56,12 @@ def plan(
     question(engine, device, memory, cards, context, batch, cache)  # wrong words need not wait for torch
     from halfbyte.api import advise
 
-    found = advise(
-        model,
-        device=device,
-        memory=memory,
-        engine=engine,
-        cards=cards,
-        context=context,
-        batch=batch,
-        cache=cache,
-    )
+    where = {"device": device, "memory": memory, "engine": engine, "cards": cards}
+    advice = advise(model, **where, context=context, batch=batch, cache=cache)
     if as_json:
-        print_json(found)
+        print_json(advice)
         return
-    for part in display.advised(found):
+    for part in display.advised(advice):
         out.print(part, soft_wrap=isinstance(part, str))
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from halfbyte import display
-from halfbyte.cli.options import Json, Overwrite, Quiet
+from halfbyte.arguments import Comparing, Publishing, sentence
+from halfbyte.cli.options import Json, Overwrite, Quiet, option
 from halfbyte.cli.output import out, print_json, show
 from halfbyte.errors import plural
 from halfbyte.report.summary import size
@@ -16,9 +17,7 @@ from halfbyte.sizing.question import of_words, question
 def compare(
     a: Annotated[str, typer.Argument(help="A checkpoint.")],
     b: Annotated[str, typer.Argument(help="Another version of the same model.")],
-    values: Annotated[
-        bool, typer.Option(help="Read all tensors, for how far apart their values are; else headers and reports alone.")
-    ] = True,
+    values: Annotated[bool, option(Comparing, "values")] = True,
     worst: Annotated[int, typer.Option(min=0, help="How many tensors to list.")] = 10,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -29,11 +28,11 @@ def compare(
     """
     from halfbyte.api import compare as run
 
-    found = run(a, b, values, progress=not (quiet or as_json))
+    comparison = run(a, b, values, progress=not (quiet or as_json))
     if as_json:
-        print_json(found)
+        print_json(comparison)
         return
-    show(display.compared(found, worst))
+    show(display.compared(comparison, worst))
 
 
 def inspect(
@@ -87,8 +86,8 @@ def report(
 
 def push(
     path: Annotated[str, typer.Argument(help="An output of quantize: a folder, or a .gguf file.")],
-    repository: Annotated[str, typer.Argument(help="Where to: org/name.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a repository that only you see.")] = False,
+    repository: Annotated[str, typer.Argument(help=sentence("repository", Publishing))],
+    private: Annotated[bool, option(Publishing, "private", "--private")] = False,
     as_json: Json = False,
 ) -> None:
     """Upload an output to the hub: its files, and a card whose commands name the repository.

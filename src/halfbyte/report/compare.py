@@ -4,6 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from halfbyte.arguments import Comparing, Running, documented
 from halfbyte.errors import BadRequest
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.progress import Progress, shown
@@ -13,11 +14,15 @@ from halfbyte.report.tables import conditions_of
 from halfbyte.report.types import Compared, ComparedTensor, Comparison, EvaluationRecord, Report
 
 
+@documented(Comparing, Running)
 def compare(a: str | Path, b: str | Path, values: bool = True, progress: Progress | bool = False) -> Comparison:
-    """Two runs, or checkpoints of any kind of one model. `values`: read and decode all tensors, for how far those of
-    `b` are from those of `a`; without it headers and reports are read alone.
+    """Two runs, or checkpoints of any kind of one model: how far those of `b` are from those of `a`.
 
-    Raises HalfbyteError; BadRequest where no tensor of the one is in the other.
+    Args:
+        {arguments}
+
+    Raises:
+        HalfbyteError: BadRequest where no tensor of the one is in the other.
     """
     one, other = Checkpoint.open(a), Checkpoint.open(b)
     kinds = [{t.name: (t.kind, t.size_bytes) for t in stored(c)} for c in (one, other)]

@@ -50,6 +50,11 @@ MEASURES = {
 }
 
 
+def about_measures() -> str:
+    """What each is, in a sentence."""
+    return "; ".join(f"{name}: {measure.about}" for name, measure in MEASURES.items()) + "."
+
+
 @dataclass(frozen=True)
 class Limit:
     """The most that a measure may be."""

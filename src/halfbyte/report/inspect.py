@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """What is in a checkpoint. Reads headers only, and zero points and orders where only they tell a grid.
+    """What is in the checkpoint at `path`. Reads headers only, and zero points and orders where only they tell a grid.
 
     Raises HalfbyteError. A report beside it that is not one of ours is named among the warnings.
     """

@@ -1,0 +1,184 @@
+"""What functions and commands are asked: of each argument its type, its default, and the sentence that says what it is.
+
+A recipe's are the fields of `Recipe`, a budget's those of `Budget`; all others are here. Signatures in Python repeat
+types and defaults, for editors and type checkers, and tests hold them to the fields. Sentences stand in no other place:
+docstrings and the command line's help are made of them.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from halfbyte.devices import AUTO, KINDS
+from halfbyte.engines.engines import ENGINES
+from halfbyte.errors import require_at_least
+from halfbyte.evaluation.conventions import CONVENTIONS
+from halfbyte.evaluation.suites.suite import ALL, SHIPPED
+from halfbyte.recipe import METHODS, SHORTEST, Entries, Recipe, meaning
+from halfbyte.words import CONTAINERS, DTYPES, PLAIN
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+LISTED = {"method": METHODS, "to": CONTAINERS, "engine": ENGINES}
+"""What words of a recipe may be, where a sentence can list it."""
+
+
+class Running(Entries, frozen=True):
+    """Of whatever takes its time or writes."""
+
+    overwrite: bool = Field(False, description="Replace an output that exists.")
+    dry_run: bool = Field(False, description="Say what would be written, and write nothing.")
+    progress: bool = Field(False, description="True for a bar, or a function of (what, done, total).")
+    device: str = Field(
+        AUTO,
+        description=f"What computes: {AUTO} (a GPU where there is one), {', '.join(KINDS)}, or a GPU by its number "
+        "(cuda:1).",
+    )
+
+
+class Converting(Entries, frozen=True):
+    """Of writing a quantized checkpoint in another container."""
+
+    grid: str | None = Field(None, description="What to round to where the container does not hold the source's grid.")
+
+
+class Dequantizing(Entries, frozen=True):
+    """Of writing it in 16 bits."""
+
+    to: str | None = Field(None, description=f"{' or '.join(PLAIN)}.")
+    dtype: str | None = Field(None, description=f"{', '.join(DTYPES)}.")
+
+
+class Caching(Entries, frozen=True):
+    """Of the scales of a KV cache."""
+
+    grid: str = Field("fp8-e4m3", description="fp8-e4m3, or fp8-e4m3-head with a scale for each head.")
+
+
+class Comparing(Entries, frozen=True):
+    """Of two checkpoints side by side."""
+
+    values: bool = Field(
+        True, description="Read all tensors, for how far apart their values are; else headers and reports alone."
+    )
+
+
+class Publishing(Entries, frozen=True):
+    """Of an output on the hub."""
+
+    repository: str = Field(description="Where to: org/name.")
+    private: bool = Field(False, description="Make a repository that only you see.")
+
+
+class Fitting(Entries, frozen=True):
+    """Of where a model is to run."""
+
+    device: str | None = Field(None, description="What it is to run on: a row of `halfbyte devices`, or cpu.")
+    memory: str | int | None = Field(None, description="In place of a device: such as 24GiB.")
+    engine: str | None = Field(None, description="What is to load it.")
+    cards: int = Field(1, ge=1, description="How many of the device.")
+    context: int | None = Field(None, ge=1, description="Tokens of a sequence.")
+    batch: int = Field(1, ge=1, description="Sequences at a time.")
+    cache: str = Field("16 bits", description="What the cache is stored as.")
+
+
+class Measuring(Entries, frozen=True):
+    """Of whatever compares models with their original."""
+
+    against: str = Field(description="The original.")
+    text: str = Field(
+        "heldout", description="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text."
+    )
+    length: int = Field(512, ge=SHORTEST, description="Tokens in a window.")
+    windows: int | None = Field(None, ge=1, description="Use only the first N windows.")
+    kv: str | Sequence[str] = Field(
+        ("stored",), description="Run the models with this KV cache: fp8-e4m3, int8, int4 ..., none for 16 bits."
+    )
+    adapter: str | None = Field(None, description="A LoRA adapter's folder, merged into the original as it is read.")
+    foreign: bool = Field(
+        False, description="Compare with another model than the source, or one with other tokens, too."
+    )
+    gate: str | None = Field(None, description="Limits such as kl=0.05,flips=2%.")
+
+
+class Evaluating(Measuring, frozen=True):
+    """Of a text."""
+
+    convention: str = Field(
+        "served", description=". ".join(f"{known.name}: {known.about}" for known in CONVENTIONS.values())
+    )
+    noise_floor: bool = Field(False, description="Measure the original in bfloat16 against itself, too.")
+
+
+class Answering(Measuring, frozen=True):
+    """Of answers to prompts, and of tasks."""
+
+    suites: str | Sequence[str] = Field(
+        ALL,
+        description=f"Prompts with a check each, answered greedily by both: {', '.join(SHIPPED)}, {ALL}, or a .jsonl "
+        "of your own.",
+    )
+    tokens: int | None = Field(None, ge=1, description="The most that an answer in a suite has.")
+    tasks: str | Sequence[str] = Field(
+        description="Tasks of lm-eval, such as arc_easy,hellaswag,gsm8k,ifeval,mmlu (halfbyte[tasks])."
+    )
+    folder: str | None = Field(
+        None, description="A folder with tasks of your own, as lm-eval's YAML; they run offline."
+    )
+    limit: int | None = Field(None, ge=1, description="Items of each task.")
+    shots: int | None = Field(None, ge=0, description="Examples before each item.")
+    as_chat: bool = Field(False, description="Put tasks through the model's chat template.")
+    runs_code: bool = Field(
+        False, description="Let tasks such as humaneval execute what the models write, on this machine."
+    )
+
+
+class Retrieving(Measuring, frozen=True):
+    """Of facts that are hidden in long texts."""
+
+    lengths: Sequence[int] = Field((256, 512, 1024), description="Tokens of the texts.")
+    depths: int = Field(5, ge=1, description="Places from the beginning to the end.")
+    facts: int = Field(8, ge=1, description="Facts at each place, of which the mean is shown.")
+    seed: int = Field(0, ge=0, description="Which facts and texts are drawn.")
+
+
+class Blaming(Measuring, frozen=True):
+    """Of the search for the part that lost most."""
+
+    windows: int | None = Field(8, ge=1, description=meaning("windows", Measuring))
+    blocks: int = Field(3, ge=0, description="Of how many blocks, those that cost most, each weight is tried too.")
+
+
+def sentence(name: str, kind: type[Entries] = Recipe) -> str:
+    """What an argument is, and what it may be where that can be listed."""
+    listed = LISTED.get(name, ()) if kind is Recipe else ()
+    return " ".join(filter(None, (meaning(name, kind), f"{', '.join(listed)}." if listed else "")))
+
+
+def least(name: str, kind: type[Entries]) -> int:
+    """The smallest value of a count."""
+    return next(bound.ge for bound in kind.model_fields[name].metadata if hasattr(bound, "ge"))
+
+
+def require_counts(kind: type[Entries], **counts: object) -> None:
+    """Raise BadRequest for a count that is too small, or none where there has to be one."""
+    for name, value in counts.items():
+        if value is not None or kind.model_fields[name].default is not None:
+            require_at_least(least(name, kind), **{name: value})
+
+
+def documented(*kinds: type[Entries], **more: str) -> Callable[[Function], Function]:
+    """For a function: `{arguments}` in its docstring becomes a line for each that is a field of these; `more` is what
+    Python alone has to say of some."""
+
+    def complete(function: Function) -> Function:
+        lines = []
+        for name in inspect.signature(function).parameters:
+            kind = next((kind for kind in kinds if name in kind.model_fields), None)
+            if kind is not None:
+                lines.append(" ".join(filter(None, (f"{name}:", sentence(name, kind), more.get(name)))))
+        function.__doc__ = (function.__doc__ or "").replace("{arguments}", "\n        ".join(lines))
+        return function
+
+    return complete
