@@ -13,8 +13,8 @@ import halfbyte
 
 ROOT = Path(halfbyte.__file__).parent
 LAYERS = [
-    ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names", "formats", "registry", "devices"],
-    ["kernels"], ["recipe", "grids"],
+    ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names", "formats", "devices"],
+    ["registry"], ["kernels"], ["recipe", "grids"],
     ["solvers", "containers"], ["demo"], ["models"],
     ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["nn"], ["evaluation", "plan"],
     ["arguments"], ["report"], ["sizing"], ["run", "display", "budget"],

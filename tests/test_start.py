@@ -22,6 +22,15 @@ finally:
 """
 
 
+WITHOUT_A_MODEL = (
+    *(["quantize"], ["quantize", "-o", "y"], ["quantize", "--for", "vllm"], ["convert", "-o", "y", "--to", "gptq"]),
+    *(["dequantize", "-o", "y"], ["kv", "-o", "y"], ["imatrix", "-o", "y"], ["inspect"], ["plan"]),
+    *([name, str(demo.MODEL), "--against"] for name in ("eval", "needle", "blame")),
+    ["compare", str(demo.MODEL)],
+)
+"""Commands that lack but the name of a checkpoint."""
+
+
 def start(*words: str) -> tuple[int, list[str]]:
     """The exit status of a process of its own, and its last lines."""
     done = subprocess.run([sys.executable, "-c", COMMAND, *words], capture_output=True, text=True, check=False)
@@ -77,6 +86,7 @@ def test_wrong_words_are_refused_without_torch(words, said):
         (["eval", "x", "--against", "y", "--kv", "q8_1"], "'q8_1' is no KV cache"),
         (["needle", "x", "--against", "y", "--kv", "int9"], "'int9' is no KV cache"),
         (["needle", "x", "--against", "y", "--lengths", "long"], "--lengths takes numbers"),
+        *(([*words, "there/is/none"], "there is no folder there/is/none") for words in WITHOUT_A_MODEL),
     ],
 )
 def test_wrong_words_of_other_commands_are_refused_without_torch(words, said):
@@ -99,6 +109,15 @@ def test_inspecting_a_gguf_needs_no_torch(tmp_path):
     assert made.code == 0, made.err
     for words in ([], ["--json"]):  # with the report that lies beside it
         assert start("inspect", str(tmp_path / "q.gguf"), *words) == (0, ["False PASSIVE"])
+
+
+def test_a_plan_imports_no_model():
+    """Transformers' models take most of a start."""
+    code = "import sys; from halfbyte.cli import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules)"
+    words = [sys.executable, "-c", code, "plan", str(demo.MODEL), "--json"]
+    modules = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1].split()
+    assert "halfbyte.sizing.advice" in modules
+    assert not {"transformers.modeling_utils", "halfbyte.models.walk"} & {*modules}
 
 
 def test_kernels_are_kept_in_the_users_cache_if_there_is_one(tmp_path, monkeypatch):

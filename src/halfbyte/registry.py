@@ -4,10 +4,14 @@ A line says where a class is, as entry points do (`module:name`), and nothing is
 before torch is, and a room may ask for what stands above it. The rooms' own tables are made of these.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
+
+from halfbyte.errors import BadCheckpoint
+from halfbyte.files import exists, path_of
 
 
 class Form(NamedTuple):
@@ -75,6 +79,25 @@ HEADS = {
 
 IMPORTANCE = "halfbyte.targets.gguf.importance"
 """Importance matrices, which are llama.cpp's files: the module that measures, writes and reads them."""
+
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+"""org/name, or org/name@revision."""
+
+
+def located(source: str | Path) -> Path | None:
+    """Where a checkpoint lies; None for one of the hub. Raises BadCheckpoint for what is neither, without torch."""
+    path = path_of(source)
+    if exists(path):
+        if path.is_dir() or source_suffix(path):
+            return path
+        raise BadCheckpoint(
+            f"{source} is a file and no {' or '.join(SOURCES)}; name the folder that holds config.json and the "
+            "safetensors"
+        )
+    if HUB_ID.fullmatch(str(source)):
+        return None
+    raise BadCheckpoint(f"there is no folder {source}, and it is no hub id (org/name)")
 
 
 def source_suffix(path: Path) -> str | None:

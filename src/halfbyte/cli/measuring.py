@@ -20,6 +20,7 @@ from halfbyte.cli.options import (
     count,
     option,
     require_caches,
+    require_located,
 )
 from halfbyte.cli.output import out, print_json, show, show_measured
 from halfbyte.devices import AUTO
@@ -98,6 +99,7 @@ def evaluate(
     of_text, of_answers = shared_out(limits(gate) if gate else [], answers=bool(suite or tasks))
     suites(suite or ())
     texts = text or ([] if (suite or tasks) and not of_text else ["heldout"])
+    require_located(*models, against)
     from halfbyte import api
 
     common = {
@@ -159,6 +161,7 @@ def needle(
     if len(sizes) != len(lengths.split(",")):
         raise BadRequest(f"--lengths takes numbers of tokens, such as 256,1024, not '{lengths}'")
     require_caches(*(kv or ()))
+    require_located(*models, against)
     from halfbyte.api import needle as run
 
     result = run(
@@ -199,6 +202,7 @@ def blame(
 
     halfbyte blame model-int4 --against org/model
     """
+    require_located(model, against)
     from halfbyte.api import blame as run
 
     result = run(

@@ -11,6 +11,7 @@ from halfbyte.devices import AUTO, KINDS, require_name
 from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
 from halfbyte.formats import CACHE_ALIASES, GGML_CACHES, cache_parts
 from halfbyte.recipe import Entries, Recipe
+from halfbyte.registry import located
 from halfbyte.words import owner_of, require_container, require_grid
 
 
@@ -50,6 +51,12 @@ Caches = Annotated[
 ]
 MergedAdapter = Annotated[str | None, option(Measuring, "adapter")]
 Foreign = Annotated[bool, option(Measuring, "foreign", "--foreign")]
+
+
+def require_located(*sources: str) -> None:
+    """Raise BadCheckpoint for what is none by its name alone."""
+    for source in sources:
+        located(source)
 
 
 def require_names(to: str | None, engine: str | None, *grids: str) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from halfbyte import display
 from halfbyte.arguments import Fitting
-from halfbyte.cli.options import Json, completing, count, option
+from halfbyte.cli.options import Json, completing, count, option, require_located
 from halfbyte.cli.output import out, print_json, print_value, show
 from halfbyte.engines.engines import ENGINES, engine_named
 from halfbyte.sizing.accounting import ACCOUNTINGS
@@ -53,11 +53,11 @@ def plan(
 
     halfbyte plan org/model --device rtx-4090 --engine vllm --context 8192 --batch 8
     """
-    question(engine, device, memory, cards, context, batch, cache)  # wrong words need not wait for torch
-    from halfbyte.api import advise
+    asked = question(engine, device, memory, cards, context, batch, cache)  # what is wrong need not wait for torch
+    require_located(model)
+    from halfbyte.sizing.advice import advise
 
-    where = {"device": device, "memory": memory, "engine": engine, "cards": cards}
-    advice = advise(model, **where, context=context, batch=batch, cache=cache)
+    advice = advise(model, asked)
     if as_json:
         print_json(advice)
         return

@@ -7,7 +7,7 @@ import typer
 
 from halfbyte import display
 from halfbyte.arguments import Comparing, Publishing, sentence
-from halfbyte.cli.options import Json, Overwrite, Quiet, option
+from halfbyte.cli.options import Json, Overwrite, Quiet, option, require_located
 from halfbyte.cli.output import out, print_json, show
 from halfbyte.errors import plural
 from halfbyte.report.summary import size
@@ -26,6 +26,7 @@ def compare(
 
     halfbyte compare model-int4 model-Q4_K_M.gguf
     """
+    require_located(a, b)
     from halfbyte.api import compare as run
 
     comparison = run(a, b, values, progress=not (quiet or as_json))
@@ -44,6 +45,7 @@ def inspect(
 
     halfbyte inspect model-Q4_K_M.gguf
     """
+    require_located(path)
     from halfbyte.report.inspect import inspect as run  # of itself, as the head of a GGUF needs no torch
 
     found = run(path)

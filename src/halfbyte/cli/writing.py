@@ -22,6 +22,7 @@ from halfbyte.cli.options import (
     Quiet,
     option,
     require_caches,
+    require_located,
     require_names,
 )
 from halfbyte.cli.output import out, print_json, show, show_plan, show_report, show_warnings
@@ -90,6 +91,7 @@ def quantize(
         raise BadRequest("quantize needs a model and an output folder: halfbyte quantize MODEL -o OUT")
     asked = _asked({**words, "model": model} if model else words, recipe)
     _require_known(asked, output, budget)
+    require_located(asked.model)
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
     from halfbyte.report.types import Plan
 
@@ -145,6 +147,7 @@ def convert(
     halfbyte convert model-int4 -o model-gptq --to gptq
     """
     require_names(to, engine, *([grid] if grid else ()))
+    require_located(path)
     from halfbyte.api import convert as run
 
     report = run(path, output, to, grid, engine, overwrite=overwrite, progress=not (quiet or as_json))
@@ -179,6 +182,7 @@ def dequantize(
     halfbyte dequantize org/model -o merged --adapter lora
     """
     require_plain(to, dtype)
+    require_located(path)
     from halfbyte.api import dequantize as run
 
     report = run(path, output, to, dtype, adapter, overwrite, progress=not (quiet or as_json))
@@ -207,6 +211,7 @@ def kv(
     """
     cache_parts(grid)
     observer = Recipe.of(model=model, **words).observer
+    require_located(model)
     from halfbyte.api import kv as run
 
     report = run(model, output, grid, calibration, observer, overwrite, progress=not (quiet or as_json), device=device)
@@ -233,6 +238,7 @@ def imatrix(
 
     halfbyte imatrix org/model -o imatrix.gguf
     """
+    require_located(model)
     from halfbyte.api import imatrix as run
 
     made = run(model, output, calibration, overwrite, progress=not (quiet or as_json), device=device)
@@ -250,10 +256,11 @@ def _recommended(model: str, meant_for: str | None, asked: Iterable[str], quiet:
     if words := sorted(asked):
         raise BadRequest(f"--for chooses the scheme: leave out --{' and --'.join(words)}, or leave out --for")
     engine, device = of_words(meant_for) if meant_for else (None, None)
-    question(engine, device)  # wrong words need not wait for torch
-    from halfbyte.api import advise
+    wanted = question(engine, device)  # what is wrong need not wait for torch
+    require_located(model)
+    from halfbyte.sizing.advice import advise
 
-    best = advise(model, engine=engine, device=device).recommendation
+    best = advise(model, wanted).recommendation
     if best is None:
         where = {"--engine": engine, "--device": device}
         told = " ".join(["halfbyte plan", shlex.quote(model), *(f"{k} {v}" for k, v in where.items() if v)])

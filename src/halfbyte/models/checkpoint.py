@@ -20,14 +20,14 @@ from halfbyte.containers.container import Modules, Reader, described, require_pa
 from halfbyte.containers.safetensors import Entry, Spec, read_header
 from halfbyte.containers.table import READERS
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported, plural
-from halfbyte.files import exists, is_within, path_of, read_object
+from halfbyte.files import exists, is_within, read_object
 from halfbyte.formats import DTYPES
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import PackedMatrix, Quantized, Scheme
 from halfbyte.models import cards, roles, tokenizers
 from halfbyte.models.linears import Linears, linears
-from halfbyte.registry import SOURCES, source_suffix
+from halfbyte.registry import SOURCES, located, source_suffix
 
 if TYPE_CHECKING:
     from halfbyte.models.adapter import Adapter
@@ -43,7 +43,6 @@ NOT_COPIED = ("config.json", MODELOPT, "quantize_config.json", "quant_config.jso
 ADAPTER = re.compile(r"adapter_.*\.safetensors")
 WEIGHTS = ("safetensors", "bin", "pt", "pth", "ckpt", "msgpack", "h5", "onnx", *(suffix[1:] for suffix in SOURCES))
 WEIGHT_FILE = re.compile(rf".*\.({'|'.join(WEIGHTS)})$|.*\.index\.json$")
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 MASKED = "ForMaskedLM"
 """How Transformers calls a class that fills gaps in a text."""
 CODES = (torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -112,19 +111,11 @@ class Checkpoint:
 
         Raises BadCheckpoint for what is none of these.
         """
-        path = path_of(source)
-        if exists(path):
-            if suffix := source_suffix(path):
-                return resolve_name(SOURCES[suffix])(path)
-            if path.is_dir():
-                return Checkpoint(path)
-            raise BadCheckpoint(
-                f"{source} is a file and no {' or '.join(SOURCES)}; name the folder that holds config.json and the "
-                "safetensors"
-            )
-        if HUB_ID.fullmatch(str(source)):
+        path = located(source)
+        if path is None:
             return Checkpoint(download(str(source)))
-        raise BadCheckpoint(f"there is no folder {source}, and it is no hub id (org/name)")
+        suffix = source_suffix(path)
+        return resolve_name(SOURCES[suffix])(path) if suffix else Checkpoint(path)
 
     @property
     def text_config(self) -> dict[str, Any]:

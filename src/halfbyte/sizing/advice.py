@@ -9,12 +9,11 @@ from typing import Any
 from halfbyte.containers.place import is_file
 from halfbyte.engines.verdicts import Verdict
 from halfbyte.errors import HalfbyteError, Unsupported
-from halfbyte.files import exists
 from halfbyte.models import headers, heads, sizes
-from halfbyte.models.checkpoint import HUB_ID, Checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.plan import resolve
 from halfbyte.recipe import Recipe
-from halfbyte.registry import FORMS
+from halfbyte.registry import FORMS, located
 from halfbyte.sizing import speed
 from halfbyte.sizing.accounting import Accounting, accounting_of, cache_types
 from halfbyte.sizing.cache import LayerCache, ModelConfig, cache_bytes, layers_of
@@ -32,8 +31,7 @@ DEGREES = (1, 2, 4, 8, 16, 32, 64)
 
 def opened(source: str) -> Checkpoint:
     """A checkpoint's headers: of a folder or a GGUF, or of the hub, which gives no weights for that."""
-    is_local = exists(Path(source).expanduser()) or not HUB_ID.fullmatch(source)
-    return heads.settled(Checkpoint.open(source) if is_local else headers.of_hub(source))
+    return heads.settled(Checkpoint.open(source) if located(source) else headers.of_hub(source))
 
 
 @dataclass(frozen=True)
