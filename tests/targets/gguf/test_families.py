@@ -8,8 +8,8 @@ from variants import CASES, as_f32, distance, transformers_logits
 import halfbyte
 from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.targets.gguf.families import TensorNameMap, family_named, family_of
-from models.families import Family
+from halfbyte.targets.gguf.families import FAMILIES, Family, TensorNameMap, family_named, family_of
+from models.families import Family as Variant
 
 SMALL = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 264}
 
@@ -17,7 +17,7 @@ SMALL = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_
 @pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_comes_back_from_its_gguf(name, tmp_path):
     kind, changes = CASES[name]
-    before = Family(kind, {}, changes).save(tmp_path / "before")
+    before = Variant(kind, {}, changes).save(tmp_path / "before")
     path = as_f32(before, tmp_path / "model.gguf")
     was, after = load_file(before / "model.safetensors"), Checkpoint.open(path)
     both = was.keys() & after.tensors().keys()
@@ -27,6 +27,19 @@ def test_a_checkpoint_comes_back_from_its_gguf(name, tmp_path):
     with torch.no_grad():
         logits = halfbyte.load(path, torch.float32)(torch.tensor([tokens])).logits[0]
     assert distance(logits, transformers_logits(before, tokens)) < 1e-5
+
+
+def test_gguf_has_a_name_for_every_tensor_of_every_family():
+    for family in FAMILIES.values():
+        assert len(family.block_names) == len(family.block)
+        assert "output" in family.outside_names.values()
+    olmo = FAMILIES["olmo2"].block_names
+    assert olmo["post_attention_layernorm"] == "post_attention_norm"
+    assert FAMILIES["llama"].block_names["post_attention_layernorm"] == "ffn_norm"
+    with pytest.raises(Unsupported, match=r"gguf .* does not know 'newest'; pip install -U gguf"):
+        _ = Family("newest").block_names
+    with pytest.raises(Unsupported, match=r"gguf .* has no name for 'model.layers.0.extra' of 'llama'"):
+        _ = Family("llama", {"extra": "extra"}).block_names
 
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused():

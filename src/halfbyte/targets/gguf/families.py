@@ -1,16 +1,19 @@
 """What llama.cpp calls the tensors of a Hugging Face checkpoint, and how it wants their rows to lie.
 
-One row a family, of names without `.weight` and `.bias`. Where the same tensor may bear several names, that which
-Hugging Face publishes comes first: a GGUF is read under it. Facts as in llama.cpp's conversion/*.py and
-src/models/*.cpp.
+One row a family, of names without `.weight` and `.bias`; ggml's are those of the gguf package. Where the same tensor
+may bear several names, that which Hugging Face publishes comes first: a GGUF is read under it. Facts as in llama.cpp's
+conversion/*.py and src/models/*.cpp.
 """
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from importlib.metadata import version
 from typing import Any
 
+import gguf
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -23,104 +26,90 @@ from halfbyte.targets.gguf.entries import unanswered
 from halfbyte.targets.gguf.settings import settings
 
 Names = Mapping[str, str | tuple[str, str]]
-"""Hugging Face's name to ggml's; {e} is the number of an expert; two names: the upper and the lower half of the
-rows."""
+"""What a checkpoint calls a tensor, and what gguf's own table of names calls it: mostly the same; two names: those of
+the upper and the lower half of the rows. {e} is the number of an expert."""
 Rows = Int64[Tensor, "rows"]
 
-OUTSIDE: Names = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-ATTENTION: Names = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-}
-HEAD_NORMS: Names = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-FFN_NORM: Names = {"post_attention_layernorm": "ffn_norm"}
-GATED: Names = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-LLAMA: Names = {**ATTENTION, **FFN_NORM, **GATED}
+
+def _known(*names: str) -> Names:
+    """Names that gguf's table has."""
+    return {name: name for name in names}
+
+
+OUTSIDE = _known("embed_tokens", "norm", "lm_head")
+HEADS = ("lm_head", "embed_out")
+"""Which gguf's table has only for families whose heads are not always the embedding."""
+ATTENTION = _known("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+HEAD_NORMS = _known("self_attn.q_norm", "self_attn.k_norm")
+GATED = _known("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+NORMS = _known("input_layernorm", "post_attention_layernorm")
+LATER_NORMS = _known("post_attention_layernorm", "post_feedforward_layernorm")
+SANDWICH = _known(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
+LLAMA: Names = {**ATTENTION, **NORMS, **GATED}
+EXPERT_PARTS = ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj", "mlp.experts.{e}.down_proj")
+GATE_AND_UP = EXPERT_PARTS[:2]
 EXPERTS: Names = {
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.{e}.gate_proj": "ffn_gate_exps",
-    "mlp.experts.{e}.up_proj": "ffn_up_exps",
-    "mlp.experts.{e}.down_proj": "ffn_down_exps",
-    "mlp.experts.{e}.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-    "mlp.experts.down_proj": "ffn_down_exps",
+    **_known("mlp.gate", *EXPERT_PARTS),
+    "mlp.experts.{e}.gate_up_proj": GATE_AND_UP,
+    "mlp.experts.gate_up_proj": GATE_AND_UP,
+    "mlp.experts.down_proj": "mlp.experts.{e}.down_proj",
 }
 MIXTRAL_EXPERTS: Names = {
-    "block_sparse_moe.gate": "ffn_gate_inp",
-    "block_sparse_moe.experts.{e}.w1": "ffn_gate_exps",
-    "block_sparse_moe.experts.{e}.w3": "ffn_up_exps",
-    "block_sparse_moe.experts.{e}.w2": "ffn_down_exps",
+    **_known("block_sparse_moe.gate", *(f"block_sparse_moe.experts.{{e}}.w{part}" for part in (1, 3, 2))),
     **EXPERTS,
 }
 GRANITE_EXPERTS: Names = {
-    "block_sparse_moe.router.layer": "ffn_gate_inp",
-    "block_sparse_moe.router": "ffn_gate_inp",
-    "block_sparse_moe.input_linear": ("ffn_gate_exps", "ffn_up_exps"),
-    "block_sparse_moe.output_linear": "ffn_down_exps",
-    **{name.replace("mlp", "block_sparse_moe"): ggml for name, ggml in EXPERTS.items()},
-    **{
-        f"block_sparse_moe.experts.{{e}}.{w}": f"ffn_{part}_exps"
-        for w, part in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
-    },
+    "block_sparse_moe.router.layer": "block_sparse_moe.router.layer",
+    "block_sparse_moe.router": "block_sparse_moe.router.layer",
+    "block_sparse_moe.input_linear": GATE_AND_UP,
+    "block_sparse_moe.output_linear": "block_sparse_moe.output_linear",
+    **{name.replace("mlp", "block_sparse_moe"): known for name, known in EXPERTS.items()},
+    **_known(*(f"block_sparse_moe.experts.{{e}}.w{part}" for part in (1, 3, 2))),
 }
 GPT_OSS: Names = {
+    **_known("input_layernorm"),
     **ATTENTION,
-    "self_attn.sinks": "attn_sinks",
-    "post_attention_layernorm": "post_attention_norm",
-    "mlp.router": "ffn_gate_inp",
-    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-    "mlp.experts.down_proj": "ffn_down_exps",
-    "mlp.experts.{e}.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-    "mlp.experts.{e}.down_proj": "ffn_down_exps",
+    **_known("self_attn.sinks", "post_attention_layernorm", "mlp.router"),
+    "mlp.experts.gate_up_proj": GATE_AND_UP,
+    "mlp.experts.down_proj": "mlp.experts.{e}.down_proj",
+    "mlp.experts.{e}.gate_up_proj": GATE_AND_UP,
+    "mlp.experts.{e}.down_proj": "mlp.experts.{e}.down_proj",
 }
-SHARED_EXPERT: Names = {
-    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_expert.up_proj": "ffn_up_shexp",
-    "mlp.shared_expert.down_proj": "ffn_down_shexp",
-}
-SANDWICH: Names = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-GPT2: Names = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-GPT2_OUTSIDE: Names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"}
-NEOX: Names = {
-    "input_layernorm": "attn_norm",
-    "attention.query_key_value": "attn_qkv",
-    "attention.dense": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.dense_h_to_4h": "ffn_up",
-    "mlp.dense_4h_to_h": "ffn_down",
-}
-FALCON: Names = {
-    "input_layernorm": "attn_norm",
-    "ln_mlp": "attn_norm",
-    "ln_attn": "attn_norm_2",
-    "self_attention.query_key_value": "attn_qkv",
-    "self_attention.dense": "attn_output",
-    "mlp.dense_h_to_4h": "ffn_up",
-    "mlp.dense_4h_to_h": "ffn_down",
-}
-PHI3: Names = {
-    "input_layernorm": "attn_norm",
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    **FFN_NORM,
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+SHARED_EXPERT = _known(
+    "mlp.shared_expert_gate",
+    "mlp.shared_expert.gate_proj",
+    "mlp.shared_expert.up_proj",
+    "mlp.shared_expert.down_proj",
+)
+GPT2 = _known("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+GPT2_OUTSIDE = _known("wte", "wpe", "ln_f", "lm_head")
+NEOX = _known(
+    "input_layernorm",
+    "attention.query_key_value",
+    "attention.dense",
+    "post_attention_layernorm",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+)
+FALCON = _known(
+    "input_layernorm",
+    "ln_mlp",
+    "ln_attn",
+    "self_attention.query_key_value",
+    "self_attention.dense",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+)
+PHI3 = _known(
+    "input_layernorm",
+    "self_attn.qkv_proj",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_up_proj",
+    "mlp.down_proj",
+)
 
 
 def _numbered(rows: int, heads: int, parts: int) -> Int64[Tensor, "heads parts rest"]:
@@ -198,6 +187,39 @@ class Family:
     """What llama.cpp computes whatever the file says, by the config's names: a value, several that are the same to it,
     or a function of the config."""
 
+    @cached_property
+    def block_names(self) -> Names:
+        """ggml's names of a block's tensors, without its number."""
+        return {name: self._in_ggml(known, f"{''.join(self.stem)}.0.") for name, known in self.block.items()}
+
+    @cached_property
+    def outside_names(self) -> Names:
+        """ggml's names of all others."""
+        return {name: self._in_ggml(known, self.stem[0]) for name, known in self.outside.items()}
+
+    def _in_ggml(self, known: str | tuple[str, str], home: str) -> str | tuple[str, str]:
+        if isinstance(known, tuple):
+            return ggml_name(self.arch, f"{home}{known[0]}"), ggml_name(self.arch, f"{home}{known[1]}")
+        return gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.OUTPUT] if known in HEADS else ggml_name(self.arch, f"{home}{known}")
+
+
+@cache
+def ggml_name(arch: str, name: str) -> str:
+    """What gguf's table says of a tensor, without the number of its block. Raises Unsupported for what it has not."""
+    found = _table(arch).get_name(name.replace(".{e}.", "."))
+    if found is None:
+        raise Unsupported(f"gguf {version('gguf')} has no name for '{name}' of '{arch}'; pip install -U gguf")
+    return found.removeprefix("blk.0.")
+
+
+@cache
+def _table(arch: str) -> gguf.TensorNameMap:
+    """Of a model of one block."""
+    number = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
+    if number is None:
+        raise Unsupported(f"gguf {version('gguf')} does not know '{arch}'; pip install -U gguf")
+    return gguf.get_tensor_name_map(number, 1)
+
 
 LLAMA_LIKE = Family("llama", rows=PAIRED, ropes=(*PLAIN_ROPE, "llama3"), assumed={"hidden_act": "silu"})
 UNBIASED = {"hidden_act": "silu", "attention_bias": False}
@@ -217,7 +239,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": replace(LLAMA_LIKE, loses_window=True),
     "mixtral": Family(
         "llama",
-        {**ATTENTION, **FFN_NORM, **MIXTRAL_EXPERTS},
+        {**ATTENTION, **NORMS, **MIXTRAL_EXPERTS},
         rows=PAIRED,
         loses_window=True,
         assumed={"hidden_act": "silu"},
@@ -234,18 +256,18 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "granite": Family("granite", **GRANITE_ROWS),
-    "granitemoe": Family("granitemoe", {**ATTENTION, **FFN_NORM, **GRANITE_EXPERTS}, **GRANITE_ROWS),
+    "granitemoe": Family("granitemoe", {**ATTENTION, **NORMS, **GRANITE_EXPERTS}, **GRANITE_ROWS),
     "qwen2": Family("qwen2", assumed=QWEN),
     "qwen2_moe": Family(
         "qwen2moe",
-        {**ATTENTION, **FFN_NORM, **EXPERTS, **SHARED_EXPERT},
+        {**ATTENTION, **NORMS, **EXPERTS, **SHARED_EXPERT},
         own_head=True,
         assumed={**QWEN, **SPARSE, "norm_topk_prob": False},
     ),
     "qwen3": Family("qwen3", {**LLAMA, **HEAD_NORMS}, assumed=QWEN),
     "qwen3_moe": Family(
         "qwen3moe",
-        {**ATTENTION, **HEAD_NORMS, **FFN_NORM, **EXPERTS},
+        {**ATTENTION, **HEAD_NORMS, **NORMS, **EXPERTS},
         assumed={**QWEN, **SPARSE, "norm_topk_prob": True},
     ),
     "gemma": Family(
@@ -280,9 +302,9 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         "phi3", PHI3, turns_part=True, loses_window=True, ropes=("default", "longrope"), assumed={"hidden_act": "silu"}
     ),
-    "olmo2": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, assumed=UNBIASED),
+    "olmo2": Family("olmo2", {**ATTENTION, **HEAD_NORMS, **LATER_NORMS, **GATED}, own_head=True, assumed=UNBIASED),
     "olmo3": Family(
-        "olmo2", {**ATTENTION, **HEAD_NORMS, **SANDWICH, **GATED}, own_head=True, windowed=True, assumed=UNBIASED
+        "olmo2", {**ATTENTION, **HEAD_NORMS, **LATER_NORMS, **GATED}, own_head=True, windowed=True, assumed=UNBIASED
     ),
     "gpt_oss": Family(
         "gpt-oss",
@@ -304,7 +326,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": Family(
         "olmoe",
-        {**ATTENTION, **HEAD_NORMS, **FFN_NORM, **EXPERTS},
+        {**ATTENTION, **HEAD_NORMS, **NORMS, **EXPERTS},
         own_head=True,
         assumed={
             "norm_topk_prob": False,
@@ -328,7 +350,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "starcoder2": Family(
         "starcoder2",
-        {**ATTENTION, **FFN_NORM, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+        {**ATTENTION, **NORMS, **_known("mlp.c_fc", "mlp.c_proj")},
         loses_window=True,
         assumed={"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
     ),
@@ -338,7 +360,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         "gptneox",
         NEOX,
-        {"embed_in": "token_embd", "final_layer_norm": "output_norm", "embed_out": "output", "lm_head": "output"},
+        _known("embed_in", "final_layer_norm", *HEADS[::-1]),
         ("gpt_neox.", "layers"),
         rows={"attn_qkv": _thirds},
         own_head=True,
@@ -348,13 +370,17 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family(
         "falcon",
         FALCON,
-        {"word_embeddings": "token_embd", "ln_f": "output_norm", "lm_head": "output"},
+        _known("word_embeddings", "ln_f", "lm_head"),
         ("transformer.", "h"),
         rows={"attn_qkv": _groups},
         beside={"ln_mlp": "attn_norm_2"},
         assumed={"alibi": False, "parallel_attn": True, "bias": False},
     ),
-    "cohere": Family("command-r", assumed={"use_qk_norm": False, "tie_word_embeddings": True, **UNBIASED}),
+    "cohere": Family(
+        "command-r",
+        {**_known("input_layernorm"), **ATTENTION, **GATED},
+        assumed={"use_qk_norm": False, "tie_word_embeddings": True, **UNBIASED},
+    ),
 }
 """Transformers' `model_type` to its row."""
 
@@ -479,7 +505,7 @@ def family_named(arch: str, experts: int = 0, windowed: bool = False) -> tuple[s
 
     def alike(family: Family) -> tuple[bool, bool]:
         sparse = any(
-            "ffn_down_exps" in (name if isinstance(name, tuple) else (name,)) for name in family.block.values()
+            "ffn_down_exps" in (name if isinstance(name, tuple) else (name,)) for name in family.block_names.values()
         )
         return sparse == bool(experts), family.windowed == windowed
 
@@ -545,7 +571,7 @@ class TensorNameMap:
         name, _, block = self._split(tensor)
         if block is not None and block >= self.settings.num_hidden_layers:
             return "beyond the model's last block"
-        if self.family.outside.get(name) == "output" and self.tied:
+        if self.family.outside_names.get(name) == "output" and self.tied:
             return "the head is the embedding"
         return None
 
@@ -560,7 +586,7 @@ class TensorNameMap:
         name, suffix, block = self._split(tensor)
         of = Expert.of(name)
         pattern, expert = (f"{of.home}.{{e}}.{of.part}", of.number) if of else (name, None)
-        names = (self.family.outside if block is None else self.family.block).get(pattern)
+        names = (self.family.outside_names if block is None else self.family.block_names).get(pattern)
         if names is None:
             raise Unsupported(
                 f"llama.cpp's '{self.family.arch}' has no place for tensor '{tensor}', so no GGUF can hold this model"
@@ -628,7 +654,7 @@ def checkpoint_shapes(family: Family, tensors: Mapping[str, Shape]) -> dict[str,
             continue  # the config says them
         body, _, suffix = tensor.rpartition(".")
         block = re.match(r"blk\.(\d+)\.(.*)", body)
-        table, base = (family.block, block[2]) if block else (family.outside, body)
+        table, base = (family.block_names, block[2]) if block else (family.outside_names, body)
         called = [(hf, ggml) for hf, ggml in table.items() if base in (ggml if isinstance(ggml, tuple) else (ggml,))]
         beside = {hf for hf, other in family.beside.items() if block and f"blk.{block[1]}.{other}.weight" in tensors}
         name, ggml = max(called, key=lambda names: names[0] in beside, default=("", ""))

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
+import gguf
 import numpy as np
 
 from halfbyte.errors import BadCheckpoint, Unsupported
@@ -21,8 +22,8 @@ from halfbyte.formats import ALIASES
 from halfbyte.registry import Contents, StoredTensor
 from halfbyte.targets.gguf import names
 
-MAGIC, VERSION = b"GGUF", 3
-ALIGNMENT = 32  # bytes, where general.alignment does not say otherwise
+MAGIC, VERSION = gguf.GGUF_MAGIC.to_bytes(4, "little"), gguf.GGUF_VERSION
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # bytes, where general.alignment does not say otherwise
 MOST_DIMENSIONS = 4  # of a tensor, in ggml
 MOST_ELEMENTS, MOST_TENSORS, MOST_KEYS = (
     1 << 22,
@@ -43,33 +44,27 @@ class Type(NamedTuple):
     """What one element is, where no decoding is needed, as torch calls it; bytes otherwise."""
 
 
-TYPES = {
-    "F32": Type(0, 1, 4, "float32"), "F16": Type(1, 1, 2, "float16"), "BF16": Type(30, 1, 2, "bfloat16"),
-    "F64": Type(28, 1, 8, "float64"),
-    "I8": Type(24, 1, 1, "int8"), "I16": Type(25, 1, 2, "int16"), "I32": Type(26, 1, 4, "int32"),
-    "I64": Type(27, 1, 8, "int64"),
-    "Q4_0": Type(2, 32, 18), "Q4_1": Type(3, 32, 20), "Q5_0": Type(6, 32, 22), "Q5_1": Type(7, 32, 24), "Q8_0": Type(8,
-    32, 34), "Q8_1": Type(9, 32, 40),
-    "Q2_K": Type(10, 256, 84), "Q3_K": Type(11, 256, 110), "Q4_K": Type(12, 256, 144), "Q5_K": Type(13, 256, 176),
-    "Q6_K": Type(14, 256, 210),
-    "Q8_K": Type(15, 256, 292), "IQ2_XXS": Type(16, 256, 66), "IQ2_XS": Type(17, 256, 74), "IQ2_S": Type(22, 256, 82),
-    "IQ3_XXS": Type(18, 256, 98),
-    "IQ3_S": Type(21, 256, 110), "IQ1_S": Type(19, 256, 50), "IQ1_M": Type(29, 256, 56), "IQ4_NL": Type(20, 32, 18),
-    "IQ4_XS": Type(23, 256, 136),
-    "TQ1_0": Type(34, 256, 54), "TQ2_0": Type(35, 256, 66), "MXFP4": Type(39, 32, 17), "NVFP4": Type(40, 64, 36),
-    "Q1_0": Type(41, 128, 18),
-    "Q2_0": Type(42, 64, 18),
+NEWER = {"NVFP4": Type(40, 64, 36), "Q1_0": Type(41, 128, 18), "Q2_0": Type(42, 64, 18)}
+"""Of ggml.h and ggml-common.h, for those whose gguf does not know them yet."""
+DTYPES = {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
 }  # fmt: skip
-"""ggml's tensor types, by ggml's names (ggml.h, ggml-common.h)."""
+TYPES = NEWER | {
+    kind.name: Type(kind.value, block, size_bytes, DTYPES.get(kind.name, BYTES))
+    for kind, (block, size_bytes) in gguf.GGML_QUANT_SIZES.items()
+}
+"""ggml's tensor types, by ggml's names."""
 TYPE_NAMES = {kind.number: name for name, kind in TYPES.items()}
 
-NUMBERS = {
-    "uint8": (0, "B"), "int8": (1, "b"), "uint16": (2, "H"), "int16": (3, "h"), "uint32": (4, "I"), "int32": (5, "i"),
-    "float32": (6, "f"), "bool": (7, "?"),
-    "uint64": (10, "Q"), "int64": (11, "q"), "float64": (12, "d"),
+LETTERS = {
+    "uint8": "B", "int8": "b", "uint16": "H", "int16": "h", "uint32": "I", "int32": "i", "float32": "f", "bool": "?",
+    "uint64": "Q", "int64": "q", "float64": "d",
 }  # fmt: skip
-"""Numeric types of metadata, with their number in a file and their letter in `struct`."""
-STRING, ARRAY = 8, 9
+"""Numeric types of metadata, in `struct`."""
+NUMBERS = {name: (gguf.GGUFValueType[name.upper()].value, letter) for name, letter in LETTERS.items()}
+"""The same, with their numbers in a file."""
+STRING, ARRAY = gguf.GGUFValueType.STRING.value, gguf.GGUFValueType.ARRAY.value
 VALUE_NAMES = {number: name for name, (number, _) in NUMBERS.items()} | {STRING: "string"}
 VALUE_NUMBERS = {name: number for number, name in VALUE_NAMES.items()}
 

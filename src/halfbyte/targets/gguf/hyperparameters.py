@@ -4,11 +4,12 @@ one.
 Keys and types as in ggml's docs/gguf.md and gguf-py's constants.py, chosen as llama.cpp's conversion/base.py does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from math import log, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from halfbyte.targets.gguf.families import Family, family_named, head_dim, llama
 from halfbyte.targets.gguf.head import Value
 from halfbyte.targets.gguf.settings import settings
 
-QUANTIZATION_VERSION = 2
+QUANTIZATION_VERSION = gguf.GGML_QUANT_VERSION
 """Of ggml's block formats: GGML_QNT_VERSION."""
 
 INNER = ("intermediate_size", "n_inner", "ffn_hidden_size")
@@ -156,6 +157,7 @@ KEYS: dict[str, Key] = {
 
 SAME = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 """Keys that may be a list, with the same number for each layer: no family here has layers of different sizes."""
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 BIASES = {"attention_bias": "attn_q", "use_qkv_bias": "attn_q", "mlp_bias": "ffn_up"}
 """What configs say of biases, and the tensor of the first block that has one then."""
 
@@ -214,52 +216,74 @@ def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Ma
     import transformers
 
     arch = str(metadata["general.architecture"].value)
-    said: dict[str, Any] = {
-        name.removeprefix(f"{arch}."): value.value for name, value in metadata.items() if name.startswith(f"{arch}.")
-    }
-    said = {name: _shortest(value) if isinstance(value, float) else value for name, value in said.items()}
-    said |= {name: said[name][0] for name in SAME if isinstance(said.get(name), list)}
+    said = _said(metadata, arch)
     kind, family = family_named(arch, said.get("expert_count", 0), "attention.sliding_window" in said)
     default = transformers.AutoConfig.for_model(kind)
     known = {*default.to_dict(), *default.attribute_map}
-    found: dict[str, Any] = {
-        name: value[0] if isinstance(value, tuple) else value
-        for name, value in family.assumed.items()
-        if not callable(value)
-    }
-    for name, key in KEYS.items():
-        called = next((n for n in key.names if n in known), None)
-        if called and name in said:
-            found[called] = said[name]
-    even = found["hidden_size"] // found["num_attention_heads"]
-    width = said.get("attention.key_length", even)
-    if width < 1:
-        raise BadCheckpoint(f"the GGUF says that a head of attention is {width} wide")
-    if "head_dim" in known or width != even:
-        found["head_dim"] = width
-    if "vocab_size" not in found:
-        found["vocab_size"] = tensors["token_embd.weight"][0]
-    found |= {
+    entries = {**_assumed(family), **dict(_translated(said, known))}
+    width = _head_width(said, entries)
+    if "head_dim" in known or width != entries["hidden_size"] // entries["num_attention_heads"]:
+        entries["head_dim"] = width
+    entries.setdefault("vocab_size", tensors["token_embd.weight"][0])
+    entries |= {
         name: f"blk.0.{base}.bias" in tensors
         for name, base in BIASES.items()
         if name in known and name not in family.assumed
     }
-    found["tie_word_embeddings"] = "output.weight" not in tensors
+    entries["tie_word_embeddings"] = "output.weight" not in tensors
     if kind == "falcon":
-        found |= _falcon(found, "blk.0.attn_norm_2.weight" in tensors)
+        entries |= _falcon(entries, "blk.0.attn_norm_2.weight" in tensors)
     if pattern := said.get("attention.sliding_window_pattern"):
-        found["layer_types"] = ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
+        entries["layer_types"] = ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
     if getattr(default, "rope_parameters", None):
-        found["rope_parameters"] = _rope_parameters(said, rope, width, "full_attention" in default.rope_parameters)
+        entries["rope_parameters"] = _rope_parameters(said, rope, width, "full_attention" in default.rope_parameters)
         if said.get("rope.scaling.type") == "longrope":
-            found["original_max_position_embeddings"] = said["rope.scaling.original_context_length"]
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        stored = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        found[f"{name}_token_id"] = stored.value if stored else None
-    s = settings({"model_type": kind, **found})
-    found |= {name: value(s) for name, value in family.assumed.items() if callable(value) and name in known}
+            entries["original_max_position_embeddings"] = said["rope.scaling.original_context_length"]
+    entries |= _special_tokens(metadata)
+    s = settings({"model_type": kind, **entries})
+    entries |= {name: value(s) for name, value in family.assumed.items() if callable(value) and name in known}
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return {"architectures": [names[kind]], "model_type": kind, **found}
+    return {"architectures": [names[kind]], "model_type": kind, **entries}
+
+
+def _said(metadata: Mapping[str, Value], arch: str) -> dict[str, Any]:
+    """What is said of the architecture, without its name; of lists that all layers share, the value."""
+    own: dict[str, Any] = {
+        name.removeprefix(f"{arch}."): value.value for name, value in metadata.items() if name.startswith(f"{arch}.")
+    }
+    own = {name: _shortest(value) if isinstance(value, float) else value for name, value in own.items()}
+    return own | {name: own[name][0] for name in SAME if isinstance(own.get(name), list)}
+
+
+def _assumed(family: Family) -> dict[str, Any]:
+    """What llama.cpp computes with whatever a file says, where that follows from nothing else."""
+    return {
+        name: value[0] if isinstance(value, tuple) else value
+        for name, value in family.assumed.items()
+        if not callable(value)
+    }
+
+
+def _translated(said: Mapping[str, Any], known: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """What is said, by the config's names, of which `known` are the family's."""
+    for name, key in KEYS.items():
+        called = next((n for n in key.names if n in known), None)
+        if called and name in said:
+            yield called, said[name]
+
+
+def _head_width(said: Mapping[str, Any], entries: Mapping[str, Any]) -> int:
+    """In-features of an attention's head. Raises BadCheckpoint."""
+    width = said.get("attention.key_length", entries["hidden_size"] // entries["num_attention_heads"])
+    if width < 1:
+        raise BadCheckpoint(f"the GGUF says that a head of attention is {width} wide")
+    return width
+
+
+def _special_tokens(metadata: Mapping[str, Value]) -> dict[str, Any]:
+    """Their numbers."""
+    stored = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_TOKENS.items()}
+    return {f"{name}_token_id": number.value if number else None for name, number in stored.items()}
 
 
 def _falcon(found: Mapping[str, Any], two_norms: bool) -> dict[str, Any]:
