@@ -108,6 +108,7 @@ def quantize(
     max_kl: float | None = None,
     context: int | None = None,
     candidates: str | Sequence[str] | None = None,
+    sensitivity: str | None = None,
     sensitivities: str | Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -127,7 +128,7 @@ def quantize(
     named = {name: value for name, value in locals().items() if name in Recipe.model_fields and name != "model"}
     recipe = _recipe(model, named)
     chosen, report_of_budget = device_named(device), None
-    if budget := Budget.of(bits, size, fit, max_kl, context, candidates, sensitivities):
+    if budget := Budget.of(bits, size, fit, max_kl, context, candidates, sensitivity, sensitivities):
         with shown(progress) as show:
             recipe, report_of_budget, _ = pipeline.within(budget, recipe, out, overwrite, show, chosen)
     if dry_run:

@@ -122,11 +122,13 @@ def within(
     """The recipe with the grids that suit a budget best, for an output that is called so, and the file in which what
     each weight costs is kept. Raises HalfbyteError."""
     from halfbyte.budget import mix  # needs the model's code
+    from halfbyte.budget.units import based
 
     out = Path(out).expanduser()
-    plan(recipe, out, overwrite)  # what is in the way is seen before hours of work
+    recipe = _named(recipe, out)
+    plan(based(recipe, budget.candidates), out, overwrite)  # what is in the way is seen before hours of work
     scratch = out.parent if out.parent.is_dir() else None
-    return mix.mixed(_named(recipe, out), budget, out, Placement.on(device, scratch), progress)
+    return mix.mixed(recipe, budget, out, Placement.on(device, scratch), progress)
 
 
 def plan(

@@ -28,7 +28,7 @@ def test_that_of_another_model_is_not_taken_and_not_lost(tmp_path):
     path = tmp_path / "x.jsonl"
     Ledger(path, "a").add({"w": {"q4_k": 0.1}})
     before = path.read_bytes()
-    with pytest.raises(BadRequest, match="of another model, method or calibration"):
+    with pytest.raises(BadRequest, match="of another model, method, calibration or kind"):
         Ledger(path, "b")
     assert path.read_bytes() == before
 

@@ -143,3 +143,35 @@ def test_memory_less_what_all_else_takes_is_for_weights(home):
     others = row.memory_bytes - row.weights_bytes
     fitting = make(home, "i.gguf", fit=others + 400_000, dry_run=True)
     assert 350_000 < fitting.output.size_bytes <= 400_000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"engine": "tensorrt-llm"}, "multiplies by none of the usual grids .* but by fp8-e4m3-channel/fp8-e4m3-token"),
+        ({"engine": "mlx"}, "a budget mixes grids, and mlx reads one from awq; name one with --grid"),
+        ({"engine": "transformers", "to": "gptq"}, "transformers reads one from gptq; write --to compressed-tens"),
+        (
+            {"engine": "sglang", "candidates": "int4-g32,int3-g32"},
+            "sglang does not multiply by int3-g32 in one gptq checkpoint with int4-g32",
+        ),
+    ],
+)
+def test_engines_that_do_not_mix_say_so_before_anything_is_measured(home, words, said):
+    with pytest.raises(Unsupported, match=said):
+        make(home, "x", bits=6, sensitivities=home / "unused.jsonl", **words)
+    assert not (home / "unused.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "to", "words"),
+    [
+        ("tgi", "compressed-tensors", {}),
+        ("sglang", "gptq", {}),
+        ("tensorrt-llm", "compressed-tensors", {"candidates": "fp8"}),
+    ],
+)
+def test_what_is_mixed_for_an_engine_is_what_it_loads(home, engine, to, words):
+    report = make(home, "y", bits=12, engine=engine, sensitivities=home / f"{engine}.jsonl", dry_run=True, **words)
+    assert report.output.container == to
+    assert next(found for found in report.engines if found.engine == engine).loads

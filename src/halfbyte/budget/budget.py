@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
-from halfbyte.errors import BadRequest, brief
+from halfbyte.errors import BadRequest, UnknownName, brief
 from halfbyte.recipe import Entries
 from halfbyte.report.summary import size
 from halfbyte.sizing.devices import parse_size
 
+Sensitivity = Literal["predicted", "measured"]
+SENSITIVITY: tuple[Sensitivity, ...] = get_args(Sensitivity)
 LIMITS = ("bits", "size", "fit", "max_kl")
 
 
@@ -26,6 +29,9 @@ class Budget(Entries, frozen=True, use_attribute_docstrings=True):
     """Tokens of the cache beside what is to --fit."""
     candidates: tuple[str, ...] = ()
     """Grids to choose among, such as Q4_K,Q5_K,Q6_K."""
+    sensitivity: Sensitivity = "predicted"
+    """How what each weight costs is found: predicted by one pass back through the model, or measured, each weight
+    rounded alone on each grid, which takes half a forward pass for each."""
     sensitivities: Path | None = None
     """The file of what each weight costs, which other budgets read; beside the output."""
 
@@ -38,6 +44,7 @@ class Budget(Entries, frozen=True, use_attribute_docstrings=True):
         max_kl: float | None = None,
         context: int | None = None,
         candidates: str | Sequence[str] | None = None,
+        sensitivity: str | None = None,
         sensitivities: str | Path | None = None,
     ) -> "Budget | None":
         """What is asked for; None where nothing is. Raises BadRequest."""
@@ -45,7 +52,7 @@ class Budget(Entries, frozen=True, use_attribute_docstrings=True):
         named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
         if len(named) > 1:
             raise BadRequest(f"{' and '.join(named)} are {len(named)} budgets; give one of them")
-        needs = {"context": context, "candidates": candidates, "sensitivities": sensitivities}
+        needs = dict(zip(EXAMPLES, (context, candidates, sensitivity, sensitivities), strict=True))
         for name, value in needs.items():
             if value and (not named or (name == "context" and fit is None)):
                 raise BadRequest(f"--{name} is of a budget; give one too, such as {EXAMPLES[name]}")
@@ -54,6 +61,10 @@ class Budget(Entries, frozen=True, use_attribute_docstrings=True):
         for name, value in (("bits", bits), ("max-kl", max_kl), ("context", context)):
             if value is not None and not 0 < value < float("inf"):
                 raise BadRequest(f"--{name} is {brief(value)}, and has to be above 0")
+        kinds: dict[str | None, Sensitivity] = {None: SENSITIVITY[0], **{kind: kind for kind in SENSITIVITY}}
+        how = kinds.get(sensitivity)
+        if how is None:
+            raise UnknownName("sensitivity", str(sensitivity), SENSITIVITY)
         grids = candidates.split(",") if isinstance(candidates, str) else candidates or ()
         path = None if sensitivities is None else Path(sensitivities).expanduser()
         return cls(
@@ -63,6 +74,7 @@ class Budget(Entries, frozen=True, use_attribute_docstrings=True):
             max_kl=max_kl,
             context=context,
             candidates=tuple(map(str.strip, grids)),
+            sensitivity=how,
             sensitivities=path,
         )
 
@@ -79,7 +91,10 @@ class Budget(Entries, frozen=True, use_attribute_docstrings=True):
         return f"a predicted KL of {self.max_kl:g}"
 
 
-EXAMPLES = {"context": "--fit 22GiB", "candidates": "--bits 4.25", "sensitivities": "--bits 4.25"}
+EXAMPLES = {
+    "context": "--fit 22GiB",
+    **dict.fromkeys(("candidates", "sensitivity", "sensitivities"), "--bits 4.25"),
+}
 
 
 def _bytes(name: str, words: str | int | None) -> int | None:

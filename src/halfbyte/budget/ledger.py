@@ -35,8 +35,8 @@ class Ledger:
             raise BadRequest(f"{self.path} is no file of sensitivities; name another") from None
         if of != self._identity:
             raise BadRequest(
-                f"{self.path} is of another model, method or calibration; name another file of sensitivities, or "
-                "delete it"
+                f"{self.path} is of another model, method, calibration or kind of sensitivity; name another "
+                "file of sensitivities, or delete it"
             )
         self._whole = sum(len(line) for line in lines if line.endswith(b"\n"))
 

@@ -2,19 +2,20 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
-from halfbyte.budget.budget import Budget
+from halfbyte.budget import measured, sensitivity
+from halfbyte.budget.budget import SENSITIVITY, Budget
 from halfbyte.budget.ledger import Ledger
 from halfbyte.budget.room import Room, sized
-from halfbyte.budget.sensitivity import measure
 from halfbyte.budget.solve import Option, choose
-from halfbyte.budget.units import KEEP, Unit, candidates, engine_of, units
+from halfbyte.budget.units import KEEP, Unit, based, candidates, engine_of, units
 from halfbyte.engines.verdicts import takes_head
-from halfbyte.errors import BadRequest
+from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.placement import Placement
@@ -54,17 +55,18 @@ def mixed(
     """The recipe with a grid for each weight. Raises HalfbyteError."""
     if "grid" in recipe.model_fields_set:
         raise BadRequest(f"a budget chooses grids, and --grid {recipe.grid} names one; leave one of them out")
-    plan = _widest(recipe)
+    plan = _widest(based(recipe, budget.candidates))
     fits.require_known(plan.target, plan.recipe.grid, budget.candidates)
     known = candidates(plan, budget.candidates)
     found = units(plan, known)
     room = Room.of(plan, budget, found)
     windows = calibrate.calibration(plan.checkpoint, _fewer(plan.recipe.calibration))
-    identity = xxhash.xxh3_128_hexdigest(repr((origin(plan.checkpoint), plan.method.solver, windows.digest)).encode())
+    identity = _identity(plan, windows.digest, budget.sensitivity)
     path = budget.sensitivities or out.parent / f"{Path(recipe.model).name}-{identity[:8]}.sensitivities.jsonl"
     ledger = Ledger(path, identity)
     wanted = {w: {n: known[n] for n in unit.options if n != KEEP} for unit in found for w in unit.weights}
-    measure(plan.checkpoint, windows.tokens, wanted, plan.method, ledger, placement, progress)
+    find = {"predicted": sensitivity.measure, "measured": measured.measure}[budget.sensitivity]
+    find(plan.checkpoint, windows.tokens, wanted, plan.method, ledger, placement, progress)
     options = [
         {name: Option(taken, _loss(ledger, unit, name)) for name, taken in unit.options.items()} for unit in found
     ]
@@ -73,10 +75,17 @@ def mixed(
         asked=budget.words,
         limit_bytes=room.most,
         file_bytes=taken,
+        sensitivity=budget.sensitivity,
         predicted_kl=sum(unit[name].loss for unit, name in zip(options, names, strict=True)),
         grids=dict(Counter(name for unit, name in zip(found, names, strict=True) for _ in unit.weights).most_common()),
     )
     return Mixed(made, report, path)
+
+
+def _identity(plan: Plan, text: str, kind: str) -> str:
+    """Of what losses are: those of other models, solvers, texts or kinds lie in other files."""
+    of = (origin(plan.checkpoint), plan.method.solver, text, *([kind] if kind != SENSITIVITY[0] else []))
+    return xxhash.xxh3_128_hexdigest(repr(of).encode())
 
 
 def _widest(recipe: Recipe) -> Plan:
@@ -86,7 +95,9 @@ def _widest(recipe: Recipe) -> Plan:
     loaded = all(takes_head(engine, plan.target.name, scheme) for scheme in set(plan.schemes.values()))
     if "head" in recipe.model_fields_set or not loaded or all(c.note != HEAD for c in plan.weights):
         return plan
-    return resolve(recipe.model_copy(update={"head": True}), plan.checkpoint)
+    with suppress(Unsupported):  # of a head whose shape no kernel of the engine takes
+        return resolve(recipe.model_copy(update={"head": True}), plan.checkpoint)
+    return plan
 
 
 def _fewer(calibration: Calibration) -> Calibration:

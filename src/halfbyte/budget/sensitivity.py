@@ -45,6 +45,16 @@ Wanted = Mapping[Weight, Mapping[str, Scheme]]
 """Schemes of each weight, by name."""
 
 
+def missing(wanted: Wanted, ledger: Ledger) -> Wanted:
+    """What the ledger does not know yet."""
+    known = ledger.losses
+    return {
+        w: left
+        for w, found in wanted.items()
+        if (left := {name: s for name, s in found.items() if name not in known.get(w.name, {})})
+    }
+
+
 @torch.no_grad()
 def measure(
     checkpoint: Checkpoint,
@@ -56,23 +66,18 @@ def measure(
     progress: Progress = silent,
 ) -> None:
     """Have the ledger know the loss of each scheme that is wanted of each weight. Raises HalfbyteError."""
-    known = ledger.losses
-    missing = {
-        w: left
-        for w, found in wanted.items()
-        if (left := {name: s for name, s in found.items() if name not in known.get(w.name, {})})
-    }
-    if not missing:
+    wanted = missing(wanted, ledger)
+    if not wanted:
         return
     back = Backward(checkpoint, windows, placement, progress=progress)
     tokens = windows.numel()
-    outside = [_Table.of(weight, found, back) for weight, found in missing.items() if weight.block is None]
+    outside = [_Table.of(weight, found, back) for weight, found in wanted.items() if weight.block is None]
     for read, probabilities in back.predictions():
         for table in outside:
             if table.is_head:
                 table.see_predictions(read, probabilities)
     for block in back:
-        here = {weight: missing[weight] for weight in block.weights if weight in missing}
+        here = {weight: wanted[weight] for weight in block.weights if weight in wanted}
         for losses in _of_block(back, block, here, method, tokens) if here else ():
             ledger.add(losses)
     for table in outside:

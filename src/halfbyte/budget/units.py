@@ -5,16 +5,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 
-from halfbyte.engines.engines import ENGINES, NOBODY
-from halfbyte.engines.verdicts import multiplies
+import torch
+
+from halfbyte.engines.engines import ENGINES, NOBODY, engine_named
+from halfbyte.engines.verdicts import multiplies, offer, side_by_side
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.quantized import Scheme
 from halfbyte.models.checkpoint import Weight
 from halfbyte.names import Expert, with_experts
+from halfbyte.recipe import Recipe
 from halfbyte.targets.constraints import Rule, TiedGroup, fused, may_stay, tied_by
 from halfbyte.targets.patterns import first_match
 from halfbyte.targets.plan import Plan
+from halfbyte.targets.table import TARGETS
+from halfbyte.targets.target import Target
 
 ANY_SHAPE = (1024, 1024)
 """That every block and group divides."""
@@ -41,21 +46,71 @@ def engine_of(plan: Plan) -> str:
     return next(own, next(reads, NOBODY))
 
 
-def candidates(plan: Plan, names: Sequence[str] = ()) -> dict[str, Scheme]:
-    """The schemes of these names, or the target's usual ones, as far as the engine multiplies by them.
+def based(recipe: Recipe, names: Sequence[str] = ()) -> Recipe:
+    """With a container from which the engine that is asked for reads several grids, and a grid of it that a plan can be
+    made with before any is chosen. `names`: of candidates.
 
-    Raises Unsupported where the target holds one grid for all.
+    Raises Unsupported where the engine reads one grid, or none of the candidates.
+    """
+    if recipe.engine in (None, NOBODY):
+        return recipe
+    engine = engine_named(recipe.engine)
+    support, own = ENGINES[engine].support, ENGINES[engine].default
+    order = [recipe.to] if recipe.to else [own, *(name for name in support if name != own)]
+    if recipe.to and recipe.to not in support:
+        return recipe  # the plan says why not
+    mixing = [n for n in order if n in TARGETS and TARGETS[n].mixes and (support[n].mixes or support[n].everything)]
+    if not mixing:
+        others = [n for n in support if n not in order and n in TARGETS and TARGETS[n].mixes and support[n].mixes]
+        instead = f"write --to {' or '.join(others)}" if others else "name one with --grid, or take another engine"
+        raise Unsupported(f"a budget mixes grids, and {engine} reads one from {' and '.join(order)}; {instead}")
+    found = {n: _multiplied(engine, TARGETS[n], names) for n in mixing}
+    to = next((n for n, able in found.items() if able), None)
+    if to is None:
+        raise Unsupported(
+            f"a budget for {engine}: it multiplies by none of {', '.join(names) or 'the usual grids'} "
+            f"from {mixing[0]}, but by {offer(engine, mixing[0])}; take one with --grid, or name some with --candidates"
+        )
+    usual = Recipe.model_fields["grid"].default
+    if TARGETS[to].default_grid or usual in _multiplied(engine, TARGETS[to], [usual]):
+        return recipe.model_copy(update={"to": to})
+    return recipe.model_copy(update={"to": to, "grid": found[to][0], "smaller_groups": True})
+
+
+def _multiplied(engine: str, target: Target, names: Sequence[str]) -> list[str]:
+    """Those of the names (by default the target's usual grids) that an engine multiplies by."""
+    found = []
+    for name in names or target.candidates:
+        with suppress(Unsupported):
+            scheme = target.resolve(schemes.parse(target.means(name)), torch.bfloat16)
+            target.check(scheme, ANY_SHAPE)
+            found += [name] if multiplies(engine, target.name, scheme) else []
+    return found
+
+
+def candidates(plan: Plan, names: Sequence[str] = ()) -> dict[str, Scheme]:
+    """The schemes of these names, or the target's usual ones, as far as the engine multiplies by them side by side.
+
+    Raises Unsupported where the target holds one grid for all, and for names by which the engine that is asked for does
+    not multiply.
     """
     if not plan.target.mixes:
         raise Unsupported(
             f"{plan.target.name} holds one grid for all weights, so there is nothing to choose; compressed-tensors, "
             "gptq and gguf mix them"
         )
-    engine = engine_of(plan)
+    engine, asked = engine_of(plan), plan.recipe.engine
     known = _schemes(plan, names or _held(plan))
-    if names or plan.recipe.engine == NOBODY or engine == NOBODY:
+    if asked == NOBODY or engine == NOBODY or (names and asked is None):
         return known
-    return {name: scheme for name, scheme in known.items() if multiplies(engine, plan.target.name, scheme)}
+    able = side_by_side(engine, plan.target.name, known)
+    if names and len(able) < len(known):
+        lost = ", ".join(name for name in known if name not in able)
+        raise Unsupported(
+            f"{engine} does not multiply by {lost} in one {plan.target.name} checkpoint with {', '.join(able)}; "
+            f"leave it out of --candidates (halfbyte support --engine {engine} says what it takes)"
+        )
+    return {name: known[name] for name in able}
 
 
 def _schemes(plan: Plan, names: Iterable[str]) -> dict[str, Scheme]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 import typer
 
-from halfbyte.budget.budget import Budget
+from halfbyte.budget.budget import SENSITIVITY, Budget
 from halfbyte.cli.options import STORED_CACHES, option
 from halfbyte.errors import BadRequest
 from halfbyte.recipe import OBSERVERS, RENAMED, Calibration, Entries, Recipe
@@ -77,6 +77,7 @@ BUDGET = {
     "max_kl": Row(),
     "context": Row(),
     "candidates": Row(type=str),
+    "sensitivity": Row(values=SENSITIVITY),
 }
 ROWS: dict[type[Entries], dict[str, Row]] = {Recipe: RECIPE, Calibration: CALIBRATION, Budget: BUDGET}
 """By field. Help has those that have rows first, in this order, then all others."""

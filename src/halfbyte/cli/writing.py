@@ -83,6 +83,11 @@ def quantize(
     halfbyte quantize org/model -o model.gguf --size 3.7GB
     """
     budget = Budget.of(**limits)
+    if budget and meant_for:
+        raise BadRequest(
+            f"--for chooses a scheme, and so does a budget of {budget.words}; leave one of them out "
+            f"(--engine {of_words(meant_for)[0]} has the budget keep to what that engine loads)"
+        )
     chosen = words.keys() & CHOSEN
     if model and recipe is None and (meant_for or (output is None and budget is None and not chosen)):
         best = _recommended(model, meant_for, chosen, quiet=as_json)

@@ -56,9 +56,10 @@ def worst(rows: Sequence[WeightReport], error_of: str | None) -> list[Table | st
 def budget(found: BudgetReport) -> str:
     """Which grids a budget has chosen, and what they are predicted to lose."""
     grids = ", ".join(f"{name} x {count}" for name, count in found.grids.items())
+    measured = ", the sum of what each weight was measured to lose" if found.sensitivity == "measured" else ""
     return (
         f"for {found.asked}: {grids}; {found.file_bytes:,} bytes of files, predicted KL to the original "
-        f"{found.predicted_kl:.5f}"
+        f"{found.predicted_kl:.5f}{measured}"
     )
 
 

@@ -73,6 +73,23 @@ def multiplies(engine: str, container: str, scheme: Scheme) -> bool:
     return support is not None and (support.everything or _kernel(support, scheme) is not None)
 
 
+def side_by_side(engine: str, container: str, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Names of schemes that the engine multiplies by in one checkpoint; the most there are, where not all go together.
+    Raises UnknownName."""
+    support = ENGINES[engine_named(engine)].support.get(container)
+    known = {name: scheme for name, scheme in schemes.items() if multiplies(engine, container, scheme)}
+    if support is None or support.everything or not support.one_kernel:
+        return list(known)
+    kernels = [[n for n, s in known.items() if _kernel(support, s) is kernel] for kernel in support.kernels]
+    return max([*kernels, [n for n, s in known.items() if _run_together(support, [s])]], key=len)
+
+
+def offer(engine: str, container: str) -> str:
+    """What the engine multiplies by from a container, in words."""
+    support = ENGINES[engine].support[container]
+    return "whatever it holds" if support.everything else _offer(support)
+
+
 def takes_head(engine: str | None, container: str, scheme: Scheme) -> bool:
     """Whether an engine loads a head on such a scheme from a container; where none is asked for, some do."""
     if engine in (None, NOBODY):

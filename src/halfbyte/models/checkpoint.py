@@ -74,6 +74,8 @@ class Checkpoint:
     """What is merged into its weights as they are read (halfbyte.models.adapter)."""
     expert_slices: "Mapping[str, ExpertSlice]" = MappingProxyType({})
     """Linears of single experts that are read out of stacks (halfbyte.models.experts)."""
+    values: Mapping[str, Tensor] = MappingProxyType({})
+    """Of tensors, in place of those in the files."""
     splits_stacks = True
     """Whether experts that lie in one tensor may be read apart."""
 
@@ -99,7 +101,7 @@ class Checkpoint:
 
     def replaced(self, **parts: Any) -> "Checkpoint":
         """Another checkpoint that reads the same files, with some parts in place of its own: `kv`, another cache (or
-        None); `adapter`, merged into its weights; `expert_slices`, experts apart; `config`."""
+        None); `adapter`, merged into its weights; `expert_slices`, experts apart; `values` of tensors; `config`."""
         other = copy.copy(self)
         other.__dict__.pop("_shapes", None)  # which other parts make others
         other.__dict__.update(parts)
@@ -324,7 +326,7 @@ class Checkpoint:
     def read(self, tensor: str) -> Tensor:
         """A tensor by its name in the unquantized checkpoint; decoded if it is stored quantized, with what an adapter
         adds."""
-        w = self._read(tensor)
+        w = self.values[tensor] if tensor in self.values else self._read(tensor)
         return self.adapter.merge(tensor, w) if self.adapter else w
 
     def lies_transposed(self, tensor: str) -> bool:
@@ -344,7 +346,7 @@ class Checkpoint:
 
     def same(self, tensor: str, other: "Checkpoint") -> bool:
         """Whether both store this tensor, unquantized, and the same bits in it, and nothing adds to them."""
-        if self.adapter or other.adapter:
+        if self.adapter or other.adapter or tensor in self.values or tensor in other.values:
             return False
         mine, its = (None if tensor in c.parts else c.entries.get(tensor) for c in (self, other))
         if mine is None or its is None or (mine.shape, mine.dtype) != (its.shape, its.dtype):

@@ -696,7 +696,9 @@ class BudgetReport(Part, frozen=True):
     file_bytes: Count
     """Of the files, headers counted."""
     predicted_kl: float
-    """Divergence from the original in nats per token, by its second derivative at the original."""
+    """Divergence from the original in nats per token: the sum of what single weights lose."""
+    sensitivity: str = "predicted"
+    """How that was found: predicted by the second derivative at the original, or measured, each weight alone."""
     grids: dict[str, Count]
     """How many weights got which."""
 

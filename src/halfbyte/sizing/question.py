@@ -37,7 +37,10 @@ def question(
     found = _device(device, memory)
     name = engine_named(engine) if engine else usual_engine(found, batch)
     if name not in ACCOUNTINGS:
-        raise BadRequest(f"what {name} takes of a device's memory is not known; known: {', '.join(ACCOUNTINGS)}")
+        raise BadRequest(
+            f"what {name} takes of a device's memory is not known; known: {', '.join(ACCOUNTINGS)}; "
+            f"to write for it: quantize --engine {name}"
+        )
     if cache not in accounting_of(name).types:
         raise (UnknownName("cache", cache, TYPES) if cache not in TYPES else _foreign(name, cache))
     for number, what in ((cards, "cards"), (batch, "batch"), (context, "context")):
