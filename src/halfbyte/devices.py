@@ -158,6 +158,12 @@ def forget_peak(device: "torch.device") -> None:
         reset(device)
 
 
+def wait(device: "torch.device") -> None:
+    """Until it has done all that it was given."""
+    if not kind_of(device).is_host:
+        _module(device.type).synchronize()
+
+
 def release(device: "torch.device") -> None:
     """Give memory back that is held and not used: torch's of a GPU, the C library's of the system's."""
     if not kind_of(device).is_host:

@@ -287,7 +287,7 @@ class _Output(NamedTuple):
 def _required(plan: Plan, shards: Mapping[str, Shard], out: Path, meter: Meter, progress: Progress) -> Resources:
     """What the run will take, said. Raises BadRequest where that is not there."""
     place = output_path(out)
-    takes = sizing.resources(plan, shards, meter.device, place.final.parent, meter.peak_bytes or 0)
+    takes = sizing.resources(plan, shards, meter.device, place.final.parent, meter.peak_bytes or 0, meter.started)
     sizing.require(takes, plan, meter.device, place)
     progress(f"{TAKING} {in_words(takes)}", 0, 1)
     return takes

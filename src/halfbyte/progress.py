@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from time import monotonic
 
 from halfbyte.errors import BadRequest
 
@@ -31,12 +32,28 @@ def shown(progress: Progress | bool) -> Iterator[Progress]:
         raise BadRequest(f"progress is True, False, or a function of (what, done, total), not {progress!r}")
 
 
+class Stage:
+    """A stretch of work that counts up to one total, and the pace that it goes at."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic):
+        self._clock = clock
+        self._total, self._first, self._done, self._began = 0.0, 0.0, 0.0, 0.0
+
+    def left(self, done: float, total: float) -> float | None:
+        """Seconds until all is done, at the pace of what is; None until some is."""
+        now = self._clock()
+        if total != self._total or done < self._done:
+            self._total, self._first, self._began = total, done, now
+        self._done = done
+        return (now - self._began) / (done - self._first) * (total - done) if done > self._first else None
+
+
 @contextmanager
 def _bar() -> Iterator[Progress]:
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    from halfbyte.terminal import Terminal, plain
+    from halfbyte.terminal import Terminal, duration, plain
 
     console = Terminal(stderr=True)
     columns = (
@@ -44,15 +61,17 @@ def _bar() -> Iterator[Progress]:
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+        task, stage = bar.add_task("", total=None, left=""), Stage()
 
         def show(what: str, done: float, total: float) -> None:
             if what.startswith((RESUMING, TAKING)) and console.is_terminal:
                 console.print(what, highlight=False, soft_wrap=True)
-            bar.update(task, description=plain(what), completed=done, total=total)
+            left = stage.left(done, total)
+            said = "" if left is None else f"about {duration(left)} left"
+            bar.update(task, description=plain(what), completed=done, total=total, left=said)
 
         with (
             told_of_kernels(lambda: bar.update(task, description="compiling kernels, once"))

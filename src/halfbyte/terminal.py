@@ -22,6 +22,18 @@ def as_json(value: Any) -> str:
     return "".join(json.dumps(c)[1:-1] if _commands(c) else c for c in text)
 
 
+def duration(seconds: float) -> str:
+    """In words: 0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def _commands(c: str) -> bool:
     return c != "\n" and unicodedata.category(c) in COMMANDS
 

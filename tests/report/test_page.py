@@ -144,8 +144,9 @@ def test_plan_is_that_of_advise_and_runs_say_what_they_took(home, chromium):
     assert "vLLM on NVIDIA GeForce RTX 4090" in shown.locator(".plan .note").first.inner_text()
     assert str(home) not in shown.locator(".plan").inner_text()
     shown.select_option("#run", "0")
-    planned = reports(home)[0]["planned"]
-    assert f"{size(planned['memory_bytes'])} of memory" in shown.locator(".of-run:visible").inner_text()
+    report = reports(home)[0]
+    took, planned = (report[name]["disk_bytes"] for name in ("measured", "planned"))
+    assert f"disk {size(took)} (planned {size(planned)}), time " in shown.locator(".of-run:visible").inner_text()
     assert not wrong
 
 

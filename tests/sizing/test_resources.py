@@ -17,8 +17,12 @@ from halfbyte import demo, devices
 from halfbyte.errors import BadRequest
 from halfbyte.models.memory import reading_group
 from halfbyte.plan import resolve
+from halfbyte.progress import Stage
 from halfbyte.recipe import Recipe
+from halfbyte.report.summary import beside_planned, size
 from halfbyte.sizing import run
+from halfbyte.sizing.duration import MatrixPace, Pace, Work
+from halfbyte.terminal import duration
 
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -49,6 +53,7 @@ def test_what_is_planned_is_what_a_process_takes(tmp_path, method):
     assert measured["memory_bytes"] > 300e6
     for name in ("memory_bytes", "disk_bytes"):
         assert planned[name] == pytest.approx(measured[name], rel=0.15)
+    assert measured["seconds"] / 3 < planned["seconds"] < 3 * measured["seconds"]  # others use this machine too
 
 
 def test_disk_is_that_of_the_files(source, tmp_path):
@@ -110,7 +115,47 @@ def test_a_peak_of_before_is_not_taken_for_that_of_the_run(source, tmp_path, mon
     monkeypatch.setattr(run, "HOST", replace(run.HOST, peak_bytes=lambda _: 10**12))
     report = halfbyte.quantize(source, tmp_path / "out", method="nearest")
     assert report.measured.memory_bytes is None
+    said = beside_planned(report.measured, report.planned)
+    assert said.startswith(f"memory not measured (planned {size(report.planned.memory_bytes)}), disk ")
     assert report.planned.memory_bytes < 10**12
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "parts"),
+    [
+        ("nearest", "int4-g128", {"rounding"}),
+        ("gptq", "q4_k", {"blocks", "statistics", "solving"}),
+        ("awq", "int4-g128", {"blocks", "statistics", "solving", "transforms"}),
+        ("smoothquant", "w8a8", {"blocks", "statistics", "solving", "transforms"}),
+    ],
+)
+def test_time_is_that_of_what_is_computed(source, method, grid, parts):
+    """At a pace of one for each thing, more text takes more of what runs it, and of nothing else."""
+
+    def planned(samples: int) -> dict[str, float]:
+        plan = resolve(Recipe.of(model=str(source), method=method, grid=grid, calibration={"samples": samples}))
+        paces = dict.fromkeys(plan.schemes.values(), MatrixPace(*[1e-9] * 5))
+        return Work(plan, Pace(*[1e-12] * 6), paces).parts(10**6)
+
+    few, many = planned(10), planned(30)
+    assert {name for name, seconds in few.items() if seconds} >= parts
+    for name in few:
+        grows = name in ("blocks", "statistics")
+        assert many[name] == pytest.approx(few[name] * (3 if grows else 1), rel=0.2 if name == "statistics" else 1e-9)
+
+
+def test_a_stage_tells_what_is_left_once_some_is_done():
+    now = 0.0
+    stage = Stage(lambda: now)
+    assert stage.left(0, 30) is None
+    now = 10.0
+    assert stage.left(1, 30) == 290
+    now = 40.0
+    assert stage.left(2, 30) == 560
+    assert stage.left(0, 7) is None  # another
+    now = 41.0
+    assert stage.left(1, 7) == 6
+    assert [duration(n) for n in (0.04, 12.3, 200, 7500)] == ["0.0 s", "12 s", "3 min 20 s", "2 h 5 min"]
 
 
 def test_convert_and_dequantize_say_it_too(source, tmp_path):

@@ -15,7 +15,7 @@ from halfbyte import display
 from halfbyte.errors import plural
 from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.report.numbers import require_finite
-from halfbyte.report.summary import headline, in_words, size, worst, worst_activations
+from halfbyte.report.summary import beside_planned, headline, in_words, size, worst, worst_activations
 from halfbyte.terminal import Terminal, as_json
 
 if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
@@ -77,7 +77,7 @@ def show_report(report: Report, output: Path, told: Sequence[str] = ()) -> None:
     """Print what became of a run, and how the output is served and measured; without the warnings that were told."""
     out.print(f"{output}: {headline(report)}, {report.seconds:.1f} s; read back and verified")
     if report.planned and report.measured:
-        out.print(f"took {in_words(report.measured)}; planned {in_words(report.planned)}", soft_wrap=True)
+        out.print(f"took {beside_planned(report.measured, report.planned)}", soft_wrap=True)
     if report.budget:
         out.print(display.budget(report.budget), soft_wrap=True)
     show(display.worst(worst(report), report.error_of))

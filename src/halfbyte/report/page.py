@@ -14,7 +14,7 @@ from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import BadCheckpoint, BadRequest, plural
 from halfbyte.report import charts, tables, written
 from halfbyte.report.card import local_paths, without_paths
-from halfbyte.report.summary import in_words, size
+from halfbyte.report.summary import beside_planned, size
 from halfbyte.report.tables import Named
 from halfbyte.report.types import Part, Report
 from halfbyte.terminal import plain
@@ -196,5 +196,5 @@ def _template() -> Template:
     )
     environment.globals |= {"plural": plural, "counted": lambda values: Counter(values).most_common()}
     environment.globals |= {"engine_title": engine_title}
-    environment.filters |= {"size": size, "engine_title": engine_title, "resources": in_words}
+    environment.filters |= {"size": size, "engine_title": engine_title, "beside_planned": beside_planned}
     return environment.get_template("page.html.jinja")

@@ -4,6 +4,8 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.terminal import duration
+
 if TYPE_CHECKING:
     from halfbyte.report.types import Evaluation, Paired, Planned, Report, Resources, WeightReport
 
@@ -76,10 +78,26 @@ def passed(row: "Paired") -> str:
     return f"{row.original * row.items:.0f} → {row.model * row.items:.0f} of {row.items}"
 
 
-def in_words(resources: "Resources") -> str:
-    """Memory, that of a GPU, and disk."""
-    parts = {"memory": resources.memory_bytes, "the GPU's": resources.device_bytes, "disk": resources.disk_bytes}
-    return ", ".join(f"{size(value)} of {name}" for name, value in parts.items() if value is not None)
+def in_words(planned: "Resources") -> str:
+    """Memory, that of a GPU, disk, and how long it takes, before a run."""
+    parts = {"memory": planned.memory_bytes, "the GPU's": planned.device_bytes, "disk": planned.disk_bytes}
+    known = [f"{size(value)} of {name}" for name, value in parts.items() if value is not None]
+    return ", ".join(known + ([f"about {duration(planned.seconds)}"] if planned.seconds is not None else []))
+
+
+def beside_planned(measured: "Resources", planned: "Resources") -> str:
+    """What a run took, each with what was planned."""
+    rows = {
+        "memory": (measured.memory_bytes, planned.memory_bytes, size),
+        "the GPU's memory": (measured.device_bytes, planned.device_bytes, size),
+        "disk": (measured.disk_bytes, planned.disk_bytes, size),
+        "time": (measured.seconds, planned.seconds, duration),
+    }
+    return ", ".join(
+        f"{name} {'not measured' if took is None else said(took)}{'' if was is None else f' (planned {said(was)})'}"
+        for name, (took, was, said) in rows.items()
+        if (took, was) != (None, None)
+    )
 
 
 def size(size_bytes: float) -> str:

@@ -684,6 +684,8 @@ class Resources(Part, frozen=True):
     """Of a GPU's memory."""
     disk_bytes: Count
     """Of the output, and of hidden states that memory does not hold."""
+    seconds: float | None = None
+    """From the beginning of the run to its end; before it, an estimate."""
 
 
 class BudgetReport(Part, frozen=True):

@@ -1,8 +1,8 @@
-"""What a run itself takes, known from shapes before it starts: memory of the process and of a GPU, and disk; and
+"""What a run itself takes, known before it starts: memory of the process and of a GPU, disk, and about how long; and
 whether that is there.
 
 What is counted is what is there at the worst moment; how much libraries and workspaces take was measured
-(benchmarks/run_memory.py), and the planned peak is within 15% of the measured one.
+(benchmarks/run_resources.py), and the planned peak is within 15% of the measured one.
 """
 
 import shutil
@@ -26,12 +26,12 @@ from halfbyte.models.placement import Placement, tasks_together
 from halfbyte.recipe import method_named
 from halfbyte.report.summary import size
 from halfbyte.report.types import Resources
+from halfbyte.sizing import duration
+from halfbyte.sizing.duration import FACTORING
 from halfbyte.solvers.statistics import Statistics
 from halfbyte.targets.plan import Plan
 
 HOST = KINDS["cpu"]
-FACTORING = ("gptq", "gptaq")
-"""Solvers that factor a Hessian."""
 FEWER = (64, 32, 16, 8)
 """Samples that are offered in place of more."""
 KERNELS = 110_000_000
@@ -54,13 +54,21 @@ SURE = 0.85
 """A run is refused where even so much less than is planned would not fit: plans are right within 15%."""
 
 
-def resources(plan: Plan, shards: Mapping[str, Shard], device: torch.device, scratch: Path, peak: int = 0) -> Resources:
+def resources(
+    plan: Plan,
+    shards: Mapping[str, Shard],
+    device: torch.device,
+    scratch: Path,
+    peak: int = 0,
+    started: float | None = None,
+) -> Resources:
     """What a run of this plan will take, if it begins now: `scratch` is where hidden states go that memory does not
-    hold, and `peak` what planning has taken at most."""
+    hold, `peak` what planning has taken at most, and `started` when that began (`time.perf_counter`)."""
+    started = time.perf_counter() if started is None else started
     placement = Placement.on(device, scratch)
     on_device = plan.calibrated and not kind_of(device).is_host
     tensors, beside = sum(shard.size_bytes for shard in shards.values()), plan.checkpoint.other_files
-    return Resources(
+    known = Resources(
         memory_bytes=max(peak, psutil.Process().memory_info().rss + KERNELS + _taken(plan, placement)),
         device_bytes=_pass(plan, placement).total if on_device else None,
         disk_bytes=tensors
@@ -68,6 +76,8 @@ def resources(plan: Plan, shards: Mapping[str, Shard], device: torch.device, scr
         + RECORD * len(plan.weights)
         + _spilled(plan, placement),
     )
+    left = duration.seconds(plan, tensors, device, scratch)  # after memory, of which it takes some that a run takes too
+    return known.model_copy(update={"seconds": round(time.perf_counter() - started + left, 2)})
 
 
 def _taken(plan: Plan, placement: Placement) -> int:
@@ -170,7 +180,7 @@ class Meter:
     """What this process takes from now on."""
 
     def __init__(self, device: torch.device):
-        self.device, self._before, self._started = device, HOST.peak_bytes(device), time.perf_counter()
+        self.device, self._before, self.started = device, HOST.peak_bytes(device), time.perf_counter()
         self.on_host = kind_of(device).is_host
         if not self.on_host:
             forget_peak(device)
@@ -178,7 +188,7 @@ class Meter:
     @property
     def seconds(self) -> float:
         """Since it was made."""
-        return time.perf_counter() - self._started
+        return time.perf_counter() - self.started
 
     @property
     def peak_bytes(self) -> int | None:
@@ -192,6 +202,7 @@ class Meter:
             memory_bytes=self.peak_bytes,
             device_bytes=None if self.on_host else kind_of(self.device).peak_bytes(self.device),
             disk_bytes=_files(output) + spilled,
+            seconds=round(self.seconds, 2),
         )
 
 

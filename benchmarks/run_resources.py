@@ -1,8 +1,9 @@
-"""What runs were planned to take, and what they took: memory of the whole process, and disk.
+"""What runs were planned to take, and what they took: memory of the whole process, disk, and time.
 
-    python benchmarks/run_memory.py --model bookworm-6m=src/halfbyte/demo/model --model llama-1b=/tmp/llama-1b
+    python benchmarks/run_resources.py --model bookworm-6m=src/halfbyte/demo/model --model llama-1b=/tmp/llama-1b
 
-Each run is a process of its own, and both figures are those of its report.
+Each run is a process of its own, and both figures are those of its report. Time is planned as the run begins, at the
+pace that the machine has then: what else runs on it, and when, is in the ratio.
 """
 
 import argparse
@@ -39,10 +40,11 @@ def measured(model: str, method: str, grid: str, samples: int, length: int) -> d
 
 def row(name: str, method: str, grid: str, report: dict) -> tuple[str, ...]:
     planned, took = report["planned"], report["measured"]
-    ratios = (planned["memory_bytes"] / took["memory_bytes"], planned["disk_bytes"] / took["disk_bytes"])
-    sizes = (planned["memory_bytes"], took["memory_bytes"], planned["disk_bytes"], took["disk_bytes"])
-    cells = [f"{size / 1e6:.0f}" for size in sizes]
-    return (name, f"{method} {grid}", *cells[:2], f"{ratios[0]:.2f}", *cells[2:], f"{ratios[1]:.2f}")
+    cells = [name, f"{method} {grid}"]
+    for entry, unit, digits in (("memory_bytes", 1e6, 0), ("disk_bytes", 1e6, 1), ("seconds", 1, 1)):
+        cells += [f"{said[entry] / unit:.{digits}f}" for said in (planned, took)]
+        cells.append(f"{planned[entry] / took[entry]:.2f}")
+    return tuple(cells)
 
 
 def main() -> None:
@@ -55,8 +57,9 @@ def main() -> None:
     runs = [tuple(words.split(",")) for words in arguments.run] if arguments.run else RUNS
     print(f"{machine()}; {os.environ.get('OMP_NUM_THREADS', 'all')} threads; {arguments.samples} samples of "
           f"{arguments.length} tokens\n")  # fmt: skip
-    print("| model | run | memory planned, MB | measured | ratio | disk planned, MB | measured | ratio |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    print("| model | run | memory planned, MB | measured | ratio | disk planned, MB | measured | ratio "
+          "| time planned, s | measured | ratio |")  # fmt: skip
+    print("|---|---|" + "---:|" * 9)
     for words in arguments.model:
         name, _, path = words.partition("=")
         for method, grid in runs:

@@ -1,0 +1,289 @@
+"""How long a run takes: what it computes, reads and writes, known from shapes, at the pace at which this machine does a
+small piece of each as the run begins. An estimate, held against runs by benchmarks/run_resources.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import inf, prod
+from pathlib import Path
+from tempfile import TemporaryFile
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.devices import wait
+from halfbyte.grids.activations import ActivationQuant
+from halfbyte.grids.quantized import Quantized, Scheme, WeightActivation
+from halfbyte.models.checkpoint import Weight
+from halfbyte.models.memory import hidden_size, reading_group
+from halfbyte.recipe import OTHER_COMMANDS
+from halfbyte.sizing.cache import ModelConfig
+from halfbyte.sizing.memory import ROUTED, parameters_of
+from halfbyte.solvers import SOLVERS
+from halfbyte.solvers.statistics import ERROR_PRODUCTS, Statistics
+from halfbyte.targets.plan import Plan
+
+FACTORING = ("gptq", "gptaq")
+"""Solvers that factor a Hessian."""
+WIDEST, TRIED, TOKENS = 2048, 1 << 19, 512
+"""In-features and weights of a matrix that is tried, at most, and rows that it is multiplied by."""
+PIECE = 1 << 24
+"""Bytes that are written to see how fast that is."""
+LONG_ENOUGH = 0.02
+"""Seconds for which a piece is tried."""
+ELEMENTWISE = 40
+"""Numbers that a block reads or writes beside its products for each of a hidden state and of an MLP: norms, rotations,
+activations, sums."""
+CANDIDATES = 22
+"""Scales that AWQ tries for each matrix."""
+TRIALS, PLACES, TAKING_PART = 7, 4, 2
+"""Times that SmoothQuant runs a block on one sample for each place of a scale; places in a block; those that a matrix
+is part of."""
+STARTING, EACH = 1.5, 0.005
+"""Seconds in which a model is built and text is read; in which a matrix is told of in the report."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds for one of each, on this machine as it is now."""
+
+    product: float
+    """A floating-point operation of a product in the model's precision."""
+    wide_product: float
+    """... in float32."""
+    factoring: float
+    """... of a Cholesky factor."""
+    touched: float
+    """A byte that is read or written in memory."""
+    read: float
+    """A byte of a tensor of the source, decoded."""
+    written: float
+    """A byte in a file."""
+
+
+@dataclass(frozen=True)
+class MatrixPace:
+    """Seconds for each weight of a matrix, on one grid."""
+
+    solving: float
+    """By the method's solver, beside products."""
+    nearest: float
+    """To the nearest, with a search for scales; and decoded."""
+    coarse: float
+    """... without a search."""
+    committing: float
+    """Packed, digested, decoded, and read again."""
+    activation: float
+    """A number that it is multiplied by, rounded."""
+
+
+def seconds(plan: Plan, output_bytes: int, device: torch.device, scratch: Path) -> float:
+    """Of a run of this plan, from here on; `scratch` is a folder of the disk on which it writes."""
+    with torch.no_grad():
+        trial = Trial(plan, device)
+        paces = {scheme: trial.matrix(scheme) for scheme in dict.fromkeys(plan.schemes.values())}
+        return sum(Work(plan, trial.machine(scratch), paces).parts(output_bytes).values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run computes, and how long that takes."""
+
+    plan: Plan
+    pace: Pace
+    paces: dict[Scheme, MatrixPace]
+
+    def parts(self, output_bytes: int) -> dict[str, float]:
+        """Seconds, by what they go into."""
+        plan, pace = self.plan, self.pace
+        weights, kept = sum(prod(w.shape) for w in plan.schemes), sum(plan.spec(t).size_bytes for t in plan.unquantized)
+        matrices = {
+            "reading": (weights * plan.checkpoint.dtype.itemsize + kept) * pace.read,
+            "writing": output_bytes * (pace.written + 2 * pace.touched),
+            "committing": self._sum(lambda w, own: prod(w.shape) * own.committing + EACH),
+        }
+        if not plan.calibrated:
+            return matrices | {"rounding": self._sum(lambda w, own: prod(w.shape) * own.nearest)}
+        passes = 2 + plan.method.full_precision + (2 if plan.scales else 0)  # to see what is read, and as quantized
+        return matrices | {
+            "starting": STARTING,
+            "blocks": passes * self._forward(self._tokens) + self._rounding_activations(self._tokens),
+            "statistics": self._statistics(),
+            "solving": self._sum(self._solving),
+            "transforms": sum(map(self._transform, plan.method.transforms)),
+        }
+
+    def _sum(self, of: Callable[[Weight, MatrixPace], float]) -> float:
+        return sum(of(weight, self.paces[scheme]) for weight, scheme in self.plan.schemes.items())
+
+    @property
+    def _tokens(self) -> int:
+        return self.plan.recipe.calibration.samples * self.plan.recipe.calibration.length
+
+    @cached_property
+    def _blocks(self) -> list[Weight]:
+        return [weight for weight in self.plan.checkpoint.weights() if weight.block]
+
+    @cached_property
+    def _routed(self) -> float:
+        """Of all tokens, the share that an expert sees."""
+        return parameters_of(self.plan.checkpoint, ModelConfig(self.plan.checkpoint.config)).share
+
+    def _share(self, weight: Weight) -> float:
+        return self._routed if ROUTED.search(weight.tensor) else 1.0
+
+    def _forward(self, tokens: int) -> float:
+        """All blocks on so many tokens."""
+        plan, width = self.plan, hidden_size(self.plan.checkpoint)
+        layers = len({weight.block for weight in self._blocks})
+        inner = max((max(weight.shape) for weight in self._blocks), default=width)
+        products = sum(2 * self._share(weight) * prod(weight.shape) for weight in self._blocks)
+        attention = 4 * plan.recipe.calibration.length * width * layers
+        numbers = ELEMENTWISE * (width + inner) * layers
+        of_token = (products + attention) * self.pace.product
+        return tokens * (of_token + numbers * plan.checkpoint.dtype.itemsize * self.pace.touched)
+
+    def _rounding_activations(self, tokens: int) -> float:
+        return self._sum(lambda w, own: tokens * self._share(w) * w.shape[1] * own.activation)
+
+    def _statistics(self) -> float:
+        """Of what linears read, those that read the same together, and their factors."""
+        first = {reading_group(weight): weight for weight in self.plan.schemes if weight.block}
+        factored, drift = self.plan.method.solver in FACTORING, self.plan.method.full_precision
+        return sum(
+            _summing(w.shape[1]) * self._tokens * self._share(w) * (3 if drift else 1) * self.pace.wide_product
+            + (w.shape[1] ** 3 / 3 * self.pace.factoring if factored else 0.0)
+            for w in first.values()
+        )
+
+    def _solving(self, weight: Weight, own: MatrixPace) -> float:
+        """A matrix rounded, and the error of what it returns."""
+        out, width = weight.shape
+        moved = out * width**2 * self.pace.product if self.plan.method.solver in FACTORING else 0.0
+        return out * width * own.solving + moved + 4 * _rows(weight) * width**2 * self.pace.wide_product
+
+    def _transform(self, name: str) -> float:
+        if name == "awq":
+            return CANDIDATES * self._sum(
+                lambda w, own: _rows(w) * w.shape[1] * (own.nearest + 2 * w.shape[1] * self.pace.wide_product)
+            )
+        length = self.plan.recipe.calibration.length
+        rounding = self._sum(lambda w, own: TAKING_PART * prod(w.shape) * own.coarse)
+        return TRIALS * (PLACES * self._forward(length) + self._rounding_activations(length) + rounding)
+
+
+def _rows(weight: Weight) -> int:
+    """Of a matrix of which errors are estimated."""
+    return min(weight.shape[0], max(32, ERROR_PRODUCTS // weight.shape[1] ** 2))
+
+
+def _summing(width: int) -> float:
+    """Operations by which a token is added to a statistic that is kept up in stripes of an eighth."""
+    return 1.125 * width**2
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Small pieces of a run, done with random numbers."""
+
+    plan: Plan
+    device: torch.device
+
+    def machine(self, scratch: Path) -> Pace:
+        """What all matrices share."""
+        width = min(WIDEST, max((w.shape[1] for w in self.plan.schemes), default=hidden_size(self.plan.checkpoint)))
+        x = self._random(TOKENS, width)
+        narrow = x.to(self.plan.checkpoint.dtype)
+        product = wide = factoring = inf
+        if self.plan.calibrated:
+            w, statistics = self._random(width, width).to(narrow.dtype), Statistics(width, self.device)
+            product = self._seconds(lambda: narrow @ w.T) / (2 * TOKENS * width**2)
+            wide = self._seconds(lambda: statistics.add(x)) / (TOKENS * _summing(width))
+            factoring = self._seconds(lambda: self._filled(width, x).factor()) / (width**3 / 3)
+        touched = self._seconds(lambda: narrow.mul(2)) / (2 * narrow.nbytes)
+        return Pace(product, wide, factoring, touched, self._reading(), _writing(scratch))
+
+    def matrix(self, scheme: Scheme) -> MatrixPace:
+        """A matrix on the way that all take."""
+        plan, method = self.plan, self.plan.method
+        out, width = max((w.shape for w, s in plan.schemes.items() if s == scheme), key=prod)
+        width = min(width, WIDEST)
+        out = min(out, max(128, TRIED // width))
+        w = self._random(out, width).to(plan.checkpoint.dtype)
+        nearest = partial(SOLVERS["nearest"], w, scheme.weight)
+        committing = self._committing(nearest()) / w.numel()
+        if plan.recipe.method in OTHER_COMMANDS:
+            return MatrixPace(0.0, 0.0, 0.0, committing, 0.0)
+        rounding = self._seconds(lambda: nearest().decode()) / w.numel()
+        if not plan.calibrated:
+            return MatrixPace(rounding, rounding, rounding, committing, 0.0)
+        statistics = self._filled(width, self._random(TOKENS, width))
+        solve = partial(SOLVERS[method.solver], w, scheme.weight, *([statistics] if method.calibrated else []))
+        return MatrixPace(
+            solving=self._seconds(solve) / w.numel(),
+            nearest=rounding,
+            coarse=self._seconds(lambda: nearest(search=False).decode()) / w.numel(),
+            committing=committing,
+            activation=self._activation(scheme, statistics),
+        )
+
+    def _committing(self, q: Quantized) -> float:
+        target = self.plan.target
+
+        def there_and_back() -> None:
+            packed = target.pack(q)
+            q.decode()
+            target.unpack(packed, q.scheme, q.shape)
+
+        return self._seconds(there_and_back)
+
+    def _activation(self, scheme: Scheme, statistics: Statistics) -> float:
+        if not isinstance(scheme, WeightActivation):
+            return 0.0
+        grid, seen = scheme.activations, statistics.activation_stats
+        quant, x = ActivationQuant(grid, grid.fit(seen, "max")), self._random(TOKENS, statistics.width)
+        x = x.to(self.plan.checkpoint.dtype)
+        return self._seconds(lambda: quant.round(x)) / x.numel()
+
+    def _filled(self, width: int, x: Tensor) -> Statistics:
+        statistics = Statistics(width, self.device)
+        statistics.add(x)
+        return statistics
+
+    def _reading(self) -> float:
+        """Seconds for a byte of one of the source's tensors, of no great size where there are such."""
+        plan = self.plan
+        tensor = min(plan.checkpoint.tensors().items(), key=lambda item: abs(prod(item[1]) - TRIED))[0]
+        started = perf_counter()
+        size_bytes = plan.checkpoint.read(tensor).nbytes
+        return _elapsed(started) / max(size_bytes, 1)
+
+    def _random(self, rows: int, width: int) -> Tensor:
+        return torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    def _seconds(self, work: Callable[[], Any]) -> float:
+        """Of doing it once, on average over LONG_ENOUGH; but for the first time, which loads kernels."""
+        work()
+        wait(self.device)
+        started, times = perf_counter(), 0
+        while not times or perf_counter() - started < LONG_ENOUGH:
+            work()
+            wait(self.device)
+            times += 1
+        return _elapsed(started) / times
+
+
+def _writing(folder: Path) -> float:
+    """Seconds for a byte in a file that has no name."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    piece = bytes(PIECE)
+    started = perf_counter()
+    with TemporaryFile(dir=there) as file:
+        file.write(piece)
+    return _elapsed(started) / PIECE
+
+
+def _elapsed(started: float) -> float:
+    return max(perf_counter() - started, 1e-9)
