@@ -1,11 +1,16 @@
 """Shapes in signatures are checked while tests run; `--few` is for the inner loop."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
-# Module by module: the checks wrap functions, and those of kernels/cpu are compiled.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels for GPUs run on CPU tensors
+
+# Module by module: the checks wrap functions, and those of kernels/cpu and kernels/gpu are compiled.
 SOURCE = Path(__file__).parent.parent / "src"
 FILES = [
     path
@@ -15,7 +20,7 @@ FILES = [
 CHECKED = [
     ".".join(path.relative_to(SOURCE).with_suffix("").parts)
     for path in FILES
-    if not path.stem.endswith("_numba") and path.parent.name != "cpu"
+    if not path.stem.endswith("_numba") and path.parent.name not in ("cpu", "gpu")
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 

@@ -105,6 +105,16 @@ def test_caches_importance_and_needles_say_where_they_were_found(model, calibrat
     assert found.device.startswith(device)
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_budget_and_blame_are_found_on_a_device(model, calibration, tmp_path, device):
+    words = {"calibration": calibration, "engine": "none", "method": "gptq"}
+    report = halfbyte.quantize(model, tmp_path / "out.gguf", bits=6, to="gguf", device=device, **words)
+    on_cpu = halfbyte.quantize(model, tmp_path / "cpu.gguf", bits=6, to="gguf", device="cpu", **words)
+    assert report.budget.predicted_kl == pytest.approx(on_cpu.budget.predicted_kl, rel=0 if device == "cpu" else 0.2)
+    blamed = halfbyte.blame(tmp_path / "out.gguf", model, calibration["source"], length=32, windows=2, device=device)
+    assert any(part.kind == "block" for part in blamed.parts)
+
+
 KNOWN_ALONE_BY_DEVICES = re.compile(
     r"device\b[^=\n]{0,20}\.type\b|\.is_(cuda|cpu|mps|xpu)\b|get_device_module|torch\.(cuda|xpu|mps)\b"
 )

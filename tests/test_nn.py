@@ -123,13 +123,40 @@ def test_a_weight_that_is_only_looked_at_is_not_decoded(packed_demo, monkeypatch
     assert (weight * 2).isfinite().all()
 
 
-@pytest.mark.parametrize("device", ["meta", GPU])
-def test_where_nothing_unpacks_bits_a_model_takes_its_codes_along(device, tmp_path):
+PACKED = {
+    "compressed-tensors": ("int4-g128-asym", "int3-g128", "fp8-e4m3-block", "nvfp4", "mxfp4", "w8a8"),
+    "gptq": ("int4-g128", "int3-g128-asym"),
+    "awq": ("int4-g128-asym",),
+    "bitsandbytes": ("nf4-g64", "nf4-g64-double", "llm-int8"),
+    "gguf": ("q4_0", "q5_1", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_nl", "iq2_xs", "iq3_s", "tq1_0", "mxfp4"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("to", "grid"), [(to, grid) for to, grids in PACKED.items() for grid in grids])
+def test_weights_stay_packed_on_a_gpu_and_stand_for_the_same_numbers(to, grid, tmp_path):
+    tiny.make(tmp_path / "model", hidden_size=256)
+    out = tmp_path / ("out.gguf" if to == "gguf" else "out")
+    halfbyte.quantize(
+        tmp_path / "model", out, method="nearest", grid=grid, to=to, engine="none", pure=to == "gguf" or None
+    )
+    model, there = (halfbyte.load(out, torch.float32, device) for device in ("cpu", "cuda"))
+    assert held_bytes(there) == held_bytes(model)
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    for layer, other in zip(layers, [m for m in there.modules() if isinstance(m, QuantLinear)], strict=True):
+        # A GPU may fuse a product and a sum, and adds in another order.
+        weight, x = layer.weight, torch.randn(7, layer.weight.shape[1])
+        torch.testing.assert_close(other.weight.cpu(), weight, rtol=1e-6, atol=0)
+        torch.testing.assert_close(other(x.cuda()).cpu(), layer(x), rtol=1e-4, atol=1e-4 * layer(x).abs().max().item())
+
+
+def test_a_model_that_moves_takes_its_bits_along(tmp_path):
     halfbyte.quantize(demo.MODEL, tmp_path / "out", method="nearest", grid="int4-g128")
-    model = halfbyte.load(tmp_path / "out").to(device)
+    model = halfbyte.load(tmp_path / "out").to("meta")
     linear = next(module for module in model.modules() if isinstance(module, PackedModule))
-    assert linear.matrix.quantized.codes.device.type == device
-    assert linear(torch.zeros(1, linear.weight.shape[1], dtype=linear.dtype, device=device)).device.type == device
+    assert linear.matrix.quantized.codes.device.type == "meta"
+    assert linear(torch.zeros(1, linear.weight.shape[1], dtype=linear.dtype, device="meta")).device.type == "meta"
 
 
 def test_a_device_or_precision_that_is_none_is_refused_in_a_line(tmp_path):

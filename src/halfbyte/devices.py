@@ -4,7 +4,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -89,6 +89,10 @@ class Kind:
     """Whether copies from pinned memory go on while it computes."""
     multiplies_int8: bool = False
     """Whether torch._int_mm is exact and fast on it."""
+    has_tf32: bool = False
+    """Whether units that take eleven bits of each factor multiply float32 where torch is asked for that."""
+    kernels: str = ""
+    """The sub-package of halfbyte.kernels that has faster twins of operations for it."""
     free_bytes: Callable[["torch.device"], int] = _free_bytes
     """Bytes of its memory that nothing has taken."""
     peak_bytes: Callable[["torch.device"], int | None] = _peak_bytes
@@ -98,9 +102,16 @@ class Kind:
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("cpu", is_host=True, is_numbered=False, free_bytes=_available_bytes, peak_bytes=_peak_of_process),
-        Kind("cuda", pins=True, multiplies_int8=True),
-        Kind("xpu"),
+        Kind(
+            "cpu",
+            is_host=True,
+            is_numbered=False,
+            kernels="cpu",
+            free_bytes=_available_bytes,
+            peak_bytes=_peak_of_process,
+        ),
+        Kind("cuda", pins=True, multiplies_int8=True, has_tf32=True, kernels="gpu"),
+        Kind("xpu", kernels="gpu"),
         Kind("mps", is_numbered=False, free_bytes=_recommended_bytes),
     )
 }
@@ -150,6 +161,11 @@ def title(device: "torch.device") -> str:
     if not kind_of(device).is_numbered:
         return str(device)
     return f"{device} ({_module(device.type).get_device_name(device)})"
+
+
+def entered(device: "torch.device") -> AbstractContextManager:
+    """While this lasts, it is the one that a GPU's kernels start on."""
+    return nullcontext() if kind_of(device).is_host else _module(device.type).device(device)
 
 
 def forget_peak(device: "torch.device") -> None:

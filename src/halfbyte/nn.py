@@ -17,7 +17,6 @@ from halfbyte.grids.activations import FLOATS, ActivationGrid, ActivationQuant, 
 from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import PackedMatrix, Quantized
 from halfbyte.grids.scalar import is_integer
-from halfbyte.kernels import choose
 from halfbyte.kernels.products import int8_product
 from halfbyte.models import kv, skeleton
 from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
@@ -56,11 +55,6 @@ class PackedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         """As all modules do, but for what is stored: `.half()` changes what it computes in, and no scale."""
         stored = self._stored()
-        if not choose.has_compiled(fn(self.like).device) and all(
-            choose.has_compiled(b.device) for b in stored.values()
-        ):
-            self._hold(self.matrix.unpacked())  # which only a CPU does
-            stored = self._stored()
         super()._apply(fn, recurse)
         for name, before in stored.items():
             now = self._buffers[name]
@@ -192,10 +186,10 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
     """The model in `dtype`, on `device`. By default the checkpoint's own; a GGUF does not say what its model was
     computed in, and is loaded in bfloat16: hidden states of Gemma are beyond float16.
 
-    Linears and embeddings that are quantized stay packed in a CPU's memory; fused experts, transposed matrices,
-    linears whose class does more than multiply (routers) and what a model changes before it looks at it (embeddings
-    with a `max_norm`, linears of RWKV) are decoded. On other devices each weight takes a byte: codes are unpacked
-    before they move there. A KV cache that is quantized holds the values that an engine would read from it, in 16 bits.
+    Linears and embeddings that are quantized stay packed, on every device; fused experts, transposed matrices, linears
+    whose class does more than multiply (routers) and what a model changes before it looks at it (embeddings with a
+    `max_norm`, linears of RWKV) are decoded. A KV cache that is quantized holds the values that an engine would read
+    from it, in 16 bits.
     Raises HalfbyteError.
     """
     where = device_named(str(device))
@@ -216,7 +210,6 @@ def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device
     packed = _packed(model, checkpoint, weight_map)
     for tensor, home in packed.items():
         matrix = checkpoint.read_packed(tensor.removesuffix(".weight"))
-        matrix = matrix if choose.has_compiled(where) else matrix.unpacked()
         tied = (name.removesuffix(".weight") for name, source in ties.items() if source == f"{home}.weight")
         made: dict[int, nn.Module] = {}
         """Of this matrix: one module for all linears of the same bias, and one for each embedding."""

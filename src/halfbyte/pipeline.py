@@ -15,8 +15,8 @@ from halfbyte.arguments import Converting, Dequantizing, Running, documented
 from halfbyte.budget.budget import Budget
 from halfbyte.containers.folder import Folder, Shard, claim, kept_on_interrupt
 from halfbyte.containers.place import is_file
-from halfbyte.devices import release, title
-from halfbyte.errors import BadRequest, BrokenOutput, plural
+from halfbyte.devices import kind_of, release, title
+from halfbyte.errors import BadRequest, BrokenOutput, OutOfMemory, plural
 from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.models import calibrate
 from halfbyte.models.calibrate import Samples
@@ -363,13 +363,18 @@ def _stream(
     def write(group: Sequence[Weight], chunk: Sequence[Weight], sampled: int) -> list[Committed]:
         values = [read(rows) for rows in chunk]
         scheme = plan.schemes[group[0]]
-        q = solve(group[0], values[0] if len(values) == 1 else torch.cat(values), scheme)
+        try:
+            q = solve(group[0], values[0] if len(values) == 1 else torch.cat(values), scheme)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"{run.device} has too little memory to round {group[0].name} to {scheme.weight}; --device cpu"
+            ) from error
         return commit(run, chunk, q, values, scheme, sampled=sampled)
 
     def keep(tensor: str) -> None:
         run.keep(tensor, plan.checkpoint.read(tensor))
 
-    with _workers(max((_size(chunk) for tasks in cut for chunk in tasks), default=1)) as pool:
+    with _workers(max((_size(chunk) for tasks in cut for chunk in tasks), default=1), run.device) as pool:
         written = [
             [pool.submit(write, group, chunk, SAMPLED // len(tasks)) for chunk in tasks]
             for group, tasks in zip(todo, cut, strict=True)
@@ -392,14 +397,16 @@ def _size(weights: Sequence[Weight]) -> int:
 
 
 @contextmanager
-def _workers(largest: int) -> Iterator[Executor]:
+def _workers(largest: int, device: torch.device = CPU) -> Iterator[Executor]:
     """Threads that share the cores out, for tasks of at most so many weights: the fewer cores a task has, the less they
     wait for one another.
 
-    There is one thread more than that takes, since some wait for the disk.
+    There is one thread more than that takes, since some wait for the disk; but not where a GPU's memory is what is
+    shared out.
     """
-    cores, together = torch.get_num_threads(), tasks_together(largest)
-    with ThreadPoolExecutor(together + 1, initializer=torch.set_num_threads, initargs=(cores // together,)) as pool:
+    cores, together = torch.get_num_threads(), tasks_together(largest, device)
+    threads = together + 1 if kind_of(device).is_host else together
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores // together,)) as pool:
         try:
             yield pool
         finally:

@@ -173,7 +173,8 @@ class BitsAndBytes(Container):
         if grid.nested:
             _require_same("nested_quant_map", tensors["weight.nested_quant_map"], dynamic_map())
             offset = _parsed(tensors[STATE + grid.levels.name])["nested_offset"]
-            params |= {"nested": tensors["weight.nested_absmax"], "offset": torch.tensor([offset], dtype=torch.float32)}
+            nested = tensors["weight.nested_absmax"]
+            params |= {"nested": nested, "offset": nested.new_tensor([offset], dtype=torch.float32)}
         return Quantized(grid, codes, params)
 
     def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
@@ -279,14 +280,14 @@ def _said(name: str, entries: Mapping[str, Entry]) -> Config:
 def _parsed(state: Tensor) -> Config:
     """Nothing of what is no JSON object."""
     try:
-        said = parse_json(state.numpy().tobytes())
+        said = parse_json(state.cpu().numpy().tobytes())
     except ValueError:
         return {}
     return said if isinstance(said, dict) else {}
 
 
 def _require_same(name: str, found: Tensor, known: Tensor) -> None:
-    if not torch.equal(found.float(), known):
+    if not torch.equal(found.cpu().float(), known):
         raise Unsupported(
             f"a {name} that is not bitsandbytes' own is not read; engines with kernels for 4 bits would not "
             "read it either"

@@ -115,7 +115,7 @@ class GPTQ(Container):
         """The inverse of `pack`, in either version. Raises Unsupported for zero points in a file that is called
         symmetric."""
         grid, (out, width) = _integers(scheme), shape
-        if scheme == grid and "g_idx" in tensors and not torch.equal(tensors["g_idx"], plain_order(width, grid)):
+        if scheme == grid and "g_idx" in tensors and not torch.equal(tensors["g_idx"].cpu(), plain_order(width, grid)):
             raise BadCheckpoint(f"in-features are grouped in activation order (g_idx), and not as {grid} has them")
         zero = self._zero_points(tensors["qzeros"], grid.levels.bits, out).T.contiguous()
         params = {"scale": tensors["scales"].T.contiguous().to(SCALE_DTYPES[grid.scale])}

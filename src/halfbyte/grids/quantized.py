@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -79,23 +78,9 @@ class PackedMatrix(NamedTuple):
         """Unpacked: codes and parameters."""
         return self.unpack(self.tensors)
 
-    def unpacked(self) -> "PackedMatrix":
-        """The same with codes and parameters in place of their bits."""
-        q = self.quantized
-        return PackedMatrix(q.tensors, partial(_restore, q))
-
     def at(self, rows: Int64[Tensor, " rows"]) -> Quantized:
         """Some rows of it, if `by_rows`."""
         return self.unpack({name: value[rows] for name, value in self.tensors.items()})
-
-
-def _restore(q: Quantized, tensors: Mapping[str, Tensor]) -> Quantized:
-    """A matrix whose tensors have moved to where these are."""
-    params = {name: tensors[name] for name in q.params}
-    activations = q.activations and q.activations._replace(
-        params={name: tensors[f"input {name}"] for name in q.activations.params}
-    )
-    return Quantized(q.grid, tensors["codes"], params, activations)
 
 
 def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

@@ -1,17 +1,17 @@
 """Which implementation of an operation runs: the only place that asks where tensors lie.
 
-An operation is a function in torch, its reference, which runs on every device. `@faster_on_cpu("table")` says that the
+An operation is a function in torch, its reference, which runs on every device. `@faster(cpu="table")` says that the
 module `halfbyte.kernels.cpu.table` has a function of the same name that does the same for tensors in the memory of a
-CPU.
+CPU; `gpu=`, that one of `halfbyte.kernels.gpu` does for those of a GPU, where Triton is installed.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal, TypeVar, cast
 
-import torch
 from torch import Tensor
 
 from halfbyte.devices import kind_of
@@ -36,8 +36,9 @@ def using(kernels: Kernels) -> Iterator[None]:
         _Choice.kernels = before
 
 
-def faster_on_cpu(module: str) -> Callable[[Operation], Operation]:
-    """The function is the reference of an operation; its first tensor says where it runs.
+def faster(**modules: str) -> Callable[[Operation], Operation]:
+    """The function is the reference of an operation; its first tensor says where it runs. `modules`: in which one of
+    each sub-package its twin is.
 
     A twin that returns NotImplemented knows no faster way for these operands.
     """
@@ -45,9 +46,10 @@ def faster_on_cpu(module: str) -> Callable[[Operation], Operation]:
     def choosing(reference: Operation) -> Operation:
         @wraps(reference)
         def operation(*args: Any) -> Any:
-            if _Choice.kernels == "fast" and _on_cpu(args):
+            kernels = _kernels_for(args)
+            if _Choice.kernels == "fast" and kernels in modules and _is_there(kernels):
                 # Only now: numba takes half a second to import.
-                twin = getattr(import_module(f"halfbyte.kernels.cpu.{module}"), reference.__name__)
+                twin = getattr(import_module(f"halfbyte.kernels.{kernels}.{modules[kernels]}"), reference.__name__)
                 if (result := twin(*args)) is not NotImplemented:
                     return result
             return reference(*args)
@@ -57,10 +59,11 @@ def faster_on_cpu(module: str) -> Callable[[Operation], Operation]:
     return choosing
 
 
-def has_compiled(device: str | torch.device) -> bool:
-    """Whether there are compiled operations for tensors there; what packs and unpacks bits is compiled too."""
-    return kind_of(device).is_host
+def _kernels_for(args: tuple[object, ...]) -> str:
+    return kind_of(next(a for a in args if isinstance(a, Tensor)).device).kernels
 
 
-def _on_cpu(args: tuple[object, ...]) -> bool:
-    return has_compiled(next(a for a in args if isinstance(a, Tensor)).device)
+@cache
+def _is_there(kernels: str) -> bool:
+    """Builds of torch for GPUs bring Triton along, but those for Windows do not."""
+    return kernels != "gpu" or find_spec("triton") is not None

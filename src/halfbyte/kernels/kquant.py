@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from halfbyte.formats import KFormat
-from halfbyte.kernels.choose import faster_on_cpu
+from halfbyte.kernels.choose import faster
 from halfbyte.kernels.scalar import half
 from halfbyte.kernels.scales import Params
 
@@ -112,7 +112,7 @@ def _nearest(
     return (torch.round(t) + grid.middle).clamp_(0, grid.top).to(torch.uint8)
 
 
-@faster_on_cpu("kquant")
+@faster(cpu="kquant")
 def encode(
     grid: KFormat,
     w: Float[Tensor, "out in"],
@@ -140,7 +140,7 @@ def _half_up(value: Tensor) -> Tensor:
     return torch.where(value > 0, half(value * (1 + 2.0**-11) + 2.0**-25), 0)
 
 
-@faster_on_cpu("kquant")
+@faster(cpu="kquant")
 def find(
     grid: KFormat, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, effort: Effort
 ) -> tuple[

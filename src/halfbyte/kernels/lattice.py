@@ -11,7 +11,7 @@ from torch import Tensor
 
 from halfbyte.errors import Unsupported
 from halfbyte.formats import LatticeFormat
-from halfbyte.kernels.choose import faster_on_cpu
+from halfbyte.kernels.choose import faster
 from halfbyte.kernels.scalar import half
 from halfbyte.kernels.scales import Params
 
@@ -127,7 +127,7 @@ def _by_group(grid: Lattice, w: Tensor, importance: Tensor | None) -> tuple[Tens
     return x, h.expand(w.shape).reshape(x.shape)
 
 
-@faster_on_cpu("lattice")
+@faster(cpu="lattice")
 def encode(
     grid: Lattice,
     w: Float[Tensor, "out in"],
@@ -143,7 +143,7 @@ def encode(
     return torch.cat(codes).flatten(1)
 
 
-@faster_on_cpu("lattice")
+@faster(cpu="lattice")
 def fit(
     grid: Lattice, w: Float[Tensor, "out in"], importance: Float32[Tensor, "... in"] | None, searched: bool
 ) -> tuple[Float32[Tensor, "out blocks"], UInt8[Tensor, "out groups"]]:
@@ -187,7 +187,7 @@ def _fit_rows(grid: Lattice, x: Tensor, h: Tensor, patience: int) -> tuple[Tenso
     return torch.where(wqs > 0, half(wqs / (qqs * grid.unit)), above), chosen.to(torch.uint8)
 
 
-@faster_on_cpu("lattice")
+@faster(cpu="lattice")
 def round_block(
     grid: Lattice,
     scales: Float32[Tensor, "out groups"],

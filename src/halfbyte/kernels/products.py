@@ -1,4 +1,7 @@
-"""Products of codes, as engines multiply them."""
+"""Products whose factors have few bits: of codes, as engines multiply them, and of activations in 16 bits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Int8, Int32
@@ -27,3 +30,18 @@ def int8_product(x: Int8[Tensor, "rows in"], w: Int8[Tensor, "out in"]) -> Int32
     x = functional.pad(x, (0, -width % 8, 0, max(0, 17 - rows)))
     w = functional.pad(w, (0, -width % 8, 0, -out % 8))
     return torch._int_mm(x, w.T)[:rows, :out]
+
+
+@contextmanager
+def eleven_bits(device: torch.device) -> Iterator[None]:
+    """While this lasts, float32 products may be those of units that take eleven bits of each factor (TF32): all that
+    bfloat16 and float16 have, so that theirs are exact, and sums are float32 as before."""
+    if not kind_of(device).has_tf32:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

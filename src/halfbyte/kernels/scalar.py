@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from halfbyte.kernels import even
-from halfbyte.kernels.choose import faster_on_cpu
+from halfbyte.kernels.choose import faster
 from halfbyte.kernels.levels import Even, Levels, Table, cell_of, cells, inverse
 from halfbyte.kernels.levels import Float as FloatLevels
 from halfbyte.kernels.scales import SUPER, AnyStorage, Nested, Number, Params, Scales, UnderHalf
@@ -24,7 +24,7 @@ Moments = Callable[[Tensor], tuple[Tensor, Tensor]]
 """sum(h w q) and sum(h q q) of each group, for the levels q that scales [..., tries] choose."""
 
 
-@faster_on_cpu("scalar")
+@faster(cpu="scalar")
 def fit(
     levels: Levels,
     scales: Scales,
@@ -108,7 +108,7 @@ def half(value: Tensor) -> Tensor:
     return value.clamp(-65504, 65504).half().float()
 
 
-@faster_on_cpu("scalar")
+@faster(cpu="scalar")
 def encode(levels: Levels, scales: Scales, w: Float[Tensor, "out in"], params: Params) -> UInt8[Tensor, "out in"]:
     """The nearest code of every weight."""
     x, scale = scales.grouped(w.float()), scales.storage.load(params, levels.unit)
@@ -116,7 +116,7 @@ def encode(levels: Levels, scales: Scales, w: Float[Tensor, "out in"], params: P
     return scales.ungrouped(codes, tuple(w.shape))
 
 
-@faster_on_cpu("scalar")
+@faster(cpu="scalar")
 def decode(levels: Levels, scales: Scales, codes: UInt8[Tensor, "out in"], params: Params) -> Float32[Tensor, "out in"]:
     """What codes stand for."""
     scale = scales.storage.load(params, levels.unit)
@@ -171,7 +171,7 @@ def lookup(levels: Levels, scales: Scales, params: Params, out: int, width: int)
     return EvenLookup(scale, zero, torch.zeros_like(scale), levels.top), size
 
 
-@faster_on_cpu("round_block")
+@faster(cpu="round_block", gpu="round_block")
 def round_block(
     lookup: Lookup,
     size: int | None,

@@ -7,13 +7,10 @@ from math import prod
 
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
-from halfbyte.models.placement import Placement
+from halfbyte.models.placement import FITTING, Placement
 from halfbyte.names import fused_set
 from halfbyte.solvers.statistics import Statistics
 
-FITTING = 8
-"""Copies of a matrix in float32 while its grid is fitted and its codes are chosen: the matrix, what an error in it
-counts, errors so far, and what a search for scales compares."""
 RUNNING = 6
 """Copies of the widest tensor that a block computes of a batch, in its own dtype: what a gated MLP multiplies, or
 queries, keys and values."""
@@ -79,7 +76,7 @@ def device_memory(
         statistics=min(statistics, max(placement.statistics_bytes, largest)),
         running=batch * widest * (RUNNING * itemsize + 4),  # what statistics are made of is in float32
         least=block + 2 * largest,
-        solving=Statistics.size_bytes(inputs) + FITTING * 4 * matrix + 2 * codes,
+        solving=Statistics.size_bytes(inputs) + FITTING * matrix + 2 * codes,
     )
 
 

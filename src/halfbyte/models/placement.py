@@ -21,9 +21,17 @@ SIDE_BY_SIDE = 1 << 28
 """Weights that are worked on at a time, where no single matrix has more."""
 
 
-def tasks_together(largest: int) -> int:
-    """How many tasks of at most so many weights share the cores out."""
-    return max(1, min(torch.get_num_threads(), SIDE_BY_SIDE // max(largest, 1)))
+FITTING = 32
+"""Bytes of a weight while its grid is fitted and its code is chosen, on a GPU: eight copies in float32, such as what an
+error in it counts, errors so far, and what a search for scales compares."""
+
+
+def tasks_together(largest: int, device: torch.device = CPU) -> int:
+    """How many tasks of at most so many weights share the cores out, and a GPU's memory."""
+    largest = max(largest, 1)
+    together = max(1, min(torch.get_num_threads(), SIDE_BY_SIDE // largest))
+    kind = kind_of(device)
+    return together if kind.is_host else max(1, min(together, kind.free_bytes(device) // (FITTING * largest)))
 
 
 @dataclass(frozen=True)

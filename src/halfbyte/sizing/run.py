@@ -22,7 +22,7 @@ from halfbyte.devices import KINDS, forget_peak, kind_of
 from halfbyte.errors import BadRequest
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.memory import DeviceMemory, device_memory, hidden_bytes, reading_group
-from halfbyte.models.placement import Placement, tasks_together
+from halfbyte.models.placement import FITTING, Placement, tasks_together
 from halfbyte.recipe import method_named
 from halfbyte.report.summary import size
 from halfbyte.report.types import Resources
@@ -66,11 +66,10 @@ def resources(
     hold, `peak` what planning has taken at most, and `started` when that began (`time.perf_counter`)."""
     started = time.perf_counter() if started is None else started
     placement = Placement.on(device, scratch)
-    on_device = plan.calibrated and not kind_of(device).is_host
     tensors, beside = sum(shard.size_bytes for shard in shards.values()), plan.checkpoint.other_files
     known = Resources(
         memory_bytes=max(peak, psutil.Process().memory_info().rss + KERNELS + _taken(plan, placement)),
-        device_bytes=_pass(plan, placement).total if on_device else None,
+        device_bytes=None if placement.is_host else _on_device(plan, placement),
         disk_bytes=tensors
         + sum(path.stat().st_size for path in beside)
         + RECORD * len(plan.weights)
@@ -78,6 +77,14 @@ def resources(
     )
     left = duration.seconds(plan, tensors, device, scratch)  # after memory, of which it takes some that a run takes too
     return known.model_copy(update={"seconds": round(time.perf_counter() - started + left, 2)})
+
+
+def _on_device(plan: Plan, placement: Placement) -> int:
+    """Bytes of a GPU's memory."""
+    if plan.calibrated:
+        return _pass(plan, placement).total
+    largest = _largest_task(plan)
+    return FITTING * sum(sorted(_pieces(plan))[-tasks_together(largest, placement.device) :])
 
 
 def _taken(plan: Plan, placement: Placement) -> int:
@@ -172,8 +179,12 @@ def _checking(plan: Plan) -> int:
 
 def _most(plan: Plan, sizes: Sequence[int], each: int) -> int:
     """Of what is worked on at a time, where one task waits for the disk."""
-    largest = max((sum(prod(weight.shape) for weight in group) for group in plan.fused_groups), default=1)
-    return sum(sorted(sizes)[-tasks_together(largest) - 1 :]) * each
+    return sum(sorted(sizes)[-tasks_together(_largest_task(plan)) - 1 :]) * each
+
+
+def _largest_task(plan: Plan) -> int:
+    """Weights that are rounded together at most."""
+    return max((sum(prod(weight.shape) for weight in group) for group in plan.fused_groups), default=1)
 
 
 class Meter:

@@ -4,6 +4,7 @@ The Hessian of the squared output error with respect to a row of the weight is X
 diagonal is the importance that AWQ, imatrix-weighted rounding and clipping searches use.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from halfbyte.grids.activations import ActivationStats
+from halfbyte.kernels.products import eleven_bits
 
 DAMPING = 0.01
 SAMPLED = 32
@@ -40,6 +42,7 @@ class Statistics:
 
         Only the lower triangle is kept up, in stripes: about half of the arithmetic of a full product.
         """
+        few_bits = eleven_bits(x.device) if x.dtype.itemsize == 2 else nullcontext()
         x = x.reshape(-1, x.shape[-1]).float()
         if original is not None:
             self.drift = torch.zeros_like(self._sum) if self.drift is None else self.drift
@@ -48,8 +51,9 @@ class Statistics:
         self._whole = False
         self._low, self._high = torch.minimum(self._low, x.amin(0)), torch.maximum(self._high, x.amax(0))
         self._rows.append(x[::SAMPLED].to(torch.bfloat16))
-        for first, last in self._stripes():
-            self._sum[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
+        with few_bits:
+            for first, last in self._stripes():
+                self._sum[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
 
     def __iadd__(self, other: "Statistics") -> "Statistics":
         """Add what another has seen of the same inputs, as if it came after what this has seen.

@@ -1,37 +1,41 @@
-"""Moving planes of bits between codes and bytes, eight codes in a 64-bit word at a time.
-
-A plane is some bits of every code. Byte j of a run of `stride` bytes holds those of codes j, j + stride, j + 2 stride,
-...; of neighbours, byte j holds those of codes 8 j to 8 j + 7.
-"""
+"""Moving planes of bits between codes and bytes on CPUs, eight codes in a 64-bit word at a time."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from halfbyte.kernels.cpu.compiled import in_threads, inline, kernel
+from halfbyte.kernels.planes import Bytes
 
 W = np.uint64
 EVERY = 0x0101010101010101  # a word with this number in every byte, times the number
 ONE, TWO, FOUR = (W(EVERY * ((1 << bits) - 1)) for bits in (1, 2, 4))
 
 
-def pack(codes: np.ndarray, raw: np.ndarray, bits: int, shift: int, stride: int) -> None:
-    """One plane of `codes` into `raw`, both flat; `stride` in words."""
-    in_threads(_pack, raw.size // stride, codes, raw, bits, shift, stride)
+def pack(codes: Bytes, bits: int, shift: int, stride: int) -> Bytes:
+    """One plane of the codes of blocks, all of it in whole words."""
+    words = _words(codes)
+    plane = np.empty((len(codes), codes.shape[1] * bits // 8), np.uint8)
+    if stride == 1:
+        in_threads(_pack_neighbours, len(words), words, plane, shift)
+    else:
+        raw, run = plane.view(W).reshape(-1), stride // 8
+        in_threads(_pack, raw.size // run, words.reshape(-1), raw, bits, shift, run)
+    return torch.from_numpy(plane)
 
 
-def unpack(raw: np.ndarray, codes: np.ndarray, bits: int, shift: int, stride: int) -> None:
-    """Add one plane to codes that do not have it yet, both flat."""
-    in_threads(_unpack, raw.size // stride, raw, codes, bits, shift, stride)
+def unpack(raw: Bytes, codes: Bytes, bits: int, shift: int, stride: int) -> None:
+    """Add one plane to codes that do not have it yet."""
+    plane, words = np.ascontiguousarray(raw.numpy()), _words(codes)
+    if stride == 1:
+        in_threads(_unpack_neighbours, len(words), plane, words, shift)
+    else:
+        flat, run = plane.view(W).reshape(-1), stride // 8
+        in_threads(_unpack, flat.size // run, flat, words.reshape(-1), bits, shift, run)
 
 
-def pack_neighbours(codes: np.ndarray, raw: np.ndarray, shift: int) -> None:
-    """Bit `shift` of each of the eight codes of a word [blocks, words] into one byte [blocks, bytes], the first code
-    lowest."""
-    in_threads(_pack_neighbours, len(codes), codes, raw, shift)
-
-
-def unpack_neighbours(raw: np.ndarray, codes: np.ndarray, shift: int) -> None:
-    """The inverse of `pack_neighbours`, added to codes that do not have the bit yet."""
-    in_threads(_unpack_neighbours, len(codes), raw, codes, shift)
+def _words(codes: Tensor) -> np.ndarray:
+    return codes.numpy().view(W)
 
 
 @kernel

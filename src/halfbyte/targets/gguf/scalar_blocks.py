@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from halfbyte import grids
 from halfbyte.grids.grid import Grid, Params
 from halfbyte.grids.quantized import Quantized
-from halfbyte.kernels.cpu import planes
+from halfbyte.kernels import planes
 from halfbyte.targets.gguf.layout import BlockLayout
 from halfbyte.targets.gguf.names import TYPES
 
@@ -97,7 +96,7 @@ def unpack(fields: tuple[Field, ...], raw: UInt8[Tensor, "out row_bytes"], grid:
     """The inverse of `pack`."""
     out = raw.shape[0]
     blocks = raw.contiguous().view(-1, sum(field.size for field in fields))
-    codes = torch.zeros(blocks.shape[0], grid.group_size or 0, dtype=torch.uint8)
+    codes = torch.zeros(blocks.shape[0], grid.group_size or 0, dtype=torch.uint8, device=raw.device)
     params: Params = {}
     at = 0
     for field in fields:
@@ -120,24 +119,14 @@ def unpack(fields: tuple[Field, ...], raw: UInt8[Tensor, "out row_bytes"], grid:
 def _pack_plane(codes: Bytes, field: Plane) -> Bytes:
     if field.bits == 8:
         return codes ^ SIGN
-    plane = np.empty((codes.shape[0], field.size), np.uint8)
-    words = codes.numpy().view(np.uint64)
-    if field.stride == 1:
-        planes.pack_neighbours(words, plane, field.shift)
-    else:
-        planes.pack(words.reshape(-1), plane.view(np.uint64).reshape(-1), field.bits, field.shift, field.stride // 8)
-    return torch.from_numpy(plane)
+    return planes.pack(codes, field.bits, field.shift, field.stride)
 
 
 def _unpack_plane(raw: Bytes, codes: Bytes, field: Plane) -> None:
     if field.bits == 8:
         codes.copy_(raw ^ SIGN)
         return
-    plane, words = np.ascontiguousarray(raw.numpy()), codes.numpy().view(np.uint64)
-    if field.stride == 1:
-        planes.unpack_neighbours(plane, words, field.shift)
-    else:
-        planes.unpack(plane.view(np.uint64).reshape(-1), words.reshape(-1), field.bits, field.shift, field.stride // 8)
+    planes.unpack(raw, codes, field.bits, field.shift, field.stride)
 
 
 def _pack_trits(codes: Bytes, field: Trits) -> Bytes:
