@@ -6,6 +6,8 @@ import sys
 import time
 from dataclasses import dataclass
 
+import torch
+
 # A process begins with the peak memory of the one that started it, so a small one stands between: this one has imported
 # torch.
 STARTER = """
@@ -46,5 +48,6 @@ def machine() -> str:
         )
     return (
         f"{os.cpu_count()} cores of {model}, "
-        f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB, no GPU"
+        f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+        f"{'' if torch.cuda.is_available() else ', no GPU'}"
     )
