@@ -21,6 +21,7 @@ from halfbyte.report.distributions import activation_distribution
 from halfbyte.report.types import ActivationDistribution, ActivationReport
 from halfbyte.run import Run, activation_report, commit, record_step, restore_step, weight_report, writing_beside
 from halfbyte.solvers import SOLVERS
+from halfbyte.streaming import stream
 from halfbyte.transforms import TRANSFORMS, TransformSettings
 from halfbyte.transforms.fold import Finder, pattern
 
@@ -91,17 +92,14 @@ def _require_runnable(run: Run, walk: Walk, inside: set[str]) -> None:
 def _finish_outside(run: Run, inside: set[str]) -> None:
     """The head, and what the model's forward does not run."""
     plan, source = run.plan, run.plan.checkpoint
-    for weights in plan.fused_groups:
-        if weights[0].tensor in inside:
-            continue
-        scheme, originals = plan.schemes[weights[0]], [source.read_weight(w).to(run.device) for w in weights]
-        q = SOLVERS["nearest"](torch.cat(originals), scheme.weight, None)
-        for weight, done in zip(weights, commit(run, weights, q, originals, scheme), strict=True):
-            run.rows[weight.name] = weight_report(weight, scheme, [done], "outside of the blocks: rounded to nearest")
-            run.digests[weight.name] = [done.digest.result()]
-    for tensor in plan.unquantized:
-        if tensor not in inside:
-            run.keep(tensor, source.read(tensor))
+    stream(
+        run,
+        [weights for weights in plan.fused_groups if weights[0].tensor not in inside],
+        [tensor for tensor in plan.unquantized if tensor not in inside],
+        lambda weight: source.read_weight(weight).to(run.device),
+        lambda weight, w, scheme: SOLVERS["nearest"](w, scheme.weight, None),
+        "outside of the blocks: rounded to nearest",
+    )
 
 
 class _Solved(NamedTuple):

@@ -1,12 +1,11 @@
 """quantize(): plan, walk, transform, solve, write, verify, report."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import xxhash
@@ -15,17 +14,17 @@ from halfbyte.arguments import Converting, Dequantizing, Running, documented
 from halfbyte.budget.budget import Budget
 from halfbyte.containers.folder import Folder, Shard, claim, kept_on_interrupt
 from halfbyte.containers.place import is_file
-from halfbyte.devices import kind_of, release, title
-from halfbyte.errors import BadRequest, BrokenOutput, OutOfMemory, plural
+from halfbyte.devices import release, title
+from halfbyte.errors import BadRequest, BrokenOutput, plural
 from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.models import calibrate
 from halfbyte.models.calibrate import Samples
 from halfbyte.models.checkpoint import Weight
-from halfbyte.models.placement import CPU, Placement, tasks_together
+from halfbyte.models.placement import CPU, Placement
 from halfbyte.models.stamp import digest as digest_of
 from halfbyte.models.stamp import stamp
 from halfbyte.plan import decoding, resolve, transcoding
-from halfbyte.progress import RESUMING, TAKING, Progress, shown, silent
+from halfbyte.progress import TAKING, Progress, shown, silent
 from halfbyte.recipe import OTHER_COMMANDS, Recipe
 from halfbyte.registry import IMPORTANCE
 from halfbyte.report import build
@@ -34,11 +33,12 @@ from halfbyte.report.summary import in_words
 from halfbyte.report.types import BudgetReport, CacheReport, Devices, Planned, Report, Resources
 from halfbyte.report.types import Plan as PlanReport
 from halfbyte.report.written import as_json, report_of
-from halfbyte.run import SAMPLED, Committed, Run, commit, digest, record_step, restore_step, weight_report
+from halfbyte.run import Run, digest
 from halfbyte.sizing import run as sizing
 from halfbyte.sizing.run import Meter
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Diagonal
+from halfbyte.streaming import size_of, stream, workers
 from halfbyte.targets.plan import Plan
 from halfbyte.targets.table import UNQUANTIZED, file_target, output_path
 from halfbyte.targets.target import CheckpointWriter
@@ -78,9 +78,10 @@ def quantize(
     def solve(run: Run) -> None:
         if samples is None:
             solver = SOLVERS[plan.method.solver]
-            _stream(
+            stream(
                 run,
                 plan.fused_groups,
+                plan.unquantized,
                 lambda weight: plan.checkpoint.read_weight(weight).to(device),
                 lambda weight, w, scheme: solver(w, scheme.weight, known.get(weight)),
             )
@@ -187,7 +188,9 @@ def convert(
 
     def solve(run: Run) -> None:
         read = plan.checkpoint.read_quantized
-        _stream(run, [[weight] for weight in plan.schemes], lambda weight: read(weight.name), transcode)
+        stream(
+            run, [[weight] for weight in plan.schemes], plan.unquantized, lambda weight: read(weight.name), transcode
+        )
 
     with shown(progress) as show:
         return _Output.of(plan, out, overwrite, meter, show).written(solve, show)
@@ -230,7 +233,13 @@ def dequantize(
 
     def solve(run: Run) -> None:
         nearest = SOLVERS["nearest"]
-        _stream(run, [], plan.checkpoint.read_weight, lambda weight, w, scheme: nearest(w, scheme.weight, None))
+        stream(
+            run,
+            [],
+            plan.unquantized,
+            plan.checkpoint.read_weight,
+            lambda weight, w, scheme: nearest(w, scheme.weight, None),
+        )
 
     with shown(progress) as show:
         return _Output.of(plan, out, overwrite, meter, show).written(solve, show)
@@ -338,82 +347,6 @@ def identity(plan: Plan, samples: Samples | None, device: torch.device = CPU) ->
     )
 
 
-def _stream(
-    run: Run,
-    fused_groups: Iterable[Sequence[Weight]],
-    read: Callable[[Weight], Any],
-    solve: Callable[[Weight, Any, Scheme], Quantized],
-) -> None:
-    """Without calibration: chunk after chunk of rows at the disk's speed, as many side by side as there are cores."""
-    plan = run.plan
-    for record in run.folder.journal:
-        restore_step(run, record)
-    if run.rows:
-        run.progress(
-            f"{RESUMING}: {len(run.rows)} of {len(plan.schemes)} matrices are done", len(run.rows), len(plan.schemes)
-        )
-    notes = {c.weight: c.note for c in plan.weights}
-    todo = [group for group in fused_groups if any(w.name not in run.rows for w in group)]
-    cut = [
-        [group] if len(group) > 1 else [[rows] for rows in run.checkpoint_writer.row_chunks(group[0])] for group in todo
-    ]
-    total = sum(map(_size, todo))
-    seen = 0
-
-    def write(group: Sequence[Weight], chunk: Sequence[Weight], sampled: int) -> list[Committed]:
-        values = [read(rows) for rows in chunk]
-        scheme = plan.schemes[group[0]]
-        try:
-            q = solve(group[0], values[0] if len(values) == 1 else torch.cat(values), scheme)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"{run.device} has too little memory to round {group[0].name} to {scheme.weight}; --device cpu"
-            ) from error
-        return commit(run, chunk, q, values, scheme, sampled=sampled)
-
-    def keep(tensor: str) -> None:
-        run.keep(tensor, plan.checkpoint.read(tensor))
-
-    with _workers(max((_size(chunk) for tasks in cut for chunk in tasks), default=1), run.device) as pool:
-        written = [
-            [pool.submit(write, group, chunk, SAMPLED // len(tasks)) for chunk in tasks]
-            for group, tasks in zip(todo, cut, strict=True)
-        ]
-        for group, tasks in zip(todo, written, strict=True):
-            reports, digests = [], {}
-            for weight, chunks in zip(group, zip(*(task.result() for task in tasks), strict=True), strict=True):
-                reports.append(weight_report(weight, plan.schemes[weight], chunks, notes[weight]))
-                digests[weight.name] = [chunk.digest for chunk in chunks]
-            record_step(run, reports, digests, module=group[0].name)
-            seen += _size(group)
-            run.progress(group[-1].name, seen, total)
-        release(CPU)
-        for number, _ in enumerate(pool.map(keep, plan.unquantized)):
-            run.progress("tensors that are not quantized", number, len(plan.unquantized))
-
-
-def _size(weights: Sequence[Weight]) -> int:
-    return sum(w.shape[0] * w.shape[1] for w in weights)
-
-
-@contextmanager
-def _workers(largest: int, device: torch.device = CPU) -> Iterator[Executor]:
-    """Threads that share the cores out, for tasks of at most so many weights: the fewer cores a task has, the less they
-    wait for one another.
-
-    There is one thread more than that takes, since some wait for the disk; but not where a GPU's memory is what is
-    shared out.
-    """
-    cores, together = torch.get_num_threads(), tasks_together(largest, device)
-    threads = together + 1 if kind_of(device).is_host else together
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores // together,)) as pool:
-        try:
-            yield pool
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(cores)
-
-
 def _finish(run: Run, budget: BudgetReport | None = None) -> Report:
     """Small files, the check of what was written, and the report."""
     release(CPU)  # what reads again needs room of its own
@@ -472,10 +405,10 @@ def verify(run: Run) -> None:
         if name not in schemes:
             return [digest(run.checkpoint_writer.kept(entries, name))]
         weight, scheme = schemes[name]
-        chunks = run.checkpoint_writer.row_chunks(weight) if len(run.digests[name]) > 1 else [weight]
+        chunks = run.row_chunks(weight) if len(run.digests[name]) > 1 else [weight]
         return [digest(run.checkpoint_writer.unpack(entries, chunk, scheme)) for chunk in chunks]
 
-    with _workers(max(map(_size, run.plan.fused_groups), default=1)) as pool:
+    with workers(max(map(size_of, run.plan.fused_groups), default=1)) as pool:
         for number, (name, again) in enumerate(zip(run.digests, pool.map(read_again, run.digests), strict=True)):
             run.progress("checking what was written", number, len(run.digests))
             if again != run.digests[name]:

@@ -17,7 +17,7 @@ from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import Quantized, Scheme, select_rows, split_rows
 from halfbyte.models.calibrate import Samples
 from halfbyte.models.checkpoint import Weight, cast, require_finite
-from halfbyte.models.placement import CPU
+from halfbyte.models.placement import CPU, chunk_size
 from halfbyte.progress import Progress
 from halfbyte.report.distributions import Sample, distribution, sample
 from halfbyte.report.types import ActivationDistribution, ActivationReport, Resources, WeightReport
@@ -74,6 +74,10 @@ class Run:
     """Who writes."""
     spilled_bytes: int = 0
     """Of hidden states in files."""
+
+    def row_chunks(self, weight: Weight) -> list[Weight]:
+        """Runs of a matrix's rows that can be read, rounded and written each by itself, in order."""
+        return self.checkpoint_writer.row_chunks(weight, chunk_size(self.device))
 
     def put(self, weight: Weight, q: Quantized) -> str:
         """Pack and write a matrix; its digest."""

@@ -46,6 +46,8 @@ class Grid(ABC):
 
     vector_size: int
     """In-features rounded jointly: 1 for scalar grids, more for lattices and codebooks."""
+    fitting_bytes: int = 32
+    """For each weight, what the torch reference of `fit` holds at most: copies in float32, what a search compares."""
 
     @property
     def weight(self) -> "Grid":

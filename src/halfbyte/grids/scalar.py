@@ -68,6 +68,11 @@ class ScalarGrid(Grid):
         return self.name
 
     @property
+    def fitting_bytes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Small floats are rounded by their bits."""
+        return 52 if isinstance(self.levels, FloatLevels) else 32
+
+    @property
     def symmetric(self) -> bool:
         """Whether no zero point is stored."""
         return self.levels.symmetric

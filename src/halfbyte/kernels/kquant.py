@@ -32,7 +32,7 @@ SURE = 1 + 1e-6
 """A candidate must win by more than float32 sums are wrong by: of equals, the first wins."""
 FLAT = 2.0**30
 """Stands for a scale of 0 while rounding: every code is the one of zero."""
-SPLIT = 1 << 22
+SPLIT = 1 << 24
 """Weights that the reference handles at once."""
 
 

@@ -7,10 +7,13 @@ from math import prod
 
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint, Weight
-from halfbyte.models.placement import FITTING, Placement
+from halfbyte.models.placement import Placement
 from halfbyte.names import fused_set
 from halfbyte.solvers.statistics import Statistics
 
+FITTING = 32
+"""Bytes of a weight while its grid is fitted and its codes are chosen: eight copies in float32, such as what an error
+in it counts, errors so far, and what a search for scales compares."""
 RUNNING = 6
 """Copies of the widest tensor that a block computes of a batch, in its own dtype: what a gated MLP multiplies, or
 queries, keys and values."""
@@ -30,7 +33,8 @@ class DeviceMemory:
     running: int
     """What a block computes of a batch."""
     least: int
-    """What no smaller batch and no budget makes less: a block, and the largest Hessian with its factor."""
+    """What no smaller batch and no budget makes less: a block, and the largest Hessian with its factor; or what comes
+    before the blocks."""
     solving: int
     """The factor of the largest Hessian, the largest matrix while it is solved, and the codes of a block."""
 
@@ -69,13 +73,14 @@ def device_memory(
     matrix = max((prod(weight.shape) for weight in weights), default=0)
     codes = max((sum(map(prod, shapes)) for shapes in by_block.values()), default=0)
     inputs = max((weight.shape[1] for weight in weights), default=0)
+    outside = sum(map(prod, blocks[None])) * itemsize
     return DeviceMemory(
-        outside=sum(map(prod, blocks[None])) * itemsize,
+        outside=outside,
         block=block,
         hidden=on_device + batch * width * itemsize * 2,
         statistics=min(statistics, max(placement.statistics_bytes, largest)),
         running=batch * widest * (RUNNING * itemsize + 4),  # what statistics are made of is in float32
-        least=block + 2 * largest,
+        least=max(outside, block + 2 * largest),
         solving=Statistics.size_bytes(inputs) + FITTING * matrix + 2 * codes,
     )
 

@@ -21,17 +21,22 @@ SIDE_BY_SIDE = 1 << 28
 """Weights that are worked on at a time, where no single matrix has more."""
 
 
-FITTING = 32
-"""Bytes of a weight while its grid is fitted and its code is chosen, on a GPU: eight copies in float32, such as what an
-error in it counts, errors so far, and what a search for scales compares."""
+CHUNK, DEVICE_CHUNK = 1 << 20, 1 << 24
+"""Weights of a chunk of a matrix's rows, where it can be cut: few enough for a core's cache, and enough to keep a GPU
+busy."""
 
 
-def tasks_together(largest: int, device: torch.device = CPU) -> int:
-    """How many tasks of at most so many weights share the cores out, and a GPU's memory."""
-    largest = max(largest, 1)
-    together = max(1, min(torch.get_num_threads(), SIDE_BY_SIDE // largest))
+def chunk_size(device: torch.device) -> int:
+    """Weights that are best worked on at a time."""
+    return CHUNK if kind_of(device).is_host else DEVICE_CHUNK
+
+
+def tasks_together(largest: int, device: torch.device = CPU, each: int = 0) -> int:
+    """How many tasks of at most so many weights share the cores out; and a GPU's memory, of which a weight takes `each`
+    bytes."""
+    together = max(1, min(torch.get_num_threads(), SIDE_BY_SIDE // max(largest, 1)))
     kind = kind_of(device)
-    return together if kind.is_host else max(1, min(together, kind.free_bytes(device) // (FITTING * largest)))
+    return together if kind.is_host else max(1, min(together, kind.free_bytes(device) // max(each * largest, 1)))
 
 
 @dataclass(frozen=True)

@@ -471,7 +471,17 @@ class Walk:
         return [name for name in self.outside if name.startswith(prefix)]
 
     def _load(self, names: list[str]) -> None:
-        skeleton.load(self.model, self.source, self.weight_map, self.ties, names, self.device)
+        for last in (False, True):
+            try:
+                skeleton.load(self.model, self.source, self.weight_map, self.ties, names, self.device)
+                return
+            except torch.OutOfMemoryError as error:
+                if last:
+                    raise OutOfMemory(
+                        f"{self.device} has too little memory for the tensors around the blocks; --device cpu"
+                    ) from error
+            gc.collect()  # what an earlier walk has left
+            release(self.device)
 
 
 def _halved(part: slice, samples: int) -> list[slice]:

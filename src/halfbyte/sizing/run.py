@@ -22,7 +22,7 @@ from halfbyte.devices import KINDS, forget_peak, kind_of
 from halfbyte.errors import BadRequest
 from halfbyte.models.checkpoint import Weight
 from halfbyte.models.memory import DeviceMemory, device_memory, hidden_bytes, reading_group
-from halfbyte.models.placement import FITTING, Placement, tasks_together
+from halfbyte.models.placement import CPU, Placement, chunk_size, tasks_together
 from halfbyte.recipe import method_named
 from halfbyte.report.summary import size
 from halfbyte.report.types import Resources
@@ -83,8 +83,13 @@ def _on_device(plan: Plan, placement: Placement) -> int:
     """Bytes of a GPU's memory."""
     if plan.calibrated:
         return _pass(plan, placement).total
-    largest = _largest_task(plan)
-    return FITTING * sum(sorted(_pieces(plan))[-tasks_together(largest, placement.device) :])
+    pieces, each = sorted(_pieces(plan, placement.device)), fitting_bytes(plan)
+    return each * sum(pieces[-tasks_together(max(pieces, default=1), placement.device, each) :])
+
+
+def fitting_bytes(plan: Plan) -> int:
+    """For each weight, of a GPU's memory while it is rounded without calibration."""
+    return max((scheme.weight.fitting_bytes for scheme in plan.schemes.values()), default=0)
 
 
 def _taken(plan: Plan, placement: Placement) -> int:
@@ -160,13 +165,13 @@ def _streaming(plan: Plan) -> int:
     return _most(plan, _pieces(plan), each) + (PIECES if shared else 0)
 
 
-def _pieces(plan: Plan) -> list[int]:
+def _pieces(plan: Plan, device: torch.device = CPU) -> list[int]:
     """Weights of what is rounded and written by itself."""
     writer = plan.target.writer(plan)
     return [
         sum(prod(weight.shape) for weight in group) if len(group) > 1 else prod(piece.shape)
         for group in plan.fused_groups
-        for piece in writer.row_chunks(group[0])
+        for piece in writer.row_chunks(group[0], chunk_size(device))
     ]
 
 
@@ -179,12 +184,8 @@ def _checking(plan: Plan) -> int:
 
 def _most(plan: Plan, sizes: Sequence[int], each: int) -> int:
     """Of what is worked on at a time, where one task waits for the disk."""
-    return sum(sorted(sizes)[-tasks_together(_largest_task(plan)) - 1 :]) * each
-
-
-def _largest_task(plan: Plan) -> int:
-    """Weights that are rounded together at most."""
-    return max((sum(prod(weight.shape) for weight in group) for group in plan.fused_groups), default=1)
+    largest = max((sum(prod(weight.shape) for weight in group) for group in plan.fused_groups), default=1)
+    return sum(sorted(sizes)[-tasks_together(largest) - 1 :]) * each
 
 
 class Meter:

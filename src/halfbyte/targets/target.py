@@ -190,8 +190,9 @@ class CheckpointWriter(ABC):
     def shards(self, stem: str) -> dict[str, Shard]:
         """Every file of tensors, laid out from shapes alone; `stem` is the output's own name."""
 
-    def row_chunks(self, weight: Weight) -> list[Weight]:
-        """Runs of a matrix's rows that can be read, rounded and written each by itself, in order."""
+    def row_chunks(self, weight: Weight, size: int) -> list[Weight]:
+        """Runs of a matrix's rows that can be read, rounded and written each by itself, in order: of about `size`
+        weights where it can be cut."""
         return [weight]
 
     def pack(self, weight: Weight, q: Quantized) -> Iterator[TensorRows]:

@@ -8,6 +8,7 @@ import halfbyte
 from halfbyte import demo
 from halfbyte.containers.safetensors import FileWriter
 from halfbyte.errors import BrokenOutput
+from halfbyte.models import placement
 from halfbyte.targets.gguf import writer
 
 WORDS: dict[str, Any] = {"method": "nearest", "grid": "Q4_K_M", "to": "gguf"}
@@ -25,7 +26,7 @@ def whole(tmp_path_factory):
 )
 def test_the_bytes_are_the_same(rows, whole, tmp_path, monkeypatch):
     before, out = whole
-    monkeypatch.setattr(writer, "CHUNK", 1)
+    monkeypatch.setattr(placement, "CHUNK", 1)
     monkeypatch.setattr(writer, "HEADS_ROWS", rows)
     after = halfbyte.quantize(demo.MODEL, tmp_path / "model.gguf", **WORDS)
     assert (tmp_path / "model.gguf").read_bytes() == out.read_bytes()
@@ -34,7 +35,7 @@ def test_the_bytes_are_the_same(rows, whole, tmp_path, monkeypatch):
 
 
 def test_a_chunk_that_the_disk_spoils_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "CHUNK", 1)
+    monkeypatch.setattr(placement, "CHUNK", 1)
     written = FileWriter._write
 
     def spoil(self, data, offset):

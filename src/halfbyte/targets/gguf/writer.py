@@ -27,9 +27,8 @@ from halfbyte.targets.gguf.source import GGUFCheckpoint, name_map_of
 from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan
 from halfbyte.targets.target import CheckpointWriter, TensorRows, read_rows, split
 
-CHUNK, HEADS_ROWS = 1 << 20, 256
-"""Weights of a chunk of rows: few enough for a core's cache. They come in multiples of a few heads', whose order may
-differ."""
+HEADS_ROWS = 256
+"""Chunks of rows come in multiples of a few heads', whose order may differ."""
 
 
 class GGUFWriter(CheckpointWriter):
@@ -121,7 +120,7 @@ class GGUFWriter(CheckpointWriter):
         )
         return {**said, "general.file_type": Value("uint32", presets.PRESETS[commonest].number)}
 
-    def row_chunks(self, weight: Weight) -> list[Weight]:
+    def row_chunks(self, weight: Weight, size: int) -> list[Weight]:
         """Blocks lie within rows, so rows go apart wherever the file's order of them does not mix the chunks."""
         source, places, (out, width) = self.plan.checkpoint, self.names.mapped(weight.tensor), weight.shape
         plain = (
@@ -132,7 +131,7 @@ class GGUFWriter(CheckpointWriter):
         if not plain or weight.transposed or weight.expert is not None or len(places) != 1:
             return [weight]
         (mapped,) = places
-        rows = max(HEADS_ROWS, CHUNK // width // HEADS_ROWS * HEADS_ROWS)
+        rows = max(HEADS_ROWS, size // width // HEADS_ROWS * HEADS_ROWS)
         found = [
             replace(weight, row_offset=start, shape=(min(rows, out - start), width)) for start in range(0, out, rows)
         ]
