@@ -30,8 +30,6 @@ from halfbyte.kernels.lattice import SUPER, Lattice
 class LatticeGrid(Lattice, Grid):
     """A lattice of ggml; a row of `formats.LATTICES` says all there is to say about one."""
 
-    fitting_bytes = 60
-
     def __str__(self) -> str:
         return self.name
 

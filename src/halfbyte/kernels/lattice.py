@@ -41,8 +41,8 @@ PATIENCE = 1
 """From the integer scale that the spread of a group suggests, others are tried up and down until so many in a row are
 no better; with importance, one more: then there is a calibration, which takes longer than any search."""
 CELLS = 128
-ROWS = 64
-"""Rows that the reference handles at once."""
+SPLIT = 1 << 22
+"""Weights that the reference handles at once."""
 
 
 class Tables(NamedTuple):
@@ -137,7 +137,8 @@ def encode(
     """The nearest vectors, for every column at once."""
     x, h = _by_group(grid, w, importance)
     book, codes = codebook(grid.name).to(w.device), []
-    for part in zip(x.split(ROWS), h.split(ROWS), _inverse(scales).split(ROWS), strict=True):
+    rows = max(1, SPLIT // w.shape[1])
+    for part in zip(x.split(rows), h.split(rows), _inverse(scales).split(rows), strict=True):
         found = _search(grid, *part)
         codes.append(book[found.entry].flatten(-2) | (found.negative.to(torch.uint8) << 7))
     return torch.cat(codes).flatten(1)
@@ -151,7 +152,8 @@ def fit(
     codes."""
     x, h = _by_group(grid, w, importance)
     patience = PATIENCE + (importance is not None) if searched else 0
-    found = [_fit_rows(grid, *rows, patience) for rows in zip(x.split(ROWS), h.split(ROWS), strict=True)]
+    rows = max(1, SPLIT // w.shape[1])
+    found = [_fit_rows(grid, *part, patience) for part in zip(x.split(rows), h.split(rows), strict=True)]
     d, scale = zip(*found, strict=True)
     return torch.cat(d), torch.cat(scale)
 
