@@ -77,8 +77,13 @@ def about(reference: Checkpoint) -> dict[str, Any]:
 
 
 def text_named(name: str) -> str:
-    """The file or data set."""
-    return str(demo.HELDOUT) if name == "heldout" else name
+    """The file or data set. Raises BadRequest for a name of several texts."""
+    if name == "multilingual":
+        raise BadRequest(
+            f"'multilingual' is one text in each of {len(demo.LANGUAGES)} languages, measured one by one: name one, "
+            "such as multilingual-fi, or run halfbyte eval --text multilingual"
+        )
+    return str(demo.TEXTS.get(name, name))
 
 
 def conditions(text: str, taken: Samples, convention: str) -> dict[str, Any]:

@@ -88,7 +88,9 @@ class Measuring(Entries, frozen=True):
 
     against: str = Field(description="The original.")
     text: str = Field(
-        "heldout", description="A text file, a .jsonl, .json or .csv, a dataset, or 'heldout' for the embedded text."
+        "heldout",
+        description="A text file, a .jsonl, .json or .csv, a dataset, or an embedded text: 'heldout' (English), or "
+        "'multilingual-fi' and the like of 17 languages.",
     )
     length: int = Field(512, ge=SHORTEST, description="Tokens in a window.")
     windows: int | None = Field(None, ge=1, description="Use only the first N windows.")

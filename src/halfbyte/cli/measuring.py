@@ -23,6 +23,7 @@ from halfbyte.cli.options import (
     require_located,
 )
 from halfbyte.cli.output import out, print_json, show, show_measured
+from halfbyte.demo import LANGUAGES
 from halfbyte.devices import AUTO
 from halfbyte.errors import BadRequest, plural
 from halfbyte.evaluation.conventions import CONVENTIONS, convention_named
@@ -54,7 +55,7 @@ def evaluate(
         option(
             Measuring,
             "text",
-            more="Several are measured one by one, and may have names, such as de=news.txt.",
+            more="Several are measured one by one, and may have names, such as de=news.txt; 'multilingual' is all 17.",
             show_default="heldout, unless a suite or tasks are named",
         ),
     ] = None,
@@ -98,7 +99,8 @@ def evaluate(
     require_caches(*(kv or ()))
     of_text, of_answers = shared_out(limits(gate) if gate else [], answers=bool(suite or tasks))
     suites(suite or ())
-    texts = text or ([] if (suite or tasks) and not of_text else ["heldout"])
+    asked_for = text or ([] if (suite or tasks) and not of_text else ["heldout"])
+    texts = [one for name in asked_for for one in _spread(name)]
     require_located(*models, against)
     from halfbyte import api
 
@@ -120,6 +122,11 @@ def evaluate(
         how = {"folder": task_path, "limit": limit, "shots": shots, "as_chat": as_chat, "runs_code": run_code}
         results.append(api.tasks(models, against, names, **how, **common, gate=as_words(of_answers)))
     _show_all(results, as_json)
+
+
+def _spread(text: str) -> list[str]:
+    """The texts that a name stands for, with names for each."""
+    return [f"{code}=multilingual-{code}" for code in LANGUAGES] if text == "multilingual" else [text]
 
 
 def _show_all(results: "Sequence[Measured]", as_json: bool) -> NoReturn:

@@ -1,9 +1,13 @@
 """What stands out of what was measured: where a loss is, if it is not everywhere."""
 
 from collections.abc import Iterator
-from statistics import median
+from pathlib import Path
+from statistics import fmean, median
 
+from halfbyte import demo
 from halfbyte.errors import plural
+from halfbyte.evaluation import languages
+from halfbyte.models.texts import records
 from halfbyte.report.types import Divergence, Measurements, Report
 
 LEAST = 1e-3
@@ -22,7 +26,7 @@ def findings(row: Divergence, report: Measurements | None) -> list[str]:
     """Which tokens, positions, layers and inputs carry the loss of a model, as far as they do more than others."""
     if row.kl < LEAST:
         return []
-    said = [*_tokens(row), *_positions(row)]
+    said = [*_tokens(row), *_positions(row), *_language(row, report)]
     return [*said, *_layers(report), *_inputs(report)] if isinstance(report, Report) else said
 
 
@@ -46,6 +50,42 @@ def _positions(row: Divergence) -> Iterator[str]:
                 f"positions {part.first} to {part.last} of a window lose {part.kl / row.kl:.1f} times the average: KL "
                 f"{part.kl:.4f} ± {part.kl_error:.4f}"
             )
+
+
+def in_calibration(text: str, report: Measurements | None) -> float | None:
+    """How much of a text's runs of letters the calibration's text has; None where that is not known, or none was."""
+    if not isinstance(report, Report) or report.calibration is None:
+        return None
+    source = report.recipe.calibration.source
+    if source == "default":
+        known = [str(demo.CALIBRATION), *([str(demo.CHATS)] if report.calibration.chats else [])]
+    else:
+        known = [source]
+    own = demo.TEXTS.get(text, text)
+    if not all(isinstance(one, tuple) or Path(one).expanduser().is_file() for one in (own, *known)):
+        return None  # a dataset, or a file that has gone
+    return languages.shared(_letters(own), " ".join(map(_letters, known)))
+
+
+def _letters(source: str | Path | tuple[str, ...]) -> str:
+    spoken = (
+        record.text or " ".join(str(m.get("content")) for m in record.messages or ()) for record in records(source)
+    )
+    return " ".join(spoken)
+
+
+def _language(row: Divergence, report: Measurements | None) -> Iterator[str]:
+    if row.in_calibration is None or row.in_calibration >= languages.ALIKE or report is None:
+        return
+    alike = [
+        e.model.kl for e in report.evaluations if (e.model.in_calibration or 0) >= languages.ALIKE and not e.foreign
+    ]
+    if alike and _stands_out(row.kl, row.kl_error, fmean(alike)):
+        yield (
+            f"the text is in another language than the calibration's ({100 * row.in_calibration:.0f} % of its runs of "
+            f"four letters are in that), and loses {row.kl / fmean(alike):.1f} times what texts in that language lose; "
+            "--calibration FILE takes text of this one"
+        )
 
 
 def _layers(report: Report) -> Iterator[str]:

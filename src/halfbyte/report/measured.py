@@ -7,7 +7,7 @@ from typing import Any
 from halfbyte.evaluation.blame import Attribution
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report import written
-from halfbyte.report.diagnosis import findings
+from halfbyte.report.diagnosis import findings, in_calibration
 from halfbyte.report.gate import Limit, of_answers, of_text
 from halfbyte.report.inspect import counted, stored
 from halfbyte.report.numbers import require_finite
@@ -59,7 +59,8 @@ def evaluation(
     reference, *models = [_named(checkpoint) | row for checkpoint, row in zip(checkpoints, rows, strict=True)]
     own = {name: value for name, value in reference.items() if name not in ("path", "kv")}
     if predicts:
-        measured = [_diagnosed(Divergence(**row), c) for row, c in zip(models, checkpoints[1:], strict=True)]
+        text = conditions["text"]
+        measured = [_diagnosed(Divergence(**row), c, text) for row, c in zip(models, checkpoints[1:], strict=True)]
         known: dict[str, Any] = (
             {"noise_floor": Divergence(**_named(checkpoints[0]), **noise_floor)} if noise_floor else {}
         )
@@ -70,8 +71,10 @@ def evaluation(
     return StatesEvaluation(**conditions, compared="last hidden states", reference=Measured(**own), models=states)
 
 
-def _diagnosed(row: Divergence, checkpoint: Checkpoint) -> Divergence:
-    return row.model_copy(update={"findings": findings(row, written.known(checkpoint.path))})
+def _diagnosed(row: Divergence, checkpoint: Checkpoint, text: str) -> Divergence:
+    report = written.known(checkpoint.path)
+    row = row.model_copy(update={"in_calibration": in_calibration(text, report)})
+    return row.model_copy(update={"findings": findings(row, report)})
 
 
 def _named(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -347,8 +347,11 @@ class Divergence(Perplexity, frozen=True):
     kl_max: float
     kl_by_position: list[AtPositions] = []
     kl_by_class: list[OfClass] = []
+    in_calibration: float | None = None
+    """Share of the text's runs of four letters that the model's calibration text has: below 0.8 it is in another
+    language; None where that text is not known."""
     findings: list[str] = []
-    """What stands out: kinds of tokens, positions, weights, inputs."""
+    """What stands out: kinds of tokens, positions, languages, weights, inputs."""
     same_top: float
     """The share of places where both have the same most likely token."""
     same_top_error: float | None = None
