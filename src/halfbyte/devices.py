@@ -111,7 +111,7 @@ KINDS: dict[str, Kind] = {
             peak_bytes=_peak_of_process,
         ),
         Kind("cuda", pins=True, multiplies_int8=True, has_tf32=True, kernels="gpu"),
-        Kind("xpu", kernels="gpu"),
+        Kind("xpu"),
         Kind("mps", is_numbered=False, free_bytes=_recommended_bytes),
     )
 }
