@@ -57,10 +57,10 @@ def _operands(lookup: Lookup, device: torch.device) -> tuple[int, tuple[Tensor, 
     code; and the top code, or of floats the largest number, bits that are dropped, lowest exponent and the sign's."""
     if isinstance(lookup, FloatLookup):
         levels, values = lookup.levels, values_of(lookup.levels).to(device)
-        return 2, (values, values), (levels.top, 23 - levels.mantissa, levels.low, levels.bits - 1)
+        return FLOAT.value, (values, values), (levels.top, 23 - levels.mantissa, levels.low, levels.bits - 1)
     if isinstance(lookup, TableLookup):
-        return 1, (lookup.code.to(device), lookup.value.to(device)), (0.0, 0, 0, 0)
-    return 0, (lookup.zero.contiguous(), lookup.base.contiguous()), (float(lookup.top), 0, 0, 0)
+        return TABLE.value, (lookup.code.to(device), lookup.value.to(device)), (0.0, 0, 0, 0)
+    return EVEN.value, (lookup.zero.contiguous(), lookup.base.contiguous()), (float(lookup.top), 0, 0, 0)
 
 
 @triton.jit
