@@ -477,4 +477,17 @@ def _fill(
             view = None
         if view is None or view.shape != value.shape:
             raise BadCheckpoint(f"tensor '{name}' is {list(value.shape)}, which config.json has no place for")
-        view.copy_(value.to(device, non_blocking=True))
+        home = state[weight_map[name].parameter]
+        if weight_map[name] == ParamView(weight_map[name].parameter) and _is_as(value, home):
+            home.data = value  # and no second one beside it, which of an embedding is the peak of a small model's run
+        else:
+            view.copy_(value.to(device, non_blocking=True))
+
+
+def _is_as(value: Tensor, home: Tensor) -> bool:
+    """Whether a tensor may be a parameter as it is."""
+    return (
+        isinstance(home, nn.Parameter)
+        and (value.shape, value.dtype, value.device) == (home.shape, home.dtype, home.device)
+        and value.is_contiguous()
+    )

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -36,14 +37,16 @@ FEWER = (64, 32, 16, 8)
 """Samples that are offered in place of more."""
 KERNELS = 110_000_000
 """Compiled kernels and what loads them, beside what the process has when a plan is made."""
-TEXT = 100_000_000
-"""The tokenizer, and the libraries that run it."""
+TEXT, ENTRY = 100_000_000, 500
+"""What reads text; and a token of the tokenizer's vocabulary."""
 CODE = 1
 """Bytes of a rounded weight before it is packed."""
 DECODED = 8
 """Bytes of a weight while it is decoded: codes as float32, and what they stand for."""
 TOGETHER = 10
 """Bytes of a weight while a grid is fitted whose rows share a parameter: all of a matrix at once, in float32."""
+JOINED = 6
+"""... of what calibration adds to that: what an error in each counts, and weights that are put together."""
 PIECES = 60_000_000
 """... and of what is computed of it in small pieces, of all threads."""
 SOLVING = 10
@@ -96,7 +99,9 @@ def _taken(plan: Plan, placement: Placement) -> int:
     """Bytes of the host's memory beside libraries and kernels."""
     if not plan.calibrated:
         return max(_streaming(plan), _checking(plan))
-    return TEXT + max(_with_calibration(plan, placement, _pass(plan, placement)), _checking(plan))
+    vocabulary = plan.checkpoint.text_config.get("vocab_size")
+    text = TEXT + ENTRY * (vocabulary if isinstance(vocabulary, int) else 0)
+    return text + max(_with_calibration(plan, placement, _pass(plan, placement)), _checking(plan))
 
 
 def _pass(plan: Plan, placement: Placement) -> DeviceMemory:
@@ -121,35 +126,36 @@ def _with_calibration(plan: Plan, placement: Placement, known: DeviceMemory) -> 
     if not kind_of(placement.device).is_host:
         return kept + 2 * known.block + CODE * _largest(plan)
     begins = known.outside + known.hidden
-    blocks: dict[str | None, list[Weight]] = defaultdict(list)
-    for weight in plan.schemes:
-        blocks[weight.block].append(weight)
+    blocks: dict[str | None, list[Sequence[Weight]]] = defaultdict(list)
+    for group in plan.fused_groups:
+        blocks[group[0].block].append(group)
     solving = max((_solving(plan, own, known.statistics) for block, own in blocks.items() if block), default=0)
     collecting = known.statistics + known.running
     tried = known.block if "smoothquant" in plan.method.transforms else 0
     return known.block + kept + max(begins, known.hidden + max(collecting, solving, tried + known.statistics))
 
 
-def _solving(plan: Plan, weights: Sequence[Weight], budget: int) -> int:
+def _solving(plan: Plan, groups: Sequence[Sequence[Weight]], budget: int) -> int:
     """Bytes of a block's matrices as they are solved one after the other: statistics of those that are left (no more
-    than a budget at a time), codes of those that are done, and the one at hand."""
+    than a budget at a time), codes of those that are done, and the one at hand, which several weights may be."""
     drift = plan.method.full_precision
     left: dict[object, list[Weight]] = defaultdict(list)
-    for weight in weights:
+    for weight in chain(*groups):
         left[reading_group(weight)].append(weight)
     most = codes = 0
-    waiting = sum(Statistics.size_bytes(group[0].shape[1], drift) for group in left.values())
-    for weight in weights:
-        matrix = prod(weight.shape)
+    waiting = sum(Statistics.size_bytes(own[0].shape[1], drift) for own in left.values())
+    factored = plan.method.solver in FACTORING
+    for group in groups:
+        matrix, width = sum(prod(weight.shape) for weight in group), group[0].shape[1]
         codes += CODE * matrix
-        factored = plan.method.solver in FACTORING
-        factor = Statistics.size_bytes(weight.shape[1]) if factored else 0
-        grid = plan.schemes[weight].weight
-        solver = TOGETHER if grid.shares_params_across_rows else SOLVING
-        most = max(most, min(waiting, budget) + factor + codes + max(solver, DECODED + 2) * matrix)
-        group = left[reading_group(weight)]
-        group.pop()
-        waiting -= 0 if group else Statistics.size_bytes(weight.shape[1], drift)
+        factor = Statistics.size_bytes(width) if factored else 0
+        shared = plan.schemes[group[0]].weight.shares_params_across_rows
+        solver = TOGETHER + JOINED if shared else max(SOLVING, DECODED + 2)
+        most = max(most, min(waiting, budget) + factor + codes + solver * matrix)
+        for weight in group:
+            same = left[reading_group(weight)]
+            same.pop()
+            waiting -= 0 if same else Statistics.size_bytes(width, drift)
     return most
 
 
