@@ -71,7 +71,7 @@ EXTREMES = (
     1 << 63,
     (1 << 64) - 1,
 )
-FORKED = 0.3
+FORKED = 0.15
 """Seconds of processor time that a chat template has whose process need not start."""
 HEAD = 4096
 """Bytes at the beginning of a file, where what is parsed lies."""

@@ -12,6 +12,7 @@ import halfbyte
 import tiny
 from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
+from models.every import EVERY, outputs
 from models.families import FAMILIES
 
 WORDS = {"grid": "int4-g16", "to": "compressed-tensors", "engine": "none"}
@@ -80,6 +81,18 @@ def test_each_expert_has_the_name_that_engines_look_for(tmp_path, family, names)
     assert len(stacked) == len(stacks) == 4
     for name, p in stacked.items():  # each value lies where it did, near to what it was
         assert (model.get_parameter(name).float() - p).norm() < 0.15 * p.norm()
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen3_5_moe"])
+def test_experts_apart_lie_as_linears_do(tmp_path, family):
+    """Whichever way their stack lies in Transformers' model, which is asked here; and what they read is rounded."""
+    source = EVERY[family].save(tmp_path / "model")
+    halfbyte.quantize(source, tmp_path / "out", method="nearest", grid="w8a8", engine="none")
+    written = Checkpoint.open(tmp_path / "out")
+    experts = [w for w in written.weights() if ".experts." in w.name]
+    assert experts
+    assert all(not w.transposed and w.shape == written.quantized[w.name][1] for w in experts)
+    assert torch.isfinite(outputs(halfbyte.load(tmp_path / "out", torch.float32))).all()
 
 
 def test_stacks_that_stay_stay_whole(tmp_path):

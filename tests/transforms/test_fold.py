@@ -10,6 +10,7 @@ from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
 from halfbyte.transforms.fold import Finder, Producer, Proof, row_maps
 from halfbyte.transforms.scale import FoldSite
+from models.every import EVERY
 from models.families import EXPERT_UP_DOWN, EXPERTS, FAMILIES, LLAMA, Family
 
 TOKENS = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(1))
@@ -100,6 +101,15 @@ def test_the_search_leaves_no_trace(llama):
 
 
 @pytest.mark.slow
+def test_a_table_of_integers_is_no_matrix(tmp_path):
+    """DeepSeek-V4's first layers look up in one which experts a token is sent to."""
+    block = first_block(EVERY["deepseek_v4"], tmp_path)
+    tables = {t for t in block.tensors if not block.view(t).is_floating_point()}
+    assert tables
+    assert not tables & {m.tensor for m, _ in block.matrices()}
+    assert Finder().find(block)
+
+
 def test_experts_that_the_probe_does_not_reach_take_the_scale_too(tmp_path):
     config = {"num_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "head_dim": 16}
     block = first_block(Family("qwen3_moe", {}, config), tmp_path, TOKENS[:1, :8])

@@ -169,12 +169,15 @@ class Block:
         return _oriented(self.view(matrix.tensor), matrix)
 
     def matrices(self) -> Iterator[tuple[Matrix, Tensor]]:
-        """Every matrix of the block, with its view as it lies in the checkpoint."""
+        """Every matrix of the block, with its view as it lies in the checkpoint. A table of integers is none: which experts
+        a token is sent to (DeepSeek-V4)."""
         by_tensor: dict[str, list[Weight]] = {}
         for weight in self.weights:
             by_tensor.setdefault(weight.tensor, []).append(weight)
         for tensor in self.tensors:
             view = self.view(tensor)
+            if not view.is_floating_point():
+                continue
             if view.dim() == 2:
                 yield Matrix(tensor, None, by_tensor.get(tensor, [None])[0]), view
             elif view.dim() == 3:

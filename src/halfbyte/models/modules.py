@@ -32,7 +32,8 @@ def ask(model: PreTrainedModel, candidates: dict[str, Shape]) -> Linears:
                 )
             transposed[name] = isinstance(home, Conv1D)
         elif "Experts" in type(home).__name__:
-            turned = converter is not None and _turns(converter, shape, expected)
+            apart = None if converter else names.stack(name)
+            turned = apart.transposed if apart else converter is not None and _turns(converter, shape, expected)
             transposed[name] = skeleton.lies_transposed(model, parameter) != turned
         else:
             others[name] = f"{type(home).__name__}, which reads it, is no linear"

@@ -127,7 +127,8 @@ class Proof:
         self.generator = torch.Generator().manual_seed(0)
 
     def _is_vector(self, name: str) -> bool:
-        return not name.endswith("bias") and all(self.block.view(t).dim() == 1 for t, _ in self.members(name))
+        views = [self.block.view(t) for t, _ in self.members(name)]
+        return not name.endswith("bias") and all(v.dim() == 1 and v.is_floating_point() for v in views)
 
     def members(self, name: str) -> list[tuple[str, int | None]]:
         """Tensors (and experts) whose pattern is `name`: one, or as many as there are experts."""
