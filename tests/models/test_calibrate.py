@@ -137,6 +137,7 @@ def test_chats_that_the_template_does_not_take_are_left_out_and_counted(home, tm
 HOSTILE = {
     "an error": ("{{ 1 / 0 }}", "division by zero"),
     "not a template": ("{% break %}", "break"),
+    "a million for a word": ("{{ 'x' | replace('', 'y' * 999999) }}", "makes 1999999 characters of one chat"),
     "a width": ("{{ '%999999999d' | format(1) }}", ("characters of one chat", "GB of memory")),
     "a product": ("{{ 'x' * 10**10 }}", "GB of memory"),
     "a list": (

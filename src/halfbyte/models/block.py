@@ -169,8 +169,8 @@ class Block:
         return _oriented(self.view(matrix.tensor), matrix)
 
     def matrices(self) -> Iterator[tuple[Matrix, Tensor]]:
-        """Every matrix of the block, with its view as it lies in the checkpoint. A table of integers is none: which experts
-        a token is sent to (DeepSeek-V4)."""
+        """Every matrix of the block, with its view as it lies in the checkpoint. A table of integers is none, such as
+        which experts a token is sent to (DeepSeek-V4)."""
         by_tensor: dict[str, list[Weight]] = {}
         for weight in self.weights:
             by_tensor.setdefault(weight.tensor, []).append(weight)

@@ -18,8 +18,9 @@ REFUSALS = (
     ValueError,
 )
 """What a stranger's template may raise; its RecursionError is a RuntimeError."""
-LONGEST = 10_000_000
-"""Characters that a template may make of one chat."""
+OWN, TIMES = 65_536, 16
+"""Characters that a template may make of one chat: its own words, and so many times what it was given. A tokenizer
+takes a second for a million."""
 
 
 def main() -> None:
@@ -35,7 +36,8 @@ def main() -> None:
                 add_generation_prompt=asked["to_answer"],
                 **asked["variables"],
             )
-            if len(text) > LONGEST:
+            given = len(json.dumps([chat, asked["tools"][number]]))
+            if len(text) > OWN + TIMES * given:
                 raise ValueError(f"it makes {len(text)} characters of one chat")
             texts.append(text)
         except REFUSALS as error:
