@@ -85,20 +85,20 @@ def difference(path: Path, other: Path) -> Difference:
 
 
 def rows(folder: Path, method: str, grid: str) -> list[str]:
-    """Of one run: a row for each path but the first."""
+    """Of one run: a row for the paths that wrote the same as the first, and one for each of the others."""
     first, *others = (path_of(folder / str(number), method, grid) for number in range(len(PATHS)))
-    found = [difference(first, other) for other in others]
-    if all(d.same for d in found):
-        return [f"| {method} {grid} | each | the same | | | | |"]
-    models = halfbyte.evaluate([first, *others], demo.MODEL, length=256, windows=4)["models"]
-    base, *losses = (model["kl"] for model in models)
-    told = [
-        "the same | | | | |"
-        if d.same
-        else f"differ | {d.codes:.2%} | {d.steps:.2g} | {base:.5f} | {loss - base:+.1e} |"
-        for d, loss in zip(found, losses, strict=True)
-    ]
-    return [f"| {method} {grid} | {name} | {words}" for name, words in zip(list(PATHS)[1:], told, strict=True)]
+    found = dict(zip(list(PATHS)[1:], (difference(first, other) for other in others), strict=True))
+    alike = [name for name, d in found.items() if d.same]
+    told = [f"| {method} {grid} | {', '.join(alike)} | the same | | | | |"] if alike else []
+    if len(alike) < len(found):
+        models = halfbyte.evaluate([first, *others], demo.MODEL, length=256, windows=4)["models"]
+        base, *losses = (model["kl"] for model in models)
+        told += [
+            f"| {method} {grid} | {name} | differ | {d.codes:.2%} | {d.steps:.2g} | {base:.5f} | {loss - base:+.1e} |"
+            for (name, d), loss in zip(found.items(), losses, strict=True)
+            if not d.same
+        ]
+    return told
 
 
 def main() -> None:
