@@ -1,7 +1,7 @@
 """Mixes under a budget side by side with uniform types and llama.cpp's presets: KL divergence at the same bytes.
 
     python benchmarks/frontier.py
-    python benchmarks/frontier.py --model MODEL --presets Q4_K_M --types
+    python benchmarks/frontier.py --model MODEL --presets Q4_K_M --types --candidates Q2_K,Q3_K,Q4_K,Q5_K,Q6_K
     python benchmarks/frontier.py --alone Q2_K Q4_K_M
 
 Every file is a GGUF that gptq makes from the same calibration; of each that a preset or a type makes, a mix of at most
@@ -34,14 +34,16 @@ ALONE = """| file | rank correlation | measured / predicted, median | sum predic
 |---|---:|---:|---:|---:|"""
 
 
-def rows(model: Path, names: dict[str, bool], samples: int, windows: int, scratch: Path) -> Iterator[str]:
+def rows(asked: argparse.Namespace, names: dict[str, bool], scratch: Path) -> Iterator[str]:
     """Rows of the table, as they come; `names` of presets and types, and whether all tensors get that type."""
-    calibration = {"samples": samples}
+    model, windows = asked.model, asked.windows
+    words = {"calibration": {"samples": asked.samples}, "overwrite": True}
+    limits = {"candidates": asked.candidates, "sensitivities": asked.sensitivities}
     for name, pure in names.items():
         uniform, mix = scratch / "uniform.gguf", scratch / "mix.gguf"
-        halfbyte.quantize(model, uniform, grid=name, pure=pure, calibration=calibration, overwrite=True)
+        halfbyte.quantize(model, uniform, grid=name, pure=pure, **words)
         taken = uniform.stat().st_size
-        made = halfbyte.quantize(model, mix, size=taken, calibration=calibration, overwrite=True)
+        made = halfbyte.quantize(model, mix, size=taken, **limits, **words)
         assert isinstance(made, Report)
         assert made.budget
         assert mix.stat().st_size <= taken
@@ -91,6 +93,8 @@ def main() -> None:
     parser.add_argument("--types", nargs="*", default=TYPES)
     parser.add_argument("--samples", type=int, default=64, help="of calibration, of 512 tokens")
     parser.add_argument("--windows", type=int, default=32, help="of held-out text, of 512 tokens")
+    parser.add_argument("--candidates", help="for mixes; by default all that a GGUF has")
+    parser.add_argument("--sensitivities", type=Path, help="the file of what each weight costs, to go on with")
     parser.add_argument("--alone", nargs="*", help="presets of K-quants, each weight by itself")
     asked = parser.parse_args()
     if asked.alone:
@@ -102,7 +106,7 @@ def main() -> None:
     print(HEAD, flush=True)
     names = {**dict.fromkeys(asked.presets, False), **dict.fromkeys(asked.types, True)}
     with tempfile.TemporaryDirectory() as scratch:
-        for row in rows(asked.model, names, asked.samples, asked.windows, Path(scratch)):
+        for row in rows(asked, names, Path(scratch)):
             print(row, flush=True)
 
 

@@ -49,3 +49,21 @@ def test_what_nothing_holds_to_is_told(units):
     assert choose(units, most_bytes=least_bytes(units) - 1) is None
     assert choose(units, most_bytes=-1) is None
     assert choose(units, most_loss=1e-9) is None
+
+
+def test_the_solver_prints_nothing(capfd):
+    """HiGHS printed a line of its own about these, where it presolved."""
+    numbers, units = random.Random(13), []
+    for _ in range(43):
+        weights, loss = numbers.choice([10_000, 30_000, 90_000, 400_000]), 10 ** numbers.uniform(-6, -4)
+        units.append(
+            {
+                str(bits): Option(
+                    int(weights * bits * numbers.uniform(0.99, 1.01)),
+                    loss * 4 ** (4 - bits) * numbers.uniform(0.8, 1.25),
+                )
+                for bits in (2.1, 2.6, 3.1, 3.4, 4.25, 4.5, 5.5, 6.5, 8.5)
+            }
+        )
+    assert choose(units, most_loss=0.003)
+    assert capfd.readouterr() == ("", "")
