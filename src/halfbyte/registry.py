@@ -77,12 +77,16 @@ HEADS = {
 }
 """Of these, the ones whose head says what is in them: what makes Contents of it, and needs no torch."""
 
+REMOTE = {
+    ".gguf": "halfbyte.targets.gguf.remote:stand_in",
+}
+"""... and whose head can be had of the hub without the rest: what makes a file of it that is opened like the whole."""
 IMPORTANCE = "halfbyte.targets.gguf.importance"
 """Importance matrices, which are llama.cpp's files: the module that measures, writes and reads them."""
 
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
-"""org/name, or org/name@revision."""
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?(@[\w./-]+)?")
+"""org/name, or org/name@revision; org/name:WORD for a file of it whose name has that word."""
 
 
 def located(source: str | Path) -> Path | None:

@@ -19,7 +19,13 @@ from halfbyte.sizing.question import question
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A folder, a GGUF, or a hub id: of that only headers are downloaded.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a GGUF, or a hub id (org/name:Q4_K_M for one of its GGUFs): of that only headers are "
+            "downloaded."
+        ),
+    ],
     device: Annotated[
         str | None,
         option(Fitting, "device", show_default="what is here", autocompletion=lambda: ["cpu", *table_of_devices()]),

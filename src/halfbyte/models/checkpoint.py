@@ -541,6 +541,12 @@ def download(source: str) -> Path:
 
     others = [f"*{suffix}" for suffix in SOURCES]
     name, _, revision = source.partition("@")
+    if ":" in name:
+        name, _, word = name.partition(":")
+        raise BadRequest(
+            f"single files of {name} are planned for, and not downloaded: hf download {name} --include '*{word}*' "
+            "--local-dir FOLDER, and name the file"
+        )
     try:
         folder = snapshot_download(
             name,

@@ -206,7 +206,7 @@ def command_of(source: str, asked: Question) -> Callable[[Words], tuple[str, str
 
     def command(words: Words) -> tuple[str, str]:
         grid = str(words["grid"])
-        path = Path(source.partition("@")[0]).expanduser()
+        path = Path(source if located(source) else source.partition("@")[0].replace(":", "-")).expanduser()
         stem = path.stem if is_file(path) else (path if path.name else path.resolve()).name
         form = FORMS.get(str(words.get("to")))
         out = f"{stem}-{grid}{form.suffix if form else ''}"

@@ -7,11 +7,11 @@ whatever it counts is compared with what the file can hold before anything of th
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import gguf
 import numpy as np
@@ -228,9 +228,16 @@ def _read_part(path: Path) -> File[Placed]:
     try:
         with opened(path) as file:
             size = os.fstat(file.fileno()).st_size
-            return File((path,), *_header(file, size, path))
+            return File((path,), *read_head(file.read, size, path))
     except OSError as error:
         raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_head(more: Callable[[int], bytes], size: int, path: Path) -> tuple[dict[str, Value], dict[str, Placed]]:
+    """Metadata and tensors of a file of `size` bytes, of which `more` gives the next few each time. Raises
+    BadCheckpoint, naming the file."""
+    try:
+        return _header(more, size, path)
     except _Malformed as wrong:
         raise BadCheckpoint(f"{path} is no GGUF file that can be read, or is cut short: {wrong}") from None
 
@@ -240,15 +247,15 @@ def padded(size_bytes: int, step: int) -> int:
     return -(-size_bytes // step) * step
 
 
-def _header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Value], dict[str, Placed]]:
+def _header(read_more: Callable[[int], bytes], size: int, path: Path) -> tuple[dict[str, Value], dict[str, Placed]]:
     """Where a header ends is known only once it is parsed, so more of the file is taken until it is whole."""
-    data = file.read(1 << 20)
+    data = read_more(1 << 20)
     while True:
         try:
             return _parse(data, size, path)
         except _CutShort as cut:
             wanted = min(HEADER_LIMIT, max(cut.end, 4 * len(data)))
-            more = b"" if cut.end > min(size, HEADER_LIMIT) else file.read(wanted - len(data))
+            more = b"" if cut.end > min(size, HEADER_LIMIT) else read_more(wanted - len(data))
             if not more:
                 raise _Malformed(f"its header goes on to byte {cut.end} of {size}") from None
             data += more
