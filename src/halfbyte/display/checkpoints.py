@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from halfbyte.display.tables import table, with_error, without_prefix
+from halfbyte.errors import plural
 
 if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
     from halfbyte.report.types import (
@@ -63,6 +64,17 @@ def budget(found: BudgetReport) -> str:
     )
 
 
+FEW = 3
+"""Patterns of a recipe that are spelled out: a mix under a budget has one for nearly every weight."""
+
+
+def _entry(value: object) -> str:
+    """Of a recipe, in a line."""
+    if isinstance(value, Mapping):
+        return plural(len(value), "pattern") if len(value) > FEW else str(dict(value)) if value else "none"
+    return str(value)
+
+
 def compared(found: Comparison, count: int) -> list[Table | str]:
     """Two checkpoints: their sizes, the `count` tensors that are furthest apart, and what each lost."""
     a, b = found.a, found.b
@@ -73,7 +85,7 @@ def compared(found: Comparison, count: int) -> list[Table | str]:
     shown: list[Table | str] = [
         table(["", "checkpoint", "container", "MB", "bits"], rows, words=3),
         f"B takes {100 * (b.size_bytes / a.size_bytes - 1):+.1f} % of A's bytes",
-        *(f"{name}: {mine} in A, {its} in B" for name, (mine, its) in found.recipes.items()),
+        *(f"{name}: {_entry(mine)} in A, {_entry(its)} in B" for name, (mine, its) in found.recipes.items()),
     ]
     same = sum(t.difference == 0 for t in found.tensors)
     changed = [t for t in found.tensors if t.difference or None in t.stored_as or t.stored_as[0] != t.stored_as[1]]
