@@ -9,6 +9,7 @@ from typing import Any
 from halfbyte.containers.place import is_file
 from halfbyte.engines.verdicts import Verdict
 from halfbyte.errors import HalfbyteError, Unsupported
+from halfbyte.files import exists, path_of
 from halfbyte.models import headers, heads, sizes
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.plan import resolve
@@ -206,7 +207,7 @@ def command_of(source: str, asked: Question) -> Callable[[Words], tuple[str, str
 
     def command(words: Words) -> tuple[str, str]:
         grid = str(words["grid"])
-        path = Path(source if located(source) else source.partition("@")[0].replace(":", "-")).expanduser()
+        path = Path(source if exists(path_of(source)) else source.partition("@")[0].replace(":", "-")).expanduser()
         stem = path.stem if is_file(path) else (path if path.name else path.resolve()).name
         form = FORMS.get(str(words.get("to")))
         out = f"{stem}-{grid}{form.suffix if form else ''}"
