@@ -53,7 +53,15 @@ CHOSEN = frozenset({"grid", "method", "to", "engine", "pure", "override"})
 @grouped
 def quantize(
     model: Annotated[str | None, typer.Argument(help="A folder, a GGUF, or a hub id such as org/name.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, or a .gguf file.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="The folder to write, or a .gguf file.",
+            show_default="what `plan` calls it, with --for or no scheme",
+        ),
+    ] = None,
     meant_for: Annotated[
         str | None,
         typer.Option(
