@@ -533,7 +533,8 @@ def page(
     from halfbyte.report import page as pages
 
     asked, outputs, plans = question(engine, device), [Path(run).expanduser() for run in several(runs)], []
-    for path in dict.fromkeys(run.report.source.path for run in pages.reports(outputs)):
+    sources = [run.report.source.path for run in pages.reports(outputs)]
+    for path in {Path(source).resolve(): source for source in sources}.values():  # one plan of a model with two names
         if exists(Path(path)):
             with suppress(HalfbyteError):  # something else may lie there by now
                 plans.append(advice.advise(path, asked))
