@@ -19,7 +19,8 @@ import tiny
 from halfbyte import pipeline
 from halfbyte.errors import BadCheckpoint, BadRequest
 from halfbyte.kernels.cpu import compiled
-from halfbyte.models.checkpoint import INDEX, Checkpoint
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.folder import INDEX
 from halfbyte.pipeline import identity
 from halfbyte.plan import resolve
 from halfbyte.recipe import Recipe

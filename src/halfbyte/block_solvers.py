@@ -17,10 +17,10 @@ from halfbyte.grids.activations import ActivationStats
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.models.block import Block
-from halfbyte.models.checkpoint import Weight
 from halfbyte.models.collect import collect, in_parts, reading_groups
 from halfbyte.models.streams import Stream
 from halfbyte.models.walk import Walk
+from halfbyte.models.weight import Weight
 from halfbyte.recipe import Method
 from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import NotPositive, Statistics
@@ -78,7 +78,7 @@ class BlockTask:
     @property
     def batches(self) -> Iterable[int]:
         """Numbers of those to calibrate on."""
-        return self.walk.calibrating
+        return self.walk.batches.calibrating
 
     def collect_all(self) -> dict[Weight, Statistics]:
         """Statistics of all weights at once; those beyond a device's budget wait in the host's memory."""

@@ -13,9 +13,10 @@ from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import Scheme
 from halfbyte.models.block import Block
 from halfbyte.models.calibrate import Samples
-from halfbyte.models.checkpoint import Weight, cast
 from halfbyte.models.placement import Placement
+from halfbyte.models.precision import cast
 from halfbyte.models.walk import Walk
+from halfbyte.models.weight import Weight
 from halfbyte.progress import RESUMING
 from halfbyte.report.distributions import activation_distribution
 from halfbyte.report.types import ActivationDistribution, ActivationReport

@@ -228,7 +228,7 @@ def _observed(walk: Walk, block: Block, attention: nn.Module) -> tuple[kv.KVObse
         values.add(v)
         return k, v
 
-    _run(walk, block, walk.calibrating, attention, through)
+    _run(walk, block, walk.batches.calibrating, attention, through)
     return keys, values
 
 
@@ -242,7 +242,7 @@ def _clipped(
         shares.append((_beyond(k, key), _beyond(v, value)))
         return k, v
 
-    _run(walk, block, walk.checking, attention, through)
+    _run(walk, block, walk.batches.checking, attention, through)
     keys, values = zip(*shares, strict=True)
     return sum(keys) / len(keys), sum(values) / len(values)
 

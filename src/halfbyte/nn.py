@@ -18,9 +18,11 @@ from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import PackedMatrix, Quantized
 from halfbyte.grids.scalar import is_integer
 from halfbyte.kernels.products import int8_product
-from halfbyte.models import kv, skeleton
-from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
+from halfbyte.models import filling, kv, mapping, skeleton
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.matmuls import rounding
+from halfbyte.models.precision import DTYPE_NAMES
+from halfbyte.models.weight import Weight
 
 STORED = ("packed_", "input_")
 """What buffers of a file's own values are called."""
@@ -203,10 +205,10 @@ def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device
     """The same of a checkpoint that is open, with the adapter and the cache that it has."""
     dtype = dtype or checkpoint.unquantized_dtype
     model = skeleton.build(checkpoint, dtype)
-    weight_map = skeleton.places(model, checkpoint.tensors())
-    ties = skeleton.ties(model, weight_map)
-    names = skeleton.inside(model, "")
-    skeleton.require_whole(model, checkpoint, weight_map, names)
+    weight_map = mapping.places(model, checkpoint.tensors())
+    ties = filling.ties(model, weight_map)
+    names = filling.inside(model, "")
+    filling.require_whole(model, checkpoint, weight_map, names)
     packed = _packed(model, checkpoint, weight_map)
     for tensor, home in packed.items():
         matrix = checkpoint.read_packed(tensor.removesuffix(".weight"))
@@ -219,7 +221,7 @@ def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device
                 model.set_submodule(name, made.setdefault(id(before.bias), QuantLinear(matrix, before.bias, dtype)))
             elif isinstance(before, nn.Embedding) and not isinstance(before, QuantEmbedding):
                 model.set_submodule(name, made.setdefault(id(before), QuantEmbedding.of(before, matrix, dtype)))
-    skeleton.load(model, checkpoint, weight_map, ties, names, where)
+    filling.load(model, checkpoint, weight_map, ties, names, where)
     nn.Module.to(model, where)
     decoded = {
         w: inputs
@@ -249,7 +251,7 @@ def unpack(model: nn.Module) -> None:
             model.set_submodule(name, made[id(packed)])
 
 
-def _packed(model: nn.Module, checkpoint: Checkpoint, weight_map: dict[str, skeleton.ParamView]) -> dict[str, str]:
+def _packed(model: nn.Module, checkpoint: Checkpoint, weight_map: dict[str, mapping.ParamView]) -> dict[str, str]:
     """Tensors that stay packed, and the linears and embeddings that take them."""
     packed: dict[str, str] = {}
     for module in checkpoint.quantized if checkpoint.model_type not in RESCALED else ():
@@ -267,13 +269,13 @@ def _packed(model: nn.Module, checkpoint: Checkpoint, weight_map: dict[str, skel
 def _round_inputs(
     model: nn.Module,
     checkpoint: Checkpoint,
-    weight_map: dict[str, skeleton.ParamView],
+    weight_map: dict[str, mapping.ParamView],
     inputs: dict[Weight, ActivationQuant],
 ) -> None:
     """Have the model round what matrices read that are no QuantLinear."""
     shapes = checkpoint.tensors()
     views = {
-        w: weight_map[w.tensor].view(skeleton.tensor(model, weight_map[w.tensor].parameter), shapes[w.tensor])
+        w: weight_map[w.tensor].view(filling.tensor(model, weight_map[w.tensor].parameter), shapes[w.tensor])
         for w in inputs
     }
     forward = model.forward

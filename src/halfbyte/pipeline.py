@@ -19,10 +19,10 @@ from halfbyte.errors import BadRequest, BrokenOutput, plural
 from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.models import calibrate
 from halfbyte.models.calibrate import Samples
-from halfbyte.models.checkpoint import Weight
 from halfbyte.models.placement import CPU, Placement
 from halfbyte.models.stamp import digest as digest_of
 from halfbyte.models.stamp import stamp
+from halfbyte.models.weight import Weight
 from halfbyte.plan import decoding, resolve, transcoding
 from halfbyte.progress import TAKING, Progress, shown, silent
 from halfbyte.recipe import OTHER_COMMANDS, Recipe

@@ -16,8 +16,9 @@ from halfbyte.grids.activations import ActivationQuant, ActivationStats
 from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import Quantized, Scheme, select_rows, split_rows
 from halfbyte.models.calibrate import Samples
-from halfbyte.models.checkpoint import Weight, cast, require_finite
 from halfbyte.models.placement import CPU, chunk_size
+from halfbyte.models.precision import cast, require_finite
+from halfbyte.models.weight import Weight
 from halfbyte.progress import Progress
 from halfbyte.report.distributions import Sample, distribution, sample
 from halfbyte.report.types import ActivationDistribution, ActivationReport, Resources, WeightReport

@@ -11,8 +11,8 @@ import torch
 from halfbyte.devices import kind_of, release
 from halfbyte.errors import OutOfMemory
 from halfbyte.grids.quantized import Quantized, Scheme
-from halfbyte.models.checkpoint import Weight
 from halfbyte.models.placement import CPU, tasks_together
+from halfbyte.models.weight import Weight
 from halfbyte.progress import RESUMING
 from halfbyte.run import SAMPLED, Committed, Run, commit, record_step, restore_step, weight_report
 from halfbyte.sizing.run import fitting_bytes

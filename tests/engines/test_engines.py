@@ -9,7 +9,7 @@ from halfbyte.engines.verdicts import check, default_container, verdicts
 from halfbyte.errors import UnknownName
 from halfbyte.formats import SCHEMES
 from halfbyte.grids.schemes import parse
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.weight import Weight
 from halfbyte.targets.table import TARGETS
 
 SHAPES = {  # Llama-3 8B

@@ -12,8 +12,9 @@ import halfbyte
 import tiny
 from halfbyte import cli
 from halfbyte.errors import BadCheckpoint, BadRequest, Unsupported
-from halfbyte.models import skeleton
-from halfbyte.models.checkpoint import INDEX, Checkpoint
+from halfbyte.models import roles, skeleton
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.folder import INDEX
 from halfbyte.models.walk import Walk
 from halfbyte.nn import QuantLinear, load
 from halfbyte.registry import SOURCES
@@ -275,4 +276,13 @@ def test_scripts_see_where_tensors_lie_and_what_commands_print(tmp_path):
     places = skeleton.places(model, checkpoint.tensors())
     assert places.keys() == checkpoint.tensors().keys()
     assert {place.parameter for place in places.values()} <= dict(model.named_parameters()).keys()
+    walk = Walk(checkpoint, torch.arange(16).view(1, 16), torch.float32)
+    walk.start()
+    for block in walk.blocks:
+        block.load(walk.source)
+        walk.advance(block)
+        block.free()
+    assert next(walk.logits())[1].shape == (1, 16, checkpoint.config["vocab_size"])
+    assert roles.SMALLEST
+    assert roles.HEAD.pattern
     assert cli.out.file is not cli.err.file

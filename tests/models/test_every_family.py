@@ -7,7 +7,7 @@ import transformers
 
 import halfbyte
 from halfbyte.errors import Unsupported
-from halfbyte.models import skeleton
+from halfbyte.models import mapping
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.walk import Walk
 from models.every import ENCODERS, EVERY, TOKENS, outputs
@@ -64,7 +64,7 @@ def test_a_walk_and_a_loaded_model_compute_what_transformers_computes(name, tmp_
     else:
         ours = halfbyte.load(folder, torch.float32)
         assert type(ours) is type(theirs)
-        filled = {place.parameter for place in skeleton.places(ours, checkpoint.tensors()).values()}
+        filled = {place.parameter for place in mapping.places(ours, checkpoint.tensors()).values()}
         for buffer, value in buffers(theirs, filled).items():
             torch.testing.assert_close(ours.get_buffer(buffer), value, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(outputs(ours), expected, rtol=0, atol=0)
@@ -85,8 +85,8 @@ def test_a_model_whose_base_is_itself_is_measured_too(name, tmp_path):
     walk = Walk(Checkpoint.open(folder), TOKENS, torch.float32)
     for _ in walk:
         pass
-    walk.finish()
-    with walk.head() as predict:
+    walk.ends.finish()
+    with walk.ends.head() as predict:
         ours = torch.cat([predict(batch, slice(None)) for batch in range(1, len(walk.batches))])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 

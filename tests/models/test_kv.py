@@ -16,7 +16,7 @@ import halfbyte
 import tiny
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.kv import KVGrid
-from halfbyte.models import kv, skeleton
+from halfbyte.models import kv, mapping
 from halfbyte.models.checkpoint import Checkpoint
 from models.families import FAMILIES
 
@@ -73,7 +73,7 @@ def test_keys_and_values_of_every_family_are_seen_and_nothing_else_changes(name)
         for layer in getattr(cache, "layers", [])
         if isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.numel()
     ]
-    places = {name: skeleton.ParamView(name) for name in model.state_dict()}
+    places = {name: mapping.ParamView(name) for name in model.state_dict()}
     assert len(seen) == len(stored) == len(kv.names(model, places, model))
     for (k, v), layer in zip(seen, stored, strict=True):
         assert torch.equal(k, layer.keys)

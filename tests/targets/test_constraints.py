@@ -6,7 +6,8 @@ import halfbyte
 from halfbyte.engines.engines import ENGINES
 from halfbyte.errors import Unsupported
 from halfbyte.grids import parse
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.weight import Weight
 from halfbyte.names import FUSED, Expert, fused_set
 from halfbyte.plan import resolve
 from halfbyte.recipe import Recipe

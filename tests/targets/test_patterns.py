@@ -6,7 +6,7 @@ import time
 import pytest
 
 from halfbyte.errors import BadRequest
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.weight import Weight
 from halfbyte.targets.patterns import first_match
 
 

@@ -19,12 +19,14 @@ from halfbyte.errors import Unsupported
 from halfbyte.evaluation.divergence import compare, scores, windows_at_once
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.quantized import Scheme
+from halfbyte.models.batches import Tokens
 from halfbyte.models.block import Block
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.collect import collect, in_parts, reading_groups
 from halfbyte.models.placement import Placement
 from halfbyte.models.streams import Stream
-from halfbyte.models.walk import Tokens, Walk
+from halfbyte.models.walk import Walk
+from halfbyte.models.weight import Weight
 from halfbyte.progress import Progress, silent
 from halfbyte.recipe import Method
 from halfbyte.solvers import SOLVERS
@@ -114,11 +116,11 @@ def _tried(
         if block.name == original.name:
             for trial in trials:
                 streams.append(_alone(block, trial, original.weight(trial.weight), statistics, method))
-    walk.finish()
-    ends = [walk.ending_in(hidden) for hidden in streams]
+    walk.ends.finish()
+    ends = [walk.ends.given(hidden) for hidden in streams]
     for end in ends:
         end.finish()
-    return [max(0.0, tokens.kl.mean().item()) for tokens in scores([walk, *ends], 0)[1:]]
+    return [max(0.0, tokens.kl.mean().item()) for tokens in scores([walk.ends, *ends], 0)[1:]]
 
 
 def _alone(block: Block, trial: _Trial, w: Tensor, statistics: Mapping[Weight, Statistics], method: Method) -> Stream:

@@ -17,9 +17,9 @@ from halfbyte.budget.units import KEEP, Unit, based, candidates, engine_of, unit
 from halfbyte.engines.verdicts import takes_head
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.models import calibrate
-from halfbyte.models.checkpoint import Weight
 from halfbyte.models.placement import Placement
 from halfbyte.models.stamp import origin
+from halfbyte.models.weight import Weight
 from halfbyte.names import Expert
 from halfbyte.plan import fits, resolve
 from halfbyte.progress import Progress, silent

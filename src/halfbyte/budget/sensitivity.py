@@ -24,11 +24,12 @@ from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.quantized import Scheme
 from halfbyte.models import roles
 from halfbyte.models.backward import Backward
+from halfbyte.models.batches import Tokens
 from halfbyte.models.block import Block
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.collect import collect, in_parts, reading_groups
 from halfbyte.models.placement import Placement
-from halfbyte.models.walk import Tokens
+from halfbyte.models.weight import Weight
 from halfbyte.progress import Progress, silent
 from halfbyte.recipe import Method
 from halfbyte.solvers import SOLVERS

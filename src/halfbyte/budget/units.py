@@ -12,7 +12,7 @@ from halfbyte.engines.verdicts import multiplies, offer, side_by_side
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.quantized import Scheme
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.weight import Weight
 from halfbyte.names import Expert, with_experts
 from halfbyte.recipe import Recipe
 from halfbyte.targets.constraints import Rule, TiedGroup, fused, may_stay, tied_by

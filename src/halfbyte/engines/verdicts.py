@@ -18,7 +18,7 @@ from halfbyte.engines.engines import DEGREES, ENGINES, NOBODY, ROW, EngineSuppor
 from halfbyte.grids.quantized import Scheme
 from halfbyte.grids.scalar import ScalarGrid, is_absmax, is_float, is_integer
 from halfbyte.kernels.scales import SIDE
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.weight import Weight
 from halfbyte.names import Expert, Fused, fused_set, with_experts
 
 Placed = Mapping[Weight, Scheme | None]

@@ -19,10 +19,13 @@ from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.evaluation.divergence import Tokens, joined, mean_and_error, scores, windows_at_once
 from halfbyte.models import experts, roles
 from halfbyte.models.block import Block
-from halfbyte.models.checkpoint import COARSEST, Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.ends import Ends
 from halfbyte.models.placement import Placement
+from halfbyte.models.precision import COARSEST
 from halfbyte.models.streams import Stream
 from halfbyte.models.walk import Walk
+from halfbyte.models.weight import Weight
 from halfbyte.names import Expert
 from halfbyte.progress import Progress, silent
 
@@ -203,13 +206,13 @@ class _Pass:
             self._go_on(block)
             progress(number / len(self.model.blocks))
         for walk in walks:
-            walk.finish()
-        found = {trial: self.model.ending_in(hidden) for trial, hidden in self.streams.items()}
-        for walk in found.values():
-            walk.finish()
+            walk.ends.finish()
+        found = {trial: self.model.ends.given(hidden) for trial, hidden in self.streams.items()}
+        for ends in found.values():
+            ends.finish()
         if self.outside:
             found |= self._outside()
-        own = scores([*walks, *found.values()], self.search.first_scored)
+        own = scores([*(walk.ends for walk in walks), *found.values()], self.search.first_scored)
         return own[1], dict(zip(found, own[2:], strict=True))
 
     def _run_original(self) -> Stream:
@@ -254,17 +257,17 @@ class _Pass:
                 block.view(tensor).copy_(search.original.read(tensor))
             yield
 
-    def _outside(self) -> dict[Trial, Walk]:
+    def _outside(self) -> dict[Trial, Ends]:
         """The head and the cache in place of the model's own."""
         found = {}
-        if not self.model.same_head(self.original):
-            found[Trial("head", HEAD)] = self.original.ending_in(self.model.inputs)
+        if not self.model.ends.same_head(self.original.ends):
+            found[Trial("head", HEAD)] = self.original.ends.given(self.model.inputs)
         if self.search.model.kv:
             walk = self._walk(self.search.model.replaced(kv=None))
             for _ in walk:
                 pass
-            walk.finish()
-            found[Trial("KV cache", CACHE)] = walk
+            walk.ends.finish()
+            found[Trial("KV cache", CACHE)] = walk.ends
         return found
 
 

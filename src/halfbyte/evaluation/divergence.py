@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halfbyte.evaluation.classes import CLASSES
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.ends import Ends
 from halfbyte.models.placement import Placement
 from halfbyte.models.walk import Walk
 from halfbyte.progress import Progress, silent
@@ -98,9 +99,9 @@ def _measure(
         for index, walk in enumerate(walks):
             for at, _ in enumerate(walk):
                 progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))
-            walk.finish()
+            walk.ends.finish()
         progress("comparing predictions", number + 1, len(slices))
-        for collected, found in zip(parts, scores(walks, first_scored), strict=True):
+        for collected, found in zip(parts, scores([walk.ends for walk in walks], first_scored), strict=True):
             collected.append(found)
     return [joined(part) for part in parts]
 
@@ -111,35 +112,35 @@ def windows_at_once(checkpoint: Checkpoint, length: int, itemsize: int) -> int:
     return max(1, int(HIDDEN_BYTES / (length * width * itemsize)))
 
 
-def scores(walks: Sequence[Walk], first_scored: int) -> list[Tokens]:
-    """Of every finished walk against the first. Those with one head are compared in one go: two heads are in memory at
+def scores(ends: Sequence[Ends], first_scored: int) -> list[Tokens]:
+    """Of every finished pass against the first. Those with one head are compared in one go: two heads are in memory at
     most."""
     groups: list[list[int]] = []
-    for number, walk in enumerate(walks):
-        if group := next((g for g in groups if walk.same_head(walks[g[0]])), None):
+    for number, own in enumerate(ends):
+        if group := next((g for g in groups if own.same_head(ends[g[0]])), None):
             group.append(number)
         else:
             groups.append([number])
     found: dict[int, Tokens] = {}
     for group in groups:
-        alike = [walks[number] for number in group]
-        compared = _compared(walks[0], alike if group[0] else alike[1:], group[0] == 0, first_scored)
+        alike = [ends[number] for number in group]
+        compared = _compared(ends[0], alike if group[0] else alike[1:], group[0] == 0, first_scored)
         found |= dict(zip([0, *group] if group[0] else group, compared, strict=True))
-    return [found[number] for number in range(len(walks))]
+    return [found[number] for number in range(len(ends))]
 
 
-def _compared(reference: Walk, walks: Sequence[Walk], share_its_head: bool, first_scored: int) -> list[Tokens]:
-    """Of the reference, and of walks that have one head, which may be the reference's."""
-    parts: list[list[Tokens]] = [[] for _ in (reference, *walks)]
+def _compared(reference: Ends, others: Sequence[Ends], share_its_head: bool, first_scored: int) -> list[Tokens]:
+    """Of the reference, and of others that have one head, which may be the reference's."""
+    parts: list[list[Tokens]] = [[] for _ in (reference, *others)]
     with ExitStack() as heads:
         said = heads.enter_context(reference.head())
         leader = reference if share_its_head else None
         predict = []
-        for walk in walks:
-            predict.append(heads.enter_context(walk.head(leader)))
-            leader = leader or walk
-        for batch in range(1, len(reference.batches)):
-            tokens = reference.batches[batch]
+        for own in others:
+            predict.append(heads.enter_context(own.head(leader)))
+            leader = leader or own
+        for batch in range(1, len(reference.walk.batches)):
+            tokens = reference.walk.batches[batch]
             rows: list[list[Tokens]] = [[] for _ in parts]
             for positions in _positions(reference, tokens.shape, first_scored):
                 following = tokens[:, positions.start + 1 : positions.stop + 1]
@@ -152,9 +153,9 @@ def _compared(reference: Walk, walks: Sequence[Walk], share_its_head: bool, firs
     return [joined(part) for part in parts]
 
 
-def _positions(walk: Walk, shape: Sequence[int], first_scored: int) -> Iterator[slice]:
+def _positions(ends: Ends, shape: Sequence[int], first_scored: int) -> Iterator[slice]:
     """The scored positions of a batch, few enough at a time for the logits' share of the memory."""
-    words = walk.model.config.get_text_config(decoder=True).vocab_size
+    words = ends.model.config.get_text_config(decoder=True).vocab_size
     step = max(1, int(LOGITS_BYTES / (COPIES * 4 * words * shape[0])))
     last = shape[1] - 1
     return (slice(start, min(start + step, last)) for start in range(first_scored, last, step))

@@ -93,10 +93,10 @@ def score(
     walk = Walk(checkpoint, planted.tokens, dtype, placement, as_served=True)
     for _ in walk:
         pass  # it runs as it is
-    walk.finish()
+    walk.ends.finish()
     likely, found = [], []
     sizes, last, longest = iter(planted.answers), planted.tokens.shape[1] - 1, max(planted.answers)
-    with walk.head() as predict:
+    with walk.ends.head() as predict:
         for number, tokens in list(enumerate(walk.batches))[1:]:
             for row, row_logits in zip(tokens, predict(number, slice(last - longest, last)), strict=True):
                 size = next(sizes)

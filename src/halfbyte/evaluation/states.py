@@ -50,7 +50,7 @@ def compare(
         for index, walk in enumerate(walks):
             for at, _ in enumerate(walk):
                 progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))
-        for batch in zip(*(walk.states() for walk in walks), strict=True):
+        for batch in zip(*(walk.ends.states() for walk in walks), strict=True):
             reference = batch[0][1].float()
             for error, cosine, (_, states) in zip(errors, cosines, batch, strict=True):
                 own = states.float()

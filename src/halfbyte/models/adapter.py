@@ -190,9 +190,9 @@ class Adapter:
 
 def _by_parameter(checkpoint: Checkpoint, wanted: set[str]) -> dict[str, str]:
     """Tensors of the checkpoint by the names that their parameters have in Transformers' model."""
-    from halfbyte.models import skeleton  # needs the model's code
+    from halfbyte.models import mapping, skeleton  # needs the model's code
 
-    weight_map = skeleton.places(skeleton.build(checkpoint, torch.float32), checkpoint.tensors())
+    weight_map = mapping.places(skeleton.build(checkpoint, torch.float32), checkpoint.tensors())
     alone = {
         view.parameter: tensor
         for tensor, view in weight_map.items()

@@ -13,12 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from halfbyte.errors import Unsupported
-from halfbyte.models import skeleton
+from halfbyte.models import filling
+from halfbyte.models.batches import Tokens
 from halfbyte.models.block import Block
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.placement import Placement
 from halfbyte.models.streams import Hidden, Stream
-from halfbyte.models.walk import Tokens, Walk
+from halfbyte.models.walk import Walk
+from halfbyte.models.weight import Weight
 from halfbyte.progress import Progress, silent
 
 LOGITS_BYTES, COPIES = 256e6, 4
@@ -39,7 +41,7 @@ class Backward:
         """Raises Unsupported for models whose blocks hand on more than hidden states, and for those without a head."""
         placement = replace(placement or Placement(), batch_tokens=windows.shape[1])
         self.walk = Walk(checkpoint, windows, torch.float32, placement, progress=progress)
-        self.samples = self.walk.calibrating
+        self.samples = self.walk.batches.calibrating
         """Numbers of the batches, of a window each."""
         self._generator = torch.Generator().manual_seed(seed)
         self._read: list[Stream] = []
@@ -51,7 +53,7 @@ class Backward:
                 )
             self._read.append(self._kept(self.walk.inputs, len(self.walk.blocks) + 2))
         self._returned = self._kept(self.walk.inputs, len(self.walk.blocks) + 2)
-        self.walk.finish()
+        self.walk.ends.finish()
         self.gradients = self._returned.empty()
         """With respect to what the part read that was gone back through last, by batch."""
 
@@ -67,25 +69,25 @@ class Backward:
         walk, found = self.walk, dict[int, list[Tensor]]()
         vocabulary = walk.model.config.get_text_config(decoder=True).vocab_size
         step = max(1, int(LOGITS_BYTES / (COPIES * 4 * vocabulary)))
-        with walk.head():
+        with walk.ends.head():
             for batch in self.samples:
                 tokens = walk.batches[batch]
                 for start in range(0, tokens.shape[1], step):
                     part = slice(start, start + step)
                     read = walk.inputs[batch][:, part].to(walk.device).requires_grad_()
                     with torch.enable_grad():
-                        said = walk.predict(read, tokens[:, part]).float().log_softmax(-1)
+                        said = walk.ends.predict(read, tokens[:, part]).float().log_softmax(-1)
                         probabilities = said.detach().exp().flatten(0, -2)
                         drawn = torch.multinomial(probabilities.cpu(), 1, generator=self._generator).to(said.device)
                         (gradient,) = torch.autograd.grad(said.flatten(0, -2).gather(1, drawn).sum(), read)
                     found.setdefault(batch, []).append(gradient)
                     yield read.detach().flatten(0, -2), probabilities
-        with walk.ends(walk.base):
+        with walk.ends.loaded(walk.ends.base):
             self._set(0, torch.zeros_like(self._returned[0]))
             for batch in self.samples:
                 hidden = self._returned[batch].to(walk.device).requires_grad_()
                 with torch.enable_grad():
-                    out = walk.around_blocks(walk.base, walk.batches[batch], lambda _, hidden=hidden: hidden)
+                    out = walk.ends.around_blocks(walk.ends.base, walk.batches[batch], lambda _, hidden=hidden: hidden)
                 self._set(batch, *torch.autograd.grad(out.last_hidden_state, hidden, torch.cat(found.pop(batch), 1)))
 
     def _set(self, batch: int, gradient: Tensor) -> None:
@@ -125,9 +127,9 @@ class Backward:
         """Last of all: the gradient with respect to an embedding for each sample, as what the blocks read is made of
         it."""
         walk, name = self.walk, self.walk.weight_map[tensor].parameter
-        with walk.ends(walk.base):
-            table = nn.Parameter(skeleton.tensor(walk.model, name))
-            skeleton.put(walk.model, name, table)
+        with walk.ends.loaded(walk.ends.base):
+            table = nn.Parameter(filling.tensor(walk.model, name))
+            filling.put(walk.model, name, table)
             for batch in self.samples:
                 found: list[Hidden] = []
 
@@ -136,5 +138,5 @@ class Backward:
                     return hidden.detach()
 
                 with torch.enable_grad():
-                    walk.around_blocks(walk.base, walk.batches[batch], note)
+                    walk.ends.around_blocks(walk.ends.base, walk.batches[batch], note)
                 yield torch.autograd.grad(found[0], table, self.gradients[batch].to(table.device))[0]

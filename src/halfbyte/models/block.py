@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import ActivationQuant
-from halfbyte.models import roles, skeleton
+from halfbyte.models import filling, roles
 from halfbyte.models.ahead import ReadAhead
-from halfbyte.models.checkpoint import Weight
 from halfbyte.models.matmuls import MatmulCapture, Matrix, Report
 from halfbyte.models.streams import Hidden, Stream
+from halfbyte.models.weight import Weight
 
 if TYPE_CHECKING:
     from halfbyte.models.walk import Walk
@@ -120,7 +120,7 @@ class Block:
     def load(self, source: ReadAhead) -> None:
         """Read its parameters, and, as served, how its weights' activations are rounded."""
         walk = self.walk
-        skeleton.load(walk.model, source, walk.weight_map, walk.ties, self.parameters, walk.device)
+        filling.load(walk.model, source, walk.weight_map, walk.ties, self.parameters, walk.device)
         if walk.as_served:
             read = source.checkpoint.read_inputs
             for weight in self.weights:
@@ -142,14 +142,14 @@ class Block:
         """Take the memory back, but for what later blocks share."""
         later = self.walk.blocks[self.walk.blocks.index(self) + 1 :]
         kept = set().union(*(block.homes for block in later)) & self.walk.shared if self.walk.shared else set()
-        skeleton.release(self.walk.model, {*self.parameters, *self.homes} - kept)
+        filling.release(self.walk.model, {*self.parameters, *self.homes} - kept)
 
     # Its weights -----------------------------------------------------------------------------------------------------
 
     def view(self, tensor: str) -> Tensor:
         """A tensor of the checkpoint, as a view of the parameter in which it lies."""
         param_view = self.walk.weight_map[tensor]
-        return param_view.view(skeleton.tensor(self.walk.model, param_view.parameter), self.walk.shapes[tensor])
+        return param_view.view(filling.tensor(self.walk.model, param_view.parameter), self.walk.shapes[tensor])
 
     def weight(self, weight: Weight) -> Float[Tensor, "out in"]:
         """A view of the parameter."""
@@ -222,7 +222,7 @@ class Block:
             param_view = self.walk.weight_map[weight.tensor]
             name = param_view.parameter
             if name not in replaced:
-                replaced[name] = skeleton.tensor(self.walk.model, name).clone()
+                replaced[name] = filling.tensor(self.walk.model, name).clone()
             target = param_view.view(replaced[name], self.walk.shapes[weight.tensor])
             _oriented(target, Matrix(weight.tensor, weight.expert, weight)).copy_(value)
         inside = {name.removeprefix(f"{self.prefix}."): value for name, value in replaced.items()}

@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from torch import Tensor
 
 from halfbyte.models.block import Block
-from halfbyte.models.checkpoint import Weight
 from halfbyte.models.matmuls import Matrix
 from halfbyte.models.streams import Stream
+from halfbyte.models.weight import Weight
 from halfbyte.solvers.statistics import Statistics
 
 
@@ -26,7 +26,7 @@ def collect(
     by default.
     """
     collector = _Collector(block, set(wanted))
-    for batch in block.walk.calibrating if batches is None else batches:
+    for batch in block.walk.batches.calibrating if batches is None else batches:
         if full_inputs is not None:
             collector.originals.clear()
             outputs = block.observe(collector.note_original, [batch], full_inputs)[0]

@@ -66,14 +66,14 @@ def _by_default(checkpoint: Checkpoint) -> bool:
 
 
 def _require_head(checkpoint: Checkpoint) -> None:
-    from halfbyte.models import skeleton  # Transformers takes seconds to import
+    from halfbyte.models import mapping, skeleton  # Transformers takes seconds to import
 
     try:
         model = skeleton.outline(checkpoint)
     except (BadCheckpoint, Unsupported):
         return
     head = model.get_output_embeddings()
-    names = skeleton.Names(model)
+    names = mapping.Names(model)
     read = {names.find(tensor)[0] for tensor in checkpoint.tensors()}
     called = [
         name for name, p in model.named_parameters(remove_duplicate=False) if head is not None and p is head.weight

@@ -20,9 +20,9 @@ from halfbyte.errors import Unsupported
 from halfbyte.grids.activations import ActivationGrid, ActivationQuant, ActivationStats, ScaledActivations
 from halfbyte.grids.grid import Params
 from halfbyte.grids.kv import KVGrid
-from halfbyte.models import skeleton
+from halfbyte.models import mapping, skeleton
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.models.skeleton import ParamView
+from halfbyte.models.mapping import ParamView
 
 KV = Float[Tensor, "batch heads tokens dim"]
 CacheHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -127,7 +127,7 @@ def blank(checkpoint: Checkpoint, grid: KVGrid) -> KVCache:
     """A cache of the right names and shapes, whose scales are still to be found. Raises Unsupported for a model without
     attention."""
     model = skeleton.build(checkpoint, checkpoint.dtype)
-    found = names(model, skeleton.places(model, checkpoint.tensors()), model)
+    found = names(model, mapping.places(model, checkpoint.tensors()), model)
     if not found:
         raise Unsupported(f"{checkpoint.model_type} has no attention that caches keys and values")
     text = model.config.get_text_config(decoder=True)

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from halfbyte.errors import BadCheckpoint
 from halfbyte.grids.activations import ActivationQuant
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.weight import Weight
 
 Report = Callable[[list["Matrix"], Tensor], Tensor | None]
 """Sees what some matrices read, and may return what they are to read instead."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from math import prod
 
 from halfbyte.models import roles
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.placement import Placement
+from halfbyte.models.weight import Weight
 from halfbyte.names import fused_set
 from halfbyte.solvers.statistics import Statistics
 

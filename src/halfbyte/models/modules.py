@@ -9,13 +9,13 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import BadCheckpoint
 from halfbyte.grids.grid import Shape
-from halfbyte.models import skeleton
+from halfbyte.models import mapping
 from halfbyte.models.linears import Linears
 
 
 def ask(model: PreTrainedModel, candidates: dict[str, Shape]) -> Linears:
     """Raises BadCheckpoint for a matrix that lies the other way."""
-    names = skeleton.Names(model)
+    names = mapping.Names(model)
     transposed: dict[str, bool] = {}
     others: dict[str, str] = {}
     for name, shape in candidates.items():
@@ -34,7 +34,7 @@ def ask(model: PreTrainedModel, candidates: dict[str, Shape]) -> Linears:
         elif "Experts" in type(home).__name__:
             apart = None if converter else names.stack(name)
             turned = apart.transposed if apart else converter is not None and _turns(converter, shape, expected)
-            transposed[name] = skeleton.lies_transposed(model, parameter) != turned
+            transposed[name] = mapping.lies_transposed(model, parameter) != turned
         else:
             others[name] = f"{type(home).__name__}, which reads it, is no linear"
     return Linears(transposed, others)
@@ -42,7 +42,7 @@ def ask(model: PreTrainedModel, candidates: dict[str, Shape]) -> Linears:
 
 def read_in_stacks(model: PreTrainedModel, modules: Iterable[str]) -> str | None:
     """The first of some modules that Transformers reads as a part of a stack alone, and not under its own name."""
-    names = skeleton.Names(model)
+    names = mapping.Names(model)
     return next(
         (m for m in modules if names.rename(f"{m}.weight")[0] not in names.known and names.stack(f"{m}.weight")), None
     )

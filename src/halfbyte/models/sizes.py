@@ -19,19 +19,19 @@ def require(checkpoint: Checkpoint) -> None:
     odd = set(_odd(checkpoint))
     if not odd:
         return
-    from halfbyte.models import skeleton
+    from halfbyte.models import filling, mapping, skeleton
 
     try:
         model = skeleton.outline(checkpoint)
     except (BadCheckpoint, Unsupported):
         return
     shapes = checkpoint.tensors()
-    weight_map = skeleton.places(model, shapes)
+    weight_map = mapping.places(model, shapes)
     filled = Counter(place.parameter for place in weight_map.values())
     for tensor in sorted(odd & weight_map.keys()):
         place = weight_map[tensor]
-        expected = tuple(skeleton.tensor(model, place.parameter).shape)
-        whole = filled[place.parameter] == 1 and place == skeleton.ParamView(
+        expected = tuple(filling.tensor(model, place.parameter).shape)
+        whole = filled[place.parameter] == 1 and place == mapping.ParamView(
             place.parameter
         )  # and no part of what Transformers fuses
         if whole and shapes[tensor] != expected:

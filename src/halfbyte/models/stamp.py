@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import xxhash
 
-from halfbyte.models.checkpoint import NOT_COPIED, Checkpoint
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.folder import NOT_COPIED
 
 SAMPLED = 256
 """Bytes of each tensor that tell a model from others of its shape: whoever trains one further changes all rows."""

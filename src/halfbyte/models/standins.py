@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from torch import Tensor, nn
 
 from halfbyte.errors import Unsupported
-from halfbyte.models import skeleton
+from halfbyte.models import filling
+from halfbyte.models.poison import is_poisoned, poison
 
 if TYPE_CHECKING:
     from halfbyte.models.walk import Walk
@@ -116,8 +117,7 @@ class StandIns:
             self._refuse("has blocks that return something else than hidden states")
         if isinstance(out, (tuple, list)):
             self.walk.returned_beside = [
-                skeleton.poison(x) if isinstance(x, Tensor) else None if x is None else Carried(i)
-                for i, x in enumerate(others)
+                poison(x) if isinstance(x, Tensor) else None if x is None else Carried(i) for i, x in enumerate(others)
             ]
 
     def _carried(self, value: Any) -> Any:
@@ -125,7 +125,7 @@ class StandIns:
         for number, other in enumerate(self.walk.returned_beside or ()):
             if other is not None and other is value:
                 return Carried(number)
-        if self.forward is not None and isinstance(value, Tensor) and skeleton.is_poisoned(value):
+        if self.forward is not None and isinstance(value, Tensor) and is_poisoned(value):
             self._refuse("computes with more than hidden states between its blocks")
         return value
 
@@ -137,5 +137,5 @@ class StandIns:
 
     def _refuse(self, what: str) -> NoReturn:
         raise Unsupported(
-            f"'{self.walk.checkpoint.model_type}' {what}, which calibration and eval do not follow; {skeleton.NO_MODEL}"
+            f"'{self.walk.checkpoint.model_type}' {what}, which calibration and eval do not follow; {filling.NO_MODEL}"
         )

@@ -14,7 +14,7 @@ from halfbyte.errors import BrokenOutput, Unsupported
 from halfbyte.grids import GRIDS, schemes
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.quantized import Quantized
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.weight import Weight
 from halfbyte.recipe import METHODS, method_named
 from halfbyte.report.types import EngineSupport, Support
 from halfbyte.solvers import SOLVERS

@@ -16,8 +16,8 @@ from torch import Tensor
 from halfbyte.devices import wait
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.quantized import Quantized, Scheme, WeightActivation
-from halfbyte.models.checkpoint import Weight
 from halfbyte.models.memory import hidden_size, reading_group
+from halfbyte.models.weight import Weight
 from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.sizing.cache import ModelConfig
 from halfbyte.sizing.memory import ROUTED, parameters_of

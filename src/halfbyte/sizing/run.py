@@ -21,9 +21,9 @@ from halfbyte.containers.folder import Shard
 from halfbyte.containers.place import OutputPath
 from halfbyte.devices import KINDS, forget_peak, kind_of
 from halfbyte.errors import BadRequest
-from halfbyte.models.checkpoint import Weight
 from halfbyte.models.memory import DeviceMemory, device_memory, hidden_bytes, reading_group
 from halfbyte.models.placement import CPU, Placement, chunk_size, tasks_together
+from halfbyte.models.weight import Weight
 from halfbyte.recipe import method_named
 from halfbyte.report.summary import size
 from halfbyte.report.types import Resources

@@ -14,7 +14,8 @@ from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import Quantized, Scheme, WeightActivation
 from halfbyte.grids.scalar import is_integer
 from halfbyte.models import experts, roles
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.weight import Weight
 from halfbyte.recipe import Method, Recipe
 from halfbyte.targets.constraints import EACH, Rule
 from halfbyte.targets.patterns import first_match

@@ -6,7 +6,7 @@ from enum import Enum
 
 from halfbyte.engines.engines import ENGINES
 from halfbyte.grids.quantized import Scheme
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.weight import Weight
 from halfbyte.names import fused_set
 
 Schemes = Mapping[Weight, Scheme | None]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 from halfbyte.errors import BadRequest
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.weight import Weight
 
 Value = TypeVar("Value")
 WILD = re.compile(r"\[!?.[^]]*\]|[*?[]")

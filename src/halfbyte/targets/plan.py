@@ -13,7 +13,8 @@ from halfbyte.containers.safetensors import Spec
 from halfbyte.engines.verdicts import Verdict
 from halfbyte.grids.kv import KVGrid
 from halfbyte.grids.quantized import Scheme
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.weight import Weight
 from halfbyte.names import fused_set
 from halfbyte.recipe import Method, Recipe
 

@@ -16,7 +16,8 @@ from halfbyte.grids import schemes
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.kv import KVGrid
 from halfbyte.grids.quantized import Quantized, Scheme
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.weight import Weight
 from halfbyte.recipe import Method, Recipe
 from halfbyte.registry import FORMS
 from halfbyte.targets import choosing

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.weight import Weight
 from halfbyte.solvers.statistics import ERROR_PRODUCTS, sample_rows
 from halfbyte.transforms.scale import FoldSite, ScaleChoice, TransformSettings
 

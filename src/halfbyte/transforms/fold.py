@@ -15,8 +15,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from halfbyte.models.block import PROBE, Block, Snapshot
-from halfbyte.models.checkpoint import Weight
 from halfbyte.models.matmuls import Matrix
+from halfbyte.models.weight import Weight
 
 EXACT, ROUNDED = 1e-3, 0.02
 """Of what a matrix reads, or of the block's own contribution to the hidden states. A norm that multiplies by 1 + weight

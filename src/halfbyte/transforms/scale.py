@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfbyte.grids.quantized import Scheme
 from halfbyte.models.block import Block
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.weight import Weight
 from halfbyte.solvers.statistics import Statistics
 from halfbyte.transforms.fold import Finder, Fold, divide, only_used, producer_view, weight_of
 

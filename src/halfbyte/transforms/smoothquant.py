@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from halfbyte.grids.activations import ActivationQuant, ActivationStats
-from halfbyte.models.checkpoint import Weight
+from halfbyte.models.weight import Weight
 from halfbyte.solvers.nearest import nearest
 from halfbyte.solvers.statistics import Diagonal
 from halfbyte.transforms.scale import FoldSite, ScaleChoice, TransformSettings

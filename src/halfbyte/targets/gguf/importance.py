@@ -11,10 +11,11 @@ from torch import Tensor
 
 from halfbyte.errors import BadRequest
 from halfbyte.models.calibrate import Samples
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.collect import collect, in_parts, reading_groups
 from halfbyte.models.placement import Placement
 from halfbyte.models.walk import Walk
+from halfbyte.models.weight import Weight
 from halfbyte.progress import Progress, silent
 from halfbyte.targets.gguf import imatrix
 from halfbyte.targets.gguf.imatrix import Importance, Squares

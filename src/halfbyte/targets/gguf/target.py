@@ -14,7 +14,9 @@ from halfbyte.grids.grid import Shape
 from halfbyte.grids.kv import KVGrid
 from halfbyte.grids.quantized import Quantized, Scheme
 from halfbyte.grids.scalar import is_integer
-from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.precision import DTYPE_NAMES
+from halfbyte.models.weight import Weight
 from halfbyte.recipe import PARTS, Method, Recipe
 from halfbyte.targets.constraints import EACH, Rule, TiedGroup, tied_by
 from halfbyte.targets.gguf import blocks, presets, types

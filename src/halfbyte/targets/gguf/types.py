@@ -8,7 +8,8 @@ from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids import schemes
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.scalar import is_integer
-from halfbyte.models.checkpoint import Checkpoint, Weight
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.weight import Weight
 from halfbyte.recipe import PARTS, Method, Recipe
 from halfbyte.targets.choosing import ROUNDING, left, modules_of, require_ties
 from halfbyte.targets.gguf import blocks, families, hyperparameters, presets

@@ -14,8 +14,9 @@ from halfbyte.containers.safetensors import Entry, Spec
 from halfbyte.errors import BrokenOutput
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.quantized import Quantized, Scheme, select_rows
-from halfbyte.models.checkpoint import Weight, cast
+from halfbyte.models.precision import cast
 from halfbyte.models.provenance import provenance_of
+from halfbyte.models.weight import Weight
 from halfbyte.targets.gguf import blocks, families, file, hyperparameters, modelfile, presets, tokenizer
 from halfbyte.targets.gguf.blocks import type_of
 from halfbyte.targets.gguf.checked import require_types

@@ -15,7 +15,8 @@ from halfbyte.grids.cast import with_divisor
 from halfbyte.grids.grid import Shape
 from halfbyte.grids.kv import KVGrid
 from halfbyte.grids.quantized import Quantized, Scheme
-from halfbyte.models.checkpoint import DTYPE_NAMES, Checkpoint
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.precision import DTYPE_NAMES
 from halfbyte.recipe import Recipe
 from halfbyte.targets.choosing import ROUNDING
 from halfbyte.targets.hf.writer import FolderWriter

@@ -14,7 +14,8 @@ from halfbyte.containers.place import PICTURE
 from halfbyte.containers.safetensors import Entry, SafetensorsFileWriter, Spec, head_of
 from halfbyte.errors import BrokenOutput
 from halfbyte.models import roles
-from halfbyte.models.checkpoint import INDEX, Checkpoint
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.folder import INDEX
 from halfbyte.names import fused_names
 from halfbyte.targets.plan import Plan
 from halfbyte.targets.target import CheckpointWriter, split
