@@ -24,7 +24,7 @@ from halfbyte.solvers import SOLVERS
 from halfbyte.solvers.statistics import Statistics
 from halfbyte.transforms import TRANSFORMS
 from halfbyte.transforms.fold import Finder
-from halfbyte.transforms.scale import scaled
+from halfbyte.transforms.scale import FoldSite, scaled
 from models.families import FAMILIES
 
 TOKENS = torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(0))
@@ -228,6 +228,7 @@ def folded(tmp_path_factory):
     [
         ("awq", "find", 3),
         ("smoothquant", "choose", 40),
+        *(("awq", "apply", made) for made in (2, 20)),
         *(pytest.param("awq", stage, 40, marks=pytest.mark.slow) for stage in ("choose", "solve")),
         *(pytest.param("smoothquant", stage, 400, marks=pytest.mark.slow) for stage in ("find", "choose")),
     ],
@@ -237,6 +238,8 @@ def test_a_search_for_folds_that_runs_out_of_memory_goes_on(folded, tmp_path, mo
     monkeypatch.setattr(Placement, "on", lambda device, scratch=None: Placement(hidden_device_bytes=10**9))
     if stage == "find":
         monkeypatch.setattr(Finder, "find", scarce(Finder.find, made, calls))
+    elif stage == "apply":
+        monkeypatch.setattr(FoldSite, "apply", scarce(FoldSite.apply, made, calls))
     elif stage == "choose":
         choose = scarce(TRANSFORMS[name].keywords["choose"], made, calls)
         monkeypatch.setitem(TRANSFORMS, name, partial(scaled, choose=choose))

@@ -1,7 +1,7 @@
 """One decoder layer: its weights as views of its parameters, what they read, and what it returns."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -189,12 +189,22 @@ class Block:
     def trial(self, *tensors: str) -> Iterator[Snapshot]:
         """What happens to these tensors (and to others that are saved in time), to pending scales and to activations is
         undone."""
+        with ExitStack() as undone:
+            yield self._snapshot(undone, *tensors)
+
+    @contextmanager
+    def whole_or_not(self, *tensors: str) -> Iterator[None]:
+        """The same where it fails."""
+        with ExitStack() as undone:
+            self._snapshot(undone, *tensors)
+            yield
+            undone.pop_all()
+
+    def _snapshot(self, undone: ExitStack, *tensors: str) -> Snapshot:
         snapshot = Snapshot(self)
         snapshot.save(*tensors)
-        try:
-            yield snapshot
-        finally:
-            snapshot.undo()
+        undone.callback(snapshot.undo)
+        return snapshot
 
     # What it computes ------------------------------------------------------------------------------------------------
 

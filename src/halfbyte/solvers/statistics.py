@@ -4,6 +4,7 @@ The Hessian of the squared output error with respect to a row of the weight is X
 diagonal is the importance that AWQ, imatrix-weighted rounding and clipping searches use.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -127,15 +128,20 @@ class Statistics:
         """Mean of x^2 per in-feature."""
         return self._sum.diagonal().to(self.device) / max(self.tokens, 1)
 
-    def divide(self, scale: Float32[Tensor, " width"]) -> None:
-        """From now on, the statistic of x / scale."""
+    def divided(self, scale: Float32[Tensor, " width"]) -> Callable[[], None]:
+        """What makes this the statistic of x / scale, and takes no memory any more: nothing is left half divided."""
         scale = scale.to(self._sum.device)
-        for matrix in (self._sum, self.drift):
-            if matrix is not None:
-                matrix.div_(scale).div_(scale[:, None])
-        self._low, self._high = self._low / scale, self._high / scale
-        self._rows = [(rows.float() / scale).to(rows.dtype) for rows in self._rows]
-        self._factor = None
+        low, high = self._low / scale, self._high / scale
+        sampled = [(rows.float() / scale).to(rows.dtype) for rows in self._rows]
+
+        def divide() -> None:
+            for matrix in (self._sum, self.drift):
+                if matrix is not None:
+                    matrix.div_(scale).div_(scale[:, None])
+            self._low, self._high, self._rows = low, high, sampled
+            self._factor = None
+
+        return divide
 
     def factor(self, step: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """(order, L, d): `order` lists in-features from the least to the most important, and the Hessian, damped and

@@ -90,26 +90,40 @@ class FoldSite:
         """Norms and what stays in 16 bits change in memory; what a solver will round takes the scale at full precision.
 
         Returns what the readers' columns are multiplied by: a norm that is rounded to 16 bits has a part in it.
+        Where it fails, all is as it was.
         """
-        block, producer = self.block, self.fold.producer
-        if self.producer_weight:
-            scale = only_used(producer, scale)
-            block.scales.divide_rows(self.producer_weight, scale)
-            if producer.bias in block.tensors:
-                bias = block.view(producer.bias)
-                bias.copy_(bias.float() / scale)
-        else:
-            scale = divide(block, producer, scale)
-        channels = self.fold.channels(scale)
-        for m in self.fold.readers:
-            if m.weight and m.weight in self.schemes:
-                block.scales.multiply_columns(m.weight, channels)
-            else:
-                matrix = block.matrix(m)
-                matrix.copy_(matrix.float() * channels)
-        for shared in {id(s): s for w in self.readers if (s := self.statistics[w])}.values():
-            shared.divide(channels)
+        with self.block.whole_or_not(*self._changed):
+            channels = self.fold.channels(self._divide(scale))
+            for matrix in self.fold.readers:
+                if matrix.weight and matrix.weight in self.schemes:
+                    self.block.scales.multiply_columns(matrix.weight, channels)
+                else:
+                    view = self.block.matrix(matrix)
+                    view.copy_(view.float() * channels)
+            shared = {id(s): s for w in self.readers if (s := self.statistics[w])}.values()
+            settle = [statistics.divided(channels) for statistics in shared]
+        for divide_statistics in settle:
+            divide_statistics()
         return channels
+
+    @property
+    def _changed(self) -> list[str]:
+        """Tensors that a scale changes in memory."""
+        producer, readers = self.fold.producer, self.fold.readers
+        own = [producer.bias] if self.producer_weight else [producer.tensor, producer.bias]
+        return [*own, *(m.tensor for m in readers if m.weight is None or m.weight not in self.schemes)]
+
+    def _divide(self, scale: Float32[Tensor, " rows"]) -> Float32[Tensor, " rows"]:
+        """Divide the producer. Returns the scale that it really lost."""
+        block, producer = self.block, self.fold.producer
+        if not self.producer_weight:
+            return divide(block, producer, scale)
+        scale = only_used(producer, scale)
+        block.scales.divide_rows(self.producer_weight, scale)
+        if producer.bias in block.tensors:
+            bias = block.view(producer.bias)
+            bias.copy_(bias.float() / scale)
+        return scale
 
 
 Choose = Callable[[FoldSite, TransformSettings], ScaleChoice | None]
@@ -129,6 +143,6 @@ def scaled(
         site = FoldSite(block, fold, schemes, statistics, reference)
         chosen = fitting(partial(choose, site, settings)) if site.readers else None
         if chosen and chosen.about.get("error", 0.0) < WORTH:
-            site.apply(chosen.scale)
+            fitting(partial(site.apply, chosen.scale))
             done.append({"producer": fold.producer.tensor, "readers": [m.tensor for m in fold.readers], **chosen.about})
     return done
