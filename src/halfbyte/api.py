@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 SAMPLING = f"{sentence('source', Calibration)} Or a Calibration: {', '.join(Calibration.model_fields)}."
 SEVERAL = "One, or a list."
 CACHES = 'One, or a list; "stored" is the one that a model says it has.'
-FOREIGN = "Else that raises BadRequest. A card never shows such a comparison."
+OTHERWISE = "Else that raises BadRequest. A card never shows such a comparison."
 
 
 @documented(
@@ -188,7 +188,7 @@ def advise(
     Running,
     text='With a name of its own, such as its language, as "de=news.txt".',
     kv=CACHES,
-    foreign=FOREIGN,
+    foreign=OTHERWISE,
     gate=f"`gates` of the result says which hold. {about_measures()}",
 )
 def evaluate(
@@ -267,7 +267,7 @@ def _divergences(
     )
 
 
-@documented(Retrieving, Running, text="The fact is hidden in it.", kv=CACHES, foreign=FOREIGN)
+@documented(Retrieving, Running, text="The fact is hidden in it.", kv=CACHES, foreign=OTHERWISE)
 def needle(
     models: str | Path | Sequence[str | Path],
     against: str | Path,
@@ -306,7 +306,7 @@ def needle(
     return result.model_copy(update={"warnings": measured.record_needle(result, compared.asked, compared.strangers)})
 
 
-@documented(Answering, Running, kv=CACHES, foreign=FOREIGN, suites=SEVERAL, gate=about_measures())
+@documented(Answering, Running, kv=CACHES, foreign=OTHERWISE, suites=SEVERAL, gate=about_measures())
 def suite(
     models: str | Path | Sequence[str | Path],
     against: str | Path,
@@ -352,7 +352,7 @@ def suite(
     return result.model_copy(update={"warnings": warnings})
 
 
-@documented(Answering, Running, kv=CACHES, foreign=FOREIGN, tasks=SEVERAL, gate=about_measures())
+@documented(Answering, Running, kv=CACHES, foreign=OTHERWISE, tasks=SEVERAL, gate=about_measures())
 def tasks(
     models: str | Path | Sequence[str | Path],
     against: str | Path,
@@ -409,7 +409,7 @@ def _limits_of_answers(gate: str | None) -> Sequence[Limit]:
     return held_to
 
 
-@documented(Blaming, Running, foreign=FOREIGN)
+@documented(Blaming, Running, foreign=OTHERWISE)
 def blame(
     model: str | Path,
     against: str | Path,

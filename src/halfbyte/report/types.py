@@ -276,7 +276,23 @@ class CacheReport(Part, frozen=True):
     seconds: float | None = None
 
 
-class Conditions(Part, frozen=True):
+class ComparedWith(Part, frozen=True):
+    """The original that models were compared with, and what ran them."""
+
+    device: str | None = None
+    reference_path: str
+    reference_adapter: str | None = None
+    reference_xxh3_128: str | None = None
+
+
+class ModelRun(Part, frozen=True):
+    """A model, and the KV cache that it ran with."""
+
+    path: str
+    kv: str | None = None
+
+
+class Conditions(ComparedWith, frozen=True):
     """What an evaluation was measured on."""
 
     compared: str
@@ -288,12 +304,7 @@ class Conditions(Part, frozen=True):
     windows: Count
     tokens_sha256: str
     convention: str
-    device: str | None = None
-    """What ran the models."""
     opening: list[str] = []
-    reference_path: str
-    reference_adapter: str | None = None
-    reference_xxh3_128: str | None = None
 
 
 class Measured(Part, frozen=True):
@@ -474,15 +485,13 @@ class Recalled(Part, frozen=True):
     """The share of answers that greedy decoding gives."""
 
 
-class NeedleModel(Part, frozen=True):
+class NeedleModel(ModelRun, frozen=True):
     """A model of a needle test: a row for every length and depth."""
 
-    path: str
-    kv: str | None = None
     rows: list[Recalled]
 
 
-class NeedleConditions(Part, frozen=True):
+class NeedleConditions(ComparedWith, frozen=True):
     """What a needle test was measured on."""
 
     text: str
@@ -490,11 +499,6 @@ class NeedleConditions(Part, frozen=True):
     depths: Annotated[Count, Field(gt=0)]
     facts: Count
     seed: Count
-    device: str | None = None
-    """What ran the models."""
-    reference_path: str
-    reference_adapter: str | None = None
-    reference_xxh3_128: str | None = None
     reference: list[Recalled]
 
 
@@ -554,23 +558,16 @@ class SuiteResult(Paired, frozen=True):
     flips: list[Flip]
 
 
-class AnswerConditions(Part, frozen=True):
+class AnswerConditions(ComparedWith, frozen=True):
     """Of whom and how answers were had."""
 
-    device: str | None = None
-    """What ran the models."""
     dtype: str
     """That both computed in."""
-    reference_path: str
-    reference_adapter: str | None = None
-    reference_xxh3_128: str | None = None
 
 
-class SuiteModel(Part, frozen=True):
+class SuiteModel(ModelRun, frozen=True):
     """A model on all suites that were asked for."""
 
-    path: str
-    kv: str | None = None
     suites: list[SuiteResult]
 
 
@@ -611,11 +608,9 @@ class TaskResult(Paired, frozen=True):
     """How the answer was found in what was said, where the task knows several ways."""
 
 
-class TaskModel(Part, frozen=True):
+class TaskModel(ModelRun, frozen=True):
     """A model on all tasks that were asked for."""
 
-    path: str
-    kv: str | None = None
     tasks: list[TaskResult]
 
 
