@@ -49,6 +49,22 @@ def test_every_module_has_its_layer():
     } == set(RANK)
 
 
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Without its signature, which has a line for each argument, and what documents it."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_functions_fit_a_screen():
+    long = {
+        f"{path.relative_to(ROOT)}: {node.name}": lines_of(node)
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and lines_of(node) > 50
+    }
+    assert not long
+
+
 def distributions(requirements: list[str]) -> set[str]:
     return {re.split(r"[<>=\[]", words)[0].lower() for words in requirements}
 

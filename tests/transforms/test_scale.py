@@ -51,7 +51,11 @@ def scaled_block(family, folder, is_quantized, transforms, alpha=None):
 
 @pytest.mark.parametrize("transforms", SCHEMES)
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma3", "phi3", "gpt2", "gpt_neox", "opt", "qwen3_moe", "granitemoe", "deepseek_v3"]
+    "family",
+    [
+        *("llama", "gemma3", "phi3", "gpt2", "gpt_neox", "opt", "granitemoe"),
+        *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen3_moe", "deepseek_v3")),
+    ],
 )
 def test_the_block_computes_the_same(tmp_path, family, transforms):
     block, of, statistics, before, done = scaled_block(family, tmp_path, lambda w: True, transforms)
