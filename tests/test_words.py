@@ -67,3 +67,8 @@ def test_every_name_of_a_grid_may_be_written(name):
 def test_a_name_that_is_none_is_refused_early(name):
     with pytest.raises(BadRequest):
         words.require_grid(name)
+
+
+def test_a_container_s_own_names_of_grids():
+    assert [words.own_name("gguf", grid) for grid in ("int4-g32", "q4_k", "nvfp4")] == ["Q4_0", "Q4_K", "nvfp4"]
+    assert words.own_name("compressed-tensors", "int4-g32") == "int4-g32"

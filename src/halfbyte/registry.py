@@ -26,8 +26,8 @@ class Form(NamedTuple):
     unquantized: bool = False
     """Whether it holds a model in 16 or 32 bits."""
     own_names: str = ""
-    """What grids are called that have other names in it: a module with `KIND`, `NAMES`, of these `PRESETS` and (in
-    torch's words) `DTYPES`; and `in_name`, which of them the name of a file says."""
+    """What grids are called that have other names in it: a module with `KIND`, `NAMES`, `PRESETS`, `TYPES`
+    (the grid of each) and (in torch's words) `DTYPES`; and `in_name`, which of them the name of a file says."""
 
 
 class StoredTensor(NamedTuple):

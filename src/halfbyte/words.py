@@ -26,6 +26,12 @@ BITS = re.compile(r"(?:u?int|w|q)?([2-8])(?:b|bits?)?")
 PRESET_OF_BITS = {"2": "Q2_K", "3": "Q3_K_M", "4": "Q4_K_M", "5": "Q5_K_M", "6": "Q6_K", "8": "Q8_0"}
 
 
+def own_name(container: str, grid: str) -> str:
+    """What a container calls a grid, where it has names of its own."""
+    types = OWN[container].TYPES if container in OWN else {}
+    return {ALIASES.get(kind, kind): name for name, kind in types.items()}.get(grid, grid)
+
+
 def require_container(name: str) -> None:
     """Raises UnknownName."""
     if name not in (*CONTAINERS, *READ_ONLY):

@@ -17,6 +17,7 @@ from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.report.numbers import require_finite
 from halfbyte.report.summary import beside_planned, headline, in_words, size, worst, worst_activations
 from halfbyte.terminal import Terminal, as_json
+from halfbyte.words import own_name
 
 if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
     from halfbyte.report.types import (
@@ -53,7 +54,7 @@ def show_plan(plan: Plan, output: Path) -> None:
     """Print what a dry run says."""
     o = plan.output
     out.print(f"{output} would be: {headline(plan)}")
-    for kind, count in Counter(row.grid for row in plan.weights).most_common():
+    for kind, count in Counter(own_name(o.container, row.grid) for row in plan.weights).most_common():
         out.print(f"  {plural(count, 'matrix', 'matrices')} on {kind}")
     for reason, count in Counter(plan.kept.values()).most_common():
         out.print(f"  {plural(count, 'tensor')} kept: {reason}")

@@ -2,7 +2,7 @@
 small piece of each as the run begins. An estimate, held against runs by benchmarks/run_resources.py."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import inf, prod
 from pathlib import Path
@@ -31,8 +31,8 @@ WIDEST, TRIED, TOKENS = 2048, 1 << 19, 512
 """In-features and weights of a matrix that is tried, at most, and rows that it is multiplied by."""
 PIECE = 1 << 24
 """Bytes that are written to see how fast that is."""
-LONG_ENOUGH = 0.02
-"""Seconds for which a piece is tried."""
+LEAST, LONG_ENOUGH = 2, 0.02
+"""Times, and seconds, for which a piece is tried."""
 ELEMENTWISE = 40
 """Numbers that a block reads or writes beside its products for each of a hidden state and of an MLP: norms, rotations,
 activations, sums."""
@@ -84,7 +84,8 @@ def seconds(plan: Plan, output_bytes: int, device: torch.device, scratch: Path) 
     with torch.no_grad():
         trial = Trial(plan, device)
         paces = {scheme: trial.matrix(scheme) for scheme in dict.fromkeys(plan.schemes.values())}
-        return sum(Work(plan, trial.machine(scratch), paces).parts(output_bytes).values())
+        alone = sum(Work(plan, trial.machine(scratch), paces).parts(output_bytes).values())
+        return alone * trial.crowding
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,14 @@ class Trial:
 
     plan: Plan
     device: torch.device
+    taken: list[tuple[float, float]] = field(default_factory=list)
+    """Of each piece, seconds of all times that it was done, and what as many of the fastest would have taken."""
+
+    @property
+    def crowding(self) -> float:
+        """How much longer pieces take than at their best, as others use the machine too: a piece alone is too short to
+        tell."""
+        return sum(all_of_it for all_of_it, _ in self.taken) / sum(best for _, best in self.taken)
 
     def machine(self, scratch: Path) -> Pace:
         """What all matrices share."""
@@ -264,15 +273,17 @@ class Trial:
         return torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def _seconds(self, work: Callable[[], Any]) -> float:
-        """Of doing it once, on average over LONG_ENOUGH; but for the first time, which loads kernels."""
+        """Of doing it once, at its best; but for the first time, which loads kernels."""
         work()
         wait(self.device)
-        started, times = perf_counter(), 0
-        while not times or perf_counter() - started < LONG_ENOUGH:
+        times: list[float] = []
+        while len(times) < LEAST or sum(times) < LONG_ENOUGH:
+            started = perf_counter()
             work()
             wait(self.device)
-            times += 1
-        return _elapsed(started) / times
+            times.append(_elapsed(started))
+        self.taken.append((sum(times), min(times) * len(times)))
+        return min(times)
 
 
 def _writing(folder: Path) -> float:
