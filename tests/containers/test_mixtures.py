@@ -19,6 +19,7 @@ from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids.schemes import parse
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
+from models.families import FAMILIES
 from models.test_checkpoints import IMAGES, logits_of
 
 FP8, NVFP4 = "fp8-e4m3-channel-bf16/fp8-e4m3-token", "nvfp4/nvfp4"
@@ -27,7 +28,6 @@ EXPECTED = {
     r"mlp\.(gate|up|down)_proj": NVFP4,
 }
 AHEAD = {f"mtp.layers.0.self_attn.{part}_proj": (64, 64) for part in "qkv"} | {"mtp.fc": (64, 128)}
-STACK = "mtp.layers.0.mlp.experts.gate_up_proj"
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +177,13 @@ def test_one_word_for_several_schemes_is_no_grid_of_a_weight(source, tmp_path):
         halfbyte.quantize(source, tmp_path / "out.gguf", grid="nvfp4-fp8")
     with pytest.raises(Unsupported):
         halfbyte.quantize(source, tmp_path / "out", grid="nvfp4-fp8", to="gptq")
+
+
+def test_stacked_experts_that_predict_ahead_are_named_one_by_one(tmp_path):
+    source = FAMILIES["qwen3_5_moe"].save(tmp_path / "model")
+    stack = {"mtp.layers.0.mlp.experts.gate_up_proj": torch.randn(3, 64, 64).bfloat16()}
+    save_file(load_file(source / "model.safetensors") | stack, source / "model.safetensors", {"format": "pt"})
+    halfbyte.quantize(source, tmp_path / "out", method="nearest", grid="int4-g32", to="compressed-tensors")
+    home = "mtp.layers.0.mlp.experts"
+    wanted = {f"{home}.{number}.{part}_proj" for number in range(3) for part in ("gate", "up")}
+    assert {name for name in said(tmp_path / "out")["ignore"] if name.startswith(home)} == wanted
