@@ -25,6 +25,7 @@ from halfbyte.sizing.preferences import Words, recommended
 from halfbyte.sizing.question import CONTEXT, Question
 from halfbyte.sizing.types import SCHEMA, Advice, CacheRow, Loss, Row
 from halfbyte.targets.plan import commonest_name
+from halfbyte.words import own_name
 
 DEGREES = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of cards that are tried."""
@@ -173,8 +174,10 @@ def _on_device(subject: Subject, choice: Choice, asked: Question, weights: Weigh
 
 def _named(subject: Subject, choice: Choice) -> str:
     """What is quantized already is not in 16 bits."""
-    as_it_is = choice.name == PLAIN and subject.checkpoint.container
-    return f"as it is: {commonest_name(subject.checkpoint.quantized)}" if as_it_is else choice.name
+    container = subject.checkpoint.container
+    if choice.name != PLAIN or not container:
+        return choice.name
+    return f"as it is: {own_name(container, commonest_name(subject.checkpoint.quantized))}"
 
 
 def _planned(subject: Subject, choice: Choice, engine: str) -> tuple[Weights, Verdict | None]:
