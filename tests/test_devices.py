@@ -8,7 +8,7 @@ import torch
 
 import halfbyte
 import tiny
-from halfbyte import devices
+from halfbyte import demo, devices
 from halfbyte.errors import BadRequest
 
 ROOT = Path(halfbyte.__file__).parent
@@ -59,9 +59,9 @@ def test_auto_takes_a_gpu_where_there_is_one_and_others_are_refused(monkeypatch,
 @pytest.mark.parametrize("command", ["quantize", "kv", "imatrix", "eval", "needle"])
 def test_every_command_refuses_an_absent_device_before_anything_is_read(command, tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "_count", lambda kind: 0)
-    words = ["--against", tmp_path / "nowhere"] if command in ("eval", "needle") else ["-o", tmp_path / "out"]
+    words = ["--against", demo.MODEL] if command in ("eval", "needle") else ["-o", tmp_path / "out"]
     for device, said in (("cuda:1", "there is no device cuda:1 here"), ("gpu", "'gpu' is no device")):
-        tiny.refused(tiny.halfbyte(command, tmp_path / "nowhere", *words, "--device", device), said, "auto")
+        tiny.refused(tiny.halfbyte(command, demo.MODEL, *words, "--device", device), said, "auto")
     assert not list(tmp_path.iterdir())
 
 

@@ -79,13 +79,17 @@ class MatrixPace:
     """A number that it is multiplied by, rounded."""
 
 
-def seconds(plan: Plan, output_bytes: int, device: torch.device, scratch: Path) -> float:
-    """Of a run of this plan, from here on; `scratch` is a folder of the disk on which it writes."""
-    with torch.no_grad():
-        trial = Trial(plan, device)
-        paces = {scheme: trial.matrix(scheme) for scheme in dict.fromkeys(plan.schemes.values())}
-        alone = sum(Work(plan, trial.machine(scratch), paces).parts(output_bytes).values())
-        return alone * trial.crowding
+def seconds(plan: Plan, output_bytes: int, device: torch.device, scratch: Path) -> float | None:
+    """Of a run of this plan, from here on; `scratch` is a folder of the disk on which it writes. None where the device
+    has no memory for a small piece of it: the run itself may still do with less."""
+    trial = Trial(plan, device)
+    try:
+        with torch.no_grad():
+            paces = {scheme: trial.matrix(scheme) for scheme in dict.fromkeys(plan.schemes.values())}
+            machine = trial.machine(scratch)
+    except torch.OutOfMemoryError:
+        return None
+    return sum(Work(plan, machine, paces).parts(output_bytes).values()) * trial.crowding
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,8 @@ class Trial:
         if not plan.calibrated:
             return MatrixPace(rounding, rounding, rounding, committing, 0.0)
         statistics = self._filled(width, self._random(TOKENS, width))
-        solve = partial(SOLVERS[method.solver], w, scheme.weight, *([statistics] if method.calibrated else []))
+        solver = SOLVERS.get(method.solver, SOLVERS["nearest"])  # in place of one that needs a whole block
+        solve = partial(solver, w, scheme.weight, *([statistics] if method.calibrated else []))
         return MatrixPace(
             solving=self._seconds(solve) / w.numel(),
             nearest=rounding,
@@ -287,12 +292,16 @@ class Trial:
 
 
 def _writing(folder: Path) -> float:
-    """Seconds for a byte in a file that has no name."""
+    """Seconds for a byte in a file that has no name. Of a disk that takes none, nothing is known: the run will say what
+    is wrong with it."""
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     piece = bytes(PIECE)
     started = perf_counter()
-    with TemporaryFile(dir=there) as file:
-        file.write(piece)
+    try:
+        with TemporaryFile(dir=there) as file:
+            file.write(piece)
+    except OSError:
+        return 0.0
     return _elapsed(started) / PIECE
 
 

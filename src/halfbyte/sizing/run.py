@@ -79,7 +79,8 @@ def resources(
         + _spilled(plan, placement),
     )
     left = duration.seconds(plan, tensors, device, scratch)  # after memory, of which it takes some that a run takes too
-    return known.model_copy(update={"seconds": round(time.perf_counter() - started + left, 2)})
+    whole = None if left is None else round(time.perf_counter() - started + left, 2)
+    return known.model_copy(update={"seconds": whole})
 
 
 def _on_device(plan: Plan, placement: Placement) -> int:
