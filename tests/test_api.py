@@ -235,6 +235,7 @@ for call in (halfbyte.load, halfbyte.inspect, lambda path: halfbyte.evaluate([pa
 """
 
 
+@pytest.mark.slow
 def test_what_is_no_path_is_refused_in_one_line():
     """In a process of its own, where no shapes and types are checked."""
     said = subprocess.run([sys.executable, "-c", NO_PATH], capture_output=True, text=True, check=True).stdout

@@ -105,6 +105,7 @@ def test_caches_importance_and_needles_say_where_they_were_found(model, calibrat
     assert found.device.startswith(device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_a_budget_and_blame_are_found_on_a_device(model, calibration, tmp_path, device):
     words = {"calibration": calibration, "engine": "none", "method": "gptq"}

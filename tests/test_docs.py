@@ -29,6 +29,7 @@ RUN = [(name, found) for name, found in RUN if found]
 done: set[str] = set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "found"), RUN, ids=[name for name, _ in RUN])
 def test_commands_of_a_page(page: str, found: list[Command], tmp_path):
     with documented.stage(tmp_path, found):
@@ -45,6 +46,7 @@ def test_commands_of_a_page(page: str, found: list[Command], tmp_path):
             done.add(command.line)
 
 
+@pytest.mark.slow
 def test_examples_of_the_help_print_what_their_schema_says(tmp_path):
     assert hooks.TYPES_OF_JSON.keys() == documented.COMMANDS.keys()
     found = documented.examples()

@@ -111,6 +111,7 @@ def test_inspecting_a_gguf_needs_no_torch(tmp_path):
         assert start("inspect", str(tmp_path / "q.gguf"), *words) == (0, ["False PASSIVE"])
 
 
+@pytest.mark.slow
 def test_a_plan_imports_no_model():
     """Transformers' models take most of a start."""
     code = "import sys; from halfbyte.cli import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules)"

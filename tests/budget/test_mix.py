@@ -27,6 +27,7 @@ def make(home: Path, out: str, **words):
     return halfbyte.quantize(home / "model", home / out, calibration=calibration, **words)
 
 
+@pytest.mark.slow
 def test_a_file_is_as_large_as_was_asked_for_at_most_and_as_was_said(home):
     report = make(home, "a.gguf", size=230_000)
     assert report.budget.file_bytes == (home / "a.gguf").stat().st_size <= 230_000 == report.budget.limit_bytes
@@ -86,6 +87,7 @@ def test_a_second_budget_measures_nothing(home, monkeypatch):
     assert make(home, "f.gguf", bits=6, dry_run=True).budget.predicted_kl > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_with_what_it_had_found(home, monkeypatch):
     from halfbyte.budget import sensitivity
 

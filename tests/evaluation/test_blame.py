@@ -103,6 +103,7 @@ def test_folds_that_nobody_tells_of_leave_blocks_whole(home, tmp_path):
     assert not any(name.rpartition(".layers.")[2].split(".")[0] in rescaled for name in weights)
 
 
+@pytest.mark.slow
 def test_slices_change_nothing(home, monkeypatch):
     from halfbyte.evaluation import divergence
 

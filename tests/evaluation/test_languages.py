@@ -30,6 +30,7 @@ def home(tmp_path_factory):
     return home
 
 
+@pytest.mark.slow
 def test_one_name_stands_for_all(home):
     result = tiny.halfbyte(
         "eval", home / "out", "--against", home / "model", "--text", "multilingual", "--length", 64, "--windows", 1

@@ -74,6 +74,7 @@ def test_a_scalar_format_is_one_line():
     assert 0 < float(error) < 0.03
 
 
+@pytest.mark.slow
 def test_the_command_line_knows_it_by_that_line():
     refused = run(QUANTIZED)
     assert refused.returncode == 2

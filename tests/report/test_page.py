@@ -75,6 +75,7 @@ def reports(home: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths]
 
 
+@pytest.mark.slow
 @in_browser
 def test_numbers_are_those_of_the_reports(home, chromium):
     shown, wrong = opened(chromium, home / "report.html")

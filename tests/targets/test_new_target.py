@@ -36,6 +36,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_knows_it_by_one_line(tmp_path):
     asked = ("quantize", demo.MODEL, "-o", tmp_path / "out", "--method", "nearest", "--grid", "int8-channel")
     words = [*map(str, asked), "--to", "raw", "--engine", "none"]

@@ -33,6 +33,9 @@ PIECE = 1 << 24
 """Bytes that are written to see how fast that is."""
 LEAST, LONG_ENOUGH = 2, 0.02
 """Times, and seconds, for which a piece is tried."""
+SHARE, OF_WEIGHT = 32, 1e-9
+"""Of a small model less is tried, since to wait for the estimate would take longer than the run: one weight in so many;
+seconds a piece for each."""
 ELEMENTWISE = 40
 """Numbers that a block reads or writes beside its products for each of a hidden state and of an MLP: norms, rotations,
 activations, sums."""
@@ -198,6 +201,11 @@ class Trial:
     taken: list[tuple[float, float]] = field(default_factory=list)
     """Of each piece, seconds of all times that it was done, and what as many of the fastest would have taken."""
 
+    @cached_property
+    def _weights(self) -> int:
+        """In all matrices of the plan."""
+        return sum(prod(weight.shape) for weight in self.plan.schemes)
+
     @property
     def crowding(self) -> float:
         """How much longer pieces take than at their best, as others use the machine too: a piece alone is too short to
@@ -223,7 +231,7 @@ class Trial:
         plan, method = self.plan, self.plan.method
         out, width = max((w.shape for w, s in plan.schemes.items() if s == scheme), key=prod)
         width = min(width, WIDEST)
-        out = min(out, max(128, TRIED // width))
+        out = min(out, max(128, min(TRIED, self._weights // SHARE) // width))
         w = self._random(out, width).to(plan.checkpoint.dtype)
         nearest = partial(SOLVERS["nearest"], w, scheme.weight)
         committing = self._committing(nearest()) / w.numel()
@@ -282,7 +290,7 @@ class Trial:
         work()
         wait(self.device)
         times: list[float] = []
-        while len(times) < LEAST or sum(times) < LONG_ENOUGH:
+        while len(times) < LEAST or sum(times) < min(LONG_ENOUGH, OF_WEIGHT * self._weights):
             started = perf_counter()
             work()
             wait(self.device)
