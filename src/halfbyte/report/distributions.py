@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,8 +56,9 @@ def activation_distribution(stats: ActivationStats) -> ActivationDistribution | 
 
 
 def _spread(values: Tensor, low: float, high: float) -> dict[str, Any]:
-    ordered = values.sort().values
-    found = {name: ordered[int(share * (len(ordered) - 1))].item() for name, share in SHARES.items()}
+    places = {name: int(share * (len(values) - 1)) for name, share in SHARES.items()}
+    ordered = np.partition(values.numpy(), list(places.values()))
+    found = {name: float(ordered[place]) for name, place in places.items()}
     return {name: _short(value) for name, value in {"low": low, **found, "high": high}.items()}
 
 

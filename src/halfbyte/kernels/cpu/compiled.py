@@ -5,8 +5,10 @@ are shared out in Python, not by the compiler: compiled code for threads takes t
 would be one kind of threads more.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -62,6 +64,16 @@ def in_threads(run: Callable, tasks: int, *args: object) -> None:
         return
     shares = min(threads * SHARES, tasks)
     borders = [share * tasks // shares for share in range(shares + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(run, first, last, *args) for first, last in pairwise(borders)]:
-            done.result()
+    pool = _pool(threads)
+    for done in [pool.submit(run, first, last, *args) for first, last in pairwise(borders)]:
+        done.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Kept: of a small model, to start threads takes as long as what they compute."""
+    return ThreadPoolExecutor(threads)
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
