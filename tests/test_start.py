@@ -112,12 +112,22 @@ def test_inspecting_a_gguf_needs_no_torch(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_plan_imports_no_model():
-    """Transformers' models take most of a start."""
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [
+        (["plan", demo.MODEL], "halfbyte.sizing.advice"),
+        (["quantize", demo.MODEL, "-o", "out", "--method", "nearest", "--grid", "int4-g64"], "halfbyte.streaming"),
+        (["quantize", demo.MODEL, "-o", "out.gguf", "--method", "nearest", "--grid", "Q4_K_M"], "halfbyte.streaming"),
+    ],
+    ids=["plan", "nearest", "gguf"],
+)
+def test_what_runs_no_model_imports_none(words, module, tmp_path):
+    """Transformers' models take most of a start, and 200 MB."""
     code = "import sys; from halfbyte.cli import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules)"
-    words = [sys.executable, "-c", code, "plan", str(demo.MODEL), "--json"]
-    modules = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1].split()
-    assert "halfbyte.sizing.advice" in modules
+    asked = [sys.executable, "-c", code, *map(str, words), "--json"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=tmp_path)
+    modules = done.stdout.splitlines()[-1].split()
+    assert module in modules
     assert not {"transformers.modeling_utils", "halfbyte.models.walk"} & {*modules}
 
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from halfbyte.evaluation.blame import Attribution
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.report import written
 from halfbyte.report.diagnosis import findings, in_calibration
@@ -40,6 +39,9 @@ from halfbyte.report.types import (
     TaskRecord,
     TaskResult,
 )
+
+if TYPE_CHECKING:
+    from halfbyte.evaluation.blame import Attribution
 
 Asked = tuple[str | Path, str]
 """A model, and the KV cache that it ran with: "stored" is its own."""
@@ -182,7 +184,7 @@ def _cache(checkpoint: Checkpoint) -> str | None:
     return str(checkpoint.kv.grid) if checkpoint.kv else None
 
 
-def blame(conditions: Mapping[str, Any], checkpoint: Checkpoint, found: Attribution) -> Blame:
+def blame(conditions: Mapping[str, Any], checkpoint: Checkpoint, found: "Attribution") -> Blame:
     """What each part costs, beside the errors that the run reported. Raises BrokenOutput for NaN."""
     report = written.known(checkpoint.path)
     rows = report.weights if isinstance(report, Report) else []

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -35,8 +36,8 @@ from halfbyte.targets.plan import Plan
 HOST = KINDS["cpu"]
 FEWER = (64, 32, 16, 8)
 """Samples that are offered in place of more."""
-KERNELS = 110_000_000
-"""Compiled kernels and what loads them, beside what the process has when a plan is made."""
+KERNELS = 150_000_000
+"""Compiled kernels, what loads them, and what draws the picture, beside what the process has when a plan is made."""
 TEXT, ENTRY = 100_000_000, 500
 """What reads text; and a token of the tokenizer's vocabulary."""
 CODE = 1
@@ -68,6 +69,8 @@ def resources(
     """What a run of this plan will take, if it begins now: `scratch` is where hidden states go that memory does not
     hold, `peak` what planning has taken at most, and `started` when that began (`time.perf_counter`)."""
     started = time.perf_counter() if started is None else started
+    if plan.calibrated:
+        import_module("halfbyte.models.walk")  # Transformers' models, so that the process has them when it is asked
     placement = Placement.on(device, scratch)
     tensors, beside = sum(shard.size_bytes for shard in shards.values()), plan.checkpoint.other_files
     known = Resources(
