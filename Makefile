@@ -12,7 +12,7 @@ test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --few 4
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --few 2
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check src tests benchmarks docs

@@ -75,6 +75,7 @@ def decoded(folder: Path) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [grid for grid, _ in GRIDS])
 def test_every_part_fits_or_is_refused(grid, folders, tmp_path):
     tensors, expected, refused = load_file(folders[grid] / "model.safetensors"), decoded(folders[grid]), 0

@@ -119,6 +119,7 @@ def test_conventions_differ(home):
     )
 
 
+@pytest.mark.slow
 def test_slices_change_nothing(home, monkeypatch):
     """A long text is walked a few windows at a time; so is this short one when little memory is allowed."""
     text = str(home / "text.txt")

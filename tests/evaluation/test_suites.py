@@ -49,6 +49,7 @@ def found(home) -> SuiteEvaluation:
     return halfbyte.suite([home / "int2", home / "model"], home / "model", home / "own.jsonl")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_answers_are_those_of_transformers(home, found):
     """Prompt by prompt and without padding, where ours run side by side."""

@@ -13,6 +13,7 @@ from halfbyte.report.types import TaskEvaluation
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[tasks]'")
 
+pytestmark = pytest.mark.slow  # lm-eval and its datasets take seconds to start
 WORDS = tiny.WORDS
 CHOICE = {
     "output_type": "multiple_choice",
@@ -113,7 +114,6 @@ def test_code_is_run_only_where_that_was_asked_for(home):
     assert tiny.halfbyte(*words, "--run-code").code == 0
 
 
-@pytest.mark.slow
 def test_refused(home, monkeypatch, tmp_path):
     words = ("eval", home / "int2", "--against", home / "model", "--tasks")
     tiny.refused(tiny.halfbyte(*words, "gsm8"), "did you mean gsm8k")

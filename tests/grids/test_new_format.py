@@ -68,6 +68,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", ONE_LINE + code], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_scalar_format_is_one_line():
     name, bits, error = run(FITTED).stdout.replace("tensor(", "").replace(")", "").split()
     assert (name, float(bits)) == ("fp6-e2m3-g16", 6.5)

@@ -47,6 +47,7 @@ def with_template(source: Path, folder: Path, template: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["text.txt", "texts.jsonl", "chats.jsonl"])
 def test_every_window_begins_as_the_tokenizer_begins_a_text(source, home):
     begins, plain = Checkpoint(home / "begins"), Checkpoint(home / "plain")

@@ -16,6 +16,7 @@ from halfbyte.report.summary import size
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[test]'")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on the path: apt install chromium")
+pytestmark = pytest.mark.slow  # what is looked at takes ten runs to make
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\u202e\x1b[31m{{7*7}}"
 
 
@@ -75,7 +76,6 @@ def reports(home: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-@pytest.mark.slow
 @in_browser
 def test_numbers_are_those_of_the_reports(home, chromium):
     shown, wrong = opened(chromium, home / "report.html")

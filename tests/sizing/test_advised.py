@@ -77,6 +77,7 @@ def test_the_textbooks_advice(model, words, scheme, engine):
         assert best.words["method"] == "gptq"
 
 
+@pytest.mark.slow
 def test_cards_and_degrees():
     found = row(plan("llama-3.1-70b", device="h100", engine="vllm"), "16 bits")
     assert found.cards == 2
@@ -95,6 +96,7 @@ def test_speed_is_a_roofline():
     assert many.decode_tokens > 50 * found.decode_tokens
 
 
+@pytest.mark.slow
 def test_what_is_not_known_is_not_guessed():
     found = plan("llama-3.1-8b", memory="24GiB")
     assert all(row.decode_tokens is None and row.prefill_tokens is None for row in found.rows)

@@ -78,7 +78,7 @@ def files(tmp_path_factory) -> Path:
 def hub(files, monkeypatch):
     hub = Hub(files)
     server = ThreadingHTTPServer(("127.0.0.1", 0), hub.handler())
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"

@@ -42,9 +42,8 @@ def with_free(monkeypatch, size_bytes: int) -> None:
     monkeypatch.setattr(run, "HOST", replace(run.HOST, free_bytes=lambda _: size_bytes))
 
 
-@pytest.mark.parametrize(
-    "method", ["nearest", pytest.param("gptq", marks=pytest.mark.slow), pytest.param("awq", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["nearest", "gptq", "awq"])
 def test_what_is_planned_is_what_a_process_takes(tmp_path, method):
     words = ["-m", "halfbyte", "quantize", str(demo.MODEL), "-o", str(tmp_path / "out"), "--method", method, "--json"]
     done = subprocess.run([sys.executable, *words, "--samples", "8"], capture_output=True, text=True, check=True)

@@ -122,6 +122,7 @@ def test_a_folder_of_safetensors_is_no_gguf(home, tmp_path):
 # Files of other programs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_of_llama_quantizes_is_read(home, tmp_path):
     llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
     params = llama.llama_model_quantize_default_params()

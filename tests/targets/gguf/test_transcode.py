@@ -110,6 +110,7 @@ def test_zero_points_are_rounded_and_the_error_is_said(grid, home):
     assert all((was[m] - now[m]).norm() < most * was[m].norm() for m in was)
 
 
+@pytest.mark.slow
 def test_a_named_preset_or_type_is_what_is_rounded_to(home):
     source = folder(home, "int4-g128-asym", "awq")
     convert(source, home / "named.gguf", "--to", "gguf", "--grid", "q5_1")
