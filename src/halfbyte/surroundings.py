@@ -28,8 +28,8 @@ def give_back_blocks() -> None:
     """Have glibc return every large block as it is freed: else it keeps those of up to 32 MB in a heap with holes (of
     gptq on a block of 60 million weights, a peak of 1.80 GB for 1.63 GB).
 
-    To set that ends glibc's own adaptation of both thresholds: the heap's end would go back at every 128 KB, to be asked
-    for again at once, and gptq take a tenth longer.
+    To set that ends glibc's own adaptation of both thresholds: the heap's end would go back at every 128 KB, to be
+    asked for again at once, and gptq take a tenth longer.
     """
     if sys.platform == "linux" and (set_option := getattr(ctypes.CDLL(None), "mallopt", None)):
         set_option(M_MMAP_THRESHOLD, LARGE_BYTES)
