@@ -10,7 +10,7 @@ import transformers
 import halfbyte
 import tiny
 from halfbyte.evaluation.suites import answers, checks
-from halfbyte.evaluation.suites.checks import CHECKS, Said
+from halfbyte.evaluation.suites.checks import CHECKS, Completion
 from halfbyte.evaluation.suites.suite import SHIPPED, suites
 from halfbyte.report.types import SuiteEvaluation
 
@@ -143,15 +143,15 @@ ANSWERS = {
     (name, expected, text, passes) for (name, expected), texts in ANSWERS.items() for text, passes in texts.items()
 ])  # fmt: skip
 def test_checks(name, expected, text, passes):
-    assert CHECKS[name].passes(Said(text), expected) is passes
+    assert CHECKS[name].passes(Completion(text), expected) is passes
 
 
 def test_json_of_kinds():
     wanted = {"name": "string", "age": "number", "friends": "array"}
     passes = CHECKS["json"].passes
-    assert passes(Said('{"name": "Rex", "age": 4, "friends": [], "more": null}'), wanted)
-    assert not passes(Said('{"name": "Rex", "age": true, "friends": []}'), wanted)
-    assert not passes(Said('["Rex", 4]'), wanted)
+    assert passes(Completion('{"name": "Rex", "age": 4, "friends": [], "more": null}'), wanted)
+    assert not passes(Completion('{"name": "Rex", "age": true, "friends": []}'), wanted)
+    assert not passes(Completion('["Rex", 4]'), wanted)
 
 
 @pytest.mark.parametrize(
@@ -168,15 +168,15 @@ def test_json_of_kinds():
     ],
 )
 def test_tool_calls(text, passes):
-    assert CHECKS["tool_call"].passes(Said(text), {"name": "add", "arguments": {"a": 1, "b": 2}}) is passes
+    assert CHECKS["tool_call"].passes(Completion(text), {"name": "add", "arguments": {"a": 1, "b": 2}}) is passes
 
 
 def test_thoughts_that_the_template_opens():
     closed = CHECKS["closed_thinking"].passes
-    assert not closed(Said("so it is", before="assistant\n<think>\n"), None)
-    assert closed(Said("so it is</think>4", before="assistant\n<think>\n"), None)
-    assert Said("so it is</think>4", before="assistant\n<think>\n").answer == "4"
-    assert Said("it is 4", before="assistant\n<think>\n").answer == ""
+    assert not closed(Completion("so it is", before="assistant\n<think>\n"), None)
+    assert closed(Completion("so it is</think>4", before="assistant\n<think>\n"), None)
+    assert Completion("so it is</think>4", before="assistant\n<think>\n").answer == "4"
+    assert Completion("it is 4", before="assistant\n<think>\n").answer == ""
 
 
 def test_loops():

@@ -84,7 +84,9 @@ def blame(
     trials = {name: search.weight_trials(name) for name in worst}
     if not any(trials.values()):
         return by_block
-    by_weight = search.measure({name: found for name, found in trials.items() if found}, outside=False)
+    by_weight = search.measure(
+        {name: block_trials for name, block_trials in trials.items() if block_trials}, outside=False
+    )
     return Attribution(by_block.kl, [*by_block.parts, *by_weight.parts])
 
 
@@ -129,8 +131,8 @@ class _Search:
             name = f"{expert.home}.*.{expert.part}" if expert else weight.name
             shared = next((f for f in self.fold_groups(block) if f & self._modules(weight)), None)
             groups.setdefault(min(shared) if shared else name, {}).setdefault(name, []).append(weight.name)
-        found = [Trial(", ".join(kinds), WEIGHT, tuple(chain(*kinds.values()))) for kinds in groups.values()]
-        return found if len(found) > 1 else []
+        trials = [Trial(", ".join(kinds), WEIGHT, tuple(chain(*kinds.values()))) for kinds in groups.values()]
+        return trials if len(trials) > 1 else []
 
     def _modules(self, weight: Weight) -> set[str]:
         """All that a weight is called by: in the model, in the original, and there as a part of a stack."""
@@ -151,28 +153,30 @@ class _Search:
     def _knows_folds(self, block: str) -> bool:
         """Whether nothing in the block was rescaled but what is known: a norm that took up a scale has other values."""
         weights = {w.tensor for w in self.weights[block]}
-        known = {name for group in self.fold_groups(block) for name in group}
-        own = [
+        folded = {name for group in self.fold_groups(block) for name in group}
+        others = [
             tensor
             for tensor in self.model.tensors()
-            if roles.block_of(tensor) == block and tensor not in weights and tensor.rpartition(".")[0] not in known
+            if roles.block_of(tensor) == block and tensor not in weights and tensor.rpartition(".")[0] not in folded
         ]
-        return all(_near(self.model.read(tensor), self.original.read(tensor)) for tensor in own)
+        return all(_near(self.model.read(tensor), self.original.read(tensor)) for tensor in others)
 
     def measure(self, trials: Mapping[str, Sequence[Trial]], outside: bool) -> Attribution:
         """What trials within blocks give back, and with `outside` the parts that are in no block."""
         count = 3 + sum(map(len, trials.values()))
         at_once = windows_at_once(self.original, self.windows.shape[1], count * torch.float32.itemsize)
-        as_it_is: list[Tokens] = []
+        baselines: list[Tokens] = []
         tried: dict[Trial, list[Tokens]] = {}
         slices = self.windows.split(at_once)
         for number, part in enumerate(slices):
             one = _Pass(self, part, trials, outside)
-            own, found = one.run(lambda done, number=number: self.progress("trying", number + done, len(slices)))
-            as_it_is.append(own)
-            for trial, tokens in found.items():
+            baseline, by_trial = one.run(
+                lambda done, number=number: self.progress("trying", number + done, len(slices))
+            )
+            baselines.append(baseline)
+            for trial, tokens in by_trial.items():
                 tried.setdefault(trial, []).append(tokens)
-        kl = joined(as_it_is).kl
+        kl = joined(baselines).kl
         given = [GivenBack(trial, mean_and_error(kl - joined(tokens).kl)) for trial, tokens in tried.items()]
         return Attribution(mean_and_error(kl), sorted(given, key=lambda g: -g.kl[0]))
 
@@ -207,13 +211,13 @@ class _Pass:
             progress(number / len(self.model.blocks))
         for walk in walks:
             walk.ends.finish()
-        found = {trial: self.model.ends.given(hidden) for trial, hidden in self.streams.items()}
-        for ends in found.values():
+        trial_ends = {trial: self.model.ends.given(hidden) for trial, hidden in self.streams.items()}
+        for ends in trial_ends.values():
             ends.finish()
         if self.outside:
-            found |= self._outside()
-        own = scores([*(walk.ends for walk in walks), *found.values()], self.search.first_scored)
-        return own[1], dict(zip(found, own[2:], strict=True))
+            trial_ends |= self._outside()
+        measured = scores([*(walk.ends for walk in walks), *trial_ends.values()], self.search.first_scored)
+        return measured[1], dict(zip(trial_ends, measured[2:], strict=True))
 
     def _run_original(self) -> Stream:
         """Returns what its first block reads."""
@@ -250,8 +254,8 @@ class _Pass:
         others = [t for t in block.tensors if t not in owned and (not trial.weights or t.rpartition(".")[0] in folded)]
         with block.trial(*{w.tensor for w in weights}, *others):
             for weight in weights:
-                home, own = search.homes[weight.name]
-                block.weight(weight).copy_(home.read_weight(own))
+                home, original_weight = search.homes[weight.name]
+                block.weight(weight).copy_(home.read_weight(original_weight))
                 block.activations.pop(weight, None)
             for tensor in others:
                 block.view(tensor).copy_(search.original.read(tensor))
@@ -259,22 +263,22 @@ class _Pass:
 
     def _outside(self) -> dict[Trial, Ends]:
         """The head and the cache in place of the model's own."""
-        found = {}
+        trial_ends = {}
         if not self.model.ends.same_head(self.original.ends):
-            found[Trial("head", HEAD)] = self.original.ends.given(self.model.inputs)
+            trial_ends[Trial("head", HEAD)] = self.original.ends.given(self.model.inputs)
         if self.search.model.kv:
             walk = self._walk(self.search.model.replaced(kv=None))
             for _ in walk:
                 pass
             walk.ends.finish()
-            found[Trial("KV cache", CACHE)] = walk.ends
-        return found
+            trial_ends[Trial("KV cache", CACHE)] = walk.ends
+        return trial_ends
 
 
 def _equal(one: Stream, other: Stream) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def _near(own: Tensor, its: Tensor) -> bool:
+def _near(values: Tensor, reference: Tensor) -> bool:
     """Whether these are the same numbers, but for the rounding of 16 bits."""
-    return bool((own.double() - its.double()).norm() <= COARSEST * its.double().norm())
+    return bool((values.double() - reference.double()).norm() <= COARSEST * reference.double().norm())

@@ -34,8 +34,8 @@ CLASSES: Mapping[str, Class] = {
 def of(tokenizer: Any, tokens: Int64[Tensor, "windows positions"]) -> Int64[Tensor, "windows positions"]:
     """The class of each token, as a place in CLASSES; one more for none."""
     kinds, which = tokens.unique(return_inverse=True)
-    found = [_class(tokenizer.decode([token], skip_special_tokens=False)) for token in kinds.tolist()]
-    return torch.tensor(found)[which]
+    classes = [_class(tokenizer.decode([token], skip_special_tokens=False)) for token in kinds.tolist()]
+    return torch.tensor(classes)[which]
 
 
 def _class(text: str) -> int:

@@ -101,8 +101,8 @@ def _measure(
                 progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))
             walk.ends.finish()
         progress("comparing predictions", number + 1, len(slices))
-        for collected, found in zip(parts, scores([walk.ends for walk in walks], first_scored), strict=True):
-            collected.append(found)
+        for collected, tokens in zip(parts, scores([walk.ends for walk in walks], first_scored), strict=True):
+            collected.append(tokens)
     return [joined(part) for part in parts]
 
 
@@ -116,38 +116,38 @@ def scores(ends: Sequence[Ends], first_scored: int) -> list[Tokens]:
     """Of every finished pass against the first. Those with one head are compared in one go: two heads are in memory at
     most."""
     groups: list[list[int]] = []
-    for number, own in enumerate(ends):
-        if group := next((g for g in groups if own.same_head(ends[g[0]])), None):
+    for number, candidate in enumerate(ends):
+        if group := next((g for g in groups if candidate.same_head(ends[g[0]])), None):
             group.append(number)
         else:
             groups.append([number])
-    found: dict[int, Tokens] = {}
+    results: dict[int, Tokens] = {}
     for group in groups:
         alike = [ends[number] for number in group]
         compared = _compared(ends[0], alike if group[0] else alike[1:], group[0] == 0, first_scored)
-        found |= dict(zip([0, *group] if group[0] else group, compared, strict=True))
-    return [found[number] for number in range(len(ends))]
+        results |= dict(zip([0, *group] if group[0] else group, compared, strict=True))
+    return [results[number] for number in range(len(ends))]
 
 
 def _compared(reference: Ends, others: Sequence[Ends], share_its_head: bool, first_scored: int) -> list[Tokens]:
     """Of the reference, and of others that have one head, which may be the reference's."""
     parts: list[list[Tokens]] = [[] for _ in (reference, *others)]
     with ExitStack() as heads:
-        said = heads.enter_context(reference.head())
+        reference_logits = heads.enter_context(reference.head())
         leader = reference if share_its_head else None
-        predict = []
-        for own in others:
-            predict.append(heads.enter_context(own.head(leader)))
-            leader = leader or own
+        other_logits = []
+        for other in others:
+            other_logits.append(heads.enter_context(other.head(leader)))
+            leader = leader or other
         for batch in range(1, len(reference.walk.batches)):
             tokens = reference.walk.batches[batch]
             rows: list[list[Tokens]] = [[] for _ in parts]
             for positions in _positions(reference, tokens.shape, first_scored):
                 following = tokens[:, positions.start + 1 : positions.stop + 1]
-                original = _Original(_said(said(batch, positions)), following)
+                original = _Original(_log_probs(reference_logits(batch, positions)), following)
                 rows[0].append(original.of_itself())
-                for collected, own in zip(rows[1:], predict, strict=True):
-                    collected.append(original.against(_said(own(batch, positions))))
+                for collected, logits in zip(rows[1:], other_logits, strict=True):
+                    collected.append(original.against(_log_probs(logits(batch, positions))))
             for collected, row in zip(parts, rows, strict=True):
                 collected.append(joined(row, dim=1).cpu())
     return [joined(part) for part in parts]
@@ -155,8 +155,8 @@ def _compared(reference: Ends, others: Sequence[Ends], share_its_head: bool, fir
 
 def _positions(ends: Ends, shape: Sequence[int], first_scored: int) -> Iterator[slice]:
     """The scored positions of a batch, few enough at a time for the logits' share of the memory."""
-    words = ends.model.config.get_text_config(decoder=True).vocab_size
-    step = max(1, int(LOGITS_BYTES / (COPIES * 4 * words * shape[0])))
+    vocab_size = ends.model.config.get_text_config(decoder=True).vocab_size
+    step = max(1, int(LOGITS_BYTES / (COPIES * 4 * vocab_size * shape[0])))
     last = shape[1] - 1
     return (slice(start, min(start + step, last)) for start in range(first_scored, last, step))
 
@@ -166,7 +166,7 @@ def joined(parts: Sequence[Tokens], dim: int = 0) -> Tokens:
     return Tokens(*(torch.cat([getattr(part, field.name) for part in parts], dim) for field in fields(Tokens)))
 
 
-def _said(logits: Tensor) -> Tensor:
+def _log_probs(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
@@ -174,27 +174,27 @@ class _Original:
     """What the first model says at some positions, looked at once for all the others: each of these looks takes as long
     as a model's head."""
 
-    def __init__(self, said: Tensor, following: Tensor):
+    def __init__(self, log_probs: Tensor, following: Tensor):
         """Logarithms of probabilities, and the tokens that came next."""
-        self.said, self.probabilities = said, said.exp()
-        self.following = following[..., None].to(said.device)
-        self.chosen = self._chosen(said)
-        self.top = said.argmax(-1, keepdim=True)
+        self.log_probs, self.probabilities = log_probs, log_probs.exp()
+        self.following = following[..., None].to(log_probs.device)
+        self.chosen = self._chosen(log_probs)
+        self.top = log_probs.argmax(-1, keepdim=True)
 
-    def _chosen(self, said: Tensor) -> Tensor:
-        return said.gather(-1, self.following)[..., 0]
+    def _chosen(self, log_probs: Tensor) -> Tensor:
+        return log_probs.gather(-1, self.following)[..., 0]
 
     def of_itself(self) -> Tokens:
         zeros = torch.zeros_like(self.chosen)
         return Tokens(-self.chosen, zeros, zeros, torch.ones_like(zeros), zeros)
 
-    def against(self, own: Tensor) -> Tokens:
-        """Another model at these positions. `own` is spent: what is large here is the vocabulary, and fresh memory
-        takes longer than the sums."""
-        chosen = self._chosen(own)
-        same_top = (own.argmax(-1, keepdim=True) == self.top)[..., 0].float()
-        probabilities = own.exp()
-        apart = own.sub_(self.said)
+    def against(self, log_probs: Tensor) -> Tokens:
+        """Another model at these positions. `log_probs` is spent: what is large here is the vocabulary, and fresh
+        memory takes longer than the sums."""
+        chosen = self._chosen(log_probs)
+        same_top = (log_probs.argmax(-1, keepdim=True) == self.top)[..., 0].float()
+        probabilities = log_probs.exp()
+        apart = log_probs.sub_(self.log_probs)
         reverse_kl = probabilities.mul_(apart).sum(-1).clamp_(min=0)
         kl = apart.mul_(self.probabilities).sum(-1).neg_().clamp_(min=0)
         return Tokens(-chosen, kl, reverse_kl, same_top, chosen.exp() - self.chosen.exp())
@@ -226,12 +226,12 @@ def _summary(tokens: Tokens, first_scored: int, reference: bool) -> dict[str, An
 
 def by_position(values: Float32[Tensor, "windows positions"], first_scored: int) -> list[dict[str, Any]]:
     """The mean and its error in some stretches of the windows, whose first scored position is `first_scored`."""
-    stretches, found, start = values.tensor_split(min(STRETCHES, values.shape[1]), dim=1), [], first_scored
+    stretches, rows, start = values.tensor_split(min(STRETCHES, values.shape[1]), dim=1), [], first_scored
     for stretch in stretches:
         mean, error = mean_and_error(stretch)
-        found.append({"first": start, "last": start + stretch.shape[1] - 1, "kl": mean, "kl_error": error})
+        rows.append({"first": start, "last": start + stretch.shape[1] - 1, "kl": mean, "kl_error": error})
         start += stretch.shape[1]
-    return found
+    return rows
 
 
 def by_class(
@@ -239,7 +239,7 @@ def by_class(
 ) -> list[dict[str, Any]]:
     """The mean where a token of each class comes next, and its standard error: over windows, of which those without
     such a token tell nothing."""
-    found = []
+    rows = []
     for number, name in enumerate(CLASSES):
         is_one = classes == number
         counts = is_one.sum(1)
@@ -248,8 +248,8 @@ def by_class(
             means = (sums / counts.clamp(min=1))[counts > 0]
             error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else None
             kl = float(sums.sum() / counts.sum())
-            found.append({"name": name, "tokens": int(counts.sum()), "kl": kl, "kl_error": error})
-    return found
+            rows.append({"name": name, "tokens": int(counts.sum()), "kl": kl, "kl_error": error})
+    return rows
 
 
 def mean_and_error(values: Float32[Tensor, "windows positions"]) -> tuple[float, float | None]:

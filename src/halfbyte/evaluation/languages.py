@@ -11,9 +11,9 @@ calibration text; of French 0.80, of Spanish 0.76, of Swahili 0.45, of other scr
 
 
 @lru_cache(maxsize=2)  # several models are measured on one text
-def shared(text: str, known: str) -> float:
+def shared(text: str, other: str) -> float:
     """The share of a text's runs of letters that are in another one too."""
-    runs, others = _runs(text), set(_runs(known))
+    runs, others = _runs(text), set(_runs(other))
     return sum(run in others for run in runs) / len(runs) if runs else 1.0
 
 

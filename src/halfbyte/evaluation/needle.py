@@ -52,8 +52,8 @@ def plant(checkpoint: Checkpoint, text: str, length: int, depths: Sequence[float
     tokenizer = calibrate.tokenizer_of(checkpoint)
     first, stream = calibrate.opening(tokenizer), calibrate.read(checkpoint, tokenizer, text, length).tokens.tolist()
 
-    def encode(words: str) -> list[int]:
-        return tokenizer(words, add_special_tokens=False)["input_ids"]
+    def encode(string: str) -> list[int]:
+        return tokenizer(string, add_special_tokens=False)["input_ids"]
 
     draw = random.Random(seed)
     tokens, answers, where, which = [], [], [], []
@@ -61,19 +61,19 @@ def plant(checkpoint: Checkpoint, text: str, length: int, depths: Sequence[float
         cue = CUES[fact % len(CUES)]
         answer = f"{cue} {draw.choice(FIRST)} {draw.choice(LAST)} {draw.randint(1000, 9999)}"
         asked, whole = encode(f"\n\n{cue}"), encode(f"\n\n{answer}")
-        told = encode(f"\n\n{answer}.\n\n")
+        fact_tokens = encode(f"\n\n{answer}.\n\n")
         size = len(whole) - next(i for i, (a, b) in enumerate(zip([*asked, -1], whole, strict=False)) if a != b)
         room = length - len(first) - len(whole)
-        if room < 2 * len(told):
+        if room < 2 * len(fact_tokens):
             raise BadRequest(
-                f"{length} tokens hold no text around a fact of {len(told)} and its question of {len(whole)}; give a "
-                "larger --length"
+                f"{length} tokens hold no text around a fact of {len(fact_tokens)} and its question of {len(whole)}; "
+                "give a larger --length"
             )
         start = draw.randrange(max(1, len(stream) - length))
         hay = stream[start : start + room]
         for depth in (None, *depths):
-            at = round((depth or 0) * (room - len(told)))
-            middle = hay if depth is None else [*hay[:at], *told, *hay[at : room - len(told)]]
+            at = round((depth or 0) * (room - len(fact_tokens)))
+            middle = hay if depth is None else [*hay[:at], *fact_tokens, *hay[at : room - len(fact_tokens)]]
             tokens.append([*first, *middle, *whole])
             answers.append(size)
             where.append(depth)
@@ -100,9 +100,9 @@ def score(
         for number, tokens in list(enumerate(walk.batches))[1:]:
             for row, row_logits in zip(tokens, predict(number, slice(last - longest, last)), strict=True):
                 size = next(sizes)
-                answer, said = row[-size:].to(row_logits.device), row_logits[-size:].float().log_softmax(-1)
-                likely.append(said.gather(-1, answer[:, None]).mean())
-                found.append((said.argmax(-1) == answer).all())
+                answer, log_probs = row[-size:].to(row_logits.device), row_logits[-size:].float().log_softmax(-1)
+                likely.append(log_probs.gather(-1, answer[:, None]).mean())
+                found.append((log_probs.argmax(-1) == answer).all())
     return torch.stack(likely).cpu(), torch.stack(found).float().cpu()
 
 
@@ -133,12 +133,12 @@ def measure(
     """For every checkpoint, a row for every length and depth: `length`, `depth`, `gain`, `found`. All read the same
     texts."""
     places = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
-    found: list[list[dict[str, Any]]] = [[] for _ in checkpoints]
+    results: list[list[dict[str, Any]]] = [[] for _ in checkpoints]
     for number, length in enumerate(lengths):
         planted = plant(checkpoints[0], text, length, places, facts, seed)
-        for rows, checkpoint in zip(found, checkpoints, strict=True):
+        for rows, checkpoint in zip(results, checkpoints, strict=True):
             progress(f"{length} tokens", number, len(lengths))
             rows += [
                 {"length": length, **row} for row in grid(planted, *score(checkpoint, planted, placement=placement))
             ]
-    return found
+    return results

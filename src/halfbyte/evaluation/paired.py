@@ -8,7 +8,7 @@ from typing import Any
 def paired(original: Sequence[float], model: Sequence[float]) -> dict[str, Any]:
     """Of what each got for every item: means, the mean difference with its standard error (which nobody knows of one
     item), and how many items went which way."""
-    differences = [own - before for before, own in zip(original, model, strict=True)]
+    differences = [after - before for before, after in zip(original, model, strict=True)]
     count = len(differences)
     return {
         "items": count,

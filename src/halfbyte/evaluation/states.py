@@ -24,13 +24,15 @@ from halfbyte.progress import Progress, silent
 
 def predicts(checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether these models predict tokens. Raises BadRequest where some do and some do not."""
-    said = [skeleton.outline(checkpoint).can_generate() for checkpoint in checkpoints]
-    if odd := next((c for c, own in zip(checkpoints, said, strict=True) if own != said[0]), None):
+    can_generate = [skeleton.outline(checkpoint).can_generate() for checkpoint in checkpoints]
+    if odd := next(
+        (c for c, generates in zip(checkpoints, can_generate, strict=True) if generates != can_generate[0]), None
+    ):
         raise BadRequest(
             f"one of {checkpoints[0].path} and {odd.path} predicts tokens and the other has no head for it; name a "
             "model of the same architecture"
         )
-    return said[0]
+    return can_generate[0]
 
 
 @torch.no_grad()
@@ -53,9 +55,9 @@ def compare(
         for batch in zip(*(walk.ends.states() for walk in walks), strict=True):
             reference = batch[0][1].float()
             for error, cosine, (_, states) in zip(errors, cosines, batch, strict=True):
-                own = states.float()
-                error.append(((own - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-30)).cpu())
-                cosine.append(functional.cosine_similarity(own, reference, dim=-1).cpu())
+                hidden = states.float()
+                error.append(((hidden - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-30)).cpu())
+                cosine.append(functional.cosine_similarity(hidden, reference, dim=-1).cpu())
     return [
         _summary(torch.cat(e), torch.cat(c), reference=i == 0)
         for i, (e, c) in enumerate(zip(errors, cosines, strict=True))

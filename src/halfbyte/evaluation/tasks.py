@@ -64,7 +64,7 @@ def measure(
     require_installed()
     import lm_eval  # pyright: ignore[reportMissingImports] (an extra)
 
-    dtype, found = dtype_for(checkpoints[0], device), []
+    dtype, scores = dtype_for(checkpoints[0], device), []
     tokenizer = calibrate.tokenizer_of(checkpoints[0])
     if asked.as_chat and chats.template_of(tokenizer) is None:
         raise BadRequest(f"the tokenizer of {checkpoints[0].path} has no chat template to put tasks as chats with")
@@ -72,8 +72,8 @@ def measure(
         tasks = _tasks(asked)
         for number, checkpoint in enumerate(checkpoints):
             progress(f"lm-eval: {checkpoint.path.name}", number, len(checkpoints))
-            found.append(_scores(checkpoint, tokenizer, asked, tasks, dtype, device))
-    return [_rows(found[0], own) for own in found[1:]], dtype, lm_eval.__version__
+            scores.append(_scores(checkpoint, tokenizer, asked, tasks, dtype, device))
+    return [_rows(scores[0], candidate) for candidate in scores[1:]], dtype, lm_eval.__version__
 
 
 @contextmanager
@@ -102,9 +102,9 @@ def _tasks(asked: Asked) -> Any:
         raise BadRequest(f"{asked.folder} is no folder of tasks (YAML files of lm-eval)")
     with _refusing("the tasks"):
         if asked.folder is not None:
-            own = TaskManager(include_path=str(asked.folder), include_defaults=False)
-            if set(asked.names) <= set(own.all_tasks):  # lm-eval's own are 10,000 files to look through
-                return own
+            user_tasks = TaskManager(include_path=str(asked.folder), include_defaults=False)
+            if set(asked.names) <= set(user_tasks.all_tasks):  # lm-eval's own are 10,000 files to look through
+                return user_tasks
         manager = TaskManager(include_path=str(asked.folder) if asked.folder else None)
     for name in asked.names:
         if name not in manager.all_tasks:
@@ -140,11 +140,11 @@ def _scores(
         batch_size=BATCH,
         max_length=min(LONGEST, calibrate.longest(checkpoint, LONGEST)),
     )
-    found = {}
+    scores = {}
     for name in asked.names:
         with _refusing(f"the task {name}"):
             _require_allowed(name, tasks, asked)
-            said = evaluate(
+            result = evaluate(
                 lm,
                 tasks=[name],
                 task_manager=tasks,
@@ -154,10 +154,10 @@ def _scores(
                 confirm_run_unsafe_code=asked.runs_code,
                 bootstrap_iters=0,
             )
-        found[name] = _by_metric(said["samples"])
-        if not found[name]:
+        scores[name] = _by_metric(result["samples"])
+        if not scores[name]:
             raise BadRequest(f"lm-eval scores no single items of the task {name}, so it cannot be compared")
-    return found
+    return scores
 
 
 def _require_allowed(name: str, tasks: Any, asked: Asked) -> None:
@@ -171,14 +171,14 @@ def _require_allowed(name: str, tasks: Any, asked: Asked) -> None:
 
 
 def _by_metric(samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> Scores:
-    found: Scores = {}
+    scores: Scores = {}
     for task, items in samples.items():
         for item in items:
             for metric in item["metrics"]:
                 score = _score(item.get(metric))
                 if score is not None:
-                    found.setdefault((metric, item["filter"]), {})[task, item["doc_id"]] = score
-    return found
+                    scores.setdefault((metric, item["filter"]), {})[task, item["doc_id"]] = score
+    return scores
 
 
 def _score(value: Any) -> float | None:

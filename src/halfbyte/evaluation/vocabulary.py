@@ -29,12 +29,14 @@ def difference(reference: Checkpoint, other: Checkpoint) -> str | None:
         or _files(reference) == _files(other) != {}
     ):
         return None
-    words, others = _words(reference), _words(other)
-    odd = next((token for token in sorted(words.keys() & others.keys()) if words[token] != others[token]), None)
+    vocabulary, others = _vocabulary(reference), _vocabulary(other)
+    odd = next(
+        (token for token in sorted(vocabulary.keys() & others.keys()) if vocabulary[token] != others[token]), None
+    )
     return (
         None
         if odd is None
-        else f"token {odd} is {others[odd][:40]!r} in {other.path} and {words[odd][:40]!r} in {reference.path}"
+        else f"token {odd} is {others[odd][:40]!r} in {other.path} and {vocabulary[odd][:40]!r} in {reference.path}"
     )
 
 
@@ -49,9 +51,9 @@ def _files(checkpoint: Checkpoint) -> dict[str, str]:
     return {path.name: digest(path) for path in paths if path.is_file()}
 
 
-def _words(checkpoint: Checkpoint) -> dict[int, str]:
+def _vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
     """Every token as it is written; some files have blanks in place of the signs for them in tokens that were added."""
-    words = checkpoint.vocabulary
-    if words is None:
-        words = {token: word for word, token in calibrate.tokenizer_of(checkpoint).get_vocab().items()}
-    return {token: word.replace("\u2581", " ") for token, word in words.items()}
+    vocabulary = checkpoint.vocabulary
+    if vocabulary is None:
+        vocabulary = {token: word for word, token in calibrate.tokenizer_of(checkpoint).get_vocab().items()}
+    return {token: word.replace("\u2581", " ") for token, word in vocabulary.items()}

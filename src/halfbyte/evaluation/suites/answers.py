@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from halfbyte.evaluation.suites import checks
 from halfbyte.evaluation.suites.asking import Asked, Reading
-from halfbyte.evaluation.suites.checks import CHECKS, Said
+from halfbyte.evaluation.suites.checks import CHECKS, Completion
 from halfbyte.evaluation.whole import model_of
 from halfbyte.models.checkpoint import Checkpoint
 
@@ -47,25 +47,25 @@ def answers(
     asked = list(enumerate(reading.asked))
     chosen = [(n, one) for n, one in asked if one.choices]
     free = [(n, one) for n, one in asked if not one.choices]
-    found: dict[int, Answer] = {}
+    by_number: dict[int, Answer] = {}
     pads = _pads(model, [one for _, one in free], device)
     for batch in _batches(chosen, lambda one: sum(len(one.tokens) + len(c) for c in one.choices)):
         for (number, one), choice in zip(batch, _choices(model, [one for _, one in batch], device), strict=True):
-            found[number] = Answer(choice=choice, text=choice, passes=choice == one.prompt.expected)
-        progress(len(found) / len(asked))
+            by_number[number] = Answer(choice=choice, text=choice, passes=choice == one.prompt.expected)
+        progress(len(by_number) / len(asked))
     for batch in _batches(free, lambda one: len(one.tokens) + one.most, None if pads else lambda one: len(one.tokens)):
-        told = _continued(model, [one for _, one in batch], reading.ends, device)
-        for (number, one), tokens in zip(batch, told, strict=True):
-            found[number] = _answer(one, tokens, reading)
-        progress(len(found) / len(asked))
-    return [found[number] for number in range(len(asked))]
+        continuations = _continued(model, [one for _, one in batch], reading.ends, device)
+        for (number, one), tokens in zip(batch, continuations, strict=True):
+            by_number[number] = _answer(one, tokens, reading)
+        progress(len(by_number) / len(asked))
+    return [by_number[number] for number in range(len(asked))]
 
 
 def _answer(asked: Asked, tokens: list[int], reading: Reading) -> Answer:
     text, ended = reading.text(tokens), bool(tokens) and tokens[-1] in reading.ends
     loops = not ended and checks.loops(tokens)
-    check, said = CHECKS[asked.prompt.check], Said(text, asked.before, loops)
-    passes = check.passes(said, asked.prompt.expected) if check.passes else None
+    check, completion = CHECKS[asked.prompt.check], Completion(text, asked.before, loops)
+    passes = check.passes(completion, asked.prompt.expected) if check.passes else None
     return Answer(tuple(tokens), text, loops, passes=passes)
 
 
@@ -89,9 +89,9 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device, left: bool) -> 
     """Tokens of one length, and which of them count."""
     longest = max(map(len, rows))
     tokens, mask = torch.zeros(2, len(rows), longest, dtype=torch.int64)
-    for row, own, counts in zip(rows, tokens, mask, strict=True):
+    for row, padded, counts in zip(rows, tokens, mask, strict=True):
         part = slice(longest - len(row), None) if left else slice(len(row))
-        own[part], counts[part] = torch.tensor(row), 1
+        padded[part], counts[part] = torch.tensor(row), 1
     return tokens.to(device), mask.to(device)
 
 
@@ -130,11 +130,11 @@ def _continued(model: Any, batch: Sequence[Asked], ends: set[int], device: torch
     tokens, mask = _padded([one.tokens for one in batch], device, left=True)
     most = max(one.most for one in batch)
     made = model.generate(tokens, attention_mask=mask, generation_config=_greedy(most, ends))
-    found = []
+    continuations = []
     for one, row in zip(batch, made[:, tokens.shape[1] :].tolist(), strict=True):
         end = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
-        found.append(row[: min(end, one.most)])
-    return found
+        continuations.append(row[: min(end, one.most)])
+    return continuations
 
 
 def _choices(model: Any, batch: Sequence[Asked], device: torch.device) -> list[str]:
@@ -143,19 +143,19 @@ def _choices(model: Any, batch: Sequence[Asked], device: torch.device) -> list[s
     tokens, _ = _padded(rows, device, left=False)  # which tokens after the last that counts do not change
     first = min(len(one.tokens) for one in batch) - 1
     logits = _logits(model, tokens, tokens.shape[1] - first)
-    found, row = [], 0
+    chosen, row = [], 0
     for one in batch:
         start, likely = len(one.tokens) - 1 - first, []
         for choice in one.choices:
-            said = logits[row, start : start + len(choice)].float().log_softmax(-1)
-            likely.append(float(said.gather(-1, torch.tensor(choice, device=said.device)[:, None]).sum()))
+            log_probs = logits[row, start : start + len(choice)].float().log_softmax(-1)
+            likely.append(float(log_probs.gather(-1, torch.tensor(choice, device=log_probs.device)[:, None]).sum()))
             row += 1
-        found.append(one.prompt.choices[max(range(len(likely)), key=likely.__getitem__)])
-    return found
+        chosen.append(one.prompt.choices[max(range(len(likely)), key=likely.__getitem__)])
+    return chosen
 
 
 def _logits(model: Any, tokens: Int64[Tensor, "rows length"], last: int) -> Tensor:
     """Of so many positions at the end."""
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    said = model(tokens, use_cache=False, **({"logits_to_keep": last} if keeps else {})).logits
-    return said[:, -last:]
+    logits = model(tokens, use_cache=False, **({"logits_to_keep": last} if keeps else {})).logits
+    return logits[:, -last:]

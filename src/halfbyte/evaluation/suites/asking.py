@@ -57,7 +57,7 @@ def read(checkpoint: Checkpoint, prompts: Sequence[Prompt], most: int | None = N
     """
     tokenizer = calibrate.tokenizer_of(checkpoint)
     template = chats.template_of(tokenizer)
-    said, warnings = _said(tokenizer, template, prompts)
+    texts, warnings = _rendered(tokenizer, template, prompts)
     opening = list(calibrate.opening(tokenizer))
 
     def encode(text: str) -> list[int]:
@@ -72,7 +72,7 @@ def read(checkpoint: Checkpoint, prompts: Sequence[Prompt], most: int | None = N
         warnings=warnings,
     )
     room = calibrate.longest(checkpoint, 1 << 62)
-    for prompt, text in zip(prompts, said, strict=True):
+    for prompt, text in zip(prompts, texts, strict=True):
         if text is None or (prompt.check == "closed_thinking" and not reading.thinks):
             continue
         is_text = prompt.messages is None or template is None
@@ -88,31 +88,32 @@ def read(checkpoint: Checkpoint, prompts: Sequence[Prompt], most: int | None = N
     return reading
 
 
-def _said(tokenizer: Any, template: str | None, prompts: Sequence[Prompt]) -> tuple[list[str | None], list[str]]:
+def _rendered(tokenizer: Any, template: str | None, prompts: Sequence[Prompt]) -> tuple[list[str | None], list[str]]:
     """What is read of each prompt; None of those that the template does not take, even without a system message."""
-    told = [_with_tools(prompt, template) for prompt in prompts]
+    conversations = [_with_tools(prompt, template) for prompt in prompts]
     if template is None:
         return [
-            prompt.text if chat is None else _as_text(chat) for prompt, (chat, _) in zip(prompts, told, strict=True)
+            prompt.text if chat is None else _as_text(chat)
+            for prompt, (chat, _) in zip(prompts, conversations, strict=True)
         ], []
-    said = [prompt.text for prompt in prompts]
+    rendered = [prompt.text for prompt in prompts]
     refused: list[tuple[int, str]] = []
     for folds in (False, True):
-        if left := [number for number, text in enumerate(said) if text is None]:
-            talks = [told[number][0] or [] for number in left]
+        if left := [number for number, text in enumerate(rendered) if text is None]:
+            talks = [conversations[number][0] or [] for number in left]
             texts, odd = chats.render(
                 tokenizer,
                 [_folded(chat) for chat in talks] if folds else talks,
-                [told[number][1] for number in left],
+                [conversations[number][1] for number in left],
                 to_answer=True,
             )
             for number, text in zip(left, texts, strict=True):
-                said[number] = text
+                rendered[number] = text
             refused = [(left[at], reason) for at, reason in odd]
     reasons = [f"{prompts[number].place}: the chat template does not take it: {reason}" for number, reason in refused]
     if len(reasons) == len(prompts):
         raise BadRequest(reasons[0])
-    return said, [f"not asked: {plural(len(reasons), 'prompt')}; {reasons[0]}"] if reasons else []
+    return rendered, [f"not asked: {plural(len(reasons), 'prompt')}; {reasons[0]}"] if reasons else []
 
 
 def _with_tools(prompt: Prompt, template: str | None) -> tuple[list[dict[str, Any]] | None, list[dict] | None]:
@@ -132,5 +133,5 @@ def _folded(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _as_text(chat: list[dict[str, Any]]) -> str:
     """Of a chat, for a model without a template: questions, and answers up to the one that it is to give."""
-    said = {"user": "Question: {}", "assistant": "Answer: {}"}
-    return "\n".join([said.get(m["role"], "{}").format(m["content"]) for m in chat] + ["Answer:"])
+    templates = {"user": "Question: {}", "assistant": "Answer: {}"}
+    return "\n".join([templates.get(m["role"], "{}").format(m["content"]) for m in chat] + ["Answer:"])

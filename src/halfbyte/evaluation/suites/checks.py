@@ -40,12 +40,12 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 }
 """JSON's kinds of values."""
 FENCED = regex.compile(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", regex.DOTALL)
-PATIENCE = 1.0
+TIMEOUT = 1.0
 """Seconds of a pattern on one answer."""
 
 
 @dataclass(frozen=True)
-class Said:
+class Completion:
     """What a model answered."""
 
     text: str
@@ -68,20 +68,22 @@ class Check:
     """One kind of check."""
 
     about: str
-    passes: Callable[[Said, Any], bool] | None
+    passes: Callable[[Completion, Any], bool] | None
     """None: nothing is right or wrong, or it is no text that is looked at."""
     wants: Callable[[Any], bool] = lambda expected: expected is None
     wanted: str = "takes no 'expected'"
 
 
-def _contains(said: Said, expected: str | list[str]) -> bool:
+def _contains(completion: Completion, expected: str | list[str]) -> bool:
     words = [expected] if isinstance(expected, str) else expected
-    return any(regex.search(rf"(?<!\w){regex.escape(word)}(?!\w)", said.answer, regex.IGNORECASE) for word in words)
+    return any(
+        regex.search(rf"(?<!\w){regex.escape(word)}(?!\w)", completion.answer, regex.IGNORECASE) for word in words
+    )
 
 
-def _matches(said: Said, expected: str) -> bool:
+def _matches(completion: Completion, expected: str) -> bool:
     try:
-        return bool(regex.search(expected, said.answer, timeout=PATIENCE))
+        return bool(regex.search(expected, completion.answer, timeout=TIMEOUT))
     except TimeoutError:
         raise BadRequest(f"the pattern '{expected:.80}' takes too long") from None
 
@@ -96,10 +98,10 @@ def _is_pattern(expected: Any) -> bool:
     return True
 
 
-def _json(said: Said, expected: dict[str, str] | None) -> bool:
-    fenced = FENCED.fullmatch(said.answer)
+def _json(completion: Completion, expected: dict[str, str] | None) -> bool:
+    fenced = FENCED.fullmatch(completion.answer)
     try:
-        value = json.loads(fenced[1] if fenced else said.answer)
+        value = json.loads(fenced[1] if fenced else completion.answer)
     except (ValueError, RecursionError):
         return False
     if expected is None:
@@ -131,20 +133,20 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _tool_call(said: Said, expected: dict[str, Any]) -> bool:
+def _tool_call(completion: Completion, expected: dict[str, Any]) -> bool:
     wanted = expected.get("arguments", {})
     return any(
         name == expected["name"] and isinstance(given, dict) and all(given.get(k) == v for k, v in wanted.items())
-        for name, given in _calls(said.answer)
+        for name, given in _calls(completion.answer)
     )
 
 
-def _refuses(said: Said, _: None) -> bool:
-    return bool(REFUSING.search(said.answer[:FIRST_WORDS].replace("\u2019", "'")))
+def _refuses(completion: Completion, _: None) -> bool:
+    return bool(REFUSING.search(completion.answer[:FIRST_WORDS].replace("\u2019", "'")))
 
 
-def _closed(said: Said, _: None) -> bool:
-    whole = said.before + said.text
+def _closed(completion: Completion, _: None) -> bool:
+    whole = completion.before + completion.text
     return all(whole.rfind(closes) >= whole.rfind(opens) for opens, closes in THOUGHTS.items() if opens in whole)
 
 
@@ -181,10 +183,11 @@ CHECKS: dict[str, Check] = {
     ),
     "refuses": Check("the answer is a refusal, known by its words in English", _refuses),
     "answers": Check(
-        "the answer is no refusal", lambda said, expected: bool(said.answer) and not _refuses(said, expected)
+        "the answer is no refusal",
+        lambda completion, expected: bool(completion.answer) and not _refuses(completion, expected),
     ),
     "closed_thinking": Check("a thought that was opened is closed", _closed),
-    "no_loop": Check("the answer does not end in repeating itself", lambda said, _: not said.loops),
+    "no_loop": Check("the answer does not end in repeating itself", lambda completion, _: not completion.loops),
     "continuation": Check("nothing: where it parts from the original's is told, as of every answer", None),
 }
 

@@ -37,19 +37,19 @@ def measure(
     own. One model is in memory at a time."""
     reading = asking.read(checkpoints[0], [prompt for suite in suites for prompt in suite.prompts], most)
     dtype = dtype_for(checkpoints[0], device)
-    said = []
+    by_model = []
     for number, checkpoint in enumerate(checkpoints):
-        told = "answering: the original" if number == 0 else f"answering: {checkpoint.path.name}"
-        said.append(
+        label = "answering: the original" if number == 0 else f"answering: {checkpoint.path.name}"
+        by_model.append(
             answers(
                 checkpoint,
                 reading,
                 dtype,
                 device,
-                lambda done, number=number, told=told: progress(told, number + done, len(checkpoints)),
+                lambda done, number=number, label=label: progress(label, number + done, len(checkpoints)),
             )
         )
-    models = [[_row(suite, reading.asked, said[0], own) for suite in suites] for own in said[1:]]
+    models = [[_row(suite, reading.asked, by_model[0], candidate) for suite in suites] for candidate in by_model[1:]]
     return Found(models, dtype, reading.warnings)
 
 

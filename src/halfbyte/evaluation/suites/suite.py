@@ -14,7 +14,7 @@ HOME = Path(__file__).parent / "data"
 SHIPPED = tuple(sorted(path.stem for path in HOME.glob("*.jsonl")))
 ALL = "all"
 KEYS = ("prompt", "messages", "text", "tools", "check", "expected", "choices", "tokens")
-SAID = ("prompt", "messages", "text")
+PROMPT_KEYS = ("prompt", "messages", "text")
 """A question for a model that chats, a whole chat, or a text to go on with; one of these."""
 TOKENS = 64
 """Of an answer, where a prompt does not say how long it may be."""
@@ -39,8 +39,8 @@ class Prompt:
     @property
     def in_short(self) -> str:
         """The last that is said."""
-        said = self.text if self.messages is None else str(self.messages[-1].get("content"))
-        return " ".join((said or "").split())
+        last = self.text if self.messages is None else str(self.messages[-1].get("content"))
+        return " ".join((last or "").split())
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Suite:
     prompts: list[Prompt]
 
 
-def suites(words: str | Path | Sequence[str | Path]) -> list[Suite]:
+def suites(names: str | Path | Sequence[str | Path]) -> list[Suite]:
     """Those that are named, or lie in these files; `all` that are in the package. Raises BadRequest."""
-    named = [words] if isinstance(words, str | Path) else words
+    named = [names] if isinstance(names, str | Path) else names
     asked = [one for word in named for one in (SHIPPED if word == ALL else [word])]
     return [_suite(word) for word in dict.fromkeys(asked)]
 
@@ -88,9 +88,11 @@ def _prompt(line: str, number: int, place: str) -> Prompt:
         raise BadRequest(f"{place}: is no object; a prompt is one with 'prompt', 'check' and what the check wants")
     if odd := next((key for key in value if key not in KEYS), None):
         raise BadRequest(f"{place}: has the key {brief(odd)}; known are {', '.join(KEYS)}")
-    said = [key for key in SAID if key in value]
-    if len(said) != 1:
-        raise BadRequest(f"{place}: has {' and '.join(said) or 'nothing to ask'}; it wants one of {', '.join(SAID)}")
+    given = [key for key in PROMPT_KEYS if key in value]
+    if len(given) != 1:
+        raise BadRequest(
+            f"{place}: has {' and '.join(given) or 'nothing to ask'}; it wants one of {', '.join(PROMPT_KEYS)}"
+        )
     name, tokens, tools = value.get("check"), value.get("tokens", TOKENS), value.get("tools")
     if not isinstance(name, str) or name not in CHECKS:
         raise BadRequest(f"{place}: there is no check {brief(name)}; known are {', '.join(CHECKS)}")
@@ -102,8 +104,8 @@ def _prompt(line: str, number: int, place: str) -> Prompt:
         place=place,
         line=number,
         check=name,
-        messages=_messages(value, said[0], place),
-        text=_text(value["text"], place) if said[0] == "text" else None,
+        messages=_messages(value, given[0], place),
+        text=_text(value["text"], place) if given[0] == "text" else None,
         expected=value.get("expected"),
         choices=_choices(value, name, place),
         tools=tools,
@@ -117,10 +119,10 @@ def _text(value: Any, place: str) -> str:
     return value
 
 
-def _messages(value: dict[str, Any], said: str, place: str) -> list[dict[str, Any]] | None:
-    if said == "text":
+def _messages(value: dict[str, Any], kind: str, place: str) -> list[dict[str, Any]] | None:
+    if kind == "text":
         return None
-    if said == "prompt":
+    if kind == "prompt":
         return [{"role": "user", "content": _text(value["prompt"], place)}]
     chat = value["messages"]
     if not (
