@@ -87,9 +87,9 @@ def in_use() -> set[str]:
 def main() -> None:
     hide()
     from halfbyte import cli
-    from halfbyte.containers.folder import Folder
+    from halfbyte.containers.folder import OutputFolder
 
-    after, record, seen = int(sys.argv[1]), Folder.record, 0
+    after, record, seen = int(sys.argv[1]), OutputFolder.record, 0
 
     def cut(self, value):
         nonlocal seen
@@ -98,7 +98,7 @@ def main() -> None:
         if seen == after:
             os._exit(9)
 
-    Folder.record = cut
+    OutputFolder.record = cut
     for words in json.loads(sys.argv[2]):
         cli.main(words)
 

@@ -678,7 +678,7 @@ def test_full_disk(where, method, home, tmp_path, monkeypatch):
 
 
 def test_disk_that_fills_late(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder.Folder, "record", lambda self, record: full() if "rows" in record else None)
+    monkeypatch.setattr(folder.OutputFolder, "record", lambda self, record: full() if "rows" in record else None)
     refused(tmp_path, "quantize", home / "model", "-o", tmp_path / "out", *NEAREST, says="No space left on device")
 
 

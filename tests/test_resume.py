@@ -12,7 +12,7 @@ import filelock
 import pytest
 
 import tiny
-from halfbyte.containers.folder import Folder
+from halfbyte.containers.folder import OutputFolder
 from halfbyte.containers.safetensors import read_header
 from halfbyte.models import placement, streams
 from halfbyte.targets.gguf import file as gguf_file
@@ -132,7 +132,7 @@ def test_ctrl_c_from_outside(home, whole, tmp_path):
 )
 def test_every_step(method, home, whole, tmp_path, monkeypatch):
     """One run, cut off again and again, before and after each record."""
-    uncut, record, seen = whole[method], Folder.record, 0
+    uncut, record, seen = whole[method], OutputFolder.record, 0
 
     def cut(self, value):
         nonlocal seen
@@ -143,7 +143,7 @@ def test_every_step(method, home, whole, tmp_path, monkeypatch):
         if "rows" in value:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Folder, "record", cut)
+    monkeypatch.setattr(OutputFolder, "record", cut)
     command, cuts = [*words(home, method), "-o", tmp_path / "out"], 0
     while (result := tiny.halfbyte(*command)).code == 130:
         cuts += 1
@@ -163,8 +163,8 @@ def interrupt(home: Path, out: Path, monkeypatch, method: str = "gptq", *more: o
 
 def test_a_resumed_run_does_not_solve_twice(home, whole, tmp_path, monkeypatch):
     command = interrupt(home, tmp_path / "out", monkeypatch)
-    done, record = [], Folder.record
-    monkeypatch.setattr(Folder, "record", lambda self, value: (done.append(value), record(self, value))[1])
+    done, record = [], OutputFolder.record
+    monkeypatch.setattr(OutputFolder, "record", lambda self, value: (done.append(value), record(self, value))[1])
     assert tiny.halfbyte(*command).code == 0
     assert [value["block"] for value in done if "block" in value] == ["model.layers.1", "model.layers.2"]
     check(tmp_path / "out", whole["gptq"])
@@ -216,7 +216,7 @@ def test_another_source_starts_anew(home, whole, tmp_path, monkeypatch):
     command = [*words(home, "gptq"), "-o", tmp_path / "out"]
     command[1] = model
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "record", stop_after(1))
+        patch.setattr(OutputFolder, "record", stop_after(1))
         assert tiny.halfbyte(*command).code == 130
     shutil.rmtree(model)
     tiny.make(model, seed=1, **SMALL)
@@ -232,7 +232,7 @@ def test_another_config_starts_anew(name, home, tmp_path, monkeypatch):
     command = [*words(home, "gptq"), "-o", tmp_path / "out"]
     command[1] = model
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "record", stop_after(1))
+        patch.setattr(OutputFolder, "record", stop_after(1))
         assert tiny.halfbyte(*command).code == 130
     said = json.loads((model / name).read_text())
     (model / name).write_text(json.dumps(said | {"rms_norm_eps": 1e-2, "model_max_length": 99}))
@@ -248,7 +248,7 @@ def test_another_card_starts_anew(home, tmp_path, monkeypatch):
     (model / "README.md").write_text("---\nlicense: mit\n---\n")
     command = ["quantize", model, "--method", "nearest", "--grid", "Q8_0", "-o", tmp_path / "out.gguf"]
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "record", stop_after(1))
+        patch.setattr(OutputFolder, "record", stop_after(1))
         assert tiny.halfbyte(*command).code == 130
     (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     assert tiny.halfbyte(*command).code == 0
@@ -258,7 +258,7 @@ def test_another_card_starts_anew(home, tmp_path, monkeypatch):
 
 
 def stop_after(count: int):
-    record, seen = Folder.record, 0
+    record, seen = OutputFolder.record, 0
 
     def stop(self, value):
         nonlocal seen
@@ -290,7 +290,7 @@ def test_overwrite_keeps_the_old_until_the_new_is_whole(home, whole, tmp_path, m
 
 def test_a_crash_keeps_what_is_done(home, whole, tmp_path, monkeypatch):
     """What is no fault of the request, such as too little memory, may be mended: the journal stays."""
-    record = Folder.record
+    record = OutputFolder.record
 
     def crash(self, value):
         record(self, value)
@@ -299,7 +299,7 @@ def test_a_crash_keeps_what_is_done(home, whole, tmp_path, monkeypatch):
 
     command = [*words(home, "gptq"), "-o", tmp_path / "out"]
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "record", crash)
+        patch.setattr(OutputFolder, "record", crash)
         stopped = tiny.halfbyte(*command)
     assert stopped.code != 0
     assert stopped.err.count("\n") == 1

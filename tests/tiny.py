@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from halfbyte import cli
-from halfbyte.containers.folder import Folder
+from halfbyte.containers.folder import OutputFolder
 
 # Tests run side by side: on matrices this small, threads that wait for each other cost ten times what they save.
 torch.set_num_threads(1)
@@ -25,7 +25,7 @@ ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 @contextlib.contextmanager
 def cut_after_each_record(monkeypatch):
     """Inside, whatever writes a checkpoint is interrupted as soon as it has noted a step as done."""
-    record = Folder.record
+    record = OutputFolder.record
 
     def cut(self, value):
         record(self, value)
@@ -33,7 +33,7 @@ def cut_after_each_record(monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "record", cut)
+        patch.setattr(OutputFolder, "record", cut)
         yield
 
 
@@ -41,8 +41,8 @@ WAIT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from halfbyte import cli
-from halfbyte.containers.folder import Folder
-record = Folder.record
+from halfbyte.containers.folder import OutputFolder
+record = OutputFolder.record
 
 def wait(self, value):
     record(self, value)
@@ -50,7 +50,7 @@ def wait(self, value):
         print("waiting", flush=True)
         time.sleep(600)
 
-Folder.record = wait
+OutputFolder.record = wait
 cli.main(sys.argv[1:])
 """
 """A run that waits, once it has noted a step as done, for whatever comes from outside."""
@@ -60,9 +60,9 @@ import os, signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup, and in the background
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from halfbyte import cli
-from halfbyte.containers.folder import Folder
+from halfbyte.containers.folder import OutputFolder
 number, after = int(sys.argv[1]), int(sys.argv[2])
-record, seen = Folder.record, 0
+record, seen = OutputFolder.record, 0
 
 def cut(self, value):
     global seen
@@ -71,7 +71,7 @@ def cut(self, value):
     if seen > after:
         os.kill(os.getpid(), number)
 
-Folder.record = cut
+OutputFolder.record = cut
 cli.main(sys.argv[3:])
 """
 

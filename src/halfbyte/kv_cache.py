@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from halfbyte import demo
 from halfbyte.containers import kv as layout
-from halfbyte.containers.folder import Folder, claim, kept_on_interrupt
+from halfbyte.containers.folder import OutputFolder, check_output_path, kept_on_interrupt
 from halfbyte.containers.kv import KVCache
 from halfbyte.containers.place import is_file
 from halfbyte.containers.safetensors import Spec, read_header
@@ -69,7 +69,7 @@ def attach(
     config = layout.config(
         checkpoint.config.get("quantization_config") or checkpoint.text_config.get("quantization_config"), kind
     )
-    claim(output_path(out), checkpoint.path, overwrite)
+    check_output_path(output_path(out), checkpoint.path, overwrite)
     checkpoint = checkpoint.replaced(kv=None)  # what it had makes room for another
     samples = calibrate.calibration(checkpoint, calibration or Calibration())
     cache, rows = _find_scales(checkpoint, kind, samples.tokens, observer, progress, Placement.on(device))
@@ -77,7 +77,7 @@ def attach(
     about = _describe(kind, observer, samples, rows, device, checkpoint.left_out)
     files = _files(checkpoint, tensors)
     identity = xxhash.xxh3_128_hexdigest(repr((stamp(checkpoint), about)).encode())
-    folder = Folder(output_path(out), shards_of(files), identity, overwrite)
+    folder = OutputFolder(output_path(out), shards_of(files), identity, overwrite)
     if folder.is_published:
         return written.cache_of(out)
     with kept_on_interrupt(folder):

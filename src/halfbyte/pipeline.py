@@ -12,7 +12,7 @@ import xxhash
 
 from halfbyte.arguments import Converting, Dequantizing, Running, documented
 from halfbyte.budget.budget import Budget
-from halfbyte.containers.folder import Folder, Shard, claim, kept_on_interrupt
+from halfbyte.containers.folder import OutputFolder, Shard, check_output_path, kept_on_interrupt
 from halfbyte.containers.place import is_file
 from halfbyte.devices import release, title
 from halfbyte.errors import BadRequest, BrokenOutput, plural
@@ -273,7 +273,7 @@ class _Output(NamedTuple):
     ) -> Report:
         """Whole or not there: `solve` gives a run all its weights. One that was written before, alike, stays."""
         same = identity(self.plan, samples, self.meter.device)
-        folder = Folder(output_path(self.path), self.shards, same, self.overwrite)
+        folder = OutputFolder(output_path(self.path), self.shards, same, self.overwrite)
         if folder.is_published:
             return report_of(self.path)
         with kept_on_interrupt(folder):
@@ -315,7 +315,9 @@ def _claim(out: Path, plan: Plan, overwrite: bool) -> None:
             f"parts of a {target.title} need a folder, and {out} is called like a file; name it without "
             f"{out.suffix}, or leave out --shard-gb"
         )
-    claim(output_path(out), plan.checkpoint.path, overwrite, {entry.path for entry in plan.checkpoint.entries.values()})
+    check_output_path(
+        output_path(out), plan.checkpoint.path, overwrite, {entry.path for entry in plan.checkpoint.entries.values()}
+    )
 
 
 def _importance(plan: Plan, device: torch.device) -> dict[Weight, Diagonal]:

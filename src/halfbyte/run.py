@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from halfbyte.containers.folder import Folder
+from halfbyte.containers.folder import OutputFolder
 from halfbyte.grids.activations import ActivationQuant, ActivationStats
 from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import Quantized, Scheme, select_rows, split_rows
@@ -57,7 +57,7 @@ class Run:
 
     plan: Plan
     checkpoint_writer: CheckpointWriter
-    folder: Folder
+    folder: OutputFolder
     progress: Progress
     planned: Resources
     """What it is to take."""

@@ -93,7 +93,7 @@ class AWQ(Container):
             params["zero"] = _unpack(tensors["qzeros"], out)
         return Quantized(grid, _unpack(tensors["qweight"], out), params)
 
-    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, Scheme], unquantized: list[str], dtype: torch.dtype) -> Config:
         """AutoAWQ's `quantization_config`, with the unquantized modules by name."""
         grid = integer(commonest(schemes), self.name)
         return {
@@ -105,7 +105,7 @@ class AWQ(Container):
             # vLLM and SGLang take the head for 16 bits unless told so (vllm auto_awq.py, sglang awq/awq.py
             # from_config).
             **({"lm_head": True} if "lm_head" in schemes else {}),
-            "modules_to_not_convert": sorted(kept) or None,
+            "modules_to_not_convert": sorted(unquantized) or None,
         }
 
     def extra_files(self, config: Config) -> dict[str, Config]:
@@ -128,19 +128,22 @@ class AWQ(Container):
         GEMM."""
         if str(config.get("version", "gemm")).lower() != "gemm":
             raise Unsupported(f"awq version '{config['version']}' is not read; gemm is")
-        found: dict[str, tuple[Scheme, Shape]] = {}
+        modules: dict[str, tuple[Scheme, Shape]] = {}
         for name in entries:
             if name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")
-                words, zeros = stored(entries, name, [torch.int32]), stored(entries, f"{module}.qzeros", [torch.int32])
-                scales = stored(entries, f"{module}.scales", SCALE_NAME)
-                symmetric = bool((zeros.read() == -0x77777778).all())  # 0x88888888: every zero point 8
-                granularity = granularity_of(module, words.shape[0], scales.shape[0], [config.get("group_size")])
-                found[module] = (
-                    integers(4, granularity, symmetric, scale_held(scales)),
-                    (words.shape[1] * 8, words.shape[0]),
+                qweight, qzeros = (
+                    stored(entries, name, [torch.int32]),
+                    stored(entries, f"{module}.qzeros", [torch.int32]),
                 )
-        return found
+                scales = stored(entries, f"{module}.scales", SCALE_NAME)
+                symmetric = bool((qzeros.read() == -0x77777778).all())  # 0x88888888: every zero point 8
+                granularity = granularity_of(module, qweight.shape[0], scales.shape[0], [config.get("group_size")])
+                modules[module] = (
+                    integers(4, granularity, symmetric, scale_held(scales)),
+                    (qweight.shape[1] * 8, qweight.shape[0]),
+                )
+        return modules
 
 
 def _pack(codes: Tensor) -> Tensor:

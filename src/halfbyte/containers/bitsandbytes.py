@@ -107,16 +107,16 @@ class BitsAndBytes(Container):
     def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """As `plan`; 4-bit codes may be called by any of the dtypes in STORAGE."""
         grid, plan = _held(scheme), self.plan(scheme, shape)
-        known = {
+        parts = {
             suffix: PartSpec((spec,), optional=suffix == "weight_format")
             for suffix, spec in plan.items()
             if not suffix.startswith(STATE)
         }
         if _is_llm_int8(grid):
-            return known
+            return parts
         size_bytes = plan["weight"].size_bytes
         return {
-            **known,
+            **parts,
             "weight": PartSpec(
                 tuple(
                     Spec((size_bytes // dtype.itemsize, 1), dtype)
@@ -177,7 +177,7 @@ class BitsAndBytes(Container):
             params |= {"nested": nested, "offset": nested.new_tensor([offset], dtype=torch.float32)}
         return Quantized(grid, codes, params)
 
-    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, Scheme], unquantized: list[str], dtype: torch.dtype) -> Config:
         """Transformers' BitsAndBytesConfig, with the unquantized modules by name."""
         grid = _held(commonest(schemes))
         four = is_absmax(grid)
@@ -189,7 +189,7 @@ class BitsAndBytes(Container):
             "bnb_4bit_use_double_quant": four and grid.nested,
             "bnb_4bit_compute_dtype": DTYPES[dtype],
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": sorted(kept),
+            "llm_int8_skip_modules": sorted(unquantized),
             "llm_int8_threshold": 6.0,
             "llm_int8_has_fp16_weight": False,
             "llm_int8_enable_fp32_cpu_offload": False,
@@ -204,23 +204,23 @@ class BitsAndBytes(Container):
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Scheme, Shape]]:
         """4-bit modules by their quantization state, 8-bit ones by their SCB."""
-        found: dict[str, tuple[Scheme, Shape]] = {}
+        modules: dict[str, tuple[Scheme, Shape]] = {}
         for name in entries:
             module, _, kind = name.rpartition(f".{STATE}")
             if module:
-                said = _said(name, entries)
-                grid = _known(f"{kind}-g{said['blocksize']}{'-double' if 'nested_blocksize' in said else ''}")
-                if grid.nested and said["nested_blocksize"] != NESTED:
+                state = _quant_state(name, entries)
+                grid = _grid_named(f"{kind}-g{state['blocksize']}{'-double' if 'nested_blocksize' in state else ''}")
+                if grid.nested and state["nested_blocksize"] != NESTED:
                     raise Unsupported(
-                        f"{module}: scales that share a scale by {said['nested_blocksize']} are not read; by "
+                        f"{module}: scales that share a scale by {state['nested_blocksize']} are not read; by "
                         f"{NESTED} they are"
                     )
-                found[module] = (grid, tuple(said["shape"]))
-                grid.require_fit(found[module][1])
+                modules[module] = (grid, tuple(state["shape"]))
+                grid.require_fit(modules[module][1])
             elif name.endswith(".SCB"):
                 module = name.removesuffix(".SCB")
-                found[module] = (LLM_INT8, stored(entries, f"{module}.weight", [torch.int8]).shape)
-        return found
+                modules[module] = (LLM_INT8, stored(entries, f"{module}.weight", [torch.int8]).shape)
+        return modules
 
 
 def _is_llm_int8(grid: Grid) -> TypeGuard[ScalarGrid]:
@@ -233,7 +233,7 @@ def _levels_of(grid: ScalarGrid) -> Tensor:
     return values_of(TABLES[grid.levels.name]) * grid.levels.unit
 
 
-def _known(name: str) -> ScalarGrid:
+def _grid_named(name: str) -> ScalarGrid:
     grid = parse(name)
     if grid is None:
         raise BadCheckpoint(f"a matrix is said to be {name}, which is no grid of bitsandbytes")
@@ -252,42 +252,42 @@ def _held(scheme: Scheme) -> ScalarGrid:
 
 def _state(grid: ScalarGrid, shape: Shape, dtype: str, offset: float | None) -> bytes:
     """What bitsandbytes notes beside the tensors of a matrix."""
-    said = {"quant_type": grid.levels.name, "blocksize": grid.granularity, "dtype": dtype, "shape": list(shape)}
+    state = {"quant_type": grid.levels.name, "blocksize": grid.granularity, "dtype": dtype, "shape": list(shape)}
     if grid.nested:
-        said |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": offset}
-    return json.dumps(said).encode()
+        state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(state).encode()
 
 
-def _said(name: str, entries: Mapping[str, Entry]) -> Config:
+def _quant_state(name: str, entries: Mapping[str, Entry]) -> Config:
     """What is noted of a matrix. Raises BadCheckpoint for what bitsandbytes would not note."""
-    state = stored(entries, name, [torch.uint8], 1)
-    said = _parsed(state.read()) if state.size_bytes <= LONGEST_STATE else {}
-    shape = said.get("shape")
+    entry = stored(entries, name, [torch.uint8], 1)
+    state = _parsed(entry.read()) if entry.size_bytes <= LONGEST_STATE else {}
+    shape = state.get("shape")
     is_shape = (
         isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and 0 < size < 1 << 31 for size in shape)
     )
-    is_double = "nested_blocksize" in said
+    is_double = "nested_blocksize" in state
     if (
         not is_shape
-        or type(said.get("blocksize")) is not int
-        or "dtype" not in said
-        or (is_double and type(said.get("nested_offset")) is not float)
+        or type(state.get("blocksize")) is not int
+        or "dtype" not in state
+        or (is_double and type(state.get("nested_offset")) is not float)
     ):
         raise BadCheckpoint(f"'{name}' does not say what block, shape and dtype a matrix has; download it again")
-    return said
+    return state
 
 
 def _parsed(state: Tensor) -> Config:
     """Nothing of what is no JSON object."""
     try:
-        said = parse_json(state.cpu().numpy().tobytes())
+        parsed = parse_json(state.cpu().numpy().tobytes())
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return parsed if isinstance(parsed, dict) else {}
 
 
-def _require_same(name: str, found: Tensor, known: Tensor) -> None:
-    if not torch.equal(found.cpu().float(), known):
+def _require_same(name: str, actual: Tensor, expected: Tensor) -> None:
+    if not torch.equal(actual.cpu().float(), expected):
         raise Unsupported(
             f"a {name} that is not bitsandbytes' own is not read; engines with kernels for 4 bits would not "
             "read it either"

@@ -139,8 +139,8 @@ class Container(Reader):
         """The tensors to write, by suffix."""
 
     @abstractmethod
-    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
-        """`quantization_config` for these modules; `kept` are linear modules left as they were."""
+    def config(self, schemes: Mapping[str, Scheme], unquantized: list[str], dtype: torch.dtype) -> Config:
+        """`quantization_config` for these modules; `unquantized` are linear modules left as they were."""
 
     def extra_files(self, config: Config) -> dict[str, Config]:
         """Further JSON files that readers of this container look for."""
@@ -241,9 +241,9 @@ def granularity_of(module: str, width: int, groups: int, sizes: Collection[Any])
     """
     named = [size for size in sizes if type(size) is int and size > 0]
     if not groups or width % groups or (groups > 1 and named and width // groups not in named):
-        said = f", and config.json has groups of {' and '.join(map(str, named))}" if named else ""
+        in_config = f", and config.json has groups of {' and '.join(map(str, named))}" if named else ""
         raise BadCheckpoint(
-            f"{module} has {groups} scales for each row of {width}{said}; its tensors or its config are of "
+            f"{module} has {groups} scales for each row of {width}{in_config}; its tensors or its config are of "
             "another model"
         )
     return width // groups if groups > 1 or width in named else "channel"
@@ -257,10 +257,10 @@ def commonest(schemes: Mapping[str, Scheme]) -> Scheme:
 def patterns(chosen: list[str], others: list[str]) -> list[str]:
     """Regular expressions that match every name in `chosen` and none in `others`, few where layers repeat."""
     foreign = {_collapse(name) for name in others}
-    found: dict[str, None] = {}
+    expressions: dict[str, None] = {}
     for name in chosen:
-        found[re.escape(name) if _collapse(name) in foreign else _collapse(name)] = None
-    return list(found)
+        expressions[re.escape(name) if _collapse(name) in foreign else _collapse(name)] = None
+    return list(expressions)
 
 
 def _collapse(name: str) -> str:

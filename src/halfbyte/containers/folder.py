@@ -44,7 +44,7 @@ class Shard(NamedTuple):
     """How large the file will be, header and padding counted."""
 
 
-class Folder:
+class OutputFolder:
     """Writes the tensors and files of one checkpoint."""
 
     def __init__(self, place: OutputPath, shards: Mapping[str, Shard], identity: str, overwrite: bool = False):
@@ -184,7 +184,7 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.2f} MB"
 
 
-def claim(place: OutputPath, source: Path, overwrite: bool, files: Collection[Path] = ()) -> None:
+def check_output_path(place: OutputPath, source: Path, overwrite: bool, files: Collection[Path] = ()) -> None:
     """Refuse a target that holds something, unless it may be replaced; never the source, one of its `files`, or a
     folder around it or in it.
 
@@ -215,7 +215,7 @@ def _is_whole(journal: Path) -> bool:
 
 
 @contextmanager
-def kept_on_interrupt(folder: Folder) -> Iterator[None]:
+def kept_on_interrupt(folder: OutputFolder) -> Iterator[None]:
     """A request that cannot be met leaves nothing behind; whatever else ends a run leaves its journal, and the same
     call goes on."""
     try:

@@ -147,12 +147,12 @@ class FP8(Container):
 
     def inputs(self, tensors: Mapping[str, Tensor], grid: ActivationGrid | None) -> ActivationQuant | None:
         """The activations' stored scale, under the name that Transformers gives it too."""
-        known = (
+        renamed = (
             {"input_scale": tensors["activation_scale"]} if "activation_scale" in tensors else {}
         )  # what Transformers calls it
-        return inputs_of({**tensors, **known}, grid)
+        return inputs_of({**tensors, **renamed}, grid)
 
-    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, Scheme], unquantized: list[str], dtype: torch.dtype) -> Config:
         """DeepSeek's `quantization_config`, with the unquantized modules by both names that engines know."""
         scheme = commonest(schemes)
         grid = _held(scheme)
@@ -161,8 +161,8 @@ class FP8(Container):
             "fmt": grid.levels.name,
             "activation_scheme": "static" if scheme.activations == STATIC else "dynamic",
             **({"weight_block_size": [SIDE, SIDE]} if grid.granularity == "block" else {}),
-            "modules_to_not_convert": sorted(kept),
-            "ignored_layers": sorted(kept),  # the same, for vLLM before it knew the other name
+            "modules_to_not_convert": sorted(unquantized),
+            "ignored_layers": sorted(unquantized),  # the same, for vLLM before it knew the other name
         }
 
     def reads(self, config: Config) -> bool:
@@ -183,7 +183,7 @@ class FP8(Container):
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Scheme, Shape]]:
         """Every module with FP8 weights, its granularity as the shape of the scales shows it."""
-        found: dict[str, tuple[Scheme, Shape]] = {}
+        modules: dict[str, tuple[Scheme, Shape]] = {}
         for name, weight in entries.items():
             module = name.removesuffix(".weight")
             scale = entries.get(f"{module}.weight_scale_inv") or entries.get(f"{module}.weight_scale")
@@ -201,8 +201,8 @@ class FP8(Container):
                 )
                 has_scale = f"{module}.input_scale" in entries or f"{module}.activation_scale" in entries
                 is_static = config.get("activation_scheme") == "static" and has_scale
-                found[module] = WeightActivation(grid, STATIC if is_static else READ[grid.granularity]), shape
-        return found
+                modules[module] = WeightActivation(grid, STATIC if is_static else READ[grid.granularity]), shape
+        return modules
 
 
 def _grid(name: str, weight: Entry, scale: Entry, in_blocks: bool) -> ScalarGrid:

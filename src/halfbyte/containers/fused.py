@@ -22,15 +22,15 @@ def unfuse(entries: Mapping[str, Entry], parts: Mapping[str, str]) -> dict[str, 
         if name.endswith(weights) and not name.endswith(tuple(others)) and len(e.shape) > 2 and e.dtype in LOW
     }
     owners = {stem + ending: (stem, part) for stem in fused for ending, part in parts.items()}
-    found: dict[str, Entry] = {}
+    unfused: dict[str, Entry] = {}
     for name, entry in entries.items():
         if name not in owners:
-            found[name] = entry
+            unfused[name] = entry
             continue
         stem, part = owners[name]
         home, _, last = stem.rpartition(".")
         for expert in range(fused[stem].shape[0]):
-            found[f"{home}.{expert}.{last}.{part}"] = (
+            unfused[f"{home}.{expert}.{last}.{part}"] = (
                 entry.at(expert) if entry.shape[:1] == fused[stem].shape[:1] else entry
             )
-    return found
+    return unfused

@@ -127,24 +127,24 @@ class GPTQ(Container):
             params["g_idx"] = tensors["g_idx"][None]
         return Quantized(scheme.weight, bits.unpack(tensors["qweight"].T, grid.levels.bits, width), params)
 
-    def _zero_points(self, words: Tensor, width_bits: int, out: int) -> Tensor:
+    def _zero_points(self, qzeros: Tensor, width_bits: int, out: int) -> Tensor:
         """Version 1 wraps a zero point of 0 around. GPTQModel, which writes such files, takes 1 from whole words, with
         borrow, but of 3 bits from each code (its utils/model.py, convert_gptq_v2_to_v1_format_module)."""
         if self.version == 2:
-            return bits.unpack(words, width_bits, out)
+            return bits.unpack(qzeros, width_bits, out)
         if width_bits == 3:
-            return (bits.unpack(words, 3, out) + 1) & 7
-        return bits.unpack(words + 0xFFFFFFFF // ((1 << width_bits) - 1), width_bits, out)
+            return (bits.unpack(qzeros, 3, out) + 1) & 7
+        return bits.unpack(qzeros + 0xFFFFFFFF // ((1 << width_bits) - 1), width_bits, out)
 
-    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, Scheme], unquantized: list[str], dtype: torch.dtype) -> Config:
         """GPTQModel's `quantization_config`: other grids, and unquantized modules, as `dynamic` rules."""
         main = integer(commonest(schemes), self.name)
         dynamic: Config = {}
         for grid in sorted({g for g in schemes.values() if g != main}, key=str):
-            own = [name for name, g in schemes.items() if g == grid]
-            for pattern in patterns(own, [name for name in schemes if name not in set(own)]):
+            members = [name for name, g in schemes.items() if g == grid]
+            for pattern in patterns(members, [name for name in schemes if name not in set(members)]):
                 dynamic[f"+:^{_either_spelling(pattern)}$"] = _settings(integer(grid, self.name))
-        for pattern in patterns([name for name in kept if name != "lm_head"], list(schemes)):
+        for pattern in patterns([name for name in unquantized if name != "lm_head"], list(schemes)):
             dynamic[f"-:^{_either_spelling(pattern)}$"] = {}
         return {
             "quant_method": "gptq",
@@ -173,22 +173,25 @@ class GPTQ(Container):
 
     def opened(self, config: Config, entries: Mapping[str, Entry]) -> tuple["GPTQ", Modules]:
         """The version that the zero points show, whatever the label, and every module with a qweight."""
-        found: Modules = {}
+        modules: Modules = {}
         versions = set()
         sizes = [config.get("group_size"), *(rule.get("group_size") for rule in (config.get("dynamic") or {}).values())]
         for name in entries:
             if name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")
-                words, zeros = stored(entries, name, [torch.int32]), stored(entries, f"{module}.qzeros", [torch.int32])
+                qweight, qzeros = (
+                    stored(entries, name, [torch.int32]),
+                    stored(entries, f"{module}.qzeros", [torch.int32]),
+                )
                 scales = stored(entries, f"{module}.scales", SCALE_NAME)
-                out, grid_bits, groups = words.shape[1], zeros.shape[1] * 32 // words.shape[1], scales.shape[0]
-                if grid_bits not in WIDTHS or zeros.shape != (groups, out * grid_bits // 32):
+                out, grid_bits, groups = qweight.shape[1], qzeros.shape[1] * 32 // qweight.shape[1], scales.shape[0]
+                if grid_bits not in WIDTHS or qzeros.shape != (groups, out * grid_bits // 32):
                     raise BadCheckpoint(
-                        f"{module}: {described(zeros)} zero points are none of {out} out-features in {groups} groups, "
+                        f"{module}: {described(qzeros)} zero points are none of {out} out-features in {groups} groups, "
                         "of 2, 3, 4 or 8 bits"
                     )
-                width = words.shape[0] * 32 // grid_bits
-                zero = bits.unpack(zeros.read(), grid_bits, out)
+                width = qweight.shape[0] * 32 // grid_bits
+                zero = bits.unpack(qzeros.read(), grid_bits, out)
                 first, middle = int(zero[0, 0]), 1 << (grid_bits - 1)
                 symmetric = bool((zero == first).all()) and first in (middle - 1, middle)
                 if (
@@ -197,9 +200,9 @@ class GPTQ(Container):
                     versions.add(1 if first == middle - 1 else 2)
                 grid = integers(grid_bits, granularity_of(module, width, groups, sizes), symmetric, scale_held(scales))
                 order = f"{module}.g_idx"
-                found[module] = (as_ordered(order, entries.get(order), grid, width), (out, width))
-        said = 2 if config.get("checkpoint_format") == "gptq_v2" else 1
-        return GPTQ(versions.pop() if len(versions) == 1 else said), found
+                modules[module] = (as_ordered(order, entries.get(order), grid, width), (out, width))
+        labelled = 2 if config.get("checkpoint_format") == "gptq_v2" else 1
+        return GPTQ(versions.pop() if len(versions) == 1 else labelled), modules
 
 
 def stored_scale(dtype: torch.dtype) -> str:

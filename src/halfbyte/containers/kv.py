@@ -54,14 +54,14 @@ class KVCache:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file stores."""
-        found = {}
-        for part, known in (("k", self.keys), ("v", self.values)):
+        tensors = {}
+        for part, modules in (("k", self.keys), ("v", self.values)):
             # Of latent attention, vLLM knows the scales by ModelOpt's names only.
             inside = f"{part}_proj." if self.latent else ""
-            found.update(
-                {f"{module}.{inside}{part}_scale": params["scale"] for module, params in known.items() if params}
+            tensors.update(
+                {f"{module}.{inside}{part}_scale": params["scale"] for module, params in modules.items() if params}
             )
-        return dict(sorted(found.items()))
+        return dict(sorted(tensors.items()))
 
 
 def specs(cache: KVCache) -> dict[str, Spec]:
@@ -69,12 +69,12 @@ def specs(cache: KVCache) -> dict[str, Spec]:
     return {name: Spec(tuple(scale.shape), scale.dtype) for name, scale in cache.tensors().items()}
 
 
-def config(known: Config | None, grid: KVGrid) -> Config:
-    """The `quantization_config` of a checkpoint, given a cache; `known` is what it says now.
+def config(existing: Config | None, grid: KVGrid) -> Config:
+    """The `quantization_config` of a checkpoint, given a cache; `existing` is what it says now.
 
     Raises Unsupported where no engine would read the scales.
     """
-    method = (known or {}).get("quant_method")
+    method = (existing or {}).get("quant_method")
     if method not in (None, "compressed-tensors", "fp8"):
         raise Unsupported(
             f"engines read scales of a KV cache beside compressed-tensors and fp8, not beside {method}; halfbyte "
@@ -86,7 +86,7 @@ def config(known: Config | None, grid: KVGrid) -> Config:
             raise Unsupported(
                 f"a cache of {grid} is read from compressed-tensors only; beside fp8 weights, fp8-e4m3 is"
             )
-        return dict(known or {})
+        return dict(existing or {})
     empty = {
         "quant_method": "compressed-tensors",
         "format": "dense",
@@ -95,7 +95,7 @@ def config(known: Config | None, grid: KVGrid) -> Config:
         "config_groups": {},
         "ignore": [],
     }
-    return {**(known or empty), "kv_cache_scheme": scheme}
+    return {**(existing or empty), "kv_cache_scheme": scheme}
 
 
 def _scheme_of(grid: KVGrid) -> Config:
@@ -145,24 +145,24 @@ def served(grid: KVGrid) -> str:
     return SERVED.get(str(grid), "no engine that we know of has it")
 
 
-def find(said: Config, entries: Mapping[str, Entry]) -> KVCache | None:
+def find(config: Config, entries: Mapping[str, Entry]) -> KVCache | None:
     """The cache that a checkpoint says it has."""
-    found: dict[str, dict[str, Params]] = {"k": {}, "v": {}}
+    by_part: dict[str, dict[str, Params]] = {"k": {}, "v": {}}
     names = scales(entries)
     for match in filter(None, map(SCALE.fullmatch, names)):
         scale = entries[match[0]].read().float()
-        found[match["part"] or match["was"]][match["module"] or match["older"]] = {"scale": scale}
-    if not found["k"] or not found["v"]:
+        by_part[match["part"] or match["was"]][match["module"] or match["older"]] = {"scale": scale}
+    if not by_part["k"] or not by_part["v"]:
         return None
-    scheme = said.get("kv_cache_scheme") or {}
+    scheme = config.get("kv_cache_scheme") or {}
     bits, granularity = scheme.get("num_bits", 8), "head" if scheme.get("strategy") == "attn_head" else "static"
     if scheme.get("type", "float") == "float" and bits != 8:
         raise Unsupported(f"a KV cache of floats of {bits} bits is not read; FP8 and integers are")
     part = ScaledActivations("fp8-e4m3" if scheme.get("type", "float") == "float" else f"int{bits}", granularity)
     shape = (-1, 1, 1) if part.granularity == "head" else (-1,)
     shaped = {
-        which: {module: {"scale": p["scale"].reshape(shape)} for module, p in known.items()}
-        for which, known in found.items()
+        which: {module: {"scale": p["scale"].reshape(shape)} for module, p in modules.items()}
+        for which, modules in by_part.items()
     }
     return KVCache(
         KVGrid(part, part), shaped["k"], shaped["v"], latent=any(name.endswith("_proj.k_scale") for name in names)

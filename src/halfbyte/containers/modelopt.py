@@ -52,9 +52,9 @@ class ModelOpt(Reader):
 
     def reads(self, config: Config) -> bool:
         """Whether Model Optimizer says that it made the file."""
-        said = config.get("producer")
+        producer = config.get("producer")
         return str(config.get("quant_method", "")).startswith(self.name) or (
-            isinstance(said, dict) and said.get("name") == self.name
+            isinstance(producer, dict) and producer.get("name") == self.name
         )
 
     def unfuse_experts(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -66,8 +66,8 @@ class ModelOpt(Reader):
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Scheme, Shape]]:
         """FP8 modules as `FP8` finds them, and NVFP4 by its scales. Raises Unsupported for what else Model Optimizer
         has."""
-        found = FP8().find({"activation_scheme": "static"}, entries)
-        if fused := next((m for m in found if re.search(r"\.\d+\.gate_up_proj$", m)), None):
+        modules = FP8().find({"activation_scheme": "static"}, entries)
+        if fused := next((m for m in modules if re.search(r"\.\d+\.gate_up_proj$", m)), None):
             raise Unsupported(
                 f"{fused}: modelopt's fused experts in FP8 are not read, since nothing tells which way they lie; in "
                 "NVFP4 they are"
@@ -76,13 +76,13 @@ class ModelOpt(Reader):
             module, _, suffix = name.rpartition(".")
             if suffix in NOT_FOLLOWED:
                 raise Unsupported(f"{name}: modelopt's {suffix} is not read; its plain FP8, MXFP8 and NVFP4 are")
-            if suffix == "weight_scale" and module not in found:
+            if suffix == "weight_scale" and module not in modules:
                 read = _inputs_of_nvfp4(config, module) if f"{module}.input_scale" in entries else None
-                found[module] = (
+                modules[module] = (
                     WeightActivation(NVFP4_FACTOR, read) if read else NVFP4_FACTOR,
                     _nvfp4_shape(module, entries),
                 )
-        return found
+        return modules
 
     def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """Those of FP8, or NVFP4 weights with scales of groups and of the matrix, either way round."""
@@ -124,10 +124,10 @@ class ModelOpt(Reader):
 
 def _inputs_of_nvfp4(config: Config, module: str) -> ActivationGrid:
     """W4A8 and W4A4 differ in the config alone, which says it for all modules or for each."""
-    said = config.get("quantization") or config
-    layers = said.get("quantized_layers") if isinstance(said, dict) else None
-    own = layers.get(module, said) if isinstance(layers, dict) else said
-    algorithm = own.get("quant_algo") if isinstance(own, dict) else None
+    quantization = config.get("quantization") or config
+    layers = quantization.get("quantized_layers") if isinstance(quantization, dict) else None
+    layer = layers.get(module, quantization) if isinstance(layers, dict) else quantization
+    algorithm = layer.get("quant_algo") if isinstance(layer, dict) else None
     return STATIC if "FP8" in str(algorithm) else NVFP4_INPUTS
 
 

@@ -38,7 +38,7 @@ class MXFP4(Reader):
 
     def find(self, config: Config, entries: Mapping[str, Entry]) -> dict[str, tuple[Scheme, Shape]]:
         """Every module with blocks. Raises Unsupported for shapes that are no MXFP4."""
-        found: dict[str, tuple[Scheme, Shape]] = {}
+        modules: dict[str, tuple[Scheme, Shape]] = {}
         for name, blocks in entries.items():
             if name.endswith(".blocks"):
                 module = name.removesuffix(".blocks")
@@ -53,8 +53,8 @@ class MXFP4(Reader):
                         f"{module}: {tuple(blocks.shape)} blocks and {scales and tuple(scales.shape)} scales "
                         "are no MXFP4"
                     )
-                found[module] = PACKED.grid, (blocks.shape[0], blocks.shape[1] * 32)
-        return found
+                modules[module] = PACKED.grid, (blocks.shape[0], blocks.shape[1] * 32)
+        return modules
 
     def parts(self, scheme: Scheme, shape: Shape, has: Has) -> dict[str, PartSpec]:
         """Blocks of 16 bytes, and a byte of scale for each."""

@@ -111,20 +111,20 @@ class CompressedTensors(Container):
             q = q._replace(grid=scheme.weight, params={**q.params, "g_idx": tensors[ORDER][None]})
         return q._replace(activations=inputs)
 
-    def config(self, schemes: Mapping[str, Scheme], kept: list[str], dtype: torch.dtype) -> Config:
+    def config(self, schemes: Mapping[str, Scheme], unquantized: list[str], dtype: torch.dtype) -> Config:
         """A group for each scheme, with the modules that it targets; unquantized ones are ignored by name."""
         groups: dict[str, Config] = {}
         home = _wrapped_in(schemes)
         start = r"(.*\.)?" if home else "^"
         for scheme in sorted(set(schemes.values()), key=str):
-            own = [name for name, s in schemes.items() if s == scheme]
-            others = [name for name in schemes if name not in set(own)]
-            inside = ([n.removeprefix(home) for n in names] for names in (own, others))
+            members = [name for name, s in schemes.items() if s == scheme]
+            others = [name for name in schemes if name not in set(members)]
+            inside = ([n.removeprefix(home) for n in names] for names in (members, others))
             targets = [f"re:{start}{p}$" for p in patterns(*inside)] if others else ["Linear"]
             # The head is no Linear to vLLM and SGLang; they quantize it if a target names it (their pull requests 37291
             # and 35228).
             targets += [
-                f"re:.*{re.escape(name)}$" for name in own if not any(part.isdigit() for part in name.split("."))
+                f"re:.*{re.escape(name)}$" for name in members if not any(part.isdigit() for part in name.split("."))
             ]
             groups[f"group_{len(groups)}"] = {
                 "targets": targets,
@@ -141,7 +141,7 @@ class CompressedTensors(Container):
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
             "config_groups": groups,
-            "ignore": sorted(_ignored(kept, schemes)),
+            "ignore": sorted(_ignored(unquantized, schemes)),
         }
 
     def reads(self, config: Config) -> bool:
@@ -154,22 +154,22 @@ class CompressedTensors(Container):
         formats = {config.get("format"), *(group.get("format") for group in groups.values())}
         if unknown := sorted(f for f in formats if f and f not in (MIXED, "dense", *LAYOUTS)):
             raise Unsupported(f"compressed-tensors format '{unknown[0]}' is not read yet; {', '.join(LAYOUTS)} are")
-        said = [group["weights"] for group in groups.values() if group.get("weights")]
-        found: dict[str, tuple[Scheme, Shape]] = {}
+        weight_args = [group["weights"] for group in groups.values() if group.get("weights")]
+        modules: dict[str, tuple[Scheme, Shape]] = {}
         for name in entries:
             module, _, suffix = name.rpartition(".")
             if suffix == "weight_packed" or (suffix == "weight" and f"{module}.weight_scale" in entries):
-                read = (layout.find(entries, module, said) for layout in LAYOUTS.values())
-                known = next((what for what in read if what), None)
-                if known is None:
+                read = (layout.find(entries, module, weight_args) for layout in LAYOUTS.values())
+                grid_and_shape = next((what for what in read if what), None)
+                if grid_and_shape is None:
                     raise Unsupported(
                         f"{name}: {entries[name].dtype} {tuple(entries[name].shape)} is of no format that is read: "
                         f"{', '.join(LAYOUTS)}"
                     )
-                grid, shape = _in_order(f"{module}.{ORDER}", entries, *known)
+                grid, shape = _in_order(f"{module}.{ORDER}", entries, *grid_and_shape)
                 read = input_grid(group_of(module, groups).get("input_activations"))
-                found[module] = (WeightActivation(grid, read) if read else grid, shape)
-        return found
+                modules[module] = (WeightActivation(grid, read) if read else grid, shape)
+        return modules
 
 
 def _wrapped_in(modules: Iterable[str]) -> str:
@@ -179,11 +179,11 @@ def _wrapped_in(modules: Iterable[str]) -> str:
     return places.pop() if len(places) == 1 and "." in min(places).rstrip(".") else ""
 
 
-def _ignored(kept: list[str], quantized: Iterable[str]) -> list[str]:
+def _ignored(unquantized: list[str], quantized: Iterable[str]) -> list[str]:
     """Names of modules, as patterns where they are in the name of a quantized one: SGLang looked for names in others
     (before its pull request 32736), and loaded what it found so in 16 bits."""
     names = "\n".join(quantized)
-    return [f"re:^{re.escape(name)}$" if name in names else name for name in kept]
+    return [f"re:^{re.escape(name)}$" if name in names else name for name in unquantized]
 
 
 def _groups(config: Config) -> dict[str, Config]:
@@ -199,13 +199,15 @@ def _groups(config: Config) -> dict[str, Config]:
     return groups
 
 
-def _require_types(said: object, types: Mapping[str, tuple[type, ...]]) -> None:
+def _require_types(section: object, types: Mapping[str, tuple[type, ...]]) -> None:
     """Raise BadCheckpoint for entries of other types; what is null is not there."""
-    if not isinstance(said, dict):
-        raise BadCheckpoint(f"config.json says of quantized weights what nobody would: {brief(said)}")
+    if not isinstance(section, dict):
+        raise BadCheckpoint(f"config.json says of quantized weights what nobody would: {brief(section)}")
     for name, kinds in types.items():
-        if said.get(name) is not None and type(said[name]) not in kinds:
-            raise BadCheckpoint(f"config.json says of quantized weights what nobody would: {name} {brief(said[name])}")
+        if section.get(name) is not None and type(section[name]) not in kinds:
+            raise BadCheckpoint(
+                f"config.json says of quantized weights what nobody would: {name} {brief(section[name])}"
+            )
 
 
 def _in_order(name: str, entries: Mapping[str, Entry], grid: Grid, shape: Shape) -> tuple[Grid, Shape]:

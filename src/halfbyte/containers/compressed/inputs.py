@@ -67,24 +67,24 @@ def input_arguments(grid: ActivationGrid | None) -> Config | None:
     }
 
 
-def input_grid(said: Config | None) -> ActivationGrid | None:
+def input_grid(args: Config | None) -> ActivationGrid | None:
     """The inverse of `input_arguments`, for files of others too. Raises Unsupported."""
-    if not said:
+    if not args:
         return None
     bits, is_float, strategy, group = (
-        said.get("num_bits", 8),
-        said.get("type") == "float",
-        said.get("strategy"),
-        said.get("group_size"),
+        args.get("num_bits", 8),
+        args.get("type") == "float",
+        args.get("strategy"),
+        args.get("group_size"),
     )
-    for name, words in MICRO.items():
-        if is_float and (bits, strategy, group) == (words["num_bits"], words["strategy"], words["group_size"]):
+    for name, micro in MICRO.items():
+        if is_float and (bits, strategy, group) == (micro["num_bits"], micro["strategy"], micro["group_size"]):
             return ACTIVATION_GRIDS[name]
-    dynamic = said.get("dynamic", False)
+    dynamic = args.get("dynamic", False)
     granularity = (
         f"g{group}"
         if strategy == "group" and dynamic
-        else next((granularity for granularity, words in STRATEGIES.items() if words == (strategy, dynamic)), None)
+        else next((granularity for granularity, pair in STRATEGIES.items() if pair == (strategy, dynamic)), None)
     )
     number = "fp8-e4m3" if is_float else f"int{bits}"
     if granularity is None or (is_float and bits != 8):
@@ -93,7 +93,7 @@ def input_grid(said: Config | None) -> ActivationGrid | None:
             "tensor and in groups they are"
         )
     return ScaledActivations.parse(
-        f"{number}-{granularity}{'' if said.get('symmetric', True) or is_float else '-asym'}"
+        f"{number}-{granularity}{'' if args.get('symmetric', True) or is_float else '-asym'}"
     )
 
 

@@ -49,9 +49,9 @@ class Layout(ABC):
         """The inverse of `pack`."""
 
     @abstractmethod
-    def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
-        """Grid and shape of a module as its tensors show them; None where they are not of this format. `said` are the
-        weights' arguments in the config, and decide where tensors leave a choice."""
+    def find(self, entries: Mapping[str, Entry], module: str, weight_args: list[Config]) -> tuple[Grid, Shape] | None:
+        """Grid and shape of a module as its tensors show them; None where they are not of this format.
+        `weight_args` are the weights' arguments in the config, and decide where tensors leave a choice."""
 
     @abstractmethod
     def arguments(self, grid: Grid) -> Config:
@@ -83,7 +83,7 @@ def arguments_of_integers(grid: ScalarGrid) -> Config:
     return arguments(grid.levels.bits, "int", strategy, grid.group_size, grid.symmetric)
 
 
-def may_be(said: list[Config], word: str, value: object) -> bool:
+def may_be(weight_args: list[Config], word: str, value: object) -> bool:
     """Whether the config says this of some weights, or nothing of any."""
-    values = [weights[word] for weights in said if weights.get(word) is not None]
+    values = [weights[word] for weights in weight_args if weights.get(word) is not None]
     return not values or value in values

@@ -58,11 +58,11 @@ class Packed(Layout):
 
     def parts(self, grid: Grid, shape: Shape) -> dict[str, PartSpec]:
         """As `plan`; one scale may have no dimension, and the shape be int32."""
-        known, tensor = super().parts(grid, shape), integer(grid, NAME).granularity == "tensor"
+        parts, tensor = super().parts(grid, shape), integer(grid, NAME).granularity == "tensor"
         scale = (
             {"weight_scale": any_of((*ONE, (1, 1)), [self.plan(grid, shape)["weight_scale"].dtype])} if tensor else {}
         )
-        return {**known, **scale, "weight_shape": any_of([(2,)], [torch.int64, torch.int32])}
+        return {**parts, **scale, "weight_shape": any_of([(2,)], [torch.int64, torch.int32])}
 
     def pack(self, q: Quantized) -> dict[str, Tensor]:
         """Codes packed along in-features, zero points along out-features."""
@@ -85,7 +85,7 @@ class Packed(Layout):
             params["zero"] = bits.unpack(tensors["weight_zero_point"].T, grid.levels.bits, out).T.contiguous()
         return Quantized(grid, bits.unpack(tensors["weight_packed"], grid.levels.bits, width), params)
 
-    def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+    def find(self, entries: Mapping[str, Entry], module: str, weight_args: list[Config]) -> tuple[Grid, Shape] | None:
         """A module with int32 words, of the shape that is stored beside them."""
         if f"{module}.weight_packed" not in entries or entries[f"{module}.weight_packed"].dtype != torch.int32:
             return None
@@ -93,28 +93,28 @@ class Packed(Layout):
         if shape.shape != (2,):
             raise BadCheckpoint(f"'{module}.weight_shape' is {described(shape)}, which should be two numbers")
         out, width = shape.read().tolist()
-        return _grid(entries, module, said, out, width), (out, width)
+        return _grid(entries, module, weight_args, out, width), (out, width)
 
     def arguments(self, grid: Grid) -> Config:
         """Bits, granularity and symmetry of the integers."""
         return arguments_of_integers(integer(grid, NAME))
 
 
-def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: int, width: int) -> Grid:
-    """The grid as the tensors show it, whatever the label. What was `said` decides where shapes leave a choice."""
+def _grid(entries: Mapping[str, Entry], module: str, weight_args: list[Config], out: int, width: int) -> Grid:
+    """The grid as the tensors show it, whatever the label; where shapes leave a choice, `weight_args` decide."""
     packed, name = stored(entries, f"{module}.weight_packed", [torch.int32]), f"{module}.weight_scale"
     scale = stored(entries, name, SCALE_NAMES, len(entries[name].shape) if name in entries else 2)
     groups = scale.shape[-1] if len(scale.shape) == 2 else 1
-    named = {weights["num_bits"] for weights in said if "num_bits" in weights} or range(2, 9)
+    named = {weights["num_bits"] for weights in weight_args if "num_bits" in weights} or range(2, 9)
     width_bits = next((b for b in range(2, 9) if b in named and -(-width * b // 32) == packed.shape[1]), None)
     if width_bits is None or not groups:
         raise BadCheckpoint(
             f"{module}: {described(packed)} words and {described(scale)} scales are no packing of {out} x {width} in "
             f"{' or '.join(map(str, named))} bits"
         )
-    is_tensor = prod(scale.shape) == 1 and out > 1 and may_be(said, "strategy", "tensor")
+    is_tensor = prod(scale.shape) == 1 and out > 1 and may_be(weight_args, "strategy", "tensor")
     symmetric = f"{module}.weight_zero_point" not in entries
-    if symmetric and not may_be(said, "symmetric", True):
+    if symmetric and not may_be(weight_args, "symmetric", True):
         raise BadCheckpoint(
             f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the checkpoint "
             "is not whole"
@@ -122,6 +122,6 @@ def _grid(entries: Mapping[str, Entry], module: str, said: list[Config], out: in
     granularity = (
         "tensor"
         if is_tensor
-        else granularity_of(module, width, groups, [weights.get("group_size") for weights in said])
+        else granularity_of(module, width, groups, [weights.get("group_size") for weights in weight_args])
     )
     return integers(width_bits, granularity, symmetric, SCALE_NAMES[scale.dtype])

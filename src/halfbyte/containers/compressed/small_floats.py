@@ -46,7 +46,7 @@ class MX(Layout):
         """The inverse of `pack`."""
         return Quantized(grid, unpack(tensors["weight_packed"], self.width_bits), {"scale": tensors["weight_scale"]})
 
-    def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+    def find(self, entries: Mapping[str, Entry], module: str, weight_args: list[Config]) -> tuple[Grid, Shape] | None:
         """A module whose words and scales are bytes that fit each other."""
         packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
         if (
@@ -104,7 +104,7 @@ class NV4(Layout):
         }
         return Quantized(grid, unpack(tensors["weight_packed"], 4), params)
 
-    def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+    def find(self, entries: Mapping[str, Entry], module: str, weight_args: list[Config]) -> tuple[Grid, Shape] | None:
         """A module with bytes of codes and E4M3 scales. Raises Unsupported where these do not fit each other."""
         packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
         if packed is None or scale is None or packed.dtype != torch.uint8 or scale.dtype != torch.float8_e4m3fn:

@@ -85,7 +85,7 @@ class Unpacked(Layout):
             params["zero"] = _unsigned(tensors["weight_zero_point"].reshape(params["scale"].shape), middle)
         return Quantized(grid, _unsigned(tensors["weight"], middle), params)
 
-    def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+    def find(self, entries: Mapping[str, Entry], module: str, weight_args: list[Config]) -> tuple[Grid, Shape] | None:
         """A module of bytes; the config decides between blocks and rows where shapes leave a choice."""
         weight, scale = entries.get(f"{module}.weight"), entries.get(f"{module}.weight_scale")
         if (
@@ -98,12 +98,14 @@ class Unpacked(Layout):
         out, width = stored(entries, f"{module}.weight", [weight.dtype]).shape
         rows, groups = scale.shape if len(scale.shape) == 2 else (prod(scale.shape), 1)
         granularities = [
-            granularity for granularity in ("channel", "tensor", "block") if may_be(said, "strategy", granularity)
+            granularity
+            for granularity in ("channel", "tensor", "block")
+            if may_be(weight_args, "strategy", granularity)
         ]
         if weight.dtype == torch.int8:
             if (rows, groups) == (1, 1) and out > 1 and "tensor" not in granularities:
                 raise BadCheckpoint(f"'{module}.weight_scale' is one number, and config.json says that there are more")
-            if f"{module}.weight_zero_point" not in entries and not may_be(said, "symmetric", True):
+            if f"{module}.weight_zero_point" not in entries and not may_be(weight_args, "symmetric", True):
                 raise BadCheckpoint(
                     f"'{module}.weight_zero_point' is not stored, and config.json says that there is one; the "
                     "checkpoint is not whole"
@@ -111,10 +113,13 @@ class Unpacked(Layout):
             granularity = (
                 "tensor"
                 if rows == 1 and out > 1
-                else granularity_of(module, width, groups, [weights.get("group_size") for weights in said])
+                else granularity_of(module, width, groups, [weights.get("group_size") for weights in weight_args])
             )
             return integers(
-                _bits(weight, said), granularity, f"{module}.weight_zero_point" not in entries, SCALE_NAMES[scale.dtype]
+                _bits(weight, weight_args),
+                granularity,
+                f"{module}.weight_zero_point" not in entries,
+                SCALE_NAMES[scale.dtype],
             ), (out, width)
         for granularity in granularities:
             grid = fp8("e4m3", granularity, SCALE_NAMES[scale.dtype])
@@ -142,12 +147,12 @@ def _unsigned(codes: Tensor, middle: int) -> Tensor:
     return (codes.to(torch.int16) + middle).to(torch.uint8)
 
 
-def _bits(weight: Entry, said: list[Config]) -> int:
+def _bits(weight: Entry, weight_args: list[Config]) -> int:
     """Of integers in bytes: what the config says, or, where it names several, the fewest that hold these."""
     named = sorted(
         {
             bits
-            for weights in said
+            for weights in weight_args
             if weights.get("type", "int") == "int" and 2 <= (bits := weights.get("num_bits", 8)) <= 8
         }
         or {8}
@@ -185,7 +190,7 @@ class MX8(Layout):
         """Codes and scales as they are."""
         return Quantized(grid, tensors["weight"].view(torch.uint8), {"scale": tensors["weight_scale"]})
 
-    def find(self, entries: Mapping[str, Entry], module: str, said: list[Config]) -> tuple[Grid, Shape] | None:
+    def find(self, entries: Mapping[str, Entry], module: str, weight_args: list[Config]) -> tuple[Grid, Shape] | None:
         """A module of FP8 weights with scales in bytes. Raises Unsupported where these do not fit each other."""
         weight, scale = entries.get(f"{module}.weight"), entries.get(f"{module}.weight_scale")
         if weight is None or scale is None or weight.dtype != torch.float8_e4m3fn or scale.dtype != torch.uint8:
