@@ -38,13 +38,13 @@ def answered(result: SuiteEvaluation) -> list[Table | str]:
         flips = [(suite, flip) for suite in model.suites for flip in suite.flips]
         shown += [_flip(suite, flip) for suite, flip in flips[:FLIPS]]
         shown += [f"... and {len(flips) - FLIPS} more (--json)"] if len(flips) > FLIPS else []
-        shown += [said for suite in model.suites for said in remarks(suite)]
-    told = (
+        shown += [remark for suite in model.suites for remark in remarks(suite)]
+    legend = (
         "right: answers that pass, of the original → of the model; lost, gained: right of the original alone, of the "
         "model alone; part: greedy answers that differ from the original's, and after how many tokens (the median); "
         "loop: answers that end in repeating themselves"
     )
-    return [*shown, told, *gates(result.gates), *(f"note: {warning}" for warning in result.warnings)]
+    return [*shown, legend, *gates(result.gates), *(f"note: {warning}" for warning in result.warnings)]
 
 
 def scored(result: TaskEvaluation) -> list[Table | str]:
@@ -65,13 +65,13 @@ def scored(result: TaskEvaluation) -> list[Table | str]:
         how = f"lm-eval {result.lm_eval}, both in {result.dtype}" + (", as chats" if result.as_chat else "")
         shown += [
             f"{name} beside {Path(result.reference_path).name}: {how}",
-            table(["task", "score", "items", "% right", "difference", "lost / gained"], rows, words=2),
+            table(["task", "score", "items", "% right", "difference", "lost / gained"], rows, name_columns=2),
         ]
-    told = (
+    legend = (
         "difference: of the model from the original, item by item, ± its standard error; lost, gained: items that only "
         "the original, only the model got right"
     )
-    return [*shown, told, *gates(result.gates), *(f"note: {warning}" for warning in result.warnings)]
+    return [*shown, legend, *gates(result.gates), *(f"note: {warning}" for warning in result.warnings)]
 
 
 def _points(row: TaskResult) -> str:
@@ -101,10 +101,10 @@ def remarks(suite: SuiteResult) -> list[str]:
 
 def _flip(suite: SuiteResult, flip: Flip) -> str:
     what = "lost" if flip.lost else "gained"
-    said = [_short(text) for text in (flip.prompt, flip.original, flip.model)]
-    return f"{what}, {Path(suite.name).name} {flip.line}: {said[0]} original: {said[1]} model: {said[2]}"
+    texts = [_short(text) for text in (flip.prompt, flip.original, flip.model)]
+    return f"{what}, {Path(suite.name).name} {flip.line}: {texts[0]} original: {texts[1]} model: {texts[2]}"
 
 
 def _short(text: str) -> str:
-    words = " ".join(text.split())
-    return repr(words if len(words) <= LONGEST else f"{words[: LONGEST - 3]}...")
+    one_line = " ".join(text.split())
+    return repr(one_line if len(one_line) <= LONGEST else f"{one_line[: LONGEST - 3]}...")

@@ -21,19 +21,19 @@ if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
     )
 
 
-def inspected(found: Inspection, count: int) -> list[Table | str]:
+def inspected(inspection: Inspection, count: int) -> list[Table | str]:
     """What a checkpoint is stored as, and the `count` weights that lost most."""
-    megabytes, millions = found.size_bytes / 1e6, found.parameters / 1e6
+    megabytes, millions = inspection.size_bytes / 1e6, inspection.parameters / 1e6
     rows = [
         (k, str(r.tensors), f"{r.weights:,}", f"{r.size_bytes / 1e6:.2f}", f"{r.bits_per_weight:.3f}")
-        for k, r in found.grids.items()
+        for k, r in inspection.grids.items()
     ]
     return [
-        f"{found.path}: {found.model_type}, {found.container or 'not quantized'}",
-        f"{megabytes:.2f} MB, {millions:.2f} M parameters, {found.bits_per_parameter:.3f} bits per parameter",
+        f"{inspection.path}: {inspection.model_type}, {inspection.container or 'not quantized'}",
+        f"{megabytes:.2f} MB, {millions:.2f} M parameters, {inspection.bits_per_parameter:.3f} bits per parameter",
         table(["stored as", "tensors", "weights", "MB", "bits"], rows),
-        *worst(found.weights[:count], found.error_of),
-        *(f"- {warning}" for warning in found.warnings),
+        *worst(inspection.weights[:count], inspection.error_of),
+        *(f"- {warning}" for warning in inspection.warnings),
     ]
 
 
@@ -46,21 +46,21 @@ def worst(rows: Sequence[WeightReport], error_of: str | None) -> list[Table | st
     shared, names = without_prefix([row.name for row in rows])
     cells = [(n, r.grid, f"{r.bits_per_weight:.3f}", f"{r.error:.4f}") for n, r in zip(names, rows, strict=True)]
     notes = Counter(row.note for row in rows if row.note)
-    said = f"lost most: relative error of the {error_of}{f'; names begin with {shared}' if shared else ''}"
+    title = f"lost most: relative error of the {error_of}{f'; names begin with {shared}' if shared else ''}"
     return [
-        said,
-        table(["weight", "grid", "bits", "error"], cells, words=2),
+        title,
+        table(["weight", "grid", "bits", "error"], cells, name_columns=2),
         *(f"{count} of these: {note}" for note, count in notes.items()),
     ]
 
 
-def budget(found: BudgetReport) -> str:
+def budget(report: BudgetReport) -> str:
     """Which grids a budget has chosen, and what they are predicted to lose."""
-    grids = ", ".join(f"{name} x {count}" for name, count in found.grids.items())
-    measured = ", the sum of what each weight was measured to lose" if found.sensitivity == "measured" else ""
+    grids = ", ".join(f"{name} x {count}" for name, count in report.grids.items())
+    measured = ", the sum of what each weight was measured to lose" if report.sensitivity == "measured" else ""
     return (
-        f"for {found.asked}: {grids}; {found.file_bytes:,} bytes of files, predicted KL to the original "
-        f"{found.predicted_kl:.5f}{measured}"
+        f"for {report.asked}: {grids}; {report.file_bytes:,} bytes of files, predicted KL to the original "
+        f"{report.predicted_kl:.5f}{measured}"
     )
 
 
@@ -75,24 +75,24 @@ def _entry(value: object) -> str:
     return str(value)
 
 
-def compared(found: Comparison, count: int) -> list[Table | str]:
+def compared(comparison: Comparison, count: int) -> list[Table | str]:
     """Two checkpoints: their sizes, the `count` tensors that are furthest apart, and what each lost."""
-    a, b = found.a, found.b
+    a, b = comparison.a, comparison.b
     rows = [
         (name, c.path, c.container or "not quantized", f"{c.size_bytes / 1e6:.2f}", f"{c.bits_per_parameter:.3f}")
         for name, c in (("A", a), ("B", b))
     ]
     shown: list[Table | str] = [
-        table(["", "checkpoint", "container", "MB", "bits"], rows, words=3),
+        table(["", "checkpoint", "container", "MB", "bits"], rows, name_columns=3),
         f"B takes {100 * (b.size_bytes / a.size_bytes - 1):+.1f} % of A's bytes",
-        *(f"{name}: {_entry(mine)} in A, {_entry(its)} in B" for name, (mine, its) in found.recipes.items()),
+        *(f"{name}: {_entry(mine)} in A, {_entry(its)} in B" for name, (mine, its) in comparison.recipes.items()),
     ]
-    same = sum(t.difference == 0 for t in found.tensors)
-    changed = [t for t in found.tensors if t.difference or None in t.stored_as or t.stored_as[0] != t.stored_as[1]]
-    known = any(t.difference is not None for t in found.tensors)
+    same = sum(t.difference == 0 for t in comparison.tensors)
+    changed = [t for t in comparison.tensors if t.difference or None in t.stored_as or t.stored_as[0] != t.stored_as[1]]
+    has_differences = any(t.difference is not None for t in comparison.tensors)
     shown.append(
-        f"{len(found.tensors)} tensors"
-        + (f", {same} with the same values" if known else f", {len(changed)} stored otherwise")
+        f"{len(comparison.tensors)} tensors"
+        + (f", {same} with the same values" if has_differences else f", {len(changed)} stored otherwise")
     )
     changed.sort(key=lambda t: (-(t.difference or 0), -abs(t.size_bytes[1] - t.size_bytes[0])))
     prefix, names = without_prefix([t.name.removesuffix(".weight") for t in changed[:count]])
@@ -110,30 +110,30 @@ def compared(found: Comparison, count: int) -> list[Table | str]:
         shown += [
             "furthest apart: distance of B's values from A's, relative; errors as the runs reported them"
             + (f"; names begin with {prefix}" if prefix else ""),
-            table(["tensor", "stored as", "kB", "apart", "error"], cells, words=2),
+            table(["tensor", "stored as", "kB", "apart", "error"], cells, name_columns=2),
         ]
-    for mine, its in found.evaluations:
+    for mine, its in comparison.evaluations:
         shown.append(
             f"KL on {mine.windows} windows of {mine.length} tokens of {mine.text}: "
             f"{with_error(mine.model.kl, mine.model.kl_error, 5)} → {with_error(its.model.kl, its.model.kl_error, 5)}; "
             f"perplexity {mine.model.perplexity:.3f} → {its.model.perplexity:.3f}"
         )
-    if not found.evaluations:
+    if not comparison.evaluations:
         shown.append("no measurement of both on one text is in their reports: halfbyte eval A B --against ORIGINAL")
-    return [*shown, *(f"note: {warning}" for warning in found.warnings)]
+    return [*shown, *(f"note: {warning}" for warning in comparison.warnings)]
 
 
-def cached(found: CacheReport) -> list[Table | str]:
+def cached(report: CacheReport) -> list[Table | str]:
     """The scales of a KV cache, a row for each attention."""
-    shared, names = without_prefix([row.module for row in found.rows])
+    shared, names = without_prefix([row.module for row in report.rows])
     cells = [
         (
             name,
             *("" if scale is None else f"{scale:.5f}" for scale in (row.key_scale, row.value_scale)),
             *(f"{100 * share:.4f} %" for share in (row.keys_clipped, row.values_clipped)),
         )
-        for name, row in zip(names, found.rows, strict=True)
+        for name, row in zip(names, report.rows, strict=True)
     ]
-    said = "scales of the KV cache (the largest of heads), and what lies beyond them on other text"
-    said += f"; names begin with {shared}" if shared else ""
-    return [said, table(["attention", "keys", "values", "keys cut", "values cut"], cells)]
+    title = "scales of the KV cache (the largest of heads), and what lies beyond them on other text"
+    title += f"; names begin with {shared}" if shared else ""
+    return [title, table(["attention", "keys", "values", "keys cut", "values cut"], cells)]

@@ -85,15 +85,19 @@ def by_text(results: Sequence[Evaluation]) -> list[Table | str]:
         for name, row in zip(short_names(result.models), result.models, strict=True)
     ]
     return [
-        table(["model", "text", "tokens", "KL, nats"], sorted(rows, key=lambda row: -float(row[3].split()[0])), words=2)
+        table(
+            ["model", "text", "tokens", "KL, nats"],
+            sorted(rows, key=lambda row: -float(row[3].split()[0])),
+            name_columns=2,
+        )
     ]
 
 
 def gates(gates: Sequence[Gate]) -> list[str]:
     """A line for each limit."""
-    words = {True: "holds", False: "does not hold"}
+    verdicts = {True: "holds", False: "does not hold"}
     return [
-        f"gate {g.name} at most {g.limit:g}: {g.value:.5g} of {Path(g.path).name}, {g.of}, {words[g.holds]}"
+        f"gate {g.name} at most {g.limit:g}: {g.value:.5g} of {Path(g.path).name}, {g.of}, {verdicts[g.holds]}"
         for g in gates
     ]
 
@@ -110,22 +114,22 @@ def states(result: StatesEvaluation) -> list[Table | str]:
         ]
         for name, row in zip(short_names(result.models), result.models, strict=True)
     ]
-    said = "the model predicts no tokens: last hidden states are compared, each with the original's of the same token"
+    title = "the model predicts no tokens: last hidden states are compared, each with the original's of the same token"
     notes = [f"note: {warning}" for warning in result.warnings]
-    return [said, table(["model", "relative error", "largest", "cosine", "smallest"], rows), *notes]
+    return [title, table(["model", "relative error", "largest", "cosine", "smallest"], rows), *notes]
 
 
 def _verdict(name: str, row: Divergence) -> str:
     """What a model lost, in a sentence."""
-    said = (
+    sentence = (
         f"{name}: the original's most likely next word is also its own in {100 * row.same_top:.1f} % of places; "
         f"it loses {row.kl:.4f} nats a token"
     )
     if paired := row.nll_minus_reference:
         difference, error = paired
         unsure = "" if error is None else f" ± {100 * error:.2f} %"
-        said += f", and its perplexity is {100 * expm1(difference):+.2f} %{unsure} from the original's"
-    return said
+        sentence += f", and its perplexity is {100 * expm1(difference):+.2f} %{unsure} from the original's"
+    return sentence
 
 
 def short_names(models: Sequence[Divergence | StateError | NeedleModel | SuiteModel | TaskModel]) -> list[str]:
@@ -145,9 +149,9 @@ def needles(result: Needle) -> list[Table | str]:
         for number, size in enumerate(result.lengths):
             part = slice(number * result.depths, (number + 1) * result.depths)
             before, after = result.reference[part], model.rows[part]
-            found = [sum(row.found for row in rows) / result.depths for rows in (before, after)]
+            shares = [sum(row.found for row in rows) / result.depths for rows in (before, after)]
             gains = [f"{b.gain:.2f} → {a.gain:.2f}" for b, a in zip(before, after, strict=True)]
-            rows.append((str(size), *gains, " → ".join(f"{100 * share:.0f} %" for share in found)))
+            rows.append((str(size), *gains, " → ".join(f"{100 * share:.0f} %" for share in shares)))
         headers = ["tokens", *(f"at {100 * row.depth:.0f} %" for row in model.rows[: result.depths]), "found"]
         shown += [
             f"{name}; {result.facts} facts at each place, from the beginning of the text (0 %) to its end",

@@ -19,7 +19,7 @@ UNKNOWN = "-"
 UNCHECKED = "figures not checked against their source"
 
 
-def devices(known: Sequence[Device], here: Sequence[Device]) -> list[Table | str]:
+def devices(listed: Sequence[Device], here: Sequence[Device]) -> list[Table | str]:
     """The table of devices, and which are on this machine."""
     rows = [
         (
@@ -29,13 +29,13 @@ def devices(known: Sequence[Device], here: Sequence[Device]) -> list[Table | str
             *(UNKNOWN if rate is None else f"{rate:g}" for rate in (d.fp16, d.int8, d.fp8, d.fp4)),
             UNKNOWN if d.capability is None else f"{d.capability:.1f}",
         )
-        for d in known
+        for d in listed
     ]
     return [
         "10^12 dense operations per second by dtype; cc: NVIDIA's compute capability",
         table(["device", "GiB", "GB/s", "fp16", "int8", "fp8", "fp4", "cc"], rows),
         f"{UNKNOWN}: unpublished, or there is none; sources: halfbyte devices --json",
-        *([] if all(d.checked for d in known) else [f"*: {UNCHECKED}"]),
+        *([] if all(d.checked for d in listed) else [f"*: {UNCHECKED}"]),
         *(f"here: {_named(device)}" for device in here),
     ]
 
@@ -54,11 +54,11 @@ def device(one: Device, choices: Mapping[str, Sequence[Choice]]) -> list[Table |
         ("compute capability", None if one.capability is None else f"{one.capability:.1f}"),
     ]
     rows: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for engine, known in choices.items():
-        runs = [(choice.name, kernel) for choice in known if (kernel := choice.kernel_on(one))]
+    for engine, options in choices.items():
+        runs = [(choice.name, kernel) for choice in options if (kernel := choice.kernel_on(one))]
         rows.setdefault(tuple((name, _titled(kernel)) for name, kernel in runs), []).append(engine)
     cells = [
-        (", ".join(engines), ", ".join(name for name, own in runs if own == title), title)
+        (", ".join(engines), ", ".join(name for name, kernel_title in runs if kernel_title == title), title)
         for runs, engines in rows.items()
         for title in dict.fromkeys(title for _, title in runs)
     ]
@@ -66,7 +66,7 @@ def device(one: Device, choices: Mapping[str, Sequence[Choice]]) -> list[Table |
         f"{one.title} ({one.name}); source: {one.source}",
         *([] if one.checked else [UNCHECKED]),
         *(f"{name}: {value or 'unknown, or none'}" for name, value in facts),
-        table(["engine", "what runs on it", "kernel"], cells, words=3),
+        table(["engine", "what runs on it", "kernel"], cells, name_columns=3),
     ]
 
 
@@ -150,6 +150,6 @@ def _taken(advice: Advice) -> list[str]:
         "activations": row.activations_bytes,
         "libraries": row.beside_bytes,
     }
-    said = ", ".join(f"{name} {_digits(size / GIB)}" for name, size in parts.items() if size is not None)
+    sizes = ", ".join(f"{name} {_digits(size / GIB)}" for name, size in parts.items() if size is not None)
     many = f" on {best.cards} cards" if best.cards > 1 else ""
-    return [f"take {best.scheme}{many}: {best.reason}", f"GiB of {best.scheme}: {said}", best.command]
+    return [f"take {best.scheme}{many}: {best.reason}", f"GiB of {best.scheme}: {sizes}", best.command]

@@ -14,12 +14,12 @@ if TYPE_CHECKING:  # `halfbyte --help` need not wait for them
     )
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Table:
-    """The first `words` columns are names, which go on in the next line where they are long; the rest are numbers,
-    which are never broken."""
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], name_columns: int = 1) -> Table:
+    """The first `name_columns` are names, which go on in the next line where they are long; the rest are numbers, which
+    are never broken."""
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for number, header in enumerate(headers):
-        is_name = number < words
+        is_name = number < name_columns
         made.add_column(header, overflow="fold", no_wrap=not is_name, justify="left" if is_name else "right")
     for row in rows:
         made.add_row(*row)
@@ -38,7 +38,9 @@ def in_parts(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Tabl
         runs[-1].append(i)
         room += widths[i]
     return [
-        table([headers[0], *(headers[i] for i in run)], [[row[0], *(row[i] for i in run)] for row in rows], words=0)
+        table(
+            [headers[0], *(headers[i] for i in run)], [[row[0], *(row[i] for i in run)] for row in rows], name_columns=0
+        )
         for run in runs
     ]
 

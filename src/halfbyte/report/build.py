@@ -123,11 +123,11 @@ def _common(plan: Plan) -> dict[str, Any]:
 
 def _source(plan: Plan) -> Source:
     source = plan.checkpoint
-    said = asdict(provenance_of(source, plan.recipe.model))
+    provenance = asdict(provenance_of(source, plan.recipe.model))
     return Source(
         **source_of(source).as_dict(),
         hub=None if Path(plan.recipe.model).expanduser().exists() else plan.recipe.model,
-        provenance=Provenance.model_validate_json(json.dumps(said)),  # in which its tuples are lists
+        provenance=Provenance.model_validate_json(json.dumps(provenance)),  # in which its tuples are lists
         has_chat_template=source.has_chat_template,
         is_decoder=source.is_decoder,
         model_type=source.model_type,
@@ -178,11 +178,11 @@ def _engine_report(verdict: Verdict) -> EngineReport:
 
 def _lost(rows: Iterable[WeightReport]) -> list[str]:
     """One line of the weights that are hardly those of the source any more, if there are any."""
-    found = [row for row in rows if not (row.error <= LOST and row.worst_row <= LOST_ROW)]  # NaN is not
-    if not found:
+    lost = [row for row in rows if not (row.error <= LOST and row.worst_row <= LOST_ROW)]  # NaN is not
+    if not lost:
         return []
-    worst = max(found, key=lambda row: max(row.error, row.worst_row))
-    count = plural(len(found), "weight is", "weights are")
+    worst = max(lost, key=lambda row: max(row.error, row.worst_row))
+    count = plural(len(lost), "weight is", "weights are")
     return [
         f"NEARLY LOST: {count} hardly what the source has, the worst {worst.name} on {worst.grid} (relative error "
         f"{worst.error:.2f}, of its worst row {worst.worst_row:.2f}); give it a finer grid with --override, or --skip "

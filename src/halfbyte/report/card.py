@@ -97,20 +97,20 @@ def _served(report: Report, path: Path) -> Path:
 def local_paths(report: Report, path: Path) -> dict[str, str]:
     """Every file of this machine that a report speaks of, and its name alone."""
     recipe = report.recipe
-    said = [path, path.resolve(), report.source.path, recipe.adapter, recipe.imatrix, recipe.calibration.source]
+    mentioned = [path, path.resolve(), report.source.path, recipe.adapter, recipe.imatrix, recipe.calibration.source]
     of_others = (report.states, report.foreign_states, report.needle, report.foreign_needle, report.blame)
     measured = [one for one in (report.evaluation, *report.evaluations, *of_others) if one]
-    said += [one.text for one in measured]
+    mentioned += [one.text for one in measured]
     answered = [one for one in (report.suites, report.foreign_suites) if one]
     scored = [one for one in (report.tasks, report.foreign_tasks) if one]
-    said += [of for one in (*measured, *answered, *scored) for of in (one.reference_path, one.reference_adapter)]
-    said += [suite.name for one in answered for suite in one.files]
-    said += [origin.path for origin in report.source.made_of or ()]
-    said += [report.kv.calibration.source] if report.kv else []
-    said += [] if report.source.hub else [recipe.model]
+    mentioned += [of for one in (*measured, *answered, *scored) for of in (one.reference_path, one.reference_adapter)]
+    mentioned += [suite.name for one in answered for suite in one.files]
+    mentioned += [origin.path for origin in report.source.made_of or ()]
+    mentioned += [report.kv.calibration.source] if report.kv else []
+    mentioned += [] if report.source.hub else [recipe.model]
     paths = {
         str(one): os.path.basename(os.path.abspath(os.path.expanduser(one)))  # which asks no disk
-        for one in said
+        for one in mentioned
         if isinstance(one, str | Path) and os.sep in str(one)
     }
     return dict(sorted(paths.items(), key=lambda item: -len(item[0])))
@@ -152,7 +152,7 @@ def code(engine: EngineReport, path: Path, original: str) -> str:
 
 
 def _filled(text: str, path: Path, original: str) -> str:
-    said = {
+    values = {
         "path": path,
         "folder": path.parent,
         "file": path.name,
@@ -160,7 +160,7 @@ def _filled(text: str, path: Path, original: str) -> str:
         "name": path.stem.lower(),
         "original": original,
     }
-    for name, value in said.items():
+    for name, value in values.items():
         text = text.replace(f'"{{{name}}}"', json.dumps(str(value))).replace(f"{{{name}}}", shlex.quote(str(value)))
     return text
 

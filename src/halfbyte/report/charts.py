@@ -55,23 +55,23 @@ def library() -> Any:
 def theme(name: str) -> Spec:
     """Vega-Lite's configuration for a palette."""
     colour = PALETTES[name]
-    words = {"labelColor": colour["soft"], "titleColor": colour["soft"], "labelFontSize": 12, "titleFontSize": 12}
+    text_style = {"labelColor": colour["soft"], "titleColor": colour["soft"], "labelFontSize": 12, "titleFontSize": 12}
     quiet = {"domain": False, "ticks": False, "titleFontWeight": "normal", "labelPadding": 6, "titlePadding": 10}
     return {
         "background": None,
         "font": FONT,
         "view": {"stroke": None},
-        "axis": {**words, **quiet, "gridColor": colour["line"]},
+        "axis": {**text_style, **quiet, "gridColor": colour["line"]},
         "axisX": {"grid": False, "tickCount": 8},
         "legend": {
-            **words,
+            **text_style,
             "titleFontWeight": "normal",
             "orient": "top",
             "symbolSize": 90,
             "offset": 4,
             "symbolBaseFillColor": colour["soft"],
         },
-        "header": {**words, "labelFontWeight": "normal"},
+        "header": {**text_style, "labelFontWeight": "normal"},
         "range": {"category": colour["kinds"], "heatmap": colour["ramp"], "ramp": colour["ramp"]},
         "text": {"color": colour["ink"], "fontSize": 12},
         "rule": {"color": colour["soft"]},
@@ -215,7 +215,7 @@ LAYERS = {
 def spread(data: str, title: str, outliers: bool) -> Spec:
     """How the values of a role are spread in each layer: half of them, 98 and 99.8 in a hundred, and extremes."""
     scale: Spec = {"type": "symlog", "constant": 1} if outliers else {"type": "sqrt"}
-    seen = [label("tensor", "weight"), *(field(name, words, ".4~g") for name, words in PERCENTILES.items())]
+    seen = [label("tensor", "weight"), *(field(name, caption, ".4~g") for name, caption in PERCENTILES.items())]
 
     def layer(mark: Spec, y: str, y2: str = "", **more: Any) -> Spec:
         ends = {"y": field(y, title, scale=scale)} | ({"y2": {"field": y2}} if y2 else {})
@@ -232,13 +232,13 @@ def spread(data: str, title: str, outliers: bool) -> Spec:
     ]
     if outliers:
         dot = {"type": "point", "filled": True, "size": 42, "opacity": 0.9, "color": {"expr": "warn"}}
-        told = [
+        outlier_tooltip = [
             label("tensor", "read by"),
             field("channel", "outlier channel", "d"),
             field("largest", "its largest size", ".4~g"),
             field("median_channel", "of the median channel", ".4~g"),
         ]
-        layers.append({"data": {"name": "outliers"}, **layer(dot, "largest", tooltip=told)})
+        layers.append({"data": {"name": "outliers"}, **layer(dot, "largest", tooltip=outlier_tooltip)})
     return _chart(data, *layers, params=[{"name": "warn", "value": PALETTES["light"]["warn"]}], height=240)
 
 
@@ -252,7 +252,7 @@ def positions(scale: Spec) -> Spec:
         field("kl", "KL, nats per token", ".5f"),
         field("kl_error", "± standard error", ".5f"),
     ]
-    own = {"test": "datum.run === chosen", "value": 1}
+    is_chosen = {"test": "datum.run === chosen", "value": 1}
     kl = field("kl", KL, scale=scale, axis=POWERS)
     band = {
         "mark": {"type": "area"},
@@ -261,16 +261,16 @@ def positions(scale: Spec) -> Spec:
             "y": field("low", KL),
             "y2": {"field": "high"},
             "detail": label("run"),
-            "opacity": {"condition": {**own, "value": 0.18}, "value": 0},
+            "opacity": {"condition": {**is_chosen, "value": 0.18}, "value": 0},
         },
     }
     line = {
         "mark": {"type": "line", "strokeWidth": 2},
-        "encoding": {**x, "y": kl, "detail": label("run"), "opacity": {"condition": own, "value": 0.22}},
+        "encoding": {**x, "y": kl, "detail": label("run"), "opacity": {"condition": is_chosen, "value": 0.22}},
     }
     dots = {
         "mark": {"type": "point", "filled": True, "size": 34},
-        "encoding": {**x, "y": kl, "opacity": {"condition": own, "value": 0.15}, "tooltip": seen},
+        "encoding": {**x, "y": kl, "opacity": {"condition": is_chosen, "value": 0.15}, "tooltip": seen},
     }
     return _chart("positions", band, line, dots, params=[CHOSEN], height=260)
 
@@ -305,14 +305,14 @@ def needle(domain: Sequence[float]) -> Spec:
             "tooltip": seen,
         },
     }
-    words = {
+    labels = {
         "mark": {"type": "text", "fontSize": 11, "color": {"expr": "ink"}},
         "encoding": {"text": field("gain", "", ".2f")},
     }
     return _chart(
         "needle",
         cells,
-        words,
+        labels,
         encoding=at,
         height={"step": 30},
         params=[{"name": name, "value": PALETTES["light"][name]} for name in ("ink", "wash", "accent")],

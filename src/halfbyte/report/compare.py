@@ -47,8 +47,8 @@ def compare(a: str | Path, b: str | Path, values: bool = True, progress: Progres
                 )
             )
     reports = [written.known(checkpoint.path) for checkpoint in (one, other)]
-    found = [report.evaluations if report else [] for report in reports]
-    pairs = [(mine, its) for mine in found[0] for its in found[1] if _alike(mine, its)]
+    evaluations = [report.evaluations if report else [] for report in reports]
+    pairs = [(mine, its) for mine in evaluations[0] for its in evaluations[1] if _alike(mine, its)]
     return Comparison(
         a=_compared(one),
         b=_compared(other),
@@ -96,8 +96,8 @@ def _recipes(*reports: Any) -> dict[str, tuple[Any, Any]]:
     """The words of two recipes that differ."""
     if not all(isinstance(report, Report) for report in reports):
         return {}
-    words: dict[str, list[Any]] = defaultdict(lambda: [None, None])
+    fields: dict[str, list[Any]] = defaultdict(lambda: [None, None])
     for number, report in enumerate(reports):
         for name, value in report.as_dict()["recipe"].items():
-            words[name][number] = value
-    return {name: (mine, its) for name, (mine, its) in words.items() if mine != its}
+            fields[name][number] = value
+    return {name: (mine, its) for name, (mine, its) in fields.items() if mine != its}

@@ -26,8 +26,8 @@ def findings(row: Divergence, report: Measurements | None) -> list[str]:
     """Which tokens, positions, layers and inputs carry the loss of a model, as far as they do more than others."""
     if row.kl < LEAST:
         return []
-    said = [*_tokens(row), *_positions(row), *_language(row, report)]
-    return [*said, *_layers(report), *_inputs(report)] if isinstance(report, Report) else said
+    lines = [*_tokens(row), *_positions(row), *_language(row, report)]
+    return [*lines, *_layers(report), *_inputs(report)] if isinstance(report, Report) else lines
 
 
 def _stands_out(kl: float, error: float | None, average: float) -> bool:
@@ -58,13 +58,13 @@ def in_calibration(text: str, report: Measurements | None) -> float | None:
         return None
     source = report.recipe.calibration.source
     if source == "default":
-        known = [str(demo.CALIBRATION), *([str(demo.CHATS)] if report.calibration.chats else [])]
+        calibration = [str(demo.CALIBRATION), *([str(demo.CHATS)] if report.calibration.chats else [])]
     else:
-        known = [source]
-    own = demo.TEXTS.get(text, text)
-    if not all(isinstance(one, tuple) or Path(one).expanduser().is_file() for one in (own, *known)):
+        calibration = [source]
+    evaluation = demo.TEXTS.get(text, text)
+    if not all(isinstance(one, tuple) or Path(one).expanduser().is_file() for one in (evaluation, *calibration)):
         return None  # a dataset, or a file that has gone
-    return languages.shared(_letters(own), " ".join(map(_letters, known)))
+    return languages.shared(_letters(evaluation), " ".join(map(_letters, calibration)))
 
 
 def _letters(source: str | Path | tuple[str, ...]) -> str:

@@ -58,8 +58,8 @@ def activation_distribution(stats: ActivationStats) -> ActivationDistribution | 
 def _spread(values: Tensor, low: float, high: float) -> dict[str, Any]:
     places = {name: int(share * (len(values) - 1)) for name, share in SHARES.items()}
     ordered = np.partition(values.numpy(), list(places.values()))
-    found = {name: float(ordered[place]) for name, place in places.items()}
-    return {name: _short(value) for name, value in {"low": low, **found, "high": high}.items()}
+    percentiles = {name: float(ordered[place]) for name, place in places.items()}
+    return {name: _short(value) for name, value in {"low": low, **percentiles, "high": high}.items()}
 
 
 def _short(value: float) -> float:

@@ -103,18 +103,18 @@ def as_words(limits: Sequence[Limit]) -> str | None:
     return ",".join(f"{limit.name}={limit.value!r}" for limit in limits) or None
 
 
-def limits(words: str) -> list[Limit]:
+def limits(text: str) -> list[Limit]:
     """Raises BadRequest for measures that there are not, and for what is no number."""
-    found = []
-    for word in words.split(","):
+    parsed = []
+    for word in text.split(","):
         name, _, number = (part.strip() for part in word.partition("="))
         value = _number(number)
         if name not in MEASURES or value is None:
             raise BadRequest(
                 f"--gate takes limits such as kl=0.05,flips=2%, of {', '.join(MEASURES)}, and not '{word.strip()}'"
             )
-        found.append(Limit(name, value))
-    return found
+        parsed.append(Limit(name, value))
+    return parsed
 
 
 def _number(text: str) -> float | None:

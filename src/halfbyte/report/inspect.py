@@ -55,10 +55,10 @@ def _contents(source: str | Path) -> tuple[Path, Contents]:
 
 def counted(tensors: Iterable[StoredTensor]) -> Sizes:
     """How large it is, in all and by what its weights are stored as."""
-    found: dict[str, list[tuple[int, int]]] = defaultdict(list)  # weights and bytes of each tensor
+    by_kind: dict[str, list[tuple[int, int]]] = defaultdict(list)  # weights and bytes of each tensor
     for tensor in tensors:
-        found[tensor.kind].append((tensor.weights, tensor.size_bytes))
-    kinds = {kind: _stored(sizes) for kind, sizes in found.items()}
+        by_kind[tensor.kind].append((tensor.weights, tensor.size_bytes))
+    kinds = {kind: _stored(sizes) for kind, sizes in by_kind.items()}
     size_bytes, parameters = sum(k.size_bytes for k in kinds.values()), sum(k.weights for k in kinds.values())
     bits = 8 * size_bytes / max(parameters, 1)
     return Sizes(size_bytes=size_bytes, parameters=parameters, bits_per_parameter=bits, grids=kinds)
@@ -66,15 +66,15 @@ def counted(tensors: Iterable[StoredTensor]) -> Sizes:
 
 def stored(checkpoint: "Checkpoint") -> list[StoredTensor]:
     """Every tensor by its name in the unquantized checkpoint."""
-    found = []
+    tensors = []
     for module, (scheme, shape) in checkpoint.quantized.items():
         size_bytes = sum(checkpoint.entries[t].size_bytes for t in checkpoint.parts_of[module])
-        found.append(StoredTensor(f"{module}.weight", str(scheme), shape[0] * shape[1], size_bytes))
+        tensors.append(StoredTensor(f"{module}.weight", str(scheme), shape[0] * shape[1], size_bytes))
     for name, entry in checkpoint.entries.items():
         if name not in checkpoint.parts:
             kind = str(entry.dtype).removeprefix("torch.")
-            found.append(StoredTensor(name, kind, entry.size_bytes // entry.dtype.itemsize, entry.size_bytes))
-    return found
+            tensors.append(StoredTensor(name, kind, entry.size_bytes // entry.dtype.itemsize, entry.size_bytes))
+    return tensors
 
 
 def _stored(sizes: list[tuple[int, int]]) -> Stored:

@@ -43,11 +43,11 @@ def stranger(model: Path, reference: Checkpoint) -> str | None:
     return told(source.path, recipe.adapter)
 
 
-def _is_source(said: Origin, reference: Checkpoint) -> bool:
+def _is_source(source: Origin, reference: Checkpoint) -> bool:
     """By its digest, which stays where folders move; by its path in a report that has none."""
-    if said.xxh3_128:
-        return said.xxh3_128 == origin(reference)
-    return said.path in (str(reference.path), str(reference.path.resolve()))
+    if source.xxh3_128:
+        return source.xxh3_128 == origin(reference)
+    return source.path in (str(reference.path), str(reference.path.resolve()))
 
 
 def told(path: str | Path, adapter: str | Path | None) -> str:

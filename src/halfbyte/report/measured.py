@@ -59,18 +59,22 @@ def evaluation(
     bfloat16. Raises BrokenOutput for NaN."""
     require_finite([*rows, noise_floor], "evaluation")
     reference, *models = [_named(checkpoint) | row for checkpoint, row in zip(checkpoints, rows, strict=True)]
-    own = {name: value for name, value in reference.items() if name not in ("path", "kv")}
+    reference_measures = {name: value for name, value in reference.items() if name not in ("path", "kv")}
     if predicts:
         text = conditions["text"]
         measured = [_diagnosed(Divergence(**row), c, text) for row, c in zip(models, checkpoints[1:], strict=True)]
-        known: dict[str, Any] = (
+        update: dict[str, Any] = (
             {"noise_floor": Divergence(**_named(checkpoints[0]), **noise_floor)} if noise_floor else {}
         )
-        known |= {"gates": [gate for row in measured for gate in of_text(limits, row)]} if limits else {}
-        result = Evaluation(**conditions, compared="predictions", reference=Perplexity(**own), models=measured)
-        return result.model_copy(update=known)
+        update |= {"gates": [gate for row in measured for gate in of_text(limits, row)]} if limits else {}
+        result = Evaluation(
+            **conditions, compared="predictions", reference=Perplexity(**reference_measures), models=measured
+        )
+        return result.model_copy(update=update)
     states = [StateError(**row) for row in models]
-    return StatesEvaluation(**conditions, compared="last hidden states", reference=Measured(**own), models=states)
+    return StatesEvaluation(
+        **conditions, compared="last hidden states", reference=Measured(**reference_measures), models=states
+    )
 
 
 def _diagnosed(row: Divergence, checkpoint: Checkpoint, text: str) -> Divergence:
@@ -100,12 +104,12 @@ def record(
             continue
         others = [o for (same, _), o in zip(asked, result.models, strict=True) if same == model and o.kv != row.kv]
         foreign = model in strangers
-        said = {**conditions, "foreign": foreign, "reference": result.reference, "model": row, "other_caches": others}
+        fields = {**conditions, "foreign": foreign, "reference": result.reference, "model": row, "other_caches": others}
         if isinstance(result, Evaluation):
-            warnings += written.add_evaluation(Path(row.path), EvaluationRecord(**said))
+            warnings += written.add_evaluation(Path(row.path), EvaluationRecord(**fields))
         else:
             name = "foreign_states" if foreign else "states"
-            warnings += written.add(Path(row.path), **{name: StatesRecord(**said)})
+            warnings += written.add(Path(row.path), **{name: StatesRecord(**fields)})
     return warnings
 
 
@@ -114,9 +118,10 @@ def needle(
 ) -> Needle:
     """The rows of each checkpoint, of which the first is the reference. Raises BrokenOutput for NaN."""
     require_finite(list(rows), "needle")
-    reference, *found = [[Recalled(**row) for row in part] for part in rows]
+    reference, *recalled = [[Recalled(**row) for row in part] for part in rows]
     models = [
-        NeedleModel(path=str(c.path), kv=_cache(c), rows=part) for c, part in zip(checkpoints[1:], found, strict=True)
+        NeedleModel(path=str(c.path), kv=_cache(c), rows=part)
+        for c, part in zip(checkpoints[1:], recalled, strict=True)
     ]
     return Needle(**conditions, reference=reference, models=models)
 
@@ -135,13 +140,13 @@ def record_needle(result: Needle, asked: Sequence[Asked], strangers: Collection[
 def suites(
     conditions: Mapping[str, Any],
     checkpoints: Sequence[Checkpoint],
-    found: Sequence[list[dict[str, Any]]],
+    results: Sequence[list[dict[str, Any]]],
     limits: Sequence[Limit] = (),
 ) -> SuiteEvaluation:
     """What each model answered beside what the original did."""
     models = [
         SuiteModel(path=str(c.path), kv=_cache(c), suites=[SuiteResult.model_validate(row) for row in rows])
-        for c, rows in zip(checkpoints, found, strict=True)
+        for c, rows in zip(checkpoints, results, strict=True)
     ]
     gates = [gate for m in models for gate in of_answers(limits, m.suites, m.path, m.kv, "answers of suites")]
     return SuiteEvaluation(**conditions, models=models, gates=gates)
@@ -150,13 +155,13 @@ def suites(
 def tasks(
     conditions: Mapping[str, Any],
     checkpoints: Sequence[Checkpoint],
-    found: Sequence[list[dict[str, Any]]],
+    results: Sequence[list[dict[str, Any]]],
     limits: Sequence[Limit] = (),
 ) -> TaskEvaluation:
     """What each model scored beside the original, item by item. A task that has several scores is held to the first."""
     models = [
         TaskModel(path=str(c.path), kv=_cache(c), tasks=[TaskResult.model_validate(row) for row in rows])
-        for c, rows in zip(checkpoints, found, strict=True)
+        for c, rows in zip(checkpoints, results, strict=True)
     ]
     gates = []
     for m in models:
@@ -175,8 +180,8 @@ def record_answers(
     warnings: list[str] = []
     for (model, kind), row in zip(asked, result.models, strict=True):
         if kind == "stored":
-            said = record.model_validate({**conditions, "model": row})
-            warnings += written.add(Path(row.path), **{f"foreign_{name}" if model in strangers else name: said})
+            entry = record.model_validate({**conditions, "model": row})
+            warnings += written.add(Path(row.path), **{f"foreign_{name}" if model in strangers else name: entry})
     return warnings
 
 
@@ -184,16 +189,16 @@ def _cache(checkpoint: Checkpoint) -> str | None:
     return str(checkpoint.kv.grid) if checkpoint.kv else None
 
 
-def blame(conditions: Mapping[str, Any], checkpoint: Checkpoint, found: "Attribution") -> Blame:
+def blame(conditions: Mapping[str, Any], checkpoint: Checkpoint, attribution: "Attribution") -> Blame:
     """What each part costs, beside the errors that the run reported. Raises BrokenOutput for NaN."""
     report = written.known(checkpoint.path)
     rows = report.weights if isinstance(report, Report) else []
     parts = []
-    for part in found.parts:
+    for part in attribution.parts:
         trial = part.trial
-        own = [row.error for row in rows if row.name in trial.weights or row.name.startswith(f"{trial.name}.")]
-        parts.append(Blamed(name=trial.name, kind=trial.kind, kl=part.kl, error=max(own, default=None)))
-    result = Blame(**conditions, compared="predictions", path=str(checkpoint.path), kl=found.kl, parts=parts)
+        errors = [row.error for row in rows if row.name in trial.weights or row.name.startswith(f"{trial.name}.")]
+        parts.append(Blamed(name=trial.name, kind=trial.kind, kl=part.kl, error=max(errors, default=None)))
+    result = Blame(**conditions, compared="predictions", path=str(checkpoint.path), kl=attribution.kl, parts=parts)
     require_finite(result.as_dict(), "blame")
     return result
 
@@ -201,5 +206,5 @@ def blame(conditions: Mapping[str, Any], checkpoint: Checkpoint, found: "Attribu
 def folds(checkpoint: Checkpoint) -> list[list[str]]:
     """The modules that share a scale, as the report beside a checkpoint says."""
     report = written.known(checkpoint.path)
-    found = report.folds if isinstance(report, Report) else []
-    return [[name.removesuffix(".weight") for name in (fold.producer, *fold.readers)] for fold in found]
+    reported = report.folds if isinstance(report, Report) else []
+    return [[name.removesuffix(".weight") for name in (fold.producer, *fold.readers)] for fold in reported]

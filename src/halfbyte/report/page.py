@@ -31,7 +31,7 @@ def page(outputs: Sequence[str | Path], plans: Sequence[Part] = ()) -> str:
     library = charts.library()
     paths = [Path(output).expanduser() for output in outputs]
     runs = named(paths)
-    found = {
+    by_table = {
         "runs": [{"error_of": run.report.error_of, "quantized": run.report.output.quantized} for run in runs],
         "models": tables.models(runs),
         "errors": tables.errors(runs),
@@ -43,9 +43,9 @@ def page(outputs: Sequence[str | Path], plans: Sequence[Part] = ()) -> str:
         "needle": tables.needle(runs),
         "blame": tables.blame(runs),
     }
-    specs = specifications(found)
+    specs = specifications(by_table)
     themes = {name: charts.theme(name) for name in charts.PALETTES}
-    compared = [row for row in found["models"] if row["on"] == 0]
+    compared = [row for row in by_table["models"] if row["on"] == 0]
     first = closest(compared)["run"] if compared else 0
     return _template().render(
         first=first,
@@ -54,13 +54,13 @@ def page(outputs: Sequence[str | Path], plans: Sequence[Part] = ()) -> str:
         verdict=verdict(runs),
         plans=[_without_paths(plan.model_dump(), paths) for plan in plans],
         conditions=list(tables.conditions(runs).values()),
-        tables=found,
+        tables=by_table,
         palettes=charts.PALETTES,
         font=charts.FONT,
         data=as_script(
             plainly(
                 {
-                    "tables": {name: columns(rows) for name, rows in found.items()},
+                    "tables": {name: columns(rows) for name, rows in by_table.items()},
                     "specs": specs,
                     "themes": themes,
                     "palettes": charts.PALETTES,
@@ -72,10 +72,10 @@ def page(outputs: Sequence[str | Path], plans: Sequence[Part] = ()) -> str:
     )
 
 
-def specifications(found: dict[str, list[tables.Row]]) -> dict[str, charts.Spec]:
+def specifications(by_table: dict[str, list[tables.Row]]) -> dict[str, charts.Spec]:
     """The charts of these tables."""
-    gains = [row["gain"] for row in found["needle"]] or [0.0]
-    scale = charts.powers(row["kl"] for row in (*found["models"], *found["positions"]))
+    gains = [row["gain"] for row in by_table["needle"]] or [0.0]
+    scale = charts.powers(row["kl"] for row in (*by_table["models"], *by_table["positions"]))
     return {
         "frontier-bits": charts.frontier("bits", "bits per parameter, everything counted", scale),
         "frontier-megabytes": charts.frontier("megabytes", "size of all tensors, MB", scale),
@@ -93,7 +93,7 @@ def reports(outputs: Sequence[Path]) -> list[Named]:
     if not outputs:
         raise BadRequest("a report is of one run or more: halfbyte report OUT... -o report.html")
     names = [path.resolve().name for path in outputs]
-    found = []
+    runs = []
     for path, name in zip(outputs, names, strict=True):
         report = written.read(path)
         if not isinstance(report, Report):
@@ -101,8 +101,8 @@ def reports(outputs: Sequence[Path]) -> list[Named]:
                 f"{beside(path, 'report.json')} is not the report of a run; halfbyte quantize writes one with each "
                 "output"
             )
-        found.append(Named(str(path) if names.count(name) > 1 else name, report))
-    return found
+        runs.append(Named(str(path) if names.count(name) > 1 else name, report))
+    return runs
 
 
 def named(outputs: Sequence[Path]) -> list[Named]:
@@ -113,11 +113,11 @@ def named(outputs: Sequence[Path]) -> list[Named]:
     ]
 
 
-def _without_paths(said: dict[str, Any], outputs: Sequence[Path]) -> dict[str, Any]:
+def _without_paths(data: dict[str, Any], outputs: Sequence[Path]) -> dict[str, Any]:
     """The same with names in place of this machine's paths, as far as the reports know them."""
     for path, run in zip(outputs, reports(outputs), strict=True):
-        said = without_paths(said, local_paths(run.report, path))
-    return said
+        data = without_paths(data, local_paths(run.report, path))
+    return data
 
 
 def titled(runs: Sequence[Named]) -> str:
@@ -131,14 +131,14 @@ def verdict(runs: Sequence[Named]) -> list[str]:
     if not rows:
         return [f"What was lost has not been measured: halfbyte eval {runs[0].name} --against {titled(runs)}."]
     nearest = closest(rows)
-    said = [_of(nearest, "comes nearest to the original" if len(rows) > 1 else "is compared with the original")]
+    sentences = [_of(nearest, "comes nearest to the original" if len(rows) > 1 else "is compared with the original")]
     smallest = min(rows, key=lambda row: (row["bits"], row["kl"]))
     if smallest is not nearest:
-        said.append(_of(smallest, "is the smallest"))
+        sentences.append(_of(smallest, "is the smallest"))
     beaten = [a["name"] for a in rows if any(b["bits"] <= a["bits"] and b["kl"] < a["kl"] for b in rows)]
     if beaten:
-        said.append(f"Larger than another run, or as large, and further from the original: {', '.join(beaten)}.")
-    return said
+        sentences.append(f"Larger than another run, or as large, and further from the original: {', '.join(beaten)}.")
+    return sentences
 
 
 def closest(rows: Sequence[tables.Row]) -> tables.Row:

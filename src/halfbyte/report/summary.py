@@ -67,8 +67,8 @@ def worst(report: "Report", count: int = WORST) -> "list[WeightReport]":
 
 def worst_activations(report: "Report", count: int = WORST) -> "list[WeightReport]":
     """Of the activations with the largest errors, the first of the weights that they are multiplied by."""
-    found = {repr(row.activations): row for row in reversed(report.weights) if row.activations}
-    return sorted(found.values(), key=lambda row: -row.activations.error if row.activations else 0.0)[:count]
+    by_activations = {repr(row.activations): row for row in reversed(report.weights) if row.activations}
+    return sorted(by_activations.values(), key=lambda row: -row.activations.error if row.activations else 0.0)[:count]
 
 
 def passed(row: "Paired") -> str:
@@ -81,8 +81,8 @@ def passed(row: "Paired") -> str:
 def in_words(planned: "Resources") -> str:
     """Memory, that of a GPU, disk, and how long it takes, before a run."""
     parts = {"memory": planned.memory_bytes, "the GPU's": planned.device_bytes, "disk": planned.disk_bytes}
-    known = [f"{size(value)} of {name}" for name, value in parts.items() if value is not None]
-    return ", ".join(known + ([f"about {duration(planned.seconds)}"] if planned.seconds is not None else []))
+    amounts = [f"{size(value)} of {name}" for name, value in parts.items() if value is not None]
+    return ", ".join(amounts + ([f"about {duration(planned.seconds)}"] if planned.seconds is not None else []))
 
 
 def beside_planned(measured: "Resources", planned: "Resources") -> str:
@@ -94,8 +94,8 @@ def beside_planned(measured: "Resources", planned: "Resources") -> str:
         "time": (measured.seconds, planned.seconds, duration),
     }
     return ", ".join(
-        f"{name} {'not measured' if took is None else said(took)}{'' if was is None else f' (planned {said(was)})'}"
-        for name, (took, was, said) in rows.items()
+        f"{name} {'not measured' if took is None else shown(took)}{'' if was is None else f' (planned {shown(was)})'}"
+        for name, (took, was, shown) in rows.items()
         if (took, was) != (None, None)
     )
 

@@ -105,14 +105,14 @@ def found(engine: str | None = None) -> Support:
         EngineSupport(
             engine=name,
             container=container,
-            tested_here=words[Word.TESTED],
-            documented_there=words[Word.DOCUMENTED],
+            tested_here=by_word[Word.TESTED],
+            documented_there=by_word[Word.DOCUMENTED],
             source=support.source,
             notes=list(support.notes),
         )
         for name in ([engine_named(engine)] if engine else ENGINES)
         for container, support in ENGINES[name].support.items()
-        for words in [_by_word(name, container, held[container])]
+        for by_word in [_by_word(name, container, held[container])]
     ]
     return Support(containers=held, engines=rows)
 
@@ -125,12 +125,12 @@ def of_engine(engine: str) -> str:
         f"{spec.title} (--engine {name}), by container, of a Llama-shaped model. "
         "Group sizes, other shapes, mixtures of grids and experts are checked before each run."
     )
-    told = ""
+    shown_models = ""
     for container, support in spec.support.items():
         lines += ["", f"{container}, read in", *_wrapped(support.source, "  ")]
-        if support.models != told:
+        if support.models != shown_models:
             lines += _wrapped(_models(registry(support.models)), "  ")
-            told = support.models
+            shown_models = support.models
         for word, names in _by_word(name, container, _held(container)).items():
             by = f" ({', '.join(dict.fromkeys(t.by for t in support.tested))})" if word is Word.TESTED else ""
             lines += [f"  {word}{by}:", *_wrapped(condensed(names).replace("`", ""), "    ")] if names else []
@@ -151,11 +151,11 @@ def _wrapped(text: str, indent: str = "", further: str | None = None) -> list[st
     )
 
 
-def _models(known: Registry) -> str:
-    names = sorted(known.names | known.dequantized)
-    if len(names) <= LISTED:
+def _models(models: Registry) -> str:
+    names = sorted(models.names | models.dequantized)
+    if len(names) <= MAX_LISTED:
         return f"models: {', '.join(names)}"
-    return f"models: the {len(names)} of {known.source}, such as {', '.join(n for n in FAMOUS if n in names)}"
+    return f"models: the {len(names)} of {models.source}, such as {', '.join(n for n in FAMOUS if n in names)}"
 
 
 def _held(container: str) -> list[str]:
@@ -171,27 +171,27 @@ def _held(container: str) -> list[str]:
 def _by_word(engine: str, container: str, names: list[str]) -> dict[Word, list[str]]:
     """Schemes by what is said of them, for a model that the engine knows."""
     support = ENGINES[engine].support.get(container)
-    known = registry(support.models) if support and support.models else None
-    config = next((c for c in MODELS if known is None or known.knows(c)), MODELS[0])
+    models = registry(support.models) if support and support.models else None
+    config = next((c for c in MODELS if models is None or models.knows(c)), MODELS[0])
     weights = [
         Weight(f"model.layers.0.{n}", f"model.layers.0.{n}.weight", "model.layers.0", s) for n, s in LLAMA.items()
     ]
     native = TARGETS[container].resolve
-    found: dict[Word, list[str]] = {word: [] for word in Word}
+    by_word: dict[Word, list[str]] = {word: [] for word in Word}
     for name in names:
         scheme = native(schemes.parse(name), torch.bfloat16)
-        found[check(engine, container, dict.fromkeys(weights, scheme), config).word].append(name)
-    return found
+        by_word[check(engine, container, dict.fromkeys(weights, scheme), config).word].append(name)
+    return by_word
 
 
 def _cell(engine: str, container: str, names: list[str]) -> str:
-    found = _by_word(engine, container, names)
-    told = [f"{word}: {condensed(found[word])}" for word in (Word.TESTED, Word.DOCUMENTED) if found[word]]
-    return "; ".join(told) or "none"
+    by_word = _by_word(engine, container, names)
+    parts = [f"{word}: {condensed(by_word[word])}" for word in (Word.TESTED, Word.DOCUMENTED) if by_word[word]]
+    return "; ".join(parts) or "none"
 
 
 COLUMNS = 80
-LISTED = 12
+MAX_LISTED = 12
 FAMOUS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "MixtralForCausalLM", "llama", "qwen2", "gemma3")
 MODELS: list[Config] = [
     {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
@@ -212,7 +212,7 @@ def condensed(names: list[str]) -> str:
             number, granularity, *asym = name.split("-")
             granularities.setdefault((number, "-asym" if asym else ""), []).append(granularity)
     numbers: dict[tuple[tuple[str, ...], str], list[str]] = {}
-    for (number, asym), found in granularities.items():
-        numbers.setdefault((tuple(found), asym), []).append(number.removeprefix("int"))
-    integers = [f"`int{'/'.join(bits)}-{'/'.join(found)}{asym}`" for (found, asym), bits in numbers.items()]
+    for (number, asym), sizes in granularities.items():
+        numbers.setdefault((tuple(sizes), asym), []).append(number.removeprefix("int"))
+    integers = [f"`int{'/'.join(bits)}-{'/'.join(sizes)}{asym}`" for (sizes, asym), bits in numbers.items()]
     return ", ".join([*integers, *(f"`{name}`" for name in names if not name.startswith("int") or "/" in name)])

@@ -14,7 +14,7 @@ LEAST = 1e-9
 """Where error bars end that would reach zero, on a scale of powers."""
 MOST_DIGITS = 4
 """Of the number of a layer; what has more is a name that somebody has made up."""
-LISTED = 2000
+MAX_ROWS = 2000
 """Weights that the page lists of a run, those that lost most."""
 
 
@@ -34,18 +34,20 @@ def conditions_of(one: Conditions) -> tuple[str, ...]:
 
 def measured(run: Named) -> list[EvaluationRecord]:
     """What was measured against the source, and not against another model."""
-    found = {conditions_of(e): e for e in (*run.report.evaluations, run.report.evaluation) if e and not e.foreign}
-    return list(found.values())
+    by_conditions = {
+        conditions_of(e): e for e in (*run.report.evaluations, run.report.evaluation) if e and not e.foreign
+    }
+    return list(by_conditions.values())
 
 
 def conditions(runs: Sequence[Named]) -> dict[tuple[str, ...], str]:
     """Under which something was measured, those of most runs first, and in words."""
-    said: dict[tuple[str, ...], list[EvaluationRecord]] = {}
+    by_conditions: dict[tuple[str, ...], list[EvaluationRecord]] = {}
     for run in runs:
         for one in measured(run):
-            said.setdefault(conditions_of(one), []).append(one)
-    often = sorted(said.items(), key=lambda item: (-len(item[1]), -item[1][0].model.tokens))
-    return {key: in_words(found[0]) for key, found in often}
+            by_conditions.setdefault(conditions_of(one), []).append(one)
+    often = sorted(by_conditions.items(), key=lambda item: (-len(item[1]), -item[1][0].model.tokens))
+    return {key: in_words(records[0]) for key, records in often}
 
 
 def in_words(one: EvaluationRecord) -> str:
@@ -58,34 +60,34 @@ def in_words(one: EvaluationRecord) -> str:
 
 def models(runs: Sequence[Named]) -> list[Row]:
     """A row for each model that was measured, under each of the conditions."""
-    known = list(conditions(runs))
+    all_conditions = list(conditions(runs))
     return [
-        _model(number, run, known.index(conditions_of(one)), own, own is one.model)
+        _model(number, run, all_conditions.index(conditions_of(one)), divergence, divergence is one.model)
         for number, run in enumerate(runs)
         for one in measured(run)
-        for own in (one.model, *one.other_caches)
+        for divergence in (one.model, *one.other_caches)
     ]
 
 
-def _model(number: int, run: Named, on: int, own: Divergence, is_own: bool) -> Row:
+def _model(number: int, run: Named, on: int, divergence: Divergence, is_own: bool) -> Row:
     report = run.report
     return {
         "run": number,
         "on": on,
         "own": is_own,
         "name": run.name,
-        "label": run.name if is_own else f"{run.name}, KV cache {own.kv or 'in 16 bits'}",
+        "label": run.name if is_own else f"{run.name}, KV cache {divergence.kv or 'in 16 bits'}",
         "method": report.recipe.method,
         "grid": report.output.grid or report.recipe.grid,
         "container": report.output.container,
-        "kv": own.kv or "16 bits",
+        "kv": divergence.kv or "16 bits",
         "bits": report.output.bits_per_parameter,
         "megabytes": report.output.size_bytes / 1e6,
-        "kl": own.kl,
-        "kl_error": own.kl_error,
-        **ends(own.kl, own.kl_error),
-        "perplexity": own.perplexity,
-        "same_top": own.same_top,
+        "kl": divergence.kl,
+        "kl_error": divergence.kl_error,
+        **ends(divergence.kl, divergence.kl_error),
+        "perplexity": divergence.perplexity,
+        "same_top": divergence.same_top,
     }
 
 
@@ -96,11 +98,11 @@ def ends(value: float, error: float | None) -> Row:
 
 def positions(runs: Sequence[Named]) -> list[Row]:
     """Divergence by position in the window."""
-    known = list(conditions(runs))
+    all_conditions = list(conditions(runs))
     return [
         {
             "run": number,
-            "on": known.index(conditions_of(one)),
+            "on": all_conditions.index(conditions_of(one)),
             "name": run.name,
             "at": (part.first + part.last) / 2,
             "first": part.first,
@@ -130,7 +132,7 @@ def weights(runs: Sequence[Named]) -> list[Row]:
             "note": row.note,
         }
         for number, run in enumerate(runs)
-        for row in sorted(run.report.weights, key=lambda row: -row.error)[:LISTED]
+        for row in sorted(run.report.weights, key=lambda row: -row.error)[:MAX_ROWS]
     ]
 
 
@@ -161,10 +163,10 @@ def spreads(runs: Sequence[Named], of: str) -> list[Row]:
             "role": role,
             "at": int(layer),
             "tensor": worst.name,
-            **{name: value for name, value in found.as_dict().items() if name != "outliers"},
+            **{name: value for name, value in distribution.as_dict().items() if name != "outliers"},
         }
         for number, layer, role, count, worst in _worst_of_cells(runs)
-        if (found := worst[of]) and layer != OUTSIDE
+        if (distribution := worst[of]) and layer != OUTSIDE
     ]
 
 
@@ -178,11 +180,11 @@ def outliers(runs: Sequence[Named]) -> list[Row]:
             "tensor": worst.name,
             "channel": one.channel,
             "largest": one.largest,
-            "median_channel": found.median_channel,
+            "median_channel": distribution.median_channel,
         }
         for number, layer, role, count, worst in _worst_of_cells(runs)
-        if (found := worst.activation_distribution) and layer != OUTSIDE
-        for one in found.outliers
+        if (distribution := worst.activation_distribution) and layer != OUTSIDE
+        for one in distribution.outliers
     ]
 
 
@@ -195,14 +197,14 @@ def _worst_of_cells(runs: Sequence[Named]) -> Iterator[tuple[int, str, str, int,
 
 def cells(report: Report) -> dict[tuple[str, str], list[WeightReport]]:
     """Weights by layer and role; experts of a kind are one role. Layers come in their order, roles in the report's."""
-    found: dict[tuple[str, str], list[WeightReport]] = {}
+    by_cell: dict[tuple[str, str], list[WeightReport]] = {}
     for row in report.weights:
-        found.setdefault(layer_and_role(row.name), []).append(row)
-    roles = shortened(dict.fromkeys(role for _, role in found))
-    order = sorted(found, key=lambda key: -1 if key[0] == OUTSIDE else int(key[0]))
+        by_cell.setdefault(layer_and_role(row.name), []).append(row)
+    roles = shortened(dict.fromkeys(role for _, role in by_cell))
+    order = sorted(by_cell, key=lambda key: -1 if key[0] == OUTSIDE else int(key[0]))
     by_role = {role: n for n, role in enumerate(roles)}
     order.sort(key=lambda key: by_role[key[1]])
-    return {(layer, roles[role]): found[layer, role] for layer, role in order}
+    return {(layer, roles[role]): by_cell[layer, role] for layer, role in order}
 
 
 def layer_and_role(name: str) -> tuple[str, str]:
@@ -228,8 +230,8 @@ def needle(runs: Sequence[Named]) -> list[Row]:
     return [
         {"run": number, "of": of, **row.as_dict()}
         for number, run in enumerate(runs)
-        if (found := run.report.needle)
-        for of, rows in (("the original", found.reference), ("this model", found.model.rows))
+        if (recalled := run.report.needle)
+        for of, rows in (("the original", recalled.reference), ("this model", recalled.model.rows))
         for row in rows
     ]
 

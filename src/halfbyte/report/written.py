@@ -99,10 +99,10 @@ def add_evaluation(path: Path, measured: EvaluationRecord) -> list[str]:
     report = known(path)
     before = report.evaluations if report else []
     evaluations = [*(e for e in before if not _same_conditions(e, measured)), measured]
-    own = [e for e in evaluations if not e.foreign]
+    not_foreign = [e for e in evaluations if not e.foreign]
     source = report.source if isinstance(report, Report) else None
-    of_source = [e for e in own if source and _is_against(e, source)]
-    longest = max(of_source or own, key=lambda e: e.model.tokens, default=None)
+    of_source = [e for e in not_foreign if source and _is_against(e, source)]
+    longest = max(of_source or not_foreign, key=lambda e: e.model.tokens, default=None)
     return add(path, evaluations=evaluations, evaluation=longest)
 
 
@@ -120,6 +120,6 @@ def add_cache(source: Path, folder: Path, path: Path, cache: CacheReport) -> Non
     """Write the report of a KV cache into `folder`, which is to be `path`: beside what the source's own report says,
     but for what was measured of the model before."""
     report = known(source)
-    said = report.as_dict() if report else {"schema_version": SCHEMA, "halfbyte": version("halfbyte")}
-    said = {name: value for name, value in said.items() if name not in MEASURED} | {"kv": cache}
-    _write((Report if isinstance(report, Report) else CacheRecord).model_validate(said), folder, path)
+    fields = report.as_dict() if report else {"schema_version": SCHEMA, "halfbyte": version("halfbyte")}
+    fields = {name: value for name, value in fields.items() if name not in MEASURED} | {"kv": cache}
+    _write((Report if isinstance(report, Report) else CacheRecord).model_validate(fields), folder, path)

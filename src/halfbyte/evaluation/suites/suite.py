@@ -38,7 +38,7 @@ class Prompt:
 
     @property
     def in_short(self) -> str:
-        """The last that is said."""
+        """The last message."""
         last = self.text if self.messages is None else str(self.messages[-1].get("content"))
         return " ".join((last or "").split())
 
