@@ -159,7 +159,7 @@ def _find_scales(
         checkpoint.dtype,
         placement,
         held_out=held_out,
-        as_served=True,
+        fake_quantize_activations=True,
         to_the_end=False,
         progress=progress,
     )

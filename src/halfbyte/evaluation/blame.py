@@ -192,7 +192,7 @@ class _Pass:
         self.streams: dict[Trial, Stream] = {}
 
     def _walk(self, checkpoint: Checkpoint) -> Walk:
-        return Walk(checkpoint, self.windows, torch.float32, self.search.placement, as_served=True)
+        return Walk(checkpoint, self.windows, torch.float32, self.search.placement, fake_quantize_activations=True)
 
     def run(self, progress: Callable[[float], None]) -> tuple[Tokens, dict[Trial, Tokens]]:
         """Scores of the model as it is, and of every trial."""

@@ -95,7 +95,7 @@ def _measure(
     parts: list[list[Tokens]] = [[] for _ in runs]
     slices = windows.split(at_once)
     for number, part in enumerate(slices):
-        walks = [Walk(c, part, dtype, placement, as_served=True) for c, dtype in runs]
+        walks = [Walk(c, part, dtype, placement, fake_quantize_activations=True) for c, dtype in runs]
         for index, walk in enumerate(walks):
             for at, _ in enumerate(walk):
                 progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))

@@ -90,7 +90,7 @@ def score(
 ):
     """Log-probability of each answer per token, and whether every token of it is the most likely one: [texts],
     [texts]."""
-    walk = Walk(checkpoint, planted.tokens, dtype, placement, as_served=True)
+    walk = Walk(checkpoint, planted.tokens, dtype, placement, fake_quantize_activations=True)
     for _ in walk:
         pass  # it runs as it is
     walk.ends.finish()

@@ -48,7 +48,7 @@ def compare(
     errors: list[list[Tensor]] = [[] for _ in checkpoints]
     cosines: list[list[Tensor]] = [[] for _ in checkpoints]
     for number, part in enumerate(slices):
-        walks = [Walk(c, part, dtype, placement, as_served=True) for c in checkpoints]
+        walks = [Walk(c, part, dtype, placement, fake_quantize_activations=True) for c in checkpoints]
         for index, walk in enumerate(walks):
             for at, _ in enumerate(walk):
                 progress("running the models", number + (index + at / len(walk.blocks)) / len(walks), len(slices))

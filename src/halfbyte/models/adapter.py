@@ -86,8 +86,8 @@ class Adapter:
             name.removeprefix(PREFIX).replace(".base_layer.", "."): entry
             for name, entry in read_header(self.path / WEIGHTS).items()
         }
-        found = {name: match for name in entries if (match := LOW_RANK.fullmatch(name))}
-        wanted = {f"{match[1]}.weight" for match in found.values()} | (entries.keys() - found.keys())
+        low_rank = {name: match for name in entries if (match := LOW_RANK.fullmatch(name))}
+        wanted = {f"{match[1]}.weight" for match in low_rank.values()} | (entries.keys() - low_rank.keys())
         tensors = {name: name for name in wanted if name in shapes}
         if len(tensors) < len(
             wanted
@@ -99,7 +99,7 @@ class Adapter:
                 "has no matrix of"
             )
         for name, entry in entries.items():
-            if match := found.get(name):
+            if match := low_rank.get(name):
                 tensor = tensors[f"{match[1]}.weight"]
                 self.low_rank.setdefault(tensor, {})[match[2]] = entry
                 self.modules[tensor] = match[1]
@@ -135,9 +135,9 @@ class Adapter:
         return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _of_module(self, patterns: str, tensor: str, otherwise: Any) -> Any:
-        said, path = self.config.get(patterns) or {}, self.path / CONFIG
+        overrides, path = self.config.get(patterns) or {}, self.path / CONFIG
         value = next(
-            (v for pattern, v in said.items() if matches(rf"(.*\.)?({pattern})$", self.modules[tensor], path)),
+            (v for pattern, v in overrides.items() if matches(rf"(.*\.)?({pattern})$", self.modules[tensor], path)),
             otherwise,
         )
         if type(value) not in (int, float) or not 0 < value < LARGEST:

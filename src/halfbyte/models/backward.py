@@ -59,14 +59,14 @@ class Backward:
 
     def _kept(self, hidden: Stream, copies: int) -> Stream:
         """The same, in memory or in files, as is right for so many of them."""
-        kept = Stream(self.walk.placement, hidden.tokens * copies)
+        stream = Stream(self.walk.placement, hidden.tokens * copies)
         for batch in hidden:
-            kept.append(batch)
-        return kept
+            stream.append(batch)
+        return stream
 
     def predictions(self) -> Iterator[tuple[Float[Tensor, "tokens width"], Float[Tensor, "tokens vocabulary"]]]:
         """Go back through the head: what it reads and the probabilities that it gives, some tokens at a time."""
-        walk, found = self.walk, dict[int, list[Tensor]]()
+        walk, gradients = self.walk, dict[int, list[Tensor]]()
         vocabulary = walk.model.config.get_text_config(decoder=True).vocab_size
         step = max(1, int(LOGITS_BYTES / (COPIES * 4 * vocabulary)))
         with walk.ends.head():
@@ -76,11 +76,13 @@ class Backward:
                     part = slice(start, start + step)
                     read = walk.inputs[batch][:, part].to(walk.device).requires_grad_()
                     with torch.enable_grad():
-                        said = walk.ends.predict(read, tokens[:, part]).float().log_softmax(-1)
-                        probabilities = said.detach().exp().flatten(0, -2)
-                        drawn = torch.multinomial(probabilities.cpu(), 1, generator=self._generator).to(said.device)
-                        (gradient,) = torch.autograd.grad(said.flatten(0, -2).gather(1, drawn).sum(), read)
-                    found.setdefault(batch, []).append(gradient)
+                        log_probabilities = walk.ends.predict(read, tokens[:, part]).float().log_softmax(-1)
+                        probabilities = log_probabilities.detach().exp().flatten(0, -2)
+                        drawn = torch.multinomial(probabilities.cpu(), 1, generator=self._generator).to(
+                            log_probabilities.device
+                        )
+                        (gradient,) = torch.autograd.grad(log_probabilities.flatten(0, -2).gather(1, drawn).sum(), read)
+                    gradients.setdefault(batch, []).append(gradient)
                     yield read.detach().flatten(0, -2), probabilities
         with walk.ends.loaded(walk.ends.base):
             self._set(0, torch.zeros_like(self._returned[0]))
@@ -88,7 +90,9 @@ class Backward:
                 hidden = self._returned[batch].to(walk.device).requires_grad_()
                 with torch.enable_grad():
                     out = walk.ends.around_blocks(walk.ends.base, walk.batches[batch], lambda _, hidden=hidden: hidden)
-                self._set(batch, *torch.autograd.grad(out.last_hidden_state, hidden, torch.cat(found.pop(batch), 1)))
+                self._set(
+                    batch, *torch.autograd.grad(out.last_hidden_state, hidden, torch.cat(gradients.pop(batch), 1))
+                )
 
     def _set(self, batch: int, gradient: Tensor) -> None:
         if batch < len(self.gradients):
@@ -117,11 +121,11 @@ class Backward:
         hidden = self.walk.inputs[batch].to(self.walk.device).requires_grad_()
         with torch.enable_grad():
             out = block.run_with(values, hidden, batch)
-        at_input, *found = torch.autograd.grad(
+        at_input, *gradients = torch.autograd.grad(
             out, [hidden, *values.values()], self.gradients[batch].to(out.device), allow_unused=True
         )
         self.gradients[batch] = torch.zeros_like(hidden) if at_input is None else at_input
-        return [torch.zeros_like(v) if g is None else g for v, g in zip(values.values(), found, strict=True)]
+        return [torch.zeros_like(v) if g is None else g for v, g in zip(values.values(), gradients, strict=True)]
 
     def embedding(self, tensor: str) -> Iterator[Float[Tensor, "vocabulary width"]]:
         """Last of all: the gradient with respect to an embedding for each sample, as what the blocks read is made of
@@ -131,12 +135,12 @@ class Backward:
             table = nn.Parameter(filling.tensor(walk.model, name))
             filling.put(walk.model, name, table)
             for batch in self.samples:
-                found: list[Hidden] = []
+                embedded: list[Hidden] = []
 
-                def note(hidden: Hidden, found: list[Hidden] = found) -> Hidden:
-                    found.append(hidden)
+                def note(hidden: Hidden, embedded: list[Hidden] = embedded) -> Hidden:
+                    embedded.append(hidden)
                     return hidden.detach()
 
                 with torch.enable_grad():
                     walk.ends.around_blocks(walk.ends.base, walk.batches[batch], note)
-                yield torch.autograd.grad(found[0], table, self.gradients[batch].to(table.device))[0]
+                yield torch.autograd.grad(embedded[0], table, self.gradients[batch].to(table.device))[0]

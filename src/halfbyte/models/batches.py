@@ -65,7 +65,7 @@ def _halved(part: slice, samples: int) -> list[slice]:
 def _divided(others: list[Sequence[Any]], parts: list[slice], halves: list[slice], samples: int) -> list[Sequence[Any]]:
     """What blocks returned of parts of a batch, as of their halves: tensors of as many samples are divided, others are
     of all of them."""
-    found = []
+    divided = []
     for half in halves:
         first, last, _ = half.indices(samples)
         at, (start, stop, _) = next(
@@ -73,10 +73,10 @@ def _divided(others: list[Sequence[Any]], parts: list[slice], halves: list[slice
             for i, p in enumerate(parts)
             if p.indices(samples)[0] <= first < p.indices(samples)[1]
         )
-        found.append(
+        divided.append(
             [
                 x[first - start : last - start] if isinstance(x, Tensor) and x.dim() and len(x) == stop - start else x
                 for x in others[at]
             ]
         )
-    return found
+    return divided

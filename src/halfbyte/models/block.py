@@ -94,8 +94,8 @@ class Block:
         if not self.tensors:
             raise BadCheckpoint(f"the checkpoint has no tensor of {prefix}")
         self.name = roles.block_of(self.tensors[0]) or prefix
-        own = set(self.tensors)
-        self.weights = [w for w in walk.weights if w.tensor in own]
+        tensors = set(self.tensors)
+        self.weights = [w for w in walk.weights if w.tensor in tensors]
         self.scales = PendingScales()
         self.activations: dict[Weight, ActivationQuant] = {}
         """How what these read is rounded whenever the block runs."""
@@ -121,7 +121,7 @@ class Block:
         """Read its parameters, and, as served, how its weights' activations are rounded."""
         walk = self.walk
         filling.load(walk.model, source, walk.weight_map, walk.ties, self.parameters, walk.device)
-        if walk.as_served:
+        if walk.fake_quantize_activations:
             read = source.checkpoint.read_inputs
             for weight in self.weights:
                 if inputs := read(weight.name):
@@ -141,8 +141,8 @@ class Block:
     def free(self) -> None:
         """Take the memory back, but for what later blocks share."""
         later = self.walk.blocks[self.walk.blocks.index(self) + 1 :]
-        kept = set().union(*(block.homes for block in later)) & self.walk.shared if self.walk.shared else set()
-        filling.release(self.walk.model, {*self.parameters, *self.homes} - kept)
+        shared = set().union(*(block.homes for block in later)) & self.walk.shared if self.walk.shared else set()
+        filling.release(self.walk.model, {*self.parameters, *self.homes} - shared)
 
     # Its weights -----------------------------------------------------------------------------------------------------
 

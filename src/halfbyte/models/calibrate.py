@@ -45,11 +45,11 @@ class TokenStream:
 
     def consecutive(self, length: int) -> Int64[Tensor, "samples length"]:
         """Windows without overlap; what is left at the end is dropped."""
-        found, at = [], 0
+        windows, at = [], 0
         while len(window := self.window(at, length)) == length:
-            found.append(window)
+            windows.append(window)
             at += length if torch.equal(window, self.tokens[at : at + length]) else length - len(self.opening)
-        return torch.stack(found) if found else self.tokens.new_empty(0, length)
+        return torch.stack(windows) if windows else self.tokens.new_empty(0, length)
 
     def starts(self, length: int) -> int:
         """At how many places a window may begin."""
@@ -104,8 +104,10 @@ def calibration(checkpoint: Checkpoint, asked: Calibration) -> Samples:
     spoken, talks, warnings = _default_chats(checkpoint, tokenizer, count // 2, length)
     tokens, more = _drawn(stream, source, count - len(talks), length, generator)
     kind = "small and mostly English" if len(talks) else "small and English"
-    said = f"the default calibration text is {kind}; --calibration FILE takes text of the kind that the model will see"
-    return Samples(torch.cat([tokens, talks]), source, stream, len(talks), (*(more or (said,)), *warnings), spoken)
+    warning = (
+        f"the default calibration text is {kind}; --calibration FILE takes text of the kind that the model will see"
+    )
+    return Samples(torch.cat([tokens, talks]), source, stream, len(talks), (*(more or (warning,)), *warnings), spoken)
 
 
 def evaluation(checkpoint: Checkpoint, source: str, length: int, limit: int | None, begin: Begin = "before") -> Samples:
@@ -163,16 +165,16 @@ def _stream(checkpoint: Checkpoint, tokenizer: Any, records: Sequence[Record]) -
             "records with 'text'"
         )
     talks = [record for record in records if record.messages is not None and has_template]
-    said, warnings = _rendered(tokenizer, talks)
+    rendered, warnings = _rendered(tokenizer, talks)
     begins = opening(tokenizer)
     if (
         not begins
         and talks
         and tokenizer.bos_token
-        and next(text for text in said if text is not None).startswith(tokenizer.bos_token)
+        and next(text for text in rendered if text is not None).startswith(tokenizer.bos_token)
     ):
         begins = (tokenizer.bos_token_id,)
-    spoken = iter(said)
+    spoken = iter(rendered)
     ids: list[int] = []
     for record in records:
         is_chat = record.messages is not None and has_template
@@ -185,22 +187,25 @@ def _stream(checkpoint: Checkpoint, tokenizer: Any, records: Sequence[Record]) -
             f"the tokenizer of {checkpoint.path} makes token {max(ids)}, but config.json says that there are "
             f"{vocabulary}"
         )
-    words = tuple(tokenizer.convert_ids_to_tokens(list(begins)))
-    return TokenStream(torch.tensor(ids, dtype=torch.int64), begins, words, len(talks) == len(records), warnings)
+    opening_tokens = tuple(tokenizer.convert_ids_to_tokens(list(begins)))
+    return TokenStream(
+        torch.tensor(ids, dtype=torch.int64), begins, opening_tokens, len(talks) == len(records), warnings
+    )
 
 
 def _rendered(tokenizer: Any, talks: Sequence[Record]) -> tuple[list[str | None], tuple[str, ...]]:
     """Chats as text, without those that the template does not take. Raises BadRequest if it takes none."""
     if not talks:
         return [], ()
-    said, refused = chats.render(tokenizer, [record.messages or [] for record in talks])
+    rendered, refused = chats.render(tokenizer, [record.messages or [] for record in talks])
     reasons = [f"{talks[number].location}: the chat template does not take it: {reason}" for number, reason in refused]
     if len(refused) == len(talks):
         raise BadRequest(reasons[0])
-    said = [
-        text if text is None else texts.sound(text, record.location) for text, record in zip(said, talks, strict=True)
+    rendered = [
+        text if text is None else texts.sound(text, record.location)
+        for text, record in zip(rendered, talks, strict=True)
     ]
-    return said, (f"left out: {len(refused)} of {plural(len(talks), 'chat')}; {reasons[0]}",) if refused else ()
+    return rendered, (f"left out: {len(refused)} of {plural(len(talks), 'chat')}; {reasons[0]}",) if refused else ()
 
 
 def _drawn(

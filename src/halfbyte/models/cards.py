@@ -16,9 +16,9 @@ def front_matter(card: Path) -> dict[str, Any]:
             text = file.read(LONGEST_CARD).decode("utf-8", "replace")
     except OSError:
         return {}
-    found = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    match = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:
-        said = yaml.safe_load(found[1]) if found else {}
+        metadata = yaml.safe_load(match[1]) if match else {}
     except (yaml.YAMLError, RecursionError, ValueError):  # a card is for people: one that is no YAML says nothing
         return {}
-    return said if isinstance(said, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}

@@ -34,8 +34,8 @@ class Rendered(NamedTuple):
 
 def template_of(tokenizer: Any) -> str | None:
     """The chat template that engines use, if there is one."""
-    found = tokenizer.chat_template
-    return (found.get("default") if isinstance(found, dict) else found) or None
+    template = tokenizer.chat_template
+    return (template.get("default") if isinstance(template, dict) else template) or None
 
 
 def render(
@@ -46,7 +46,7 @@ def render(
 ) -> Rendered:
     """What the model would read of each chat, with the tools that it may call there; `to_answer`: up to where its own
     answer begins. Raises BadCheckpoint for a template that never ends, or takes more memory than any should."""
-    words = {
+    request = {
         "template": template_of(tokenizer),
         "variables": dict(tokenizer.special_tokens_map),
         "chats": chats,
@@ -59,19 +59,23 @@ def render(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=surroundings
     ) as child:
         try:
-            out, err = _watched(child, json.dumps(words, default=str).encode(), SECONDS + SECONDS_PER_CHAT * len(chats))
+            out, err = _watched(
+                child, json.dumps(request, default=str).encode(), SECONDS + SECONDS_PER_CHAT * len(chats)
+            )
         finally:
             child.kill()
     if child.returncode:
-        said = err.decode(errors="replace").strip().splitlines()
-        raise BadCheckpoint(f"the model's chat template ends in an error: {said[-1] if said else child.returncode}")
-    found = json.loads(out)
-    return Rendered(found["texts"], [(number, " ".join(reason.split())[:200]) for number, reason in found["refused"]])
+        lines = err.decode(errors="replace").strip().splitlines()
+        raise BadCheckpoint(f"the model's chat template ends in an error: {lines[-1] if lines else child.returncode}")
+    response = json.loads(out)
+    return Rendered(
+        response["texts"], [(number, " ".join(reason.split())[:200]) for number, reason in response["refused"]]
+    )
 
 
-def _watched(child: subprocess.Popen, words: bytes, seconds: float) -> tuple[bytes, bytes]:
+def _watched(child: subprocess.Popen, request: bytes, seconds: float) -> tuple[bytes, bytes]:
     """What the process answers."""
-    process, first = psutil.Process(child.pid), words
+    process, first = psutil.Process(child.pid), request
     while True:
         try:
             return child.communicate(first, timeout=LOOK)

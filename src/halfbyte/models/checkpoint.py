@@ -137,8 +137,8 @@ class Checkpoint:
     @property
     def ends(self) -> set[int]:
         """Tokens at which an answer ends, as config.json and generation_config.json say."""
-        said = read_object(self.path / "generation_config.json").get("eos_token_id")
-        return _tokens(said) | _tokens(self.text_config.get("eos_token_id"))
+        eos_token_id = read_object(self.path / "generation_config.json").get("eos_token_id")
+        return _tokens(eos_token_id) | _tokens(self.text_config.get("eos_token_id"))
 
     @cached_property
     def tied(self) -> bool:
@@ -174,8 +174,8 @@ class Checkpoint:
     @cached_property
     def _quantization(self) -> dict[str, Any]:
         """What the folder says of how it is quantized; nothing if it is not."""
-        said = self.config.get("quantization_config") or self.text_config.get("quantization_config")
-        return said or read_object(self.path / folder.MODELOPT)
+        config = self.config.get("quantization_config") or self.text_config.get("quantization_config")
+        return config or read_object(self.path / folder.MODELOPT)
 
     @cached_property
     def _reader(self) -> Reader | None:
@@ -288,7 +288,7 @@ class Checkpoint:
         for name, part in self.expert_slices.items():
             apart.setdefault(part.stack, {})[name] = part.shape
         return (
-            {name: shape for t, own in shapes.items() for name, shape in apart.get(t, {t: own}).items()}
+            {name: shape for t, whole in shapes.items() for name, shape in apart.get(t, {t: whole}).items()}
             if apart
             else shapes
         )
@@ -330,6 +330,6 @@ class Checkpoint:
         return w.T.contiguous() if weight.transposed else w
 
 
-def _tokens(said: Any) -> set[int]:
+def _tokens(value: Any) -> set[int]:
     """One number or a list of them."""
-    return {token for token in (said if isinstance(said, list) else [said]) if type(token) is int}
+    return {token for token in (value if isinstance(value, list) else [value]) if type(token) is int}

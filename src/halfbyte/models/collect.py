@@ -33,7 +33,7 @@ def collect(
             if full_outputs is not None:
                 full_outputs[batch] = outputs
         block.observe(collector.add, [batch], inputs)
-    return {weight: s for weight, s in collector.found.items() if s.tokens}
+    return {weight: s for weight, s in collector.statistics.items() if s.tokens}
 
 
 class _Collector:
@@ -41,7 +41,7 @@ class _Collector:
 
     def __init__(self, block: Block, wanted: set[Weight]):
         self.wanted, self.device = wanted, block.walk.device
-        self.found: dict[Weight, Statistics] = {}
+        self.statistics: dict[Weight, Statistics] = {}
         self.leaders: dict[Weight, Weight] = {}
         """Of a group, the first weight, whose reading counts: all of them read the same."""
         self.originals: dict[Weight, Tensor] = {}
@@ -55,8 +55,8 @@ class _Collector:
     def _join(self, matrices: list[Matrix]) -> None:
         weights = [m.weight for m in matrices if m.weight and m.weight in self.wanted]
         if weights:
-            shared = self.found.get(weights[0]) or Statistics(weights[0].shape[1], self.device)
-            self.found.update(dict.fromkeys(weights, shared))
+            shared = self.statistics.get(weights[0]) or Statistics(weights[0].shape[1], self.device)
+            self.statistics.update(dict.fromkeys(weights, shared))
             self.leaders.update(dict.fromkeys(weights, weights[0]))
 
     def note_original(self, matrices: list[Matrix], x: Tensor) -> None:
@@ -73,22 +73,22 @@ class _Collector:
         if self.leaders[weight] == weight:
             original = self.originals.pop(weight, None)
             # Where quantization sends a token to another expert, the two streams cannot be compared.
-            self.found[weight].add(x, original if original is not None and original.shape == x.shape else None)
+            self.statistics[weight].add(x, original if original is not None and original.shape == x.shape else None)
 
 
 def reading_groups(block: Block, fused_groups: Iterable[Sequence[Weight]]) -> list[list[Weight]]:
     """The weights of fused groups, those together that read the same tensor, and so have one statistic."""
     wanted = {weight: group for group in fused_groups for weight in group}
-    found: list[list[Weight]] = []
+    groups: list[list[Weight]] = []
     for matrices in block.groups():
         weights = [m.weight for m in matrices if m.weight and m.weight in wanted]
         if weights:
-            found.append(weights)
+            groups.append(weights)
             wanted = {weight: group for weight, group in wanted.items() if weight not in weights}
     unreached: dict[tuple[Weight, ...], list[Weight]] = {}  # experts that the probe did not reach
     for weight, group in wanted.items():
         unreached.setdefault(tuple(group), []).append(weight)
-    return found + list(unreached.values())
+    return groups + list(unreached.values())
 
 
 def in_parts(groups: Iterable[list[Weight]], budget_bytes: int, drift: bool = False) -> Iterator[set[Weight]]:

@@ -128,7 +128,11 @@ class Ends:
     def _read_by_head(self) -> dict[Weight, ActivationQuant]:
         """How what the head reads is rounded, where it is."""
         walk = self.walk
-        heads = [w for w in walk.weights if w.block is None and w.tensor in walk.weight_map] if walk.as_served else []
+        heads = (
+            [w for w in walk.weights if w.block is None and w.tensor in walk.weight_map]
+            if walk.fake_quantize_activations
+            else []
+        )
         rounded = {w: quant for w in heads if (quant := walk.checkpoint.read_inputs(w.name))}
         return {
             weight: quant._replace(params={name: value.to(walk.device) for name, value in quant.params.items()})

@@ -30,9 +30,11 @@ class ExpertSlice(NamedTuple):
 
     def read(self, stack: Entry) -> Tensor:
         """Its rows, [out, in], out of the stack."""
-        own, last = stack.at(self.expert), self.row_offset + self.shape[0]
+        matrix, last = stack.at(self.expert), self.row_offset + self.shape[0]
         return (
-            own.read()[:, self.row_offset : last].T.contiguous() if self.transposed else own.read(self.row_offset, last)
+            matrix.read()[:, self.row_offset : last].T.contiguous()
+            if self.transposed
+            else matrix.read(self.row_offset, last)
         )
 
 

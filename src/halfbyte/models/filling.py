@@ -35,7 +35,7 @@ def tensor(model: nn.Module, name: str) -> Tensor:
 
 def ties(model: transformers.PreTrainedModel, weight_map: WeightMap) -> dict[str, str]:
     """Parameters without a tensor of their own, each with the one whose values it shares, by Transformers' rules."""
-    own = {view.parameter for view in weight_map.values()}
+    stored = {view.parameter for view in weight_map.values()}
     groups: dict[str, list[str]] = {}
     first: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):  # a module may stand in several places
@@ -44,8 +44,8 @@ def ties(model: transformers.PreTrainedModel, weight_map: WeightMap) -> dict[str
         groups.setdefault(source, [source]).append(name)
     tied: dict[str, str] = {}
     for names in groups.values():
-        if home := next((name for name in names if name in own), None):
-            tied |= {name: home for name in names if name not in own}
+        if home := next((name for name in names if name in stored), None):
+            tied |= {name: home for name in names if name not in stored}
     return tied
 
 

@@ -22,23 +22,23 @@ def entries(path: Path) -> dict[str, Entry]:
     """Every tensor. Raises BadCheckpoint for a folder that is not whole, or that no index makes clear."""
     weight_map = _weight_map(path)
     shards = sorted(set(weight_map.values())) if weight_map is not None else _files_of_tensors(path)
-    found: dict[str, Entry] = {}
+    tensors: dict[str, Entry] = {}
     for shard in shards:
         for name, entry in read_header(path / shard).items():
             counts = weight_map.get(name) if weight_map is not None else None
-            if name in found and counts is None:
+            if name in tensors and counts is None:
                 raise BadCheckpoint(
-                    f"{path}: '{name}' is in {found[name].path.name} and in {shard}, and no {INDEX} says which "
+                    f"{path}: '{name}' is in {tensors[name].path.name} and in {shard}, and no {INDEX} says which "
                     "of them counts"
                 )
             if counts in (None, shard):
-                found[name] = entry
-    lost = [name for name in weight_map or () if name not in found]
+                tensors[name] = entry
+    lost = [name for name in weight_map or () if name not in tensors]
     if lost:
         raise BadCheckpoint(
             f"{path}: {INDEX} names {plural(len(lost), 'tensor')} that no shard holds, the first '{lost[0]}'"
         )
-    return found
+    return tensors
 
 
 def _weight_map(path: Path) -> dict[str, str] | None:

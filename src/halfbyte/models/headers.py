@@ -36,9 +36,9 @@ class HeaderCheckpoint(Checkpoint):
     @cached_property
     def tied(self) -> bool:
         """As config.json has it, since values cannot be compared; what has no head of its own is tied."""
-        said = self.config.get(heads.TIE, self.text_config.get(heads.TIE))
+        in_config = self.config.get(heads.TIE, self.text_config.get(heads.TIE))
         has_head = any(map(roles.is_head, self.tensors()))
-        return bool(said) if said is not None else not has_head
+        return bool(in_config) if in_config is not None else not has_head
 
     def settings(self):
         """The config as Transformers reads it."""
@@ -83,10 +83,10 @@ def _of_safetensors(name: str, revision: str | None) -> HeaderCheckpoint:
 
     file = hf_hub_download(name, "config.json", revision=revision)
     config = json.loads(Path(file).read_text(encoding="utf-8"))
-    found = HfApi().get_safetensors_metadata(name, revision=revision)
+    metadata = HfApi().get_safetensors_metadata(name, revision=revision)
     if not isinstance(config, dict):
         raise BadCheckpoint(f"config.json of {name} is no object")
-    return HeaderCheckpoint(Path(name), config, entries_of(name, found))
+    return HeaderCheckpoint(Path(name), config, entries_of(name, metadata))
 
 
 def _of_heads(name: str, revision: str | None, word: str | None = None) -> Checkpoint:
@@ -118,13 +118,13 @@ def _bytes(name: str, revision: str | None, file: str, first: int, count: int) -
         return answer.read()
 
 
-def entries_of(name: str, found: "SafetensorsRepoMetadata") -> dict[str, Entry]:
+def entries_of(name: str, metadata: "SafetensorsRepoMetadata") -> dict[str, Entry]:
     """Every tensor, as the headers have it."""
     entries: dict[str, Entry] = {}
-    for file, header in found.files_metadata.items():
+    for file, header in metadata.files_metadata.items():
         for tensor, info in header.tensors.items():
             if info.dtype not in DTYPES:
                 raise BadCheckpoint(f"'{tensor}' of {name} is of dtype {info.dtype}, which is not known")
-            if found.weight_map.get(tensor, file) == file:
+            if metadata.weight_map.get(tensor, file) == file:
                 entries[tensor] = Entry(tuple(info.shape), DTYPES[info.dtype], Path(file), info.data_offsets[0])
     return entries

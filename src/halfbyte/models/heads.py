@@ -17,22 +17,22 @@ ROWS = 4096
 
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the head shares the embedding's values."""
-    said = checkpoint.config.get(TIE, checkpoint.text_config.get(TIE))
+    in_config = checkpoint.config.get(TIE, checkpoint.text_config.get(TIE))
     head = next(filter(roles.is_head, checkpoint.tensors()), None)
-    if head is not None and (said is False or not _is_embedding(checkpoint, head)):
+    if head is not None and (in_config is False or not _is_embedding(checkpoint, head)):
         return False
-    return bool(_by_default(checkpoint) if said is None else said)
+    return bool(_by_default(checkpoint) if in_config is None else in_config)
 
 
 def settled(checkpoint: Checkpoint) -> Checkpoint:
     """With a config that says what is so, for those who go by it alone. Raises BadCheckpoint for a head that would be
     random."""
-    said = checkpoint.config.get(TIE, checkpoint.text_config.get(TIE))
+    in_config = checkpoint.config.get(TIE, checkpoint.text_config.get(TIE))
     if checkpoint.tied:
         return checkpoint
     if not any(map(roles.is_head, checkpoint.tensors())):
         _require_head(checkpoint)
-    elif said is not False:
+    elif in_config is not False:
         config = {**checkpoint.config, TIE: False}
         if TIE in checkpoint.text_config and "text_config" in config:
             config["text_config"] = {**checkpoint.text_config, TIE: False}

@@ -91,7 +91,7 @@ def names(model: PreTrainedModel, weight_map: Mapping[str, ParamView], block: nn
     """The attentions in a part of the model that cache keys and values, by what the checkpoint calls them."""
     layers = DynamicCache(config=model.config).layers
     paths = {module: path for path, module in model.named_modules()}
-    found: dict[str, nn.Module] = {}
+    by_name: dict[str, nn.Module] = {}
     for attention in attentions(block).values():
         inside = f"{paths[attention]}."
         owned = {
@@ -102,8 +102,8 @@ def names(model: PreTrainedModel, weight_map: Mapping[str, ParamView], block: nn
         homes = [tensor.split(".")[: -len(rest.split("."))] for tensor, rest in owned.items()]
         layer = dict(enumerate(layers)).get(getattr(attention, "layer_idx", -1))
         if homes and isinstance(layer, CacheLayerMixin):  # others keep the state of a convolution, or nothing
-            found[".".join(min(homes, key=len))] = attention
-    return found
+            by_name[".".join(min(homes, key=len))] = attention
+    return by_name
 
 
 def apply(
@@ -111,10 +111,10 @@ def apply(
 ) -> None:
     """From now on, the model computes with keys and values as this cache would return them. Raises Unsupported where it
     has none."""
-    found = names(model, weight_map, model)
-    if not found:
+    by_name = names(model, weight_map, model)
+    if not by_name:
         raise Unsupported(f"{model.config.model_type} has no attention that caches keys and values")
-    for name, attention in found.items():
+    for name, attention in by_name.items():
         key, value = (_on(device, part) for part in cache.of(name))
         put(model, attention, rounded(key, value))
 
@@ -127,13 +127,15 @@ def blank(checkpoint: Checkpoint, grid: KVGrid) -> KVCache:
     """A cache of the right names and shapes, whose scales are still to be found. Raises Unsupported for a model without
     attention."""
     model = skeleton.build(checkpoint, checkpoint.dtype)
-    found = names(model, mapping.places(model, checkpoint.tensors()), model)
-    if not found:
+    by_name = names(model, mapping.places(model, checkpoint.tensors()), model)
+    if not by_name:
         raise Unsupported(f"{checkpoint.model_type} has no attention that caches keys and values")
     text = model.config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     scale = {"scale": torch.ones(heads, 1, 1) if "-head" in str(grid) else torch.ones(1)}
-    return KVCache(grid, dict.fromkeys(found, scale), dict.fromkeys(found, scale), any(map(is_latent, found.values())))
+    return KVCache(
+        grid, dict.fromkeys(by_name, scale), dict.fromkeys(by_name, scale), any(map(is_latent, by_name.values()))
+    )
 
 
 def rounded(key: ActivationQuant, value: ActivationQuant) -> CacheHook:

@@ -30,9 +30,9 @@ class Linears(NamedTuple):
 
 def linears(checkpoint: "Checkpoint") -> Linears:
     """The linears of a checkpoint, told by their names, or where these are not ordinary, by the model's modules."""
-    found = _candidates(checkpoint)
-    by_name = {name: roles.is_transposed(name, checkpoint.model_type) for name in found}
-    if all(map(roles.ORDINARY.search, found)) and not checkpoint.has_encoder:
+    candidates = _candidates(checkpoint)
+    by_name = {name: roles.is_transposed(name, checkpoint.model_type) for name in candidates}
+    if all(map(roles.ORDINARY.search, candidates)) and not checkpoint.has_encoder:
         return Linears(by_name, {})
     from halfbyte.models import modules, skeleton  # Transformers takes seconds to import
 
@@ -40,12 +40,14 @@ def linears(checkpoint: "Checkpoint") -> Linears:
         model = skeleton.outline(checkpoint)
     except (BadCheckpoint, Unsupported) as error:
         return Linears(by_name, {}, f"{BY_NAME}: {error}")
-    asked = modules.ask(model, found)
+    asked = modules.ask(model, candidates)
     return (
         asked
         if asked.transposed
         else Linears(
-            by_name, {}, f"{BY_NAME}: Transformers' {type(model).__name__} knows none, such as '{next(iter(found))}'"
+            by_name,
+            {},
+            f"{BY_NAME}: Transformers' {type(model).__name__} knows none, such as '{next(iter(candidates))}'",
         )
     )
 
@@ -53,7 +55,7 @@ def linears(checkpoint: "Checkpoint") -> Linears:
 def _candidates(checkpoint: "Checkpoint") -> dict[str, Shape]:
     """Tensors that may be linears, or stacks of such, by name and shape."""
     layers = checkpoint.text_config.get("num_hidden_layers", checkpoint.text_config.get("n_layer"))
-    found: dict[str, Shape] = {}
+    candidates: dict[str, Shape] = {}
     for name, shape in checkpoint.tensors().items():
         block = roles.block_of(name, checkpoint.has_encoder)
         if block is None or roles.KEPT.search(name) or name.endswith("bias"):
@@ -61,5 +63,5 @@ def _candidates(checkpoint: "Checkpoint") -> dict[str, Shape]:
         if isinstance(layers, int) and int(block.rpartition(".")[2]) >= layers and not checkpoint.has_encoder:
             continue  # layers beyond the model's, for multi-token prediction
         if len(shape) in (2, 3) and min(shape[-2:]) >= roles.SMALLEST:
-            found[name] = shape
-    return found
+            candidates[name] = shape
+    return candidates

@@ -43,13 +43,13 @@ class Names:
         self.renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
         self.converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
         self.owner = {pattern: c for c in self.converters for pattern in c.source_patterns}
-        self.known = dict(model.state_dict(keep_vars=True))
+        self.state_dict = dict(model.state_dict(keep_vars=True))
         self.prefix = model.base_model_prefix
 
     def rename(self, name: str) -> tuple[str, str | None]:
         """What may be a parameter, and the pattern of the conversion that makes it."""
-        target, pattern = loading.rename_source_key(name, self.renamings, self.converters, self.prefix, self.known)
-        return (name, None) if target not in self.known and name in self.known else (target, pattern)
+        target, pattern = loading.rename_source_key(name, self.renamings, self.converters, self.prefix, self.state_dict)
+        return (name, None) if target not in self.state_dict and name in self.state_dict else (target, pattern)
 
     def stack(self, name: str, rows: int = 0) -> ParamView | None:
         """Where a linear of one expert lies in a fused tensor, though Transformers has no rule that puts it there: we
@@ -59,7 +59,7 @@ class Names:
         kind = self.model.config.get_text_config(decoder=True).model_type
         for stack, number in [(f"{split[1]}.{split[3]}", 0), *roles.stacks_of(split[1], split[3], kind)]:
             for target, _ in map(self.rename, (stack, f"{stack}.weight")):
-                if target in self.known:
+                if target in self.state_dict:
                     turned = lies_transposed(self.model, target) != roles.is_transposed(name, kind)
                     return ParamView(target, int(split[2]), number * rows, transposed=turned)
         return None
@@ -68,7 +68,7 @@ class Names:
         """The parameter that a tensor is, or is a part of, and how it is converted; None where the model reads no such
         tensor."""
         target, pattern = self.rename(name)
-        if target in self.known:
+        if target in self.state_dict:
             return target, None if pattern is None else self.owner[pattern]
         stack = self.stack(name)
         return (stack.parameter, None) if stack else (None, None)
@@ -92,24 +92,24 @@ class WeightMap(dict[str, ParamView]):
 def places(model: transformers.PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> WeightMap:
     """Where each tensor of the checkpoint lies."""
     names = Names(model)
-    found = WeightMap()
+    weight_map = WeightMap()
     fused: dict[str, dict[str, list[str]]] = {}
     for name in sorted(tensors, key=loading.dot_natural_key):
         target, pattern = names.rename(name)
-        if pattern is not None and target in names.known:
+        if pattern is not None and target in names.state_dict:
             fused.setdefault(target, {}).setdefault(pattern, []).append(name)
-        elif target in names.known:
-            found[name] = ParamView(target)
+        elif target in names.state_dict:
+            weight_map[name] = ParamView(target)
         elif stack := names.stack(name, tensors[name][0]):
-            found[name] = stack
+            weight_map[name] = stack
     for target, sources in fused.items():
         converter = next(names.owner[pattern] for pattern in sources)
-        merged = _fused(target, converter, sources, tensors, tuple(names.known[target].shape))
+        merged = _fused(target, converter, sources, tensors, tuple(names.state_dict[target].shape))
         if merged is None:
-            found.lost[target] = ", ".join(type(operation).__name__ for operation in converter.operations)
+            weight_map.lost[target] = ", ".join(type(operation).__name__ for operation in converter.operations)
         else:
-            found.update(merged)
-    return found
+            weight_map.update(merged)
+    return weight_map
 
 
 def _fused(
@@ -135,14 +135,14 @@ def _fused(
             transposed = not (operation.check_dims and tensors[first] == shape)
         else:
             return None
-    found, first = {}, 0
+    views, first = {}, 0
     for pattern in converter.source_patterns:
         names = sources.get(pattern, [])
         for number, name in enumerate(names):
             expert = number if merged else None
-            found[name] = ParamView(target, expert, first if dim is not None else 0, dim or 0, transposed)
+            views[name] = ParamView(target, expert, first if dim is not None else 0, dim or 0, transposed)
             if dim is not None and not merged:
                 first += tensors[name][dim]
         if dim is not None and merged and names:
             first += tensors[names[0]][dim]
-    return found
+    return views

@@ -88,9 +88,9 @@ def device_memory(
 
 def hidden_size(checkpoint: Checkpoint) -> int:
     """Features of a hidden state; where config.json does not say in a usual word, what most matrices read."""
-    said = (checkpoint.text_config.get(name) for name in ("hidden_size", "n_embd", "d_model"))
+    configured = (checkpoint.text_config.get(name) for name in ("hidden_size", "n_embd", "d_model"))
     widths = Counter(weight.shape[1] for weight in checkpoint.weights())
-    return next((n for n in said if isinstance(n, int)), max(widths, key=widths.__getitem__, default=0))
+    return next((n for n in configured if isinstance(n, int)), max(widths, key=widths.__getitem__, default=0))
 
 
 def hidden_bytes(checkpoint: Checkpoint, samples: int, length: int, full_precision: bool = False) -> int:

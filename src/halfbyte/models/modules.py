@@ -23,7 +23,7 @@ def ask(model: PreTrainedModel, candidates: dict[str, Shape]) -> Linears:
         if parameter is None:
             others[name] = "the model does not read it"
             continue
-        home, expected = model.get_submodule(parameter.rpartition(".")[0]), tuple(names.known[parameter].shape)
+        home, expected = model.get_submodule(parameter.rpartition(".")[0]), tuple(names.state_dict[parameter].shape)
         if isinstance(home, nn.Linear | Conv1D) or "Linear" in type(home).__name__:
             if converter is None and shape != expected and shape == expected[::-1]:
                 raise BadCheckpoint(
@@ -44,7 +44,8 @@ def read_in_stacks(model: PreTrainedModel, modules: Iterable[str]) -> str | None
     """The first of some modules that Transformers reads as a part of a stack alone, and not under its own name."""
     names = mapping.Names(model)
     return next(
-        (m for m in modules if names.rename(f"{m}.weight")[0] not in names.known and names.stack(f"{m}.weight")), None
+        (m for m in modules if names.rename(f"{m}.weight")[0] not in names.state_dict and names.stack(f"{m}.weight")),
+        None,
     )
 
 

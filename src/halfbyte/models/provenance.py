@@ -44,15 +44,15 @@ def provenance_of(checkpoint: Checkpoint, asked: str) -> Provenance:
     repository = _repository(checkpoint.path, asked)
     named = repository.partition("/")[2] if repository else checkpoint.path.resolve().name
     name, repository = checkpoint.known_as or (named, repository)
-    said = checkpoint.card
+    card = checkpoint.card
     return Provenance(
         name,
         repository,
-        *(text_of(said.get(name)) for name in ("license", "license_name", "license_link")),
-        base_models=tuple(found for found in _texts(said.get("base_model")) if HUB_ID.fullmatch(found)),
-        tags=_texts(said.get("tags")),
-        languages=_texts(said.get("language")),
-        pipeline_tag=text_of(said.get("pipeline_tag")),
+        *(text_of(card.get(name)) for name in ("license", "license_name", "license_link")),
+        base_models=tuple(base_model for base_model in _texts(card.get("base_model")) if HUB_ID.fullmatch(base_model)),
+        tags=_texts(card.get("tags")),
+        languages=_texts(card.get("language")),
+        pipeline_tag=text_of(card.get("pipeline_tag")),
     )
 
 

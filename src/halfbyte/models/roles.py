@@ -141,9 +141,9 @@ def parts_of(stack: str, model_type: str) -> list[tuple[str, str]]:
 
 def stacks_of(home: str, part: str, model_type: str) -> list[tuple[str, int]]:
     """The inverse: stacks in which the linear of that name may lie, each with the number of parts before it."""
-    known = STACKS.get(model_type, {}).items()
+    stacks = STACKS.get(model_type, {}).items()
     return [
-        (home.removesuffix(own) + end, parts.index(part))
-        for end, (own, parts) in known
-        if home.endswith(own) and part in parts
+        (home.removesuffix(ending) + end, parts.index(part))
+        for end, (ending, parts) in stacks
+        if home.endswith(ending) and part in parts
     ]

@@ -167,10 +167,10 @@ def aliases(checkpoint: Checkpoint, modules: list[str]) -> list[str]:
     """What Transformers calls those of the modules that it renames: compressed-tensors looks for kept modules under
     these names."""
     try:
-        found = places(outline(checkpoint), checkpoint.tensors())
+        weight_map = places(outline(checkpoint), checkpoint.tensors())
     except BadCheckpoint:
         return []
     return sorted(
-        {found[f"{m}.weight"].parameter.removesuffix(".weight") for m in modules if f"{m}.weight" in found}
+        {weight_map[f"{m}.weight"].parameter.removesuffix(".weight") for m in modules if f"{m}.weight" in weight_map}
         - set(modules)
     )

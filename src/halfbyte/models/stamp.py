@@ -23,8 +23,8 @@ def stamp(checkpoint: Checkpoint) -> list[tuple]:
     tensors = [(name, e.shape, str(e.dtype), str(e.path), e.offset) for name, e in checkpoint.entries.items()]
     weights = {entry.path for entry in checkpoint.entries.values()}
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weights)]
-    said = [checkpoint.path / name for name in NOT_COPIED] if checkpoint.path.is_dir() else []
-    files = [(path.name, digest(path)) for path in (*said, *checkpoint.other_files) if path.is_file()]
+    configs = [checkpoint.path / name for name in NOT_COPIED] if checkpoint.path.is_dir() else []
+    files = [(path.name, digest(path)) for path in (*configs, *checkpoint.other_files) if path.is_file()]
     return [
         *tensors,
         *stats,
@@ -41,13 +41,13 @@ def origin(checkpoint: Checkpoint) -> str:
     files = defaultdict(list)
     for name, entry in checkpoint.entries.items():
         files[entry.path].append((entry.offset, name, entry))
-    found = []
+    sampled = []
     for path, tensors in files.items():
         with open(path, "rb") as file:
             for offset, name, entry in sorted(tensors, key=lambda place: place[:2]):
                 file.seek(offset)
-                found.append((name, entry.shape, str(entry.dtype), file.read(min(SAMPLED, entry.size_bytes))))
-    for one in sorted(found):
+                sampled.append((name, entry.shape, str(entry.dtype), file.read(min(SAMPLED, entry.size_bytes))))
+    for one in sorted(sampled):
         hasher.update(repr(one).encode())
     hasher.update((checkpoint.adapter.digest if checkpoint.adapter else "").encode())
     return hasher.hexdigest()

@@ -23,13 +23,13 @@ def reader_of(config: dict[str, Any], path: Path) -> Reader | None:
     """Who reads what a folder says is quantized so; None where nothing is. Raises Unsupported."""
     if not config:
         return None
-    known = next((reader for reader in READERS.values() if reader.reads(config)), None)
-    if known is None:
+    reader = next((reader for reader in READERS.values() if reader.reads(config)), None)
+    if reader is None:
         raise Unsupported(
             f"{path} is quantized with '{config.get('quant_method')}', which is not read yet; known: "
             f"{', '.join(READERS)}"
         )
-    return known
+    return reader
 
 
 class StoredModules(NamedTuple):

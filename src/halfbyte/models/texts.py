@@ -48,10 +48,10 @@ class Record(NamedTuple):
 NAMED = re.compile(r"([\w-]+)=(.+)", re.DOTALL)
 
 
-def named(words: str) -> tuple[str | None, str]:
+def named(argument: str) -> tuple[str | None, str]:
     """What a text is called, and where it is: of `de=news.txt`, "de" and the file; a file called that has none."""
-    found = NAMED.fullmatch(words)
-    return (found[1], found[2]) if found and not Path(words).expanduser().exists() else (None, words)
+    match = NAMED.fullmatch(argument)
+    return (match[1], match[2]) if match and not Path(argument).expanduser().exists() else (None, argument)
 
 
 def called(source: str | Path | tuple[str, ...]) -> str:
@@ -209,12 +209,14 @@ def _pair(value: dict[str, Any], ask: str, answer: str, location: str) -> Record
 
 def _messages(value: list[Any], location: str) -> list[dict[str, Any]]:
     """Messages with 'role' and 'content', whichever way they were spelled."""
-    found = []
+    messages = []
     for message in value:
         if isinstance(message, dict) and isinstance(message.get("role"), str):
-            found.append({key: part for key, part in message.items() if part is not None})
+            messages.append({key: part for key, part in message.items() if part is not None})
         elif isinstance(message, dict) and isinstance(message.get("from"), str):
-            found.append({"role": ROLES.get(message["from"].lower(), message["from"]), "content": message.get("value")})
+            messages.append(
+                {"role": ROLES.get(message["from"].lower(), message["from"]), "content": message.get("value")}
+            )
         else:
             what = (
                 f"an object with the keys {', '.join(map(repr, message))}"
@@ -225,9 +227,9 @@ def _messages(value: list[Any], location: str) -> list[dict[str, Any]]:
                 f"{location}: a message is {what}; it is an object with 'role' and 'content', or with 'from' and "
                 "'value'"
             )
-    if not found:
+    if not messages:
         raise BadRequest(f"{location}: has no messages; {EXPECTED}")
-    return found
+    return messages
 
 
 def _called(value: Any) -> str:

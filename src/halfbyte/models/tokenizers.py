@@ -30,21 +30,22 @@ def load(folder: Path):
         if exists(folder / name):
             read_bytes(folder / name)
     try:
-        found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         if type(error) is not Exception:  # which is all that the tokenizers package, written in Rust, ever raises
             raise
         raise BadCheckpoint(f"the tokenizer of {folder} cannot be read: {' '.join(str(error).split())}") from None
-    if lost := _unknown_piece(getattr(found, "backend_tokenizer", None)):
+    if lost := _unknown_piece(getattr(tokenizer, "backend_tokenizer", None)):
         raise BadCheckpoint(
             f"the tokenizer of {folder} puts '{lost:.80}' around a text and does not say what that is; "
             "download it again"
         )
-    if set(found.get_vocab()) <= set(found.all_special_tokens):  # which Transformers makes where it finds no file
+    # Transformers makes such a tokenizer where it finds no file.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise BadCheckpoint(
             f"{folder} holds no tokenizer, or one without a vocabulary; copy the model's tokenizer files"
         )
-    return found
+    return tokenizer
 
 
 def _unknown_piece(tokenizer: Any) -> str | None:
@@ -52,8 +53,8 @@ def _unknown_piece(tokenizer: Any) -> str | None:
     process."""
     if tokenizer is None or tokenizer.post_processor is None:
         return None
-    said = json.loads(tokenizer.post_processor.__getstate__())
-    for part in said.get("processors", [said]):
+    state = json.loads(tokenizer.post_processor.__getstate__())
+    for part in state.get("processors", [state]):
         if part["type"] == "TemplateProcessing":
             used = [
                 piece["SpecialToken"]["id"] for piece in (*part["single"], *part["pair"]) if "SpecialToken" in piece

@@ -44,18 +44,18 @@ class Walk:
         *,
         held_out: Int64[Tensor, "held_out length"] | None = None,
         full_precision: bool = False,
-        as_served: bool = False,
+        fake_quantize_activations: bool = False,
         to_the_end: bool = True,
         trials: bool = False,
         progress: Progress = silent,
     ):
         """`held_out`: samples that run along, in batches of their own. `full_precision`: the model runs unquantized
-        too, beside itself as it is changed. `as_served`: activations and the KV cache are rounded as the checkpoint
-        says that engines do; a checkpoint that is only the source of another is as precise as its weights.
-        `to_the_end`: what the last block returns is wanted. `trials`: the first batch is a single sample, for searches
-        that run a block on it again and again."""
+        too, beside itself as it is changed. `fake_quantize_activations`: activations and the KV cache are rounded as
+        the checkpoint says that engines do; a checkpoint that is only the source of another is as precise as its
+        weights. `to_the_end`: what the last block returns is wanted. `trials`: the first batch is a single sample, for
+        searches that run a block on it again and again."""
         self.checkpoint, self.placement = checkpoint, placement or Placement()
-        self.as_served, self.to_the_end, self.progress = as_served, to_the_end, progress
+        self.fake_quantize_activations, self.to_the_end, self.progress = fake_quantize_activations, to_the_end, progress
         self.source = ReadAhead(checkpoint, self.placement)
         self.model = skeleton.build(checkpoint, dtype)
         filling.move_buffers(self.model, self.device)
@@ -63,7 +63,7 @@ class Walk:
         self.shapes = checkpoint.tensors()
         self.weight_map = mapping.places(self.model, self.shapes)
         self.ties = filling.ties(self.model, self.weight_map)
-        if as_served and checkpoint.kv:
+        if fake_quantize_activations and checkpoint.kv:
             kv.apply(self.model, self.weight_map, checkpoint.kv, self.device)
         self.weights = list(checkpoint.weights())
         self.batches = Batches(samples, held_out, self.placement.batch_tokens, trials)
@@ -150,7 +150,7 @@ class Walk:
 
     def _note_calls(self) -> list[Hidden]:
         """Note what blocks are called with, for every part of every batch. Returns what the first block reads."""
-        base, first, calls, found = self.ends.base, self.blocks[0], Calls(), []
+        base, first, calls, inputs = self.ends.base, self.blocks[0], Calls(), []
         self.load(self.ends.outside_of(base))
         for batch, tokens in enumerate(self.batches):
             hidden = []
@@ -163,21 +163,21 @@ class Walk:
                     base(input_ids=tokens[samples].to(self.device), use_cache=False)
                 hidden.append(stand_ins.close())
                 self._has_learned = True
-            found.append(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+            inputs.append(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
         filling.release(self.model, self.outside)
         self.calls = calls
-        return found
+        return inputs
 
     @contextmanager
     def standing_in(self, stand_in: "Callable[[int], Callable] | StandIns") -> Iterator[Any]:
         """While this lasts, something else runs in place of each block."""
-        own = [block.module.__dict__.get("forward") for block in self.blocks]
+        forwards = [block.module.__dict__.get("forward") for block in self.blocks]
         for number, block in enumerate(self.blocks):
             block.module.forward = stand_in(number)
         try:
             yield stand_in
         finally:
-            for block, forward in zip(self.blocks, own, strict=True):
+            for block, forward in zip(self.blocks, forwards, strict=True):
                 block.module.__dict__.pop("forward", None)
                 if forward is not None:
                     block.module.forward = forward
