@@ -94,7 +94,7 @@ class KQuant(KFormat, Grid):
         scale, offset = self.lines(params)
         zero = torch.full_like(scale, self.middle, dtype=torch.uint8)
         base = torch.zeros_like(scale) if offset is None else offset
-        lines = scalar.EvenLookup(kquant.usable(scale), zero, base, self.top)
+        lines = scalar.EvenLookup(kquant.safe_scale(scale), zero, base, self.top)
         return partial(scalar.round_block, lines, self.group)
 
     def row_params(self, shape: Shape) -> frozenset[str]:

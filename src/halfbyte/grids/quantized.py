@@ -92,8 +92,8 @@ def split_rows(q: Quantized, sizes: list[int]) -> list[Quantized]:
 
     Raises Unsupported where some rows share what others do not have.
     """
-    own = q.grid.row_params(q.shape)
-    if partly := [name for name, p in q.params.items() if name not in own and p.shape[0] != 1]:
+    row_params = q.grid.row_params(q.shape)
+    if partly := [name for name, p in q.params.items() if name not in row_params and p.shape[0] != 1]:
         raise Unsupported(f"rows of {q.grid} that share a {partly[0]} cannot be parted")
     borders = [sum(sizes[:i]) for i in range(len(sizes))]
     parts = (slice(first, first + size) for first, size in zip(borders, sizes, strict=True))
@@ -102,6 +102,6 @@ def split_rows(q: Quantized, sizes: list[int]) -> list[Quantized]:
 
 def select_rows(q: Quantized, rows: Int64[Tensor, " rows"] | slice) -> Quantized:
     """The matrix that has these rows of another, and all that its rows share."""
-    own, codes = q.grid.row_params(q.shape), q.codes[rows].contiguous()
-    params = {name: p[rows].contiguous() if name in own else p for name, p in q.params.items()}
+    row_params, codes = q.grid.row_params(q.shape), q.codes[rows].contiguous()
+    params = {name: p[rows].contiguous() if name in row_params else p for name, p in q.params.items()}
     return q._replace(codes=codes, params=params, size=q.size and (len(codes), *q.size[1:]))

@@ -32,9 +32,8 @@ from halfbyte import formats
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.formats import ScalarFormat
 from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
-from halfbyte.kernels import levels as known
 from halfbyte.kernels import scalar
-from halfbyte.kernels.levels import FLOATS, FP4, IQ4, NF4, Even, Levels, Table, table_of
+from halfbyte.kernels.levels import E2M1, FLOATS, FP4, IQ4, NF4, Even, Levels, Table, table_of
 from halfbyte.kernels.levels import Float as FloatLevels
 from halfbyte.kernels.scales import (
     FP16,
@@ -259,8 +258,8 @@ LEVELS: dict[str, Levels] = {
     **FLOATS,
     **TABLES,
     "iq4": IQ4,
-    "ggml-e2m1": table_of(known.E2M1, 12),
-    "ggml-e2m1-mx": table_of(known.E2M1, 8 * 2**0.5),
+    "ggml-e2m1": table_of(E2M1, 12),
+    "ggml-e2m1-mx": table_of(E2M1, 8 * 2**0.5),
 }
 """What formats call which numbers a code stands for."""
 STORAGES: dict[str, AnyStorage] = {
@@ -278,6 +277,6 @@ STORAGES: dict[str, AnyStorage] = {
 SCALAR_GRIDS: dict[str, ScalarGrid] = {name: made(name, row) for name, row in formats.SCALARS.items()}
 NVFP4, GGML_NVFP4, MXFP4 = (SCALAR_GRIDS[name] for name in ("nvfp4", "ggml-nvfp4", "mxfp4"))
 LLM_INT8 = SCALAR_GRIDS["llm-int8"]
-NVFP4_FACTOR = ScalarGrid("nvfp4-factor", known.E2M1, Scales(16, UnderGlobal(factor=True)))
+NVFP4_FACTOR = ScalarGrid("nvfp4-factor", E2M1, Scales(16, UnderGlobal(factor=True)))
 """nvfp4 with a factor in place of the divisor, as Model Optimizer's files have it. It is read and never fitted, so it
 is in no table."""

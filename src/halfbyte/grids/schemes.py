@@ -18,15 +18,15 @@ def is_mixture(name: str) -> bool:
 def of_others(name: str, modules: Iterable[str]) -> dict[str, Scheme | None]:
     """Modules that a preset gives another scheme than most, with that; None: they stay in 16 bits."""
     rules = SCHEMES[name.lower()].others if name.lower() in SCHEMES else {}
-    found = {m: next((words for rule, words in rules.items() if rule.search(m)), None) for m in modules if rules}
-    return {m: None if words == "keep" else parse(words) for m, words in found.items() if words}
+    matches = {m: next((scheme for rule, scheme in rules.items() if rule.search(m)), None) for m in modules if rules}
+    return {m: None if scheme == "keep" else parse(scheme) for m, scheme in matches.items() if scheme}
 
 
 def parse(name: str) -> Scheme:
     """`str(parse(name)) == name` for names that are no presets."""
     name = name.lower()
-    words = SCHEMES[name].scheme if name in SCHEMES else name
-    weight, slash, read = words.partition("/")
+    scheme = SCHEMES[name].scheme if name in SCHEMES else name
+    weight, slash, read = scheme.partition("/")
     try:
         grid = grids.parse(weight)
     except UnknownName:

@@ -17,7 +17,7 @@ from halfbyte.kernels.scales import Number, Params
 
 # Step of the uniform quantizer with the least squared error on a unit normal (Max, 1960, table II), by bits.
 NORMAL_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
-TRIED = {2: 9, 3: 10, 4: 11, 5: 11, 6: 12, 7: 11, 8: 2}
+CANDIDATES = {2: 9, 3: 10, 4: 11, 5: 11, 6: 12, 7: 11, 8: 2}
 """Candidates, by bits: one more costs 0.25 ns of processor time per weight, 0.33 on asymmetric grids, and wins some 0.1
 % of the error at 4 and 5 bits.
 
@@ -27,9 +27,9 @@ and 1 % in rows.
 REACH = {2: (0.3, 2.0), 3: (0.5, 3.0), 4: (0.8, 4.0), 5: (1.5, 4.0), 6: (3.0, 4.0), 7: (4.0, 3.0), 8: (12.0, 2.0)}
 """How far the scales to try reach below and above min-max, in levels: of many levels, more can be given up for a finer
 step."""
-CLIPPED = 1.2
+NORMAL_SHRINK = 1.2
 """How much finer than the step that suits a normal distribution the finest is."""
-FURTHEST = 7.2
+MAX_SHRINK = 7.2
 """How much finer than min-max the finest is at most."""
 
 
@@ -62,7 +62,7 @@ def fit(
     deviation = (x.square().mean(-1) - mean.square()).clamp(min=0).sqrt()
     best = torch.full_like(low, -1.0)
     row = _inverses(scale, widest, deviation, levels.bits)
-    for k in range(TRIED[levels.bits] if search else 0):
+    for k in range(CANDIDATES[levels.bits] if search else 0):
         inverse = row[k] if k < len(row) else scale.float().abs().reciprocal()
         r = torch.round(x * inverse[..., None])
         for shift in shifts:
@@ -91,6 +91,6 @@ def _inverses(minmax: Tensor, widest: Tensor, deviation: Tensor, bits: int) -> l
     """Reciprocals of the scales to try: min-max, and a row around and beyond it that grows by nearly equal ratios."""
     coarsest, finest = reach(bits)
     first = coarsest / widest
-    last = torch.maximum(finest / widest, CLIPPED / NORMAL_STEP[bits] / deviation).minimum(FURTHEST / widest)
-    growth = ((last / first).sqrt().sqrt() - 1) / (TRIED[bits] - 3)
-    return [minmax.float().reciprocal(), *(first * (1 + k * growth) ** 4 for k in range(TRIED[bits] - 2))]
+    last = torch.maximum(finest / widest, NORMAL_SHRINK / NORMAL_STEP[bits] / deviation).minimum(MAX_SHRINK / widest)
+    growth = ((last / first).sqrt().sqrt() - 1) / (CANDIDATES[bits] - 3)
+    return [minmax.float().reciprocal(), *(first * (1 + k * growth) ** 4 for k in range(CANDIDATES[bits] - 2))]

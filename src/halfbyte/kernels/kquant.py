@@ -26,11 +26,11 @@ from halfbyte.kernels.scales import Params
 
 FLOOR = 1e-6
 """Least importance, as a share of the mean: weights that no input reaches are still fitted, to themselves."""
-FEWEST = 1e-5
+MIN_VARIANCE = 1e-5
 """Least variance of the codes of a group, as a share of their mean square: below, a slope through them is noise."""
-SURE = 1 + 1e-6
+MIN_GAIN = 1 + 1e-6
 """A candidate must win by more than float32 sums are wrong by: of equals, the first wins."""
-FLAT = 2.0**30
+SCALE_FOR_ZERO = 2.0**30
 """Stands for a scale of 0 while rounding: every code is the one of zero."""
 SPLIT = 1 << 24
 """Weights that the reference handles at once."""
@@ -99,16 +99,16 @@ def fit(
     return _stored(grid, *find(grid, w, importance, effort))
 
 
-def usable(scale: Float32[Tensor, "*groups"]) -> Float32[Tensor, "*groups"]:
+def safe_scale(scale: Float32[Tensor, "*groups"]) -> Float32[Tensor, "*groups"]:
     """Scales to round by."""
-    return torch.where(scale == 0, FLAT, scale)
+    return torch.where(scale == 0, SCALE_FOR_ZERO, scale)
 
 
 def _nearest(
     grid: KFormat, w: Float32[Tensor, "*shape"], scale: Tensor, offset: Tensor | None
 ) -> UInt8[Tensor, "*shape"]:
     """Nearest codes, given scale and offset of every weight."""
-    t = (w if offset is None else w - offset) * usable(scale).reciprocal()
+    t = (w if offset is None else w - offset) * safe_scale(scale).reciprocal()
     return (torch.round(t) + grid.middle).clamp_(0, grid.top).to(torch.uint8)
 
 
@@ -153,8 +153,8 @@ def find(
     per_part = max(1, SPLIT // w.shape[1])
     weights = torch.ones(w.shape[1], device=w.device) if importance is None else importance
     parts = zip(w.split(per_part), weights.expand(w.shape).split(per_part), strict=True)
-    found = [_fit_rows(grid, rows, h, effort) for rows, h in parts]
-    d, dmin, scale, minimum = (torch.cat(parts) for parts in zip(*found, strict=True))
+    fitted = [_fit_rows(grid, rows, h, effort) for rows, h in parts]
+    d, dmin, scale, minimum = (torch.cat(parts) for parts in zip(*fitted, strict=True))
     return d, dmin, scale, minimum
 
 
@@ -179,7 +179,7 @@ def _fit_rows(grid: KFormat, w: Tensor, h: Tensor, effort: Effort) -> tuple[Tens
     minimum = torch.where(dmin > 0, torch.round(-offset / dmin), 0).clamp(0, high)
     if effort.scales:
         scale, minimum = _integers(x, h, total / mass, mean, d, dmin, scale, minimum, (bottom, top, low, high), effort)
-        unit = usable(d * scale)
+        unit = safe_scale(d * scale)
         q1, q2, xq = _sums(x, h, 1 / unit, dmin * minimum / unit, bottom, top)
         d, dmin = _refit(d, dmin, scale, minimum, q1, q2, xq, total, mass)
     return d[..., 0], dmin[..., 0], scale.view(len(w), -1), minimum.view(len(w), -1)
@@ -209,7 +209,7 @@ def _coarse_with_minimum(
         s = torch.where(o > 0, xq / q2, s)  # a minimum above zero cannot be stored
         o = o.clamp(max=0)
         gain = s * xq + o * total
-        better = (gain > SURE * best) & (s > 0) & (determinant > FEWEST * mass * q2)
+        better = (gain > MIN_GAIN * best) & (s > 0) & (determinant > MIN_VARIANCE * mass * q2)
         best, step, offset, mean = (
             torch.where(better, new, old) for new, old in ((gain, best), (s, step), (o, offset), (q1 / mass, mean))
         )
@@ -225,7 +225,7 @@ def _coarse_without(
     for steps, _ in effort.coarse:
         _, q2, xq = _sums(x, h, torch.where(extreme != 0, steps / extreme, 0), torch.zeros_like(low), bottom, top)
         s = xq / q2
-        better = (s * xq > SURE * best) & (s * extreme > 0)
+        better = (s * xq > MIN_GAIN * best) & (s * extreme > 0)
         best, step = torch.where(better, s * xq, best), torch.where(better, s, step)
     return step, torch.zeros_like(step), torch.zeros_like(step)
 
@@ -249,7 +249,7 @@ def _integers(
         wanted = torch.where(dmin > 0, torch.round((d * try_scale * mean - level) / dmin), 0)
         for j in effort.minima or (0,):
             try_min = (wanted + j).clamp(0, high) if effort.minima else torch.zeros_like(scale)
-            unit = usable(d * try_scale)
+            unit = safe_scale(d * try_scale)
             t = x * (1 / unit)[..., None] + (dmin * try_min / unit)[..., None]
             lost = (h * (t - torch.round(t).clamp(bottom, top)).square()).sum(-1) * unit.square()
             better = lost < best

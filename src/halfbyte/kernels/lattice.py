@@ -35,9 +35,9 @@ class Lattice(LatticeFormat):
         return _signed_magnitudes(self.magnitudes).to(codes.device)[codes.int()]
 
 
-LISTED = 16
+CANDIDATES = 16
 """Entries of the codebook that are compared where rounding one magnitude at a time does not lead to one."""
-PATIENCE = 1
+EARLY_STOP = 1
 """From the integer scale that the spread of a group suggests, others are tried up and down until so many in a row are
 no better; with importance, one more: then there is a calibration, which takes longer than any search."""
 CELLS = 128
@@ -69,7 +69,7 @@ def tables(grid: Lattice) -> Tables:
     values = magnitudes[codebook(grid.name).int()]
     combinations = magnitudes[torch.cartesian_prod(*[torch.arange(len(magnitudes))] * grid.dimension).flip(1)]
     distance, near = torch.cdist(combinations, values, compute_mode="donot_use_mm_for_euclid_dist").topk(
-        LISTED, largest=False
+        CANDIDATES, largest=False
     )
     centres = (torch.arange(CELLS) + 0.5) / 2
     digit = (centres[:, None] - magnitudes).abs().argmin(1).int()
@@ -101,23 +101,23 @@ def _search(
     by: Float32[Tensor, "rows groups"],
 ) -> Encoded:
     """A vector is first rounded one magnitude at a time. If that is an entry of the codebook, none is nearer. If not,
-    the LISTED entries nearest to what it was rounded to are compared. Where parity asks for another sign, the weight
-    that gives it is the one that loses least by it."""
-    known = Tables(*(table.to(x.device) for table in tables(grid)))
+    the CANDIDATES entries nearest to what it was rounded to are compared. Where parity asks for another sign, the
+    weight that gives it is the one that loses least by it."""
+    lookup = Tables(*(table.to(x.device) for table in tables(grid)))
     a = (x * by[..., None]).abs().clamp(max=1e18)
-    digit, negative = known.digit[(2 * a).clamp(0, CELLS - 1).int()], x < 0
+    digit, negative = lookup.digit[(2 * a).clamp(0, CELLS - 1).int()], x < 0
     if grid.parity:
-        loss = (h * a * known.magnitudes[digit]).unflatten(-1, (-1, 8))
+        loss = (h * a * lookup.magnitudes[digit]).unflatten(-1, (-1, 8))
         odd = negative.unflatten(-1, (-1, 8)).sum(-1, keepdim=True) % 2 == 1
         turned = (odd & (torch.arange(8, device=x.device) == loss.argmin(-1, keepdim=True))).flatten(-2)
         a, digit, negative = torch.where(turned, -a, a), digit.masked_fill(turned, 0), negative ^ turned
     a, digit, weight = (part.unflatten(-1, (-1, grid.dimension)) for part in (a, digit, h))
     radix = len(grid.magnitudes) ** torch.arange(grid.dimension, device=x.device)
     key = (digit * radix).sum(-1)
-    miss = a[..., None] - known.listed[key].float()
-    best = (weight[..., None] * miss * miss).sum(-2).argmin(-1).masked_fill(known.exact[key], 0)
-    entry = known.near.long()[key, best]
-    q = known.values[entry]
+    miss = a[..., None] - lookup.listed[key].float()
+    best = (weight[..., None] * miss * miss).sum(-2).argmin(-1).masked_fill(lookup.exact[key], 0)
+    entry = lookup.near.long()[key, best]
+    q = lookup.values[entry]
     return Encoded(entry, negative, (weight * q * a).sum((-1, -2)), (weight * q * q).sum((-1, -2)))
 
 
@@ -139,8 +139,8 @@ def encode(
     book, codes = codebook(grid.name).to(w.device), []
     rows = max(1, SPLIT // w.shape[1])
     for part in zip(x.split(rows), h.split(rows), _inverse(scales).split(rows), strict=True):
-        found = _search(grid, *part)
-        codes.append(book[found.entry].flatten(-2) | (found.negative.to(torch.uint8) << 7))
+        encoded = _search(grid, *part)
+        codes.append(book[encoded.entry].flatten(-2) | (encoded.negative.to(torch.uint8) << 7))
     return torch.cat(codes).flatten(1)
 
 
@@ -151,24 +151,24 @@ def fit(
     """The fp16 scale of each block, in float32, and the integers of its groups. At the end, the best fp16 scale for the
     codes."""
     x, h = _by_group(grid, w, importance)
-    patience = PATIENCE + (importance is not None) if searched else 0
+    patience = EARLY_STOP + (importance is not None) if searched else 0
     rows = max(1, SPLIT // w.shape[1])
-    found = [_fit_rows(grid, *part, patience) for part in zip(x.split(rows), h.split(rows), strict=True)]
-    d, scale = zip(*found, strict=True)
+    fitted = [_fit_rows(grid, *part, patience) for part in zip(x.split(rows), h.split(rows), strict=True)]
+    d, scale = zip(*fitted, strict=True)
     return torch.cat(d), torch.cat(scale)
 
 
 def _fit_rows(grid: Lattice, x: Tensor, h: Tensor, patience: int) -> tuple[Tensor, Tensor]:
     per = SUPER // grid.group
     mass = h.sum(-1)
-    own = grid.spread * torch.where(mass > 0, (h * x * x).sum(-1) / mass, 0).sqrt()
-    above = half(own.unflatten(1, (-1, per)).amax(-1) / (31 * grid.unit))
+    wanted = grid.spread * torch.where(mass > 0, (h * x * x).sum(-1) / mass, 0).sqrt()
+    above = half(wanted.unflatten(1, (-1, per)).amax(-1) / (31 * grid.unit))
     unit = (above * grid.unit).repeat_interleave(per, 1)
-    middle = (0.5 * (own * _inverse(unit) - 1)).floor().clamp(0, 15)
-    best, chosen = torch.full_like(own, -torch.inf), middle
-    wq, qq = torch.zeros_like(own), torch.zeros_like(own)
+    middle = (0.5 * (wanted * _inverse(unit) - 1)).floor().clamp(0, 15)
+    best, chosen = torch.full_like(wanted, -torch.inf), middle
+    wq, qq = torch.zeros_like(wanted), torch.zeros_like(wanted)
     for direction in (1, -1):
-        misses = torch.zeros_like(own)
+        misses = torch.zeros_like(wanted)
         for step in range(16):
             integer = middle + step if direction > 0 else middle - 1 - step
             first = step == 0 and direction > 0
@@ -176,13 +176,13 @@ def _fit_rows(grid: Lattice, x: Tensor, h: Tensor, patience: int) -> tuple[Tenso
             if not going.any():
                 break
             by = unit * (2 * integer + 1)
-            found = _search(grid, x, h, _inverse(by))
-            gain = by * by * (2 * found.wq - found.qq)
+            encoded = _search(grid, x, h, _inverse(by))
+            gain = by * by * (2 * encoded.wq - encoded.qq)
             better = going & (gain > best)
             misses = torch.where(better, 0, misses + 1)
             best, chosen, wq, qq = (
                 torch.where(better, new, old)
-                for new, old in ((gain, best), (integer, chosen), (by * found.wq, wq), (found.qq, qq))
+                for new, old in ((gain, best), (integer, chosen), (by * encoded.wq, wq), (encoded.qq, qq))
             )
     odd = 2 * chosen + 1
     wqs, qqs = ((odd * wq).unflatten(1, (-1, per)).sum(-1), (odd * odd * qq).unflatten(1, (-1, per)).sum(-1))
@@ -221,7 +221,7 @@ def _round_run(
     grid: Lattice, scale: Tensor, wanted: Tensor, target: Tensor, error: Tensor, coupling: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How much the errors of a run change by rounding it, the values, and the codes."""
-    known = Tables(*(table.to(scale.device) for table in tables(grid)))
+    lookup = Tables(*(table.to(scale.device) for table in tables(grid)))
     size, by = grid.vector_size, _inverse(scale)
     weight, c = coupling.diagonal().square(), coupling.tril(-1)
     # Scaled weights that would leave nothing of the errors of the columns after this run, were they rounded to
@@ -230,28 +230,28 @@ def _round_run(
     for k in range(size - 1, -1, -1):
         y[:, k] = wanted[:, k] - target[:, k] - ((error + y)[:, k + 1 :] * c[k + 1 :, k]).sum(1)
     y = ((target + y) * by[:, None]).clamp(-1e18, 1e18)
-    sign = _signs(grid, known, y, c, weight)
+    sign = _signs(grid, lookup, y, c, weight)
     z, c = y * sign, c * sign[:, :, None] * sign[:, None, :]
     m, entries = torch.zeros_like(z), []
     for first in range(size - grid.dimension, -1, -grid.dimension):
         part = slice(first, first + grid.dimension)
         left = (m[:, part.stop :, None] * c[:, part.stop :, part]).sum(1)
-        entry = _weighted(grid, known, z[:, part], left, c[:, part, part], weight[part])
-        m[:, part] = z[:, part] - known.values[entry]
+        entry = _weighted(grid, lookup, z[:, part], left, c[:, part, part], weight[part])
+        m[:, part] = z[:, part] - lookup.values[entry]
         entries.append(entry)
     entry = torch.stack(entries[::-1], 1)
-    value = sign * known.values[entry].flatten(1) * scale[:, None]
+    value = sign * lookup.values[entry].flatten(1) * scale[:, None]
     codes = codebook(grid.name).to(scale.device)[entry].flatten(1) | ((sign < 0).to(torch.uint8) << 7)
     return target - value - error, value, codes
 
 
-def _signs(grid: Lattice, known: Tables, y: Tensor, c: Tensor, weight: Tensor) -> Tensor:
+def _signs(grid: Lattice, lookup: Tables, y: Tensor, c: Tensor, weight: Tensor) -> Tensor:
     """Signs of a run whose columns are rounded one after another; where parity asks for it, one is turned around."""
     m, sign, loss = torch.zeros_like(y), torch.ones_like(y), torch.zeros_like(y)
     for k in range(y.shape[1] - 1, -1, -1):
         t = y[:, k] + (m[:, k + 1 :] * c[k + 1 :, k]).sum(1)
         sign[:, k] = torch.where(t < 0, -1.0, 1.0)
-        q = known.magnitudes[known.digit[(2 * t.abs()).clamp(0, CELLS - 1).int()]]
+        q = lookup.magnitudes[lookup.digit[(2 * t.abs()).clamp(0, CELLS - 1).int()]]
         m[:, k] = y[:, k] - sign[:, k] * q
         loss[:, k] = weight[k] * t.abs() * q
     if grid.parity:
@@ -262,20 +262,20 @@ def _signs(grid: Lattice, known: Tables, y: Tensor, c: Tensor, weight: Tensor) -
     return sign
 
 
-def _weighted(grid: Lattice, known: Tables, z: Tensor, left: Tensor, c: Tensor, weight: Tensor) -> Tensor:
+def _weighted(grid: Lattice, lookup: Tables, z: Tensor, left: Tensor, c: Tensor, weight: Tensor) -> Tensor:
     """The listed entry that costs least, around the one that rounding column after column comes to."""
     m, key = torch.zeros_like(z), torch.zeros(len(z), dtype=torch.long, device=z.device)
     for k in range(grid.dimension - 1, -1, -1):
         t = z[:, k] + left[:, k] + (m[:, k + 1 :] * c[:, k + 1 :, k]).sum(1)
-        digit = known.digit[(2 * t).clamp(0, CELLS - 1).int()]
-        m[:, k] = z[:, k] - known.magnitudes[digit]
+        digit = lookup.digit[(2 * t).clamp(0, CELLS - 1).int()]
+        m[:, k] = z[:, k] - lookup.magnitudes[digit]
         key = key * len(grid.magnitudes) + digit
-    missed = z[..., None] - known.listed[key].float()
+    missed = z[..., None] - lookup.listed[key].float()
     cost = torch.zeros_like(missed[:, 0])
     for k in range(grid.dimension):
         r = left[:, k, None] + missed[:, k] + (missed[:, k + 1 :] * c[:, k + 1 :, k, None]).sum(1)
         cost += weight[k] * r * r
-    return known.near.long()[key, cost.argmin(1)]
+    return lookup.near.long()[key, cost.argmin(1)]
 
 
 @lru_cache

@@ -129,7 +129,7 @@ class Float:
     """Bits of each; the bias is 2^(exponent - 1) - 1."""
     top: float
     """The largest number."""
-    carry: float
+    round_up_threshold: float
     """A group whose largest weight is 2^k times this or more gets the power-of-two scale of one with 2^(k+1)
     (compressed-tensors mxfp_utils.py)."""
 
@@ -186,7 +186,7 @@ E5M2 = Float("e5m2", 5, 2, 57344.0, 1.75)
 E2M3 = Float("e2m3", 2, 3, 7.5, 1.9375)
 E3M2 = Float("e3m2", 3, 2, 28.0, 1.75)
 E2M1 = Float("e2m1", 2, 1, 6.0, 1.75)
-FLOATS = {known.name: known for known in (E4M3, E5M2, E2M3, E3M2, E2M1)}
+FLOATS = {number.name: number for number in (E4M3, E5M2, E2M3, E3M2, E2M1)}
 
 
 @lru_cache

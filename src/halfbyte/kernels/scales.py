@@ -156,9 +156,9 @@ class Microscale(Searched):
 
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
         """The power of two of the largest weight, rounded up beyond the format's threshold."""
-        carry = levels.carry if isinstance(levels, FloatLevels) else 2.0
+        threshold = levels.round_up_threshold if isinstance(levels, FloatLevels) else 2.0
         reach = torch.tensor(levels.reach * levels.unit)
-        exponent = torch.frexp(largest * (2 / carry)).exponent - torch.frexp(reach).exponent
+        exponent = torch.frexp(largest * (2 / threshold)).exponent - torch.frexp(reach).exponent
         return {"scale": (exponent + 127).clamp(0, 254).to(torch.uint8)}
 
     def tried(self, plain: Params) -> list[Params]:
@@ -337,7 +337,7 @@ def _number(name: str, dtype: torch.dtype, tries: tuple[float, ...] = PHASES) ->
 FP16, BF16, FP32 = (
     _number(name, dtype) for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32))
 )
-NUMBERS: dict[str, Number] = {known.kind: known for known in (FP16, BF16, FP32)}
+NUMBERS: dict[str, Number] = {number.kind: number for number in (FP16, BF16, FP32)}
 """Scales as the files of a Hugging Face folder have them."""
 
 
@@ -350,12 +350,12 @@ def e8m0(byte: Integer[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
 def dynamic_map() -> Float32[Tensor, "256"]:
     """Seven decades with 1, 2, 4, ... 64 values of either sign, each the middle of an equal part of its decade; 0 and 1
     (8-Bit Optimizers, Dettmers et al., 2110.02861)."""
-    found = [0.0, 1.0]
+    values = [0.0, 1.0]
     for decade in range(7):
         ends = torch.linspace(0.1, 1, 2**decade + 1)
         middles = 10.0 ** (decade - 6) * (ends[:-1] + ends[1:]) / 2
-        found += [*middles.tolist(), *(-middles).tolist()]
-    return torch.tensor(sorted(found))
+        values += [*middles.tolist(), *(-middles).tolist()]
+    return torch.tensor(sorted(values))
 
 
 def _shared_divisor(largest: Float32[Tensor, ""], most: float) -> Float32[Tensor, ""]:

@@ -57,23 +57,23 @@ class Finder:
     """Finds the folds of one block after another; what held in one is tried first, and proved again, in the next."""
 
     def __init__(self) -> None:
-        self.known: dict[frozenset[str], list[tuple[str, tuple[int, ...] | None, bool]]] = {}
+        self.cached: dict[frozenset[str], list[tuple[str, tuple[int, ...] | None, bool]]] = {}
 
     def find(self, block: Block) -> list[Fold]:
         """The folds of a block, each proved on the probe."""
         structure = frozenset(pattern(t, block) + str(tuple(block.view(t).shape)) for t in block.tensors)
         proof = Proof(block)
-        hypotheses = self.known[structure] if structure in self.known else list(self._hypotheses(proof))
+        hypotheses = self.cached[structure] if structure in self.cached else list(self._hypotheses(proof))
         folds, held, settled = [], [], set()
         for name, rows, offset in hypotheses:
             if name in settled:
                 continue
             producers = [Producer(t, e, rows, offset) for t, e in proof.members(name)]
-            if found := proof.prove(producers, {m for fold in folds for m in fold.readers}):
-                folds += found
+            if proved := proof.prove(producers, {m for fold in folds for m in fold.readers}):
+                folds += proved
                 held.append((name, rows, offset))
                 settled.add(name)
-        self.known[structure] = held
+        self.cached[structure] = held
         return folds
 
     def _hypotheses(self, proof: "Proof") -> Iterator[tuple[str, tuple[int, ...] | None, bool]]:

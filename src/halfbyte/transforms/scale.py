@@ -110,8 +110,8 @@ class FoldSite:
     def _changed(self) -> list[str]:
         """Tensors that a scale changes in memory."""
         producer, readers = self.fold.producer, self.fold.readers
-        own = [producer.bias] if self.producer_weight else [producer.tensor, producer.bias]
-        return [*own, *(m.tensor for m in readers if m.weight is None or m.weight not in self.schemes)]
+        tensors = [producer.bias] if self.producer_weight else [producer.tensor, producer.bias]
+        return [*tensors, *(m.tensor for m in readers if m.weight is None or m.weight not in self.schemes)]
 
     def _divide(self, scale: Float32[Tensor, " rows"]) -> Float32[Tensor, " rows"]:
         """Divide the producer. Returns the scale that it really lost."""

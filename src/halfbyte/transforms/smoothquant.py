@@ -78,10 +78,13 @@ def _output(site: FoldSite, scale: Float32[Tensor, " rows"] | None, observer: st
 
 def _rounded(site: FoldSite, weight: Weight, w: Tensor, channels: Tensor) -> Float32[Tensor, "out in"]:
     """The weight rounded to nearest, weighted by what it reads under the scale."""
-    known = site.statistics.get(weight)
+    statistics = site.statistics.get(weight)
     scale = channels if weight in site.readers else torch.ones(())
     return nearest(
-        w, site.schemes[weight].weight, Diagonal(known.importance / scale.square()) if known else None, search=False
+        w,
+        site.schemes[weight].weight,
+        Diagonal(statistics.importance / scale.square()) if statistics else None,
+        search=False,
     ).decode()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from halfbyte.kernels.cpu import tiles
 from halfbyte.kernels.cpu.compiled import in_threads, inline, kernel, loose_kernel, part, strict
 from halfbyte.kernels.cpu.tiles import LANES, F, fold, load, raw, rounded, spread, widen
-from halfbyte.kernels.even import CLIPPED, FURTHEST, NORMAL_STEP, TRIED, reach, settled
+from halfbyte.kernels.even import CANDIDATES, MAX_SHRINK, NORMAL_SHRINK, NORMAL_STEP, reach, settled
 from halfbyte.kernels.levels import Even
 from halfbyte.kernels.scales import Number, Params
 
@@ -41,8 +41,8 @@ def fit(
     scale = np.empty((rows, width // group), np.float32)
     zero = np.zeros((rows, 0 if levels.symmetric else width // group), np.uint8)
     held = F(2 ** DROPPED_BITS[storage.dtype] + 1), F(storage.smallest), F(storage.largest)
-    steps_to_try = (*reach(levels.bits), CLIPPED / NORMAL_STEP[levels.bits])
-    row = (TRIED[levels.bits], *(F(value) for value in steps_to_try)) if search else None
+    steps_to_try = (*reach(levels.bits), NORMAL_SHRINK / NORMAL_STEP[levels.bits])
+    row = (CANDIDATES[levels.bits], *(F(value) for value in steps_to_try)) if search else None
     lanes, steps = tiles.lanes_per_group(group), tiles.steps_per_lane(group)
     tasks = -(-scale.size * lanes // LANES)
     flat = raw(w).reshape(-1), h, group, lanes, steps, F(levels.top), levels.symmetric, row, held
@@ -140,7 +140,7 @@ def _row(x, m, groups, size, symmetric, row):
         mean = F(0) if symmetric else m[TOTAL + g] / F(size)
         deviation = np.sqrt(max(m[SQUARES + g] / F(size) - mean * mean, F(0)))
         first = nearest / m[WIDEST + g]
-        last = min(max(furthest / m[WIDEST + g], clipped / deviation), F(FURTHEST) / m[WIDEST + g])
+        last = min(max(furthest / m[WIDEST + g], clipped / deviation), F(MAX_SHRINK) / m[WIDEST + g])
         m[FIRST + g], m[GROWTH + g] = first, (np.sqrt(np.sqrt(last / first)) - F(1)) / F(tried - 3)
         m[GAIN + g], m[INVERSE + g] = F(-1), F(1) / m[SCALE + g]
     spread(m[MIDDLE : MIDDLE + LANES], groups)

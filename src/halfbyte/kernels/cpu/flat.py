@@ -40,9 +40,9 @@ def encode(
 ) -> UInt8[Tensor, "out in"]:
     """The nearest code of every weight, ties to the level below."""
     codes, order = np.empty(w.numel(), np.uint8), np.array(ascending(table), np.uint8)
-    known = tuple((borders(table) * table.unit).numpy()), order, list(order) != sorted(order)
+    lookup = tuple((borders(table) * table.unit).numpy()), order, list(order) != sorted(order)
     in_threads(
-        _encode, _tasks(scales.numel(), group), raw(w).reshape(-1), inverse(scales).numpy(), *known, group, codes
+        _encode, _tasks(scales.numel(), group), raw(w).reshape(-1), inverse(scales).numpy(), *lookup, group, codes
     )
     return torch.from_numpy(codes).view(w.shape)
 
@@ -85,10 +85,10 @@ def _fit(first, last, w, h, group, values, tries, scale):
 def _largest(x, largest):
     # By their bits: LLVM makes no vectors of a maximum of floats that may be NaN.
     for b in range(x.shape[0]):
-        found = np.int32(0)
+        bits = np.int32(0)
         for i in range(x.shape[1]):
-            found = max(found, x[b, i] & np.int32(0x7FFFFFFF))
-        largest[b] = found
+            bits = max(bits, x[b, i] & np.int32(0x7FFFFFFF))
+        largest[b] = bits
 
 
 @loose

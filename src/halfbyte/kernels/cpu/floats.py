@@ -33,9 +33,9 @@ def bits_of(element: levels.Float) -> Bits:
 
 def largest(w: Float[Tensor, "out in"], size: int) -> Float32[Tensor, "out groups"]:
     """The largest magnitude of every group of a row."""
-    found = np.empty((w.shape[0], -(-w.shape[1] // size)), np.float32)
-    in_threads(_largest, len(w), raw(w), size, found)
-    return torch.from_numpy(found)
+    result = np.empty((w.shape[0], -(-w.shape[1] // size)), np.float32)
+    in_threads(_largest, len(w), raw(w), size, result)
+    return torch.from_numpy(result)
 
 
 def moments(
@@ -115,16 +115,16 @@ def code_of(x, exponent, steps, e):
 
 
 @kernel
-def _largest(start, stop, w, size, found):
+def _largest(start, stop, w, size, result):
     for row in range(start, stop):
         x = np.empty(CHUNK, np.float32)
-        for g in range(found.shape[1]):
+        for g in range(result.shape[1]):
             last, most = min((g + 1) * size, w.shape[1]), F(0)
             for at in range(g * size, last, CHUNK):
                 chunk = x[: min(CHUNK, last - at)]
                 widen(w[row, at : at + chunk.size], chunk)
                 most = max(most, _most(chunk))
-            found[row, g] = most
+            result[row, g] = most
 
 
 @inline
@@ -198,6 +198,6 @@ def _encode_chunk(x, scale, e, codes):
 def _decode(start, stop, codes, values, scales, size, w):
     for row in range(start, stop):
         for g in range(scales.shape[1]):
-            own, out = codes[row, g * size : (g + 1) * size], w[row, g * size : (g + 1) * size]
-            for i in range(own.size):
-                out[i] = values[own[i] & (values.size - 1)] * scales[row, g]
+            group, out = codes[row, g * size : (g + 1) * size], w[row, g * size : (g + 1) * size]
+            for i in range(group.size):
+                out[i] = values[group[i] & (values.size - 1)] * scales[row, g]

@@ -14,10 +14,10 @@ from halfbyte.formats import KFormat
 from halfbyte.kernels import kquant
 from halfbyte.kernels.cpu.compiled import in_threads, kernel, part, strict
 from halfbyte.kernels.cpu.tiles import LANES, F, half, load, raw, rounded, widen
-from halfbyte.kernels.kquant import Effort, usable
+from halfbyte.kernels.kquant import Effort, safe_scale
 
 STRETCH = 4096  # weights encoded at once by one thread
-FLAT, FEWEST, SURE = F(kquant.FLAT), F(kquant.FEWEST), F(kquant.SURE)
+SCALE_FOR_ZERO, MIN_VARIANCE, MIN_GAIN = F(kquant.SCALE_FOR_ZERO), F(kquant.MIN_VARIANCE), F(kquant.MIN_GAIN)
 
 # What is known of the groups of a tile: rows of one flat array, at offsets that the compiler knows, so that it sees
 # that they do not overlap. (It gives up vectorizing loops over as many arrays as are used here.)
@@ -76,7 +76,7 @@ def encode(
     codes = np.empty(w.shape, np.uint8)
     offset = torch.zeros_like(scale) if offset is None else offset
     per_task = max(1, STRETCH // grid.group)
-    given = raw(w).reshape(-1), _flat(usable(scale)), _flat(offset), F(grid.middle), F(grid.top)
+    given = raw(w).reshape(-1), _flat(safe_scale(scale)), _flat(offset), F(grid.middle), F(grid.top)
     in_threads(_encode, -(-scale.numel() // per_task), *given, codes.reshape(-1), grid.group, per_task)
     return torch.from_numpy(codes)
 
@@ -186,7 +186,7 @@ def _coarse_with_minimum(x, h, m, top, candidates):
             s = xq / q2 if o > 0 else s
             o = min(o, F(0))
             gain = s * xq + o * total
-            better = (gain > SURE * m[GAIN + lane]) & (s > 0) & (determinant > FEWEST * mass * q2)
+            better = (gain > MIN_GAIN * m[GAIN + lane]) & (s > 0) & (determinant > MIN_VARIANCE * mass * q2)
             m[GAIN + lane] = gain if better else m[GAIN + lane]
             m[STEP + lane] = s if better else m[STEP + lane]
             m[OFFSET + lane] = o if better else m[OFFSET + lane]
@@ -209,7 +209,7 @@ def _coarse(x, h, m, bottom, top, candidates):
         for lane in range(LANES):
             s = m[XQ + lane] / m[Q2 + lane]
             gain = s * m[XQ + lane]
-            better = (gain > SURE * m[GAIN + lane]) & (s * m[HIGH + lane] > 0)
+            better = (gain > MIN_GAIN * m[GAIN + lane]) & (s * m[HIGH + lane] > 0)
             m[GAIN + lane] = gain if better else m[GAIN + lane]
             m[STEP + lane] = s if better else m[STEP + lane]
 
@@ -229,7 +229,7 @@ def _lines(m, scale, minimum):
     """What turns weights into codes, for these integers: x * inverse + shift."""
     for lane in range(LANES):
         s = m[D + lane] * m[scale + lane]
-        m[UNIT + lane] = s if s != 0 else FLAT
+        m[UNIT + lane] = s if s != 0 else SCALE_FOR_ZERO
         m[INVERSE + lane] = F(1) / m[UNIT + lane]
         m[SHIFT + lane] = m[DMIN + lane] * m[minimum + lane] * m[INVERSE + lane]
 

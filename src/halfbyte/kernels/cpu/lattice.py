@@ -9,7 +9,7 @@ from halfbyte.kernels import lattice
 from halfbyte.kernels.cpu.compiled import in_threads, inline, kernel_with, part_with
 from halfbyte.kernels.cpu.even import _store
 from halfbyte.kernels.cpu.tiles import F, raw, widen
-from halfbyte.kernels.lattice import CELLS, LISTED, PATIENCE, SUPER, Lattice
+from halfbyte.kernels.lattice import CANDIDATES, CELLS, EARLY_STOP, SUPER, Lattice
 
 HALF_PRECISION = F(2**13 + 1), F(0), F(65504)  # see even._store
 NONE = np.uint16(0xFFFF)
@@ -41,7 +41,7 @@ def fit(
         *shape,
         F(grid.unit),
         F(grid.spread),
-        PATIENCE + (importance is not None) if search else 0,
+        EARLY_STOP + (importance is not None) if search else 0,
         d,
         scale,
     )
@@ -120,20 +120,20 @@ def _entries_of(a, h, first, digit, values, near, exact, listed, cost, entry, ra
                 key = key * np.uint32(radix) + np.uint32(digit[v, part * dimension + i])
             best = 0
             if not exact[key]:
-                for t in range(LISTED):
+                for t in range(CANDIDATES):
                     c = F(0)
                     for i in range(dimension):
                         miss = a[v, part * dimension + i] - F(listed[key, i, t])
                         c += h[first + v, part * dimension + i] * miss * miss
                     cost[t] = c
                 least = cost[0]
-                for t in range(1, LISTED):
+                for t in range(1, CANDIDATES):
                     if cost[t] < least:
                         least, best = cost[t], t
-            found = near[key, best]
-            entry[v, part] = found
+            index = near[key, best]
+            entry[v, part] = index
             for i in range(dimension):
-                q = values[found, i]
+                q = values[index, i]
                 t = h[first + v, part * dimension + i] * q
                 wq += t * a[v, part * dimension + i]
                 qq += t * q
@@ -159,7 +159,14 @@ def _scratch(group, dimension):
         np.empty(eights, np.int32),
         np.empty((group // 8, 8 // dimension), np.uint16),
     )
-    return np.empty(eights, np.float32), a, digit, entry, np.empty(group // 8, np.int64), np.empty(LISTED, np.float32)
+    return (
+        np.empty(eights, np.float32),
+        a,
+        digit,
+        entry,
+        np.empty(group // 8, np.int64),
+        np.empty(CANDIDATES, np.float32),
+    )
 
 
 @inline
@@ -216,18 +223,18 @@ def _fit_row(w, h, table, group, dimension, parity, unit, spread, patience, d, s
     digits, magnitudes, values, near, exact, listed = table
     x, a, digit, entry, flipped, cost = _scratch(group, dimension)
     per, flat = scale.size // d.size, x.reshape(-1)
-    own = np.empty(per, np.float32)
+    wanted = np.empty(per, np.float32)
     for b in range(d.size):
         for g in range(per):
             at = (b * per + g) * group
             widen(w[at : at + group], flat)
-            own[g] = spread * _deviation(x, h, at // 8)
-        above = _half(_largest(own) / (F(31) * unit))
+            wanted[g] = spread * _deviation(x, h, at // 8)
+        above = _half(_largest(wanted) / (F(31) * unit))
         inverse, wqs, qqs = _inverse(above * unit), F(0), F(0)
         for g in range(per):
             at = (b * per + g) * group
             widen(w[at : at + group], flat)
-            middle = np.int64(min(max(np.floor(F(0.5) * (own[g] * inverse - F(1))), F(0)), F(15)))
+            middle = np.int64(min(max(np.floor(F(0.5) * (wanted[g] * inverse - F(1))), F(0)), F(15)))
             best, chosen, wq, qq = F(-np.inf), middle, F(0), F(0)
             for direction in (1, -1):
                 integer = middle if direction > 0 else middle - 1
@@ -345,11 +352,17 @@ def round_block(
     distance that counts.
     """
     codes = np.empty(wanted.shape, np.uint8)
-    book, own = (
+    book, run_scales = (
         lattice.codebook(grid.name).numpy(),
         scales[:, columns[:: grid.vector_size] // grid.group],
     )  # of each run
-    arrays = wanted.numpy(), target.numpy(), error.numpy(), coupling.contiguous().numpy(), own.contiguous().numpy()
+    arrays = (
+        wanted.numpy(),
+        target.numpy(),
+        error.numpy(),
+        coupling.contiguous().numpy(),
+        run_scales.contiguous().numpy(),
+    )
     in_threads(
         _round_block, len(wanted), *arrays, _tables(grid), grid.vector_size, grid.dimension, grid.parity, book, codes
     )
@@ -384,7 +397,7 @@ def _round_row(wanted, target, error, coupling, scales, table, step, dimension, 
         np.zeros(8, np.float32),
         np.zeros(8, np.float32),
     )
-    c, sign, cost = np.zeros((8, 8), np.float32), np.zeros(8, np.float32), np.zeros(LISTED, np.float32)
+    c, sign, cost = np.zeros((8, 8), np.float32), np.zeros(8, np.float32), np.zeros(CANDIDATES, np.float32)
     for run in range(scales.size - 1, -1, -1):
         at, inverse = run * step, _inverse(scales[run])
         for j in range(step):
@@ -464,7 +477,7 @@ def _weighted(z, left, c, weight, first, digits, magnitudes, near, listed, m, co
         digit = np.uint32(digits[_cell(t)])
         m[first + k] = z[first + k] - magnitudes[digit]
         key = key * np.uint32(radix) + digit
-    for t in range(LISTED):
+    for t in range(CANDIDATES):
         total = F(0)
         for k in range(dimension):
             r = left[first + k] + z[first + k] - F(listed[key, k, t])
@@ -473,7 +486,7 @@ def _weighted(z, left, c, weight, first, digits, magnitudes, near, listed, m, co
             total += weight[first + k] * r * r
         cost[t] = total
     best, least = 0, cost[0]
-    for t in range(1, LISTED):
+    for t in range(1, CANDIDATES):
         if cost[t] < least:
             least, best = cost[t], t
     return near[key, best]

@@ -33,12 +33,12 @@ def fit(
             h = importance.expand(w.shape).reshape(-1) if importance is not None else None
             return even.fit(w.reshape(1, -1), h, w.numel(), levels, number, search)
         return even.fit(w, importance, scales.group_size or w.shape[1], levels, number, search)
-    if isinstance(levels, Table) and (known := _flat(levels, scales)):
-        (size, number), (rows, groups), storage = known, scales.shape(tuple(w.shape)), scales.storage
+    if isinstance(levels, Table) and (layout := _flat(levels, scales)):
+        (size, number), (rows, groups), storage = layout, scales.shape(tuple(w.shape)), scales.storage
         scale = flat.fit(levels, number, size, rows * groups, w, importance, search).view(rows, -1)
         return storage.nest(scale) if isinstance(storage, Nested) else {"scale": scale}
-    if isinstance(levels, Table) and (known := _in_groups(levels, scales)):
-        size, storage = known
+    if isinstance(levels, Table) and (layout := _in_groups(levels, scales)):
+        size, storage = layout
         return table.fit(levels, storage, size, w, importance, search)
     return NotImplemented
 
@@ -54,10 +54,10 @@ def encode(
         if scales.granularity == "tensor":
             return even.encode(w.reshape(1, -1), scale, zero, w.numel(), levels.bits).view(w.shape)
         return even.encode(w, scale, zero, scales.group_size or w.shape[1], levels.bits)
-    if isinstance(levels, Table) and (known := _flat(levels, scales)):
-        return flat.encode(levels, known[0], w, scales.storage.load(params).flatten())
-    if isinstance(levels, Table) and (known := _in_groups(levels, scales)):
-        return table.encode(levels, known[0], w, scales.storage.load(params, levels.unit))
+    if isinstance(levels, Table) and (layout := _flat(levels, scales)):
+        return flat.encode(levels, layout[0], w, scales.storage.load(params).flatten())
+    if isinstance(levels, Table) and (layout := _in_groups(levels, scales)):
+        return table.encode(levels, layout[0], w, scales.storage.load(params, levels.unit))
     return NotImplemented
 
 
@@ -68,8 +68,8 @@ def decode(
     if isinstance(levels, FloatLevels) and not scales.flat:
         each = _per_row(levels, scales, params, len(codes))
         return floats.decode(levels, codes, each, _size(scales, codes.shape[1]))
-    if isinstance(levels, Table) and (known := _flat(levels, scales)):
-        return flat.decode(levels, known[0], codes, scales.storage.load(params).flatten())
+    if isinstance(levels, Table) and (layout := _flat(levels, scales)):
+        return flat.decode(levels, layout[0], codes, scales.storage.load(params).flatten())
     return NotImplemented
 
 
@@ -106,8 +106,8 @@ def _fit_floats(
     size = _size(scales, w.shape[1])
 
     def moments(tried: Tensor) -> tuple[Tensor, Tensor]:
-        found = floats.moments(levels, w, importance, _each_row(scales, tried, len(w)), size)
-        wq, qq = (_over_rows(scales, sums, torch.sum) for sums in found)
+        row_sums = floats.moments(levels, w, importance, _each_row(scales, tried, len(w)), size)
+        wq, qq = (_over_rows(scales, sums, torch.sum) for sums in row_sums)
         return wq, qq
 
     largest = _over_rows(scales, floats.largest(w, size), torch.amax)

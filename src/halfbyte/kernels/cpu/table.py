@@ -32,10 +32,10 @@ def fit(
     scale, values = np.empty((rows, width // group), np.float32), cells(table)[1].numpy()
     weights = raw(w), h, group, values
     if isinstance(storage, Byte):
-        known, borders = storage.ascending(table.unit).numpy(), storage.borders(table.unit).numpy()
+        stored_values, borders = storage.ascending(table.unit).numpy(), storage.borders(table.unit).numpy()
         tried = np.array(storage.tries if search else (), np.int64)
-        in_threads(_fit, rows, *weights, F(table.reach), tried, BYTE, known, borders, scale)
-        return {"scale": torch.searchsorted(torch.from_numpy(known), torch.from_numpy(scale)).to(torch.uint8)}
+        in_threads(_fit, rows, *weights, F(table.reach), tried, BYTE, stored_values, borders, scale)
+        return {"scale": torch.searchsorted(torch.from_numpy(stored_values), torch.from_numpy(scale)).to(torch.uint8)}
     number = storage.first if isinstance(storage, UnderHalf) else storage
     tried = np.array([round(table.reach / share) for share in number.tries] if search else (), np.int64)
     kind = FREE if isinstance(storage, UnderHalf) else FP16
@@ -118,8 +118,8 @@ def _fit_row(w, h, group, values, reach, tries, kind, table, borders, scale):
         if kind == BYTE:
             scale[g] = _search_byte(x, weight, values, reach, tries, table, borders)
         else:
-            found = _search(x, weight, values, reach, tries)
-            scale[g] = _half(found) if kind == FP16 else found
+            best = _search(x, weight, values, reach, tries)
+            scale[g] = _half(best) if kind == FP16 else best
 
 
 @inline
@@ -155,11 +155,11 @@ def _two_levels(start, stop, w, h, group, values, search, scale, top, sub):
     for row in range(start, stop):
         x, weight = np.empty(group, np.float32), h[row % h.shape[0]]
         for s in range(supers):
-            own = scale[row, s * per : (s + 1) * per]
-            above = _half(_largest(own) / F(-32))
+            group_scales = scale[row, s * per : (s + 1) * per]
+            above = _half(_largest(group_scales) / F(-32))
             inverse, numerator, denominator = inverse_of(above), F(0), F(0)
             for g in range(per):
-                exact = own[g] * inverse
+                exact = group_scales[g] * inverse
                 if not search:
                     sub[row, s * per + g] = np.uint8(min(max(np.rint(exact), F(-32)), F(31)) + F(32))
                     continue

@@ -20,7 +20,7 @@ ROWS = 16
 EVEN, TABLE, FLOAT = (tl.constexpr(kind) for kind in range(3))
 MAGIC = tl.constexpr(1.5 * 2**23)
 """Adding it to a float32 below 2^22 leaves no digits behind the point: rounded, ties to even."""
-FURTHEST = tl.constexpr(2.0**21)
+MAX_STEPS = tl.constexpr(2.0**21)
 LARGEST = tl.constexpr(1e38)
 _CELLS, _EXPONENT = tl.constexpr(CELLS), tl.constexpr(EXPONENT)
 
@@ -97,7 +97,7 @@ def _round_block(
 def _nearest_even(x, scale, zeros, bases, at, here, top):
     zero = tl.load(zeros + at, mask=here, other=0).to(tl.float32)
     base = tl.load(bases + at, mask=here, other=0.0)
-    steps = tl.minimum(tl.maximum((x - base) * tl.div_rn(1.0, scale), -FURTHEST), FURTHEST)
+    steps = tl.minimum(tl.maximum((x - base) * tl.div_rn(1.0, scale), -MAX_STEPS), MAX_STEPS)
     q = tl.minimum(tl.maximum((steps + MAGIC) - MAGIC + zero, 0.0), top)
     return q, (q - zero) * scale + base
 
