@@ -34,19 +34,19 @@ class Row(NamedTuple):
     """What is said to be the default."""
     type: Any = None
     """Of the words."""
-    read: Callable[[Any], Any] = lambda words: words
+    read: Callable[[Any], Any] = lambda value: value
     """What makes the field's value of the words."""
 
 
 def pairs(texts: list[str]) -> dict[str, str]:
     """Of PATTERN=GRID. Raises BadRequest."""
-    found = {}
+    overrides = {}
     for text in texts:
         pattern, sign, grid = text.rpartition("=")
         if not sign or not pattern or not grid:
             raise BadRequest(f"--override takes PATTERN=GRID, such as 'layers.0.*=int8-channel', not '{text}'")
-        found[pattern] = grid
-    return found
+        overrides[pattern] = grid
+    return overrides
 
 
 CALIBRATION = {"source": Row(flags=("--calibration",), default="the embedded text")}
@@ -122,15 +122,15 @@ class Group(NamedTuple):
 
     def given(self, values: Mapping[str, Any]) -> Words:
         """What was given, of the values of all parameters."""
-        found: Words = {}
+        result: Words = {}
         for name, kind, row in self.fields():
             if _has_fields(kind):
-                found[name] = Group(kind).given(values)
+                result[name] = Group(kind).given(values)
                 continue
-            words = [values[key] for key in (name, *self._old_names(name)) if values[key] not in (None, [])]
-            if words:
-                found[name] = row.read(words[0])
-        return found
+            set_values = [values[key] for key in (name, *self._old_names(name)) if values[key] not in (None, [])]
+            if set_values:
+                result[name] = row.read(set_values[0])
+        return result
 
     def _old_names(self, name: str) -> list[str]:
         return [old for old, new in RENAMED.items() if new == name and self.kind is Recipe]
@@ -139,18 +139,26 @@ class Group(NamedTuple):
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """As typer reads it: in place of each parameter that stands for a group, the options of that."""
     parameters = inspect.signature(command).parameters.values()
-    groups = {own.name: own.annotation.__metadata__[0] for own in parameters if _is_group(own.annotation)}
+    groups = {
+        parameter.name: parameter.annotation.__metadata__[0]
+        for parameter in parameters
+        if _is_group(parameter.annotation)
+    }
 
     @wraps(command)
     def call(**values: Any) -> None:
-        words = {name: group.given(values) for name, group in groups.items()}
+        fields = {name: group.given(values) for name, group in groups.items()}
         taken = {option.name for group in groups.values() for option in group.parameters()}
-        command(**{name: value for name, value in values.items() if name not in taken}, **words)
+        command(**{name: value for name, value in values.items() if name not in taken}, **fields)
 
     expanded = [
         option
-        for own in parameters
-        for option in (groups[own.name].parameters() if own.name in groups else [own.replace(kind=own.KEYWORD_ONLY)])
+        for parameter in parameters
+        for option in (
+            groups[parameter.name].parameters()
+            if parameter.name in groups
+            else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
+        )
     ]
     call.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]
     call.__annotations__ = {option.name: option.annotation for option in expanded}

@@ -42,7 +42,7 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="The folder to writ
 Engine = Annotated[str | None, option(Recipe, "engine")]
 Adapter = Annotated[str | None, option(Recipe, "adapter")]
 Overwrite = Annotated[bool, option(Running, "overwrite", "--overwrite")]
-Device = Annotated[str, option(Running, "device", values=(AUTO, *KINDS), callback=lambda words: require_name(words))]
+Device = Annotated[str, option(Running, "device", values=(AUTO, *KINDS), callback=lambda device: require_name(device))]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")]
 Against = Annotated[str, option(Measuring, "against")]
@@ -63,8 +63,8 @@ def require_names(to: str | None, engine: str | None, *grids: str) -> None:
     """Raise BadRequest for names that are in no table; whether they fit each other and the model is looked at later."""
     if to:
         require_container(to)
-    own = ENGINES[engine_named(engine)].default if engine and engine != NOBODY else None
-    container = to or next(filter(None, map(owner_of, grids)), own)
+    default = ENGINES[engine_named(engine)].default if engine and engine != NOBODY else None
+    container = to or next(filter(None, map(owner_of, grids)), default)
     for grid in grids:
         if grid != "keep":
             require_grid(grid, container)

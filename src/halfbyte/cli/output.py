@@ -40,9 +40,9 @@ def show(parts: Sequence[Table | str]) -> None:
         out.print(part)
 
 
-def print_json(found: Part | Sequence[Part]) -> None:
+def print_json(result: Part | Sequence[Part]) -> None:
     """Print what was found as JSON, one value or a list of them."""
-    print_value([part.as_dict() for part in found] if isinstance(found, Sequence) else found.as_dict())
+    print_value([part.as_dict() for part in result] if isinstance(result, Sequence) else result.as_dict())
 
 
 def print_value(value: Any) -> None:
@@ -74,7 +74,7 @@ def show_plan(plan: Plan, output: Path) -> None:
     out.print(f"nothing was written{but}", highlight=False, soft_wrap=True)
 
 
-def show_report(report: Report, output: Path, told: Sequence[str] = ()) -> None:
+def show_report(report: Report, output: Path, already_shown: Sequence[str] = ()) -> None:
     """Print what became of a run, and how the output is served and measured; without the warnings that were told."""
     out.print(f"{output}: {headline(report)}, {report.seconds:.1f} s; read back and verified")
     if report.planned and report.measured:
@@ -95,13 +95,13 @@ def show_report(report: Report, output: Path, told: Sequence[str] = ()) -> None:
             f"the scales on other text. {cache.serve}",
             soft_wrap=True,
         )
-    show_warnings(w for w in (*report.warnings, *(cache.warnings if cache else ())) if w not in told)
+    show_warnings(w for w in (*report.warnings, *(cache.warnings if cache else ())) if w not in already_shown)
     _show_engines(report, output)
     asked = report.recipe
     if asked.method not in OTHER_COMMANDS and report.source.is_decoder:
         merged = f" --adapter {shlex.quote(asked.adapter)}" if asked.adapter else ""
-        words = f"{shlex.quote(str(output))} --against {shlex.quote(asked.model)}{merged}"
-        out.print(f"what was lost: halfbyte eval {words}", soft_wrap=True)
+        arguments = f"{shlex.quote(str(output))} --against {shlex.quote(asked.model)}{merged}"
+        out.print(f"what was lost: halfbyte eval {arguments}", soft_wrap=True)
 
 
 def show_warnings(warnings: Iterable[str]) -> None:
@@ -119,8 +119,8 @@ def _show_engines(report: Report, output: Path) -> None:
     place = output / o.file if o.file and not is_file(output) else output
     for engine in report.engines:
         if engine.loads and asked.engine in (None, "none", engine.engine):
-            words = command(engine, place, original_of(asked))
-            out.print(f"{engine.engine} ({engine.word}): {words}", soft_wrap=True)
+            serve = command(engine, place, original_of(asked))
+            out.print(f"{engine.engine} ({engine.word}): {serve}", soft_wrap=True)
     if report.engines and not any(engine.loads for engine in report.engines):
         out.print(
             "note: no engine is known to load it; halfbyte.load does, and report.json says of each engine "

@@ -86,14 +86,14 @@ def devices(
 
     halfbyte devices rtx-4090
     """
-    known = [device_called(name)] if name else list(table_of_devices().values())
-    found = [] if name else here()
+    listed = [device_called(name)] if name else list(table_of_devices().values())
+    present = [] if name else here()
     if as_json:
-        print_value({"devices": [asdict(d) for d in known], "here": [asdict(d) for d in found]})
+        print_value({"devices": [asdict(d) for d in listed], "here": [asdict(d) for d in present]})
     elif name:
-        show(display.device(known[0], {engine: list(row.values()) for engine, row in choices().items()}))
+        show(display.device(listed[0], {engine: list(row.values()) for engine, row in choices().items()}))
     else:
-        show(display.devices(known, found))
+        show(display.devices(listed, present))
 
 
 def support(

@@ -48,13 +48,13 @@ def inspect(
     require_located(path)
     from halfbyte.report.inspect import inspect as run  # of itself, as the head of a GGUF needs no torch
 
-    found = run(path)
+    inspection = run(path)
     if as_json:
-        print_json(found)
+        print_json(inspection)
         return
-    show(display.inspected(found, worst))
-    if found.evaluation:
-        model, was = found.evaluation.model, found.evaluation.reference.perplexity
+    show(display.inspected(inspection, worst))
+    if inspection.evaluation:
+        model, was = inspection.evaluation.model, inspection.evaluation.reference.perplexity
         kl = display.with_error(model.kl, model.kl_error, 5)
         out.print(f"KL to the original {kl}, perplexity {model.perplexity:.3f} (was {was:.3f})")
 

@@ -71,7 +71,7 @@ def quantize(
         ),
     ] = None,
     *,
-    words: Annotated[Words, Group(Recipe)],
+    fields: Annotated[Words, Group(Recipe)],
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these; options win over it.")] = None,
     limits: Annotated[Words, Group(Budget, panel="Mixed precision under a budget")],
     overwrite: Overwrite = False,
@@ -96,22 +96,22 @@ def quantize(
             f"--for chooses a scheme, and so does a budget of {budget.words}; leave one of them out "
             f"(--engine {of_words(meant_for)[0]} has the budget keep to what that engine loads)"
         )
-    chosen = words.keys() & CHOSEN
+    chosen = fields.keys() & CHOSEN
     if model and recipe is None and (meant_for or (output is None and budget is None and not chosen)):
         best = _recommended(model, meant_for, chosen, quiet=as_json)
-        words, output = {**words, **best.words, "engine": best.engine}, output or Path(best.output)
+        fields, output = {**fields, **best.words, "engine": best.engine}, output or Path(best.output)
     if output is None or (model is None and recipe is None):
         raise BadRequest("quantize needs a model and an output folder: halfbyte quantize MODEL -o OUT")
-    asked = _asked({**words, "model": model} if model else words, recipe)
+    asked = _asked({**fields, "model": model} if model else fields, recipe)
     _require_known(asked, output, budget)
     require_located(asked.model)
     from halfbyte.api import quantize as run  # torch takes seconds, which wrong words need not wait for
     from halfbyte.report.types import Plan
 
-    told = []
+    already_shown = []
     if asked.requantize and not (dry_run or quiet or as_json):  # it may not be worth the time
-        told = run(asked, output, overwrite=overwrite, dry_run=True).warnings
-        show_warnings(told)
+        already_shown = run(asked, output, overwrite=overwrite, dry_run=True).warnings
+        show_warnings(already_shown)
     progress = not (quiet or as_json)
     report = run(asked, output, **limits, overwrite=overwrite, dry_run=dry_run, progress=progress, device=device)
     if as_json:
@@ -120,7 +120,7 @@ def quantize(
     if isinstance(report, Plan):
         show_plan(report, output)
     else:
-        show_report(report, output, told)
+        show_report(report, output, already_shown)
     if budget is None and not asked.model_fields_set & CHOSEN and not grid_in_name(output):
         out.print(
             f"{report.output.grid} is the default, as no scheme was asked for; what suits a device: "
@@ -129,11 +129,11 @@ def quantize(
         )
 
 
-def _asked(words: Words, recipe: Path | None) -> Recipe:
-    """A recipe of words, which win over those of a file. Raises BadRequest."""
-    named = {name: value for name, value in words.items() if name != "calibration"}
+def _asked(fields: Words, recipe: Path | None) -> Recipe:
+    """A recipe of fields, which win over those of a file. Raises BadRequest."""
+    named = {name: value for name, value in fields.items() if name != "calibration"}
     base = Recipe.load(recipe, **named).model_dump(exclude_unset=True) if recipe else named
-    return Recipe.of(**{**base, "calibration": {**base.get("calibration", {}), **words["calibration"]}})
+    return Recipe.of(**{**base, "calibration": {**base.get("calibration", {}), **fields["calibration"]}})
 
 
 def _require_known(asked: Recipe, output: Path, budget: Budget | None) -> None:
@@ -212,7 +212,7 @@ def kv(
     grid: Annotated[str, option(Caching, "grid", "--kv", values=STORED_CACHES)] = "fp8-e4m3",
     *,
     calibration: Annotated[Words, Group(Calibration)],
-    words: Annotated[Words, Group(Recipe, ("observer",))],
+    fields: Annotated[Words, Group(Recipe, ("observer",))],
     overwrite: Overwrite = False,
     device: Device = AUTO,
     quiet: Quiet = False,
@@ -223,7 +223,7 @@ def kv(
     halfbyte kv model-int4 -o model-int4-kv --kv fp8-e4m3
     """
     cache_parts(grid)
-    observer = Recipe.of(model=model, **words).observer
+    observer = Recipe.of(model=model, **fields).observer
     require_located(model)
     from halfbyte.api import kv as run
 
@@ -266,8 +266,8 @@ def imatrix(
 
 def _recommended(model: str, meant_for: str | None, asked: Iterable[str], quiet: bool) -> "Recommendation":
     """What `plan` would take, said with the reason. Raises BadRequest where that is nothing."""
-    if words := sorted(asked):
-        raise BadRequest(f"--for chooses the scheme: leave out --{' and --'.join(words)}, or leave out --for")
+    if given := sorted(asked):
+        raise BadRequest(f"--for chooses the scheme: leave out --{' and --'.join(given)}, or leave out --for")
     engine, device = of_words(meant_for) if meant_for else (None, None)
     wanted = question(engine, device)  # what is wrong need not wait for torch
     require_located(model)
@@ -276,8 +276,8 @@ def _recommended(model: str, meant_for: str | None, asked: Iterable[str], quiet:
     best = advise(model, wanted).recommendation
     if best is None:
         where = {"--engine": engine, "--device": device}
-        told = " ".join(["halfbyte plan", shlex.quote(model), *(f"{k} {v}" for k, v in where.items() if v)])
-        raise BadRequest(f"no scheme fits {meant_for or 'this machine'} that could be made of {model}; see {told}")
+        command = " ".join(["halfbyte plan", shlex.quote(model), *(f"{k} {v}" for k, v in where.items() if v)])
+        raise BadRequest(f"no scheme fits {meant_for or 'this machine'} that could be made of {model}; see {command}")
     if not quiet:
         out.print(f"{best.scheme} for {best.engine}: {best.reason}", soft_wrap=True)
         out.print(best.command, soft_wrap=True)

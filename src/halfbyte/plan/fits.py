@@ -29,7 +29,7 @@ def completed(recipe: Recipe, target: Target) -> Recipe:
 
 def require_known(target: Target, grid: str, overrides: Iterable[str] = ()) -> None:
     """Raise, saying what is most likely meant, for names that the target has no grid for."""
-    for name, mixture in ((grid, True), *((words, False) for words in overrides if words != "keep")):
+    for name, mixture in ((grid, True), *((scheme, False) for scheme in overrides if scheme != "keep")):
         is_grid = name in grids.GRIDS or name in ALIASES or target.has_presets
         owner = None if is_grid else next((other for other in TARGETS.values() if other.prefers(name, None)), None)
         if owner:

@@ -112,17 +112,17 @@ def _of_adapter(checkpoint: Checkpoint) -> list[str]:
     return []
 
 
-def _engine(words: str | None) -> str | None:
+def _engine(name: str | None) -> str | None:
     """The engine that is meant, or that none is. Raises UnknownName."""
-    return words if words in (None, NOBODY) else engine_named(words)
+    return name if name in (None, NOBODY) else engine_named(name)
 
 
 def _judged(plan: Plan, engines: Iterable[str]) -> tuple[Verdict, ...]:
     """Ask these engines. Raises Unsupported where the one that was asked for will not load the output, or none will."""
     engine, name = plan.recipe.engine, plan.target.name
-    found = verdicts.verdicts(name, {c.weight: c.scheme for c in plan.weights}, plan.checkpoint.config, engines)
-    others = [v.engine for v in found if v.loads]
-    asked = next((v for v in found if v.engine == engine), None)
+    results = verdicts.verdicts(name, {c.weight: c.scheme for c in plan.weights}, plan.checkpoint.config, engines)
+    others = [v.engine for v in results if v.loads]
+    asked = next((v for v in results if v.engine == engine), None)
     if asked and not asked.loads:
         raise Unsupported(
             f"{engine} will not load this: {asked.reasons[0]}"
@@ -130,10 +130,10 @@ def _judged(plan: Plan, engines: Iterable[str]) -> tuple[Verdict, ...]:
         )
     if not others and engine != NOBODY:
         raise Unsupported(
-            f"no engine is known to load this ({verdicts.nobody_loads(name, found)}); "
+            f"no engine is known to load this ({verdicts.nobody_loads(name, results)}); "
             f"--engine {NOBODY} writes it all the same"
         )
-    return tuple(found)
+    return tuple(results)
 
 
 def _cache(plan: Plan) -> dict[str, Any]:
@@ -168,11 +168,11 @@ def _target_for(recipe: Recipe) -> str:
     except UnknownName:
         scheme = None
     if recipe.engine and recipe.engine != NOBODY:
-        own = verdicts.default_container(recipe.engine)
-        read = {own: TARGETS[own]} | {n: t for n, t in TARGETS.items() if n in ENGINES[recipe.engine].support}
+        default = verdicts.default_container(recipe.engine)
+        read = {default: TARGETS[default]} | {n: t for n, t in TARGETS.items() if n in ENGINES[recipe.engine].support}
         holding = {n: t.resolve(scheme, torch.bfloat16) for n, t in read.items() if scheme and _takes(t, scheme)}
         multiplied = (n for n, resolved in holding.items() if verdicts.multiplies(recipe.engine, n, resolved))
-        return next(multiplied, next(iter(holding), own))
+        return next(multiplied, next(iter(holding), default))
     preferred = (n for n, t in TARGETS.items() if t.prefers(recipe.grid, scheme))
     holding = (n for n, t in TARGETS.items() if scheme and _takes(t, scheme))
     return next(preferred, next(holding, next(iter(TARGETS))))
@@ -244,12 +244,12 @@ def transcoding(source: str, to: str, grid: str | None = None, engine: str | Non
     if checkpoint.container is None:
         raise BadRequest(f"{source} is not quantized; to quantize it: halfbyte quantize {source} -o OUT --to {to}")
     target = target_named(to)
-    own = commonest_name(checkpoint.quantized)
+    commonest = commonest_name(checkpoint.quantized)
     grid = grid and target.means(grid)
-    grid = None if grid == own else grid
+    grid = None if grid == commonest else grid
     if grid:
         fits.require_known(target, grid)
-    recipe = Recipe(model=source, method="convert", grid=grid or own, to=target.name, engine=_engine(engine))
+    recipe = Recipe(model=source, method="convert", grid=grid or commonest, to=target.name, engine=_engine(engine))
     plan = target.convert(recipe, checkpoint, grid)
     asked = grid is None or any(str(s).startswith(grid.lower()) for s in plan.schemes.values())
     warnings = plan.warnings
@@ -278,7 +278,7 @@ def decoding(source: str, to: str, dtype: str | None, folder: str | None) -> Pla
     if checkpoint.container:
         was = commonest_name(checkpoint.quantized)
         warnings.append(f"these are the values of {was} in {grid}: what quantizing lost does not come back")
-    found = (
+    results = (
         verdicts.verdicts(to, {}, checkpoint.config) if any(to in engine.support for engine in ENGINES.values()) else ()
     )
-    return replace(plan, warnings=(*warnings, *_of_adapter(checkpoint)), verdicts=tuple(found), **_cache(plan))
+    return replace(plan, warnings=(*warnings, *_of_adapter(checkpoint)), verdicts=tuple(results), **_cache(plan))
