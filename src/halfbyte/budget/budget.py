@@ -97,8 +97,8 @@ EXAMPLES = {
 }
 
 
-def _bytes(name: str, words: str | int | None) -> int | None:
-    found = parse_size(words) if isinstance(words, str) else words
-    if found is not None and found <= 0:
-        raise BadRequest(f"--{name} is {brief(words)}, and has to be above 0, such as 3.7GB")
-    return found
+def _bytes(name: str, value: str | int | None) -> int | None:
+    limit = parse_size(value) if isinstance(value, str) else value
+    if limit is not None and limit <= 0:
+        raise BadRequest(f"--{name} is {brief(value)}, and has to be above 0, such as 3.7GB")
+    return limit

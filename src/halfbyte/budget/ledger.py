@@ -7,7 +7,7 @@ from pathlib import Path
 from halfbyte.errors import BadRequest
 from halfbyte.files import exists
 
-Found = Mapping[str, float]
+Losses = Mapping[str, float]
 """Loss by the name of a scheme."""
 
 
@@ -29,8 +29,8 @@ class Ledger:
             records = [json.loads(line) for line in lines if line.endswith(b"\n")]
             of = records[0]["of"] if records else self._identity
             for record in records[1:]:
-                found = {str(name): float(loss) for name, loss in record["losses"].items()}
-                self.losses.setdefault(record["weight"], {}).update(found)
+                losses = {str(name): float(loss) for name, loss in record["losses"].items()}
+                self.losses.setdefault(record["weight"], {}).update(losses)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadRequest(f"{self.path} is no file of sensitivities; name another") from None
         if of != self._identity:
@@ -40,17 +40,17 @@ class Ledger:
             )
         self._whole = sum(len(line) for line in lines if line.endswith(b"\n"))
 
-    def add(self, losses: Mapping[str, Found]) -> None:
+    def add(self, losses: Mapping[str, Losses]) -> None:
         """Note losses by weight."""
         if not losses:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        records = [{"weight": weight, "losses": dict(found)} for weight, found in losses.items()]
+        records = [{"weight": weight, "losses": dict(by_scheme)} for weight, by_scheme in losses.items()]
         records = records if self._whole else [{"of": self._identity}, *records]
         with open(self.path, "r+b" if self._whole else "wb") as file:
             file.truncate(self._whole)
             file.seek(self._whole)
             file.write("".join(f"{json.dumps(record)}\n" for record in records).encode())
             self._whole = file.tell()
-        for weight, found in losses.items():
-            self.losses.setdefault(weight, {}).update(found)
+        for weight, by_scheme in losses.items():
+            self.losses.setdefault(weight, {}).update(by_scheme)

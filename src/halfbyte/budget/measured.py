@@ -52,10 +52,10 @@ def measure(
         return
     count = max(1, min(HELD_OUT, len(windows) // 4))
     fitted, held_out = windows[: max(1, len(windows) - count)], windows[-count:]
-    for weight, found in left.items():
+    for weight, schemes in left.items():
         if weight.block is None:
             progress(weight.name, 0, 1)
-            ledger.add({weight.name: _of_table(checkpoint, weight, found, held_out, placement)})
+            ledger.add({weight.name: _of_table(checkpoint, weight, schemes, held_out, placement)})
     if all(weight.block is None for weight in left):
         return
     walk = Walk(checkpoint, fitted, torch.float32, placement, to_the_end=False, progress=progress)
@@ -71,14 +71,14 @@ def measure(
 
 
 def _of_table(
-    checkpoint: Checkpoint, weight: Weight, found: Mapping[str, Scheme], held_out: Tokens, placement: Placement | None
+    checkpoint: Checkpoint, weight: Weight, schemes: Mapping[str, Scheme], held_out: Tokens, placement: Placement | None
 ) -> dict[str, float]:
     """Of an embedding, a head, or both in one: rounded to nearest, as whatever lies outside of the blocks is."""
     w = checkpoint.read_weight(weight)
-    rounded = (SOLVERS["nearest"](w, scheme.weight, None).decode().to(w.dtype) for scheme in found.values())
+    rounded = (SOLVERS["nearest"](w, scheme.weight, None).decode().to(w.dtype) for scheme in schemes.values())
     others = [checkpoint.replaced(values={weight.tensor: value}) for value in rounded]
     rows = compare([checkpoint, *others], held_out, placement=placement)[1:]
-    return {name: max(0.0, row["kl"]) for name, row in zip(found, rows, strict=True)}
+    return {name: max(0.0, row["kl"]) for name, row in zip(schemes, rows, strict=True)}
 
 
 class _Trial(NamedTuple):
@@ -94,7 +94,7 @@ def _of_block(block: Block, wanted: Wanted, held_out: Tokens, method: Method) ->
     at_once = windows_at_once(walk.checkpoint, held_out.numel(), torch.float32.itemsize)
     for part in in_parts(reading_groups(block, [[weight] for weight in wanted]), walk.placement.statistics_bytes):
         statistics = collect(block, part, walk.inputs)
-        trials = [_Trial(w, name, s) for w, found in wanted.items() if w in part for name, s in found.items()]
+        trials = [_Trial(w, name, s) for w, schemes in wanted.items() if w in part for name, s in schemes.items()]
         for some in (trials[i : i + at_once] for i in range(0, len(trials), at_once)):
             losses = _tried(block, some, held_out, statistics, method)
             yield from ((trial.weight, trial.name, loss) for trial, loss in zip(some, losses, strict=True))

@@ -57,27 +57,31 @@ def mixed(
         raise BadRequest(f"a budget chooses grids, and --grid {recipe.grid} names one; leave one of them out")
     plan = _widest(based(recipe, budget.candidates))
     fits.require_known(plan.target, plan.recipe.grid, budget.candidates)
-    known = candidates(plan, budget.candidates)
-    found = units(plan, known)
-    room = Room.of(plan, budget, found)
+    candidate_schemes = candidates(plan, budget.candidates)
+    undecided = units(plan, candidate_schemes)
+    room = Room.of(plan, budget, undecided)
     windows = calibrate.calibration(plan.checkpoint, _fewer(plan.recipe.calibration))
     identity = _identity(plan, windows.digest, budget.sensitivity)
     path = budget.sensitivities or out.parent / f"{Path(recipe.model).name}-{identity[:8]}.sensitivities.jsonl"
     ledger = Ledger(path, identity)
-    wanted = {w: {n: known[n] for n in unit.options if n != KEEP} for unit in found for w in unit.weights}
+    wanted = {
+        w: {n: candidate_schemes[n] for n in unit.options if n != KEEP} for unit in undecided for w in unit.weights
+    }
     find = {"predicted": sensitivity.measure, "measured": measured.measure}[budget.sensitivity]
     find(plan.checkpoint, windows.tokens, wanted, plan.method, ledger, placement, progress)
     options = [
-        {name: Option(taken, _loss(ledger, unit, name)) for name, taken in unit.options.items()} for unit in found
+        {name: Option(taken, _loss(ledger, unit, name)) for name, taken in unit.options.items()} for unit in undecided
     ]
-    names, made, taken = _best(recipe, plan, found, options, room, budget.max_kl)
+    names, made, taken = _best(recipe, plan, undecided, options, room, budget.max_kl)
     report = BudgetReport(
         asked=budget.words,
         limit_bytes=room.most,
         file_bytes=taken,
         sensitivity=budget.sensitivity,
         predicted_kl=sum(unit[name].loss for unit, name in zip(options, names, strict=True)),
-        grids=dict(Counter(name for unit, name in zip(found, names, strict=True) for _ in unit.weights).most_common()),
+        grids=dict(
+            Counter(name for unit, name in zip(undecided, names, strict=True) for _ in unit.weights).most_common()
+        ),
     )
     return Mixed(made, report, path)
 
@@ -111,7 +115,7 @@ def _loss(ledger: Ledger, unit: Unit, name: str) -> float:
 def _best(
     recipe: Recipe,
     plan: Plan,
-    found: Sequence[Unit],
+    undecided: Sequence[Unit],
     options: Sequence[Mapping[str, Option]],
     room: Room,
     most_loss: float | None,
@@ -122,7 +126,7 @@ def _best(
         names = choose(options, left, most_loss)
         if names is None:
             break
-        made = _named(recipe, plan, found, names)
+        made = _named(recipe, plan, undecided, names)
         taken = sized(resolve(made, plan.checkpoint)).files
         if left is None or room.most is None or taken <= room.most:
             return names, made, taken
@@ -130,18 +134,18 @@ def _best(
     raise BadRequest("no mix of the candidates is within; give more, or name other grids with --candidates")
 
 
-def _named(recipe: Recipe, plan: Plan, found: Sequence[Unit], names: Sequence[str]) -> Recipe:
+def _named(recipe: Recipe, plan: Plan, undecided: Sequence[Unit], names: Sequence[str]) -> Recipe:
     """The commonest grid for all, and every weight named that is on another."""
-    counts = Counter(name for unit, name in zip(found, names, strict=True) if name != KEEP for _ in unit.weights)
+    counts = Counter(name for unit, name in zip(undecided, names, strict=True) if name != KEEP for _ in unit.weights)
     if not counts:
         raise BadRequest("all weights would stay in 16 bits: there is nothing to quantize")
     base = counts.most_common(1)[0][0]
-    alike = Counter(_pattern(weight) for unit in found for weight in unit.weights)
+    alike = Counter(_pattern(weight) for unit in undecided for weight in unit.weights)
     others: dict[str, str] = {}
-    for unit, name in zip(found, names, strict=True):
-        own = Counter(map(_pattern, unit.weights))
+    for unit, name in zip(undecided, names, strict=True):
+        in_unit = Counter(map(_pattern, unit.weights))
         for weight in unit.weights if name != base else ():
-            whole = own[_pattern(weight)] == alike[_pattern(weight)]
+            whole = in_unit[_pattern(weight)] == alike[_pattern(weight)]
             others[_pattern(weight) if whole else weight.name] = name
     stay = {c.weight.name: KEEP for c in plan.weights if not c.scheme and c.note not in (SKIPPED, AS_ASKED, HEAD)}
     one_for_all = {"pure": True} if "pure" in plan.target.words else {}

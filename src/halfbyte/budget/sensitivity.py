@@ -48,11 +48,11 @@ Wanted = Mapping[Weight, Mapping[str, Scheme]]
 
 def missing(wanted: Wanted, ledger: Ledger) -> Wanted:
     """What the ledger does not know yet."""
-    known = ledger.losses
+    losses = ledger.losses
     return {
         w: left
-        for w, found in wanted.items()
-        if (left := {name: s for name, s in found.items() if name not in known.get(w.name, {})})
+        for w, schemes in wanted.items()
+        if (left := {name: s for name, s in schemes.items() if name not in losses.get(w.name, {})})
     }
 
 
@@ -72,7 +72,7 @@ def measure(
         return
     back = Backward(checkpoint, windows, placement, progress=progress)
     tokens = windows.numel()
-    outside = [_Table.of(weight, found, back) for weight, found in wanted.items() if weight.block is None]
+    outside = [_Table.of(weight, schemes, back) for weight, schemes in wanted.items() if weight.block is None]
     for read, probabilities in back.predictions():
         for table in outside:
             if table.is_head:
@@ -99,26 +99,26 @@ class _Changes(NamedTuple):
     """Mean square of what rounding what it reads changes in the outputs."""
     read: float
     """Mean square of what it reads, summed over in-features."""
-    found: Float32[Tensor, "schemes rows"]
+    squares: Float32[Tensor, "schemes rows"]
     """Sum over windows of squares."""
 
     def add(self, gradient: Float32[Tensor, "out in"]) -> None:
         """See the gradient of a window."""
-        own = gradient[self.rows].float()
-        self.found.add_(torch.einsum("ri,sri->sr", own, self.changes).square_())
+        row_gradients = gradient[self.rows].float()
+        self.squares.add_(torch.einsum("ri,sri->sr", row_gradients, self.changes).square_())
         if self.read:
-            self.found.add_(self.moved * (own.square().sum(1) / self.read))
+            self.squares.add_(self.moved * (row_gradients.square().sum(1) / self.read))
 
     def losses(self, tokens: int) -> dict[str, float]:
         """In nats per token, of all rows."""
         whole = self.weight.shape[0] / self.changes.shape[1]
-        return dict(zip(self.schemes, (self.found.sum(1) * (whole / (2 * tokens))).tolist(), strict=True))
+        return dict(zip(self.schemes, (self.squares.sum(1) * (whole / (2 * tokens))).tolist(), strict=True))
 
 
 def _of_block(
     back: Backward, block: Block, wanted: Wanted, method: Method, tokens: int
 ) -> Iterator[dict[str, dict[str, float]]]:
-    held = sum(weight.shape[1] * len(found) for weight, found in wanted.items()) * 4
+    held = sum(weight.shape[1] * len(schemes) for weight, schemes in wanted.items()) * 4
     rows = int(min(ROWS, max(8, CHANGES_BYTES / held)))
     groups = reading_groups(block, [[weight] for weight in wanted])
     changes: list[_Changes] = []
@@ -133,18 +133,23 @@ def _of_block(
 
 
 def _changes(
-    block: Block, weight: Weight, found: Mapping[str, Scheme], statistics: Statistics | None, method: Method, count: int
+    block: Block,
+    weight: Weight,
+    schemes: Mapping[str, Scheme],
+    statistics: Statistics | None,
+    method: Method,
+    count: int,
 ) -> _Changes:
     rows = slice(None, None, -(-weight.shape[0] // count))
     w = block.weight(weight)[rows].contiguous()
-    rounded = [solve_matrix(w, scheme.weight, statistics, method)[0].decode() for scheme in found.values()]
-    moved = torch.zeros(len(found), len(w), device=w.device)
+    rounded = [solve_matrix(w, scheme.weight, statistics, method)[0].decode() for scheme in schemes.values()]
+    moved = torch.zeros(len(schemes), len(w), device=w.device)
     read = 0.0
-    if statistics is not None and any(scheme.activations for scheme in found.values()):
+    if statistics is not None and any(scheme.activations for scheme in schemes.values()):
         read = float(statistics.importance.sum())
-        for number, scheme in enumerate(found.values()):
+        for number, scheme in enumerate(schemes.values()):
             moved[number] = _moved(w.float(), scheme, statistics)
-    return _Changes(weight, rows, found, torch.stack(rounded) - w.float(), moved, read, torch.zeros_like(moved))
+    return _Changes(weight, rows, schemes, torch.stack(rounded) - w.float(), moved, read, torch.zeros_like(moved))
 
 
 def _moved(w: Tensor, scheme: Scheme, statistics: Statistics) -> Tensor:
@@ -168,10 +173,10 @@ class _Table:
     changes: Float32[Tensor, "schemes rows in"]
     is_embedding: bool
     is_head: bool
-    found: Float32[Tensor, " schemes"] = field(init=False)
+    squares: Float32[Tensor, " schemes"] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.found = torch.zeros(len(self.schemes), device=self.changes.device)
+        self.squares = torch.zeros(len(self.schemes), device=self.changes.device)
 
     @classmethod
     def of(cls, weight: Weight, schemes: Mapping[str, Scheme], back: Backward) -> "_Table":
@@ -193,16 +198,16 @@ class _Table:
     def see_predictions(self, read: Tensor, probabilities: Tensor) -> None:
         """What the head reads and says of some tokens: the variance of each token's having been drawn is what a change
         of its logit costs."""
-        own = probabilities[:, self.rows.to(probabilities.device)]
-        costs = own.mul_(1 - own).mul_(self.stands_for)
+        row_probabilities = probabilities[:, self.rows.to(probabilities.device)]
+        costs = row_probabilities.mul_(1 - row_probabilities).mul_(self.stands_for)
         for number, change in enumerate(self.changes):
-            self.found[number] += ((read.float() @ change.T).square_() * costs).sum()
+            self.squares[number] += ((read.float() @ change.T).square_() * costs).sum()
 
     def see_gradient(self, gradient: Tensor) -> None:
         """Of a window, with respect to the embedding."""
-        own = gradient[self.rows.to(gradient.device)].float()
-        self.found += torch.einsum("ri,sri->sr", own, self.changes).square_().sum(1)
+        row_gradients = gradient[self.rows.to(gradient.device)].float()
+        self.squares += torch.einsum("ri,sri->sr", row_gradients, self.changes).square_().sum(1)
 
     def losses(self, tokens: int) -> dict[str, float]:
         """In nats per token."""
-        return dict(zip(self.schemes, (self.found / (2 * tokens)).tolist(), strict=True))
+        return dict(zip(self.schemes, (self.squares / (2 * tokens)).tolist(), strict=True))

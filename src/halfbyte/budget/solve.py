@@ -34,7 +34,7 @@ def choose(
     if sum(min(limited[i] for i, (n, _) in enumerate(names) if n == u) for u in range(len(units))) > limit:
         return None
     unit_of = csr_array((np.ones(len(names)), ([number for number, _ in names], range(len(names)))))
-    found = milp(
+    result = milp(
         wanted / max(wanted.max(), 1e-300),
         integrality=np.ones(len(names)),
         bounds=Bounds(0, 1),
@@ -45,17 +45,17 @@ def choose(
         # With presolving, HiGHS prints a line of its own where a limit of losses is close to what a choice loses.
         options={"mip_rel_gap": GAP, "time_limit": SECONDS, "presolve": most_loss is None},
     )
-    if found.x is None:
-        raise RuntimeError(f"the solver found nothing: {found.message}")
-    return [name for (_, name), taken in zip(names, found.x, strict=True) if taken > 0.5]
+    if result.x is None:
+        raise RuntimeError(f"the solver found nothing: {result.message}")
+    return [name for (_, name), taken in zip(names, result.x, strict=True) if taken > 0.5]
 
 
 def _frontier(unit: Mapping[str, Option]) -> dict[str, Option]:
     """Options than which none is smaller and loses less."""
-    found: dict[str, Option] = {}
+    frontier: dict[str, Option] = {}
     least = float("inf")
     for name, option in sorted(unit.items(), key=lambda item: item[1]):
         if option.loss < least:
-            found[name] = option
+            frontier[name] = option
             least = option.loss
-    return found
+    return frontier

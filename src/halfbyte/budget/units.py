@@ -41,9 +41,9 @@ def engine_of(plan: Plan) -> str:
     asked = plan.recipe.engine
     if asked and asked != NOBODY:
         return asked
-    own = (name for name, engine in ENGINES.items() if engine.default == plan.target.name)
+    written_for = (name for name, engine in ENGINES.items() if engine.default == plan.target.name)
     reads = (name for name, engine in ENGINES.items() if plan.target.name in engine.support)
-    return next(own, next(reads, NOBODY))
+    return next(written_for, next(reads, NOBODY))
 
 
 def based(recipe: Recipe, names: Sequence[str] = ()) -> Recipe:
@@ -55,8 +55,8 @@ def based(recipe: Recipe, names: Sequence[str] = ()) -> Recipe:
     if recipe.engine in (None, NOBODY):
         return recipe
     engine = engine_named(recipe.engine)
-    support, own = ENGINES[engine].support, ENGINES[engine].default
-    order = [recipe.to] if recipe.to else [own, *(name for name in support if name != own)]
+    support, default = ENGINES[engine].support, ENGINES[engine].default
+    order = [recipe.to] if recipe.to else [default, *(name for name in support if name != default)]
     if recipe.to and recipe.to not in support:
         return recipe  # the plan says why not
     mixing = [n for n in order if n in TARGETS and TARGETS[n].mixes and (support[n].mixes or support[n].everything)]
@@ -64,8 +64,8 @@ def based(recipe: Recipe, names: Sequence[str] = ()) -> Recipe:
         others = [n for n in support if n not in order and n in TARGETS and TARGETS[n].mixes and support[n].mixes]
         instead = f"write --to {' or '.join(others)}" if others else "name one with --grid, or take another engine"
         raise Unsupported(f"a budget mixes grids, and {engine} reads one from {' and '.join(order)}; {instead}")
-    found = {n: _multiplied(engine, TARGETS[n], names) for n in mixing}
-    to = next((n for n, able in found.items() if able), None)
+    multiplied = {n: _multiplied(engine, TARGETS[n], names) for n in mixing}
+    to = next((n for n, able in multiplied.items() if able), None)
     if to is None:
         raise Unsupported(
             f"a budget for {engine}: it multiplies by none of {', '.join(names) or 'the usual grids'} "
@@ -74,18 +74,18 @@ def based(recipe: Recipe, names: Sequence[str] = ()) -> Recipe:
     usual = Recipe.model_fields["grid"].default
     if TARGETS[to].default_grid or usual in _multiplied(engine, TARGETS[to], [usual]):
         return recipe.model_copy(update={"to": to})
-    return recipe.model_copy(update={"to": to, "grid": found[to][0], "smaller_groups": True})
+    return recipe.model_copy(update={"to": to, "grid": multiplied[to][0], "smaller_groups": True})
 
 
 def _multiplied(engine: str, target: Target, names: Sequence[str]) -> list[str]:
     """Those of the names (by default the target's usual grids) that an engine multiplies by."""
-    found = []
+    multiplied = []
     for name in names or target.candidates:
         with suppress(Unsupported):
             scheme = target.resolve(schemes.parse(target.means(name)), torch.bfloat16)
             target.check(scheme, ANY_SHAPE)
-            found += [name] if multiplies(engine, target.name, scheme) else []
-    return found
+            multiplied += [name] if multiplies(engine, target.name, scheme) else []
+    return multiplied
 
 
 def candidates(plan: Plan, names: Sequence[str] = ()) -> dict[str, Scheme]:
@@ -100,17 +100,17 @@ def candidates(plan: Plan, names: Sequence[str] = ()) -> dict[str, Scheme]:
             "gptq and gguf mix them"
         )
     engine, asked = engine_of(plan), plan.recipe.engine
-    known = _schemes(plan, names or _held(plan))
+    by_name = _schemes(plan, names or _held(plan))
     if asked == NOBODY or engine == NOBODY or (names and asked is None):
-        return known
-    able = side_by_side(engine, plan.target.name, known)
-    if names and len(able) < len(known):
-        lost = ", ".join(name for name in known if name not in able)
+        return by_name
+    able = side_by_side(engine, plan.target.name, by_name)
+    if names and len(able) < len(by_name):
+        lost = ", ".join(name for name in by_name if name not in able)
         raise Unsupported(
             f"{engine} does not multiply by {lost} in one {plan.target.name} checkpoint with {', '.join(able)}; "
             f"leave it out of --candidates (halfbyte support --engine {engine} says what it takes)"
         )
-    return {name: known[name] for name in able}
+    return {name: by_name[name] for name in able}
 
 
 def _schemes(plan: Plan, names: Iterable[str]) -> dict[str, Scheme]:
@@ -127,23 +127,23 @@ def _held(plan: Plan) -> Iterator[str]:
             yield name
 
 
-def units(plan: Plan, known: Mapping[str, Scheme]) -> list[Unit]:
+def units(plan: Plan, choices: Mapping[str, Scheme]) -> list[Unit]:
     """Of a plan in which all that may be quantized is: what the recipe itself names stays as it is there.
 
-    Raises Unsupported where none of those that are `known` holds a weight.
+    Raises Unsupported where none of the `choices` holds a weight.
     """
     fixed = first_match([c.weight for c in plan.weights], plan.recipe.override)
     free = [c.weight for c in plan.weights if c.scheme and c.weight not in fixed]
     if not free:
         raise BadRequest("every weight is skipped, kept or overridden, so there is nothing to choose")
-    found = [Unit(group, _options(plan, group, known)) for group in _together(free, _ties(plan, free))]
-    if lost := next((unit for unit in found if not unit.options), None):
+    result = [Unit(group, _options(plan, group, choices)) for group in _together(free, _ties(plan, free))]
+    if lost := next((unit for unit in result if not unit.options), None):
         first = lost.weights[0]
         raise Unsupported(
-            f"none of {', '.join(known)} holds {first.name} ({first.shape[0]} x {first.shape[1]}), and it cannot stay "
-            "in 16 bits; name others with --candidates"
+            f"none of {', '.join(choices)} holds {first.name} ({first.shape[0]} x {first.shape[1]}), and it cannot "
+            "stay in 16 bits; name others with --candidates"
         )
-    return found
+    return result
 
 
 def _ties(plan: Plan, weights: list[Weight]) -> list[TiedGroup]:
@@ -169,16 +169,16 @@ def _together(weights: list[Weight], ties: Iterable[TiedGroup]) -> list[tuple[We
     return [tuple(group) for group in {id(group): group for group in group_of.values()}.values()]
 
 
-def _options(plan: Plan, weights: tuple[Weight, ...], known: Mapping[str, Scheme]) -> dict[str, int]:
-    found = {}
-    for name, scheme in known.items():
+def _options(plan: Plan, weights: tuple[Weight, ...], choices: Mapping[str, Scheme]) -> dict[str, int]:
+    options = {}
+    for name, scheme in choices.items():
         sizes = [taken for weight in weights if (taken := _held_in(plan, scheme, weight)) is not None]
         if len(sizes) == len(weights):
-            found[name] = sum(sizes)
+            options[name] = sum(sizes)
     engine = engine_of(plan)
     if plan.recipe.engine in (None, NOBODY) or all(may_stay(w, engine, plan.target.name) for w in weights):
-        found[KEEP] = sum(size_of(plan, weight, None) for weight in weights)
-    return found
+        options[KEEP] = sum(size_of(plan, weight, None) for weight in weights)
+    return options
 
 
 def _held_in(plan: Plan, scheme: Scheme, weight: Weight) -> int | None:

@@ -62,13 +62,13 @@ def decoder_of(config: Config) -> Config:
 def registry(name: str) -> Registry:
     """The row of architectures.yaml that is called so."""
     row = _rows()[name]
-    words = {
+    fields = {
         field: str(row.get(field, "")).split()
         for field in ("names", "dequantized", "reshaped", "stacked", "uneven", "derived")
     }
-    names = frozenset(words["names"]) | (registry(row["includes"]).names if "includes" in row else frozenset())
-    lists = {field: frozenset(words[field]) for field in ("dequantized", "reshaped", "stacked", "uneven")}
-    return Registry(row["source"], row["by"], names, tuple(words["derived"]), **lists, settings=row.get("settings"))
+    names = frozenset(fields["names"]) | (registry(row["includes"]).names if "includes" in row else frozenset())
+    lists = {field: frozenset(fields[field]) for field in ("dequantized", "reshaped", "stacked", "uneven")}
+    return Registry(row["source"], row["by"], names, tuple(fields["derived"]), **lists, settings=row.get("settings"))
 
 
 @cache

@@ -706,9 +706,9 @@ NOBODY = "none"
 def engine_named(name: str) -> str:
     """The key of an engine under any spelling. Raises UnknownName, with the one that may be meant."""
     plain = re.sub(r"[^a-z]", "", name.lower())
-    found = next((key for key, engine in ENGINES.items() if plain in (re.sub(r"[^a-z]", "", key), *engine.names)), None)
-    if found:
-        return found
+    match = next((key for key, engine in ENGINES.items() if plain in (re.sub(r"[^a-z]", "", key), *engine.names)), None)
+    if match:
+        return match
     near = nearest(plain, [*ENGINES, NOBODY, *(other for engine in ENGINES.values() for other in engine.names)])
     meant = list(dict.fromkeys(next((key for key, engine in ENGINES.items() if n in engine.names), n) for n in near))
     raise UnknownName("engine", name, meant or [*ENGINES, NOBODY])

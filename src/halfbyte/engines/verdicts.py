@@ -77,11 +77,11 @@ def side_by_side(engine: str, container: str, schemes: Mapping[str, Scheme]) -> 
     """Names of schemes that the engine multiplies by in one checkpoint; the most there are, where not all go together.
     Raises UnknownName."""
     support = ENGINES[engine_named(engine)].support.get(container)
-    known = {name: scheme for name, scheme in schemes.items() if multiplies(engine, container, scheme)}
+    multiplied = {name: scheme for name, scheme in schemes.items() if multiplies(engine, container, scheme)}
     if support is None or support.everything or not support.one_kernel:
-        return list(known)
-    kernels = [[n for n, s in known.items() if _kernel(support, s) is kernel] for kernel in support.kernels]
-    return max([*kernels, [n for n, s in known.items() if _run_together(support, [s])]], key=len)
+        return list(multiplied)
+    kernels = [[n for n, s in multiplied.items() if _kernel(support, s) is kernel] for kernel in support.kernels]
+    return max([*kernels, [n for n, s in multiplied.items() if _run_together(support, [s])]], key=len)
 
 
 def offer(engine: str, container: str) -> str:
@@ -103,15 +103,15 @@ def verdicts(container: str, placed: Placed, config: Config, engines: Iterable[s
     return [check(engine, container, placed, config) for engine in engines]
 
 
-def nobody_loads(container: str, found: Iterable[Verdict]) -> str:
+def nobody_loads(container: str, refusals: Iterable[Verdict]) -> str:
     """In a few words: why no engine will load what would be written. Engines that give the same reason share it."""
     shared: dict[str, list[str]] = {}
-    for verdict in found:
+    for verdict in refusals:
         reason = re.split("; |: |, which", verdict.reasons[0].removeprefix(f"{verdict.engine} "))[0]
         shared.setdefault(reason if container in ENGINES[verdict.engine].support else "", []).append(verdict.engine)
     others = shared.pop("", [])
-    told = [f"{' and '.join(engines)}: {reason}" for reason, engines in shared.items()]
-    return "; ".join([*told, *([f"the rest do not read {container}"] if others else [])])
+    reasons = [f"{' and '.join(engines)}: {reason}" for reason, engines in shared.items()]
+    return "; ".join([*reasons, *([f"the rest do not read {container}"] if others else [])])
 
 
 def check(engine: str, container: str, placed: Placed, config: Config) -> Verdict:
@@ -124,7 +124,7 @@ def check(engine: str, container: str, placed: Placed, config: Config) -> Verdic
         what = "does not read" if container in ("compressed-tensors", "gptq", "awq") else "was not seen to load"
         return _refused(engine, [f"{engine} {what} {container}: {spec.otherwise}"])
     quantized = {w: g for w, g in placed.items() if g is not None}
-    known = registry(support.models) if support.models else None
+    models = registry(support.models) if support.models else None
     reasons: list[str] = []
     if not support.everything:
         reasons += [
@@ -132,14 +132,14 @@ def check(engine: str, container: str, placed: Placed, config: Config) -> Verdic
             *_places(engine, container, support, placed, config),
             *_experts(engine, container, support, placed),
         ]
-    decoded = support.decodes and known is not None and _is_decoded(known, container, quantized, config)
-    if known and support.decodes:
-        reasons += _inputs(engine, known, quantized, config)
-    if known:
-        reasons += _stacks(engine, known, support, quantized, config)
+    decoded = support.decodes and models is not None and _is_decoded(models, container, quantized, config)
+    if models and support.decodes:
+        reasons += _inputs(engine, models, quantized, config)
+    if models:
+        reasons += _stacks(engine, models, support, quantized, config)
     if decoded:
         reasons += _decoding(engine, quantized)
-    reasons += _model(engine, known, config)
+    reasons += _model(engine, models, config)
     used = set(quantized.values())
     kernels = [k for k in support.kernels if any(_kernel(support, g) is k for g in used)]
     notes = [
@@ -186,32 +186,32 @@ def _rests_on(support: EngineSupport, quantized: Mapping[Weight, Scheme], config
     return Word.DOCUMENTED, support.source
 
 
-def _model(engine: str, known: Registry | None, config: Config) -> Iterator[str]:
+def _model(engine: str, models: Registry | None, config: Config) -> Iterator[str]:
     """What is wrong with the model, whatever its grids."""
-    if known is None:
+    if models is None:
         return
-    name = known.name_of(config)
+    name = models.name_of(config)
     if not name:
-        yield f"{engine} goes by the model's {known.by}, of which config.json says nothing: write it there"
-    elif not known.knows(config):
-        yield f"{engine} is not known to load {name}, which is not among those of {known.source}: take another engine"
+        yield f"{engine} goes by the model's {models.by}, of which config.json says nothing: write it there"
+    elif not models.knows(config):
+        yield f"{engine} is not known to load {name}, which is not among those of {models.source}: take another engine"
     else:
         decoder = decoder_of(config)
-        for setting, values in (known.settings or {}).get(name, {}).items():
+        for setting, values in (models.settings or {}).get(name, {}).items():
             if decoder.get(setting) not in values and not (decoder.get(setting) is None and setting not in decoder):
                 wanted = " or ".join("none" if v is None else str(v).lower() for v in values)
                 yield (
                     f"{engine} takes {setting} of {name} to be {wanted}, and here it is {decoder[setting]}: take "
                     "llama.cpp, or write safetensors"
                 )
-        if known.settings and (odd := _scaled(decoder)):
+        if models.settings and (odd := _scaled(decoder)):
             yield f"{engine} drops the rotary embedding's {odd} of {name}: take llama.cpp, or write safetensors"
 
 
 def _scaled(decoder: Config) -> str | None:
     """What a config says of rotary embeddings beyond their base."""
-    said = decoder.get("rope_parameters") or decoder.get("rope_scaling")
-    ropes = [r for r in (said, *said.values()) if isinstance(r, dict)] if isinstance(said, dict) else []
+    rope = decoder.get("rope_parameters") or decoder.get("rope_scaling")
+    ropes = [r for r in (rope, *rope.values()) if isinstance(r, dict)] if isinstance(rope, dict) else []
     kinds = [str(r.get("rope_type", r.get("type", "default"))) for r in ropes]
     if scaled := next((kind for kind in kinds if kind != "default"), None):
         return f"scaling '{scaled}'"
@@ -219,11 +219,11 @@ def _scaled(decoder: Config) -> str | None:
     return "partial_rotary_factor" if any(p not in (None, 1.0) for p in partial) else None
 
 
-def _is_decoded(known: Registry, container: str, quantized: Mapping[Weight, Scheme], config: Config) -> bool:
+def _is_decoded(models: Registry, container: str, quantized: Mapping[Weight, Scheme], config: Config) -> bool:
     """Whether the engine has to be asked to decode every weight as it loads."""
     packed = {s for s in set(quantized.values()) if "weight" not in CONTAINERS[container].plan(s, ANY_SHAPE)}
     asymmetric = any(is_integer(s.weight) and not s.weight.symmetric and not s.activations for s in packed)
-    return bool(asymmetric or (packed and known.name_of(config) in known.dequantized))
+    return bool(asymmetric or (packed and models.name_of(config) in models.dequantized))
 
 
 ANY_SHAPE = (256, 256)
@@ -244,10 +244,10 @@ def _decoding(engine: str, quantized: Mapping[Weight, Scheme]) -> Iterator[str]:
         )
 
 
-def _inputs(engine: str, known: Registry, quantized: Mapping[Weight, Scheme], config: Config) -> Iterator[str]:
+def _inputs(engine: str, models: Registry, quantized: Mapping[Weight, Scheme], config: Config) -> Iterator[str]:
     by_token = next((s for s in quantized.values() if re.search(r"/.*-token(-asym)?$", str(s))), None)
-    if by_token and known.name_of(config) in known.reshaped:
-        name = known.name_of(config)
+    if by_token and models.name_of(config) in models.reshaped:
+        name = models.name_of(config)
         yield (
             f"{engine} finds other scales than those of tokens where linears of {name} read reshaped inputs, unlike "
             f"{by_token}: use w8a8-static, or vllm"
@@ -255,15 +255,15 @@ def _inputs(engine: str, known: Registry, quantized: Mapping[Weight, Scheme], co
 
 
 def _stacks(
-    engine: str, known: Registry, support: EngineSupport, quantized: Mapping[Weight, Scheme], config: Config
+    engine: str, models: Registry, support: EngineSupport, quantized: Mapping[Weight, Scheme], config: Config
 ) -> Iterator[str]:
-    name, numbered = known.name_of(config), [w for w in quantized if Expert.of(w.name)]
-    if numbered and name in known.stacked:
+    name, numbered = models.name_of(config), [w for w in quantized if Expert.of(w.name)]
+    if numbered and name in models.stacked:
         yield (
             f"{engine} does not read numbered experts of {name}, such as {numbered[0].name}: keep them in 16 bits, "
             f"with {_skipping(numbered, support)}"
         )
-    if quantized and name in known.uneven:
+    if quantized and name in models.uneven:
         yield (
             f"{engine} takes the experts of {name} to be quantized with the rest, and they stay in 16 bits: use "
             "transformers or sglang"
@@ -375,11 +375,11 @@ def _places(engine: str, container: str, support: EngineSupport, placed: Placed,
         )
     heads = {w: g for w, g in placed.items() if g is not None and w.block is None}
     if odd := next((w for w, g in heads.items() if not re.fullmatch(support.heads, _name(g))), None):
-        known = f", or on {support.heads}" if support.heads else ""
+        on_others = f", or on {support.heads}" if support.heads else ""
         on = f" on {heads[odd]}" if support.heads else ""
         yield (
             f"{engine} does not load a quantized {odd.name}{on} from {container} as it is written here: keep it in "
-            f"16 bits{known}"
+            f"16 bits{on_others}"
         )
     # vLLM turns what is called .weight, as all of 8 bits is but integers under 16-bit inputs (models/gpt2.py).
     conv1d = {w.name: g for w, g in placed.items() if g and w.transposed and w.expert is None}
@@ -392,16 +392,16 @@ def _places(engine: str, container: str, support: EngineSupport, placed: Placed,
         )
     for names, grids in _siblings(placed).values():
         if support.fuses and len(set(grids)) > 1:
-            found = ", ".join(f"{n}: {g or '16 bits'}" for n, g in zip(names, grids, strict=True))
-            yield f"{engine} fuses these into one matrix, so they need one grid, or all 16 bits ({found})"
+            listed = ", ".join(f"{n}: {g or '16 bits'}" for n, g in zip(names, grids, strict=True))
+            yield f"{engine} fuses these into one matrix, so they need one grid, or all 16 bits ({listed})"
             break
-    kept = [w for w, g in placed.items() if g is None and w.block is not None]
+    unquantized = [w for w, g in placed.items() if g is None and w.block is not None]
     if support.keeps == "unfused":
-        kept = [w for w in kept if fused_set(w.name)]
-    if quantized and kept and support.keeps != "any":
+        unquantized = [w for w in unquantized if fused_set(w.name)]
+    if quantized and unquantized and support.keeps != "any":
         yield (
-            f"{engine} does not see in {container} that {kept[0].name} is kept ({len(kept)} such): quantize it, or "
-            "write compressed-tensors"
+            f"{engine} does not see in {container} that {unquantized[0].name} is kept ({len(unquantized)} such): "
+            "quantize it, or write compressed-tensors"
         )
 
 
@@ -423,16 +423,20 @@ def _experts(engine: str, container: str, support: EngineSupport, placed: Placed
         return
     main = grids.most_common(1)[0][0]
     called = {w: g for w, g in placed.items() if "experts" in w.name}
-    if not support.numbered_kept and (kept := [w for w, g in experts.items() if w.expert is None and g is None]):
-        yield f"{engine} cannot load {kept[0].name} in 16 bits beside quantized weights: quantize the experts too"
+    unquantized = [w for w, g in experts.items() if w.expert is None and g is None]
+    if unquantized and not support.numbered_kept:
+        name = unquantized[0].name
+        yield f"{engine} cannot load {name} in 16 bits beside quantized weights: quantize the experts too"
     if not support.numbered_kept and len(several := sorted({str(g) for g in called.values() if g})) > 1:
         yield f"{engine} reads all that is called experts on one grid, not {', '.join(several)}: make them one"
-    known = ["int{}{}".format(bits, "" if symmetric else "-asym") for bits, symmetric in sorted(support.experts)]
-    known += [name.removesuffix("-.*") for name in support.named_experts]
+    expert_schemes = [
+        "int{}{}".format(bits, "" if symmetric else "-asym") for bits, symmetric in sorted(support.experts)
+    ]
+    expert_schemes += [name.removesuffix("-.*") for name in support.named_experts]
     strange = {g for g in set(experts.values()) if g is not None and not _is_expert(support, g)}
     for w, g in experts.items() if strange else ():
         if w.expert is None and g in strange:
-            instead = f"use {' or '.join(known)}" if known else "keep the experts in 16 bits"
+            instead = f"use {' or '.join(expert_schemes)}" if expert_schemes else "keep the experts in 16 bits"
             yield f"{engine} is not known to load {w.name} on {g} from {container}: {instead}"
             break
     if support.base_experts and (odd := [w for w, g in experts.items() if g != main]):
@@ -443,7 +447,7 @@ def _experts(engine: str, container: str, support: EngineSupport, placed: Placed
     blocks: defaultdict[str | None, set[Scheme | None]] = defaultdict(set)
     for w, g in experts.items():
         blocks[w.block].add(g)
-    if uneven := [block for block, found in blocks.items() if len(found) > 1]:
+    if uneven := [block for block, schemes in blocks.items() if len(schemes) > 1]:
         yield f"{engine} loads the experts of {uneven[0]} as one tensor, so they need one grid, or all 16 bits"
     if support.shared_experts and (odd := _unlike_experts(placed)):
         yield f"{engine} may fuse {odd} with the experts beside it, so they need one grid, or all 16 bits"
@@ -468,8 +472,8 @@ def _siblings(placed: Placed) -> dict[tuple[str, Fused], tuple[list[str], list[S
     sets: dict[tuple[str, Fused], tuple[list[str], list[Scheme | None]]] = {}
     for weight, grid in placed.items():
         if key := fused_set(weight.name):
-            found, grids = sets.setdefault(key, ([], []))
-            found.append(weight.name)
+            names, grids = sets.setdefault(key, ([], []))
+            names.append(weight.name)
             grids.append(grid)
     return sets
 
@@ -482,14 +486,14 @@ def _split_matrices(support: EngineSupport, quantized: Mapping[Weight, Scheme]) 
         if support.fuses
         else {}
     )
-    found: dict[SplitMatrix, str] = {}
+    matrices: dict[SplitMatrix, str] = {}
     for w, scheme in quantized.items():
         if isinstance(scheme.weight, ScalarGrid):
             out, width = w.shape
-            found.setdefault(
+            matrices.setdefault(
                 SplitMatrix(scheme, bool(ROW.search(w.name)), out, width, together.get(w.name, out)), w.name
             )
-    return found
+    return matrices
 
 
 def _misfit(support: EngineSupport, matrices: Mapping[SplitMatrix, str], degree: int, tiles: bool) -> str | None:

@@ -191,9 +191,9 @@ def _planned(subject: Subject, choice: Choice, engine: str) -> tuple[Weights, Ve
     )
 
 
-def recipe_of(model: str, words: Words, engine: str) -> Recipe:
+def recipe_of(model: str, entries: Words, engine: str) -> Recipe:
     """What makes a scheme for an engine."""
-    return Recipe.of(model=model, engine=engine, **words)
+    return Recipe.of(model=model, engine=engine, **entries)
 
 
 def _degrees(subject: Subject, account: Accounting, verdict: Verdict | None) -> list[int]:
@@ -208,14 +208,14 @@ def _degrees(subject: Subject, account: Accounting, verdict: Verdict | None) -> 
 def command_of(source: str, asked: Question) -> Callable[[Words], tuple[str, str]]:
     """What is written for the words of a scheme, and what to type."""
 
-    def command(words: Words) -> tuple[str, str]:
-        grid = str(words["grid"])
+    def command(entries: Words) -> tuple[str, str]:
+        grid = str(entries["grid"])
         path = Path(source if exists(path_of(source)) else source.partition("@")[0].replace(":", "-")).expanduser()
         stem = path.stem if is_file(path) else (path if path.name else path.resolve()).name
-        form = FORMS.get(str(words.get("to")))
+        form = FORMS.get(str(entries.get("to")))
         out = f"{stem}-{grid}{form.suffix if form else ''}"
         parts = ["halfbyte", "quantize", source, "-o", out]
-        for name, value in words.items():
+        for name, value in entries.items():
             flag = f"--{name.replace('_', '-')}"
             parts += [flag] if value is True else [flag, str(value)]
         return out, shlex.join([*parts, "--engine", asked.engine])

@@ -84,8 +84,8 @@ def cache_bytes(
     paging = paging or Paging()
     total = 0.0
     for layer, count in _groups(layers, paging).items():
-        kept = context if layer.window is None else min(context, layer.window + paging.ahead)
-        tokens = -(-kept // paging.block) * paging.block
+        cached = context if layer.window is None else min(context, layer.window + paging.ahead)
+        tokens = -(-cached // paging.block) * paging.block
         of_token = layer.heads * (kind.of_head(layer.keys) + kind.of_head(layer.values)) + layer.index_bytes
         total += count * batch * (tokens * of_token + layer.state_bytes)
     return int(total)
@@ -115,8 +115,8 @@ def layers_of(config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
 def _layers(s: "ModelConfig") -> tuple[LayerCache, ...]:
     kinds = list(_kinds(s))
     shared = s.number("num_kv_shared_layers")
-    own = kinds[: len(kinds) - shared]  # the last ones read what earlier ones keep
-    return tuple(_layer(s, kind, i) for i, kind in enumerate(own))
+    caching = kinds[: len(kinds) - shared]  # the last ones read what earlier ones keep
+    return tuple(_layer(s, kind, i) for i, kind in enumerate(caching))
 
 
 class ModelConfig:
@@ -125,15 +125,15 @@ class ModelConfig:
     def __init__(self, config: Mapping[str, Any]):
         text = config.get("text_config")
         self.raw: Mapping[str, Any] = text if isinstance(text, dict) and text else config
-        self.known = _read(self.raw)
+        self.hf_config = _read(self.raw)
 
     def get(self, *names: str) -> Any:
         """The first that is said; what config.json says goes before what its family has by default."""
-        found = (self.raw.get(name) for name in names)
-        own = next((value for value in found if value is not None), None)
-        if own is not None or self.known is None:
-            return own
-        return next((value for name in names if (value := getattr(self.known, name, None)) is not None), None)
+        values = (self.raw.get(name) for name in names)
+        stated = next((value for value in values if value is not None), None)
+        if stated is not None or self.hf_config is None:
+            return stated
+        return next((value for name in names if (value := getattr(self.hf_config, name, None)) is not None), None)
 
     def number(self, *names: str, default: int = 0) -> int:
         """A whole number, the largest where layers have their own. Raises Unsupported for another value."""
@@ -184,7 +184,7 @@ def _read(raw: Mapping[str, Any]) -> Any:
 
 def _kinds(s: ModelConfig) -> Iterator[str]:
     """Of every layer, in order."""
-    said = s.get("layer_types", "layers_block_type")
+    layer_types = s.get("layer_types", "layers_block_type")
     pattern = s.raw.get("hybrid_override_pattern")
     linear = s.raw.get("linear_attn_config")
     interval = s.raw.get("full_attention_interval") or s.raw.get("full_attn_interval")
@@ -193,8 +193,8 @@ def _kinds(s: ModelConfig) -> Iterator[str]:
     elif isinstance(linear, dict) and isinstance(linear.get("full_attn_layers"), list):
         full = set(linear["full_attn_layers"])  # counted from 1
         yield from ("full_attention" if i + 1 in full else "linear_attention" for i in range(s.layers))
-    elif isinstance(said, list | tuple) and len(said) == s.layers:
-        yield from map(str, said)
+    elif isinstance(layer_types, list | tuple) and len(layer_types) == s.layers:
+        yield from map(str, layer_types)
     elif interval:
         yield from ("linear_attention" if (i + 1) % interval else "full_attention" for i in range(s.layers))
     elif s.get("mamba_d_ssm") is not None:

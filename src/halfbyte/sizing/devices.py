@@ -78,11 +78,11 @@ def devices() -> dict[str, Device]:
 def device_called(name: str) -> Device:
     """The row of a device under any spelling of its name or title. Raises UnknownName."""
     plain = _plain(name)
-    known = devices()
-    found = next((d for d in known.values() if plain in (_plain(d.name), _plain(d.title), _short(d.title))), None)
-    if found is None:
-        raise UnknownName("device", name, known)
-    return found
+    listed = devices()
+    device = next((d for d in listed.values() if plain in (_plain(d.name), _plain(d.title), _short(d.title))), None)
+    if device is None:
+        raise UnknownName("device", name, listed)
+    return device
 
 
 def unlisted(memory: str | int) -> Device:
@@ -91,15 +91,15 @@ def unlisted(memory: str | int) -> Device:
     return Device(f"{size / GIB:.4g}GiB", "a device", "unknown", "consumer", "as asked for", memory=size / GIB)
 
 
-def parse_size(words: str) -> int:
+def parse_size(text: str) -> int:
     """Bytes of a size in any unit. Raises BadRequest."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", words)
+    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
     unit = UNITS.get((match[2] or "b").lower()) if match else None
     if match is None or unit is None or match[1].count(".") > 1 or not match[1].strip("."):
-        raise BadRequest(f"'{words}' is no size; write one such as 24GiB, 16GB or 8000000000 (bytes)")
+        raise BadRequest(f"'{text}' is no size; write one such as 24GiB, 16GB or 8000000000 (bytes)")
     size = int(float(match[1]) * unit)
     if size <= 0:
-        raise BadRequest(f"'{words}' is no size; write one above 0, such as 24GiB")
+        raise BadRequest(f"'{text}' is no size; write one above 0, such as 24GiB")
     return size
 
 
@@ -118,12 +118,12 @@ def this_cpu() -> Device:
 
 
 def _nvidia() -> list[Device]:
-    found = []
+    gpus = []
     for line in _lines(FOUND_BY):
         title, _, mib = line.rpartition(",")
         if mib.strip().isdigit():
-            found.append(as_driver_says(title.strip(), int(mib) / 1024))
-    return found
+            gpus.append(as_driver_says(title.strip(), int(mib) / 1024))
+    return gpus
 
 
 def as_driver_says(title: str, gib: float) -> Device:
@@ -149,12 +149,12 @@ def _lines(command: tuple[str, ...]) -> list[str]:
 
 def _model(title: str) -> str:
     """Without maker, memory and form."""
-    words = re.sub(r"-SXM\d?|-PCIE|\bSXM\d?\b|\b\d+GB\b|\bHBM\w*|(Workstation|Server) Edition", " ", title)
-    return _short(words)
+    name = re.sub(r"-SXM\d?|-PCIE|\bSXM\d?\b|\b\d+GB\b|\bHBM\w*|(Workstation|Server) Edition", " ", title)
+    return _short(name)
 
 
-def _plain(words: str) -> str:
-    return re.sub(r"[^a-z0-9+]", "", words.lower())
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9+]", "", name.lower())
 
 
 def _short(title: str) -> str:

@@ -112,14 +112,14 @@ def recommended(
     row = fitting[0]
     cards = asked.cards if row.fits or row.fits is None else row.cards or asked.cards
     skipped = able[: able.index(row)]
-    output, words = command(row.words)
+    output, command_line = command(row.words)
     return Recommendation(
         scheme=row.scheme,
         engine=asked.engine,
         cards=cards,
         reason=_reason(row, wanted, skipped, asked, cards, budget),
         output=output,
-        command=words,
+        command=command_line,
         words=dict(row.words),
     )
 
@@ -127,12 +127,12 @@ def recommended(
 def _reason(
     row: Row, wanted: Preference, skipped: Sequence[Row], asked: Question, cards: int, budget: int | None
 ) -> str:
-    said = wanted.reasons[row.scheme]
+    reason = wanted.reasons[row.scheme]
     if budget is not None and row.memory_bytes is not None and cards == asked.cards:
         each = " of each card" if cards > 1 else ""
-        said += f"; it takes {row.memory_bytes / GIB:.3g} of {budget / GIB:.3g} GiB{each}"
+        reason += f"; it takes {row.memory_bytes / GIB:.3g} of {budget / GIB:.3g} GiB{each}"
     elif cards != asked.cards:
-        said += f"; it takes {cards} cards"
+        reason += f"; it takes {cards} cards"
     if skipped and (large := skipped[0]).memory_bytes is not None:
-        said += f", where {large.scheme} would take {large.memory_bytes / GIB:.3g}"
-    return said
+        reason += f", where {large.scheme} would take {large.memory_bytes / GIB:.3g}"
+    return reason

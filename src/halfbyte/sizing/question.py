@@ -34,8 +34,8 @@ def question(
     cache: str = "16 bits",
 ) -> Question:
     """Of words; where none is said, this machine. Raises BadRequest."""
-    found = _device(device, memory)
-    name = engine_named(engine) if engine else usual_engine(found, batch)
+    hardware = _device(device, memory)
+    name = engine_named(engine) if engine else usual_engine(hardware, batch)
     if name not in ACCOUNTINGS:
         raise BadRequest(
             f"what {name} takes of a device's memory is not known; known: {', '.join(ACCOUNTINGS)}; "
@@ -46,7 +46,7 @@ def question(
     for number, what in ((cards, "cards"), (batch, "batch"), (context, "context")):
         if number is not None and number < 1:
             raise BadRequest(f"--{what} is {number}, and has to be 1 at least")
-    return Question(name, found, cards, context, batch, TYPES[cache])
+    return Question(name, hardware, cards, context, batch, TYPES[cache])
 
 
 def _foreign(engine: str, cache: str) -> BadRequest:
@@ -60,10 +60,10 @@ def _device(name: str | None, memory: str | int | None) -> Device:
         return unlisted(memory)
     if name and name.lower() not in ("cpu", "gpu"):
         return device_called(name)
-    found = here()
+    present = here()
     if name and name.lower() == "cpu":
-        return found[-1]
-    return found[0]
+        return present[-1]
+    return present[0]
 
 
 def usual_engine(device: Device, batch: int) -> str:
@@ -73,7 +73,7 @@ def usual_engine(device: Device, batch: int) -> str:
     return "vllm" if serves or many else "llama.cpp"
 
 
-def of_words(words: str) -> tuple[str, str | None]:
+def of_words(target: str) -> tuple[str, str | None]:
     """Engine and device of ENGINE or ENGINE@DEVICE, as `--for` has it."""
-    engine, _, device = words.partition("@")
+    engine, _, device = target.partition("@")
     return engine, device or None

@@ -73,7 +73,7 @@ def resources(
         import_module("halfbyte.models.walk")  # Transformers' models, so that the process has them when it is asked
     placement = Placement.on(device, scratch)
     tensors, beside = sum(shard.size_bytes for shard in shards.values()), plan.checkpoint.other_files
-    known = Resources(
+    needed = Resources(
         memory_bytes=max(peak, psutil.Process().memory_info().rss + KERNELS + _taken(plan, placement)),
         device_bytes=None if placement.is_host else _on_device(plan, placement),
         disk_bytes=tensors
@@ -83,7 +83,7 @@ def resources(
     )
     left = duration.seconds(plan, tensors, device, scratch)  # after memory, of which it takes some that a run takes too
     whole = None if left is None else round(time.perf_counter() - started + left, 2)
-    return known.model_copy(update={"seconds": whole})
+    return needed.model_copy(update={"seconds": whole})
 
 
 def _on_device(plan: Plan, placement: Placement) -> int:
@@ -122,21 +122,27 @@ def _spilled(plan: Plan, placement: Placement) -> int:
     return hidden if placement.of_hidden(hidden) == "files" else 0
 
 
-def _with_calibration(plan: Plan, placement: Placement, known: DeviceMemory) -> int:
+def _with_calibration(plan: Plan, placement: Placement, on_device: DeviceMemory) -> int:
     """Bytes of the host: all of a pass where it computes, else what is kept and written there."""
     asked = plan.recipe.calibration
     hidden = hidden_bytes(plan.checkpoint, asked.samples, asked.length, plan.method.full_precision)
-    kept = hidden if placement.of_hidden(hidden) != "device" else 0
+    on_host = hidden if placement.of_hidden(hidden) != "device" else 0
     if not kind_of(placement.device).is_host:
-        return kept + 2 * known.block + CODE * _largest(plan)
-    begins = known.outside + known.hidden
+        return on_host + 2 * on_device.block + CODE * _largest(plan)
+    begins = on_device.outside + on_device.hidden
     blocks: dict[str | None, list[Sequence[Weight]]] = defaultdict(list)
     for group in plan.fused_groups:
         blocks[group[0].block].append(group)
-    solving = max((_solving(plan, own, known.statistics) for block, own in blocks.items() if block), default=0)
-    collecting = known.statistics + known.running
-    tried = known.block if "smoothquant" in plan.method.transforms else 0
-    return known.block + kept + max(begins, known.hidden + max(collecting, solving, tried + known.statistics))
+    solving = max(
+        (_solving(plan, groups, on_device.statistics) for block, groups in blocks.items() if block), default=0
+    )
+    collecting = on_device.statistics + on_device.running
+    tried = on_device.block if "smoothquant" in plan.method.transforms else 0
+    return (
+        on_device.block
+        + on_host
+        + max(begins, on_device.hidden + max(collecting, solving, tried + on_device.statistics))
+    )
 
 
 def _solving(plan: Plan, groups: Sequence[Sequence[Weight]], budget: int) -> int:
@@ -147,7 +153,7 @@ def _solving(plan: Plan, groups: Sequence[Sequence[Weight]], budget: int) -> int
     for weight in chain(*groups):
         left[reading_group(weight)].append(weight)
     most = codes = 0
-    waiting = sum(Statistics.size_bytes(own[0].shape[1], drift) for own in left.values())
+    waiting = sum(Statistics.size_bytes(weights[0].shape[1], drift) for weights in left.values())
     factored = plan.method.solver in FACTORING
     for group in groups:
         matrix, width = sum(prod(weight.shape) for weight in group), group[0].shape[1]
@@ -255,15 +261,15 @@ def _instead(plan: Plan, device: torch.device, free: int) -> str:
         f"--samples {n}": plan.recipe.model_copy(update={"calibration": asked.model_copy(update={"samples": n})})
         for n in fewer
     }
-    tried = {words: replace(plan, recipe=recipe) for words, recipe in less.items()}
+    tried = {option: replace(plan, recipe=recipe) for option, recipe in less.items()}
     if plan.method.calibrated:
         tried["--method nearest"] = replace(plan, method=method_named("nearest"))
     placement = Placement.on(device, plan.checkpoint.path)
-    fits = {words: of for words, other in tried.items() if (of := KERNELS + _taken(other, placement)) <= free}
+    fits = {option: of for option, other in tried.items() if (of := KERNELS + _taken(other, placement)) <= free}
     if not fits:
         return "close other programs, or take a machine with more"
-    words = next(iter(fits))
-    return f"{words} would take {size(fits[words])}"
+    option = next(iter(fits))
+    return f"{option} would take {size(fits[option])}"
 
 
 def _files(folder: Path) -> int:
