@@ -405,7 +405,7 @@ def verify(run: Run) -> None:
 
     def read_again(name: str) -> list[str]:
         if name not in schemes:
-            return [digest(run.checkpoint_writer.kept(entries, name))]
+            return [digest(run.checkpoint_writer.read_unquantized(entries, name))]
         weight, scheme = schemes[name]
         chunks = run.row_chunks(weight) if len(run.digests[name]) > 1 else [weight]
         return [digest(run.checkpoint_writer.unpack(entries, chunk, scheme)) for chunk in chunks]

@@ -94,7 +94,7 @@ class Run:
         value = cast(tensor, value, self.plan.spec(tensor).dtype, self.plan.wider)
         if self.plan.unquantized[tensor] != SKIPPED:
             require_finite(tensor, value)
-        parts = list(self.checkpoint_writer.keep(tensor, value))
+        parts = list(self.checkpoint_writer.pack_unquantized(tensor, value))
         self.digests[tensor] = [digest([part.tensor for part in parts])]
         for part in parts:
             self.folder.write(*part)

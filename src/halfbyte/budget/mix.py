@@ -148,7 +148,7 @@ def _named(recipe: Recipe, plan: Plan, undecided: Sequence[Unit], names: Sequenc
             whole = in_unit[_pattern(weight)] == alike[_pattern(weight)]
             others[_pattern(weight) if whole else weight.name] = name
     stay = {c.weight.name: KEEP for c in plan.weights if not c.scheme and c.note not in (SKIPPED, AS_ASKED, HEAD)}
-    one_for_all = {"pure": True} if "pure" in plan.target.words else {}
+    one_for_all = {"pure": True} if "pure" in plan.target.recipe_fields else {}
     return recipe.model_copy(
         update={
             "grid": base,

@@ -17,8 +17,8 @@ OF_SOME = ("pure", "pre")
 def completed(recipe: Recipe, target: Target) -> Recipe:
     """With what the target implies. Raises BadRequest for what it has no use for."""
     for word in OF_SOME:
-        if getattr(recipe, word) and word not in target.words:
-            taker = next(other for other in TARGETS.values() if word in other.words)
+        if getattr(recipe, word) and word not in target.recipe_fields:
+            taker = next(other for other in TARGETS.values() if word in other.recipe_fields)
             raise BadRequest(
                 f"{word} is for {taker.title}, and this is to be {target.name}; leave it out, "
                 f"or write one with --to {taker.name}"

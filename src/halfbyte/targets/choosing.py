@@ -19,7 +19,7 @@ from halfbyte.models.weight import Weight
 from halfbyte.recipe import Method, Recipe
 from halfbyte.targets.constraints import EACH, Rule
 from halfbyte.targets.patterns import first_match
-from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan, TensorPlan, keep
+from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan, TensorPlan, unquantized_tensors
 
 if TYPE_CHECKING:
     from halfbyte.targets.target import Target
@@ -51,15 +51,15 @@ def quantizing(target: "Target", recipe: Recipe, checkpoint: Checkpoint, method:
         if c.scheme and c.weight.tensor in apart.expert_slices
     }
     checkpoint = experts.restacked(apart, whole)
-    known = {c.weight: c for c in choices}
-    choices = [known.get(w) or TensorPlan(w, None, notes[w.tensor]) for w in checkpoint.weights()]
-    return Plan(recipe, checkpoint, target, method, tuple(choices), keep(checkpoint, choices))
+    planned = {c.weight: c for c in choices}
+    choices = [planned.get(w) or TensorPlan(w, None, notes[w.tensor]) for w in checkpoint.weights()]
+    return Plan(recipe, checkpoint, target, method, tuple(choices), unquantized_tensors(checkpoint, choices))
 
 
 def _choose(target: "Target", checkpoint: Checkpoint, recipe: Recipe) -> list[TensorPlan]:
     """A scheme for every weight. Raises for patterns that match nothing and for shapes that no fallback fits."""
     scheme = schemes.parse(recipe.grid)
-    overrides = {p: None if words == "keep" else schemes.parse(words) for p, words in recipe.override.items()}
+    overrides = {p: None if name == "keep" else schemes.parse(name) for p, name in recipe.override.items()}
     weights = list(checkpoint.weights())
     if not [w for w in weights if w.block]:
         raise Unsupported(f"{checkpoint.path} has no matrix in numbered blocks to quantize")
@@ -96,19 +96,19 @@ def _of_preset(
 ) -> dict[Weight, TensorPlan]:
     """What becomes of the weights that the recipe's preset gives another scheme than most."""
     by_name = {weight.name: weight for weight in weights}
-    found = {}
+    plans = {}
     for name, wanted in schemes.of_others(recipe.grid, by_name).items():
         weight = by_name[name]
         resolved = wanted and target.resolve(wanted, checkpoint.dtype)
         if weight.block is None and "head" in recipe.model_fields_set and not recipe.head:
-            found[weight] = TensorPlan(weight, None, HEAD)
+            plans[weight] = TensorPlan(weight, None, HEAD)
         elif weight.block is None and resolved and not takes_head(recipe.engine, target.name, resolved):
-            found[weight] = TensorPlan(weight, None, f"the head, which {recipe.engine} does not load on {resolved}")
+            plans[weight] = TensorPlan(weight, None, f"the head, which {recipe.engine} does not load on {resolved}")
         elif resolved:
-            found[weight] = _fit(weight, resolved, target, bool(recipe.smaller_groups))
+            plans[weight] = _fit(weight, resolved, target, bool(recipe.smaller_groups))
         else:
-            found[weight] = TensorPlan(weight, None, f"in 16 bits, as {recipe.grid} has it")
-    return found
+            plans[weight] = TensorPlan(weight, None, f"in 16 bits, as {recipe.grid} has it")
+    return plans
 
 
 def _fit(weight: Weight, scheme: Scheme, target: "Target", smaller_groups: bool, note: str = "") -> TensorPlan:
@@ -165,23 +165,23 @@ def _transcode(
     """As it is, or rounded to what is asked for; and the version of the target that holds it all."""
     choices: list[TensorPlan] = []
     for weight in weights:
-        own, q = checkpoint.quantized[weight.name][0], checkpoint.read_quantized(weight.name)
+        scheme, q = checkpoint.quantized[weight.name][0], checkpoint.read_quantized(weight.name)
         if roles.EMBEDDING.match(weight.tensor):
             choices.append(TensorPlan(weight, None, "the embedding, which is looked up and not multiplied: in 16 bits"))
         elif same := _held(target, q):
             target = target.for_tensor(same)
             note = (
-                f"{own.activations} inputs stay in 16 bits, which is all that {target.name} has"
-                if own.activations and not same.activations
+                f"{scheme.activations} inputs stay in 16 bits, which is all that {target.name} has"
+                if scheme.activations and not same.activations
                 else ""
             )
             choices.append(TensorPlan(weight, same.scheme, note))
-        elif weight.block is None and not is_integer(own.weight):
+        elif weight.block is None and not is_integer(scheme.weight):
             choices.append(TensorPlan(weight, None, "the head, which engines want in 16 bits"))
         else:
             try:
-                wanted = target.resolve(schemes.parse(grid) if grid else own, checkpoint.dtype)
-                if wanted.activations and wanted.activations.static and wanted.activations != own.activations:
+                wanted = target.resolve(schemes.parse(grid) if grid else scheme, checkpoint.dtype)
+                if wanted.activations and wanted.activations.static and wanted.activations != scheme.activations:
                     raise Unsupported(
                         f"{wanted.activations} inputs have a stored scale, which calibration finds: "
                         "halfbyte quantize the original instead"
@@ -192,11 +192,11 @@ def _transcode(
                         wanted,
                         target,
                         not grid,
-                        f"{target.name} does not hold {own} value for value: rounded again",
+                        f"{target.name} does not hold {scheme} value for value: rounded again",
                     )
                 )
             except Unsupported as error:
-                like = None if grid else _like(own, target, {w.shape for w in weights if w.block})
+                like = None if grid else _like(scheme, target, {w.shape for w in weights if w.block})
                 again = f"; to round it again, name what it should be, such as --grid {like}" if like else ""
                 hint = "" if grid else f"{again}; in 16 bits: halfbyte dequantize {checkpoint.path} -o OUT"
                 raise Unsupported(f"{error}{hint}") from None
@@ -204,7 +204,7 @@ def _transcode(
     return choices, target
 
 
-def _like(own: Scheme, target: "Target", shapes: Collection[Shape]) -> str | None:
+def _like(scheme: Scheme, target: "Target", shapes: Collection[Shape]) -> str | None:
     """The grid of a target that people use in place of one that it does not hold: as wide or the next wider, with a
     scale for each 128 weights, or what comes nearest to that. None where it holds no matrix of these shapes."""
 
@@ -223,7 +223,7 @@ def _like(own: Scheme, target: "Target", shapes: Collection[Shape]) -> str | Non
         beyond = grids.GRIDS[name].bits(USUAL_SHAPE) - (bits + SCALE_BITS)
         return bits < wanted, abs(bits - wanted), beyond < 0, name.endswith("-asym"), abs(beyond)
 
-    wanted = _width(str(own.weight))
+    wanted = _width(str(scheme.weight))
     return min(filter(holds, grids.GRIDS), key=distance, default=None)
 
 
@@ -249,6 +249,6 @@ def require_ties(target: "Target", checkpoint: Checkpoint, choices: list[TensorP
     broken = next((group for group in target.ties(checkpoint, list(chosen)) if not group.is_kept(chosen)), None)
     if broken is None:
         return
-    found = {chosen[weight] for weight in broken.weights} - ({None} if broken.rule is Rule.ONE_SCHEME else set())
-    named = sorted(target.grid_name(scheme) if scheme else "16 bits" for scheme in found)
+    conflicting = {chosen[weight] for weight in broken.weights} - ({None} if broken.rule is Rule.ONE_SCHEME else set())
+    named = sorted(target.grid_name(scheme) if scheme else "16 bits" for scheme in conflicting)
     raise Unsupported(broken.reason.replace(EACH, ", ".join(named)))

@@ -35,10 +35,10 @@ class TiedGroup:
 
     def is_kept(self, schemes: Schemes) -> bool:
         """Whether the rule holds."""
-        found = {schemes.get(weight) for weight in self.weights}
+        distinct = {schemes.get(weight) for weight in self.weights}
         if self.rule is Rule.ALL_OR_NONE:
-            return None not in found or len(found) == 1
-        return len(found - {None} if self.rule is Rule.ONE_SCHEME else found) <= 1
+            return None not in distinct or len(distinct) == 1
+        return len(distinct - {None} if self.rule is Rule.ONE_SCHEME else distinct) <= 1
 
 
 def tied_by(
@@ -47,9 +47,13 @@ def tied_by(
     """Groups of weights with the same key; those whose key is None are free. `reason` may name the {key}."""
     groups: dict[Hashable, list[Weight]] = {}
     for weight in weights:
-        if (known := key(weight)) is not None:
-            groups.setdefault(known, []).append(weight)
-    return [TiedGroup(tuple(own), rule, reason.format(key=known)) for known, own in groups.items() if len(own) > 1]
+        if (shared := key(weight)) is not None:
+            groups.setdefault(shared, []).append(weight)
+    return [
+        TiedGroup(tuple(members), rule, reason.format(key=shared))
+        for shared, members in groups.items()
+        if len(members) > 1
+    ]
 
 
 def stacks(weights: Iterable[Weight]) -> list[TiedGroup]:

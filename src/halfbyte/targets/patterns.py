@@ -18,16 +18,16 @@ WILD = re.compile(r"\[!?.[^]]*\]|[*?[]")
 class Pattern(NamedTuple):
     """One pattern, ready to be asked of very many weights."""
 
-    words: str
+    text: str
     literal: str
     """A part of every name that it matches: one search for it spares most names the expression."""
     expression: re.Pattern[str]
 
     @classmethod
-    def of(cls, words: str) -> "Pattern":
+    def of(cls, text: str) -> "Pattern":
         """A pattern with * and ?, made ready."""
-        literal = max(WILD.split(words), key=len)
-        return cls(words, literal, re.compile(rf"(?s:.*\.)?{fnmatch.translate(words)}"))
+        literal = max(WILD.split(text), key=len)
+        return cls(text, literal, re.compile(rf"(?s:.*\.)?{fnmatch.translate(text)}"))
 
     def among(self, names: Mapping[Weight, str]) -> list[Weight]:
         """Those that are called so, by their modules or by their tensors: both names, in a line each."""
@@ -39,12 +39,12 @@ class Pattern(NamedTuple):
 def first_match(weights: Iterable[Weight], table: Mapping[str, Value]) -> dict[Weight, Value]:
     """By weight the value of the first pattern that matches. Raises BadRequest for a pattern that matches none."""
     names = {weight: f"{weight.name}\n{weight.tensor}" for weight in weights} if table else {}
-    found: dict[Weight, Value] = {}
-    for words, value in table.items():
-        matching = Pattern.of(words).among(names)
+    matched: dict[Weight, Value] = {}
+    for pattern, value in table.items():
+        matching = Pattern.of(pattern).among(names)
         if not matching:
             example = next(w.name for w in names if w.block)
-            raise BadRequest(f"pattern '{words}' matches no weight; they are called like {example}")
+            raise BadRequest(f"pattern '{pattern}' matches no weight; they are called like {example}")
         for weight in matching:
-            found.setdefault(weight, value)
-    return found
+            matched.setdefault(weight, value)
+    return matched

@@ -104,7 +104,7 @@ class Plan:
         return self.method.calibrated or any(s.activations and s.activations.static for s in self.schemes.values())
 
 
-def keep(checkpoint: Checkpoint, choices: list[TensorPlan]) -> dict[str, str]:
+def unquantized_tensors(checkpoint: Checkpoint, choices: list[TensorPlan]) -> dict[str, str]:
     """Every tensor that is not quantized, with the reason."""
     quantized = {c.weight.tensor for c in choices if c.scheme}
     reasons = {c.weight.tensor: c.note for c in choices if not c.scheme}
@@ -119,17 +119,18 @@ def keep(checkpoint: Checkpoint, choices: list[TensorPlan]) -> dict[str, str]:
 def doubts(checkpoint: Checkpoint) -> list[str]:
     """What is to be known of how linears were told from other tensors."""
     linears, others, unasked = checkpoint.linears
-    found = [unasked] if unasked else []
-    kept, taken = (sum(prod(checkpoint.spec(t).shape) for t in tensors) for tensors in (others, linears))
-    if kept > NOTED * (kept + taken):
+    notes = [unasked] if unasked else []
+    unquantized, taken = (sum(prod(checkpoint.spec(t).shape) for t in tensors) for tensors in (others, linears))
+    if unquantized > NOTED * (unquantized + taken):
         first, reason = next(iter(others.items()))
-        found.append(
-            f"{100 * kept / (kept + taken):.0f}% of the weights in blocks stay as they are, such as '{first}': {reason}"
+        notes.append(
+            f"{100 * unquantized / (unquantized + taken):.0f}% of the weights in blocks stay as they are, "
+            f"such as '{first}': {reason}"
         )
-    return found
+    return notes
 
 
-def commonest_name(found: Mapping[str, tuple[Scheme, tuple[int, ...]]]) -> str:
+def commonest_name(quantized: Mapping[str, tuple[Scheme, tuple[int, ...]]]) -> str:
     """What the scheme of most modules is called."""
-    names = [str(scheme) for scheme, _ in found.values()]
+    names = [str(scheme) for scheme, _ in quantized.values()]
     return max(set(names), key=names.count) if names else "no weights"

@@ -30,7 +30,7 @@ class Target(ABC):
 
     marks: ClassVar[tuple[str, ...]] = ()
     """Files, as patterns, by which a folder of it is known."""
-    words: ClassVar[frozenset[str]] = frozenset()
+    recipe_fields: ClassVar[frozenset[str]] = frozenset()
     """Entries of a recipe that mean something to this target alone."""
     default_grid: ClassVar[str | None] = None
     """Where no grid is named; None: that of every recipe."""
@@ -174,18 +174,18 @@ class CheckpointWriter(ABC):
 
     def tensors(self) -> dict[str, Spec]:
         """Every tensor of the output, in the order of the source."""
-        plan, found = self.plan, dict[str, Spec]()
+        plan, tensors = self.plan, dict[str, Spec]()
         by_tensor: dict[str, list[Weight]] = {}
         specs_of = cache(plan.target.specs)  # of a mixture's thousands of matrices that are alike
         for weight in plan.schemes:
             by_tensor.setdefault(weight.tensor, []).append(weight)
         for tensor in plan.checkpoint.tensors():
             if tensor in plan.unquantized:
-                found[tensor] = plan.spec(tensor)
+                tensors[tensor] = plan.spec(tensor)
             for weight in by_tensor.get(tensor, []):
                 specs = specs_of(plan.schemes[weight], weight.shape)
-                found.update({f"{weight.name}.{suffix}": spec for suffix, spec in specs.items()})
-        return {**found, **plan.scales}
+                tensors.update({f"{weight.name}.{suffix}": spec for suffix, spec in specs.items()})
+        return {**tensors, **plan.scales}
 
     @abstractmethod
     def shards(self, stem: str) -> dict[str, Shard]:
@@ -207,16 +207,16 @@ class CheckpointWriter(ABC):
         tensors = {suffix: entries[f"{weight.name}.{suffix}"].read() for suffix in suffixes}
         return self.plan.target.unpack(tensors, scheme, weight.shape)
 
-    def keep(self, tensor: str, value: Tensor) -> Iterator[TensorRows]:
+    def pack_unquantized(self, tensor: str, value: Tensor) -> Iterator[TensorRows]:
         """What is written of a tensor that is not quantized."""
         yield TensorRows(tensor, value)
 
-    def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
-        """What `keep` wrote, from a file."""
+    def read_unquantized(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
+        """What `pack_unquantized` wrote, from a file."""
         return [entries[tensor].read()]
 
     def restored(self, entries: Mapping[str, Entry], tensor: str) -> Tensor:
-        """The value that `keep` was given, from a file."""
+        """The value that `pack_unquantized` was given, from a file."""
         return entries[tensor].read()
 
     def entry_file(self, stem: str) -> str | None:

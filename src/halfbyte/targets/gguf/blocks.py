@@ -99,11 +99,11 @@ def with_minimum(q: Quantized) -> Quantized | None:
 @cache
 def type_of(grid: Grid) -> str:
     """ggml's name of a grid. Raises Unsupported."""
-    known = grid.with_scale("fp16") if is_integer(grid) else grid
-    if known not in TYPE_OF:
+    stored_grid = grid.with_scale("fp16") if is_integer(grid) else grid
+    if stored_grid not in TYPE_OF:
         types = (f"{name} (the grid {OTHERWISE[name]})" if name in OTHERWISE else name for name in LAYOUTS)
         raise Unsupported(f"gguf has no type for {grid}; it has {', '.join(types)}")
-    return TYPE_OF[known]
+    return TYPE_OF[stored_grid]
 
 
 def layout_of(grid: Grid, width: int) -> BlockLayout:

@@ -94,9 +94,9 @@ def require_tokenizer(metadata: Mapping[str, Value], special: Collection[str]) -
     texts = [
         text
         for key in ("ggml.model", "ggml.pre", "chat_template", "chat_templates", "ggml.merges")
-        for found in [get(key)]
-        if found is not None
-        for text in (found if isinstance(found, list) else [found])
+        for entry in [get(key)]
+        if entry is not None
+        for text in (entry if isinstance(entry, list) else [entry])
     ]
     if half := next((text for text in (*tokens, *texts) if not text.isascii() and _is_broken(text)), None):
         raise BadCheckpoint(

@@ -49,8 +49,8 @@ def unanswered(s: Any, checked: Collection[str]) -> Iterator[tuple[str, Any]]:
     if isinstance(s, SimpleNamespace):
         return  # out of a table that knows every entry
     default = type(s)().to_dict()
-    own = {*default} - {*checked} - SAID - IDLE - set(s.attribute_map)
-    own -= {alias for name, alias in s.attribute_map.items() if name in SAID | IDLE}
-    for name in sorted(own):
+    unchecked = {*default} - {*checked} - SAID - IDLE - set(s.attribute_map)
+    unchecked -= {alias for name, alias in s.attribute_map.items() if name in SAID | IDLE}
+    for name in sorted(unchecked):
         if getattr(s, name, default[name]) != default[name]:
             yield name, getattr(s, name)

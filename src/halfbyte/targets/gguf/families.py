@@ -31,33 +31,33 @@ the upper and the lower half of the rows. {e} is the number of an expert."""
 Rows = Int64[Tensor, "rows"]
 
 
-def _known(*names: str) -> Names:
+def _same_names(*names: str) -> Names:
     """Names that gguf's table has."""
     return {name: name for name in names}
 
 
-OUTSIDE = _known("embed_tokens", "norm", "lm_head")
+OUTSIDE = _same_names("embed_tokens", "norm", "lm_head")
 HEADS = ("lm_head", "embed_out")
 """Which gguf's table has only for families whose heads are not always the embedding."""
-ATTENTION = _known("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-HEAD_NORMS = _known("self_attn.q_norm", "self_attn.k_norm")
-GATED = _known("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-NORMS = _known("input_layernorm", "post_attention_layernorm")
-LATER_NORMS = _known("post_attention_layernorm", "post_feedforward_layernorm")
-SANDWICH = _known(
+ATTENTION = _same_names("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+HEAD_NORMS = _same_names("self_attn.q_norm", "self_attn.k_norm")
+GATED = _same_names("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+NORMS = _same_names("input_layernorm", "post_attention_layernorm")
+LATER_NORMS = _same_names("post_attention_layernorm", "post_feedforward_layernorm")
+SANDWICH = _same_names(
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 )
 LLAMA: Names = {**ATTENTION, **NORMS, **GATED}
 EXPERT_PARTS = ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj", "mlp.experts.{e}.down_proj")
 GATE_AND_UP = EXPERT_PARTS[:2]
 EXPERTS: Names = {
-    **_known("mlp.gate", *EXPERT_PARTS),
+    **_same_names("mlp.gate", *EXPERT_PARTS),
     "mlp.experts.{e}.gate_up_proj": GATE_AND_UP,
     "mlp.experts.gate_up_proj": GATE_AND_UP,
     "mlp.experts.down_proj": "mlp.experts.{e}.down_proj",
 }
 MIXTRAL_EXPERTS: Names = {
-    **_known("block_sparse_moe.gate", *(f"block_sparse_moe.experts.{{e}}.w{part}" for part in (1, 3, 2))),
+    **_same_names("block_sparse_moe.gate", *(f"block_sparse_moe.experts.{{e}}.w{part}" for part in (1, 3, 2))),
     **EXPERTS,
 }
 GRANITE_EXPERTS: Names = {
@@ -65,27 +65,27 @@ GRANITE_EXPERTS: Names = {
     "block_sparse_moe.router": "block_sparse_moe.router.layer",
     "block_sparse_moe.input_linear": GATE_AND_UP,
     "block_sparse_moe.output_linear": "block_sparse_moe.output_linear",
-    **{name.replace("mlp", "block_sparse_moe"): known for name, known in EXPERTS.items()},
-    **_known(*(f"block_sparse_moe.experts.{{e}}.w{part}" for part in (1, 3, 2))),
+    **{name.replace("mlp", "block_sparse_moe"): table_name for name, table_name in EXPERTS.items()},
+    **_same_names(*(f"block_sparse_moe.experts.{{e}}.w{part}" for part in (1, 3, 2))),
 }
 GPT_OSS: Names = {
-    **_known("input_layernorm"),
+    **_same_names("input_layernorm"),
     **ATTENTION,
-    **_known("self_attn.sinks", "post_attention_layernorm", "mlp.router"),
+    **_same_names("self_attn.sinks", "post_attention_layernorm", "mlp.router"),
     "mlp.experts.gate_up_proj": GATE_AND_UP,
     "mlp.experts.down_proj": "mlp.experts.{e}.down_proj",
     "mlp.experts.{e}.gate_up_proj": GATE_AND_UP,
     "mlp.experts.{e}.down_proj": "mlp.experts.{e}.down_proj",
 }
-SHARED_EXPERT = _known(
+SHARED_EXPERT = _same_names(
     "mlp.shared_expert_gate",
     "mlp.shared_expert.gate_proj",
     "mlp.shared_expert.up_proj",
     "mlp.shared_expert.down_proj",
 )
-GPT2 = _known("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-GPT2_OUTSIDE = _known("wte", "wpe", "ln_f", "lm_head")
-NEOX = _known(
+GPT2 = _same_names("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+GPT2_OUTSIDE = _same_names("wte", "wpe", "ln_f", "lm_head")
+NEOX = _same_names(
     "input_layernorm",
     "attention.query_key_value",
     "attention.dense",
@@ -93,7 +93,7 @@ NEOX = _known(
     "mlp.dense_h_to_4h",
     "mlp.dense_4h_to_h",
 )
-FALCON = _known(
+FALCON = _same_names(
     "input_layernorm",
     "ln_mlp",
     "ln_attn",
@@ -102,7 +102,7 @@ FALCON = _known(
     "mlp.dense_h_to_4h",
     "mlp.dense_4h_to_h",
 )
-PHI3 = _known(
+PHI3 = _same_names(
     "input_layernorm",
     "self_attn.qkv_proj",
     "self_attn.o_proj",
@@ -190,17 +190,21 @@ class Family:
     @cached_property
     def block_names(self) -> Names:
         """ggml's names of a block's tensors, without its number."""
-        return {name: self._in_ggml(known, f"{''.join(self.stem)}.0.") for name, known in self.block.items()}
+        return {name: self._in_ggml(table_name, f"{''.join(self.stem)}.0.") for name, table_name in self.block.items()}
 
     @cached_property
     def outside_names(self) -> Names:
         """ggml's names of all others."""
-        return {name: self._in_ggml(known, self.stem[0]) for name, known in self.outside.items()}
+        return {name: self._in_ggml(table_name, self.stem[0]) for name, table_name in self.outside.items()}
 
-    def _in_ggml(self, known: str | tuple[str, str], home: str) -> str | tuple[str, str]:
-        if isinstance(known, tuple):
-            return ggml_name(self.arch, f"{home}{known[0]}"), ggml_name(self.arch, f"{home}{known[1]}")
-        return gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.OUTPUT] if known in HEADS else ggml_name(self.arch, f"{home}{known}")
+    def _in_ggml(self, table_name: str | tuple[str, str], home: str) -> str | tuple[str, str]:
+        if isinstance(table_name, tuple):
+            return ggml_name(self.arch, f"{home}{table_name[0]}"), ggml_name(self.arch, f"{home}{table_name[1]}")
+        return (
+            gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.OUTPUT]
+            if table_name in HEADS
+            else ggml_name(self.arch, f"{home}{table_name}")
+        )
 
 
 @cache
@@ -350,7 +354,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "starcoder2": Family(
         "starcoder2",
-        {**ATTENTION, **NORMS, **_known("mlp.c_fc", "mlp.c_proj")},
+        {**ATTENTION, **NORMS, **_same_names("mlp.c_fc", "mlp.c_proj")},
         loses_window=True,
         assumed={"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
     ),
@@ -360,7 +364,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         "gptneox",
         NEOX,
-        _known("embed_in", "final_layer_norm", *HEADS[::-1]),
+        _same_names("embed_in", "final_layer_norm", *HEADS[::-1]),
         ("gpt_neox.", "layers"),
         rows={"attn_qkv": _thirds},
         own_head=True,
@@ -370,7 +374,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family(
         "falcon",
         FALCON,
-        _known("word_embeddings", "ln_f", "lm_head"),
+        _same_names("word_embeddings", "ln_f", "lm_head"),
         ("transformer.", "h"),
         rows={"attn_qkv": _groups},
         beside={"ln_mlp": "attn_norm_2"},
@@ -378,7 +382,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "cohere": Family(
         "command-r",
-        {**_known("input_layernorm"), **ATTENTION, **GATED},
+        {**_same_names("input_layernorm"), **ATTENTION, **GATED},
         assumed={"use_qk_norm": False, "tie_word_embeddings": True, **UNBIASED},
     ),
 }
@@ -438,14 +442,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
     for name, wanted in family.assumed.items():
         wanted = wanted(s) if callable(wanted) else wanted
         if getattr(s, name, None) not in wanted if isinstance(wanted, tuple) else getattr(s, name, wanted) != wanted:
-            known = " or ".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
+            expected = " or ".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
             raise Unsupported(
-                f"llama.cpp computes '{family.arch}' with {name} = {known}, but config.json says {getattr(s, name)}: "
-                "a GGUF of it would go wrong"
+                f"llama.cpp computes '{family.arch}' with {name} = {expected}, but config.json says "
+                f"{getattr(s, name)}: a GGUF of it would go wrong"
             )
-    if found := next(unanswered(s, family.assumed), None):
+    if entry := next(unanswered(s, family.assumed), None):
         raise Unsupported(
-            f"config.json says {found[0]} = {found[1]}, and what llama.cpp's '{family.arch}' makes of that is not "
+            f"config.json says {entry[0]} = {entry[1]}, and what llama.cpp's '{family.arch}' makes of that is not "
             "known: a GGUF of it might go wrong"
         )
     _require_ropes(family, s)
@@ -462,13 +466,13 @@ def _require_ropes(family: Family, s: Any) -> None:
             f"llama.cpp computes '{family.arch}' without rotary scaling of type '{kind}'; it has "
             f"{', '.join(family.ropes)}"
         )
-    for name, known in (
+    for name, fixed in (
         ("beta_fast", 32),
         ("beta_slow", 1),
     ):  # which it reads from its command line, and from files of one other architecture
-        if kind == "yarn" and (said := rope_of(s).get(name) or known) != known:
+        if kind == "yarn" and (configured := rope_of(s).get(name) or fixed) != fixed:
             raise Unsupported(
-                f"llama.cpp computes yarn with {name} = {known} alone, and config.json says {said}: a GGUF of it "
+                f"llama.cpp computes yarn with {name} = {fixed} alone, and config.json says {configured}: a GGUF of it "
                 "would go wrong"
             )
     if sliding.get("rope_type", "default") != "default":
@@ -496,8 +500,8 @@ def family_named(arch: str, experts: int = 0, windowed: bool = False) -> tuple[s
 
     Raises Unsupported for one that is in no row.
     """
-    found = [(kind, family) for kind, family in FAMILIES.items() if family.arch == arch]
-    if not found:
+    candidates = [(kind, family) for kind, family in FAMILIES.items() if family.arch == arch]
+    if not candidates:
         raise Unsupported(
             f"a GGUF of '{arch}' is not read yet; known are "
             f"{', '.join(dict.fromkeys(f.arch for f in FAMILIES.values()))}"
@@ -509,7 +513,7 @@ def family_named(arch: str, experts: int = 0, windowed: bool = False) -> tuple[s
         )
         return sparse == bool(experts), family.windowed == windowed
 
-    return max(found, key=lambda named: alike(named[1]))
+    return max(candidates, key=lambda named: alike(named[1]))
 
 
 def rope_of(s: Any) -> dict[str, Any]:
@@ -553,7 +557,7 @@ class TensorNameMap:
         self.has_head = any(re.search(r"(lm_head|embed_out)\.weight$", name) for name in shapes)
         self.tied = bool(self.settings.tie_word_embeddings) or not self.has_head
         self._reasons: dict[str, str | None] = {}
-        self._known: dict[str, tuple[MappedTensor, ...]] = {}
+        self._mapped_tensors: dict[str, tuple[MappedTensor, ...]] = {}
 
     def dropped(self, tensor: str) -> str | None:
         """Why the GGUF has no such tensor; None if it has."""
@@ -578,9 +582,9 @@ class TensorNameMap:
     def mapped(self, tensor: str) -> tuple[MappedTensor, ...]:
         """What a tensor of the checkpoint becomes: one tensor, or several; none if it is dropped. Raises Unsupported
         for a tensor that is in no table."""
-        if tensor not in self._known:
-            self._known[tensor] = () if self.dropped(tensor) else self._placed(tensor)
-        return self._known[tensor]
+        if tensor not in self._mapped_tensors:
+            self._mapped_tensors[tensor] = () if self.dropped(tensor) else self._placed(tensor)
+        return self._mapped_tensors[tensor]
 
     def _placed(self, tensor: str) -> tuple[MappedTensor, ...]:
         name, suffix, block = self._split(tensor)
@@ -648,7 +652,7 @@ def checkpoint_shapes(family: Family, tensors: Mapping[str, Shape]) -> dict[str,
     """Names and shapes of the checkpoint that a GGUF with `tensors` holds, as Hugging Face publishes such: experts of a
     stack apart where the family has them apart. Raises Unsupported for a tensor that is in no table.
     """
-    found: dict[str, Shape] = {}
+    shapes: dict[str, Shape] = {}
     for tensor, shape in tensors.items():
         if tensor.startswith("rope_f"):
             continue  # the config says them
@@ -671,14 +675,14 @@ def checkpoint_shapes(family: Family, tensors: Mapping[str, Shape]) -> dict[str,
             else f"{'' if base == 'output' else decoder}{name}{ending}"
         )
         if "{e}" in name:
-            found |= {name.format(e=e): shape[1:] for e in range(shape[0])}
+            shapes |= {name.format(e=e): shape[1:] for e in range(shape[0])}
         elif base == "ffn_gate_inp_shexp":
-            found[name] = (1, shape[-1])  # llama.cpp's own files have it without the 1
+            shapes[name] = (1, shape[-1])  # llama.cpp's own files have it without the 1
         else:
             rows = len(shape) - (1 if is_bias else 2)
             shape = (*shape[:rows], 2 * shape[rows], *shape[rows + 1 :]) if isinstance(ggml, tuple) else shape
-            found[name] = (*shape[:-2], shape[-1], shape[-2]) if base in family.transposed and not is_bias else shape
-    return found
+            shapes[name] = (*shape[:-2], shape[-1], shape[-2]) if base in family.transposed and not is_bias else shape
+    return shapes
 
 
 def llama3_factors(rope: Mapping[str, Any], width: int) -> Tensor:

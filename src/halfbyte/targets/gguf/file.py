@@ -46,12 +46,12 @@ class TensorInfo:
 
 def read(path: Path) -> File[TensorInfo]:
     """As `head.read`, with the place of every tensor's bytes."""
-    found = read_head(path)
+    header = read_head(path)
     tensors = {
         name: TensorInfo(placed.type, placed.shape, _entry(placed.type, placed.shape, placed.path, placed.offset))
-        for name, placed in found.tensors.items()
+        for name, placed in header.tensors.items()
     }
-    return File(found.paths, found.metadata, tensors)
+    return File(header.paths, header.metadata, tensors)
 
 
 def dtype_of(type: str) -> torch.dtype:

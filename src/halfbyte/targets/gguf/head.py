@@ -141,10 +141,10 @@ def read(path: Path) -> File[Placed]:
         if twice is not None:
             raise BadCheckpoint(f"{part.paths[0]}: tensor {twice!r} is in an earlier part too")
         tensors |= part.tensors
-    said = parts[0].get("split.tensors.count", len(tensors))
-    if said != len(tensors):
+    tensor_count = parts[0].get("split.tensors.count", len(tensors))
+    if tensor_count != len(tensors):
         raise BadCheckpoint(
-            f"{parts[0].paths[0]} says that all parts hold {said} tensors, and they hold {len(tensors)}; "
+            f"{parts[0].paths[0]} says that all parts hold {tensor_count} tensors, and they hold {len(tensors)}; "
             "download them again"
         )
     return File(tuple(p.paths[0] for p in parts), _unsplit(parts[0].metadata), tensors)
@@ -153,13 +153,13 @@ def read(path: Path) -> File[Placed]:
 def contents(path: Path) -> Contents:
     """What a file says that is in it, under ggml's names, what is quantized first. Raises BadCheckpoint as `read`
     does."""
-    found = read(path)
-    plain_last = sorted(found.tensors.items(), key=lambda item: TYPES[item[1].type].dtype != BYTES)
+    file = read(path)
+    plain_last = sorted(file.tensors.items(), key=lambda item: TYPES[item[1].type].dtype != BYTES)
     tensors = [
         StoredTensor(name, _kind(placed.type), prod(placed.shape), placed.size_bytes) for name, placed in plain_last
     ]
-    is_quantized = any(TYPES[placed.type].dtype == BYTES for placed in found.tensors.values())
-    return Contents(str(found.get("general.architecture", "")), "gguf" if is_quantized else None, tensors)
+    is_quantized = any(TYPES[placed.type].dtype == BYTES for placed in file.tensors.values())
+    return Contents(str(file.get("general.architecture", "")), "gguf" if is_quantized else None, tensors)
 
 
 def _kind(type: str) -> str:
@@ -185,13 +185,13 @@ def _only_model(folder: Path) -> Path:
 
 
 def _siblings(path: Path, count: int) -> list[Path]:
-    found = PART.fullmatch(path.name)
-    if not found or int(found["count"]) != count:
+    match = PART.fullmatch(path.name)
+    if not match or int(match["count"]) != count:
         raise BadCheckpoint(
             f"{path} is one of {count} parts, which are found by their names; it should be named "
             f"{part_name('NAME', 0, count)}"
         )
-    names = [path.with_name(part_name(found["stem"], number, count)) for number in range(count)]
+    names = [path.with_name(part_name(match["stem"], number, count)) for number in range(count)]
     missing = [name for name in names if not name.exists()]
     if missing:
         raise BadCheckpoint(
@@ -373,7 +373,7 @@ class _Cursor:
         """Bytes that are not UTF-8, as in some vocabularies, become surrogates, which are written back as they were."""
         if self.at + 8 * count > self.size:
             raise _CutShort(self.at + 8 * count)
-        data, at, length, found = self.data, self.at, struct.Struct("<Q").unpack_from, []
+        data, at, length, strings = self.data, self.at, struct.Struct("<Q").unpack_from, []
         for _ in range(count):
             start = at + 8
             if start > len(data):
@@ -381,9 +381,9 @@ class _Cursor:
             at = start + length(data, at)[0]
             if at > len(data):
                 raise _CutShort(at)
-            found.append(data[start:at].decode("utf-8", "surrogateescape"))
+            strings.append(data[start:at].decode("utf-8", "surrogateescape"))
         self.at = at
-        return found
+        return strings
 
     def tensor(self, name: str, path: Path) -> Placed:
         """What is said of one tensor; its offset is still counted from the first."""

@@ -60,8 +60,8 @@ def _rope_scaling(s: Any) -> str | None:
 def _stretch(s: Any) -> float | None:
     """By how much the context is longer than the one that was trained first."""
     rope = rope_of(s)
-    known = rope.get("original_max_position_embeddings")
-    return rope.get("factor") or (s.max_position_embeddings / known if known else None)
+    original = rope.get("original_max_position_embeddings")
+    return rope.get("factor") or (s.max_position_embeddings / original if original else None)
 
 
 def _yarn_factor(stretch: float, share: float = 1.0) -> float:
@@ -166,7 +166,7 @@ def metadata(config: Mapping[str, Any], family: Family, folder: Path) -> dict[st
     """Every key but `general.file_type` and the tokenizer's; `folder` is the checkpoint's, and gives the model its
     name."""
     s = settings(config)
-    said = {
+    entries = {
         "general.architecture": Value("string", family.arch),
         "general.type": Value("string", "model"),
         "general.name": Value("string", folder.resolve().name),
@@ -175,35 +175,35 @@ def metadata(config: Mapping[str, Any], family: Family, folder: Path) -> dict[st
     for name, key in KEYS.items():
         value: Any = key.of(s) if key.of else _first(s, key.names)
         if isinstance(value, list):
-            said[f"{family.arch}.{name}"] = Value(f"{key.type}[]", value)
+            entries[f"{family.arch}.{name}"] = Value(f"{key.type}[]", value)
         elif value is not None:
-            said[f"{family.arch}.{name}"] = Value(key.type, float(value) if key.type == "float32" else value)
-    return said
+            entries[f"{family.arch}.{name}"] = Value(key.type, float(value) if key.type == "float32" else value)
+    return entries
 
 
 def remarks(config: Mapping[str, Any]) -> list[str]:
     """What is to be said of how llama.cpp computes a model of this config."""
     s = settings(config)
     rope, window = rope_of(s), lost_window(s)
-    known = rope.get("original_max_position_embeddings")
-    said = []
+    original = rope.get("original_max_position_embeddings")
+    notes = []
     if window and window < s.max_position_embeddings:
-        said.append(
+        notes.append(
             f"every layer attends to the last {window} tokens, which llama.cpp does not do for '{s.model_type}': the "
             f"GGUF says a context of {window} "
             f"tokens in place of {s.max_position_embeddings}, up to which both compute the same"
         )
     if rope.get("rope_type") == "yarn" and rope.get("truncate") is False:
-        said.append(
+        notes.append(
             "llama.cpp rounds the limits between which YaRN stretches to whole pairs of in-features, which this "
             "model does not: long texts differ a little"
         )
     if rope.get("rope_type") == "longrope":
-        said.append(
-            f"llama.cpp takes the rotary factors for long texts wherever its context (-c) is above {known}, "
+        notes.append(
+            f"llama.cpp takes the rotary factors for long texts wherever its context (-c) is above {original}, "
             "Transformers where the text is that long"
         )
-    return said
+    return notes
 
 
 def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -216,43 +216,43 @@ def config(metadata: Mapping[str, Value], tensors: Mapping[str, Shape], rope: Ma
     import transformers
 
     arch = str(metadata["general.architecture"].value)
-    said = _said(metadata, arch)
-    kind, family = family_named(arch, said.get("expert_count", 0), "attention.sliding_window" in said)
+    hparams = _hparams(metadata, arch)
+    kind, family = family_named(arch, hparams.get("expert_count", 0), "attention.sliding_window" in hparams)
     default = transformers.AutoConfig.for_model(kind)
-    known = {*default.to_dict(), *default.attribute_map}
-    entries = {**_assumed(family), **dict(_translated(said, known))}
-    width = _head_width(said, entries)
-    if "head_dim" in known or width != entries["hidden_size"] // entries["num_attention_heads"]:
+    fields = {*default.to_dict(), *default.attribute_map}
+    entries = {**_assumed(family), **dict(_translated(hparams, fields))}
+    width = _head_width(hparams, entries)
+    if "head_dim" in fields or width != entries["hidden_size"] // entries["num_attention_heads"]:
         entries["head_dim"] = width
     entries.setdefault("vocab_size", tensors["token_embd.weight"][0])
     entries |= {
         name: f"blk.0.{base}.bias" in tensors
         for name, base in BIASES.items()
-        if name in known and name not in family.assumed
+        if name in fields and name not in family.assumed
     }
     entries["tie_word_embeddings"] = "output.weight" not in tensors
     if kind == "falcon":
         entries |= _falcon(entries, "blk.0.attn_norm_2.weight" in tensors)
-    if pattern := said.get("attention.sliding_window_pattern"):
+    if pattern := hparams.get("attention.sliding_window_pattern"):
         entries["layer_types"] = ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
     if getattr(default, "rope_parameters", None):
-        entries["rope_parameters"] = _rope_parameters(said, rope, width, "full_attention" in default.rope_parameters)
-        if said.get("rope.scaling.type") == "longrope":
-            entries["original_max_position_embeddings"] = said["rope.scaling.original_context_length"]
+        entries["rope_parameters"] = _rope_parameters(hparams, rope, width, "full_attention" in default.rope_parameters)
+        if hparams.get("rope.scaling.type") == "longrope":
+            entries["original_max_position_embeddings"] = hparams["rope.scaling.original_context_length"]
     entries |= _special_tokens(metadata)
     s = settings({"model_type": kind, **entries})
-    entries |= {name: value(s) for name, value in family.assumed.items() if callable(value) and name in known}
+    entries |= {name: value(s) for name, value in family.assumed.items() if callable(value) and name in fields}
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return {"architectures": [names[kind]], "model_type": kind, **entries}
 
 
-def _said(metadata: Mapping[str, Value], arch: str) -> dict[str, Any]:
+def _hparams(metadata: Mapping[str, Value], arch: str) -> dict[str, Any]:
     """What is said of the architecture, without its name; of lists that all layers share, the value."""
-    own: dict[str, Any] = {
+    hparams: dict[str, Any] = {
         name.removeprefix(f"{arch}."): value.value for name, value in metadata.items() if name.startswith(f"{arch}.")
     }
-    own = {name: _shortest(value) if isinstance(value, float) else value for name, value in own.items()}
-    return own | {name: own[name][0] for name in SAME if isinstance(own.get(name), list)}
+    hparams = {name: _shortest(value) if isinstance(value, float) else value for name, value in hparams.items()}
+    return hparams | {name: hparams[name][0] for name in SAME if isinstance(hparams.get(name), list)}
 
 
 def _assumed(family: Family) -> dict[str, Any]:
@@ -264,17 +264,17 @@ def _assumed(family: Family) -> dict[str, Any]:
     }
 
 
-def _translated(said: Mapping[str, Any], known: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """What is said, by the config's names, of which `known` are the family's."""
+def _translated(hparams: Mapping[str, Any], fields: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """What is said, by the config's names, of which `fields` are the family's."""
     for name, key in KEYS.items():
-        called = next((n for n in key.names if n in known), None)
-        if called and name in said:
-            yield called, said[name]
+        called = next((n for n in key.names if n in fields), None)
+        if called and name in hparams:
+            yield called, hparams[name]
 
 
-def _head_width(said: Mapping[str, Any], entries: Mapping[str, Any]) -> int:
+def _head_width(hparams: Mapping[str, Any], entries: Mapping[str, Any]) -> int:
     """In-features of an attention's head. Raises BadCheckpoint."""
-    width = said.get("attention.key_length", entries["hidden_size"] // entries["num_attention_heads"])
+    width = hparams.get("attention.key_length", entries["hidden_size"] // entries["num_attention_heads"])
     if width < 1:
         raise BadCheckpoint(f"the GGUF says that a head of attention is {width} wide")
     return width
@@ -286,48 +286,48 @@ def _special_tokens(metadata: Mapping[str, Value]) -> dict[str, Any]:
     return {f"{name}_token_id": number.value if number else None for name, number in stored.items()}
 
 
-def _falcon(found: Mapping[str, Any], two_norms: bool) -> dict[str, Any]:
+def _falcon(entries: Mapping[str, Any], two_norms: bool) -> dict[str, Any]:
     """Which of its layers it has: the new ones have groups of heads, and one or two norms before attention and MLP."""
-    grouped = two_norms or 1 < found["num_kv_heads"] < found["num_attention_heads"]
+    grouped = two_norms or 1 < entries["num_kv_heads"] < entries["num_attention_heads"]
     norms = {"num_ln_in_parallel_attn": 2 if two_norms else 1} if grouped else {}
-    return {"new_decoder_architecture": grouped, "multi_query": found["num_kv_heads"] == 1, **norms}
+    return {"new_decoder_architecture": grouped, "multi_query": entries["num_kv_heads"] == 1, **norms}
 
 
 def _rope_parameters(
-    said: Mapping[str, Any], rope: Mapping[str, Tensor], width: int, by_layers: bool
+    hparams: Mapping[str, Any], rope: Mapping[str, Tensor], width: int, by_layers: bool
 ) -> dict[str, Any]:
     """`rope_parameters` as Transformers has them."""
-    found: dict[str, Any] = {
-        "rope_theta": said.get("rope.freq_base", 10000.0),
-        "rope_type": said.get("rope.scaling.type", "default"),
+    parameters: dict[str, Any] = {
+        "rope_theta": hparams.get("rope.freq_base", 10000.0),
+        "rope_type": hparams.get("rope.scaling.type", "default"),
     }
-    if found["rope_type"] in ("none", "linear") and not said.get("rope.scaling.factor"):
-        found["rope_type"] = "default"
-    if said.get("rope.dimension_count", width) != width:
-        found["partial_rotary_factor"] = said["rope.dimension_count"] / width
+    if parameters["rope_type"] in ("none", "linear") and not hparams.get("rope.scaling.factor"):
+        parameters["rope_type"] = "default"
+    if hparams.get("rope.dimension_count", width) != width:
+        parameters["partial_rotary_factor"] = hparams["rope.dimension_count"] / width
     if "rope_freqs.weight" in rope:
-        found |= _llama3(rope["rope_freqs.weight"], found["rope_theta"], width)
-    elif found["rope_type"] in ("linear", "yarn"):
-        found["factor"] = said["rope.scaling.factor"]
-    if found["rope_type"] == "longrope":
-        found |= {f"{kind}_factor": rope[f"rope_factors_{kind}.weight"].tolist() for kind in ("long", "short")}
-        if "rope.scaling.attn_factor" in said:
-            found["attention_factor"] = said["rope.scaling.attn_factor"]
-    if found["rope_type"] in ("yarn", "longrope"):
-        found["original_max_position_embeddings"] = said["rope.scaling.original_context_length"]
-    if found["rope_type"] == "yarn":
-        found |= {
-            name: said[f"rope.scaling.yarn_{name}"]
+        parameters |= _llama3(rope["rope_freqs.weight"], parameters["rope_theta"], width)
+    elif parameters["rope_type"] in ("linear", "yarn"):
+        parameters["factor"] = hparams["rope.scaling.factor"]
+    if parameters["rope_type"] == "longrope":
+        parameters |= {f"{kind}_factor": rope[f"rope_factors_{kind}.weight"].tolist() for kind in ("long", "short")}
+        if "rope.scaling.attn_factor" in hparams:
+            parameters["attention_factor"] = hparams["rope.scaling.attn_factor"]
+    if parameters["rope_type"] in ("yarn", "longrope"):
+        parameters["original_max_position_embeddings"] = hparams["rope.scaling.original_context_length"]
+    if parameters["rope_type"] == "yarn":
+        parameters |= {
+            name: hparams[f"rope.scaling.yarn_{name}"]
             for name in ("beta_fast", "beta_slow")
-            if f"rope.scaling.yarn_{name}" in said
+            if f"rope.scaling.yarn_{name}" in hparams
         }
-        if "rope.scaling.attn_factor" in said:
-            found["attention_factor"] = said["rope.scaling.attn_factor"] * _yarn_factor(found["factor"])
+        if "rope.scaling.attn_factor" in hparams:
+            parameters["attention_factor"] = hparams["rope.scaling.attn_factor"] * _yarn_factor(parameters["factor"])
     if not by_layers:
-        return found
+        return parameters
     return {
-        "full_attention": found,
-        "sliding_attention": {"rope_type": "default", "rope_theta": said.get("rope.freq_base_swa", 10000.0)},
+        "full_attention": parameters,
+        "sliding_attention": {"rope_type": "default", "rope_theta": hparams.get("rope.freq_base_swa", 10000.0)},
     }
 
 

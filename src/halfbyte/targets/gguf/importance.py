@@ -33,13 +33,15 @@ def measure(
     for block in walk:
         groups = reading_groups(block, [[weight] for weight in block.weights])
         for wanted in in_parts(groups, walk.placement.statistics_bytes):
-            found = walk.fitting(partial(collect, block, wanted, walk.inputs))
-            for weight, statistics in found.items():
+            collected = walk.fitting(partial(collect, block, wanted, walk.inputs))
+            for weight, statistics in collected.items():
                 for name, expert in names[weight]:
                     sums.setdefault(name, {})[expert] = statistics.hessian.diagonal().cpu().clone(), statistics.tokens
-    experts = Counter(name for found in names.values() for name, _ in found)
+    experts = Counter(name for places in names.values() for name, _ in places)
     return Importance(
-        {name: _stacked(found, experts[name]) for name, found in sums.items()}, (samples.source,), *samples.tokens.shape
+        {name: _stacked(by_expert, experts[name]) for name, by_expert in sums.items()},
+        (samples.source,),
+        *samples.tokens.shape,
     )
 
 
@@ -51,19 +53,19 @@ def read(path: Path, checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[
     model."""
     matrix = imatrix.read(path)
     names = _names(checkpoint, weights)
-    experts = Counter(name for found in names.values() for name, _ in found)
-    inside = {name for weight, found in names.items() if weight.block for name, _ in found}
+    experts = Counter(name for places in names.values() for name, _ in places)
+    inside = {name for weight, places in names.items() if weight.block for name, _ in places}
     if strange := next((name for name in matrix.tensors if name.startswith("blk.") and name not in inside), None):
         raise BadRequest(f"{path} is of another model: it knows {strange}, which {checkpoint.path} has not")
-    found: dict[Weight, Tensor] = {}
-    for weight, named in names.items():
-        name, expert = named[0]
+    mean_squares: dict[Weight, Tensor] = {}
+    for weight, places in names.items():
+        name, expert = places[0]
         means = matrix.of(name, experts[name], weight.shape[1])
         if means is not None:
-            found[weight] = means[expert]
+            mean_squares[weight] = means[expert]
         elif weight.block:
             raise BadRequest(f"{path} is of another model: it knows nothing of {name}")
-    return found
+    return mean_squares
 
 
 def _names(checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[Weight, list[tuple[str, int]]]:
@@ -73,11 +75,11 @@ def _names(checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[Weight, li
         w: [(p.name, (p.expert if w.expert is None else w.expert) or 0) for p in names.mapped(w.tensor)]
         for w in weights
     }
-    return {weight: found for weight, found in placed.items() if found}
+    return {weight: places for weight, places in placed.items() if places}
 
 
-def _stacked(found: dict[int, tuple[Tensor, int]], experts: int) -> Squares:
+def _stacked(by_expert: dict[int, tuple[Tensor, int]], experts: int) -> Squares:
     """Experts that no token has reached have sums and counts of zero."""
-    width = next(iter(found.values()))[0].numel()
-    rows = [found.get(expert, (torch.zeros(width), 0)) for expert in range(experts)]
+    width = next(iter(by_expert.values()))[0].numel()
+    rows = [by_expert.get(expert, (torch.zeros(width), 0)) for expert in range(experts)]
     return Squares(torch.stack([row for row, _ in rows]), torch.tensor([float(count) for _, count in rows]))

@@ -16,7 +16,7 @@ def origin(source: Provenance, parameters: int) -> dict[str, Value]:
     """All that is known; nothing where nothing is."""
     parts = re.split(r"[-_ ](?=\S)", source.name)
     at = next((i for i, part in enumerate(parts) if SIZE.fullmatch(part)), None)
-    words = {
+    strings = {
         "name": source.name,
         "basename": "-".join(parts[:at]),
         "finetune": "-".join(parts[at + 1 :]) if at is not None else None,
@@ -27,15 +27,15 @@ def origin(source: Provenance, parameters: int) -> dict[str, Value]:
         "license.name": source.license_name,
         "license.link": source.license_link,
     }
-    said = {f"general.{name}": Value("string", word) for name, word in words.items() if word}
+    metadata = {f"general.{name}": Value("string", word) for name, word in strings.items() if word}
     if source.base_models:
-        said["general.base_model.count"] = Value("uint32", len(source.base_models))
+        metadata["general.base_model.count"] = Value("uint32", len(source.base_models))
     for number, model in enumerate(source.base_models):
         organization, _, name = model.partition("/")
-        known = {"name": name, "organization": organization, "repo_url": HUB + model}
-        said |= {f"general.base_model.{number}.{key}": Value("string", word) for key, word in known.items()}
+        base_model = {"name": name, "organization": organization, "repo_url": HUB + model}
+        metadata |= {f"general.base_model.{number}.{key}": Value("string", word) for key, word in base_model.items()}
     lists = {"tags": source.tags, "languages": source.languages}
-    return said | {f"general.{name}": Value("string[]", list(words)) for name, words in lists.items() if words}
+    return metadata | {f"general.{name}": Value("string[]", list(values)) for name, values in lists.items() if values}
 
 
 def size_label(parameters: int) -> str:

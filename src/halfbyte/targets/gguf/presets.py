@@ -75,7 +75,7 @@ def _is_quantizable(name: str, shape: Shape) -> bool:
 def types(preset: str, tensors: Mapping[str, Shape], model: Model) -> dict[str, str]:
     """GGUF type by GGUF name, for every tensor that the preset quantizes; shapes as in torch, [..., in] last."""
     base = PRESETS[preset].type
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     seen = dict.fromkeys((*KINDS, "other", "like v"), 0)
     like_v = sum(_kind(name) in LIKE_V for name in tensors)
     for name in sorted(tensors, key=order):
@@ -89,9 +89,9 @@ def types(preset: str, tensors: Mapping[str, Shape], model: Model) -> dict[str, 
             else seen[counted]
         )
         at = _Tensor(preset, base, kind, layer, like_v if counted == "like v" else model.layers, tensors[name], model)
-        found[name] = _type(at)
+        by_name[name] = _type(at)
         seen[counted] += 1
-    return found
+    return by_name
 
 
 def fallback(type_name: str, width: int) -> str:

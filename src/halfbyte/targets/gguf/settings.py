@@ -83,10 +83,10 @@ def from_table(config: Mapping[str, Any]) -> SimpleNamespace | None:
     """None where it takes Transformers to know or to refuse: a family that is in no row, another entry, a size that is
     left out, a value of another kind."""
     defaults = DEFAULTS.get(config.get("model_type", ""))
-    known = {*(defaults or ()), *SIZES} | SAID | IDLE
+    recognised = {*(defaults or ()), *SIZES} | SAID | IDLE
     if (
         defaults is None
-        or not known.issuperset(config)
+        or not recognised.issuperset(config)
         or any(name in config for name in UNCOMMON)
         or not all(type(config.get(name)) is int and config[name] > 0 for name in SIZES)
     ):
@@ -125,12 +125,12 @@ def _alike(value: Any, default: Any) -> bool:
     return type(value) in {type(None): (type(None), int), float: (float, int)}.get(type(default), (type(default),))
 
 
-def _rope(said: Any, base: Any) -> dict[str, Any] | None:
+def _rope(scaling: Any, base: Any) -> dict[str, Any] | None:
     """`rope_parameters`, out of what a config says in place of it; None for scaling of another kind, or one that lacks
     something."""
-    if not isinstance(said, dict) or "partial_rotary_factor" in said:
+    if not isinstance(scaling, dict) or "partial_rotary_factor" in scaling:
         return None
-    kind = said.get("rope_type", said.get("type", "default"))
-    rope = {"rope_theta": base, **said, "rope_type": kind}
-    numbers = (rope["rope_theta"], *(said.get(name) for name in ROPES.get(kind, ())))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    rope = {"rope_theta": base, **scaling, "rope_type": kind}
+    numbers = (rope["rope_theta"], *(scaling.get(name) for name in ROPES.get(kind, ())))
     return rope if kind in ROPES and all(type(number) in (int, float) for number in numbers) else None

@@ -108,26 +108,26 @@ class GGUFCheckpoint(Checkpoint):
     @property
     def known_as(self) -> tuple[str, str | None]:
         """general.name, or the file's own; and the hub's repository, if general.source says one."""
-        said = {name: value.value for name, value in self.file.metadata.items()}
-        own = (text_of(said.get("general.source.repo_url")) or "").removeprefix(HUB)
-        name = text_of(said.get("general.name")) or self.path.resolve().stem
-        return name, own if HUB_ID.fullmatch(own) else None
+        metadata = {name: value.value for name, value in self.file.metadata.items()}
+        repository = (text_of(metadata.get("general.source.repo_url")) or "").removeprefix(HUB)
+        name = text_of(metadata.get("general.name")) or self.path.resolve().stem
+        return name, repository if HUB_ID.fullmatch(repository) else None
 
     @cached_property
     def card(self) -> dict[str, Any]:
         """general.* of the file (ggml's docs/gguf.md)."""
-        said = {name: value.value for name, value in self.file.metadata.items()}
-        count = said.get("general.base_model.count", 0)
+        metadata = {name: value.value for name, value in self.file.metadata.items()}
+        count = metadata.get("general.base_model.count", 0)
         numbers = range(min(count, 16) if isinstance(count, int) else 0)
-        urls = [text_of(said.get(f"general.base_model.{number}.repo_url")) or "" for number in numbers]
+        urls = [text_of(metadata.get(f"general.base_model.{number}.repo_url")) or "" for number in numbers]
         return {
             **{
-                name.replace(".", "_"): said.get(f"general.{name}")
+                name.replace(".", "_"): metadata.get(f"general.{name}")
                 for name in ("license", "license.name", "license.link")
             },
             "base_model": [url.removeprefix(HUB) for url in urls],
-            "tags": said.get("general.tags"),
-            "language": said.get("general.languages"),
+            "tags": metadata.get("general.tags"),
+            "language": metadata.get("general.languages"),
         }
 
     @property
@@ -222,10 +222,10 @@ class GGUFCheckpoint(Checkpoint):
         import transformers
 
         if isinstance(self.names, Untranslated):
-            known = ", ".join(dict.fromkeys(family.arch for family in FAMILIES.values()))
+            architectures = ", ".join(dict.fromkeys(family.arch for family in FAMILIES.values()))
             raise Unsupported(
-                f"{self.path} is of '{self.config['model_type']}', and only {known} are known well enough to be run "
-                "(--method nearest needs no model)"
+                f"{self.path} is of '{self.config['model_type']}', and only {architectures} are known well "
+                "enough to be run (--method nearest needs no model)"
             )
         return transformers.AutoConfig.for_model(**self.config)
 

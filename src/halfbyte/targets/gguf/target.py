@@ -34,7 +34,7 @@ class GGUF(Target):
     """Any type of ggml that the installed gguf package decodes."""
 
     marks = ("*.gguf",)
-    words = frozenset({"pure", "pre"})
+    recipe_fields = frozenset({"pure", "pre"})
     default_grid = "Q4_K_M"
     library = "gguf"
     candidates = (

@@ -92,7 +92,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre: str | None = None) ->
     _require_read(folder / "tokenizer.json")
     _require_texts(about, folder / "tokenizer_config.json")
     try:
-        return _said(tokenizer, about, folder, vocab_size, pre)
+        return _metadata(tokenizer, about, folder, vocab_size, pre)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise BadCheckpoint(
             f"{folder}/tokenizer.json is not as tokenizers are: {brief(error)}; download it again"
@@ -121,18 +121,24 @@ def _require_texts(about: Mapping[str, Any], path: Path) -> None:
     for name in ("add_bos_token", "add_eos_token"):
         if type(about.get(name)) not in (bool, type(None)):
             raise BadCheckpoint(f"{path}: {name} is {brief(about[name])}, which should be true or false")
-    said = about.get("chat_template")
-    named = said if isinstance(said, list) else [] if said is None else [{"name": "default", "template": said}]
+    template = about.get("chat_template")
+    named = (
+        template
+        if isinstance(template, list)
+        else []
+        if template is None
+        else [{"name": "default", "template": template}]
+    )
     if not all(
         isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
         for entry in named
     ):
         raise BadCheckpoint(
-            f"{path}: chat_template is {brief(said)}, which should be a text, or a list of texts with names"
+            f"{path}: chat_template is {brief(template)}, which should be a text, or a list of texts with names"
         )
 
 
-def _said(
+def _metadata(
     tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Path, vocab_size: int, pre: str | None
 ) -> dict[str, Value]:
     model = tokenizer["model"]
@@ -146,18 +152,18 @@ def _said(
         else str(model.get("type"))
     )
     if kind == "BPE":
-        said = _byte_level(tokenizer, pre)
+        metadata = _byte_level(tokenizer, pre)
     elif kind == "SPM":
-        said = _sentencepiece(tokenizer)
+        metadata = _sentencepiece(tokenizer)
     elif kind == "Unigram":
-        said = _unigram(tokenizer)
+        metadata = _unigram(tokenizer)
     else:
         raise Unsupported(
             f"{folder}/tokenizer.json is a {kind} model; llama.cpp's for such language models are BPE, "
             "SentencePiece and Unigram"
         )
     return (
-        said
+        metadata
         | _tokens(tokenizer, vocab_size, kind)
         | _special(tokenizer, _about_unknown(about, model, kind), folder, vocab_size)
         | _templates(about, folder)
@@ -170,14 +176,15 @@ def _about_unknown(about: Mapping[str, Any], model: Mapping[str, Any], kind: str
     return about if kind == "BPE" or about.get("unk_token") else {**about, "unk_token": _unknown(model)}
 
 
-def _require_normalizers(tokenizer: Mapping[str, Any], known: set[str], before: str) -> None:
+def _require_normalizers(tokenizer: Mapping[str, Any], supported: set[str], before: str) -> None:
     """Raise Unsupported for what llama.cpp does not do to a text; in NFC most text is already, as it trusts."""
     steps = _parts(tokenizer.get("normalizer"), "normalizers")
-    unknown = {n["type"] for n in steps} - known - {"NFC"}
-    replaced = [n for n in steps if n["type"] == "Replace" and n["type"] in known and not _is_of_spaces(n)]
-    if found := sorted(unknown | {f"Replace of {brief(n['pattern'])}" for n in replaced}):
+    unknown = {n["type"] for n in steps} - supported - {"NFC"}
+    replaced = [n for n in steps if n["type"] == "Replace" and n["type"] in supported and not _is_of_spaces(n)]
+    if unsupported := sorted(unknown | {f"Replace of {brief(n['pattern'])}" for n in replaced}):
         raise Unsupported(
-            f"llama.cpp does not normalize text so before {before}, and this tokenizer.json does: {', '.join(found)}"
+            f"llama.cpp does not normalize text so before {before}, and this tokenizer.json does: "
+            f"{', '.join(unsupported)}"
         )
 
 
@@ -251,7 +258,7 @@ def _unigram(tokenizer: Mapping[str, Any]) -> dict[str, Value]:
             "bytes (byte_fallback): a GGUF of it would cut text otherwise"
         )
     prefix = _space_prefix(tokenizer)
-    said = {
+    metadata = {
         "tokenizer.ggml.model": Value("string", "t5"),
         "tokenizer.ggml.pre": Value("string", "default"),
         **prefix,
@@ -267,8 +274,8 @@ def _unigram(tokenizer: Mapping[str, Any]) -> dict[str, Value]:
             "does none of this; this tokenizer.json does a part of it, so a GGUF would cut text otherwise"
         )
     if charsmap:
-        said["tokenizer.ggml.precompiled_charsmap"] = Value("uint8[]", list(base64.b64decode(charsmap)))
-    return said | {"tokenizer.ggml.remove_extra_whitespaces": Value("bool", shrinks)}
+        metadata["tokenizer.ggml.precompiled_charsmap"] = Value("uint8[]", list(base64.b64decode(charsmap)))
+    return metadata | {"tokenizer.ggml.remove_extra_whitespaces": Value("bool", shrinks)}
 
 
 def _space_prefix(tokenizer: Mapping[str, Any]) -> dict[str, Value]:
@@ -315,8 +322,11 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, kind: str) -> dict[st
             kinds[number] = CONTROL if looks else USER_DEFINED
         tokens[number] = token["content"] if kinds[number] != USER_DEFINED else token["content"].replace(SPACE, " ")
         scores[number] = -1000.0 if kinds[number] != UNKNOWN else 0.0
-    said = {"tokenizer.ggml.tokens": Value("string[]", tokens), "tokenizer.ggml.token_type": Value("int32[]", kinds)}
-    return said if kind == "BPE" else said | {"tokenizer.ggml.scores": Value("float32[]", scores)}
+    metadata = {
+        "tokenizer.ggml.tokens": Value("string[]", tokens),
+        "tokenizer.ggml.token_type": Value("int32[]", kinds),
+    }
+    return metadata if kind == "BPE" else metadata | {"tokenizer.ggml.scores": Value("float32[]", scores)}
 
 
 def _ranks(merges: list[Any]) -> dict[str, int]:
@@ -349,15 +359,15 @@ def _special(tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Pat
     vocabulary = tokenizer["model"]["vocab"]
     pieces = vocabulary if isinstance(vocabulary, dict) else {piece: i for i, (piece, _) in enumerate(vocabulary)}
     numbers = pieces | numbers
-    said, found = {}, {}
+    metadata, special = {}, {}
     for name, key in SPECIAL.items():
         text = about.get(f"{name}_token")
         number = numbers.get(text["content"] if isinstance(text, dict) else text) if text else None
         number = config.get(f"{name}_token_id") if number is None else number
         number = number[0] if isinstance(number, list) and number else number
         if type(number) is int and 0 <= number < vocab_size:
-            found[name] = number
-            said[f"tokenizer.ggml.{key}_token_id"] = Value("uint32", number)
+            special[name] = number
+            metadata[f"tokenizer.ggml.{key}_token_id"] = Value("uint32", number)
     first, last = _template_ends(tokenizer, numbers)
     for name, number in (("bos", first), ("eos", last)):
         if number is not None and number >= vocab_size:
@@ -366,10 +376,10 @@ def _special(tokenizer: Mapping[str, Any], about: Mapping[str, Any], folder: Pat
                 "download it again"
             )
         adds = number is not None if tokenizer.get("post_processor") else bool(about.get(f"add_{name}_token"))
-        if number is not None and number != found.get(name):
-            said[f"tokenizer.ggml.{name}_token_id"] = Value("uint32", number)
-        said[f"tokenizer.ggml.add_{name}_token"] = Value("bool", adds and (number is not None or name in found))
-    return said
+        if number is not None and number != special.get(name):
+            metadata[f"tokenizer.ggml.{name}_token_id"] = Value("uint32", number)
+        metadata[f"tokenizer.ggml.add_{name}_token"] = Value("bool", adds and (number is not None or name in special))
+    return metadata
 
 
 def _template_ends(tokenizer: Mapping[str, Any], numbers: Mapping[str, int]) -> tuple[int | None, int | None]:
@@ -390,28 +400,28 @@ def _template_ends(tokenizer: Mapping[str, Any], numbers: Mapping[str, int]) -> 
 def _templates(about: Mapping[str, Any], folder: Path) -> dict[str, Value]:
     """Chat templates: the default one, and others by name."""
     named: dict[str, str] = {}
-    said = about.get("chat_template")
-    if isinstance(said, list):
-        named = {entry["name"]: entry["template"] for entry in said}
-    elif isinstance(said, str):
-        named = {"default": said}
+    template = about.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+    elif isinstance(template, str):
+        named = {"default": template}
     if (folder / "chat_template.jinja").exists() and is_within(folder / "chat_template.jinja", folder):
         named["default"] = read_text(folder / "chat_template.jinja")
     elif "default" not in named and isinstance(
-        said := read_object(folder / "chat_template.json").get("chat_template"), str
+        template := read_object(folder / "chat_template.json").get("chat_template"), str
     ):
-        named["default"] = said
+        named["default"] = template
     named |= {
         p.stem: read_text(p)
         for p in sorted((folder / "additional_chat_templates").glob("*.jinja"))
         if is_within(p, folder)
     }
-    found = {
+    metadata = {
         f"tokenizer.chat_template.{name}": Value("string", text) for name, text in named.items() if name != "default"
     }
-    if found:
-        found["tokenizer.chat_templates"] = Value("string[]", [name for name in named if name != "default"])
-    return found | ({"tokenizer.chat_template": Value("string", named["default"])} if "default" in named else {})
+    if metadata:
+        metadata["tokenizer.chat_templates"] = Value("string[]", [name for name in named if name != "default"])
+    return metadata | ({"tokenizer.chat_template": Value("string", named["default"])} if "default" in named else {})
 
 
 def _pre_tokenizers(tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from halfbyte.targets.gguf.head import TYPES
 from halfbyte.targets.gguf.names import DTYPES
 from halfbyte.targets.gguf.source import GGUFCheckpoint, Names, name_map_of
 from halfbyte.targets.patterns import first_match
-from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan, TensorPlan, keep
+from halfbyte.targets.plan import AS_ASKED, SKIPPED, Plan, TensorPlan, unquantized_tensors
 from halfbyte.targets.target import Target
 
 MISFIT = "neither"
@@ -44,14 +44,14 @@ def quantizing(target: Target, recipe: Recipe, checkpoint: Checkpoint, method: M
             choices.append(_fitting(weight, type_name if override is None else type_named(override)))
     dropped = {t: reason for t in checkpoint.tensors() if (reason := names.dropped(t))}
     choices = [c for c in choices if c.weight.tensor not in dropped]
-    kept = {t: reason for t, reason in keep(checkpoint, choices).items() if t not in dropped}
+    unquantized = {t: reason for t, reason in unquantized_tensors(checkpoint, choices).items() if t not in dropped}
     if preset in presets.PLAIN:
         recipe, method = recipe.model_copy(update={"method": "nearest"}), PARTS["nearest"]
     elif not any(c.scheme for c in choices):
         raise BadRequest(f"nothing is left to quantize: {next((c.note for c in choices), 'the model has no matrix')}")
     require_ties(target, checkpoint, choices)
     borne = preset if _is_mostly(preset, choices, wanted, names) else None
-    plan = Plan(recipe, checkpoint, target, method, tuple(choices), kept, dropped, borne)
+    plan = Plan(recipe, checkpoint, target, method, tuple(choices), unquantized, dropped, borne)
     return replace(plan, warnings=(*_remarks_on_types(plan, preset), *_misfits(choices)))
 
 
@@ -82,14 +82,14 @@ def _remarks_on(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> list[str]
     """What a GGUF of a checkpoint has not, or llama.cpp does in another way."""
     if isinstance(checkpoint, GGUFCheckpoint):
         return []
-    said = hyperparameters.remarks(checkpoint.config)
+    remarks = hyperparameters.remarks(checkpoint.config)
     if foreign := [tensor for tensor, reason in dropped.items() if reason == families.ELSEWHERE]:
-        said.append(
+        remarks.append(
             f"this is the text model alone: {len(foreign)} tensors of encoders of images or sound, "
             f"such as {foreign[0]}, are left out, "
             "and no mmproj file is made of them (llama.cpp's convert_hf_to_gguf.py --mmproj makes one)"
         )
-    return said
+    return remarks
 
 
 def _preset_and_type(name: str, pure: bool = False) -> tuple[str | None, str]:
@@ -170,24 +170,29 @@ def converting(target: Target, recipe: Recipe, checkpoint: Checkpoint, grid: str
     wanted = _types(preset, base, weights, names, checkpoint, imatrix=False) if grid else {}
     choices = []
     for weight in weights:
-        own, read = checkpoint.quantized[weight.name][0].weight, checkpoint.quantized[weight.name][0].activations
+        source_grid, read = (
+            checkpoint.quantized[weight.name][0].weight,
+            checkpoint.quantized[weight.name][0].activations,
+        )
         remark = f"a GGUF does not say how inputs are rounded: no longer to {read}" if read else ""
         asked = _fitting(weight, wanted[names.mapped(weight.tensor)[0].name]) if grid else None
         same = blocks.cast_exact(checkpoint.read_quantized(weight.name))
         if same and (asked is None or same.grid == asked.scheme):
             choices.append(TensorPlan(weight, same.grid, remark))
         else:
-            choice = asked or _fitting(weight, _type_like(own))
+            choice = asked or _fitting(weight, _type_like(source_grid))
             again = (
-                f"{own} rounded again, as asked" if same else f"gguf does not hold {own} value for value: rounded again"
+                f"{source_grid} rounded again, as asked"
+                if same
+                else f"gguf does not hold {source_grid} value for value: rounded again"
             )
             choices.append(replace(choice, note="; ".join(filter(None, (again, remark, choice.note)))))
-    kept, said = left(checkpoint, choices, dropped), tuple(_remarks_on(checkpoint, dropped))
-    shapes = {t: checkpoint.spec(t).shape for t in kept}
+    unquantized, warnings = left(checkpoint, choices, dropped), tuple(_remarks_on(checkpoint, dropped))
+    shapes = {t: checkpoint.spec(t).shape for t in unquantized}
     alone = [Weight(t.removesuffix(".weight"), t, None, shape) for t, shape in shapes.items() if len(shape) == 2]
     require_ties(target, checkpoint, [*choices, *(TensorPlan(weight, None) for weight in alone)])
     borne = preset if _is_mostly(preset, choices, wanted, names) else None
-    return Plan(recipe, checkpoint, target, ROUNDING, tuple(choices), kept, dropped, borne, said)
+    return Plan(recipe, checkpoint, target, ROUNDING, tuple(choices), unquantized, dropped, borne, warnings)
 
 
 def _type_like(grid: Grid) -> str:

@@ -43,11 +43,11 @@ class GGUFWriter(CheckpointWriter):
     @cached_property
     def types(self) -> dict[str, tuple[str, Shape]]:
         """Type and shape of every tensor of the file, in llama.cpp's order."""
-        found: dict[str, tuple[str, Shape]] = {}
+        tensors: dict[str, tuple[str, Shape]] = {}
         experts: dict[str, int] = {}
 
         def add(mapped: MappedTensor, type_name: str, shape: Shape, expert: int | None) -> None:
-            found.setdefault(mapped.name, (type_name, shape))
+            tensors.setdefault(mapped.name, (type_name, shape))
             if expert is not None:
                 experts[mapped.name] = max(experts.get(mapped.name, 0), expert + 1)
 
@@ -66,9 +66,10 @@ class GGUFWriter(CheckpointWriter):
                 stored = _stored_shape(mapped, shape)
                 add(mapped, self._plain(tensor, mapped), stored, mapped.expert)
         for name, value in self.names.extra().items():
-            found[name] = "F32", tuple(value.shape)
+            tensors[name] = "F32", tuple(value.shape)
         stacked = {
-            name: (kind, (experts[name], *shape) if name in experts else shape) for name, (kind, shape) in found.items()
+            name: (kind, (experts[name], *shape) if name in experts else shape)
+            for name, (kind, shape) in tensors.items()
         }
         return dict(sorted(stacked.items(), key=lambda item: presets.order(item[0])))
 
@@ -92,7 +93,7 @@ class GGUFWriter(CheckpointWriter):
         """One file; or parts of at most `shard_gb`, the first of which says how many there are."""
         specs = self.tensors()
         parts = split(specs, (self.plan.recipe.shard_gb or float("inf")) * 1e9)
-        said = (
+        part_metadata = (
             [self.metadata]
             if len(parts) == 1
             else [file.split_metadata(self.metadata, i, len(parts), len(specs)) for i in range(len(parts))]
@@ -100,7 +101,7 @@ class GGUFWriter(CheckpointWriter):
         names = [f"{stem}.gguf"] if len(parts) == 1 else [part_name(stem, i, len(parts)) for i in range(len(parts))]
         return {
             name: _shard(sum(s.size_bytes for s in part.values()), metadata, {t: self.types[t] for t in part})
-            for name, metadata, part in zip(names, said, parts, strict=True)
+            for name, metadata, part in zip(names, part_metadata, parts, strict=True)
         }
 
     def entry_file(self, stem: str) -> str:
@@ -110,16 +111,16 @@ class GGUFWriter(CheckpointWriter):
     @cached_property
     def metadata(self) -> dict[str, Value]:
         """What the file says of the model, its tokenizer and its types."""
-        said = _metadata_of(self.plan)
-        if self.plan.recipe.method == "convert" and "general.file_type" in said:
-            return said
+        metadata = _metadata_of(self.plan)
+        if self.plan.recipe.method == "convert" and "general.file_type" in metadata:
+            return metadata
         label, kinds = self.plan.label, [kind for kind, shape in self.types.values() if len(shape) > 1]
         commonest = (
             label
             if label in presets.PRESETS
             else max(presets.PRESETS, key=lambda name: kinds.count(presets.PRESETS[name].type))
         )
-        return {**said, "general.file_type": Value("uint32", presets.PRESETS[commonest].number)}
+        return {**metadata, "general.file_type": Value("uint32", presets.PRESETS[commonest].number)}
 
     def row_chunks(self, weight: Weight, size: int) -> list[Weight]:
         """Blocks lie within rows, so rows go apart wherever the file's order of them does not mix the chunks."""
@@ -133,10 +134,10 @@ class GGUFWriter(CheckpointWriter):
             return [weight]
         (mapped,) = places
         rows = max(HEADS_ROWS, size // width // HEADS_ROWS * HEADS_ROWS)
-        found = [
+        chunks = [
             replace(weight, row_offset=start, shape=(min(rows, out - start), width)) for start in range(0, out, rows)
         ]
-        return found if mapped.expert is None and all(_closed(_order(mapped, chunk)) for chunk in found) else [weight]
+        return chunks if mapped.expert is None and all(_closed(_order(mapped, chunk)) for chunk in chunks) else [weight]
 
     def pack(self, weight: Weight, q: Quantized) -> Iterator[TensorRows]:
         """Blocks of the matrix at each of its places, rows in the file's order."""
@@ -170,7 +171,7 @@ class GGUFWriter(CheckpointWriter):
         whole = Quantized(scheme.weight, torch.cat([part.codes for part in parts]), params)
         return select_rows(whole, torch.argsort(families.rows_of(self.names.mapped(weight.tensor))))
 
-    def keep(self, tensor: str, value: Tensor) -> Iterator[TensorRows]:
+    def pack_unquantized(self, tensor: str, value: Tensor) -> Iterator[TensorRows]:
         """The tensor under each of its names, in the type that the file has it in."""
         for mapped in self.names.mapped(tensor):
             stored = cast(tensor, mapped.stored(value), file.dtype_of(self._plain(tensor, mapped)), self.plan.wider)
@@ -180,7 +181,7 @@ class GGUFWriter(CheckpointWriter):
                 else TensorRows(mapped.name, stored[None], mapped.expert)
             )
 
-    def kept(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
+    def read_unquantized(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
         """What lies under each of its names."""
         return [read_rows(entries[mapped.name], mapped.expert) for mapped in self.names.mapped(tensor)]
 
@@ -188,7 +189,7 @@ class GGUFWriter(CheckpointWriter):
         """The checkpoint's tensor, from what lies under its names."""
         spec = self.plan.checkpoint.spec(tensor)
         values = []
-        for mapped, stored in zip(self.names.mapped(tensor), self.kept(entries, tensor), strict=True):
+        for mapped, stored in zip(self.names.mapped(tensor), self.read_unquantized(entries, tensor), strict=True):
             value = stored if mapped.expert is None else stored[0]
             if value.numel() == torch.Size(spec.shape).numel():
                 return mapped.restored(value).to(spec.dtype)
@@ -247,15 +248,18 @@ def _metadata_of(plan: Plan) -> dict[str, Value]:
     source = plan.checkpoint
     if isinstance(source, GGUFCheckpoint):
         require_types(source.file.metadata)
-        kept = {
+        inherited = {
             k: v
             for k, v in source.file.metadata.items()
             if plan.recipe.method == "convert" or not FALSE_OF_ANOTHER.fullmatch(k)
         }
-        return {**kept, "general.quantization_version": Value("uint32", hyperparameters.QUANTIZATION_VERSION)}
+        return {**inherited, "general.quantization_version": Value("uint32", hyperparameters.QUANTIZATION_VERSION)}
     family = families.family_of(source.config)
     parameters = sum(prod(shape) for tensor, shape in source.tensors().items() if tensor not in plan.dropped)
-    said = hyperparameters.metadata(source.config, family, source.path) | origin(
+    metadata = hyperparameters.metadata(source.config, family, source.path) | origin(
         provenance_of(source, plan.recipe.model), parameters
     )
-    return {**said, **tokenizer.tokenizer_metadata(source.path, settings(source.config).vocab_size, plan.recipe.pre)}
+    return {
+        **metadata,
+        **tokenizer.tokenizer_metadata(source.path, settings(source.config).vocab_size, plan.recipe.pre),
+    }

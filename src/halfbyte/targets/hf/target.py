@@ -93,8 +93,8 @@ class HuggingFace(Target):
     def decode(self, recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         """Every tensor in one dtype. Raises Unsupported for experts that Transformers would not find."""
         _require_names(checkpoint)
-        kept = dict.fromkeys(checkpoint.tensors(), "decoded" if checkpoint.container else "as in the source")
-        return Plan(recipe, checkpoint, self, ROUNDING, (), kept, unquantized_dtype=DTYPE_NAMES[recipe.grid])
+        unquantized = dict.fromkeys(checkpoint.tensors(), "decoded" if checkpoint.container else "as in the source")
+        return Plan(recipe, checkpoint, self, ROUNDING, (), unquantized, unquantized_dtype=DTYPE_NAMES[recipe.grid])
 
     def require_cache(self, grid: KVGrid) -> None:
         """Raise Unsupported unless scales of such a KV cache are read beside this container."""

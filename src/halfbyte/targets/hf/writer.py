@@ -52,7 +52,7 @@ class FolderWriter(CheckpointWriter):
         files: dict[str, Config] = {}
         if self.container:
             named = {w.name: s for w, s in plan.schemes.items()}
-            config = self.container.config(named, self._linears_kept(), source.dtype)
+            config = self.container.config(named, self._unquantized_linears(), source.dtype)
             config = kv.config(config, plan.kv) if plan.kv else config
             files = self.container.extra_files(config)
         files = {"config.json": self._config(config), **files}
@@ -76,7 +76,7 @@ class FolderWriter(CheckpointWriter):
             )  # of a source that does not say: Transformers would take the first tensor's
         return {**config, "quantization_config": quantization} if quantization else config
 
-    def _linears_kept(self) -> list[str]:
+    def _unquantized_linears(self) -> list[str]:
         """Modules left in 16 bits that engines would take to be quantized if config.json did not name them."""
         plan, source = self.plan, self.plan.checkpoint
         weights = {c.weight.tensor for c in plan.weights}
@@ -84,9 +84,9 @@ class FolderWriter(CheckpointWriter):
             t for t in plan.unquantized if t.endswith(".weight") and t not in weights and len(source.spec(t).shape) == 2
         )
         routers = [t.removesuffix(".weight") for t in matrices if not roles.EMBEDDING.match(t)]
-        kept = [c.weight.name for c in plan.weights if not c.scheme] + routers + self._ahead(routers)
-        if all(w.block for w in plan.schemes) and "lm_head" not in kept:
-            kept.append(
+        unquantized = [c.weight.name for c in plan.weights if not c.scheme] + routers + self._ahead(routers)
+        if all(w.block for w in plan.schemes) and "lm_head" not in unquantized:
+            unquantized.append(
                 "lm_head"
             )  # a head that is tied, or has another name in the file, is a linear to engines all the same
         if (
@@ -94,8 +94,8 @@ class FolderWriter(CheckpointWriter):
         ):  # beside encoders of images or sound, names in the file and in the model differ
             from halfbyte.models import skeleton
 
-            kept += skeleton.aliases(source, kept)
-        return kept
+            unquantized += skeleton.aliases(source, unquantized)
+        return unquantized
 
     def _ahead(self, matrices: Sequence[str]) -> list[str]:
         """Of what predicts further tokens: the other names that engines look for. SGLang's models of it do not say what
