@@ -141,10 +141,10 @@ def quantize(
         )
 
 
-def _recipe(model: str | Path | Recipe, words: Mapping[str, Any]) -> Recipe:
+def _recipe(model: str | Path | Recipe, entries: Mapping[str, Any]) -> Recipe:
     """A recipe with these words; those that are None are as it has them."""
     base = model.model_dump(exclude_unset=True) if isinstance(model, Recipe) else {"model": str(model)}
-    given = {name: str(word) if isinstance(word, Path) else word for name, word in words.items() if word is not None}
+    given = {name: str(word) if isinstance(word, Path) else word for name, word in entries.items() if word is not None}
     return Recipe.of(**{**base, **given})
 
 

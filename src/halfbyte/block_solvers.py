@@ -82,13 +82,13 @@ class BlockTask:
 
     def collect_all(self) -> dict[Weight, Statistics]:
         """Statistics of all weights at once; those beyond a device's budget wait in the host's memory."""
-        found: dict[Weight, Statistics] = {}
+        collected: dict[Weight, Statistics] = {}
         for wanted in [set(self.schemes)] if self.walk.placement.is_host else self._in_parts():
-            for statistics in found.values():
+            for statistics in collected.values():
                 statistics.leave_device()
-            found |= self._collected(wanted)
-        self.statistics = found
-        return found
+            collected |= self._collected(wanted)
+        self.statistics = collected
+        return collected
 
     def _in_parts(self) -> Iterator[set[Weight]]:
         """Weights, as many at a time as have statistics within the budget."""
@@ -118,9 +118,9 @@ class BlockTask:
         outputs = None
         if walk.full_inputs is not None and walk.full_outputs is None:
             outputs = walk.full_outputs = walk.full_inputs.fork()
-        found = walk.fitting(lambda: collect(self.block, wanted, walk.inputs, walk.full_inputs, outputs))
+        statistics = walk.fitting(lambda: collect(self.block, wanted, walk.inputs, walk.full_inputs, outputs))
         release(walk.device)
-        return found
+        return statistics
 
 
 BlockSolver = Callable[[BlockTask], Iterator[Solution]]
@@ -133,25 +133,25 @@ def per_matrix(method: Method) -> BlockSolver:
     def solve_block(task: BlockTask) -> Iterator[Solution]:
         for groups, statistics in task.parts():
             for weights in groups:
-                known = statistics.get(weights[0])  # what is one matrix to engines reads one tensor
+                group_statistics = statistics.get(weights[0])  # what is one matrix to engines reads one tensor
                 for weight in weights:  # the last weight of a group frees its Hessian
                     statistics.pop(weight, None)
-                yield _solution(task, weights, known, method)
-                del known  # not beside the next one
+                yield _solution(task, weights, group_statistics, method)
+                del group_statistics  # not beside the next one
 
     return solve_block
 
 
-def _solution(task: BlockTask, weights: Sequence[Weight], known: Statistics | None, method: Method) -> Solution:
+def _solution(task: BlockTask, weights: Sequence[Weight], statistics: Statistics | None, method: Method) -> Solution:
     """What a fused group becomes by the statistics of what it reads."""
     targets = [task.block.target(weight) for weight in weights]
     w = targets[0] if len(targets) == 1 else torch.cat(targets)
-    q, note = task.walk.fitting(partial(solve_matrix, w, task.schemes[weights[0]].weight, known, method))
-    if known is None:
+    q, note = task.walk.fitting(partial(solve_matrix, w, task.schemes[weights[0]].weight, statistics, method))
+    if statistics is None:
         return Solution(weights, q, note=note)
     decoded = q.decode().split([w.shape[0] for w in weights])
-    errors = [known.error(w, rounded) for w, rounded in zip(targets, decoded, strict=True)]
-    return Solution(weights, q, errors, known.tokens, note)
+    errors = [statistics.error(w, rounded) for w, rounded in zip(targets, decoded, strict=True)]
+    return Solution(weights, q, errors, statistics.tokens, note)
 
 
 def solve_matrix(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) -> tuple[Quantized, str]:

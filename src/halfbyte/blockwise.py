@@ -111,7 +111,7 @@ class _Solved(NamedTuple):
     folds: list[dict]
     activations: Mapping[Weight, Params]
     """What is stored of those of each weight."""
-    told: Mapping[Weight, ActivationReport]
+    activation_reports: Mapping[Weight, ActivationReport]
     """What the report says of them."""
     read: Mapping[Weight, ActivationDistribution | None]
     """How they are spread before they are rounded."""
@@ -130,8 +130,10 @@ def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolv
     solutions = list(solver(task))
     walk.run_full_precision(block)
     read = {key: activation_distribution(stats) for key, stats in {id(s): s for s in task.sampled.values()}.items()}
-    stored, told = _activations_of(block, schemes, task.seen, plan.recipe.observer)
-    return _Solved(schemes, solutions, folds, stored, told, {w: read[id(s)] for w, s in task.sampled.items()})
+    stored, activation_reports = _activations_of(block, schemes, task.seen, plan.recipe.observer)
+    return _Solved(
+        schemes, solutions, folds, stored, activation_reports, {w: read[id(s)] for w, s in task.sampled.items()}
+    )
 
 
 def _commit(run: Run, block: Block, solved: _Solved) -> Future:
@@ -147,19 +149,19 @@ def _commit(run: Run, block: Block, solved: _Solved) -> Future:
         for number, (weight, one, rounded) in enumerate(zip(weights, done, decoded, strict=True)):
             note = "; ".join(filter(None, (notes[weight], remark)))
             error = errors[number] if errors else None
-            told, read = solved.told.get(weight), solved.read.get(weight)
-            reports.append(weight_report(weight, scheme, [one], note, tokens, error, told, read))
+            reported, read = solved.activation_reports.get(weight), solved.read.get(weight)
+            reports.append(weight_report(weight, scheme, [one], note, tokens, error, reported, read))
             digests[weight.name] = [one.digest]
             block.put(weight, rounded)
             if scheme.activations:
                 block.round_activations(weight, ActivationQuant(scheme.activations, solved.activations.get(weight, {})))
-    kept = run.plan.unquantized
-    digests |= {tensor: _keep(run, block, tensor) for tensor in block.tensors if tensor in kept}
+    unquantized = run.plan.unquantized
+    digests |= {tensor: _write_unquantized(run, block, tensor) for tensor in block.tensors if tensor in unquantized}
     run.folds += solved.folds
     return run.writer.submit(record_step, run, reports, digests, block=block.name, folds=solved.folds)
 
 
-def _keep(run: Run, block: Block, tensor: str) -> list[str]:
+def _write_unquantized(run: Run, block: Block, tensor: str) -> list[str]:
     """Write a tensor that is not quantized, and have the block compute with what a reader will find."""
     value, now = run.plan.checkpoint.read(tensor), block.view(tensor)
     here = now.cpu()
@@ -184,25 +186,25 @@ def _activations_of(
     for weight, scheme in schemes.items():
         if scheme.activations:
             alike.setdefault((pattern(weight.name, block), scheme.activations), []).append(weight)
-    stored, told, done = {}, {}, {}
+    stored, activation_reports, done = {}, {}, {}
     for (_, grid), weights in alike.items():
-        known = {id(s): s for w in weights if (s := seen.get(w))}
-        if not known and grid.static:
+        distinct = {id(s): s for w in weights if (s := seen.get(w))}
+        if not distinct and grid.static:
             raise BadRequest(
                 f"no calibration token reached {weights[0].name}, whose inputs are to have a stored scale; "
                 "give more text, "
                 "or round them per token"
             )
-        if not known:
+        if not distinct:
             continue
-        key = (grid, *known)  # q, k and v read the same
+        key = (grid, *distinct)  # q, k and v read the same
         if key not in done:
-            together = _merged(list(known.values()))
+            together = _merged(list(distinct.values()))
             params = grid.fit(together, observer)
             done[key] = params, activation_report(ActivationQuant(grid, params), together)
         stored |= dict.fromkeys(weights, done[key][0])
-        told |= dict.fromkeys(weights, done[key][1])
-    return stored, told
+        activation_reports |= dict.fromkeys(weights, done[key][1])
+    return stored, activation_reports
 
 
 def _merged(seen: Sequence[ActivationStats]) -> ActivationStats:

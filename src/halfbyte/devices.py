@@ -54,13 +54,13 @@ def _of_group(names: tuple[str, str, str]) -> tuple[int | None, int]:
     """The limit of a control group, if there is one, and what its processes hold that cannot be dropped."""
     home, limit, used = names
     try:
-        words = Path(home, limit).read_text(encoding="ascii").strip()
+        limit_text = Path(home, limit).read_text(encoding="ascii").strip()
         taken = int(Path(home, used).read_text(encoding="ascii"))
         files = dict(line.split() for line in Path(home, "memory.stat").read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):
         return None, 0
     dropped = int(files.get("inactive_file", files.get("total_inactive_file", 0)))
-    return (int(words) if words.isdigit() else None), taken - dropped
+    return (int(limit_text) if limit_text.isdigit() else None), taken - dropped
 
 
 CGROUPS = (
@@ -126,33 +126,33 @@ def kind_of(device: "torch.device | str") -> Kind:
     return KINDS.get(name, Kind(name))
 
 
-def require_name(words: str) -> str:
+def require_name(name: str) -> str:
     """Raise BadRequest for what is no name of a device, before torch is imported."""
-    words = str(words)  # of a torch.device too
-    if not NAME.fullmatch(words):
+    name = str(name)  # of a torch.device too
+    if not NAME.fullmatch(name):
         raise BadRequest(
-            f"'{words}' is no device; name one of {AUTO}, {', '.join(KINDS)}, or a GPU by its number, such as cuda:1"
+            f"'{name}' is no device; name one of {AUTO}, {', '.join(KINDS)}, or a GPU by its number, such as cuda:1"
         )
-    return words
+    return name
 
 
-def device_named(words: str = AUTO) -> "torch.device":
+def device_named(device: str = AUTO) -> "torch.device":
     """The device that is meant. Raises BadRequest for one that is not here: nothing falls back to another in
     silence."""
-    words = require_name(words)
-    name, _, number = words.partition(":")
-    if words != AUTO and KINDS[name].is_host:
+    device = require_name(device)
+    name, _, number = device.partition(":")
+    if device != AUTO and KINDS[name].is_host:
         return _device(name)
     present = {gpu: count for gpu in GPUS if (count := _count(gpu))}
-    if words == AUTO:
+    if device == AUTO:
         name = next(iter(present), "cpu")
     elif name not in present:
         here = ", ".join(present) or "the CPU alone"
         raise BadRequest(
-            f"there is no device {words} here, or this build of torch does not use it; there is {here} (--device auto)"
+            f"there is no device {device} here, or this build of torch does not use it; there is {here} (--device auto)"
         )
     if number and int(number) >= present[name]:
-        raise BadRequest(f"there is no device {words}; there are {name}:0 to {name}:{present[name] - 1}")
+        raise BadRequest(f"there is no device {device}; there are {name}:0 to {name}:{present[name] - 1}")
     return _device(f"{name}:{number or _current(name)}" if KINDS[name].is_numbered else name)
 
 

@@ -77,4 +77,4 @@ def hang_up() -> None:
 
 def is_want_of_memory(error: BaseException) -> bool:
     """Whether there is too little memory, and no fault in what was asked."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in WANT_OF_MEMORY)
+    return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in WANT_OF_MEMORY)

@@ -138,10 +138,10 @@ def matches(pattern: str, name: str, source: object) -> bool:
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         raise ValueError("an entry is there twice")
-    return found
+    return entries
 
 
 def _nests_deeper(value: Any, levels: int) -> bool:

@@ -224,14 +224,14 @@ def cache_parts(name: str) -> tuple[str, str]:
     return _cache_part(key), _cache_part(value if slash else key)
 
 
-def _cache_part(said: str) -> str:
-    name = CACHE_ALIASES.get(said, said)
+def _cache_part(text: str) -> str:
+    name = CACHE_ALIASES.get(text, text)
     if name in GGML_CACHES:
         return name
     match = ACTIVATIONS.fullmatch(name)
     if match is None or (match["asym"] and not match["number"].startswith("int")):
         raise BadRequest(
-            f"'{said}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64, q8_0 or the like, or two "
+            f"'{text}' is no KV cache; write fp8-e4m3, fp8-e4m3-head, int8, int4, int4-g64, q8_0 or the like, or two "
             "of them for keys and values: int8/int4"
         )
     if match["granularity"] == "tensor":

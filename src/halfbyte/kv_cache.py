@@ -88,8 +88,8 @@ def attach(
             progress("copying", number, len(files))
         folder.seal()
         copy_companions(checkpoint, folder.partial)
-        said = {"config.json": {**checkpoint.config, "quantization_config": config}, **index_of(files)}
-        write_json(folder.partial, said)
+        contents = {"config.json": {**checkpoint.config, "quantization_config": config}, **index_of(files)}
+        write_json(folder.partial, contents)
         _verify(checkpoint, folder.partial, tensors)
         about = about.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
         written.add_cache(checkpoint.path, folder.partial, out, about)
@@ -211,8 +211,8 @@ def with_cache(
     return checkpoint
 
 
-def _on_cpu(found: Mapping[str, Params]) -> dict[str, Params]:
-    return {name: {entry: value.cpu() for entry, value in params.items()} for name, params in found.items()}
+def _on_cpu(scales: Mapping[str, Params]) -> dict[str, Params]:
+    return {name: {entry: value.cpu() for entry, value in params.items()} for name, params in scales.items()}
 
 
 def _largest(params: Params) -> float | None:
@@ -274,11 +274,11 @@ def _together(key: Params, value: Params, latent: bool) -> tuple[Params, Params]
 def _require_heads(checkpoint: Checkpoint, grid: KVGrid, keys: kv.KVObserver) -> None:
     """Engines give each head of the config a scale; some families repeat heads before they cache them."""
     text = checkpoint.text_config
-    said = text.get("num_key_value_heads", len(keys.low))
-    if "-head" in str(grid) and len(keys.low) != said:
+    configured = text.get("num_key_value_heads", len(keys.low))
+    if "-head" in str(grid) and len(keys.low) != configured:
         raise Unsupported(
-            f"{checkpoint.model_type} caches {len(keys.low)} heads where its config has {said}, so scales of heads "
-            "fit no engine; write fp8-e4m3"
+            f"{checkpoint.model_type} caches {len(keys.low)} heads where its config has {configured}, so scales of "
+            "heads fit no engine; write fp8-e4m3"
         )
 
 

@@ -36,8 +36,8 @@ class Expert(NamedTuple):
     @classmethod
     def of(cls, name: str) -> "Expert | None":
         """None for a name of no numbered expert."""
-        found = EXPERT.fullmatch(name)
-        return cls(found["before"], int(found["number"]), found["after"]) if found else None
+        match = EXPERT.fullmatch(name)
+        return cls(match["before"], int(match["number"]), match["after"]) if match else None
 
 
 def fused_set(module: str) -> tuple[str, Fused] | None:
@@ -49,8 +49,8 @@ def fused_set(module: str) -> tuple[str, Fused] | None:
 def fused_names(modules: Collection[str]) -> list[str]:
     """What engines call the matrices that they make of these, where all parts are among them."""
     sets = {key for module in modules if (key := fused_set(module)) and key[1].module}
-    known = set(modules)
-    return sorted(f"{home}.{f.module}" for home, f in sets if all(f"{home}.{part}" in known for part in f.parts))
+    present = set(modules)
+    return sorted(f"{home}.{f.module}" for home, f in sets if all(f"{home}.{part}" in present for part in f.parts))
 
 
 def with_experts(module: str) -> str | None:

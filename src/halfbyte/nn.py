@@ -94,8 +94,8 @@ class QuantEmbedding(PackedModule, nn.Embedding):
     def forward(self, input: Int64[Tensor, "*tokens"]) -> Float[Tensor, "*tokens in"]:
         """The rows of these tokens, decoded."""
         rows, which = input.unique(return_inverse=True)
-        found = self.matrix.at(rows) if self.matrix.by_rows else self.matrix.quantized
-        values = found.decode().to(self.dtype)
+        selected = self.matrix.at(rows) if self.matrix.by_rows else self.matrix.quantized
+        values = selected.decode().to(self.dtype)
         return values[which if self.matrix.by_rows else input]
 
     @property
@@ -258,10 +258,10 @@ def _packed(model: nn.Module, checkpoint: Checkpoint, weight_map: dict[str, mapp
         view = weight_map.get(f"{module}.weight")
         if view and view.expert is None and not view.transposed:
             home = view.parameter.removesuffix(".weight")
-            found, shape = model.get_submodule(home), checkpoint.quantized[module][1]
-            looks_up = isinstance(found, nn.Embedding) and found.max_norm is None
-            multiplies = isinstance(found, nn.Linear) and type(found).forward is nn.Linear.forward
-            if (multiplies or looks_up) and found.weight.shape == shape:
+            submodule, shape = model.get_submodule(home), checkpoint.quantized[module][1]
+            looks_up = isinstance(submodule, nn.Embedding) and submodule.max_norm is None
+            multiplies = isinstance(submodule, nn.Linear) and type(submodule).forward is nn.Linear.forward
+            if (multiplies or looks_up) and submodule.weight.shape == shape:
                 packed[f"{module}.weight"] = home
     return packed
 

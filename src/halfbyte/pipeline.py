@@ -69,7 +69,7 @@ def quantize(
     out = Path(out).expanduser()
     plan = _planned(recipe, out)
     output = _Output.of(plan, out, overwrite, meter, progress)
-    known = _importance(plan, device)
+    importance = _importance(plan, device)
     if not plan.calibrated:
         samples = None
     elif samples is None:
@@ -83,7 +83,7 @@ def quantize(
                 plan.fused_groups,
                 plan.unquantized,
                 lambda weight: plan.checkpoint.read_weight(weight).to(device),
-                lambda weight, w, scheme: solver(w, scheme.weight, known.get(weight)),
+                lambda weight, w, scheme: solver(w, scheme.weight, importance.get(weight)),
             )
         else:
             from halfbyte import blockwise  # Transformers takes seconds to import, and only calibration needs the model
@@ -95,12 +95,14 @@ def quantize(
 
 def _planned(recipe: Recipe, out: Path) -> Plan:
     """What a recipe means for an output that is called so: a file's name may say what it is, and what it holds."""
-    recipe, said = _named(recipe, out), grid_in_name(out)
-    if said and "grid" not in recipe.model_fields_set:
-        recipe = recipe.model_copy(update={"grid": said})
+    recipe, named_grid = _named(recipe, out), grid_in_name(out)
+    if named_grid and "grid" not in recipe.model_fields_set:
+        recipe = recipe.model_copy(update={"grid": named_grid})
     plan = resolve(recipe)
-    if said and said not in (plan.label, plan.recipe.grid.upper()):
-        return replace(plan, warnings=(*plan.warnings, f"{out.name} is called {said}, and most of it is {plan.label}"))
+    if named_grid and named_grid not in (plan.label, plan.recipe.grid.upper()):
+        return replace(
+            plan, warnings=(*plan.warnings, f"{out.name} is called {named_grid}, and most of it is {plan.label}")
+        )
     return plan
 
 
@@ -224,11 +226,11 @@ def dequantize(
     out = Path(out).expanduser()
     named = file_target(out)
     to = to or (named.name if named else next(iter(UNQUANTIZED)))
-    said = grid_in_name(out)
+    named_grid = grid_in_name(out)
     plan = decoding(str(source), to, dtype or dtype_in_name(out), str(adapter) if adapter else None)
-    if said and said != plan.label:
+    if named_grid and named_grid != plan.label:
         raise BadRequest(
-            f"{out} is called {said}, and would be {plan.label}; call it so, or give the --dtype that is meant"
+            f"{out} is called {named_grid}, and would be {plan.label}; call it so, or give the --dtype that is meant"
         )
 
     def solve(run: Run) -> None:

@@ -70,8 +70,8 @@ def _bar() -> Iterator[Progress]:
             if what.startswith((RESUMING, TAKING)) and console.is_terminal:
                 console.print(what, highlight=False, soft_wrap=True)
             left = stage.left(done, total)
-            said = "" if left is None else f"about {duration(left)} left"
-            bar.update(task, description=plain(what), completed=done, total=total, left=said)
+            remaining = "" if left is None else f"about {duration(left)} left"
+            bar.update(task, description=plain(what), completed=done, total=total, left=remaining)
 
         with (
             told_of_kernels(lambda: bar.update(task, description="compiling kernels, once"))

@@ -79,8 +79,8 @@ def _refused(repository: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
-        said = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
         raise BadRequest(
-            f"{repository} was not uploaded: {said[0] if said else brief(error)}; look at the network, the token's "
+            f"{repository} was not uploaded: {lines[0] if lines else brief(error)}; look at the network, the token's "
             "rights and the name"
         ) from None

@@ -53,21 +53,21 @@ class Calibration(Entries, frozen=True, extra="forbid", use_attribute_docstrings
 
     @model_validator(mode="before")
     @classmethod
-    def _words(cls, words: object) -> object:
-        return {"source": words} if isinstance(words, str | Path | list | tuple) else words
+    def _words(cls, value: object) -> object:
+        return {"source": value} if isinstance(value, str | Path | list | tuple) else value
 
     @field_validator("source", mode="before")
     @classmethod
-    def _texts(cls, words: object) -> object:
-        if not isinstance(words, list | tuple):
-            return str(words) if isinstance(words, Path) else words
-        if not words or not all(isinstance(text, str) for text in words):
+    def _texts(cls, value: object) -> object:
+        if not isinstance(value, list | tuple):
+            return str(value) if isinstance(value, Path) else value
+        if not value or not all(isinstance(text, str) for text in value):
             raise ValueError("is a file, a dataset, or a list of texts")
-        if sum(len(text.encode()) for text in words) > MOST // 2:
+        if sum(len(text.encode()) for text in value) > MOST // 2:
             raise ValueError(
                 f"takes {MOST // 2} bytes of texts at most; write them into a .jsonl file, and give its name"
             )
-        return tuple(words)
+        return tuple(value)
 
     @classmethod
     def of(cls, words: "CalibrationWords | None") -> "Calibration":
@@ -135,33 +135,33 @@ class Recipe(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True
 
     @field_validator("skip", mode="before")
     @classmethod
-    def _patterns(cls, words: object) -> object:
-        return (words,) if isinstance(words, str) else words
+    def _patterns(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
     @classmethod
     def load(cls, path: Path, **changes) -> "Recipe":
         """A recipe from a YAML file; `changes` win."""
         try:
-            words = yaml.load(read_text(path, BadRequest, MOST), _Loader)
+            entries = yaml.load(read_text(path, BadRequest, MOST), _Loader)
         except REFUSALS as error:
             raise BadRequest(
                 f"recipe {path} cannot be read: {' '.join(str(error).split()) or 'it nests too deep'}"
             ) from None
-        if not isinstance(words, dict) or not all(isinstance(name, str) for name in words):
+        if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
             raise BadRequest(f"recipe {path} is no mapping of names to values")
-        return cls.of(**{**_renamed(words), **_renamed(changes)})
+        return cls.of(**{**_renamed(entries), **_renamed(changes)})
 
     @classmethod
-    def of(cls, **words) -> "Recipe":
+    def of(cls, **entries) -> "Recipe":
         """A recipe of these entries. Raises BadRequest for one that is unknown, missing or wrong."""
         try:
-            return cls(**words)
+            return cls(**entries)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             if first["type"] == "extra_forbidden":
-                known = [*cls.model_fields, *(f"calibration.{field}" for field in Calibration.model_fields)]
-                raise UnknownName("recipe entry", name, known) from None
+                entry_names = [*cls.model_fields, *(f"calibration.{field}" for field in Calibration.model_fields)]
+                raise UnknownName("recipe entry", name, entry_names) from None
             if first["type"] == "missing":
                 raise BadRequest(f"the recipe has no {name}") from None
             reason = first["msg"].lower().removeprefix("value error, ")
@@ -177,9 +177,9 @@ class Recipe(Entries, frozen=True, extra="forbid", use_attribute_docstrings=True
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-def _renamed(words: Mapping[str, Any]) -> dict[str, Any]:
+def _renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Entries under the names that they have now."""
-    return {RENAMED.get(name, name): value for name, value in words.items()}
+    return {RENAMED.get(name, name): value for name, value in entries.items()}
 
 
 @dataclass(frozen=True)

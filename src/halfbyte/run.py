@@ -137,11 +137,11 @@ def squared_error(w: Tensor | Quantized, q: Quantized, sampled: int = SAMPLED) -
 def _extreme(q: Quantized) -> Tensor:
     """The rows with the largest and the smallest scales, where these would first be too large or too small for what
     holds them."""
-    found = []
+    rows = []
     for values in q.params.values():
         most = (values.float() if values.is_floating_point() else values).abs().reshape(len(values), -1).amax(1)
-        found += [most.argmax().view(1), most.argmin().view(1)]
-    return torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.long)
+        rows += [most.argmax().view(1), most.argmin().view(1)]
+    return torch.cat(rows).cpu() if rows else torch.empty(0, dtype=torch.long)
 
 
 def commit(
@@ -224,11 +224,11 @@ def record_step(
     run: Run, reports: Iterable[WeightReport], digests: Mapping[str, Sequence["str | Future[str]"]], **step
 ) -> None:
     """Note a step as done, in the report and in the journal."""
-    known = {name: [d if isinstance(d, str) else d.result() for d in found] for name, found in digests.items()}
+    resolved = {name: [d if isinstance(d, str) else d.result() for d in pieces] for name, pieces in digests.items()}
     reports = list(reports)
     run.rows |= {report.name: report for report in reports}
-    run.digests |= known
-    run.folder.record({**step, "rows": [report.as_dict() for report in reports], "digests": known})
+    run.digests |= resolved
+    run.folder.record({**step, "rows": [report.as_dict() for report in reports], "digests": resolved})
 
 
 def restore_step(run: Run, record: dict) -> None:
