@@ -17,6 +17,7 @@ from halfbyte.devices import wait
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.quantized import Quantized, Scheme, WeightActivation
 from halfbyte.models.memory import hidden_size, reading_group
+from halfbyte.models.placement import BATCH_TOKENS
 from halfbyte.models.weight import Weight
 from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.sizing.cache import ModelConfig
@@ -39,13 +40,17 @@ seconds a piece for each."""
 ELEMENTWISE = 40
 """Numbers that a block reads or writes beside its products for each of a hidden state and of an MLP: norms, rotations,
 activations, sums."""
-CANDIDATES = 22
-"""Scales that AWQ tries for each matrix."""
+CANDIDATES, CANDIDATE = 22, 0.0015
+"""Scales that AWQ tries for each matrix; seconds that each takes beside its arithmetic: threads, fresh memory."""
 TRIALS, PLACES, TAKING_PART = 7, 4, 2
 """Times that SmoothQuant runs a block on one sample for each place of a scale; places in a block; those that a matrix
 is part of."""
-STARTING, EACH = 1.5, 0.005
-"""Seconds in which a model is built and text is read; in which a matrix is told of in the report."""
+TRIAL, MOVED = 0.005, 48
+"""Seconds that such a run takes beside its arithmetic; bytes that are moved for each weight that is rescaled for it."""
+STARTING, ENTRY = 0.2, 1.5e-5
+"""Seconds in which a model is built; in which an entry of the vocabulary is read."""
+EACH, CALIBRATED = 0.002, 0.01
+"""Seconds in which a matrix is told of in the report; and what it reads."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class Work:
             return matrices | {"rounding": self._sum(lambda w, own: prod(w.shape) * own.nearest)}
         passes = 2 + plan.method.full_precision + (2 if plan.scales else 0)  # to see what is read, and as quantized
         return matrices | {
-            "starting": STARTING,
+            "starting": STARTING + ENTRY * self._vocabulary,
             "blocks": passes * self._forward(self._tokens) + self._rounding_activations(self._tokens),
             "statistics": self._statistics(),
             "solving": self._sum(self._solving),
@@ -134,6 +139,15 @@ class Work:
     def _blocks(self) -> list[Weight]:
         return [weight for weight in self.plan.checkpoint.weights() if weight.block]
 
+    @property
+    def _layers(self) -> int:
+        return len({weight.block for weight in self._blocks})
+
+    @property
+    def _vocabulary(self) -> int:
+        size = self.plan.checkpoint.text_config.get("vocab_size")
+        return size if isinstance(size, int) else 0
+
     @cached_property
     def _routed(self) -> float:
         """Of all tokens, the share that an expert sees."""
@@ -145,11 +159,10 @@ class Work:
     def _forward(self, tokens: int) -> float:
         """All blocks on so many tokens."""
         plan, width = self.plan, hidden_size(self.plan.checkpoint)
-        layers = len({weight.block for weight in self._blocks})
         inner = max((max(weight.shape) for weight in self._blocks), default=width)
         products = sum(2 * self._share(weight) * prod(weight.shape) for weight in self._blocks)
-        attention = 4 * plan.recipe.calibration.length * width * layers
-        numbers = ELEMENTWISE * (width + inner) * layers
+        attention = 4 * plan.recipe.calibration.length * width * self._layers
+        numbers = ELEMENTWISE * (width + inner) * self._layers
         of_token = (products + attention) * self.pace.product
         return tokens * (of_token + numbers * plan.checkpoint.dtype.itemsize * self.pace.touched)
 
@@ -170,16 +183,20 @@ class Work:
         """A matrix rounded, and the error of what it returns."""
         out, width = weight.shape
         moved = out * width**2 * self.pace.product if self.plan.method.solver in FACTORING else 0.0
-        return out * width * own.solving + moved + 4 * _rows(weight) * width**2 * self.pace.wide_product
+        products = moved + 4 * _rows(weight) * width**2 * self.pace.wide_product
+        return CALIBRATED + out * width * own.solving + products
 
     def _transform(self, name: str) -> float:
         if name == "awq":
             return CANDIDATES * self._sum(
-                lambda w, own: _rows(w) * w.shape[1] * (own.nearest + 2 * w.shape[1] * self.pace.wide_product)
+                lambda w, own: (
+                    CANDIDATE + _rows(w) * w.shape[1] * (own.nearest + 2 * w.shape[1] * self.pace.wide_product)
+                )
             )
         length = self.plan.recipe.calibration.length
-        rounding = self._sum(lambda w, own: TAKING_PART * prod(w.shape) * own.coarse)
-        return TRIALS * (PLACES * self._forward(length) + self._rounding_activations(length) + rounding)
+        rounding = self._sum(lambda w, own: TAKING_PART * prod(w.shape) * (own.coarse + MOVED * self.pace.touched))
+        runs = PLACES * (self._forward(length) + TRIAL * self._layers)
+        return TRIALS * (runs + self._rounding_activations(length) + rounding)
 
 
 def _rows(weight: Weight) -> int:
@@ -265,7 +282,7 @@ class Trial:
         if not isinstance(scheme, WeightActivation):
             return 0.0
         grid, seen = scheme.activations, statistics.activation_stats
-        quant, x = ActivationQuant(grid, grid.fit(seen, "max")), self._random(TOKENS, statistics.width)
+        quant, x = ActivationQuant(grid, grid.fit(seen, "max")), self._random(BATCH_TOKENS, statistics.width)
         x = x.to(self.plan.checkpoint.dtype)
         return self._seconds(lambda: quant.round(x)) / x.numel()
 
