@@ -14,7 +14,17 @@ if not torch.cuda.is_available():
 SOURCE = Path(__file__).parent.parent / "src"
 FILES = [
     path
-    for part in ("kernels", "grids", "solvers", "models", "transforms", "containers", "targets", "evaluation")
+    for part in (
+        "kernels",
+        "grids",
+        "solvers",
+        "models",
+        "transforms",
+        "containers",
+        "targets",
+        "evaluation",
+        "inference",
+    )
     for path in (SOURCE / "halfbyte" / part).rglob("*.py")
 ] + [SOURCE / "halfbyte" / "nn.py"]
 CHECKED = [

@@ -17,7 +17,7 @@ LAYERS = [
     ["registry"], ["kernels"], ["recipe", "grids"],
     ["solvers", "containers"], ["demo"], ["models"],
     ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["nn"], ["evaluation", "plan"],
-    ["arguments"], ["report"], ["sizing"], ["run", "display", "budget"], ["streaming"],
+    ["arguments"], ["report"], ["sizing"], ["inference"], ["run", "display", "budget"], ["streaming"],
     ["blockwise", "kv_cache"], ["pipeline", "publish", "against"], ["api"], ["demonstration"], ["cli"],
     ["__main__", "__init__"],
 ]  # fmt: skip

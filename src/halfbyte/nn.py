@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from math import prod
 from pathlib import Path
 from types import new_class
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from halfbyte.devices import device_named
+from halfbyte.devices import device_named, kind_of
 from halfbyte.errors import UnknownName
 from halfbyte.grids.activations import FLOATS, ActivationGrid, ActivationQuant, ScaledActivations
 from halfbyte.grids.grid import Params
@@ -24,6 +25,8 @@ from halfbyte.models.matmuls import rounding
 from halfbyte.models.precision import DTYPE_NAMES
 from halfbyte.models.weight import Weight
 
+SHARE = 0.6
+"""Of the free memory, which decoded weights may take."""
 STORED = ("packed_", "input_")
 """What buffers of a file's own values are called."""
 
@@ -249,6 +252,23 @@ def unpack(model: nn.Module) -> None:
                     dense.bias = packed.bias
                 made[id(packed)] = dense
             model.set_submodule(name, made[id(packed)])
+
+
+def ready_to_answer(model: nn.Module, checkpoint: Checkpoint, where: torch.device) -> None:
+    """Have linears that no kernel multiplies as they lie hold their decoded weights, where there is memory for that:
+    decoding takes longer than to multiply with few tokens."""
+    decoded = sum(prod(shape) for _, shape in checkpoint.quantized.values()) * checkpoint.unquantized_dtype.itemsize
+    if decoded <= SHARE * kind_of(where).free_bytes(where):
+        unpack(model)
+
+
+def loaded_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of the weights of a model that is loaded: as they lie in the file, or decoded where they do not stay so."""
+    model, shapes = skeleton.build(checkpoint, dtype), checkpoint.tensors()
+    packed = _packed(model, checkpoint, mapping.places(model, shapes))
+    parts = (part for tensor in packed for part in checkpoint.parts_of[tensor.removesuffix(".weight")])
+    stored = sum(checkpoint.entries[part].size_bytes for part in parts)
+    return stored + sum(prod(shape) for name, shape in shapes.items() if name not in packed) * dtype.itemsize
 
 
 def _packed(model: nn.Module, checkpoint: Checkpoint, weight_map: dict[str, mapping.ParamView]) -> dict[str, str]:

@@ -1,0 +1,1 @@
+from models.families import one_thread  # noqa: F401
