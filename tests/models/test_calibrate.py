@@ -101,6 +101,8 @@ def test_chats_are_rendered_as_transformers_renders_them(home):
     rendered = chats.render(tokenizer, talks)
     assert rendered.refused == []
     assert rendered.texts == [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
+    long = [{"role": "user", "content": "word " * 40_000}]  # more than a pipe takes at once
+    assert chats.render(tokenizer, [long]).texts == [tokenizer.apply_chat_template(long, tokenize=False)]
 
 
 @pytest.mark.slow

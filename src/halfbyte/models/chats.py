@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,15 +56,17 @@ def render(
     }
     command = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]
     surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=surroundings
-    ) as child:
-        try:
-            out, err = _watched(
-                child, json.dumps(request, default=str).encode(), SECONDS + SECONDS_PER_CHAT * len(chats)
-            )
-        finally:
-            child.kill()
+    # A file, as of what a pipe does not take at once Python forgets the rest when it has waited for a while.
+    with tempfile.TemporaryFile() as asked:
+        asked.write(json.dumps(request, default=str).encode())
+        asked.seek(0)
+        with subprocess.Popen(
+            command, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=surroundings
+        ) as child:
+            try:
+                out, err = _watched(child, SECONDS + SECONDS_PER_CHAT * len(chats))
+            finally:
+                child.kill()
     if child.returncode:
         lines = err.decode(errors="replace").strip().splitlines()
         raise BadCheckpoint(f"the model's chat template ends in an error: {lines[-1] if lines else child.returncode}")
@@ -73,14 +76,14 @@ def render(
     )
 
 
-def _watched(child: subprocess.Popen, request: bytes, seconds: float) -> tuple[bytes, bytes]:
+def _watched(child: subprocess.Popen, seconds: float) -> tuple[bytes, bytes]:
     """What the process answers."""
-    process, first = psutil.Process(child.pid), request
+    process = psutil.Process(child.pid)
     while True:
         try:
-            return child.communicate(first, timeout=LOOK)
+            return child.communicate(timeout=LOOK)
         except subprocess.TimeoutExpired:
-            first, (taken, used) = None, _taken(process)  # what it began to send, it goes on sending
+            taken, used = _taken(process)
         if used > MEMORY:
             raise BadCheckpoint(f"the model's chat template takes more than {MEMORY / 1e9:.1f} GB of memory; {INSTEAD}")
         if taken > seconds:
