@@ -44,6 +44,7 @@ TYPES_OF_JSON: dict[str, str | tuple[str, ...]] = {
     "dequantize": "halfbyte.report.types:Report",
     "kv": "halfbyte.report.types:CacheReport",
     "imatrix": "halfbyte.report.types:ImatrixReport",
+    "run": "halfbyte.inference.types:Answer",
     "eval": tuple(
         f"halfbyte.report.types:{kind}"
         for kind in ("Evaluation", "StatesEvaluation", "SuiteEvaluation", "TaskEvaluation")

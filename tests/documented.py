@@ -59,11 +59,13 @@ LITTLE = {
     "imatrix": "--samples 2 --length 64",
     "eval": "--windows 1 --length 64",
     "blame": "--windows 1 --length 64 --blocks 1",
+    "run": "--max-tokens 4",
     "needle": "--lengths 128 --facts 1 --depths 1",
 }
 """What makes a run small; commands whose output is shown run as they are."""
 NOT_RUN = {
     "halfbyte push": "needs the hub; tests/test_publish.py runs it against one that is played",
+    "halfbyte chat": "talks; tests/inference/test_dialogue.py plays it on a terminal",
     "halfbyte demo": "tests/test_cli.py runs it on less text",
     "halfbyte support": "tests/test_matrix.py holds docs/support.md to it",
     "--size": "a size is of some large model; tests/budget has budgets of small ones",

@@ -472,56 +472,46 @@ class Forked:
 
     def __init__(self, *_, **__):
         self.returncode: int | None = None
-        self.answer = tempfile.TemporaryFile()  # noqa: SIM115  as long as this lives
-        told, self.telling = os.pipe()
+        told, telling = os.pipe()
+        hearing, said = os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            self._run(told)
+            self._run(told, said, (telling, hearing))
         os.close(told)
+        os.close(said)
+        self.stdin, self.stdout = open(telling, "wb"), open(hearing, "rb")  # noqa: SIM115  as long as this lives
 
-    def _run(self, told: int) -> None:
+    def _run(self, told: int, said: int, others: tuple[int, int]) -> None:
         """In the child, which never returns."""
         status = 1
         try:
-            os.close(self.telling)
-            with (
-                open(told, encoding="utf-8") as sys.stdin,
-                open(self.answer.fileno(), "w", encoding="utf-8") as sys.stdout,
-            ):
+            for end in others:
+                os.close(end)
+            with open(told, encoding="utf-8") as sys.stdin, open(said, "w", encoding="utf-8") as sys.stdout:
                 render.main()
             status = 0
         finally:
             os._exit(status)
 
-    def communicate(self, words: bytes | None, timeout: float) -> tuple[bytes, bytes]:
-        """Raises TimeoutExpired as long as it runs."""
-        if words:
-            with open(self.telling, "wb") as pipe:
-                pipe.write(words)
-        until = time.monotonic() + timeout
-        while not self._ended(os.WNOHANG):
-            if time.monotonic() > until:
-                raise subprocess.TimeoutExpired("render", timeout)
-            time.sleep(0.001)
-        self.answer.seek(0)
-        return self.answer.read(), b""
+    def communicate(self) -> tuple[bytes, bytes]:
+        """At its end."""
+        self.stdin.close()
+        self._ended()
+        self.stdout.close()
+        return b"", b""
 
-    def _ended(self, options: int = 0) -> bool:
+    def poll(self) -> int | None:
+        self._ended(os.WNOHANG)
+        return self.returncode
+
+    def _ended(self, options: int = 0) -> None:
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, options)
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode is not None
 
     def kill(self) -> None:
         if self.returncode is None:
             os.kill(self.pid, signal.SIGKILL)
-
-    def __enter__(self) -> "Forked":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._ended()
-        self.answer.close()
 
 
 @contextmanager

@@ -26,12 +26,14 @@ from halfbyte.arguments import (
     Publishing,
     Retrieving,
     Running,
+    Talking,
     sentence,
 )
 from halfbyte.budget.budget import Budget
 from halfbyte.containers.table import CONTAINERS
 from halfbyte.engines.engines import ENGINES
 from halfbyte.grids import activations
+from halfbyte.inference.sampling import Sampling
 from halfbyte.recipe import METHODS, OBSERVERS, Calibration, Entries, Recipe, meaning
 
 
@@ -71,6 +73,7 @@ DECLARED = {
     "tasks": (Answering, Running),
     "blame": (Blaming, Running),
     "advise": (Fitting,),
+    "generate": (Talking, Sampling, Running),
     "page": (Fitting, Running),
     "compare": (Comparing, Running),
     "push": (Publishing,),
@@ -93,7 +96,7 @@ def test_arguments_are_those_that_are_declared(name):
         assert is_subhint(words, taken | None), own.name
         if own.default is own.empty:
             assert field.is_required() or (name, own.name) == ("convert", "to")
-        elif own.default is not None or kind not in (Recipe, Budget):  # None: as the recipe has it
+        elif own.default is not None or kind not in (Recipe, Budget, Sampling):  # None: as the recipe has it
             assert own.default == field.default, own.name
         assert f"\n        {own.name}: {sentence(own.name, kind)}" in getattr(halfbyte, name).__doc__
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 import halfbyte
 from halfbyte.budget.budget import Budget
-from halfbyte.cli import measuring, planning, reporting, writing
+from halfbyte.cli import measuring, planning, reporting, talking, writing
 from halfbyte.cli.groups import Group, Words, grouped
 from halfbyte.recipe import RENAMED, Calibration, Recipe
 
@@ -58,6 +58,7 @@ def test_a_command_gets_what_was_given_of_a_group():
         (measuring.evaluate, "tasks"),
         (measuring.needle, "needle"),
         (measuring.blame, "blame"),
+        (talking.run, "generate"),
         (planning.plan, "advise"),
         (reporting.compare, "compare"),
         (reporting.push, "push"),

@@ -27,6 +27,8 @@ WITHOUT_A_MODEL = (
     *(["dequantize", "-o", "y"], ["kv", "-o", "y"], ["imatrix", "-o", "y"], ["inspect"], ["plan"]),
     *([name, str(demo.MODEL), "--against"] for name in ("eval", "needle", "blame")),
     ["compare", str(demo.MODEL)],
+    ["chat"],
+    ["chat", str(demo.MODEL), "--compare"],
 )
 """Commands that lack but the name of a checkpoint."""
 
@@ -73,6 +75,10 @@ def test_wrong_words_are_refused_without_torch(words, said):
         (["dequantize", "x", "-o", "y", "--dtype", "float8"], "unknown dtype 'float8'"),
         (["dequantize", "x", "-o", "y", "--to", "gptq"], "16 bits are written as safetensors or gguf"),
         (["eval", "x", "--against", "y", "--convention", "paper"], "did you mean papers"),
+        (["chat", "x", "--dtype", "float8"], "unknown dtype 'float8'"),
+        (["chat", "x", "--temperature", "-1"], "temperature"),
+        (["run", "x"], "Missing argument 'prompt'"),
+        (["run", "x", "y", "--top-p", "0"], "top_p"),
         (["support", "--engine", "vlm"], "did you mean vllm"),
         (["plan", "x", "--engine", "vlm"], "did you mean vllm"),
         (["plan", "x", "--device", "rtx-4099"], "did you mean rtx-4090"),

@@ -8,8 +8,8 @@
 >>> model = halfbyte.load("model-int4")
 
 quantize, convert, dequantize and kv write checkpoints; evaluate, suite, tasks, needle, blame, inspect and compare
-measure them; page shows them in a browser, push puts one on the hub; imatrix writes an importance matrix; load gives a
-Transformers model.
+measure them; generate lets one answer; page shows them in a browser, push puts one on the hub; imatrix writes an
+importance matrix; load gives a Transformers model.
 Whatever is wrong with a request is a HalfbyteError, whose text is one line.
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         convert,
         dequantize,
         evaluate,
+        generate,
         imatrix,
         inspect,
         kv,
@@ -51,6 +52,7 @@ __all__ = [
     "convert",
     "dequantize",
     "evaluate",
+    "generate",
     "imatrix",
     "inspect",
     "kv",

@@ -1,6 +1,6 @@
 """The public functions: what the command line calls, and nothing more."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +17,7 @@ from halfbyte.arguments import (
     Measuring,
     Retrieving,
     Running,
+    Talking,
     documented,
     require_counts,
     sentence,
@@ -28,6 +29,8 @@ from halfbyte.errors import BadRequest, HalfbyteError
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.evaluation.suites.suite import suites as read_suites
 from halfbyte.files import exists
+from halfbyte.inference.sampling import Sampling
+from halfbyte.inference.types import Answer
 from halfbyte.models import calibrate, heads
 from halfbyte.models.calibrate import Samples
 from halfbyte.models.checkpoint import Checkpoint
@@ -543,6 +546,48 @@ def page(
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
+@documented(Talking, Sampling, Running)
+def generate(
+    model: str | Path,
+    prompt: str,
+    system: str | None = None,
+    raw: bool = False,
+    *,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    max_tokens: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    context: int | None = None,
+    dtype: str | None = None,
+    device: str = AUTO,
+    said: Callable[[str], None] | None = None,
+) -> Answer:
+    """What `model`, a checkpoint of any kind that halfbyte reads, answers to `prompt`: through its chat template, if it
+    has one.
+
+    What is None of how tokens are chosen is as the model's generation_config.json says; where it says nothing, each
+    token is the most likely one. `said` is called with each part of the text as it comes.
+
+    Args:
+        {arguments}
+
+    Raises:
+        HalfbyteError: for a model that does not fit in memory, before it is loaded, among others.
+    """
+    words = {name: value for name, value in locals().items() if name in Sampling.model_fields}
+    words["stop"] = None if stop is None else several(stop)
+    Sampling.of(words)
+    from halfbyte.inference.answer import answer  # needs the model's code
+    from halfbyte.inference.model import Answering
+
+    opened = Answering.open(model, device, dtype, context, raw)
+    return answer(opened, prompt, opened.sampling(words), system, said)
+
+
 def load(
     path: str | Path, dtype: "torch.dtype | str | None" = None, device: "torch.device | str" = "cpu"
 ) -> "PreTrainedModel":
@@ -563,6 +608,7 @@ __all__ = [
     "convert",
     "dequantize",
     "evaluate",
+    "generate",
     "imatrix",
     "inspect",
     "kv",

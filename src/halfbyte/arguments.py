@@ -152,6 +152,26 @@ class Blaming(Measuring, frozen=True):
     blocks: int = Field(3, ge=0, description="Of how many blocks, those that cost most, each weight is tried too.")
 
 
+class Talking(Entries, frozen=True):
+    """Of a model that answers."""
+
+    prompt: str = Field(description="What it is asked, or is to continue.")
+    system: str | None = Field(None, description="What the model is told before a chat: how to answer.")
+    raw: bool = Field(False, description="Continue texts as they are, without the model's chat template.")
+    context: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of prompt and answer that there is to be memory for; by default what the model reads, or "
+        "as many as fit.",
+    )
+    dtype: str | None = Field(
+        None, description=f"What the model computes in: {', '.join(DTYPES)}; by default what it was made in."
+    )
+    compare: str | None = Field(
+        None, description="The original, which answers too; the first token at which both part is marked."
+    )
+
+
 def sentence(name: str, kind: type[Entries] = Recipe) -> str:
     """What an argument is, and what it may be where that can be listed."""
     listed = LISTED.get(name, ()) if kind is Recipe else ()

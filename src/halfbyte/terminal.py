@@ -11,9 +11,13 @@ COMMANDS = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 """Unicode's categories of what controls a terminal, turns the direction of what follows, or is no character."""
 
 
-def plain(text: str) -> str:
-    """The text with such characters written out, as \\x1b; the ends of its lines stay."""
-    return "".join(ascii(c)[1:-1] if _commands(c) else c for c in text)
+JOINERS = "\t\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
+"""Tabs, and what scripts and emoji are joined by: of what a model says, they stay."""
+
+
+def plain(text: str, kept: str = "") -> str:
+    """The text with such characters written out, as \\x1b; the ends of its lines stay, and what is `kept`."""
+    return "".join(ascii(c)[1:-1] if _commands(c) and c not in kept else c for c in text)
 
 
 def as_json(value: Any) -> str:

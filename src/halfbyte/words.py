@@ -70,8 +70,15 @@ def require_plain(to: str | None, dtype: str | None) -> None:
     """Raise BadRequest for a container or a precision in which nobody writes 16 bits; what is None has a default."""
     if to is not None and to not in PLAIN:
         raise BadRequest(f"16 bits are written as {' or '.join(PLAIN)}, not as {to}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UnknownName("dtype", dtype, DTYPES)
+    if dtype is not None:
+        require_dtype(dtype)
+
+
+def require_dtype(name: str) -> str:
+    """Raise UnknownName for what no dtype is called."""
+    if name not in DTYPES:
+        raise UnknownName("dtype", name, DTYPES)
+    return name
 
 
 def unknown_grid(name: str, container: str | None = None, alone: bool = True) -> BadRequest:

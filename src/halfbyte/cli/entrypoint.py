@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import halfbyte
-from halfbyte.cli import measuring, planning, reporting, writing
+from halfbyte.cli import measuring, planning, reporting, talking, writing
 from halfbyte.cli.output import err
 from halfbyte.endings import Stop, hang_up, is_want_of_memory, speak_any_language
 from halfbyte.errors import HalfbyteError, brief
@@ -26,6 +26,8 @@ COMMANDS = {
     "dequantize": writing.dequantize,
     "kv": writing.kv,
     "imatrix": writing.imatrix,
+    "chat": talking.chat,
+    "run": talking.run,
     "eval": measuring.evaluate,
     "needle": measuring.needle,
     "blame": measuring.blame,

@@ -15,6 +15,7 @@ import typer
 from halfbyte.budget.budget import SENSITIVITY, Budget
 from halfbyte.cli.options import STORED_CACHES, option
 from halfbyte.errors import BadRequest
+from halfbyte.inference.sampling import Sampling
 from halfbyte.recipe import OBSERVERS, RENAMED, Calibration, Entries, Recipe
 from halfbyte.words import GRIDS, PRESETS, SCHEMES
 
@@ -79,7 +80,20 @@ BUDGET = {
     "candidates": Row(type=str),
     "sensitivity": Row(values=SENSITIVITY),
 }
-ROWS: dict[type[Entries], dict[str, Row]] = {Recipe: RECIPE, Calibration: CALIBRATION, Budget: BUDGET}
+SAID = "as generation_config.json says"
+SAMPLING = {
+    "temperature": Row(default=f"{SAID}, else 0"),
+    **{name: Row(default=SAID) for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
+    "seed": Row(default="another each time"),
+    "max_tokens": Row(default="what the context holds"),
+    "stop": Row(more="Repeatable."),
+}
+ROWS: dict[type[Entries], dict[str, Row]] = {
+    Recipe: RECIPE,
+    Calibration: CALIBRATION,
+    Budget: BUDGET,
+    Sampling: SAMPLING,
+}
 """By field. Help has those that have rows first, in this order, then all others."""
 
 

@@ -5,6 +5,7 @@ from halfbyte.display.checkpoints import budget, cached, compared, inspected, wo
 from halfbyte.display.measurements import blamed, by_text, demonstrated, evaluated, needles, states
 from halfbyte.display.sizing import UNCHECKED, advised, device, devices
 from halfbyte.display.tables import table, with_error, without_prefix
+from halfbyte.display.talking import drawn, memory, opened, parting, replied, side_by_side, speeds
 
 __all__ = [
     "UNCHECKED",
@@ -18,10 +19,17 @@ __all__ = [
     "demonstrated",
     "device",
     "devices",
+    "drawn",
     "evaluated",
     "inspected",
+    "memory",
     "needles",
+    "opened",
+    "parting",
+    "replied",
     "scored",
+    "side_by_side",
+    "speeds",
     "states",
     "table",
     "with_error",

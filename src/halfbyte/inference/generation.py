@@ -4,7 +4,7 @@ import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float32
@@ -24,11 +24,10 @@ from halfbyte.errors import BadCheckpoint, BadRequest, brief
 from halfbyte.inference.model import Answering
 from halfbyte.inference.sampling import Sampling
 from halfbyte.inference.text import TextStream
+from halfbyte.inference.types import FinishReason
 
 CACHES = ("past_key_values", "cache_params", "state")
 """What families call the cache that they return and take."""
-
-FinishReason = Literal["stop", "length"]
 
 
 class TokenLogprobs(NamedTuple):

@@ -135,10 +135,14 @@ class Checkpoint:
         return any(map(exists, beside)) or bool(read_object(self.path / "tokenizer_config.json").get("chat_template"))
 
     @property
+    def generation(self) -> dict[str, Any]:
+        """How answers are generated, in the words of generation_config.json; empty where nobody says."""
+        return read_object(self.path / "generation_config.json")
+
+    @property
     def ends(self) -> set[int]:
         """Tokens at which an answer ends, as config.json and generation_config.json say."""
-        eos_token_id = read_object(self.path / "generation_config.json").get("eos_token_id")
-        return _tokens(eos_token_id) | _tokens(self.text_config.get("eos_token_id"))
+        return _tokens(self.generation.get("eos_token_id")) | _tokens(self.text_config.get("eos_token_id"))
 
     @cached_property
     def tied(self) -> bool:

@@ -1,7 +1,8 @@
-"""Run by `chats` as a program of its own: a chat template and chats come in, texts go out, as JSON."""
+"""Run by `chats` as a program of its own: a chat template and chats come in, texts go out, as lines of JSON."""
 
 import json
 import sys
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -24,8 +25,13 @@ takes a second for a million."""
 
 
 def main() -> None:
-    """Read template and chats from standard input, and write texts to standard output, both as JSON."""
-    asked = json.load(sys.stdin)
+    """Read requests from standard input, and write what they ask for to standard output: a line of JSON for each."""
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
+
+
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """Chats as texts, and those that the template refuses."""
     texts, refused = [], []
     for number, chat in enumerate(asked["chats"]):
         try:
@@ -43,7 +49,7 @@ def main() -> None:
         except REFUSALS as error:
             texts.append(None)
             refused.append((number, f"{error or type(error).__name__}"))
-    json.dump({"texts": texts, "refused": refused}, sys.stdout)
+    return {"texts": texts, "refused": refused}
 
 
 if __name__ == "__main__":

@@ -36,6 +36,15 @@ from halfbyte.targets.gguf.modelfile import ENDS
 from halfbyte.targets.gguf.tokenizer import SPECIAL
 from halfbyte.targets.gguf.tokenizer_files import tokenizer_files
 
+SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+"""Words of generation_config.json, and ggml's."""
+
 
 class GGUFCheckpoint(Checkpoint):
     """A GGUF file, whole or split.
@@ -134,6 +143,13 @@ class GGUFCheckpoint(Checkpoint):
     def has_chat_template(self) -> bool:
         """Whether the file has one."""
         return "tokenizer.chat_template" in self.file.metadata
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What the file says of how tokens are drawn, in the words of generation_config.json."""
+        said = {word: self.file.metadata.get(f"general.sampling.{key}") for word, key in SAMPLING.items()}
+        drawn = {word: entry.value for word, entry in said.items() if entry is not None}
+        return {"do_sample": True, **drawn} if drawn else {}
 
     @property
     def ends(self) -> set[int]:
