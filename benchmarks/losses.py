@@ -42,9 +42,9 @@ def measured(model: Path, windows: int) -> Iterator[Lost]:
     """Refused schemes are left out, with the reason on standard error."""
     with tempfile.TemporaryDirectory() as home:
         for scheme, (engine, choice) in schemes().items():
-            out = Path(home) / (f"{scheme}.gguf" if choice.words.get("to") == "gguf" else scheme)
+            out = Path(home) / (f"{scheme}.gguf" if choice.recipe.get("to") == "gguf" else scheme)
             try:
-                made = halfbyte.quantize(model, out, engine=engine, **choice.words)
+                made = halfbyte.quantize(model, out, engine=engine, **choice.recipe)
             except halfbyte.HalfbyteError as error:
                 print(f"{scheme}: {error}", file=sys.stderr, flush=True)
                 continue

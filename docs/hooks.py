@@ -129,7 +129,7 @@ def names_of(patterns: Sequence[str]) -> list[str]:
 @cache
 def supported() -> Support:
     """What fits where."""
-    return support.found()
+    return support.support_matrix()
 
 
 def grids_of(page: Page) -> str:

@@ -132,7 +132,7 @@ def _estrangements(checkpoint: Checkpoint, reference: Checkpoint) -> list[str]:
 
     reasons = []
     if source := lineage.stranger(checkpoint.path, reference):
-        given = lineage.told(reference.path, reference.adapter and reference.adapter.path)
+        given = lineage.model_name(reference.path, reference.adapter and reference.adapter.path)
         reasons.append(f"{checkpoint.path} was made of {source}, as its report says, and not of {given}")
     if odd := vocabulary.difference(reference, checkpoint):
         reasons.append(f"the tokenizers differ: {odd}; predictions of other tokens cannot be compared")

@@ -167,7 +167,7 @@ def _write_unquantized(run: Run, block: Block, tensor: str) -> list[str]:
     here = now.cpu()
     if not torch.equal(value.to(here.dtype), here):  # a fold has changed it; if none has, the source's own bytes go out
         value = cast(tensor, here, value.dtype, "use a method that moves no scales into it, such as gptq")
-    run.keep(tensor, value)
+    run.write_unquantized(tensor, value)
     now.copy_(
         run.checkpoint_writer.restored(run.folder.entries, tensor)
     )  # what a run that is taken up again goes on with

@@ -55,7 +55,7 @@ class Stop:
         return 128 + self.number
 
     @property
-    def said(self) -> str:
+    def message(self) -> str:
         """What happened, for the user."""
         return f"interrupted by {signal.Signals(self.number).name}" if self.came else "interrupted"
 

@@ -34,7 +34,7 @@ def push(output: str | Path, repository: str, private: bool = False) -> str:
         beside(output, "recipe.yaml").name: report.recipe.dump(),
         "README.md": card(report, output, picture),
     }
-    files: dict[str, Path | bytes] = {**found(output), **{name: text.encode() for name, text in texts.items()}}
+    files: dict[str, Path | bytes] = {**output_files(output), **{name: text.encode() for name, text in texts.items()}}
     return _upload(files, repository, private, f"{report.output.grid or report.recipe.grid}, made with halfbyte")
 
 
@@ -45,7 +45,7 @@ def public(report: Report, output: Path, repository: str) -> Report:
     return Report.model_validate(without_paths(named.as_dict(), local_paths(named, output)))
 
 
-def found(output: Path) -> dict[str, Path]:
+def output_files(output: Path) -> dict[str, Path]:
     """The files of an output, by their names in a repository."""
     if is_file(output):
         near = [path for name in BESIDE if name != "README.md" and (path := beside(output, name)).exists()]

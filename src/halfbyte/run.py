@@ -89,7 +89,7 @@ class Run:
             self.folder.write(*part)
         return digest(q)
 
-    def keep(self, tensor: str, value: Tensor) -> None:
+    def write_unquantized(self, tensor: str, value: Tensor) -> None:
         """Write a tensor that is not quantized in the precision planned, which that of a decoded one is not."""
         value = cast(tensor, value, self.plan.spec(tensor).dtype, self.plan.wider)
         if self.plan.unquantized[tensor] != SKIPPED:

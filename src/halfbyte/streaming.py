@@ -53,8 +53,8 @@ def stream(
             ) from error
         return commit(run, chunk, q, values, scheme, sampled=sampled)
 
-    def keep(tensor: str) -> None:
-        run.keep(tensor, plan.checkpoint.read(tensor))
+    def write_unquantized(tensor: str) -> None:
+        run.write_unquantized(tensor, plan.checkpoint.read(tensor))
 
     largest = max((size_of(chunk) for tasks in cut for chunk in tasks), default=1)
     with workers(largest, run.device, fitting_bytes(plan)) as pool:
@@ -71,7 +71,7 @@ def stream(
             seen += size_of(group)
             run.progress(group[-1].name, seen, total)
         release(CPU)
-        for number, _ in enumerate(pool.map(keep, unquantized)):
+        for number, _ in enumerate(pool.map(write_unquantized, unquantized)):
             run.progress("tensors that are not quantized", number, len(unquantized))
 
 

@@ -55,7 +55,7 @@ def test_classes_add_up_to_the_whole(home):
 
 
 def test_what_stands_out_is_said(home):
-    report = written.known(home / "int3")
+    report = written.report_or_none(home / "int3")
     row = halfbyte.evaluate(home / "int3", home / "model", str(home / "text.txt"), 48, 4).models[0]
 
     def said(**parts):
@@ -74,7 +74,7 @@ def test_what_stands_out_is_said(home):
 
 
 def test_weights_and_inputs_that_stand_out(home):
-    report = written.known(home / "int3")
+    report = written.report_or_none(home / "int3")
     first, *others = report.weights
     cut = {
         "grid": "int8-tensor",

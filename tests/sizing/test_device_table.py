@@ -88,11 +88,11 @@ def test_choices_are_of_known_engines_and_words():
         for name, choice in rows.items():
             assert all(kernel.source for kernel in choice.kernels)
             if name == PLAIN:
-                assert not choice.words
+                assert not choice.recipe
                 continue
-            method = choice.words.get("method")
+            method = choice.recipe.get("method")
             assert method is None or method_named(method)
-            grid = choice.words["grid"]
+            grid = choice.recipe["grid"]
             assert grid in presets.PRESETS or schemes.parse(grid)
 
 

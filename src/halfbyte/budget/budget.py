@@ -79,7 +79,7 @@ class Budget(Entries, frozen=True, use_attribute_docstrings=True):
         )
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """As a person would ask for it."""
         if self.bits is not None:
             return f"{self.bits:g} bits per parameter"

@@ -74,7 +74,7 @@ def mixed(
     ]
     names, made, taken = _best(recipe, plan, undecided, options, room, budget.max_kl)
     report = BudgetReport(
-        asked=budget.words,
+        asked=budget.description,
         limit_bytes=room.most,
         file_bytes=taken,
         sensitivity=budget.sensitivity,

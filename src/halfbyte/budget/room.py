@@ -54,12 +54,13 @@ class Room(NamedTuple):
         was = sum(entry.size_bytes for entry in plan.checkpoint.entries.values()) + now.beside
         if most is not None and most < least:
             raise BadRequest(
-                f"{budget.words}: at most {size(most)}, and the smallest mix takes {size(least)}; give more, or name "
-                "smaller grids with --candidates"
+                f"{budget.description}: at most {size(most)}, and the smallest mix takes {size(least)}; give more, "
+                "or name smaller grids with --candidates"
             )
         if most is not None and most >= was:
             raise BadRequest(
-                f"{budget.words}: up to {size(most)}, and the original takes {size(was)}: there is nothing to quantize"
+                f"{budget.description}: up to {size(most)}, and the original takes {size(was)}: there is nothing to "
+                "quantize"
             )
         return cls(fixed, most)
 

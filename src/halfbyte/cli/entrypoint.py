@@ -88,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> None:
             "; the same command goes on where it stopped" if words[0] in ("quantize", "convert", "dequantize") else ""
         )
         with suppress(OSError):  # the terminal may be gone
-            err.print(f"\nhalfbyte: {stop.said} after {time.monotonic() - started:.0f} s{goes_on}", soft_wrap=True)
+            err.print(f"\nhalfbyte: {stop.message} after {time.monotonic() - started:.0f} s{goes_on}", soft_wrap=True)
         sys.exit(stop.exit_code)
     except BrokenPipeError:
         hang_up()  # whoever read our output has seen enough

@@ -116,6 +116,6 @@ def support(
     from halfbyte.report import support
 
     if as_json:
-        print_json(support.found(engine))
+        print_json(support.support_matrix(engine))
     else:
         print(support.of_engine(engine) if engine else support.markdown())

@@ -93,7 +93,7 @@ def quantize(
     budget = Budget.of(**limits)
     if budget and meant_for:
         raise BadRequest(
-            f"--for chooses a scheme, and so does a budget of {budget.words}; leave one of them out "
+            f"--for chooses a scheme, and so does a budget of {budget.description}; leave one of them out "
             f"(--engine {of_words(meant_for)[0]} has the budget keep to what that engine loads)"
         )
     chosen = fields.keys() & CHOSEN

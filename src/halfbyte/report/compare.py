@@ -46,7 +46,7 @@ def compare(a: str | Path, b: str | Path, values: bool = True, progress: Progres
                     difference=difference(one, other, name) if comparable else None,
                 )
             )
-    reports = [written.known(checkpoint.path) for checkpoint in (one, other)]
+    reports = [written.report_or_none(checkpoint.path) for checkpoint in (one, other)]
     evaluations = [report.evaluations if report else [] for report in reports]
     pairs = [(mine, its) for mine in evaluations[0] for its in evaluations[1] if _alike(mine, its)]
     return Comparison(
@@ -74,7 +74,7 @@ def difference(one: Checkpoint, other: Checkpoint, name: str) -> float:
 
 
 def _errors(checkpoint: Checkpoint) -> dict[str, float]:
-    report = written.known(checkpoint.path)
+    report = written.report_or_none(checkpoint.path)
     return {row.name: row.error for row in report.weights} if isinstance(report, Report) else {}
 
 

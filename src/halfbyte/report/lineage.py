@@ -7,7 +7,7 @@ from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.stamp import origin
 from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.report.types import Lineage, Origin, Report
-from halfbyte.report.written import known
+from halfbyte.report.written import report_or_none
 
 
 def source_of(checkpoint: Checkpoint) -> Lineage:
@@ -19,7 +19,7 @@ def source_of(checkpoint: Checkpoint) -> Lineage:
     def made(of: list[Origin] | None) -> Lineage:
         return Lineage(path=str(checkpoint.path), xxh3_128=origin(checkpoint), made_of=of)
 
-    report = known(checkpoint.path)
+    report = report_or_none(checkpoint.path)
     source = report.source if isinstance(report, Report) else None
     if checkpoint.adapter or (not source and checkpoint.container is None):
         return made([])  # an original: nobody has lost anything of it
@@ -33,14 +33,14 @@ def stranger(model: Path, reference: Checkpoint) -> str | None:
 
     A model without a report of ours may be of any.
     """
-    report = known(model)
+    report = report_or_none(model)
     if not isinstance(report, Report):
         return None
     source, recipe = report.source, report.recipe
     is_known = source.made_of is not None or recipe.method not in OTHER_COMMANDS
     if not is_known or any(_is_source(one, reference) for one in (source, *(source.made_of or []))):
         return None
-    return told(source.path, recipe.adapter)
+    return model_name(source.path, recipe.adapter)
 
 
 def _is_source(source: Origin, reference: Checkpoint) -> bool:
@@ -50,6 +50,6 @@ def _is_source(source: Origin, reference: Checkpoint) -> bool:
     return source.path in (str(reference.path), str(reference.path.resolve()))
 
 
-def told(path: str | Path, adapter: str | Path | None) -> str:
+def model_name(path: str | Path, adapter: str | Path | None) -> str:
     """A model as a message names it."""
     return f"{path} with the adapter {adapter}" if adapter else str(path)

@@ -78,7 +78,7 @@ def evaluation(
 
 
 def _diagnosed(row: Divergence, checkpoint: Checkpoint, text: str) -> Divergence:
-    report = written.known(checkpoint.path)
+    report = written.report_or_none(checkpoint.path)
     row = row.model_copy(update={"in_calibration": in_calibration(text, report)})
     return row.model_copy(update={"findings": findings(row, report)})
 
@@ -191,7 +191,7 @@ def _cache(checkpoint: Checkpoint) -> str | None:
 
 def blame(conditions: Mapping[str, Any], checkpoint: Checkpoint, attribution: "Attribution") -> Blame:
     """What each part costs, beside the errors that the run reported. Raises BrokenOutput for NaN."""
-    report = written.known(checkpoint.path)
+    report = written.report_or_none(checkpoint.path)
     rows = report.weights if isinstance(report, Report) else []
     parts = []
     for part in attribution.parts:
@@ -205,6 +205,6 @@ def blame(conditions: Mapping[str, Any], checkpoint: Checkpoint, attribution: "A
 
 def folds(checkpoint: Checkpoint) -> list[list[str]]:
     """The modules that share a scale, as the report beside a checkpoint says."""
-    report = written.known(checkpoint.path)
+    report = written.report_or_none(checkpoint.path)
     reported = report.folds if isinstance(report, Report) else []
     return [[name.removesuffix(".weight") for name in (fold.producer, *fold.readers)] for fold in reported]

@@ -98,7 +98,7 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-def found(engine: str | None = None) -> Support:
+def support_matrix(engine: str | None = None) -> Support:
     """What each container holds, and what an engine loads of it; of all engines if none is named."""
     held = {container: _held(container) for container in TARGETS}
     rows = [

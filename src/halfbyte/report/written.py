@@ -55,7 +55,7 @@ def cache_of(output: Path) -> CacheReport:
     return report.kv
 
 
-def known(checkpoint: Path) -> Report | CacheRecord | None:
+def report_or_none(checkpoint: Path) -> Report | CacheRecord | None:
     """The same, and None for a report of another form: what it says is not known."""
     with suppress(BadCheckpoint):
         return read(checkpoint)
@@ -96,7 +96,7 @@ def add(path: Path, **measured: Any) -> list[str]:
 def add_evaluation(path: Path, measured: EvaluationRecord) -> list[str]:
     """Put a measurement beside those under other conditions. `evaluation`, which the card shows, is the longest against
     the source, and never one against a foreign model."""
-    report = known(path)
+    report = report_or_none(path)
     before = report.evaluations if report else []
     evaluations = [*(e for e in before if not _same_conditions(e, measured)), measured]
     not_foreign = [e for e in evaluations if not e.foreign]
@@ -119,7 +119,7 @@ def _is_against(measured: EvaluationRecord, source: Origin) -> bool:
 def add_cache(source: Path, folder: Path, path: Path, cache: CacheReport) -> None:
     """Write the report of a KV cache into `folder`, which is to be `path`: beside what the source's own report says,
     but for what was measured of the model before."""
-    report = known(source)
+    report = report_or_none(source)
     fields = report.as_dict() if report else {"schema_version": SCHEMA, "halfbyte": version("halfbyte")}
     fields = {name: value for name, value in fields.items() if name not in MEASURED} | {"kv": cache}
     _write((Report if isinstance(report, Report) else CacheRecord).model_validate(fields), folder, path)

@@ -132,7 +132,7 @@ def _row(
     try:
         weights, verdict = _planned(subject, choice, asked.engine)
     except HalfbyteError as error:
-        return Row(scheme=choice.name, words=dict(choice.words), refused=str(error))
+        return Row(scheme=choice.name, words=dict(choice.recipe), refused=str(error))
     model = MemoryModel(weights, subject.layers or (), subject.settings, account, asked.device)
     load = Load(context, asked.batch, asked.kind, asked.cards)
     degrees = _degrees(subject, account, verdict)
@@ -140,7 +140,7 @@ def _row(
     fitting = (n for n in degrees if model.fits(Load(context, asked.batch, asked.kind, n)))
     return Row(
         scheme=_named(subject, choice),
-        words=dict(choice.words),
+        words=dict(choice.recipe),
         **_on_device(subject, choice, asked, weights, memory.cache * asked.cards),
         file_bytes=weights.total,
         weights_bytes=memory.weights,
@@ -184,7 +184,7 @@ def _planned(subject: Subject, choice: Choice, engine: str) -> tuple[Weights, Ve
     """The bytes of what would be written, and what the engine says of it. Raises HalfbyteError."""
     if choice.name == PLAIN:
         return _plain(subject), None
-    plan = resolve(recipe_of(subject.name, choice.words, engine), subject.checkpoint, [engine])
+    plan = resolve(recipe_of(subject.name, choice.recipe, engine), subject.checkpoint, [engine])
     tensors = {name: spec.size_bytes for name, spec in plan.target.writer(plan).tensors().items()}
     return weights_of(tensors, subject.checkpoint, subject.settings), next(
         v for v in plan.verdicts if v.engine == engine

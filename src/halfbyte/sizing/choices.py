@@ -47,7 +47,7 @@ class Choice:
 
     name: str
     kernels: tuple[Kernel, ...]
-    words: Mapping[str, str | bool] = field(default_factory=dict, hash=False)
+    recipe: Mapping[str, str | bool] = field(default_factory=dict, hash=False)
 
     def kernel_on(self, device: Device) -> Kernel | None:
         """The fastest that a device has, or may have where too little is known of it."""
@@ -63,4 +63,4 @@ def choices() -> dict[str, dict[str, Choice]]:
 
 def _choice(name: str, row: Mapping[str, Any]) -> Choice:
     kernels = tuple(Kernel(**{**kernel, "others": tuple(kernel.get("others", ()))}) for kernel in row["kernels"])
-    return Choice(name, kernels, dict(row.get("words", {})))
+    return Choice(name, kernels, dict(row.get("recipe", {})))

@@ -28,28 +28,28 @@ from halfbyte.targets.plan import Plan
 
 FACTORING = ("gptq", "gptaq")
 """Solvers that factor a Hessian."""
-WIDEST, TRIED, TOKENS = 2048, 1 << 19, 512
+MAX_WIDTH, SAMPLE_WEIGHTS, SAMPLE_TOKENS = 2048, 1 << 19, 512
 """In-features and weights of a matrix that is tried, at most, and rows that it is multiplied by."""
-PIECE = 1 << 24
+WRITTEN_BYTES = 1 << 24
 """Bytes that are written to see how fast that is."""
-LEAST, LONG_ENOUGH = 2, 0.02
+MIN_REPEATS, MAX_SECONDS = 2, 0.02
 """Times, and seconds, for which a piece is tried."""
-SHARE, OF_WEIGHT = 32, 1e-9
+WEIGHTS_SHARE, SECONDS_PER_WEIGHT = 32, 1e-9
 """Of a small model less is tried, since to wait for the estimate would take longer than the run: one weight in so many;
 seconds a piece for each."""
-ELEMENTWISE = 40
+NUMBERS_MOVED = 40
 """Numbers that a block reads or writes beside its products for each of a hidden state and of an MLP: norms, rotations,
 activations, sums."""
-CANDIDATES, CANDIDATE = 22, 0.0015
+AWQ_SCALES, SECONDS_PER_SCALE = 22, 0.0015
 """Scales that AWQ tries for each matrix; seconds that each takes beside its arithmetic: threads, fresh memory."""
-TRIALS, PLACES, TAKING_PART = 7, 4, 2
+RUNS_PER_FOLD, FOLDS, FOLDS_PER_MATRIX = 7, 4, 2
 """Times that SmoothQuant runs a block on one sample for each place of a scale; places in a block; those that a matrix
 is part of."""
-TRIAL, MOVED = 0.005, 48
+SECONDS_PER_RUN, BYTES_PER_RESCALED = 0.005, 48
 """Seconds that such a run takes beside its arithmetic; bytes that are moved for each weight that is rescaled for it."""
-STARTING, ENTRY = 0.2, 1.5e-5
+MODEL_SECONDS, SECONDS_PER_ENTRY = 0.2, 1.5e-5
 """Seconds in which a model is built; in which an entry of the vocabulary is read."""
-EACH, CALIBRATED = 0.002, 0.01
+REPORT_SECONDS, ACTIVATION_REPORT_SECONDS = 0.002, 0.01
 """Seconds in which a matrix is told of in the report; and what it reads."""
 
 
@@ -90,14 +90,14 @@ class MatrixPace:
 def seconds(plan: Plan, output_bytes: int, device: torch.device, scratch: Path) -> float | None:
     """Of a run of this plan, from here on; `scratch` is a folder of the disk on which it writes. None where the device
     has no memory for a small piece of it: the run itself may still do with less."""
-    trial = Trial(plan, device)
+    microbenchmark = Microbenchmark(plan, device)
     try:
         with torch.no_grad():
-            paces = {scheme: trial.matrix(scheme) for scheme in dict.fromkeys(plan.schemes.values())}
-            machine = trial.machine(scratch)
+            paces = {scheme: microbenchmark.matrix(scheme) for scheme in dict.fromkeys(plan.schemes.values())}
+            machine = microbenchmark.machine(scratch)
     except torch.OutOfMemoryError:
         return None
-    return sum(Work(plan, machine, paces).parts(output_bytes).values()) * trial.crowding
+    return sum(Work(plan, machine, paces).parts(output_bytes).values()) * microbenchmark.crowding
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class Work:
         matrices = {
             "reading": (weights * plan.checkpoint.dtype.itemsize + kept) * pace.read,
             "writing": output_bytes * (pace.written + 2 * pace.touched),
-            "committing": self._sum(lambda w, own: prod(w.shape) * own.committing + EACH),
+            "committing": self._sum(lambda w, own: prod(w.shape) * own.committing + REPORT_SECONDS),
         }
         if not plan.calibrated:
             return matrices | {"rounding": self._sum(lambda w, own: prod(w.shape) * own.nearest)}
         passes = 2 + plan.method.full_precision + (2 if plan.scales else 0)  # to see what is read, and as quantized
         return matrices | {
-            "starting": STARTING + ENTRY * self._vocabulary,
+            "starting": MODEL_SECONDS + SECONDS_PER_ENTRY * self._vocabulary,
             "blocks": passes * self._forward(self._tokens) + self._rounding_activations(self._tokens),
             "statistics": self._statistics(),
             "solving": self._sum(self._solving),
@@ -162,7 +162,7 @@ class Work:
         inner = max((max(weight.shape) for weight in self._blocks), default=width)
         products = sum(2 * self._share(weight) * prod(weight.shape) for weight in self._blocks)
         attention = 4 * plan.recipe.calibration.length * width * self._layers
-        numbers = ELEMENTWISE * (width + inner) * self._layers
+        numbers = NUMBERS_MOVED * (width + inner) * self._layers
         of_token = (products + attention) * self.pace.product
         return tokens * (of_token + numbers * plan.checkpoint.dtype.itemsize * self.pace.touched)
 
@@ -184,19 +184,21 @@ class Work:
         out, width = weight.shape
         moved = out * width**2 * self.pace.product if self.plan.method.solver in FACTORING else 0.0
         products = moved + 4 * _rows(weight) * width**2 * self.pace.wide_product
-        return CALIBRATED + out * width * own.solving + products
+        return ACTIVATION_REPORT_SECONDS + out * width * own.solving + products
 
     def _transform(self, name: str) -> float:
         if name == "awq":
-            return CANDIDATES * self._sum(
+            return AWQ_SCALES * self._sum(
                 lambda w, own: (
-                    CANDIDATE + _rows(w) * w.shape[1] * (own.nearest + 2 * w.shape[1] * self.pace.wide_product)
+                    SECONDS_PER_SCALE + _rows(w) * w.shape[1] * (own.nearest + 2 * w.shape[1] * self.pace.wide_product)
                 )
             )
         length = self.plan.recipe.calibration.length
-        rounding = self._sum(lambda w, own: TAKING_PART * prod(w.shape) * (own.coarse + MOVED * self.pace.touched))
-        runs = PLACES * (self._forward(length) + TRIAL * self._layers)
-        return TRIALS * (runs + self._rounding_activations(length) + rounding)
+        rounding = self._sum(
+            lambda w, own: FOLDS_PER_MATRIX * prod(w.shape) * (own.coarse + BYTES_PER_RESCALED * self.pace.touched)
+        )
+        runs = FOLDS * (self._forward(length) + SECONDS_PER_RUN * self._layers)
+        return RUNS_PER_FOLD * (runs + self._rounding_activations(length) + rounding)
 
 
 def _rows(weight: Weight) -> int:
@@ -210,7 +212,7 @@ def _summing(width: int) -> float:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Microbenchmark:
     """Small pieces of a run, done with random numbers."""
 
     plan: Plan
@@ -231,14 +233,14 @@ class Trial:
 
     def machine(self, scratch: Path) -> Pace:
         """What all matrices share."""
-        width = min(WIDEST, max((w.shape[1] for w in self.plan.schemes), default=hidden_size(self.plan.checkpoint)))
-        x = self._random(TOKENS, width)
+        width = min(MAX_WIDTH, max((w.shape[1] for w in self.plan.schemes), default=hidden_size(self.plan.checkpoint)))
+        x = self._random(SAMPLE_TOKENS, width)
         narrow = x.to(self.plan.checkpoint.dtype)
         product = wide = factoring = inf
         if self.plan.calibrated:
             w, statistics = self._random(width, width).to(narrow.dtype), Statistics(width, self.device)
-            product = self._seconds(lambda: narrow @ w.T) / (2 * TOKENS * width**2)
-            wide = self._seconds(lambda: statistics.add(x)) / (TOKENS * _summing(width))
+            product = self._seconds(lambda: narrow @ w.T) / (2 * SAMPLE_TOKENS * width**2)
+            wide = self._seconds(lambda: statistics.add(x)) / (SAMPLE_TOKENS * _summing(width))
             factoring = self._seconds(lambda: self._filled(width, x).factor()) / (width**3 / 3)
         touched = self._seconds(lambda: narrow.mul(2)) / (2 * narrow.nbytes)
         return Pace(product, wide, factoring, touched, self._reading(), _writing(scratch))
@@ -247,8 +249,8 @@ class Trial:
         """A matrix on the way that all take."""
         plan, method = self.plan, self.plan.method
         out, width = max((w.shape for w, s in plan.schemes.items() if s == scheme), key=prod)
-        width = min(width, WIDEST)
-        out = min(out, max(128, min(TRIED, self._weights // SHARE) // width))
+        width = min(width, MAX_WIDTH)
+        out = min(out, max(128, min(SAMPLE_WEIGHTS, self._weights // WEIGHTS_SHARE) // width))
         w = self._random(out, width).to(plan.checkpoint.dtype)
         nearest = partial(SOLVERS["nearest"], w, scheme.weight)
         committing = self._committing(nearest()) / w.numel()
@@ -257,7 +259,7 @@ class Trial:
         rounding = self._seconds(lambda: nearest().decode()) / w.numel()
         if not plan.calibrated:
             return MatrixPace(rounding, rounding, rounding, committing, 0.0)
-        statistics = self._filled(width, self._random(TOKENS, width))
+        statistics = self._filled(width, self._random(SAMPLE_TOKENS, width))
         solver = SOLVERS.get(method.solver, SOLVERS["nearest"])  # in place of one that needs a whole block
         solve = partial(solver, w, scheme.weight, *([statistics] if method.calibrated else []))
         return MatrixPace(
@@ -294,7 +296,7 @@ class Trial:
     def _reading(self) -> float:
         """Seconds for a byte of one of the source's tensors, of no great size where there are such."""
         plan = self.plan
-        tensor = min(plan.checkpoint.tensors().items(), key=lambda item: abs(prod(item[1]) - TRIED))[0]
+        tensor = min(plan.checkpoint.tensors().items(), key=lambda item: abs(prod(item[1]) - SAMPLE_WEIGHTS))[0]
         started = perf_counter()
         size_bytes = plan.checkpoint.read(tensor).nbytes
         return _elapsed(started) / max(size_bytes, 1)
@@ -307,7 +309,7 @@ class Trial:
         work()
         wait(self.device)
         times: list[float] = []
-        while len(times) < LEAST or sum(times) < min(LONG_ENOUGH, OF_WEIGHT * self._weights):
+        while len(times) < MIN_REPEATS or sum(times) < min(MAX_SECONDS, SECONDS_PER_WEIGHT * self._weights):
             started = perf_counter()
             work()
             wait(self.device)
@@ -320,14 +322,14 @@ def _writing(folder: Path) -> float:
     """Seconds for a byte in a file that has no name. Of a disk that takes none, nothing is known: the run will say what
     is wrong with it."""
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    piece = bytes(PIECE)
+    piece = bytes(WRITTEN_BYTES)
     started = perf_counter()
     try:
         with TemporaryFile(dir=there) as file:
             file.write(piece)
     except OSError:
         return 0.0
-    return _elapsed(started) / PIECE
+    return _elapsed(started) / WRITTEN_BYTES
 
 
 def _elapsed(started: float) -> float:

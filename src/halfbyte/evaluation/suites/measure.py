@@ -18,7 +18,7 @@ from halfbyte.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class Found:
+class SuiteResults:
     """A row for each suite, of each model."""
 
     models: list[list[dict[str, Any]]]
@@ -32,7 +32,7 @@ def measure(
     most: int | None,
     device: torch.device,
     progress: Progress = silent,
-) -> Found:
+) -> SuiteResults:
     """All models on all suites, the first being the original; `most`: tokens of an answer, in place of each prompt's
     own. One model is in memory at a time."""
     reading = asking.read(checkpoints[0], [prompt for suite in suites for prompt in suite.prompts], most)
@@ -50,7 +50,7 @@ def measure(
             )
         )
     models = [[_row(suite, reading.asked, by_model[0], candidate) for suite in suites] for candidate in by_model[1:]]
-    return Found(models, dtype, reading.warnings)
+    return SuiteResults(models, dtype, reading.warnings)
 
 
 def _row(suite: Suite, asked: Sequence[Asked], original: Sequence[Answer], model: Sequence[Answer]) -> dict[str, Any]:
