@@ -48,8 +48,7 @@ def faster(**modules: str) -> Callable[[Operation], Operation]:
         def operation(*args: Any) -> Any:
             kernels = _kernels_for(args)
             if _Choice.kernels == "fast" and kernels in modules and _is_there(kernels):
-                # Only now: numba takes half a second to import.
-                twin = getattr(import_module(f"halfbyte.kernels.{kernels}.{modules[kernels]}"), reference.__name__)
+                twin = _twin(f"halfbyte.kernels.{kernels}.{modules[kernels]}", reference.__name__)
                 if (result := twin(*args)) is not NotImplemented:
                     return result
             return reference(*args)
@@ -61,6 +60,12 @@ def faster(**modules: str) -> Callable[[Operation], Operation]:
 
 def _kernels_for(args: tuple[object, ...]) -> str:
     return kind_of(next(a for a in args if isinstance(a, Tensor)).device).kernels
+
+
+@cache
+def _twin(module: str, name: str) -> Callable[..., Any]:
+    """Imported when it is needed: numba takes half a second."""
+    return getattr(import_module(module), name)
 
 
 @cache

@@ -1,5 +1,7 @@
 """Moving planes of bits between codes and bytes on CPUs, eight codes in a 64-bit word at a time."""
 
+from types import NotImplementedType
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,8 +14,10 @@ EVERY = 0x0101010101010101  # a word with this number in every byte, times the n
 ONE, TWO, FOUR = (W(EVERY * ((1 << bits) - 1)) for bits in (1, 2, 4))
 
 
-def pack(codes: Bytes, bits: int, shift: int, stride: int) -> Bytes:
+def pack(codes: Bytes, bits: int, shift: int, stride: int) -> Bytes | NotImplementedType:
     """One plane of the codes of blocks, all of it in whole words."""
+    if stride > 1 and stride % 8:
+        return NotImplemented
     words = _words(codes)
     plane = np.empty((len(codes), codes.shape[1] * bits // 8), np.uint8)
     if stride == 1:
@@ -24,14 +28,17 @@ def pack(codes: Bytes, bits: int, shift: int, stride: int) -> Bytes:
     return torch.from_numpy(plane)
 
 
-def unpack(raw: Bytes, codes: Bytes, bits: int, shift: int, stride: int) -> None:
+def unpack(raw: Bytes, codes: Bytes, bits: int, shift: int, stride: int) -> NotImplementedType | None:
     """Add one plane to codes that do not have it yet."""
+    if stride > 1 and stride % 8:
+        return NotImplemented
     plane, words = np.ascontiguousarray(raw.numpy()), _words(codes)
     if stride == 1:
         in_threads(_unpack_neighbours, len(words), plane, words, shift)
     else:
         flat, run = plane.view(W).reshape(-1), stride // 8
         in_threads(_unpack, flat.size // run, flat, words.reshape(-1), bits, shift, run)
+    return None
 
 
 def _words(codes: Tensor) -> np.ndarray:
