@@ -1,10 +1,11 @@
 """load(): any checkpoint that we can read, as a Transformers model that runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from math import prod
 from pathlib import Path
 from types import new_class
+from typing import cast
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -18,6 +19,7 @@ from halfbyte.grids.activations import FLOATS, ActivationGrid, ActivationQuant, 
 from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import PackedMatrix, Quantized
 from halfbyte.grids.scalar import is_integer
+from halfbyte.kernels.panels import ACTIVATIONS, Activations, Panels, product, worth_making
 from halfbyte.kernels.products import int8_product
 from halfbyte.models import filling, kv, mapping, skeleton
 from halfbyte.models.checkpoint import Checkpoint
@@ -32,25 +34,24 @@ STORED = ("packed_", "input_")
 
 
 class PackedModule(nn.Module):
-    """Holds a matrix as it lies in its file, bit for bit, and makes it out anew whenever it is asked for."""
+    """Holds a matrix in panels that kernels multiply by, or as it lies in its file, bit for bit."""
 
     like: Tensor
 
-    def __init__(self, matrix: PackedMatrix, dtype: torch.dtype):
+    def __init__(self, matrix: PackedMatrix | Panels, dtype: torch.dtype):
         nn.Module.__init__(self)
-        self._hold(matrix)
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
-
-    def _hold(self, matrix: PackedMatrix) -> None:
-        self._names, self._matrix = list(matrix.tensors), matrix._replace(tensors={})
+        self._matrix, self._names = matrix, list(matrix.tensors)
         for number, value in enumerate(matrix.tensors.values()):
             self.register_buffer(f"packed_{number}", value)
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     @property
-    def matrix(self) -> PackedMatrix:
-        """The matrix as it lies in its file."""
+    def matrix(self) -> PackedMatrix | Panels:
+        """Of these buffers, whatever has become of them."""
         tensors = {name: getattr(self, f"packed_{number}") for number, name in enumerate(self._names)}
-        return self._matrix._replace(tensors=tensors)
+        if any(tensors[name] is not before for name, before in self._matrix.tensors.items()):
+            self._matrix = self._matrix.holding(tensors)
+        return self._matrix
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,14 +74,14 @@ class PackedModule(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """Decoded, for models whose code looks at it. Changing it changes nothing."""
-        return self.matrix.quantized.decode().to(self.dtype)
+        return self.matrix.decode().to(self.dtype)
 
 
 class QuantEmbedding(PackedModule, nn.Embedding):
     """An embedding whose rows stay packed but for those that are looked up."""
 
     @classmethod
-    def of(cls, before: nn.Embedding, matrix: PackedMatrix, dtype: torch.dtype) -> "QuantEmbedding":
+    def of(cls, before: nn.Embedding, matrix: PackedMatrix | Panels, dtype: torch.dtype) -> "QuantEmbedding":
         """`before` with a packed matrix. What its own class makes of the rows that it looks up, such as scaling them,
         stays: that class comes first, and its `super().forward` is ours."""
         kind = type(before)
@@ -97,9 +98,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
     def forward(self, input: Int64[Tensor, "*tokens"]) -> Float[Tensor, "*tokens in"]:
         """The rows of these tokens, decoded."""
         rows, which = input.unique(return_inverse=True)
-        selected = self.matrix.at(rows) if self.matrix.by_rows else self.matrix.quantized
-        values = selected.decode().to(self.dtype)
-        return values[which if self.matrix.by_rows else input]
+        return self.matrix.rows(rows).to(self.dtype)[which]
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -134,28 +133,51 @@ class Undecoded(Tensor):
 
     def decoded(self) -> Float[Tensor, "out in"]:
         """The weight itself."""
-        return self.embedding.matrix.quantized.decode().to(self.embedding.dtype)
+        return self.embedding.matrix.decode().to(self.embedding.dtype)
 
 
 class QuantLinear(PackedModule):
-    """A linear whose weight stays packed, and whose input is rounded as engines do; the reference: unpack, decode,
-    multiply."""
+    """A linear that multiplies by a packed weight: in panels as kernels do; else decoded for each product."""
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        matrix: PackedMatrix | Panels,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        activations: Activations = "exact",
+    ):
         super().__init__(matrix, dtype)
-        q = matrix.quantized
-        self.activations, self.stored = (
-            (q.activations.grid, list(q.activations.params)) if q.activations else (None, [])
-        )
-        for name, value in (q.activations.params if q.activations else {}).items():
-            self.register_buffer(f"input_{name}", value)
+        self.activations: Activations = activations
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """x W^T + bias, with x rounded where the scheme says so."""
-        if (
-            self.activations is None or not x.numel()
-        ):  # of no tokens, such as those of an idle expert, there is no largest
+        """x W^T + bias."""
+        matrix = self.matrix
+        # No gradient comes through a kernel, and no compiler looks into one.
+        if isinstance(matrix, PackedMatrix) or x.requires_grad or torch.compiler.is_compiling():
+            return functional.linear(x, self.weight, self.bias)
+        y = product(x.reshape(-1, x.shape[-1]), matrix, self.bias, self.activations)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+
+class RoundedLinear(PackedModule):
+    """A linear whose input is rounded as engines do; the reference: unpack, decode, multiply."""
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype, activations: ActivationQuant):
+        super().__init__(matrix, dtype)
+        self.activations, self.stored = activations.grid, list(activations.params)
+        for name, value in activations.params.items():
+            self.register_buffer(f"input_{name}", value)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """As it lies in its file."""
+        return cast(PackedMatrix, super().matrix)
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """x W^T + bias, with x rounded."""
+        if not x.numel():  # of no tokens, such as those of an idle expert, there is no largest
             return functional.linear(x, self.weight, self.bias)
         params = self.activations.params(x, {name: getattr(self, f"input_{name}") for name in self.stored})
         q = self.matrix.quantized
@@ -187,7 +209,12 @@ RESCALED = {"rwkv"}
 """Models whose code divides the weights of linears in place before they run."""
 
 
-def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"):
+def load(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    activations: Activations = "exact",
+):
     """The model in `dtype`, on `device`. By default the checkpoint's own; a GGUF does not say what its model was
     computed in, and is loaded in bfloat16: hidden states of Gemma are beyond float16.
 
@@ -195,16 +222,21 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
     whose class does more than multiply (routers) and what a model changes before it looks at it (embeddings with a
     `max_norm`, linears of RWKV) are decoded. A KV cache that is quantized holds the values that an engine would read
     from it, in 16 bits.
+
+    On CPUs packed weights are multiplied by as they are. `activations`: "exact", or rounded to "int8" in groups of 32
+    as llama.cpp does, which is faster for prompts and on CPUs without AVX512_BF16, and loses a little.
     Raises HalfbyteError.
     """
+    if activations not in ACTIVATIONS:
+        raise UnknownName("way to take activations", activations, ACTIVATIONS)
     where = device_named(str(device))
     if isinstance(dtype, str) and dtype not in DTYPE_NAMES:
         raise UnknownName("dtype", dtype, DTYPE_NAMES)
     checkpoint = Checkpoint.open(path)
-    return built(checkpoint, (DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype), where)
+    return built(checkpoint, (DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype), where, activations)
 
 
-def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device):
+def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device, activations: Activations = "exact"):
     """The same of a checkpoint that is open, with the adapter and the cache that it has."""
     dtype = dtype or checkpoint.unquantized_dtype
     model = skeleton.build(checkpoint, dtype)
@@ -214,16 +246,9 @@ def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device
     filling.require_whole(model, checkpoint, weight_map, names)
     packed = _packed(model, checkpoint, weight_map)
     for tensor, home in packed.items():
-        matrix = checkpoint.read_packed(tensor.removesuffix(".weight"))
         tied = (name.removesuffix(".weight") for name, source in ties.items() if source == f"{home}.weight")
-        made: dict[int, nn.Module] = {}
-        """Of this matrix: one module for all linears of the same bias, and one for each embedding."""
-        for name in (home, *tied):
-            before = model.get_submodule(name)
-            if isinstance(before, nn.Linear):
-                model.set_submodule(name, made.setdefault(id(before.bias), QuantLinear(matrix, before.bias, dtype)))
-            elif isinstance(before, nn.Embedding) and not isinstance(before, QuantEmbedding):
-                model.set_submodule(name, made.setdefault(id(before), QuantEmbedding.of(before, matrix, dtype)))
+        multiplied, rounded = _multiplied(checkpoint.read_packed(tensor.removesuffix(".weight")), where)
+        _replace(model, (home, *tied), multiplied, dtype, rounded, activations)
     filling.load(model, checkpoint, weight_map, ties, names, where)
     nn.Module.to(model, where)
     decoded = {
@@ -238,12 +263,45 @@ def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device
     return model
 
 
-def unpack(model: nn.Module) -> None:
+def _replace(
+    model: nn.Module,
+    names: Iterable[str],
+    matrix: PackedMatrix | Panels,
+    dtype: torch.dtype,
+    rounded: ActivationQuant | None,
+    activations: Activations,
+) -> None:
+    """Modules that share a matrix: one for all linears of the same bias, and one for each embedding."""
+    made: dict[int, nn.Module] = {}
+    for name in names:
+        before = model.get_submodule(name)
+        if isinstance(before, nn.Linear):
+            if id(before.bias) not in made:
+                made[id(before.bias)] = (
+                    RoundedLinear(matrix, before.bias, dtype, rounded)
+                    if rounded and isinstance(matrix, PackedMatrix)
+                    else QuantLinear(matrix, before.bias, dtype, activations)
+                )
+            model.set_submodule(name, made[id(before.bias)])
+        elif isinstance(before, nn.Embedding) and not isinstance(before, QuantEmbedding):
+            model.set_submodule(name, made.setdefault(id(before), QuantEmbedding.of(before, matrix, dtype)))
+
+
+def _multiplied(matrix: PackedMatrix, where: torch.device) -> tuple[PackedMatrix | Panels, ActivationQuant | None]:
+    """In panels where a kernel multiplies by them, on this device; and how what it is multiplied by is rounded."""
+    q = matrix.quantized
+    if q.activations or not worth_making(torch.empty(0, device=where)):
+        return matrix, q.activations
+    return q.panels() or matrix, None
+
+
+def unpack(model: nn.Module, everything: bool = True) -> None:
     """Have linears hold their decoded weights, for models that answer token by token: decoding takes longer than to
-    multiply with so few. Memory is that of a model which was never packed."""
+    multiply with so few. Memory is that of a model which was never packed. Not `everything`: those alone that no kernel
+    multiplies by as they are."""
     made: dict[int, nn.Linear] = {}
     for name, packed in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(packed, QuantLinear) and packed.activations is None:
+        if isinstance(packed, QuantLinear) and (everything or isinstance(packed.matrix, PackedMatrix)):
             if id(packed) not in made:
                 weight = packed.weight
                 dense = nn.Linear(weight.shape[1], weight.shape[0], bias=packed.bias is not None, device="meta")
@@ -259,7 +317,7 @@ def ready_to_answer(model: nn.Module, checkpoint: Checkpoint, where: torch.devic
     decoding takes longer than to multiply with few tokens."""
     decoded = sum(prod(shape) for _, shape in checkpoint.quantized.values()) * checkpoint.unquantized_dtype.itemsize
     if decoded <= SHARE * kind_of(where).free_bytes(where):
-        unpack(model)
+        unpack(model, everything=False)
 
 
 def loaded_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from halfbyte.errors import Unsupported
 from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 from halfbyte.grids.scalar import ScalarGrid
+from halfbyte.kernels.panels import Operands
 
 SUFFIX = "-actorder"
 
@@ -68,6 +69,12 @@ class ActOrderGrid(Grid):
     ) -> Codes:
         """Raises Unsupported: such grids are read alone."""
         self._refuse()
+
+    def operands(self, codes: Codes, params: Params) -> Operands | None:
+        """With columns sorted by group."""
+        columns = torch.argsort(params["g_idx"][0], stable=True)
+        sorted_operands = self.integers.operands(codes[:, columns], params)
+        return sorted_operands._replace(order=columns) if sorted_operands else None
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
         """Decode with columns sorted by group, and put them back in order."""

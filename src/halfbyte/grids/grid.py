@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Float32, Int64, Integer
 from torch import Tensor
 
+from halfbyte.kernels.panels import Operands
 from halfbyte.kernels.scales import Params
 
 Shape = tuple[int, ...]
@@ -104,6 +105,10 @@ class Grid(ABC):
     @abstractmethod
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
         """The values that the codes stand for, in float32."""
+
+    def operands(self, codes: Codes, params: Params) -> Operands | None:
+        """As levels and lines, which kernels for packed weights multiply by; None: they know no way."""
+        return None
 
     @abstractmethod
     def bits(self, shape: Shape) -> float:

@@ -24,6 +24,8 @@ from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.formats import KFormat
 from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 from halfbyte.kernels import kquant, scalar
+from halfbyte.kernels.levels import Even
+from halfbyte.kernels.panels import Operands
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,25 @@ class KQuant(KFormat, Grid):
         return self.values(
             codes.view(*scale.shape, -1), scale[..., None], None if offset is None else offset[..., None]
         ).view(codes.shape)
+
+    def operands(self, codes: Codes, params: Params) -> Operands | None:
+        """Integers under fp16 numbers, as they are."""
+        levels = Even(self.top.bit_length())
+        if self.scales is None:
+            return Operands(codes, levels, self.group, params["d"], middle=self.middle, offset=params.get("m"))
+        scale, minimum = params["scale"], params.get("min")
+        is_split = self.scales[1] < 16
+        return Operands(
+            codes,
+            levels,
+            self.group,
+            scale if minimum is None or not is_split else scale | minimum << 4,
+            middle=self.middle,
+            offset=None if is_split else minimum,
+            is_split=is_split,
+            d=params["d"],
+            dmin=-params["dmin"] if self.has_minimum else None,
+        )
 
     def values(self, codes: UInt8[Tensor, "*shape"], scale: Tensor, offset: Tensor | None) -> Float32[Tensor, "*shape"]:
         """What codes stand for, given scale and offset of each."""

@@ -11,6 +11,10 @@ from torch import Tensor
 from halfbyte.errors import Unsupported
 from halfbyte.grids.activations import ActivationGrid, ActivationQuant
 from halfbyte.grids.grid import Codes, Grid, Params, Shape
+from halfbyte.kernels.panels import CHUNK, Panels, pack
+
+ROOM = 1.1
+"""What a matrix in memory may take, as a share of what it takes in its file."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ class Quantized(NamedTuple):
         """The weights that it stands for, in float32."""
         return self.grid.decode(self.codes, self.params)
 
+    def panels(self) -> Panels | None:
+        """As kernels multiply by it; None where they know no way, or none that takes at most a tenth more than its
+        bits."""
+        operands = self.grid.operands(self.codes, self.params)
+        panels = pack(operands) if operands else None
+        if panels is None or panels.row_bytes > ROOM * self.grid.bits(self.shape) / 8 * panels.chunks * CHUNK:
+            return None
+        return panels
+
     def equal(self, other: "Quantized") -> bool:
         """Same scheme, same codes, same parameters, bit for bit."""
         return self.scheme == other.scheme and _equal(self.tensors, other.tensors)
@@ -78,9 +91,19 @@ class PackedMatrix(NamedTuple):
         """Unpacked: codes and parameters."""
         return self.unpack(self.tensors)
 
-    def at(self, rows: Int64[Tensor, " rows"]) -> Quantized:
-        """Some rows of it, if `by_rows`."""
-        return self.unpack({name: value[rows] for name, value in self.tensors.items()})
+    def rows(self, rows: Int64[Tensor, " rows"]) -> Float32[Tensor, "rows in"]:
+        """Some rows of it, decoded; no more than those are unpacked, if `by_rows`."""
+        if self.by_rows:
+            return self.unpack({name: value[rows] for name, value in self.tensors.items()}).decode()
+        return self.decode()[rows]
+
+    def decode(self) -> Float32[Tensor, "out in"]:
+        """The weights that it stands for, in float32."""
+        return self.quantized.decode()
+
+    def holding(self, tensors: dict[str, Tensor]) -> "PackedMatrix":
+        """The same of other tensors: moved ones."""
+        return self._replace(tensors=tensors)
 
 
 def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

@@ -35,6 +35,7 @@ from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 from halfbyte.kernels import scalar
 from halfbyte.kernels.levels import E2M1, FLOATS, FP4, IQ4, NF4, Even, Levels, Table, table_of
 from halfbyte.kernels.levels import Float as FloatLevels
+from halfbyte.kernels.panels import Operands
 from halfbyte.kernels.scales import (
     FP16,
     FP32,
@@ -165,6 +166,19 @@ class ScalarGrid(Grid):
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
         """Levels times scales."""
         return scalar.decode(self.levels, self.scales, codes, params)
+
+    def operands(self, codes: Codes, params: Params) -> Operands | None:
+        """Scales as they are stored, where kernels read them so."""
+        out, width = codes.shape
+        lines = self.scales.storage.lines(params, self.levels.unit)
+        if lines is None:
+            return None
+        scale, group = self.scales.per_row(lines.scale, out, width)
+        levels, zero = self.levels, params.get("zero")
+        if isinstance(levels, Even) and levels.steps > 1:
+            scale = scale.float() / levels.steps
+        middle = float(levels.midpoint) if isinstance(levels, Even) and zero is None else 0.0
+        return Operands(codes, levels, group or width, scale, zero, middle, d=lines.d, unit=lines.unit)
 
     def with_granularity(self, granularity: int | str) -> "ScalarGrid":
         """The same levels and scales in other groups."""

@@ -11,7 +11,7 @@ bytes of a word are neighbours then, and so are the odd ones, which is how produ
 One scale for `group` in-features, one `d` for 256. What is not there is left out.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ STRIDE = 4
 ORDER = (0, 2, 1, 3)
 """Which in-feature of four each byte of a word is of."""
 Activations = Literal["exact", "int8"]
+ACTIVATIONS = ("exact", "int8")
 """What is multiplied: activations as they are, or rounded to 8 bits in groups of 32, as llama.cpp does."""
 
 
@@ -42,13 +43,15 @@ class Operands(NamedTuple):
     group: int
     """In-features that share a scale: the whole row or fewer."""
     scale: Shaped[Tensor, "out groups"]
-    """Of any of the types of `SCALES`."""
+    """Of 16 or 32 bits, an E4M3 number without a sign, or an integer of 8 bits."""
     zero: UInt8[Tensor, "out groups"] | None = None
     """Codes that stand for zero, where groups have their own."""
     middle: float = 0.0
     """The code that stands for zero in all of them."""
     offset: Shaped[Tensor, "out groups"] | None = None
     """What a group begins with: fp16, or an integer times `dmin`."""
+    is_split: bool = False
+    """Whether the upper four bits of `scale` are the offset."""
     d: Float[Tensor, "out supers"] | None = None
     dmin: Float[Tensor, "out supers"] | None = None
     """fp16 numbers that integer scales and offsets are multiplied by; `dmin` with its sign."""
@@ -69,8 +72,12 @@ class Form:
     offset: torch.dtype | None
     is_under: bool
     """Whether scales are multiplied by a `d`."""
+    has_dmin: bool
+    """Whether offsets are multiplied by a `dmin`."""
     is_half: bool
     """Whether groups are half a chunk."""
+    is_split: bool
+    """Whether a byte is a scale of four bits and an offset of four."""
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -82,10 +89,6 @@ class Form:
     def chunk_bytes(self) -> int:
         """Of the codes of a chunk, in a panel."""
         return sum(self.planes) * ROWS * CHUNK // 8
-
-
-SCALES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int8)
-"""Types of scales that kernels read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +115,20 @@ class Panels:
         """Down the matrix."""
         return -(-self.shape[0] // ROWS)
 
+    @property
+    def row_bytes(self) -> float:
+        """That a row takes, be it one of the matrix or one that fills up a panel."""
+        lines = (tensor for name, tensor in self.tensors.items() if name != "order")
+        return sum(tensor.numel() * tensor.itemsize for tensor in lines) / (self.panels * ROWS)
+
+    def holding(self, tensors: dict[str, Tensor]) -> "Panels":
+        """The same of other tensors: moved ones."""
+        return replace(self, tensors=tensors, kept={})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies lie elsewhere."""
+        return vars(self) | {"kept": {}}
+
     def rows(self, rows: Int64[Tensor, " rows"]) -> Float32[Tensor, "rows in"]:
         """Some rows, decoded."""
         panel, lane = rows // ROWS, rows % ROWS
@@ -130,6 +147,9 @@ class Panels:
     def _values(self, codes: UInt8[Tensor, "rows in"], lines: dict[str, Tensor]) -> Float32[Tensor, "rows in"]:
         form, width = self.form, self.shape[1]
 
+        if form.is_split:
+            lines = lines | {"scale": lines["scale"] & 15, "offset": lines["scale"] >> 4}
+
         def each(name: str) -> Float32[Tensor, "rows in"]:
             size = SUPER if name in ("d", "dmin") else self.group
             return lines[name].float().repeat_interleave(size, 1)[:, :width]
@@ -139,12 +159,10 @@ class Panels:
         else:
             values = values_of(form.levels).to(codes.device)[codes[:, :width].int()]
         values = values * (each("scale") * each("d") if form.is_under else each("scale"))
-        if form.offset is not None:
-            values = values + (each("offset") * each("dmin") if "dmin" in lines else each("offset"))
+        if "offset" in lines:
+            values = values + (each("offset") * each("dmin") if form.has_dmin else each("offset"))
         values = values * self.unit
         return values[:, self.tensors["order"].argsort()] if "order" in self.tensors else values
-
-
 
 
 def pack(operands: Operands) -> Panels | None:
@@ -164,10 +182,12 @@ def pack(operands: Operands) -> Panels | None:
     form = Form(
         levels=levels,
         scale=operands.scale.dtype,
-        middle=operands.middle,
+        middle=float(operands.middle),
         has_zero=operands.zero is not None,
         offset=None if operands.offset is None else operands.offset.dtype,
         is_under=operands.d is not None,
+        has_dmin=operands.dmin is not None,
+        is_split=operands.is_split,
         is_half=group == CHUNK // 2 and group < width,
     )
     lines = {name: getattr(operands, name) for name in ("scale", "zero", "offset", "d", "dmin")}
@@ -211,6 +231,12 @@ def _paneled(value: Shaped[Tensor, "out groups"], out: int) -> Shaped[Tensor, " 
     value = value.expand(out, -1)
     padded = torch.cat([value, value[-1:].expand(-out % ROWS, -1)])
     return padded.view(-1, ROWS, value.shape[1]).transpose(1, 2).flatten()
+
+
+@faster(cpu="panels")
+def worth_making(like: Tensor) -> bool:
+    """Whether something multiplies by panels faster than by decoding them, where a tensor lies."""
+    return False
 
 
 @faster(cpu="panels")

@@ -11,6 +11,7 @@ A storage says which parameters of a matrix are stored and what they mean (`load
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64, Integer, Shaped
@@ -37,6 +38,15 @@ PHASES = tuple(2 ** (k / 4) for k in range(4))
 """A float is about as precise wherever it lies: what a search can win is within an octave."""
 
 
+class Lines(NamedTuple):
+    """Scales as they are stored, for kernels that read them so: scale * d * unit."""
+
+    scale: Shaped[Tensor, "rows groups"]
+    """Of 16 or 32 bits, an integer of 8 under a `d`, or an E4M3 number."""
+    d: Float[Tensor, "rows supers"] | None = None
+    unit: float = 1.0
+
+
 class Storage(ABC):
     """How scales are stored: a value, equal by value."""
 
@@ -52,6 +62,10 @@ class Storage(ABC):
     @abstractmethod
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
         """What a level's unit is multiplied by."""
+
+    def lines(self, params: Params, unit: float) -> Lines | None:
+        """The same, with no more bits than are stored; None where that cannot be."""
+        return Lines(self.load(params, unit))
 
 
 class Searched(Storage):
@@ -89,6 +103,10 @@ class Number(Searched):
         """The number itself."""
         scale = params["scale"].float()
         return scale if unit == 1 else scale * unit
+
+    def lines(self, params: Params, unit: float) -> Lines:
+        """The number itself, in its own bits."""
+        return Lines(params["scale"], unit=unit)
 
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
         """The largest weight over the largest level."""
@@ -134,6 +152,13 @@ class Byte(Searched):
         """What the byte stands for."""
         return self.every(unit).to(params["scale"].device)[params["scale"].int()]
 
+    def lines(self, params: Params, unit: float) -> Lines:
+        """A power of two is a bfloat16, and an unsigned E4M3 number one without its sign."""
+        if self.kind == "e8m0":
+            return Lines(self.load(params, unit).bfloat16())
+        byte = params["scale"] & 0x7F
+        return Lines(torch.where(byte == 0x7F, 0, byte).view(torch.float8_e4m3fn), unit=unit)
+
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
         """The byte nearest to the largest weight over the largest level."""
         border = self.borders(levels.unit).to(largest.device)
@@ -153,6 +178,10 @@ class Microscale(Searched):
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
         """The power of two."""
         return (e8m0(params["scale"]) * unit).float()
+
+    def lines(self, params: Params, unit: float) -> Lines:
+        """As a bfloat16, which has the same exponents."""
+        return Lines(self.load(params, unit).bfloat16())
 
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
         """The power of two of the largest weight, rounded up beyond the format's threshold."""
@@ -189,6 +218,13 @@ class UnderGlobal(Searched):
         scale = E4M3.value(params["scale"])
         scale = scale * params["factor"] if self.factor else scale / params["divisor"]
         return scale if unit == 1 else scale * unit
+
+    def lines(self, params: Params, unit: float) -> Lines | None:
+        """The E4M3 numbers, if none is negative: such are read without a sign."""
+        above = params["factor"] if self.factor else params["divisor"].double().reciprocal()
+        if above.numel() != 1 or (params["scale"] > 0x7E).any():
+            return None
+        return Lines(params["scale"].view(torch.float8_e4m3fn), unit=unit * above.item())
 
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
         """The E4M3 number nearest to min-max; after a search, under the divisor that most matrices share."""
@@ -227,6 +263,10 @@ class UnderHalf(Storage):
         """The integer times the fp16 number."""
         d = params["d"].float()
         return (d[..., None] * (params["scale"].float() - 32).unflatten(1, (d.shape[1], -1))).flatten(1) * unit
+
+    def lines(self, params: Params, unit: float) -> Lines:
+        """The integers, with their sign."""
+        return Lines((params["scale"].to(torch.int16) - 32).to(torch.int8), params["d"], unit)
 
 
 @dataclass(frozen=True)

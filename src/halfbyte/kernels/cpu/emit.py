@@ -2,8 +2,8 @@
 
 A worker goes through its share of the panels, and for each through the tokens, a few at a time. Of a group it adds up
 level(code) * activation and then multiplies by the scale: (sum - zero * sum of the activations) * scale. What codes are
-offset by so that they need no subtraction (the bits of a bfloat16 of 128, with those of a code, are 128 + code) goes the
-same way.
+offset by so that they need no subtraction (the bits of a bfloat16 of 128, with those of a code, are 128 + code) goes
+the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,21 @@ from functools import partial
 import torch
 from llvmlite import ir
 
-from halfbyte.kernels.cpu.vectors import BF16, BYTES, F16, F32, I8, I16, I32, I64, LANES, POINTER, Vectors, vector
+from halfbyte.kernels.cpu.vectors import (
+    BF16,
+    BYTES,
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    POINTER,
+    Value,
+    Vectors,
+    vector,
+)
 from halfbyte.kernels.levels import Even, Float, Table, values_of
 from halfbyte.kernels.panels import CHUNK, ORDER, ROWS, STRIDE, Form
 
@@ -58,15 +72,15 @@ class Target:
 class Context:
     """What a worker is given, in the function that reads it."""
 
-    def __init__(self, e: Vectors, pointer: ir.Value):
+    def __init__(self, e: Vectors, pointer: Value):
         self._e, self._pointer = e, pointer
 
-    def __getitem__(self, name: str) -> ir.Value:
+    def __getitem__(self, name: str) -> Value:
         kind = POINTER if name in ADDRESSES else I64
         return self._e.b.load(self._e.at(self._pointer, 8 * FIELDS.index(name)), typ=kind, align=8)
 
     @property
-    def unit(self) -> ir.Value:
+    def unit(self) -> Value:
         """What all is multiplied by, in all lanes."""
         return self._e.loaded_splat(self._e.at(self._pointer, 8 * FIELDS.index("unit")), F32)
 
@@ -75,9 +89,9 @@ class Context:
 class Lines:
     """What one group's codes are multiplied by and offset by, in float32, a row in each lane."""
 
-    scale: ir.Value
-    zero: ir.Value | None
-    offset: ir.Value | None
+    scale: Value
+    zero: Value | None
+    offset: Value | None
 
 
 class Emitter:
@@ -90,9 +104,9 @@ class Emitter:
 
     # --- codes
 
-    def quads(self, e: Vectors, chunk: ir.Value) -> list[ir.Value]:
+    def quads(self, e: Vectors, chunk: Value) -> list[Value]:
         """The codes of a chunk: of each four in-features, the bytes of a word in every row's lane."""
-        words: dict[int, ir.Value] = {}
+        words: dict[int, Value] = {}
         quads = []
         for quad in range(QUADS):
             first, shift, codes = 0, 0, None
@@ -109,10 +123,11 @@ class Emitter:
             quads.append(codes)
         return quads
 
-    def value(self, e: Vectors, code: ir.Value) -> ir.Value:
-        """What a code stands for, in float32; of evenly spaced levels, the code itself."""
+    def value(self, e: Vectors, code: Value) -> Value:
+        """What a code stands for, in float32; of evenly spaced levels, the code itself, or less the middle."""
         levels = self.form.levels
         if isinstance(levels, Even):
+            code = e.b.sub(code, e.constant(int(self.form.middle))) if self.is_centred else code
             return e.b.sitofp(code, vector(F32))
         if isinstance(levels, Float):  # its bits are those of a float of 16 bits, but for where exponents begin
             sign = moved(e, e.b.and_(code, e.constant(1 << (levels.bits - 1))), 16 - levels.bits)
@@ -126,7 +141,7 @@ class Emitter:
         return e.b.select(e.b.icmp_unsigned(">=", code, e.constant(8)), high, low)
 
     @staticmethod
-    def _permuted(e: Vectors, table: list[float], code: ir.Value) -> ir.Value:
+    def _permuted(e: Vectors, table: list[float], code: Value) -> Value:
         """By three bits of each code, from eight values."""
         kind = vector(F32, 8)
         name = "llvm.x86.avx2.permps"
@@ -135,14 +150,20 @@ class Emitter:
     # --- sums of one group
 
     @property
+    def is_centred(self) -> bool:
+        """Whether the middle is taken off each code. Of many levels it is so large that sums with it lose bits: of 8
+        bits, a product was wrong by 2e-6 of the largest."""
+        return self.form.middle >= 32
+
+    @property
     def begins(self) -> float:
         """The code of zero, as products have it."""
-        return self.form.middle if isinstance(self.form.levels, Even) else 0.0
+        return self.form.middle if isinstance(self.form.levels, Even) and not self.is_centred else 0.0
 
     @property
     def needs_sums(self) -> bool:
         """Whether sums of activations are asked for."""
-        return self.begins != 0 or self.form.has_zero or self.form.offset is not None
+        return self.begins != 0 or self.form.has_zero or self.form.offset is not None or self.form.is_split
 
     @property
     def prepares(self) -> bool:
@@ -153,13 +174,18 @@ class Emitter:
         """Sums of each token: one addition need not wait for the one before."""
         return max(1, 4 // tokens)
 
-    def fresh(self, tokens: int) -> list[ir.Value]:
+    def fresh(self, tokens: int) -> list[Value]:
         """Sums of nothing, those of each token side by side."""
         return [ir.Constant(vector(F32), None)] * (tokens * self.chains(tokens))
 
     def add(
-        self, e: Vectors, sums: list[ir.Value], quads: Sequence[ir.Value], x: Sequence[ir.Value], steps: Sequence[ir.Value]
-    ) -> list[ir.Value]:
+        self,
+        e: Vectors,
+        sums: list[Value],
+        quads: Sequence[Value],
+        x: Sequence[Value],
+        steps: Sequence[Value],
+    ) -> list[Value]:
         """Products of the in-features of some quads, with those of each token at `x`; where activations are rounded,
         those of a chunk are multiplied by the number at `steps`."""
         sums, chains = list(sums), self.chains(len(x))
@@ -172,49 +198,54 @@ class Emitter:
                     sums[k] = e.fma(value, read, sums[k])
         return sums
 
-    def total(self, e: Vectors, sums: list[ir.Value], token: int, tokens: int) -> ir.Value:
+    def total(self, e: Vectors, sums: list[Value], token: int, tokens: int) -> Value:
         """All sums of a token."""
         chains = self.chains(tokens)
         return folded(e.b.fadd, sums[token * chains : (token + 1) * chains])
 
     # --- lines
 
-    def lines(self, e: Vectors, c: Context, group: ir.Value, above: Sequence[ir.Value | None]) -> Lines:
+    def lines(self, e: Vectors, c: Context, group: Value, above: Sequence[Value | None]) -> Lines:
         """Of one group of the panel; `above`: the fp16 numbers, if there are any."""
 
-        def read(name: str, kind: torch.dtype) -> ir.Value:
+        def read(name: str, kind: torch.dtype) -> Value:
             return as_float(e, e.load(e.at(c[name], e.times(group, ROWS * kind.itemsize)), LINES[kind]), kind)
 
-        scale, offset = read("scale", self.form.scale), None
-        d, dmin = above
-        if self.form.offset is not None:
-            offset = read("offset", self.form.offset)
-            offset = offset if dmin is None else e.b.fmul(offset, dmin)
+        (d, dmin), offset = above, None
+        if self.form.is_split:
+            byte = e.b.zext(e.load(e.at(c["scale"], e.times(group, ROWS)), I8), vector(I32))
+            scale = e.b.sitofp(e.b.and_(byte, e.constant(15)), vector(F32))
+            offset = e.b.sitofp(moved(e, byte, -4), vector(F32))
+        else:
+            scale = read("scale", self.form.scale)
+            offset = read("offset", self.form.offset) if self.form.offset is not None else None
+        if offset is not None and dmin is not None:
+            offset = e.b.fmul(offset, dmin)
         return Lines(
-            scale if d is None else e.b.fmul(scale, d), read("zero", torch.uint8) if self.form.has_zero else None, offset
+            scale if d is None else e.b.fmul(scale, d),
+            read("zero", torch.uint8) if self.form.has_zero else None,
+            offset,
         )
 
-    def above(self, e: Vectors, c: Context, place: ir.Value) -> list[ir.Value | None]:
+    def above(self, e: Vectors, c: Context, place: Value) -> list[Value | None]:
         """`d` and `dmin` of 256 in-features of a panel, if there are any."""
         form, place = self.form, e.times(place, ROWS * 2)
-        names = (("d", form.is_under), ("dmin", form.offset in (torch.uint8, torch.int8)))
-        return [
-            as_float(e, e.load(e.at(c[name], place), F16), torch.float16) if here else None for name, here in names
-        ]
+        names = (("d", form.is_under), ("dmin", form.has_dmin))
+        return [as_float(e, e.load(e.at(c[name], place), F16), torch.float16) if here else None for name, here in names]
 
     def each_group(
         self,
         e: Vectors,
         c: Context,
-        panel: ir.Value,
-        carried: Sequence[ir.Value],
-        body: Callable[[ir.Value, Sequence[ir.Value | None], list[ir.Value]], Sequence[ir.Value]],
-    ) -> list[ir.Value]:
+        panel: Value,
+        carried: Sequence[Value],
+        body: Callable[[Value, Sequence[Value | None], list[Value]], Sequence[Value]],
+    ) -> list[Value]:
         """body(group of all panels, numbers above, carried), group after group of a panel; of groups that are half a
         chunk, every second."""
         form, supers, groups = self.form, c["supers"], c["groups"]
 
-        def of_super(number: ir.Value, values: list[ir.Value]) -> list[ir.Value]:
+        def of_super(number: Value, values: list[Value]) -> list[Value]:
             place = e.b.add(e.times(panel, supers), number)
             first, above = e.times(place, groups), self.above(e, c, place)
             each = lambda group, inner: body(e.b.add(first, group), above, inner)  # noqa: E731
@@ -234,7 +265,7 @@ class Emitter:
         all_groups = e.times(c["groups"], c["supers"])
         codes = e.at(c["codes"], e.times(panel, chunks, self.form.chunk_bytes))
 
-        def group(number: ir.Value, above: Sequence[ir.Value | None], results: list[ir.Value]) -> list[ir.Value]:
+        def group(number: Value, above: Sequence[Value | None], results: list[Value]) -> list[Value]:
             own = e.b.sub(number, e.times(panel, all_groups))
             for part, sums in enumerate(self._sums(e, c, own, codes, x, token)):
                 lines = self.lines(e, c, e.b.add(number, e.index(part)), above)
@@ -260,11 +291,11 @@ class Emitter:
         return function
 
     def _sums(
-        self, e: Vectors, c: Context, group: ir.Value, codes: ir.Value, x: list[ir.Value], token: ir.Value
-    ) -> list[list[ir.Value]]:
+        self, e: Vectors, c: Context, group: Value, codes: Value, x: list[Value], token: Value
+    ) -> list[list[Value]]:
         """Sums of a group, or of the two that share a chunk."""
 
-        def chunk(number: ir.Value, sums: list[list[ir.Value]]) -> list[list[ir.Value]]:
+        def chunk(number: Value, sums: list[list[Value]]) -> list[list[Value]]:
             quads = self.quads(e, e.at(codes, e.times(number, self.form.chunk_bytes)))
             here = [e.at(pointer, e.times(number, CHUNK * self.activation_bytes)) for pointer in x]
             steps = [
@@ -290,7 +321,7 @@ class Emitter:
         last = smaller(e, e.b.add(first, c["group_chunks"]), c["chunks"])
         return [e.loop(first, last, fresh, lambda number, sums: chunk(number, [sums])[0])[:-1]]
 
-    def _store(self, e: Vectors, value: ir.Value, pointer: ir.Value) -> None:
+    def _store(self, e: Vectors, value: Value, pointer: Value) -> None:
         rounded = value if self.out == F32 else e.b.fptrunc(value, vector(self.out))
         e.b.store(rounded, pointer, align=BYTES[self.out])
 
@@ -300,8 +331,8 @@ class Emitter:
         function, e = started(module, "product", [POINTER, I64, I64])
         c = Context(e, function.args[0])
 
-        def panel(number: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            token: ir.Value | int = 0
+        def panel(number: Value, _: list[Value]) -> list[Value]:
+            token: Value | int = 0
             for tokens, tile in tiles.items():
                 call = partial(self._call, e, tile, function.args[0], number)
                 token = e.loop(token, c["tokens"], [], call, tokens)[-1]
@@ -311,9 +342,7 @@ class Emitter:
         e.b.ret_void()
 
     @staticmethod
-    def _call(
-        e: Vectors, tile: ir.Function, context: ir.Value, panel: ir.Value, token: ir.Value, _: list[ir.Value]
-    ) -> list[ir.Value]:
+    def _call(e: Vectors, tile: ir.Function, context: Value, panel: Value, token: Value, _: list[Value]) -> list[Value]:
         e.b.call(tile, [context, panel, token])
         return []
 
@@ -325,10 +354,10 @@ class Emitter:
         vectors = e.times(c["chunks"], CHUNK // LANES)
         size = e.index(1) if self.form.is_half else e.times(c["group_chunks"], CHUNK // LANES)
 
-        def token(number: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        def token(number: Value, _: list[Value]) -> list[Value]:
             self._round(e, c, number)
 
-            def group(own: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            def group(own: Value, _: list[Value]) -> list[Value]:
                 first = e.times(own, size)
                 last = smaller(e, e.b.add(first, size), vectors)
                 add = lambda k, sums: [e.b.fadd(sums[0], self._activations(e, c, number, k))]  # noqa: E731
@@ -344,10 +373,10 @@ class Emitter:
         e.loop(0, c["tokens"], [], token)
         e.b.ret_void()
 
-    def _round(self, e: Vectors, c: Context, token: ir.Value) -> None:
+    def _round(self, e: Vectors, c: Context, token: Value) -> None:
         """Activations as products take them, if not as they are."""
 
-    def _activations(self, e: Vectors, c: Context, token: ir.Value, number: ir.Value) -> ir.Value:
+    def _activations(self, e: Vectors, c: Context, token: Value, number: Value) -> Value:
         """16 of a token, in float32."""
         place = e.b.add(e.times(token, c["chunks"], CHUNK), e.times(number, LANES))
         return e.load(e.at(c["x"], e.times(place, 4)), F32)
@@ -360,11 +389,11 @@ class Emitter:
         chunks, groups, supers = c["chunks"], c["groups"], c["supers"]
         panels = share(e, c["panels"], *function.args[1:])
 
-        def of_chunk(chunk: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        def of_chunk(chunk: Value, _: list[Value]) -> list[Value]:
             own = e.times(chunk, 2) if self.form.is_half else e.b.udiv(chunk, c["group_chunks"])
             own_super = e.b.udiv(own, groups)
 
-            def of_panel(number: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            def of_panel(number: Value, _: list[Value]) -> list[Value]:
                 panel = e.b.add(c["first"], number)
                 above = self.above(e, c, e.b.add(e.times(panel, supers), own_super))
                 group = e.b.add(e.times(panel, supers, groups), own)
@@ -383,17 +412,17 @@ class Emitter:
         e.loop(0, chunks, [], of_chunk)
         e.b.ret_void()
 
-    def _line(self, e: Vectors, lines: Lines, c: Context) -> tuple[ir.Value, ir.Value]:
+    def _line(self, e: Vectors, lines: Lines, c: Context) -> tuple[Value, Value]:
         """value = code * slope + start."""
         slope, start = e.b.fmul(lines.scale, c.unit), ir.Constant(vector(F32), None)
         if lines.offset is not None:
             start = e.b.fmul(lines.offset, c.unit)
         zero = lines.zero
-        if isinstance(self.form.levels, Even) and zero is None:
+        if isinstance(self.form.levels, Even) and zero is None and not self.is_centred:
             zero = e.constant(self.form.middle, F32)
         return slope, start if zero is None else e.fma(e.b.fneg(zero), slope, start)
 
-    def _decode_chunk(self, e: Vectors, c: Context, codes: ir.Value, lines: Sequence[tuple], out: ir.Value) -> None:
+    def _decode_chunk(self, e: Vectors, c: Context, codes: Value, lines: Sequence[tuple], out: Value) -> None:
         for number, quad in enumerate(self.quads(e, codes)):
             slope, start = lines[number * len(lines) // QUADS]
             for byte, feature in enumerate(ORDER):
@@ -424,8 +453,13 @@ class BFloat16Emitter(Emitter):
         return max(self.parts, 4 // tokens)
 
     def add(
-        self, e: Vectors, sums: list[ir.Value], quads: Sequence[ir.Value], x: Sequence[ir.Value], steps: Sequence[ir.Value]
-    ) -> list[ir.Value]:
+        self,
+        e: Vectors,
+        sums: list[Value],
+        quads: Sequence[Value],
+        x: Sequence[Value],
+        steps: Sequence[Value],
+    ) -> list[Value]:
         """Two in-features of a lane at a time."""
         sums, chains, name = list(sums), self.chains(len(x)), "llvm.x86.avx512bf16.dpbf16ps.512"
         for number, quad in enumerate(quads):
@@ -436,12 +470,10 @@ class BFloat16Emitter(Emitter):
                     for part, pair in enumerate(pairs):
                         turn = (2 * number + half) % (chains // self.parts) * self.parts
                         k = token * chains + turn + part
-                        sums[k] = e.call(
-                            name, vector(F32), sums[k], pair, e.b.bitcast(read, vector(BF16, 2 * LANES))
-                        )
+                        sums[k] = e.call(name, vector(F32), sums[k], pair, e.b.bitcast(read, vector(BF16, 2 * LANES)))
         return sums
 
-    def _pairs(self, e: Vectors, pair: ir.Value) -> list[ir.Value]:
+    def _pairs(self, e: Vectors, pair: Value) -> list[Value]:
         """bfloat16 of two codes in each lane; of codes of 8 bits, of the lower four and of the upper four."""
         levels, kind = self.form.levels, vector(BF16, 2 * LANES)
         if isinstance(levels, Table):
@@ -455,38 +487,46 @@ class BFloat16Emitter(Emitter):
             nibbles = [pair]
         return [e.b.bitcast(e.b.or_(nibble, e.constant(ONE)), kind) for nibble in nibbles]
 
-    def total(self, e: Vectors, sums: list[ir.Value], token: int, tokens: int) -> ir.Value:
+    def total(self, e: Vectors, sums: list[Value], token: int, tokens: int) -> Value:
         """The upper four bits count 16 times."""
         chains = self.chains(tokens)
         own = sums[token * chains : (token + 1) * chains]
         parts = [folded(e.b.fadd, own[part :: self.parts]) for part in range(self.parts)]
         return parts[0] if self.parts == 1 else e.fma(parts[1], e.constant(16.0, F32), parts[0])
 
-    def _activations(self, e: Vectors, c: Context, token: ir.Value, number: ir.Value) -> ir.Value:
+    def _activations(self, e: Vectors, c: Context, token: Value, number: Value) -> Value:
         place = e.b.add(e.times(token, c["chunks"], CHUNK), e.times(number, LANES))
         return as_float(e, e.load(e.at(c["x"], e.times(place, 2)), BF16), torch.bfloat16)
 
 
 class Int8Emitter(Emitter):
-    """Products of codes with activations that are rounded to 8 bits, in groups of 32: exact sums of integers, times what
-    the activations were rounded by."""
+    """Products of codes with activations that are rounded to 8 bits, in groups of 32: exact sums of integers, times
+    what the activations were rounded by."""
 
     activation_bytes = 1
 
-    prepares = True
+    @property
+    def prepares(self) -> bool:
+        """They are rounded."""
+        return True
 
     @property
     def begins(self) -> float:
         """Levels of a table are bytes from 0."""
-        return 128.0 if isinstance(self.form.levels, Table) else super().begins
+        return 128.0 if isinstance(self.form.levels, Table) else self.form.middle
 
     def chains(self, tokens: int) -> int:
         """Of float32; those of integers begin anew with every chunk."""
         return 1
 
     def add(
-        self, e: Vectors, sums: list[ir.Value], quads: Sequence[ir.Value], x: Sequence[ir.Value], steps: Sequence[ir.Value]
-    ) -> list[ir.Value]:
+        self,
+        e: Vectors,
+        sums: list[Value],
+        quads: Sequence[Value],
+        x: Sequence[Value],
+        steps: Sequence[Value],
+    ) -> list[Value]:
         """Four in-features of a lane at a time."""
         chains, sums = 2 if len(x) == 1 else 1, list(sums)
         whole = [[ir.Constant(vector(I32), None)] * chains for _ in x]
@@ -501,7 +541,7 @@ class Int8Emitter(Emitter):
             sums[token] = e.fma(whole_sum, e.loaded_splat(steps[token], F32), sums[token])
         return sums
 
-    def _shuffled(self, e: Vectors, table: list[int], quad: ir.Value) -> ir.Value:
+    def _shuffled(self, e: Vectors, table: list[int], quad: Value) -> Value:
         """Bytes of a table, by the bytes of a word."""
         if self.target.dots == "vnni512":
             kind, name = vector(I8, 64), "llvm.x86.avx512.pshuf.b.512"
@@ -510,7 +550,7 @@ class Int8Emitter(Emitter):
         halves = [e.call(name, kind, ir.Constant(kind, table * 2), e.b.bitcast(half, kind)) for half in e.halves(quad)]
         return e.joined(*(e.b.bitcast(half, vector(I32, 8)) for half in halves))
 
-    def _dot(self, e: Vectors, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    def _dot(self, e: Vectors, total: Value, codes: Value, x: Value) -> Value:
         """total + the four products of unsigned codes and signed activations in each lane."""
         if self.target.dots == "vnni512":
             kind = vector(I8, 64)
@@ -519,7 +559,7 @@ class Int8Emitter(Emitter):
         halves = zip(*(e.halves(value) for value in (total, codes, x)), strict=True)
         return e.joined(*(self._dot_half(e, *half) for half in halves))
 
-    def _dot_half(self, e: Vectors, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    def _dot_half(self, e: Vectors, total: Value, codes: Value, x: Value) -> Value:
         kind = vector(I8, 32)
         codes, x = e.b.bitcast(codes, kind), e.b.bitcast(x, kind)
         if self.target.dots == "vnni256":
@@ -527,10 +567,10 @@ class Int8Emitter(Emitter):
         pairs = e.call("llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), codes, x)  # 127 * 127 * 2 fits 16 bits
         return e.b.add(total, e.call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, e.constant(1, I16, 16)))
 
-    def _round(self, e: Vectors, c: Context, token: ir.Value) -> None:
+    def _round(self, e: Vectors, c: Context, token: Value) -> None:
         chunks, largest = c["chunks"], "llvm.maxnum.v16f32"
 
-        def chunk(number: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        def chunk(number: Value, _: list[Value]) -> list[Value]:
             place = e.b.add(e.times(token, chunks), number)
             read = [e.load(e.at(c["x"], e.times(place, 4 * CHUNK), 4 * k), F32) for k in range(0, CHUNK, LANES)]
             sizes = [e.call("llvm.fabs.v16f32", vector(F32), value) for value in read]
@@ -548,7 +588,7 @@ class Int8Emitter(Emitter):
 
         e.loop(0, chunks, [], chunk)
 
-    def _activations(self, e: Vectors, c: Context, token: ir.Value, number: ir.Value) -> ir.Value:
+    def _activations(self, e: Vectors, c: Context, token: Value, number: Value) -> Value:
         whole = e.times(token, c["chunks"])
         place = e.b.add(e.times(whole, CHUNK), e.times(number, LANES))
         step = e.times(e.b.add(whole, e.b.udiv(number, e.index(CHUNK // LANES))), 4)
@@ -565,17 +605,18 @@ def started(module: ir.Module, name: str, args: list[ir.Type]) -> tuple[ir.Funct
     return function, Vectors(ir.IRBuilder(function.append_basic_block()))
 
 
-def share(e: Vectors, count: ir.Value, thread: ir.Value, threads: ir.Value) -> tuple[ir.Value, ir.Value]:
+def share(e: Vectors, count: Value, thread: Value, threads: Value) -> tuple[Value, Value]:
     """From where to where a thread goes."""
-    return tuple(e.b.udiv(e.b.mul(count, number), threads) for number in (thread, e.b.add(thread, e.index(1))))
+    first, last = (e.b.udiv(e.b.mul(count, number), threads) for number in (thread, e.b.add(thread, e.index(1))))
+    return first, last
 
 
-def smaller(e: Vectors, a: ir.Value, b: ir.Value) -> ir.Value:
+def smaller(e: Vectors, a: Value, b: Value) -> Value:
     """Of two numbers."""
     return e.b.select(e.b.icmp_unsigned("<", a, b), a, b)
 
 
-def moved(e: Vectors, value: ir.Value, bits: int) -> ir.Value:
+def moved(e: Vectors, value: Value, bits: int) -> Value:
     """Bits moved up, or down."""
     if bits == 0:
         return value
@@ -583,7 +624,7 @@ def moved(e: Vectors, value: ir.Value, bits: int) -> ir.Value:
     return e.b.shl(value, count) if bits > 0 else e.b.lshr(value, count)
 
 
-def folded(add: Callable[[ir.Value, ir.Value], ir.Value], values: list[ir.Value]) -> ir.Value:
+def folded(add: Callable[[Value, Value], Value], values: list[Value]) -> Value:
     """The sum of some vectors."""
     while len(values) > 1:
         half = len(values) // 2
@@ -591,14 +632,14 @@ def folded(add: Callable[[ir.Value, ir.Value], ir.Value], values: list[ir.Value]
     return values[0]
 
 
-def across(e: Vectors, add: Callable[[ir.Value, ir.Value], ir.Value], value: ir.Value) -> ir.Value:
+def across(e: Vectors, add: Callable[[Value, Value], Value], value: Value) -> Value:
     """The sum of a vector's lanes, or the largest."""
     while value.type.count > 1:
         value = add(*e.halves(value))
     return e.b.extract_element(value, ir.Constant(I32, 0))
 
 
-def as_float(e: Vectors, value: ir.Value, kind: torch.dtype) -> ir.Value:
+def as_float(e: Vectors, value: Value, kind: torch.dtype) -> Value:
     """Numbers of lines in float32."""
     if kind == torch.float32:
         return value
@@ -613,6 +654,6 @@ def as_float(e: Vectors, value: ir.Value, kind: torch.dtype) -> ir.Value:
     return e.b.sitofp((e.b.sext if kind == torch.int8 else e.b.zext)(value, vector(I32)), vector(F32))
 
 
-def _named(name: str, like: ir.Value) -> str:
+def _named(name: str, like: Value) -> str:
     """An intrinsic of as many lanes as a value has."""
     return name.replace("v16", f"v{like.type.count}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfbyte.kernels.cpu import native
-from halfbyte.kernels.cpu.emit import ADDRESSES, COUNTS, EMITTERS, FIELDS, Target
+from halfbyte.kernels.cpu.emit import ADDRESSES, EMITTERS, FIELDS, Target
 from halfbyte.kernels.cpu.vectors import BF16, F16, F32
 from halfbyte.kernels.levels import Even, Levels, Table, values_of
 from halfbyte.kernels.panels import CHUNK, ROWS, SUPER, Activations, Form, Panels
@@ -61,17 +61,23 @@ def _is_exact(levels: Table, dtype: torch.dtype) -> bool:
     return torch.equal(values_of(levels).to(dtype).float(), values_of(levels))
 
 
+def worth_making(_: Tensor) -> bool:
+    """Whether this processor has AVX2."""
+    return target() is not None
+
+
 def product(
     x: Float[Tensor, "tokens in"], panels: Panels, bias: Float[Tensor, " out"] | None, activations: Activations
 ) -> Float[Tensor, "tokens out"] | NotImplementedType:
     """As `kernels.panels.product`; NotImplemented on processors without AVX2."""
     key = x.dtype, activations
     prepared = panels.kept.get(key)
-    if prepared is None:
+    if prepared is None or prepared.codes != panels.tensors["codes"].data_ptr():
         here = target()
         if here is None or x.dtype not in OUT:
             return NotImplemented
-        prepared = panels.kept[key] = Prepared(panels, arithmetic(panels.form.levels, x.dtype, activations, here), x.dtype)
+        how = arithmetic(panels.form.levels, x.dtype, activations, here)
+        prepared = panels.kept[key] = Prepared(panels, how, x.dtype, here)
     if "order" in panels.tensors:
         x = x[:, panels.tensors["order"]]
     return prepared.product(x, bias) if len(x) < MANY[prepared.how] else prepared.product_of_many(x, bias)
@@ -80,15 +86,16 @@ def product(
 class Prepared:
     """A matrix, to be multiplied in one way: all that a call need not find out anew."""
 
-    def __init__(self, panels: Panels, how: Arithmetic, dtype: torch.dtype):
-        form, self.shape = panels.form, panels.shape
+    def __init__(self, panels: Panels, how: Arithmetic, dtype: torch.dtype, here: Target):
+        _require_whole(panels)
+        form, self.shape, self.codes = panels.form, panels.shape, panels.tensors["codes"].data_ptr()
         self.how: Arithmetic = how
         self.dtype = dtype
         self.width, self.chunks, self.panels = panels.chunks * CHUNK, panels.chunks, panels.panels
         self.groups, supers = _groups(panels)
         self.sums = self.groups * supers
         self.size = panels.tensors["codes"].numel()
-        self.workers = _workers(form, how, dtype)
+        self.workers = _workers(form, how, dtype, here)
         self.no_bias = torch.zeros(self.panels * ROWS)
         at = {name: tensor.data_ptr() for name, tensor in panels.tensors.items()}
         unit = struct.unpack("<I", struct.pack("<f", panels.unit * _float_unit(form.levels)))[0]
@@ -137,17 +144,41 @@ class Prepared:
             rows = min(DECODED_ROWS, out - first)
             panels = -(-rows // ROWS)
             written = DECODED_ROWS * values.itemsize
-            context = Context(*self.lines, *(0,) * 5, values.data_ptr(), *self.counts, panels, first // ROWS, 0, written)
+            context = Context(
+                *self.lines, *(0,) * 5, values.data_ptr(), *self.counts, panels, first // ROWS, 0, written
+            )
             self.workers[2](context, _threads(panels * ROWS * width))
             torch.mm(x, values[:width, :rows], out=y[:, first : first + rows])
         return y if bias is None else y.add_(bias)
+
+
+def _require_whole(panels: Panels) -> None:
+    """Raise ValueError for tensors of other sizes than kernels read: addresses are all that these are given."""
+    groups, supers = _groups(panels)
+    per_group, per_super, codes = groups * supers * ROWS, supers * ROWS, panels.chunks * panels.form.chunk_bytes
+    sizes = {
+        "scale": per_group,
+        "zero": per_group,
+        "offset": per_group,
+        "d": per_super,
+        "dmin": per_super,
+        "codes": codes,
+    }
+    for name, size in sizes.items():
+        tensor = panels.tensors.get(name)
+        if tensor is not None and (tensor.numel() != size * panels.panels or not tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} of {panels.form}: {tuple(tensor.shape)} for {panels.shape} in groups of {panels.group}"
+            )
 
 
 def _groups(panels: Panels) -> tuple[int, int]:
     """Groups of 256 in-features and how many of those; or of the row, once."""
     if panels.form.is_under:
         return SUPER // panels.group, panels.shape[1] // SUPER
-    return panels.tensors["scale"].numel() // (panels.panels * ROWS), 1
+    if panels.form.is_half:
+        return 2 * panels.chunks, 1
+    return -(-panels.shape[1] // panels.group), 1
 
 
 def _float_unit(levels: Levels) -> float:
@@ -162,10 +193,10 @@ def _threads(size: int) -> int:
 
 
 @cache
-def _workers(form: Form, how: Arithmetic, dtype: torch.dtype) -> tuple[native.Worker | None, native.Worker, native.Worker]:
+def _workers(
+    form: Form, how: Arithmetic, dtype: torch.dtype, here: Target
+) -> tuple[native.Worker | None, native.Worker, native.Worker]:
     """prepare (None where there is nothing to prepare), product, decode."""
-    here = target()
-    assert here is not None
     emitter = EMITTERS[how](form, here, OUT[dtype])
 
     def emit() -> ir.Module:

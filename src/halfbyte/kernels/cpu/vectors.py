@@ -5,9 +5,12 @@ bfloat16. Here every value is a vector of 16 lanes; where a processor's register
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from llvmlite import ir
 
+Value = Any
+"""Of llvmlite, whose annotations know of no attributes."""
 LANES = 16
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 I8, F16, F32 = ir.IntType(8), ir.HalfType(), ir.FloatType()
@@ -53,7 +56,7 @@ class Vectors:
         """A number of bytes, or of steps."""
         return ir.Constant(I64, value)
 
-    def at(self, pointer: ir.Value, *offsets: ir.Value | int) -> ir.Value:
+    def at(self, pointer: Value, *offsets: Value | int) -> Value:
         """So many bytes further on."""
         for offset in offsets:
             if not (isinstance(offset, int) and offset == 0):
@@ -61,7 +64,7 @@ class Vectors:
                 pointer = self.b.gep(pointer, [offset], source_etype=I8)
         return pointer
 
-    def times(self, *factors: ir.Value | int) -> ir.Value:
+    def times(self, *factors: Value | int) -> Value:
         """A product of numbers of bytes or steps."""
         values = [self.index(factor) if isinstance(factor, int) else factor for factor in factors]
         product = values[0]
@@ -69,25 +72,25 @@ class Vectors:
             product = self.b.mul(product, factor)
         return product
 
-    def load(self, pointer: ir.Value, kind: ir.Type, lanes: int = LANES) -> ir.Value:
+    def load(self, pointer: Value, kind: ir.Type, lanes: int = LANES) -> Value:
         """A vector that lies anywhere."""
         return self.b.load(pointer, typ=vector(kind, lanes), align=BYTES[kind])
 
-    def number(self, pointer: ir.Value, kind: ir.Type) -> ir.Value:
+    def number(self, pointer: Value, kind: ir.Type) -> Value:
         """One number."""
         return self.b.load(pointer, typ=kind, align=BYTES[kind])
 
-    def splat(self, value: ir.Value, lanes: int = LANES) -> ir.Value:
+    def splat(self, value: Value, lanes: int = LANES) -> Value:
         """One number in all lanes."""
         undefined = ir.Constant(vector(value.type, lanes), ir.Undefined)
         first = self.b.insert_element(undefined, value, ir.Constant(I32, 0))
         return self.b.shuffle_vector(first, undefined, ir.Constant(vector(I32, lanes), [0] * lanes))
 
-    def loaded_splat(self, pointer: ir.Value, kind: ir.Type) -> ir.Value:
+    def loaded_splat(self, pointer: Value, kind: ir.Type) -> Value:
         """One number of memory in all lanes."""
         return self.splat(self.number(pointer, kind))
 
-    def call(self, name: str, returned: ir.Type, *args: ir.Value) -> ir.Value:
+    def call(self, name: str, returned: ir.Type, *args: Value) -> Value:
         """An intrinsic, or a symbol that the process has."""
         module = self.b.module
         function = module.globals.get(name) or ir.Function(
@@ -95,34 +98,34 @@ class Vectors:
         )
         return self.b.call(function, args)
 
-    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a b + c, rounded once."""
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
-    def prefetch(self, pointer: ir.Value) -> None:
+    def prefetch(self, pointer: Value) -> None:
         """What will be read soon, if it is anywhere: into all caches."""
         read, keep, data = (ir.Constant(I32, number) for number in (0, 3, 1))
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
 
-    def halves(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def halves(self, value: Value) -> tuple[Value, Value]:
         """The lower and the upper lanes."""
         half = value.type.count // 2
         pick = [ir.Constant(vector(I32, half), list(range(first, first + half))) for first in (0, half)]
         return self.b.shuffle_vector(value, value, pick[0]), self.b.shuffle_vector(value, value, pick[1])
 
-    def joined(self, low: ir.Value, high: ir.Value) -> ir.Value:
+    def joined(self, low: Value, high: Value) -> Value:
         """The inverse of `halves`."""
         lanes = ir.Constant(vector(I32, 2 * low.type.count), list(range(2 * low.type.count)))
         return self.b.shuffle_vector(low, high, lanes)
 
     def loop(
         self,
-        first: ir.Value | int,
-        last: ir.Value,
-        carried: Sequence[ir.Value],
-        body: Callable[[ir.Value, list[ir.Value]], Sequence[ir.Value]],
+        first: Value | int,
+        last: Value,
+        carried: Sequence[Value],
+        body: Callable[[Value, list[Value]], Sequence[Value]],
         step: int = 1,
-    ) -> list[ir.Value]:
+    ) -> list[Value]:
         """for i in range(first, last, step): carried = body(i, carried), as long as i + step <= last. `carried` ends
         with the first i that was not done."""
         b, before = self.b, self.b.block
