@@ -68,6 +68,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from halfbyte.kernels.panels import Activations
+
 SAMPLING = f"{sentence('source', Calibration)} Or a Calibration: {', '.join(Calibration.model_fields)}."
 SEVERAL = "One, or a list."
 CACHES = 'One, or a list; "stored" is the one that a model says it has.'
@@ -589,16 +591,20 @@ def generate(
 
 
 def load(
-    path: str | Path, dtype: "torch.dtype | str | None" = None, device: "torch.device | str" = "cpu"
+    path: str | Path,
+    dtype: "torch.dtype | str | None" = None,
+    device: "torch.device | str" = "cpu",
+    activations: "Activations" = "exact",
 ) -> "PreTrainedModel":
     """The checkpoint at `path`, of any kind that halfbyte reads, as a Transformers model that runs.
 
     Quantized linears stay packed; `dtype` is that of all else, by default what the checkpoint says, and `device` where
-    they lie. Raises HalfbyteError.
+    they lie. On CPUs they are multiplied by as they are; `activations` "int8" rounds what they meet to 8 bits in groups
+    of 32, as llama.cpp does: faster, and a little is lost. Raises HalfbyteError.
     """
     from halfbyte import nn
 
-    return nn.load(path, dtype, device)
+    return nn.load(path, dtype, device, activations)
 
 
 __all__ = [

@@ -553,17 +553,15 @@ class Int8Emitter(Emitter):
     def _dot(self, e: Vectors, total: Value, codes: Value, x: Value) -> Value:
         """total + the four products of unsigned codes and signed activations in each lane."""
         if self.target.dots == "vnni512":
-            kind = vector(I8, 64)
-            name = "llvm.x86.avx512.vpdpbusd.512"
-            return e.call(name, vector(I32), total, e.b.bitcast(codes, kind), e.b.bitcast(x, kind))
+            return e.call("llvm.x86.avx512.vpdpbusd.512", vector(I32), total, codes, x)
         halves = zip(*(e.halves(value) for value in (total, codes, x)), strict=True)
         return e.joined(*(self._dot_half(e, *half) for half in halves))
 
     def _dot_half(self, e: Vectors, total: Value, codes: Value, x: Value) -> Value:
-        kind = vector(I8, 32)
-        codes, x = e.b.bitcast(codes, kind), e.b.bitcast(x, kind)
         if self.target.dots == "vnni256":
             return e.call("llvm.x86.avx512.vpdpbusd.256", vector(I32, 8), total, codes, x)
+        kind = vector(I8, 32)
+        codes, x = e.b.bitcast(codes, kind), e.b.bitcast(x, kind)
         pairs = e.call("llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), codes, x)  # 127 * 127 * 2 fits 16 bits
         return e.b.add(total, e.call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, e.constant(1, I16, 16)))
 
