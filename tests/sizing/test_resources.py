@@ -143,6 +143,14 @@ def test_time_is_that_of_what_is_computed(source, method, grid, parts):
         assert many[name] == pytest.approx(few[name] * (3 if grows else 1), rel=0.2 if name == "statistics" else 1e-9)
 
 
+def test_what_is_tried_is_what_a_container_packs(tmp_path):
+    """Half a million weights of 1536 in-features are 341 rows, which AWQ's words of eight do not divide."""
+    wide = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_hidden_layers": 8}
+    model = tiny.make(tmp_path / "model", **wide)
+    words = {"method": "nearest", "grid": "int4-g64-asym", "to": "awq"}
+    assert halfbyte.quantize(model, tmp_path / "out", dry_run=True, **words).planned.seconds > 0
+
+
 def test_a_stage_tells_what_is_left_once_some_is_done():
     now = 0.0
     stage = Stage(lambda: now)

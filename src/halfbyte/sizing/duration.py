@@ -30,6 +30,8 @@ FACTORING = ("gptq", "gptaq")
 """Solvers that factor a Hessian."""
 MAX_WIDTH, SAMPLE_WEIGHTS, SAMPLE_TOKENS = 2048, 1 << 19, 512
 """In-features and weights of a matrix that is tried, at most, and rows that it is multiplied by."""
+ROWS = 128
+"""... and out-features of which it has a multiple, as containers pack several into a word."""
 WRITTEN_BYTES = 1 << 24
 """Bytes that are written to see how fast that is."""
 MIN_REPEATS, MAX_SECONDS = 2, 0.02
@@ -250,7 +252,8 @@ class Microbenchmark:
         plan, method = self.plan, self.plan.method
         out, width = max((w.shape for w, s in plan.schemes.items() if s == scheme), key=prod)
         width = min(width, MAX_WIDTH)
-        out = min(out, max(128, min(SAMPLE_WEIGHTS, self._weights // WEIGHTS_SHARE) // width))
+        rows = min(SAMPLE_WEIGHTS, self._weights // WEIGHTS_SHARE) // width
+        out = min(out, max(ROWS, rows // ROWS * ROWS))
         w = self._random(out, width).to(plan.checkpoint.dtype)
         nearest = partial(SOLVERS["nearest"], w, scheme.weight)
         committing = self._committing(nearest()) / w.numel()
