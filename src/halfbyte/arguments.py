@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from halfbyte.devices import AUTO, KINDS
-from halfbyte.engines.engines import ENGINES
+from halfbyte.engines.engines import ENGINES, OWN_SERVER, SERVERS
 from halfbyte.errors import require_at_least
 from halfbyte.evaluation.conventions import CONVENTIONS
 from halfbyte.evaluation.suites.suite import ALL, SHIPPED
@@ -170,6 +170,25 @@ class Talking(Entries, frozen=True):
     compare: str | None = Field(
         None, description="The original, which answers too; the first token at which both part is marked."
     )
+
+
+class Serving(Entries, frozen=True):
+    """Of a model that answers over HTTP."""
+
+    engine: str | None = Field(
+        None,
+        description=f"What serves it: {', '.join(SERVERS)}, or {OWN_SERVER}'s own server; by default the engine that "
+        f"loads it best, of those that are installed, or else {OWN_SERVER}.",
+    )
+    host: str = Field(
+        "127.0.0.1", description="Where to listen: this machine alone; 0.0.0.0 is every network it is in."
+    )
+    port: int = Field(8000, ge=0, description="The port; 0 for any that is free.")
+    api_key: str | None = Field(None, description="A key that clients have to have.")
+    name: str | None = Field(None, description="What clients call the model; by default its folder or file.")
+    slots: int | None = Field(None, ge=1, description="Requests that are answered at a time.")
+    queue: int | None = Field(None, ge=0, description=f"Requests that may wait ({OWN_SERVER}'s own server).")
+    dry_run: bool = Field(False, description="Print the command that would run, and run nothing.")
 
 
 def sentence(name: str, kind: type[Entries] = Recipe) -> str:

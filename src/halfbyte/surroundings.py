@@ -11,17 +11,28 @@ from pathlib import Path
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names that malloc.h has for numbers."""
 LARGE_BYTES, END_BYTES = 8 << 20, 64 << 20
+_OURS: set[str] = set()
+"""What `arrange` said."""
 
 
 def arrange() -> None:
     """What the user says goes first."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses of a model that are not ours
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # threads that spin where they wait for others take a neighbour's time
+    _say("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses of a model that are not ours
+    _say("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin where they wait for others take a neighbour's time
     if place := kernels():
-        os.environ.setdefault("NUMBA_CACHE_DIR", str(place))
+        _say("NUMBA_CACHE_DIR", str(place))
     give_back_blocks()
+
+
+def _say(name: str, value: str) -> None:
+    if name not in os.environ:
+        os.environ[name] = value
+        _OURS.add(name)
+
+
+def of_the_user() -> dict[str, str]:
+    """The environment without that, for programs of others."""
+    return {name: value for name, value in os.environ.items() if name not in _OURS}
 
 
 def give_back_blocks() -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import halfbyte
-from halfbyte.cli import measuring, planning, reporting, talking, writing
+from halfbyte.cli import measuring, planning, reporting, serving, talking, writing
 from halfbyte.cli.output import err
 from halfbyte.endings import Stop, hang_up, is_want_of_memory, speak_any_language
 from halfbyte.errors import HalfbyteError, brief
@@ -28,6 +28,7 @@ COMMANDS = {
     "imatrix": writing.imatrix,
     "chat": talking.chat,
     "run": talking.run,
+    "serve": serving.serve,
     "eval": measuring.evaluate,
     "needle": measuring.needle,
     "blame": measuring.blame,

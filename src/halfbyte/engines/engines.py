@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from halfbyte.errors import UnknownName, nearest
+from halfbyte.errors import BadRequest, UnknownName, nearest
 
 Code = tuple[int, bool]  # bits, and whether symmetric
 
@@ -89,6 +89,19 @@ class EngineSupport:
 
 
 @dataclass(frozen=True)
+class ServerOptions:
+    """What an engine's server calls its options; the command that `Engine.command` begins starts one."""
+
+    name: str
+    context: str
+    slots: str
+    key: str  # an environment variable, so that nobody reads the key in a list of processes; or an option
+    shared_context: bool = False  # the context is that of all slots together
+    script: tuple[str, ...] = ()  # what takes the place of `python -m MODULE` where only this is on the PATH
+    source: str = ""  # where they were read; none was run here
+
+
+@dataclass(frozen=True)
 class Engine:
     """An engine, and how it reads each container."""
 
@@ -99,6 +112,7 @@ class Engine:
     otherwise: str  # what would work, said of a container that is not in `support`
     parallel: bool = True
     names: tuple[str, ...] = ()  # what else people call it
+    server: ServerOptions | None = None  # of those that `serve` starts
 
 
 DEGREES = (1, 2, 4, 8)
@@ -581,13 +595,34 @@ MLX = {
 }
 LLAMA_CPP = Tested("tests/targets/gguf/test_llamacpp_families.py", ".*", ".*")
 ENGINES: dict[str, Engine] = {
-    "vllm": Engine("vLLM", "vllm serve {path}", "compressed-tensors", VLLM, "write compressed-tensors, gptq or awq"),
+    "vllm": Engine(
+        "vLLM",
+        "vllm serve {path}",
+        "compressed-tensors",
+        VLLM,
+        "write compressed-tensors, gptq or awq",
+        server=ServerOptions(
+            name="--served-model-name",
+            context="--max-model-len",
+            slots="--max-num-seqs",
+            key="VLLM_API_KEY",
+            source="vLLM, vllm/entrypoints/openai/cli_args.py and docs/getting_started/quickstart.md",
+        ),
+    ),
     "sglang": Engine(
         "SGLang",
         "python -m sglang.launch_server --model-path {path}{flags}",
         "gptq",
         SGLANG,
         "write gptq, compressed-tensors or awq",
+        server=ServerOptions(
+            name="--served-model-name",
+            context="--context-length",
+            slots="--max-running-requests",
+            key="--api-key",
+            script=("sglang", "serve"),
+            source="SGLang, docs/advanced_features/server_arguments.md, python/sglang/cli/serve.py",
+        ),
     ),
     "transformers": Engine(
         "Transformers",
@@ -651,6 +686,14 @@ ENGINES: dict[str, Engine] = {
         "write gguf",
         parallel=False,
         names=("llamacpp", "llamaserver", "ggml", "gguf"),
+        server=ServerOptions(
+            name="--alias",
+            context="--ctx-size",
+            slots="--parallel",
+            key="LLAMA_API_KEY",
+            shared_context=True,
+            source="llama.cpp, tools/server/README.md",
+        ),
     ),
     # The Modelfile is written beside the GGUF.
     "ollama": Engine(
@@ -712,3 +755,25 @@ def engine_named(name: str) -> str:
     near = nearest(plain, [*ENGINES, NOBODY, *(other for engine in ENGINES.values() for other in engine.names)])
     meant = list(dict.fromkeys(next((key for key, engine in ENGINES.items() if n in engine.names), n) for n in near))
     raise UnknownName("engine", name, meant or [*ENGINES, NOBODY])
+
+
+SERVERS = {name: engine.server for name, engine in ENGINES.items() if engine.server}
+OWN_SERVER = "halfbyte"
+"""In place of an engine: the server that halfbyte has itself."""
+
+
+def server_named(name: str) -> str:
+    """The key of an engine whose server is started here, under any spelling. Raises UnknownName, and BadRequest for
+    other engines."""
+    if name.lower() == OWN_SERVER:
+        return OWN_SERVER
+    try:
+        engine = engine_named(name)
+    except UnknownName:
+        raise UnknownName("engine", name, [*SERVERS, OWN_SERVER]) from None
+    if engine not in SERVERS:
+        raise BadRequest(
+            f"halfbyte does not start {ENGINES[engine].title}; it starts {', '.join(SERVERS)}, and --engine "
+            f"{OWN_SERVER} is its own server"
+        )
+    return engine

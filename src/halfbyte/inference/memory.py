@@ -23,17 +23,17 @@ LOGITS = 12
 
 
 def context_within(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, asked: int | None = None
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, asked: int | None = None, sequences: int = 1
 ) -> tuple[int, tuple[str, ...]]:
-    """Tokens that there is memory for beside the weights: as many as are asked for, or as the model reads; and what is
-    to be said of it. Raises BadRequest where there is too little memory."""
+    """Tokens of each of so many sequences that there is memory for beside the weights: as many as are asked for, or as
+    the model reads; and what is to be said of it. Raises BadRequest where there is too little memory."""
     longest = calibrate.longest(checkpoint, UNLIMITED)
     if asked and asked > longest:
         raise BadRequest(f"the model reads at most {longest} tokens at once, not {asked}; give a smaller --context")
     free, weights, beside = (
         kind_of(device).free_bytes(device),
         nn.loaded_bytes(checkpoint, dtype),
-        _beside(checkpoint, dtype),
+        _beside(checkpoint, dtype, sequences),
     )
     wanted = asked or longest
     least = asked or min(SHORTEST, longest)
@@ -48,9 +48,9 @@ def context_within(
     return wanted, ()
 
 
-def _beside(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[int], int]:
-    """Bytes beside weights, by how many tokens there are: their cache, and what is computed when all are read at
-    once."""
+def _beside(checkpoint: Checkpoint, dtype: torch.dtype, sequences: int) -> Callable[[int], int]:
+    """Bytes beside weights, by how many tokens each sequence has: their caches, and what is computed when all tokens of
+    one are read at once."""
     try:
         layers = layers_of(checkpoint.config)
     except Unsupported:
@@ -61,7 +61,7 @@ def _beside(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[int], int]:
     )
     vocabulary = checkpoint.text_config.get("vocab_size")
     logits = LOGITS * vocabulary if isinstance(vocabulary, int) else 0
-    return lambda tokens: cache_bytes(layers, tokens, 1, kind) + tokens * RUNNING * widest * dtype.itemsize + logits
+    return lambda tokens: cache_bytes(layers, tokens, sequences, kind) + tokens * RUNNING * widest * dtype.itemsize + logits
 
 
 def _instead(checkpoint: Checkpoint, device: torch.device, free: int, fits: int) -> str:

@@ -51,9 +51,11 @@ class Answering:
         dtype: str | None = None,
         context: int | None = None,
         raw: bool = False,
+        sequences: int = 1,
     ) -> "Answering":
-        """A checkpoint of any kind that is read. `context`: tokens that there is to be memory for; by default all that
-        the model reads, or as many as there is memory for. `raw`: without the chat template that it has.
+        """A checkpoint of any kind that is read. `context`: tokens that there is to be memory for in each of so many
+        sequences; by default all that the model reads, or as many as there is memory for. `raw`: without the chat
+        template that it has.
 
         Raises HalfbyteError; for what does not fit in memory before it is loaded.
         """
@@ -66,7 +68,7 @@ class Answering:
         require_answers([checkpoint])
         tokenizer = calibrate.tokenizer_of(checkpoint)
         computes_in = DTYPE_NAMES[dtype] if dtype else checkpoint.unquantized_dtype
-        room, warnings = context_within(checkpoint, computes_in, where, context)
+        room, warnings = context_within(checkpoint, computes_in, where, context, sequences)
         model = nn.built(checkpoint, computes_in, where)
         nn.ready_to_answer(model, checkpoint, where)
         template = None if raw else chats.template_of(tokenizer)

@@ -1,0 +1,1 @@
+"""A checkpoint that answers over HTTP, by OpenAI's protocol."""
