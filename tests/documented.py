@@ -65,6 +65,8 @@ LITTLE = {
 """What makes a run small; commands whose output is shown run as they are."""
 NOT_RUN = {
     "halfbyte push": "needs the hub; tests/test_publish.py runs it against one that is played",
+    "halfbyte serve": "serves until it is told to end; tests/inference/test_serve.py runs it",
+    "curl": "asks a server; tests/inference/test_server.py does, by OpenAI's client",
     "halfbyte chat": "talks; tests/inference/test_dialogue.py plays it on a terminal",
     "halfbyte demo": "tests/test_cli.py runs it on less text",
     "halfbyte support": "tests/test_matrix.py holds docs/support.md to it",

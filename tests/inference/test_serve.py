@@ -8,16 +8,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from openai import OpenAI
 
 import tiny
-from halfbyte import demo, devices
+from halfbyte import demo
 from halfbyte.engines import handover as handing
 from halfbyte.engines.engines import SERVERS
 from halfbyte.engines.handover import Listening, handover
 from halfbyte.errors import Unsupported
+from halfbyte.inference import memory
 from halfbyte.inference.server.port import listener
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.surroundings import of_the_user
@@ -187,11 +189,12 @@ def test_requests_that_cannot_be_met(engines, quantized, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((Path(demo.MODEL) / name).read_bytes())
     for engine in ("vllm", "halfbyte"):
-        refused(bare, "--port", 0, "--engine", engine, said="holds no tokenizer")
+        refused(bare, "--port", 0, "--engine", engine, said="tokenizer of")
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(type(devices.KINDS["cpu"]), "free_bytes", lambda self, device: 1_000_000)
+    kind = SimpleNamespace(free_bytes=lambda _: 1_000_000, is_host=True)
+    monkeypatch.setattr(memory, "kind_of", lambda _: kind)
     refused(demo.MODEL, "--engine", "halfbyte", "--port", 0, "--device", "cpu", said="of cpu are free")
 
 

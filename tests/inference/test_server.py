@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import openai
 import pytest
@@ -23,6 +24,7 @@ from halfbyte.inference.sampling import Sampling
 from halfbyte.inference.server.listen import Server, Serving
 from halfbyte.inference.server.port import listener, url
 from halfbyte.inference.server.scheduler import Job, Scheduler
+from halfbyte.models import chats
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools were called') }}"
@@ -36,8 +38,7 @@ GREEDY = {"model": "bookworm", "temperature": 0}
 def opened(template: str | None) -> Answering:
     answering = Answering.open(demo.MODEL, device="cpu", dtype="float32")
     answering.tokenizer.chat_template = template
-    object.__setattr__(answering, "template", template)
-    return answering
+    return replace(answering, template=template, renderer=chats.Renderer(answering.tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +247,9 @@ def test_bad_chats_are_refused_with_a_reason(served, words, said):
         (b"{", 400, "is not JSON"),
         (b"\xff\xfe", 400, "is not JSON"),
         (b"[1]", 400, "has to be a JSON object"),
-        (b'{"a":' * 5000, 400, "recursion limit"),
-        (b'{"prompt": "a", "temperature": NaN}', 400, "is not JSON"),
+        (b'{"a":' * 5000, 400, "is not JSON"),
+        (b'{"a":' * 5000 + b"1" + b"}" * 5000, 400, "nests deeper"),
+        (b'{"prompt": "a", "temperature": NaN}', 400, "temperature: input should be"),
         (b'{"prompt": "\\ud800"}', 400, "is not JSON"),
         (b'{"prompt": ["a", "b"]}', 400, "one prompt"),
         (b'{"prompt": [1, -1]}', 400, "has token -1"),

@@ -123,9 +123,7 @@ def _become(command: "Command", dry_run: bool) -> None:
         os.execvpe(command.words[0], command.words, {**of_the_user(), **command.variables})
 
 
-def _serve(
-    model: str, asked: "Listening", place: socket.socket, queue: int, dtype: str | None, device: str
-) -> None:
+def _serve(model: str, asked: "Listening", place: socket.socket, queue: int, dtype: str | None, device: str) -> None:
     """By our own server, until a signal comes."""
     try:
         from halfbyte.inference.server.listen import Server, Serving

@@ -61,7 +61,9 @@ def _beside(checkpoint: Checkpoint, dtype: torch.dtype, sequences: int) -> Calla
     )
     vocabulary = checkpoint.text_config.get("vocab_size")
     logits = LOGITS * vocabulary if isinstance(vocabulary, int) else 0
-    return lambda tokens: cache_bytes(layers, tokens, sequences, kind) + tokens * RUNNING * widest * dtype.itemsize + logits
+    return lambda tokens: (
+        cache_bytes(layers, tokens, sequences, kind) + tokens * RUNNING * widest * dtype.itemsize + logits
+    )
 
 
 def _instead(checkpoint: Checkpoint, device: torch.device, free: int, fits: int) -> str:

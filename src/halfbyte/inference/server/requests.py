@@ -5,9 +5,9 @@ import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import from_json
 
 from halfbyte.errors import brief
+from halfbyte.files import parse_json
 from halfbyte.inference.sampling import Sampling
 from halfbyte.inference.server.refusal import Refusal
 
@@ -46,7 +46,7 @@ COMPLETION_TOKENS = 16
 def read(kind: type[Request], body: bytes) -> Request:
     """The request in a body. Raises Refusal."""
     try:
-        words = from_json(body, allow_inf_nan=False)
+        words = parse_json(body)
     except ValueError as wrong:
         raise Refusal(400, f"the body is not JSON: {wrong}") from None
     if not isinstance(words, dict):
