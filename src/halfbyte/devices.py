@@ -180,12 +180,32 @@ def wait(device: "torch.device") -> None:
         _module(device.type).synchronize()
 
 
+HELD_BYTES = 200 << 20
+"""What the C library may hold: every page that goes back is filled with zeros when it is asked for again."""
+
+
 def release(device: "torch.device") -> None:
-    """Give memory back that is held and not used: torch's of a GPU, the C library's of the system's."""
+    """Give memory back that is held and not used: torch's of a GPU; the C library's of the system's, where it is
+    much."""
     if not kind_of(device).is_host:
         _module(device.type).empty_cache()
-    elif trim := _trim():
+    elif (trim := _trim()) and _held_bytes() > HELD_BYTES:
         trim(0)
+
+
+class _Heap(ctypes.Structure):
+    """What glibc's mallinfo2 returns: ten numbers, of which `fordblks` are the bytes that are free."""
+
+    _fields_ = [("others", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
+
+
+def _held_bytes() -> float:
+    """In the heap of the C library and not used; infinite where it does not say."""
+    tell = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if tell is None:
+        return float("inf")
+    tell.restype = _Heap
+    return tell().fordblks
 
 
 @cache

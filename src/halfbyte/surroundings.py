@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Names that malloc.h has for numbers."""
 LARGE_BYTES, END_BYTES = 8 << 20, 64 << 20
 _OURS: set[str] = set()
@@ -21,7 +21,7 @@ def arrange() -> None:
     _say("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin where they wait for others take a neighbour's time
     if place := kernels():
         _say("NUMBA_CACHE_DIR", str(place))
-    give_back_blocks()
+    share_one_heap()
 
 
 def _say(name: str, value: str) -> None:
@@ -35,16 +35,18 @@ def of_the_user() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _OURS}
 
 
-def give_back_blocks() -> None:
+def share_one_heap() -> None:
     """Have glibc return every large block as it is freed: else it keeps those of up to 32 MB in a heap with holes (of
     gptq on a block of 60 million weights, a peak of 1.80 GB for 1.63 GB).
 
     To set that ends glibc's own adaptation of both thresholds: the heap's end would go back at every 128 KB, to be
-    asked for again at once, and gptq take a tenth longer.
+    asked for again at once, and gptq take a tenth longer. All threads share one heap, since what is free in one of
+    their own is of no use to another; they ask for few and large pieces.
     """
     if sys.platform == "linux" and (set_option := getattr(ctypes.CDLL(None), "mallopt", None)):
         set_option(M_MMAP_THRESHOLD, LARGE_BYTES)
         set_option(M_TRIM_THRESHOLD, END_BYTES)
+        set_option(M_ARENA_MAX, 1)
 
 
 def kernels() -> Path | None:
