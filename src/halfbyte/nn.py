@@ -48,8 +48,8 @@ class PackedModule(nn.Module):
     @property
     def matrix(self) -> PackedMatrix | Panels:
         """Of these buffers, whatever has become of them."""
-        tensors = {name: getattr(self, f"packed_{number}") for number, name in enumerate(self._names)}
-        if any(tensors[name] is not before for name, before in self._matrix.tensors.items()):
+        if self._buffers["packed_0"] is not self._matrix.tensors[self._names[0]]:  # all of them move together
+            tensors = {name: getattr(self, f"packed_{number}") for number, name in enumerate(self._names)}
             self._matrix = self._matrix.holding(tensors)
         return self._matrix
 
@@ -148,7 +148,7 @@ class QuantLinear(PackedModule):
     ):
         super().__init__(matrix, dtype)
         self.activations: Activations = activations
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """x W^T + bias."""
@@ -156,8 +156,9 @@ class QuantLinear(PackedModule):
         # No gradient comes through a kernel, and no compiler looks into one.
         if isinstance(matrix, PackedMatrix) or x.requires_grad or torch.compiler.is_compiling():
             return functional.linear(x, self.weight, self.bias)
-        y = product(x.reshape(-1, x.shape[-1]), matrix, self.bias, self.activations)
-        return y.view(*x.shape[:-1], y.shape[1])
+        *before, width = x.shape
+        y = product(x.reshape(-1, width), matrix, self._parameters["bias"], self.activations)
+        return y.view(*before, y.shape[1])
 
 
 class RoundedLinear(PackedModule):

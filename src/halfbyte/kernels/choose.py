@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from halfbyte.devices import kind_of
@@ -46,7 +47,7 @@ def faster(**modules: str) -> Callable[[Operation], Operation]:
     def choosing(reference: Operation) -> Operation:
         @wraps(reference)
         def operation(*args: Any) -> Any:
-            kernels = _kernels_for(args)
+            kernels = _kernels_of(next(arg for arg in args if isinstance(arg, Tensor)).device)
             if _Choice.kernels == "fast" and kernels in modules and _is_there(kernels):
                 twin = _twin(f"halfbyte.kernels.{kernels}.{modules[kernels]}", reference.__name__)
                 if (result := twin(*args)) is not NotImplemented:
@@ -58,8 +59,10 @@ def faster(**modules: str) -> Callable[[Operation], Operation]:
     return choosing
 
 
-def _kernels_for(args: tuple[object, ...]) -> str:
-    return kind_of(next(a for a in args if isinstance(a, Tensor)).device).kernels
+@cache
+def _kernels_of(device: torch.device) -> str:
+    """Asked of every operation, some of which take microseconds."""
+    return kind_of(device).kernels
 
 
 @cache

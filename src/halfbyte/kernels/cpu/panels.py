@@ -80,7 +80,7 @@ def product(
         prepared = panels.kept[key] = Prepared(panels, how, x.dtype, here)
     if "order" in panels.tensors:
         x = x[:, panels.tensors["order"]]
-    return prepared.product(x, bias) if len(x) < MANY[prepared.how] else prepared.product_of_many(x, bias)
+    return prepared.product(x, bias) if x.shape[0] < MANY[prepared.how] else prepared.product_of_many(x, bias)
 
 
 class Prepared:
@@ -96,7 +96,8 @@ class Prepared:
         self.sums = self.groups * supers
         self.size = panels.tensors["codes"].numel()
         self.workers = _workers(form, how, dtype, here)
-        self.no_bias = torch.zeros(self.panels * ROWS)
+        self.rows = self.panels * ROWS
+        self.no_bias = torch.zeros(self.rows)
         at = {name: tensor.data_ptr() for name, tensor in panels.tensors.items()}
         unit = struct.unpack("<I", struct.pack("<f", panels.unit * _float_unit(form.levels)))[0]
         self.lines = [at.get(name, 0) for name in ADDRESSES[:6]]
@@ -104,16 +105,16 @@ class Prepared:
 
     def product(self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "tokens out"]:
         """Of a few tokens, with the codes as they are."""
-        tokens, prepare, multiply = len(x), *self.workers[:2]
+        (tokens, width), (prepare, multiply, _) = x.shape, self.workers
         x_read = (x if self.how == "bfloat16" else x.float()).contiguous()
-        if x.shape[1] != self.width:
-            x_read = functional.pad(x_read, (0, self.width - x.shape[1]))
-        y = torch.empty(tokens, self.panels * ROWS, dtype=self.dtype)
+        if width != self.width:
+            x_read = functional.pad(x_read, (0, self.width - width))
+        y = torch.empty(tokens, self.rows, dtype=self.dtype)
         steps, rounded = (tokens * self.chunks, tokens * self.width) if self.how == "int8" else (0, 0)
-        scratch = torch.empty(4 * (tokens * self.sums + steps) + rounded, dtype=torch.uint8)
-        sums = scratch.data_ptr()
+        scratch = (ctypes.c_char * (4 * (tokens * self.sums + steps) + rounded))()
+        sums = ctypes.addressof(scratch)
         rounding = sums + 4 * tokens * self.sums
-        beginning = self.no_bias if bias is None else functional.pad(bias.float(), (0, len(self.no_bias) - len(bias)))
+        beginning = self.no_bias if bias is None else functional.pad(bias.float(), (0, self.rows - self.shape[0]))
         context = Context(
             *self.lines,
             x_read.data_ptr(),
@@ -126,12 +127,12 @@ class Prepared:
             self.panels,
             0,
             tokens,
-            y.shape[1] * y.itemsize,
+            self.rows * self.dtype.itemsize,
         )
         if prepare is not None:
             prepare(context, 1)
         multiply(context, _threads(self.size))
-        return y[:, : self.shape[0]]
+        return y if self.rows == self.shape[0] else y[:, : self.shape[0]]
 
     def product_of_many(
         self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None
@@ -189,7 +190,7 @@ def _float_unit(levels: Levels) -> float:
 
 
 def _threads(size: int) -> int:
-    return max(1, min(torch.get_num_threads(), size // FEW_BYTES))
+    return min(torch.get_num_threads(), size // FEW_BYTES) if size >= 2 * FEW_BYTES else 1
 
 
 @cache
