@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import wraps
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from types import new_class
 from typing import cast
@@ -138,6 +138,8 @@ class Undecoded(Tensor):
 
 class QuantLinear(PackedModule):
     """A linear that multiplies by a packed weight: in panels as kernels do; else decoded for each product."""
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -296,29 +298,46 @@ def _multiplied(matrix: PackedMatrix, where: torch.device) -> tuple[PackedMatrix
     return q.panels() or matrix, None
 
 
-def unpack(model: nn.Module, everything: bool = True) -> None:
-    """Have linears hold their decoded weights, for models that answer token by token: decoding takes longer than to
-    multiply with so few. Memory is that of a model which was never packed. Not `everything`: those alone that no kernel
-    multiplies by as they are."""
-    made: dict[int, nn.Linear] = {}
-    for name, packed in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(packed, QuantLinear) and (everything or isinstance(packed.matrix, PackedMatrix)):
-            if id(packed) not in made:
-                weight = packed.weight
-                dense = nn.Linear(weight.shape[1], weight.shape[0], bias=packed.bias is not None, device="meta")
-                dense.weight = nn.Parameter(weight, requires_grad=False)
-                if packed.bias is not None:
-                    dense.bias = packed.bias
-                made[id(packed)] = dense
-            model.set_submodule(name, made[id(packed)])
+def unpack(model: nn.Module) -> None:
+    """Have linears hold their decoded weights. Memory is that of a model which was never packed."""
+    _exchange(model, _dense)
 
 
 def ready_to_answer(model: nn.Module, checkpoint: Checkpoint, where: torch.device) -> None:
-    """Have linears that no kernel multiplies as they lie hold their decoded weights, where there is memory for that:
-    decoding takes longer than to multiply with few tokens."""
+    """Have linears that are decoded for each product, which takes longer than to multiply with few tokens, hold panels
+    that are larger than their file; or their decoded weights, where there is memory for that."""
     decoded = sum(prod(shape) for _, shape in checkpoint.quantized.values()) * checkpoint.unquantized_dtype.itemsize
-    if decoded <= SHARE * kind_of(where).free_bytes(where):
-        unpack(model, everything=False)
+    has_room = decoded <= SHARE * kind_of(where).free_bytes(where)
+
+    def ready(linear: QuantLinear) -> nn.Module:
+        if isinstance(linear.matrix, Panels):
+            return linear
+        panels = linear.matrix.quantized.panels(inf) if worth_making(linear.like) else None
+        if panels is None:
+            return _dense(linear) if has_room else linear
+        return QuantLinear(panels, linear.bias, linear.dtype, linear.activations)
+
+    _exchange(model, ready)
+
+
+def _exchange(model: nn.Module, make: Callable[[QuantLinear], nn.Module]) -> None:
+    """Of linears that several modules share, one is made."""
+    made: dict[int, nn.Module] = {}
+    for name, linear in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(linear, QuantLinear):
+            if id(linear) not in made:
+                made[id(linear)] = make(linear)
+            model.set_submodule(name, made[id(linear)])
+
+
+def _dense(linear: QuantLinear) -> nn.Module:
+    """With the decoded weight."""
+    weight = linear.weight
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if linear.bias is not None:
+        dense.bias = linear.bias
+    return dense
 
 
 def loaded_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

@@ -8,12 +8,13 @@ import torch
 from halfbyte.formats import KQUANTS, LATTICES, SCALARS
 from halfbyte.grids import parse
 from halfbyte.grids.actorder import ActOrderGrid
+from halfbyte.grids.lattice import LATTICE_GRIDS
 from halfbyte.grids.quantized import Quantized
 from halfbyte.grids.scalar import SCALAR_GRIDS
 from halfbyte.kernels import choose
 from halfbyte.kernels.cpu import native, panels
 from halfbyte.kernels.cpu.emit import Target
-from halfbyte.kernels.panels import Panels, product
+from halfbyte.kernels.panels import Activations, Panels, product
 
 WITHOUT = {"tq1_0"}
 """In panels these take over a tenth more than in their file."""
@@ -64,9 +65,22 @@ def test_panels_stand_for_what_their_grid_decodes_in_no_more_bytes(name):
 
 
 @pytest.mark.parametrize("name", LATTICES)
-def test_lattices_have_no_kernel_yet(name):
-    q = Quantized(parse(name), torch.zeros(16, 256, dtype=torch.uint8), {})
+def test_lattices_are_multiplied_by_in_panels_that_are_larger_than_their_file(name):
+    grid = LATTICE_GRIDS[name]
+    generator = torch.Generator().manual_seed(0)
+    magnitudes = torch.randint(0, len(grid.magnitudes), (40, 512), generator=generator)
+    codes = (magnitudes | torch.randint(0, 2, (40, 512), generator=generator) << 7).to(torch.uint8)
+    scale = torch.randint(0, grid.top + 1, (40, 512 // grid.group), generator=generator).to(torch.uint8)
+    q = Quantized(grid, codes, {"d": torch.rand(40, 2, generator=generator).half(), "scale": scale})
     assert q.panels() is None
+    packed = q.panels(room=2.2)
+    assert packed is not None
+    torch.testing.assert_close(packed.decode(), q.decode(), rtol=1e-6, atol=0)
+    ways: tuple[tuple[int, Activations], ...] = ((1, "exact"), (5, "int8"), (50, "exact"))
+    for tokens, how in ways:
+        x = activations(tokens, 512, torch.float32)
+        found, wanted = product(x, packed, None, how), (_rounded(x) if how == "int8" else x) @ q.decode().T
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 50])

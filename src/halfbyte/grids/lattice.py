@@ -24,6 +24,8 @@ from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
 from halfbyte.kernels import lattice
 from halfbyte.kernels.lattice import SUPER, Lattice
+from halfbyte.kernels.levels import Table
+from halfbyte.kernels.panels import Operands
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,17 @@ class LatticeGrid(Lattice, Grid):
         """The nearest vectors of the codebook, weighted. Raises Unsupported for lattices that are read alone."""
         self._check_writable()
         return lattice.encode(self, w, self.scales(params), importance)
+
+    def operands(self, codes: Codes, params: Params) -> Operands | None:
+        """Magnitudes with their sign, each by itself: what the codebook leaves out takes bits again, so that panels are
+        a sixth to a half larger than the file."""
+        bits, largest = (len(self.magnitudes) - 1).bit_length(), max(self.magnitudes)
+        unit = 1.0 if largest > 8 else 1 / 8  # of iq1, eighths
+        levels = [magnitude / unit for magnitude in self.magnitudes]
+        levels += [0.0] * ((1 << bits) - len(levels))
+        table = Table(self.name, (*levels, *(-level for level in levels)), unit, largest / unit)
+        signed = codes & 0x7F | codes >> 7 << bits
+        return Operands(signed, table, self.group, 2 * params["scale"] + 1, d=params["d"], unit=self.unit * unit)
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
         """Magnitudes with their signs, times the scale of their group."""

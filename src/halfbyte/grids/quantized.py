@@ -58,12 +58,11 @@ class Quantized(NamedTuple):
         """The weights that it stands for, in float32."""
         return self.grid.decode(self.codes, self.params)
 
-    def panels(self) -> Panels | None:
-        """As kernels multiply by it; None where they know no way, or none that takes at most a tenth more than its
-        bits."""
+    def panels(self, room: float = ROOM) -> Panels | None:
+        """As kernels multiply by it; None where they know no way, or none that takes at most `room` times its bits."""
         operands = self.grid.operands(self.codes, self.params)
         panels = pack(operands) if operands else None
-        if panels is None or panels.row_bytes > ROOM * self.grid.bits(self.shape) / 8 * panels.chunks * CHUNK:
+        if panels is None or panels.row_bytes > room * self.grid.bits(self.shape) / 8 * panels.chunks * CHUNK:
             return None
         return panels
 

@@ -134,7 +134,7 @@ class Emitter:
             size = e.b.and_(code, e.constant((1 << (levels.bits - 1)) - 1))
             half = e.b.trunc(e.b.or_(sign, moved(e, size, 10 - levels.mantissa)), vector(I16))
             return e.b.fpext(e.b.bitcast(half, vector(F16)), vector(F32))
-        table = [float(value) for value in values_of(levels).tolist()]
+        table = _sixteen(values_of(levels).tolist())
         if self.target.permutes:
             return e.call("llvm.x86.avx512.permvar.sf.512", vector(F32), ir.Constant(vector(F32), table), code)
         low, high = (self._permuted(e, table[half : half + 8], code) for half in (0, 8))
@@ -477,7 +477,7 @@ class BFloat16Emitter(Emitter):
         """bfloat16 of two codes in each lane; of codes of 8 bits, of the lower four and of the upper four."""
         levels, kind = self.form.levels, vector(BF16, 2 * LANES)
         if isinstance(levels, Table):
-            bits = [int(value) for value in values_of(levels).bfloat16().view(torch.int16).tolist()]
+            bits = _sixteen(values_of(levels).bfloat16().view(torch.int16).tolist())
             table = ir.Constant(vector(I16, 2 * LANES), bits * (2 * LANES // len(bits)))
             index = e.b.bitcast(pair, table.type)
             return [e.b.bitcast(e.call("llvm.x86.avx512.permvar.hi.512", table.type, table, index), kind)]
@@ -532,7 +532,7 @@ class Int8Emitter(Emitter):
         whole = [[ir.Constant(vector(I32), None)] * chains for _ in x]
         for number, quad in enumerate(quads):
             if isinstance(self.form.levels, Table):
-                quad = self._shuffled(e, [int(v) + 128 for v in values_of(self.form.levels).tolist()], quad)
+                quad = self._shuffled(e, _sixteen([int(v) + 128 for v in values_of(self.form.levels).tolist()]), quad)
             for token, pointer in enumerate(x):
                 k, read = number % chains, e.loaded_splat(e.at(pointer, STRIDE * number), I32)
                 whole[token] = [*whole[token][:k], self._dot(e, whole[token][k], quad, read), *whole[token][k + 1 :]]
@@ -650,6 +650,11 @@ def as_float(e: Vectors, value: Value, kind: torch.dtype) -> Value:
         half = e.b.bitcast(moved(e, e.b.zext(value, vector(I16)), 7), vector(F16))
         return e.b.fmul(e.b.fpext(half, vector(F32)), e.constant(HALF_UNIT, F32))
     return e.b.sitofp((e.b.sext if kind == torch.int8 else e.b.zext)(value, vector(I32)), vector(F32))
+
+
+def _sixteen(values: list) -> list:
+    """A register's worth: what fills it up is never looked up."""
+    return values + values[:1] * (16 - len(values))
 
 
 def _named(name: str, like: Value) -> str:
