@@ -32,7 +32,7 @@ MAX_WIDTH, SAMPLE_WEIGHTS, SAMPLE_TOKENS = 2048, 1 << 19, 512
 """In-features and weights of a matrix that is tried, at most, and rows that it is multiplied by."""
 ROWS = 128
 """... and out-features of which it has a multiple, as containers pack several into a word."""
-WRITTEN_BYTES = 1 << 24
+WRITTEN_BYTES = 1 << 22
 """Bytes that are written to see how fast that is."""
 MIN_REPEATS, MAX_SECONDS = 2, 0.02
 """Times, and seconds, for which a piece is tried."""
@@ -75,7 +75,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class MatrixPace:
-    """Seconds for each weight of a matrix, on one grid."""
+    """Seconds for each weight of a matrix, on one grid; 0 for what the run does not do."""
 
     solving: float
     """By the method's solver, beside products."""
@@ -243,6 +243,7 @@ class Microbenchmark:
             w, statistics = self._random(width, width).to(narrow.dtype), Statistics(width, self.device)
             product = self._seconds(lambda: narrow @ w.T) / (2 * SAMPLE_TOKENS * width**2)
             wide = self._seconds(lambda: statistics.add(x)) / (SAMPLE_TOKENS * _summing(width))
+        if self.plan.calibrated and self.plan.method.solver in FACTORING:
             factoring = self._seconds(lambda: self._filled(width, x).factor()) / (width**3 / 3)
         touched = self._seconds(lambda: narrow.mul(2)) / (2 * narrow.nbytes)
         return Pace(product, wide, factoring, touched, self._reading(), _writing(scratch))
@@ -259,16 +260,19 @@ class Microbenchmark:
         committing = self._committing(nearest()) / w.numel()
         if plan.recipe.method in OTHER_COMMANDS:
             return MatrixPace(0.0, 0.0, 0.0, committing, 0.0)
-        rounding = self._seconds(lambda: nearest().decode()) / w.numel()
+
+        def rounding(search: bool = True) -> float:
+            return self._seconds(lambda: nearest(search=search).decode()) / w.numel()
+
         if not plan.calibrated:
-            return MatrixPace(rounding, rounding, rounding, committing, 0.0)
+            return MatrixPace(0.0, rounding(), 0.0, committing, 0.0)
         statistics = self._filled(width, self._random(SAMPLE_TOKENS, width))
         solver = SOLVERS.get(method.solver, SOLVERS["nearest"])  # in place of one that needs a whole block
         solve = partial(solver, w, scheme.weight, *([statistics] if method.calibrated else []))
         return MatrixPace(
             solving=self._seconds(solve) / w.numel(),
-            nearest=rounding,
-            coarse=self._seconds(lambda: nearest(search=False).decode()) / w.numel(),
+            nearest=rounding() if "awq" in method.transforms else 0.0,
+            coarse=rounding(search=False) if "smoothquant" in method.transforms else 0.0,
             committing=committing,
             activation=self._activation(scheme, statistics),
         )
