@@ -187,3 +187,17 @@ def test_stacked_experts_that_predict_ahead_are_named_one_by_one(tmp_path):
     home = "mtp.layers.0.mlp.experts"
     wanted = {f"{home}.{number}.{part}_proj" for number in range(3) for part in ("gate", "up")}
     assert {name for name in said(tmp_path / "out")["ignore"] if name.startswith(home)} == wanted
+
+
+def test_layers_beyond_those_that_the_config_counts_are_named_as_engines_fuse_them(tmp_path):
+    """DeepSeek's and GLM's layers for multi-token prediction."""
+    source = tiny.make(tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    last = "model.layers.1."
+    beyond = {n.replace(last, "model.layers.2."): w.clone() for n, w in weights.items() if n.startswith(last)}
+    beyond["model.layers.2.eh_proj.weight"] = torch.randn(64, 128).bfloat16()
+    save_file(weights | beyond, source / "model.safetensors", {"format": "pt"})
+    halfbyte.quantize(source, tmp_path / "out", method="nearest", grid="int4-g32", to="compressed-tensors")
+    parts = ("self_attn.q_proj", "self_attn.qkv_proj", "mlp.up_proj", "mlp.gate_up_proj", "eh_proj")
+    assert {f"model.layers.2.{part}" for part in parts} <= set(said(tmp_path / "out")["ignore"])
+    assert not any("layers.2." in name for name in Checkpoint.open(tmp_path / "out").quantized)

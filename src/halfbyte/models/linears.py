@@ -54,14 +54,21 @@ def linears(checkpoint: "Checkpoint") -> Linears:
 
 def _candidates(checkpoint: "Checkpoint") -> dict[str, Shape]:
     """Tensors that may be linears, or stacks of such, by name and shape."""
-    layers = checkpoint.text_config.get("num_hidden_layers", checkpoint.text_config.get("n_layer"))
     candidates: dict[str, Shape] = {}
     for name, shape in checkpoint.tensors().items():
         block = roles.block_of(name, checkpoint.has_encoder)
         if block is None or roles.KEPT.search(name) or name.endswith("bias"):
             continue
-        if isinstance(layers, int) and int(block.rpartition(".")[2]) >= layers and not checkpoint.has_encoder:
-            continue  # layers beyond the model's, for multi-token prediction
+        if predicts_ahead(checkpoint, name):
+            continue
         if len(shape) in (2, 3) and min(shape[-2:]) >= roles.SMALLEST:
             candidates[name] = shape
     return candidates
+
+
+def predicts_ahead(checkpoint: "Checkpoint", tensor: str) -> bool:
+    """Whether it is of multi-token prediction: called so, or in a layer beyond those that the model has."""
+    layers = checkpoint.text_config.get("num_hidden_layers", checkpoint.text_config.get("n_layer"))
+    block = None if checkpoint.has_encoder else roles.block_of(tensor)
+    is_beyond = block is not None and isinstance(layers, int) and int(block.rpartition(".")[2]) >= layers
+    return is_beyond or bool(roles.AHEAD.search(tensor))

@@ -16,6 +16,7 @@ from halfbyte.errors import BrokenOutput
 from halfbyte.models import roles
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.folder import INDEX
+from halfbyte.models.linears import predicts_ahead
 from halfbyte.names import fused_names
 from halfbyte.targets.plan import Plan
 from halfbyte.targets.target import CheckpointWriter, split
@@ -98,17 +99,17 @@ class FolderWriter(CheckpointWriter):
         return unquantized
 
     def _ahead(self, matrices: Sequence[str]) -> list[str]:
-        """Of what predicts further tokens: the other names that engines look for. SGLang's models of it do not say what
+        """Of multi-token prediction: the other names that engines look for. SGLang's models of it do not say what
         they fuse (issue 35797), and experts that lie in stacks are asked for one by one."""
         source = self.plan.checkpoint
-        stacks = (t for t in self.plan.unquantized if roles.AHEAD.search(t) and len(source.spec(t).shape) == 3)
+        stacks = (t for t in self.plan.unquantized if len(source.spec(t).shape) == 3 and predicts_ahead(source, t))
         experts = [
             f"{home}.{number}.{part}"
             for stack in stacks
             for number in range(source.spec(stack).shape[0])
             for home, part in roles.parts_of(stack, source.model_type)
         ]
-        return fused_names([name for name in matrices if roles.AHEAD.search(name)]) + experts
+        return fused_names([name for name in matrices if predicts_ahead(source, f"{name}.weight")]) + experts
 
     def reopen(self, folder: Path) -> Mapping[str, Entry]:
         """The entries of the folder as it is read. Raises BrokenOutput if other modules are quantized than planned."""
