@@ -168,6 +168,16 @@ def entered(device: "torch.device") -> AbstractContextManager:
     return nullcontext() if kind_of(device).is_host else _module(device.type).device(device)
 
 
+def multiprocessors(device: "torch.device") -> int:
+    """Of a GPU; what runs a GPU's kernels without one has one."""
+    return 1 if kind_of(device).is_host else _module(device.type).get_device_properties(device).multi_processor_count
+
+
+def has_capability(device: "torch.device", *least: int) -> bool:
+    """Whether a GPU's compute capability is this or a later one."""
+    return not kind_of(device).is_host and _module(device.type).get_device_capability(device) >= least
+
+
 def forget_peak(device: "torch.device") -> None:
     """From now on, a GPU's `peak_bytes` are of what comes."""
     if reset := getattr(_module(device.type), "reset_peak_memory_stats", None):

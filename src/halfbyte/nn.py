@@ -226,8 +226,9 @@ def load(
     `max_norm`, linears of RWKV) are decoded. A KV cache that is quantized holds the values that an engine would read
     from it, in 16 bits.
 
-    On CPUs packed weights are multiplied by as they are. `activations`: "exact", or rounded to "int8" in groups of 32
-    as llama.cpp does, which is faster for prompts and on CPUs without AVX512_BF16, and loses a little.
+    On CPUs, and on GPUs since Ampere that Triton has kernels for, packed weights are multiplied by as they are.
+    `activations`: "exact", or on CPUs rounded to "int8" in groups of 32 as llama.cpp does, which is faster for prompts
+    and on CPUs without AVX512_BF16, and loses a little.
     Raises HalfbyteError.
     """
     if activations not in ACTIVATIONS:

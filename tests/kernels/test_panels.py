@@ -40,6 +40,16 @@ def matrix(name: str, out: int = 40, width: int = 512) -> Quantized:
     return Quantized(grid, grid.encode(w, params), params)
 
 
+def lattice(name: str) -> Quantized:
+    """Any codes: to find the nearest takes long."""
+    grid = LATTICE_GRIDS[name]
+    generator = torch.Generator().manual_seed(0)
+    magnitudes = torch.randint(0, len(grid.magnitudes), (40, 512), generator=generator)
+    codes = (magnitudes | torch.randint(0, 2, (40, 512), generator=generator) << 7).to(torch.uint8)
+    scale = torch.randint(0, grid.top + 1, (40, 512 // grid.group), generator=generator).to(torch.uint8)
+    return Quantized(grid, codes, {"d": torch.rand(40, 2, generator=generator).half(), "scale": scale})
+
+
 def paneled(name: str, out: int = 40, width: int = 512) -> tuple[Quantized, Panels]:
     q = matrix(name, out, width)
     panels = q.panels()
@@ -66,12 +76,7 @@ def test_panels_stand_for_what_their_grid_decodes_in_no_more_bytes(name):
 
 @pytest.mark.parametrize("name", LATTICES)
 def test_lattices_are_multiplied_by_in_panels_that_are_larger_than_their_file(name):
-    grid = LATTICE_GRIDS[name]
-    generator = torch.Generator().manual_seed(0)
-    magnitudes = torch.randint(0, len(grid.magnitudes), (40, 512), generator=generator)
-    codes = (magnitudes | torch.randint(0, 2, (40, 512), generator=generator) << 7).to(torch.uint8)
-    scale = torch.randint(0, grid.top + 1, (40, 512 // grid.group), generator=generator).to(torch.uint8)
-    q = Quantized(grid, codes, {"d": torch.rand(40, 2, generator=generator).half(), "scale": scale})
+    q = lattice(name)
     assert q.panels() is None
     packed = q.panels(room=2.2)
     assert packed is not None

@@ -2,7 +2,8 @@
 
 An operation is a function in torch, its reference, which runs on every device. `@faster(cpu="table")` says that the
 module `halfbyte.kernels.cpu.table` has a function of the same name that does the same for tensors in the memory of a
-CPU; `gpu=`, that one of `halfbyte.kernels.gpu` does for those of a GPU, where Triton is installed.
+CPU; `gpu=`, that one of `halfbyte.kernels.gpu` does for those of a GPU, where Triton is installed
+and has a C compiler.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from sysconfig import get_paths
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -73,5 +77,9 @@ def _twin(module: str, name: str) -> Callable[..., Any]:
 
 @cache
 def _is_there(kernels: str) -> bool:
-    """Builds of torch for GPUs bring Triton along, but those for Windows do not."""
-    return kernels != "gpu" or find_spec("triton") is not None
+    """Builds of torch for GPUs bring Triton along, but those for Windows do not; and Triton compiles what starts its
+    kernels, for which it needs a C compiler and Python's headers."""
+    if kernels != "gpu":
+        return True
+    compiles = (which("gcc") or which("clang")) and Path(get_paths()["include"], "Python.h").exists()
+    return bool(compiles) and find_spec("triton") is not None

@@ -233,13 +233,13 @@ def _paneled(value: Shaped[Tensor, "out groups"], out: int) -> Shaped[Tensor, " 
     return padded.view(-1, ROWS, value.shape[1]).transpose(1, 2).flatten()
 
 
-@faster(cpu="panels")
+@faster(cpu="panels", gpu="panels")
 def worth_making(like: Tensor) -> bool:
     """Whether something multiplies by panels faster than by decoding them, where a tensor lies."""
     return False
 
 
-@faster(cpu="panels")
+@faster(cpu="panels", gpu="panels")
 def product(
     x: Float[Tensor, "tokens in"], panels: Panels, bias: Float[Tensor, " out"] | None, activations: Activations
 ) -> Float[Tensor, "tokens out"]:
