@@ -37,9 +37,7 @@ def main() -> None:
     print(
         f"# Activations of 8 bits\n\n{machine()}; {asked.windows} windows of {asked.tokens} tokens, {STEP} at a time.\n"
     )
-    print(
-        "| model | grid | KL of quantizing | KL of int8 activations | KL of both |\n|---|---|---:|---:|---:|"
-    )
+    print("| model | grid | KL of quantizing | KL of int8 activations | KL of both |\n|---|---|---:|---:|---:|")
     for name, path in models.items():
         tokens = windows(path, asked.text.read_text(encoding="utf-8"), asked.windows, asked.tokens)
         original = answers(halfbyte.load(path, "bfloat16"), tokens)
