@@ -12,15 +12,21 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 import halfbyte
 import tiny
 from halfbyte import demo
+from halfbyte import nn as nn_module
+from halfbyte.devices import multiplies_float8
 from halfbyte.errors import HalfbyteError
-from halfbyte.grids.quantized import PackedMatrix
+from halfbyte.grids import parse
+from halfbyte.grids.activations import ActivationQuant
+from halfbyte.grids.activations import parse as parse_activations
+from halfbyte.grids.quantized import PackedMatrix, Quantized
 from halfbyte.kernels.panels import Panels
-from halfbyte.kernels.products import int8_product
+from halfbyte.kernels.products import float8_product, int8_product
 from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.nn import PackedModule, QuantEmbedding, QuantLinear
+from halfbyte.nn import PackedModule, QuantEmbedding, QuantLinear, RoundedLinear
 from models.families import FAMILIES
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
@@ -36,6 +42,51 @@ def test_the_largest_sums_of_int8_are_exact():
     """The largest products, of which pairs do not fit 16 bits, and more of them than fit the 24 bits of a float32."""
     x = torch.tensor([[-128] * 4096, [127] * 4096, [127, -127, -128, 0] * 1024], dtype=torch.int8)
     assert torch.equal(int8_product(x, x), x.int() @ x.int().T)
+
+
+FLOAT8 = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not multiplies_float8(torch.device(DEVICE)), reason="needs a GPU that multiplies FP8"),
+    ],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", FLOAT8])
+@pytest.mark.parametrize(("rows", "width", "out"), [(1, 64, 64), (3, 63, 65), (17, 7, 5)])
+@pytest.mark.parametrize("kinds", [("e4m3fn", "e4m3fn"), ("e4m3fn", "e5m2"), ("e5m2", "e4m3fn")])
+def test_products_of_float8_are_added_up_in_more_bits_also_for_odd_sizes(kinds, rows, width, out, device):
+    generator = torch.Generator().manual_seed(0)
+    x, w = (
+        torch.randn(n, width, generator=generator).to(getattr(torch, f"float8_{kind}"))
+        for n, kind in zip((rows, out), kinds, strict=True)
+    )
+    wanted = x.double() @ w.double().T
+    found = float8_product(x.to(device), w.to(device)).cpu().double()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("device", ["cpu", FLOAT8])
+@pytest.mark.parametrize("weight", ["fp8-e4m3-channel", "fp8-e4m3-tensor", "fp8-e5m2-channel", "fp8-e4m3-block"])
+@pytest.mark.parametrize("read", ["fp8-e4m3-token", "fp8-e4m3-tensor", "fp8-e5m2-token", "fp8-e4m3-g128"])
+def test_a_linear_of_float8_computes_the_same_where_a_device_multiplies_float8(weight, read, device, monkeypatch):
+    """On a CPU, torch's own product of FP8 stands for that of a GPU."""
+    grid, activations = parse(weight), parse_activations(read)
+    w, x = (torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) for n in (48, 5))
+    params = grid.fit(w, None)
+    q = Quantized(grid, grid.encode(w, params), params, ActivationQuant(activations, {}))
+    linear = RoundedLinear(PackedMatrix(q.tensors, lambda _: q), None, torch.float32, ActivationQuant(activations, {}))
+    wanted = linear(x[None])
+    monkeypatch.setattr(nn_module, "multiplies_float8", lambda device: True)
+    products = []
+    monkeypatch.setattr(nn_module, "float8_product", lambda x, w: products.append(1) or float8_product(x, w))
+    moved = Quantized(grid, q.codes.to(device), {n: p.to(device) for n, p in params.items()}, q.activations)
+    linear = RoundedLinear(PackedMatrix(moved.tensors, lambda _: moved), None, torch.float32, moved.activations)
+    found = linear.to(device)(x[None].to(device)).cpu()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3 * wanted.abs().max().item())
+    has_one_scale = "block" not in weight and "g128" not in read
+    assert bool(products) == (has_one_scale and not ("e5m2" in weight and "e5m2" in read))
 
 
 PACKED = [

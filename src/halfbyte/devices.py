@@ -174,8 +174,16 @@ def multiprocessors(device: "torch.device") -> int:
 
 
 def has_capability(device: "torch.device", *least: int) -> bool:
-    """Whether a GPU's compute capability is this or a later one."""
-    return not kind_of(device).is_host and _module(device.type).get_device_capability(device) >= least
+    """Whether it is a GPU that Triton has kernels for, of this compute capability or a later one."""
+    return kind_of(device).kernels == "gpu" and _module(device.type).get_device_capability(device) >= least
+
+
+def multiplies_float8(device: "torch.device") -> bool:
+    """Whether torch._scaled_mm multiplies E4M3 as files have it: AMD's first GPUs for it have a number of another
+    bias."""
+    import torch
+
+    return torch.version.hip is None and has_capability(device, 8, 9)
 
 
 def forget_peak(device: "torch.device") -> None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from halfbyte.devices import device_named, kind_of
+from halfbyte.devices import device_named, kind_of, multiplies_float8
 from halfbyte.errors import UnknownName
 from halfbyte.grids.activations import FLOATS, ActivationGrid, ActivationQuant, ScaledActivations
 from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import PackedMatrix, Quantized
-from halfbyte.grids.scalar import is_integer
+from halfbyte.grids.scalar import ScalarGrid, is_integer
 from halfbyte.kernels.panels import ACTIVATIONS, Activations, Panels, product, worth_making
-from halfbyte.kernels.products import int8_product
+from halfbyte.kernels.products import float8_product, int8_product
 from halfbyte.models import filling, kv, mapping, skeleton
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.matmuls import rounding
@@ -184,28 +184,40 @@ class RoundedLinear(PackedModule):
             return functional.linear(x, self.weight, self.bias)
         params = self.activations.params(x, {name: getattr(self, f"input_{name}") for name in self.stored})
         q = self.matrix.quantized
-        y = _integer_product(x, self.activations, params, q)
+        y = _product_of_codes(x, self.activations, params, q)
         if y is None:
             y = functional.linear(self.activations.round(x, params), q.decode())
         y = y.to(self.dtype)
         return y if self.bias is None else y + self.bias
 
 
-def _integer_product(
+def _product_of_codes(
     x: Float[Tensor, "... in"], read: ActivationGrid, params: Params, q: Quantized
 ) -> Float32[Tensor, "... out"] | None:
-    """int8 times int8 in int32, scaled afterwards, as engines have it. None where a row or a token has several scales,
-    or floats."""
+    """int8 times int8 in int32, or floats of 8 bits where a device multiplies them, scaled afterwards, as engines have
+    it. None where a row or a token has several scales, or numbers are of other kinds."""
     grid = q.grid
-    if not is_integer(grid) or grid.group_size or not grid.symmetric:
+    if not isinstance(read, ScaledActivations) or isinstance(read.granularity, int):
         return None
-    if not isinstance(read, ScaledActivations) or read.number in FLOATS or isinstance(read.granularity, int):
+    if not isinstance(grid, ScalarGrid) or not grid.scale or grid.group_size:
         return None
-    signed = (q.codes.to(torch.int16) - grid.midpoint).to(torch.int8)
-    sums = int8_product(read.codes(x, params).flatten(0, -2), signed).unflatten(0, x.shape[:-1])
+    if is_integer(grid) and grid.symmetric and read.number not in FLOATS:
+        weight = (q.codes.to(torch.int16) - grid.midpoint).to(torch.int8)
+        product = int8_product
+    elif _are_float8(read.number, str(grid.levels)) and multiplies_float8(x.device):
+        weight = q.codes.view(FLOATS[str(grid.levels)])
+        product = float8_product
+    else:
+        return None
+    sums = product(read.codes(x, params).flatten(0, -2), weight).unflatten(0, x.shape[:-1])
     if "zero" in params:
-        sums = sums - params["zero"] * signed.sum(1)
+        sums = sums - params["zero"] * weight.sum(1)
     return sums * params["scale"] * q.params["scale"].float().flatten()
+
+
+def _are_float8(number: str, levels: str) -> bool:
+    """Such as are multiplied by one another: no unit multiplies E5M2 by E5M2."""
+    return {number, levels} <= FLOATS.keys() and "fp8-e4m3" in (number, levels)
 
 
 RESCALED = {"rwkv"}

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Int8
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -173,9 +173,9 @@ class ScaledActivations(ActivationGrid):
             else x
         )
 
-    def codes(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Int8[Tensor, "... in"]:
-        """Integers, as an engine multiplies them."""
-        return self._numbers(x.float(), params).to(torch.int8)
+    def codes(self, x: Float[Tensor, "... in"], params: Mapping[str, Tensor]) -> Shaped[Tensor, "... in"]:
+        """int8 or floats of 8 bits, as an engine multiplies them."""
+        return self._numbers(x.float(), params).to(FLOATS.get(self.number, torch.int8))
 
     def _numbers(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         if self.number in FLOATS:

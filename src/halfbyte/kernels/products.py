@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Int8, Int32
+from jaxtyping import Float32, Int8, Int32, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,6 +30,21 @@ def int8_product(x: Int8[Tensor, "rows in"], w: Int8[Tensor, "out in"]) -> Int32
     x = functional.pad(x, (0, -width % 8, 0, max(0, 17 - rows)))
     w = functional.pad(w, (0, -width % 8, 0, -out % 8))
     return torch._int_mm(x, w.T)[:rows, :out]
+
+
+def float8_product(x: Shaped[Tensor, "rows in"], w: Shaped[Tensor, "out in"]) -> Float32[Tensor, "rows out"]:
+    """x w^T of floats of 8 bits, for devices that multiply these, of which not both may be E5M2.
+
+    torch wants multiples of 16 in-features and out-features. Scales are left to the caller: of scales by token and by
+    row torch asks more of the GPU and of the type that comes out (ScaledBlas.cpp).
+    """
+    out, width = w.shape
+    x, w = (
+        functional.pad(value.view(torch.uint8), (0, -width % 16, 0, more)).view(value.dtype)
+        for value, more in ((x, 0), (w, -out % 16))
+    )
+    one = torch.ones((), device=x.device)
+    return torch._scaled_mm(x, w.T, scale_a=one, scale_b=one, out_dtype=torch.float32)[:, :out]
 
 
 @contextmanager
