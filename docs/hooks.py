@@ -51,6 +51,7 @@ TYPES_OF_JSON: dict[str, str | tuple[str, ...]] = {
     ),
     "needle": "halfbyte.report.types:Needle",
     "blame": "halfbyte.report.types:Blame",
+    "bench": "halfbyte.report.types:Speeds",
     "compare": "halfbyte.report.types:Comparison",
     "inspect": "halfbyte.report.types:Inspection",
     "report": "halfbyte.report.types:Page",

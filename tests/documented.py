@@ -60,6 +60,7 @@ LITTLE = {
     "eval": "--windows 1 --length 64",
     "blame": "--windows 1 --length 64 --blocks 1",
     "run": "--max-tokens 4",
+    "bench": "--tokens 2 --prompt 8 --repeats 1",
     "needle": "--lengths 128 --facts 1 --depths 1",
 }
 """What makes a run small; commands whose output is shown run as they are."""

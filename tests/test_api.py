@@ -27,6 +27,7 @@ from halfbyte.arguments import (
     Retrieving,
     Running,
     Talking,
+    Timing,
     sentence,
 )
 from halfbyte.budget.budget import Budget
@@ -72,6 +73,7 @@ DECLARED = {
     "suite": (Answering, Running),
     "tasks": (Answering, Running),
     "blame": (Blaming, Running),
+    "bench": (Timing, Running),
     "advise": (Fitting,),
     "generate": (Talking, Sampling, Running),
     "page": (Fitting, Running),

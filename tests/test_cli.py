@@ -69,6 +69,10 @@ def test_help_is_quick():
         assert time.monotonic() - started < 10  # 0.2 s on an idle machine
 
 
+GOES_ON = ("chat", "serve")
+"""Commands that end when they are ended, and have no result."""
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command):
     """With an example, and with what every command has."""
@@ -77,7 +81,7 @@ def test_help(command):
     assert f"Usage: halfbyte {command}" in said.out
     assert re.search(rf"^ halfbyte {command}", said.out, re.MULTILINE)
     assert "--help" in said.out
-    assert "--json" in said.out
+    assert ("--json" in said.out) == (command not in GOES_ON)
 
 
 COMPLETED = {
@@ -137,6 +141,7 @@ def test_quiet_shows_no_progress(flag, is_shown, home, tmp_path, monkeypatch):
 
 
 SHOWS_PROGRESS = {"quantize", "convert", "dequantize", "kv", "imatrix", "eval", "needle", "blame", "compare", "demo"}
+SHOWS_PROGRESS |= {"bench", "chat", "run"}
 
 
 def test_what_shows_progress_can_be_quiet():

@@ -66,7 +66,12 @@ def test_functions_fit_a_screen():
 
 
 def distributions(requirements: list[str]) -> set[str]:
-    return {re.split(r"[<>=\[]", words)[0].lower() for words in requirements}
+    return {canonical(re.split(r"[<>=\[]", words)[0]) for words in requirements}
+
+
+def canonical(name: str) -> str:
+    """As package indices compare names."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_what_is_depended_on_is_what_the_source_imports():
@@ -75,7 +80,7 @@ def test_what_is_depended_on_is_what_the_source_imports():
     found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
     packages = {name.partition(".")[0] for name in found} - {"halfbyte"} - sys.stdlib_module_names
     owners = packages_distributions()  # of what is installed: extras need not be
-    imported = {owner.lower() for package in packages for owner in owners.get(package, ())}
+    imported = {canonical(owner) for package in packages for owner in owners.get(package, ())}
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = distributions(project["dependencies"])
     extras = distributions([words for extra in project["optional-dependencies"].values() for words in extra])

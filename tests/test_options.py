@@ -58,6 +58,7 @@ def test_a_command_gets_what_was_given_of_a_group():
         (measuring.evaluate, "tasks"),
         (measuring.needle, "needle"),
         (measuring.blame, "blame"),
+        (measuring.bench, "bench"),
         (talking.run, "generate"),
         (planning.plan, "advise"),
         (reporting.compare, "compare"),

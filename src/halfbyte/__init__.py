@@ -8,8 +8,8 @@
 >>> model = halfbyte.load("model-int4")
 
 quantize, convert, dequantize and kv write checkpoints; evaluate, suite, tasks, needle, blame, inspect and compare
-measure them; generate lets one answer; page shows them in a browser, push puts one on the hub; imatrix writes an
-importance matrix; load gives a Transformers model.
+measure them, bench how fast they are; generate lets one answer; page shows them in a browser, push puts one on the hub;
+imatrix writes an importance matrix; load gives a Transformers model.
 Whatever is wrong with a request is a HalfbyteError, whose text is one line.
 """
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.api import (
         advise,
+        bench,
         blame,
         compare,
         convert,
@@ -47,6 +48,7 @@ __all__ = [
     "HalfbyteError",
     "Recipe",
     "advise",
+    "bench",
     "blame",
     "compare",
     "convert",

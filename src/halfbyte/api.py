@@ -18,6 +18,7 @@ from halfbyte.arguments import (
     Retrieving,
     Running,
     Talking,
+    Timing,
     documented,
     require_counts,
     sentence,
@@ -25,7 +26,8 @@ from halfbyte.arguments import (
 from halfbyte.budget.budget import Budget
 from halfbyte.containers.place import one_file
 from halfbyte.devices import AUTO, device_named, title
-from halfbyte.errors import BadRequest, HalfbyteError
+from halfbyte.engines.engines import timed_named
+from halfbyte.errors import BadRequest, HalfbyteError, require_at_least
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.evaluation.suites.suite import suites as read_suites
 from halfbyte.files import exists
@@ -53,6 +55,7 @@ from halfbyte.report.types import (
     Needle,
     Plan,
     Report,
+    Speeds,
     StatesEvaluation,
     SuiteEvaluation,
     TaskEvaluation,
@@ -590,6 +593,59 @@ def generate(
     return answer(opened, prompt, opened.sampling(words), system, said)
 
 
+@documented(Timing, Running)
+def bench(
+    models: str | Path | Sequence[str | Path],
+    against: str | Path | None = None,
+    engines: str | Sequence[str] = (),
+    tokens: int = 128,
+    prompt: int = 512,
+    batch: int | Sequence[int] = (1,),
+    context: int | Sequence[int] | None = None,
+    repeats: int = 5,
+    threads: int | None = None,
+    activations: str | Sequence[str] = ("exact",),
+    card: bool = False,
+    progress: Progress | bool = False,
+    device: str = AUTO,
+) -> Speeds:
+    """How fast `models` run, and why: prefill and decoding in tokens a second, the time to the first token, peak memory
+    and load time, in each engine, beside the bandwidth and the arithmetic of this machine.
+
+    Each engine has a process of its own, which is warmed up; then all take turns. Prompts are tokens drawn at random:
+    no tokenizer is needed.
+
+    Args:
+        {arguments}
+
+    Raises:
+        HalfbyteError: for a model that does not fit in memory and an engine that does not load one, before anything is
+            timed, among others.
+    """
+    require_counts(Timing, tokens=tokens, prompt=prompt, repeats=repeats, threads=threads)
+    batches, prompts = _counts("batch", batch), _counts("context", prompt if context is None else context)
+    names = [timed_named(str(name)) for name in several(engines)]
+    from halfbyte.inference.timing.bench import Asked  # needs the model's code
+    from halfbyte.inference.timing.bench import bench as measure
+
+    asked = Asked(batches, prompts, tokens, repeats, threads, device, [str(way) for way in several(activations)])
+    original = None if against is None else Checkpoint.open(against)
+    with shown(progress) as show:
+        result = measure([Checkpoint.open(model) for model in several(models)], original, names, asked, show)
+    unwritten = measured.record_speeds(result) if card else []
+    return result.model_copy(update={"warnings": [*result.warnings, *unwritten]})
+
+
+def _counts(name: str, value: int | Sequence[int]) -> list[int]:
+    """One number or several. Raises BadRequest for none, and for what is no count."""
+    counts = list(value) if isinstance(value, Sequence) else [value]
+    if not counts:
+        raise BadRequest(f"{name} is empty; give one number at least")
+    for count in counts:
+        require_at_least(1, **{name: count})
+    return counts
+
+
 def load(
     path: str | Path,
     dtype: "torch.dtype | str | None" = None,
@@ -609,6 +665,7 @@ def load(
 
 __all__ = [
     "advise",
+    "bench",
     "blame",
     "compare",
     "convert",

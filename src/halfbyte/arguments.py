@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from halfbyte.devices import AUTO, KINDS
-from halfbyte.engines.engines import ENGINES, OWN_SERVER, SERVERS
+from halfbyte.engines.engines import ENGINES, OURS, OWN_SERVER, SERVERS, TIMED
 from halfbyte.errors import require_at_least
 from halfbyte.evaluation.conventions import CONVENTIONS
 from halfbyte.evaluation.suites.suite import ALL, SHIPPED
@@ -170,6 +170,32 @@ class Talking(Entries, frozen=True):
     compare: str | None = Field(
         None, description="The original, which answers too; the first token at which both part is marked."
     )
+
+
+class Timing(Entries, frozen=True):
+    """Of how fast models are."""
+
+    against: str | None = Field(None, description="The original, timed in the same run.")
+    engines: str | Sequence[str] = Field(
+        (),
+        description=f"In what: {', '.join(TIMED)} (Transformers with halfbyte's linears is {OURS}); by default all "
+        "that are installed and load the file.",
+    )
+    tokens: int = Field(128, ge=1, description="Tokens that are decoded.")
+    prompt: int = Field(512, ge=1, description="Tokens of the prompt.")
+    batch: int | Sequence[int] = Field((1,), description="Sequences at a time, such as 1,4.")
+    context: int | Sequence[int] | None = Field(
+        None,
+        description="In place of one prompt, several: tokens before decoding begins, such as 512,4096.",
+    )
+    repeats: int = Field(5, ge=1, description="How often each is timed, in turn; the median counts.")
+    threads: int | None = Field(None, ge=1, description="Threads of each engine; by default as many as torch takes.")
+    activations: str | Sequence[str] = Field(
+        ("exact",),
+        description="How halfbyte multiplies by packed weights on CPUs: exact, or int8, which rounds what they are "
+        "multiplied with to 8 bits in groups of 32, as llama.cpp does.",
+    )
+    card: bool = Field(False, description="Put what was measured into the report.json and the card of each model.")
 
 
 class Serving(Entries, frozen=True):

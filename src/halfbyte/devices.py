@@ -28,8 +28,8 @@ def _peak_bytes(device: "torch.device") -> int | None:
     return peak(device) if peak else None
 
 
-def _peak_of_process(_: "torch.device") -> int | None:
-    """None where the system does not say (macOS)."""
+def peak_of_process() -> int | None:
+    """The most of the system's memory that this process has had; None where the system does not say (macOS)."""
     if sys.platform != "linux":
         import psutil  # which `halfbyte --help` need not wait for
 
@@ -108,7 +108,7 @@ KINDS: dict[str, Kind] = {
             is_numbered=False,
             kernels="cpu",
             free_bytes=_available_bytes,
-            peak_bytes=_peak_of_process,
+            peak_bytes=lambda _: peak_of_process(),
         ),
         Kind("cuda", pins=True, multiplies_int8=True, has_tf32=True, kernels="gpu"),
         Kind("xpu"),

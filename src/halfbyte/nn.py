@@ -353,13 +353,34 @@ def _dense(linear: QuantLinear) -> nn.Module:
     return dense
 
 
-def loaded_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes of the weights of a model that is loaded: as they lie in the file, or decoded where they do not stay so."""
+def loaded_sizes(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each weight of a model that is loaded: as it lies in the file, or decoded where it does not stay so."""
     model, shapes = skeleton.build(checkpoint, dtype), checkpoint.tensors()
     packed = _packed(model, checkpoint, mapping.places(model, shapes))
-    parts = (part for tensor in packed for part in checkpoint.parts_of[tensor.removesuffix(".weight")])
-    stored = sum(checkpoint.entries[part].size_bytes for part in parts)
-    return stored + sum(prod(shape) for name, shape in shapes.items() if name not in packed) * dtype.itemsize
+    return {
+        name: sum(checkpoint.entries[part].size_bytes for part in checkpoint.parts_of[name.removesuffix(".weight")])
+        if name in packed
+        else prod(shape) * dtype.itemsize
+        for name, shape in shapes.items()
+    }
+
+
+def schemes(checkpoint: Checkpoint) -> dict[str, str]:
+    """What modules of the model are stored as, those that are quantized."""
+    model = skeleton.build(checkpoint, checkpoint.unquantized_dtype)
+    weight_map = mapping.places(model, checkpoint.tensors())
+    stored = {
+        view.parameter: str(scheme)
+        for module, (scheme, _) in checkpoint.quantized.items()
+        if (view := weight_map.get(f"{module}.weight"))
+    }
+    tied = {name: stored[home] for name, home in filling.ties(model, weight_map).items() if home in stored}
+    return {name.removesuffix(".weight"): scheme for name, scheme in (stored | tied).items()}
+
+
+def loaded_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """The same of all of them together."""
+    return sum(loaded_sizes(checkpoint, dtype).values())
 
 
 def _packed(model: nn.Module, checkpoint: Checkpoint, weight_map: dict[str, mapping.ParamView]) -> dict[str, str]:

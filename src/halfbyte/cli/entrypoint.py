@@ -32,6 +32,7 @@ COMMANDS = {
     "eval": measuring.evaluate,
     "needle": measuring.needle,
     "blame": measuring.blame,
+    "bench": measuring.bench,
     "compare": reporting.compare,
     "inspect": reporting.inspect,
     "report": reporting.report,

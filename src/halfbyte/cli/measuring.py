@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from halfbyte import display
-from halfbyte.arguments import Answering, Blaming, Evaluating, Measuring, Retrieving
+from halfbyte.arguments import Answering, Blaming, Evaluating, Measuring, Retrieving, Timing
 from halfbyte.cli.options import (
     Against,
     Caches,
@@ -25,6 +25,7 @@ from halfbyte.cli.options import (
 from halfbyte.cli.output import out, print_json, show, show_measured
 from halfbyte.demo import LANGUAGES
 from halfbyte.devices import AUTO
+from halfbyte.engines.engines import TIMED, timed_named
 from halfbyte.errors import BadRequest, plural
 from halfbyte.evaluation.conventions import CONVENTIONS, convention_named
 from halfbyte.evaluation.suites.suite import suites
@@ -189,6 +190,64 @@ def needle(
         print_json(result)
         return
     show(display.needles(result))
+
+
+def bench(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints of any kind.")],
+    against: Annotated[str | None, option(Timing, "against")] = None,
+    engine: Annotated[list[str] | None, option(Timing, "engines", "--engine", more="Repeatable.", values=TIMED)] = None,
+    tokens: Annotated[int, count(Timing, "tokens")] = 128,
+    prompt: Annotated[int, count(Timing, "prompt")] = 512,
+    batch: Annotated[str | None, option(Timing, "batch", show_default="1")] = None,
+    context: Annotated[str | None, option(Timing, "context", show_default="the prompt alone")] = None,
+    repeats: Annotated[int, count(Timing, "repeats")] = 5,
+    threads: Annotated[int | None, count(Timing, "threads")] = None,
+    activations: Annotated[
+        list[str] | None,
+        option(Timing, "activations", more="Repeatable.", values=("exact", "int8"), show_default="exact"),
+    ] = None,
+    card: Annotated[bool, option(Timing, "card", "--card")] = False,
+    device: Device = AUTO,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """How fast is it, and why? Prefill, decoding, first token, memory: each engine in a process of its own, in turn.
+
+    halfbyte bench model-int4 --against org/model
+    """
+    batches = _numbers("batch", batch) if batch is not None else [1]
+    contexts = _numbers("context", context) if context is not None else None
+    names = [timed_named(name) for name in engine or ()]
+    require_located(*models, *([against] if against else []))
+    from halfbyte import api
+
+    result = api.bench(
+        models,
+        against,
+        names,
+        tokens,
+        prompt,
+        batches,
+        contexts,
+        repeats,
+        threads,
+        activations or ["exact"],
+        card,
+        progress=not (quiet or as_json),
+        device=device,
+    )
+    if as_json:
+        print_json(result)
+        return
+    show(display.timed(result))
+
+
+def _numbers(option: str, words: str) -> list[int]:
+    """Such as 1,4. Raises BadRequest for what is no list of numbers."""
+    numbers = [int(word) for word in words.split(",") if word.strip().isdecimal()]
+    if len(numbers) != len(words.split(",")):
+        raise BadRequest(f"--{option} takes numbers, such as 1,4, not '{words}'")
+    return numbers
 
 
 def blame(

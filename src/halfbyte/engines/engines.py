@@ -777,3 +777,22 @@ def server_named(name: str) -> str:
             f"{OWN_SERVER} is its own server"
         )
     return engine
+
+
+OURS = "halfbyte"
+"""Transformers with halfbyte's linears."""
+TIMED = (OURS, "llama.cpp", "vllm")
+"""What `bench` runs models in."""
+
+
+def timed_named(name: str) -> str:
+    """One of these, under any spelling. Raises UnknownName, and BadRequest for other engines."""
+    if name.lower() == OURS:
+        return OURS
+    try:
+        engine = engine_named(name)
+    except UnknownName:
+        raise UnknownName("engine", name, TIMED) from None
+    if engine not in TIMED:
+        raise BadRequest(f"halfbyte does not time {ENGINES[engine].title}; it times {', '.join(TIMED)}")
+    return engine

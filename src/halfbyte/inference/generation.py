@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64, Shaped
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -47,14 +47,33 @@ class Piece:
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-class CachedSequence:
-    """Tokens that a model has read, and its cache of them."""
+class Forward:
+    """A model that reads tokens after those that its cache is of, whatever its family calls the cache. That of a model
+    which keeps none is the tokens themselves."""
 
     def __init__(self, model: Any):
         self._model, parameters = model, inspect.signature(model.forward).parameters
         self._name = next((name for name in CACHES if name in parameters), None)
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self._device = model.get_input_embeddings().weight.device
+        self.device: torch.device = model.get_input_embeddings().weight.device
+
+    @torch.inference_mode()
+    def __call__(
+        self, ids: Int64[Tensor, "batch tokens"], cache: Any = None
+    ) -> tuple[Shaped[Tensor, "batch vocabulary"], Any]:
+        """Logits of the token that follows these in each sequence, and the cache with them; `cache` is used up."""
+        if self._name is None:
+            ids = ids if cache is None else torch.cat([cache, ids], 1)
+        given = {self._name: cache} if self._name and cache is not None else {}
+        output = self._model(input_ids=ids, use_cache=self._name is not None, return_dict=True, **given, **self._last)
+        return output.logits[:, -1], output.get(self._name) if self._name else ids
+
+
+class CachedSequence:
+    """Tokens that a model has read, and its cache of them."""
+
+    def __init__(self, model: Any):
+        self._forward = Forward(model)
         self.clear()
 
     def clear(self) -> None:
@@ -95,13 +114,9 @@ class CachedSequence:
         """Logits of the token that follows these, which follow those that were read."""
         before, self.tokens = self.tokens, []  # until all layers have them: an interrupted pass leaves half a cache
         cache, self._cache = self._cache, None
-        new = tokens if self._name else [*before, *tokens]
-        given = {self._name: cache} if self._name and cache is not None else {}
-        ids = torch.tensor([new], device=self._device)
-        output = self._model(input_ids=ids, use_cache=self._name is not None, return_dict=True, **given, **self._last)
-        self._cache = output.get(self._name) if self._name else None
+        logits, self._cache = self._forward(torch.tensor([list(tokens)], device=self._forward.device), cache)
         self.tokens = [*before, *tokens]
-        return output.logits[0, -1].float()
+        return logits[0].float()
 
 
 class Generation(Iterator[Piece]):

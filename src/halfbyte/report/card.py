@@ -105,6 +105,8 @@ def local_paths(report: Report, path: Path) -> dict[str, str]:
     scored = [one for one in (report.tasks, report.foreign_tasks) if one]
     mentioned += [of for one in (*measured, *answered, *scored) for of in (one.reference_path, one.reference_adapter)]
     mentioned += [suite.name for one in answered for suite in one.files]
+    if speed := report.speed:
+        mentioned += [speed.reference_path, *(row.path for row in (*speed.models, *speed.reference))]
     mentioned += [origin.path for origin in report.source.made_of or ()]
     mentioned += [report.kv.calibration.source] if report.kv else []
     mentioned += [] if report.source.hub else [recipe.model]

@@ -25,6 +25,9 @@ from halfbyte.report.types import (
     Perplexity,
     Recalled,
     Report,
+    SpeedConditions,
+    SpeedRecord,
+    Speeds,
     StateError,
     StatesEvaluation,
     StatesRecord,
@@ -182,6 +185,16 @@ def record_answers(
         if kind == "stored":
             entry = record.model_validate({**conditions, "model": row})
             warnings += written.add(Path(row.path), **{f"foreign_{name}" if model in strangers else name: entry})
+    return warnings
+
+
+def record_speeds(result: Speeds) -> list[str]:
+    """Put how fast each model was into the report beside it; returns what could not be."""
+    conditions = {name: getattr(result, name) for name in SpeedConditions.model_fields}
+    warnings: list[str] = []
+    for path in dict.fromkeys(row.path for row in result.models):
+        rows = [row for row in result.models if row.path == path]
+        warnings += written.add(Path(path), speed=SpeedRecord(**conditions, models=rows, reference=result.reference))
     return warnings
 
 

@@ -640,6 +640,131 @@ class TaskRecord(TaskConditions, frozen=True):
     model: TaskModel
 
 
+class Spread(Part, frozen=True):
+    """What was measured several times."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Products(Part, frozen=True):
+    """Linears that are multiplied by alike."""
+
+    way: str
+    """packed: as they are, by a kernel; held: decoded to 16 bits as they were loaded; decoded: for each product;
+    rounded: decoded, and what they read is rounded; unquantized."""
+    grid: str | None
+    linears: Count
+    size_bytes: Count
+    """In memory."""
+
+
+class Pace(Part, frozen=True):
+    """How fast an engine is with so many sequences of so many tokens."""
+
+    batch: Count
+    prompt: Count
+    prefill: Spread
+    """Tokens of all prompts in a second."""
+    first_token: Spread
+    """Seconds from the prompts to the first token of each."""
+    decode: Spread
+    """Further tokens of all sequences in a second."""
+    prefill_share: float | None = None
+    """Of the arithmetic that was measured, what prefill multiplies; its attention is not counted."""
+    decode_share: float | None = None
+    """Of the bandwidth that was measured, what decoding reads: weights and cache."""
+    decode_arithmetic_share: float | None = None
+    """Of the arithmetic, what decoding multiplies."""
+    products_share: float | None = None
+    """Of the time of a step of decoding, what products take; None where it was not measured."""
+    prefill_ratio: float | None = None
+    """To the original in the same run."""
+    decode_ratio: float | None = None
+
+
+class Runtime(ModelRun, frozen=True):
+    """A model in an engine."""
+
+    engine: str
+    version: str
+    dtype: str | None = None
+    """That it computes in; None: it does not say."""
+    activations: str | None = None
+    """exact, or int8: how halfbyte's kernels take what packed weights are multiplied with."""
+    size_bytes: Count
+    """Of its tensors, as they lie in the file."""
+    read_bytes: Count
+    """Of weights, that a token reads."""
+    head_bytes: Count
+    """Of these, the head's."""
+    load_seconds: float
+    """The file may have been in the system's cache."""
+    memory_bytes: Count | None
+    """The most that its process had; None where the system does not say."""
+    device_bytes: Count | None = None
+    """Of a GPU's memory."""
+    products: list[Products] = []
+    """Of what halfbyte multiplies by."""
+    paces: list[Pace]
+    compared_with: str | None = None
+    """The engine in which the original ran that ratios are to."""
+    notes: list[str] = []
+    reasons: list[str] = []
+    """Why it is as fast as it is."""
+
+    def __str__(self) -> str:
+        return f"{self.path} in {self.engine}" + (f", {self.activations}" if self.activations else "")
+
+
+class Machine(Part, frozen=True):
+    """What can be reached at most, measured in the same run."""
+
+    device: str
+    threads: Count
+    cores: Count | None
+    """That the system has; None where it does not say."""
+    bandwidth: Spread
+    """Bytes of a large buffer that are read in a second."""
+    arithmetic: dict[str, Spread]
+    """Operations in a second of a product of square matrices, by their dtype."""
+
+
+class SpeedConditions(Part, frozen=True):
+    """How speed was measured."""
+
+    machine: Machine
+    tokens: Count
+    """That were decoded."""
+    repeats: Count
+    in_turn: bool
+    """Whether all were in memory at once, and took turns; else one after another, each with all of its repeats."""
+    reference_path: str | None = None
+
+
+class Speeds(SpeedConditions, frozen=True):
+    """Models in engines, in one run."""
+
+    schema_version: int = SCHEMA
+    models: list[Runtime]
+    reference: list[Runtime]
+    """The original."""
+    failed: dict[str, str] = {}
+    """Models in engines that did not run them, and why."""
+    left_out: dict[str, str] = {}
+    """Engines that were not asked, and why."""
+    warnings: list[str] = []
+
+
+class SpeedRecord(SpeedConditions, frozen=True):
+    """One model of these, for the report beside it."""
+
+    models: list[Runtime]
+    """The model in each engine."""
+    reference: list[Runtime]
+
+
 class Versioned(Part, frozen=True):
     """What every report.json says of itself."""
 
@@ -665,6 +790,8 @@ class Measurements(Versioned, frozen=True):
     foreign_suites: SuiteRecord | None = None
     tasks: TaskRecord | None = None
     foreign_tasks: TaskRecord | None = None
+    speed: SpeedRecord | None = None
+    """How fast it was, and why, where that was asked to be put here."""
 
 
 class CacheRecord(Measurements, frozen=True):

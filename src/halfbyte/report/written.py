@@ -15,7 +15,7 @@ from halfbyte.report.numbers import require_finite
 from halfbyte.report.types import SCHEMA, CacheRecord, CacheReport, EvaluationRecord, Measurements, Origin, Report
 
 CONDITIONS = ("reference_path", "reference_xxh3_128", "text", "windows", "length", "convention", "tokens_sha256")
-MEASURED = ("evaluation", "evaluations", "states", "needle", "blame", "suites", "tasks")
+MEASURED = ("evaluation", "evaluations", "states", "needle", "blame", "suites", "tasks", "speed")
 MEASURED += tuple(f"foreign_{name}" for name in ("states", "needle", "suites", "tasks"))
 
 

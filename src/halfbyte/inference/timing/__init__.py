@@ -1,0 +1,1 @@
+"""How fast is it, and why? Each engine in a process of its own."""
