@@ -3,6 +3,7 @@ whole process; and what the embedded model loses when it is quantized there and 
 
     python benchmarks/gpu.py
 
+Products with packed weights are measured by gpu_products.py.
 `read and written` is the floor of a run without calibration: the same bytes through the same reader and writer.
 """
 
