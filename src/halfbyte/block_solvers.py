@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.devices import release
+from halfbyte.devices import HELD_BYTES, release
 from halfbyte.grids.activations import ActivationStats
 from halfbyte.grids.grid import Grid
 from halfbyte.grids.quantized import Quantized, Scheme
@@ -119,7 +119,7 @@ class BlockTask:
         if walk.full_inputs is not None and walk.full_outputs is None:
             outputs = walk.full_outputs = walk.full_inputs.fork()
         statistics = walk.fitting(lambda: collect(self.block, wanted, walk.inputs, walk.full_inputs, outputs))
-        release(walk.device)
+        release(walk.device, HELD_BYTES)
         return statistics
 
 

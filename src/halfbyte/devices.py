@@ -199,15 +199,16 @@ def wait(device: "torch.device") -> None:
 
 
 HELD_BYTES = 200 << 20
-"""What the C library may hold: every page that goes back is filled with zeros when it is asked for again."""
+"""What the C library may hold between two blocks: every page that goes back is filled with zeros when it is asked for
+again."""
 
 
-def release(device: "torch.device") -> None:
-    """Give memory back that is held and not used: torch's of a GPU; the C library's of the system's, where it is
-    much."""
+def release(device: "torch.device", beyond: int = 0) -> None:
+    """Give memory back that is held and not used: torch's of a GPU; the C library's of the system's, where it is more
+    than so many bytes."""
     if not kind_of(device).is_host:
         _module(device.type).empty_cache()
-    elif (trim := _trim()) and _held_bytes() > HELD_BYTES:
+    elif (trim := _trim()) and _held_bytes() > beyond:
         trim(0)
 
 

@@ -226,6 +226,8 @@ def test_one_file_that_asks_for_nothing(home):
 def test_refused(home, monkeypatch):
     tiny.refused(tiny.halfbyte("report", home / "model"), "report.json", "halfbyte quantize")
     tiny.refused(tiny.halfbyte("report", home / "four", "-o", home / "report.html"), "exists", "--overwrite")
+    again = tiny.halfbyte("report", home / "four", "-o", home / "report.html", "--overwrite", "--quiet")
+    assert (again.code, again.out) == (0, "")
     tiny.refused(tiny.halfbyte("report", home / "four", "-o", home / "model"), "is a folder")
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
     tiny.refused(tiny.halfbyte("report", home / "four", "-o", home / "new.html"), "halfbyte[report]")

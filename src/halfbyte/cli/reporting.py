@@ -67,6 +67,7 @@ def report(
         typer.Option("--for", help="ENGINE or ENGINE@DEVICE that the page's plan is for.", show_default="what is here"),
     ] = None,
     overwrite: Overwrite = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show any number of runs on one page, which needs no network: size against loss, and where each lost it.
@@ -82,7 +83,7 @@ def report(
     written = output.expanduser().stat().st_size
     if as_json:
         print_json(Page(path=str(output), runs=runs, size_bytes=written))
-    else:
+    elif not quiet:
         out.print(f"{output}: {plural(len(runs), 'run')} on one page, {size(written)}")
 
 

@@ -57,10 +57,13 @@ def choose_scales(
         return plain
     tried = torch.stack([storage.load(c, levels.unit) for c in candidates], -1)
     wq, qq = moments(tried)
-    suited = storage.store(torch.where(qq > 0, wq / qq, tried) / levels.unit)
-    stored = torch.stack([c["scale"] for c in candidates], -1) if suited is None else suited
-    scale = tried if suited is None else suited.float() * levels.unit
-    gain, which = (scale * (2 * wq - scale * qq)).max(-1, keepdim=True)
+    if isinstance(storage, Number):  # any number can be stored: for the levels that a tried one gives, the best
+        stored = storage.store(torch.where(qq > 0, wq / qq, tried) / levels.unit)
+        scale = stored.float() * levels.unit
+    else:
+        stored, scale = torch.stack([c["scale"] for c in candidates], -1), tried
+    # In place, since of groups of 16 each of these takes two bytes for every weight.
+    gain, which = wq.mul_(2).sub_(qq.mul_(scale)).mul_(scale).max(-1, keepdim=True)
     chosen = torch.where(gain > 0, stored.gather(-1, which), plain["scale"][..., None])
     return {**plain, "scale": chosen.squeeze(-1)}
 

@@ -79,10 +79,6 @@ class Searched(Storage):
     def tried(self, plain: Params) -> list[Params]:
         """What a search may take in place of the plain ones, those among them first."""
 
-    def store(self, scale: Float32[Tensor, "*shape"]) -> Tensor | None:
-        """The nearest scale that is stored; None where only those tried are."""
-        return None
-
 
 @dataclass(frozen=True)
 class Number(Searched):

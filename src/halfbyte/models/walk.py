@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from halfbyte.devices import release
+from halfbyte.devices import HELD_BYTES, release
 from halfbyte.errors import BadCheckpoint, OutOfMemory, Unsupported
 from halfbyte.models import filling, kv, mapping, roles, skeleton
 from halfbyte.models.ahead import ReadAhead
@@ -125,7 +125,7 @@ class Walk:
                 if self.to_the_end or not last:
                     self.advance(block)
                 block.free()
-                release(self.device)
+                release(self.device, HELD_BYTES)
         finally:
             self.source.close()
 
