@@ -28,6 +28,8 @@ from halfbyte.inference.types import FinishReason
 
 CACHES = ("past_key_values", "cache_params", "state")
 """What families call the cache that they return and take."""
+PLACES = {"attention_mask", "position_ids"}
+"""What they call which tokens are seen, and where they stand."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -56,15 +58,17 @@ class Forward:
         self._name = next((name for name in CACHES if name in parameters), None)
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.device: torch.device = model.get_input_embeddings().weight.device
+        self.takes_places = PLACES <= parameters.keys() and self._name == CACHES[0]
+        """Whether it may be told which tokens it sees, and where they stand."""
 
     @torch.inference_mode()
     def __call__(
-        self, ids: Int64[Tensor, "batch tokens"], cache: Any = None
+        self, ids: Int64[Tensor, "batch tokens"], cache: Any = None, **places: Tensor
     ) -> tuple[Shaped[Tensor, "batch vocabulary"], Any]:
         """Logits of the token that follows these in each sequence, and the cache with them; `cache` is used up."""
         if self._name is None:
             ids = ids if cache is None else torch.cat([cache, ids], 1)
-        given = {self._name: cache} if self._name and cache is not None else {}
+        given = places | ({self._name: cache} if self._name and cache is not None else {})
         output = self._model(input_ids=ids, use_cache=self._name is not None, return_dict=True, **given, **self._last)
         return output.logits[:, -1], output.get(self._name) if self._name else ids
 
@@ -73,7 +77,7 @@ class CachedSequence:
     """Tokens that a model has read, and its cache of them."""
 
     def __init__(self, model: Any):
-        self._forward = Forward(model)
+        self.forward = Forward(model)
         self.clear()
 
     def clear(self) -> None:
@@ -109,13 +113,28 @@ class CachedSequence:
             type(layer) is DynamicLayer or len(self.tokens) < layer.sliding_window for layer in self._layers
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the cache is keys and values of all tokens, of a model that is told where they stand."""
+        return bool(self.forward.takes_places and self.tokens) and all(type(of) is DynamicLayer for of in self._layers)
+
+    def lend(self) -> tuple[list[int], Any]:
+        """The tokens and their cache, for somebody who reads on. Until it is given back nothing is here, as an
+        interrupted pass leaves half a cache."""
+        lent = self.tokens, self._cache
+        self.clear()
+        return lent
+
+    def give_back(self, tokens: list[int], cache: Any) -> None:
+        """The same with what was read."""
+        self.tokens, self._cache = tokens, cache
+
     @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> Float32[Tensor, " vocabulary"]:
         """Logits of the token that follows these, which follow those that were read."""
-        before, self.tokens = self.tokens, []  # until all layers have them: an interrupted pass leaves half a cache
-        cache, self._cache = self._cache, None
-        logits, self._cache = self._forward(torch.tensor([list(tokens)], device=self._forward.device), cache)
-        self.tokens = [*before, *tokens]
+        before, cache = self.lend()
+        logits, cache = self.forward(torch.tensor([list(tokens)], device=self.forward.device), cache)
+        self.give_back([*before, *tokens], cache)
         return logits[0].float()
 
 
@@ -129,10 +148,12 @@ class Generation(Iterator[Piece]):
         that the model cannot read."""
         _require_readable(answering, tokens)
         self._answering, self.sampling = answering, sampling
-        self._sequence = sequence or CachedSequence(answering.model)
-        self.reused_tokens = self._sequence.keep_prefix(tokens)
+        self.sequence = sequence or CachedSequence(answering.model)
+        """What was read."""
+        self.reused_tokens = self.sequence.keep_prefix(tokens)
         """Of the prompt, that were in the cache."""
-        self._next = list(tokens[self.reused_tokens :])
+        self.pending = list(tokens[self.reused_tokens :])
+        """What is to be read next."""
         self._text = TextStream(answering.tokenizer, tokens, sampling.stop)
         self._processors = _processors(sampling)
         device = answering.device
@@ -152,7 +173,10 @@ class Generation(Iterator[Piece]):
         if self.finish_reason or self._is_closed:
             raise StopIteration
         started = time.perf_counter()
-        logits = self._sequence.read(self._next)
+        return self.take(self.sequence.read(self.pending), started)
+
+    def take(self, logits: Float32[Tensor, " vocabulary"], started: float) -> Piece:
+        """The next token, where `pending` was read for these logits since then (`time.perf_counter`)."""
         token = self._chosen(logits)
         devices.wait(self._answering.device)
         took = time.perf_counter() - started
@@ -161,13 +185,13 @@ class Generation(Iterator[Piece]):
         else:
             self.prefill_seconds = took
         self.completion_tokens += 1
-        self._next = [token]
+        self.pending = [token]
         return Piece(self._said(token), (token,), self._logprobs(logits, token))
 
     def close(self) -> None:
         """End here, and free the cache, unless it is somebody else's."""
         self._is_closed = True
-        self._sequence = CachedSequence(self._answering.model)
+        self.sequence = CachedSequence(self._answering.model)
 
     def _said(self, token: int) -> str:
         """The text that this token completes, and whether it is the last."""

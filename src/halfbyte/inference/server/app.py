@@ -128,7 +128,8 @@ class Api:
     async def _answer(
         self, http: Http, asked: Asked, response: Response, tokens: Callable[[], list[int]]
     ) -> HttpResponse:
-        exchange = Exchange(http, self.answering.ends, self.names, self.log)
+        paths = {str(self.answering.checkpoint.path): self.name}
+        exchange = Exchange(http, self.answering.ends, self.names, paths, self.log)
         try:
             sampling = self.sampling(asked.sampling)
         except BadRequest as error:
@@ -164,12 +165,15 @@ def _require_room(tokens: list[int], most: int | None, context: int) -> None:
 async def _body(http: Http, most: int) -> bytes:
     """All of it. Raises Refusal for one that is too long, or takes too long."""
     body = bytearray()
+    long = Refusal(413, f"the body has more than {most} bytes, which is all that is read here")
+    if int(http.headers.get("content-length", 0)) > most:  # which the server of HTTP has looked at
+        raise long
     try:
         async with asyncio.timeout(SECONDS):
             async for chunk in http.stream():
                 body += chunk
                 if len(body) > most:
-                    raise Refusal(413, f"the body has more than {most} bytes, which is all that is read here")
+                    raise long
     except TimeoutError:
         raise Refusal(408, f"the body did not come within {SECONDS} s") from None
     except ClientDisconnect:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Container, Coroutine
+from collections.abc import AsyncIterator, Callable, Container, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -31,8 +31,16 @@ class TooLong(BadRequest):
 class Exchange:
     """One request and its answer, as the thread of the model tells of it."""
 
-    def __init__(self, http: Http, ends: Container[int], names: TokenNames, log: Callable[[str], None]):
-        self._http, self._ends, self._names, self._log_line = http, ends, names, log
+    def __init__(
+        self,
+        http: Http,
+        ends: Container[int],
+        names: TokenNames,
+        paths: Mapping[str, str],
+        log: Callable[[str], None],
+    ):
+        """`paths` of this machine are told to no client, but names in their place."""
+        self._http, self._ends, self._names, self._paths, self._log_line = http, ends, names, paths, log
         self._began = time.perf_counter()
         self._events: asyncio.Queue[Accepted | Said | Done | HalfbyteError] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -48,12 +56,15 @@ class Exchange:
 
     def refusal(self, error: HalfbyteError) -> Refusal:
         """As a client reads it, and a line of the log."""
+        reason = str(error)
+        for path, name in self._paths.items():
+            reason = reason.replace(path, name)
         if isinstance(error, Busy | Stopped):
-            made = Refusal(503, str(error), code="overloaded", headers={"Retry-After": str(RETRY)})
+            made = Refusal(503, reason, code="overloaded", headers={"Retry-After": str(RETRY)})
         elif isinstance(error, TooLong):
-            made = Refusal(400, str(error), code="context_length_exceeded")
+            made = Refusal(400, reason, code="context_length_exceeded")
         else:
-            made = Refusal(400 if isinstance(error, BadRequest) else 500, str(error))
+            made = Refusal(400 if isinstance(error, BadRequest) else 500, reason)
         self._log(made.status, str(error))
         return made
 

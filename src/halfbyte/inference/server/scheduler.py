@@ -1,15 +1,18 @@
-"""Who runs the model when: one thread, in which several answers take turns, one forward pass each."""
+"""Who runs the model when: one thread, in which several answers go on side by side, a token each in turn."""
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference.generation import Generation, Piece
 from halfbyte.inference.model import Answering
 from halfbyte.inference.sampling import Sampling
+from halfbyte.inference.together import read_together, reads_together
 from halfbyte.inference.types import FinishReason
 
 
@@ -71,7 +74,7 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
-        self._is_stopped = False
+        self._is_stopped = self._reads_together = False
 
     @property
     def running(self) -> int:
@@ -111,11 +114,11 @@ class Scheduler:
     def run(self) -> None:
         """Until `stop`, in a thread that does nothing else."""
         try:
+            self._reads_together = self._slots > 1 and reads_together(self._answering)
             while self._wait():
                 self._admit()
                 self._fill()
-                for job in self._running:
-                    self._step(job)
+                self._step([job for job in self._running if job.generation and not job.is_dropped])
         finally:
             self.stop()
             for job in self._jobs:
@@ -147,18 +150,31 @@ class Scheduler:
         while self._waiting and len(self._running) < self._slots:
             self._running.append(self._waiting.popleft())
 
-    def _step(self, job: Job) -> None:
-        """One turn."""
+    def _step(self, jobs: Sequence[Job]) -> None:
+        """One turn of each: prompts by themselves, and answers together, where the model does that."""
+        generations = {job: job.generation for job in jobs if job.generation}
+        joined = [job for job, of in generations.items() if len(of.pending) == 1 and of.sequence.is_plain]
+        if not self._reads_together or len(joined) == 1:
+            joined = []
+        for job in [job for job in generations if job not in joined]:
+            self._take(job, generations[job].__next__)
+        if joined:
+            started = time.perf_counter()
+            of = [generations[job] for job in joined]
+            logits = read_together(self._answering, [one.sequence for one in of], [one.pending[0] for one in of])
+            for job, row in zip(joined, logits, strict=True):
+                self._take(job, partial(generations[job].take, row, started))
+
+    def _take(self, job: Job, taken: Callable[[], Piece]) -> None:
+        """Tell what a turn adds, and the end."""
         generation = job.generation
-        if generation is None or job.is_dropped:
-            return
         try:
-            job.tell(next(generation))
+            job.tell(taken())
         except HalfbyteError as error:
             job.tell(error)
             job.drop()
             return
-        if generation.finish_reason:
+        if generation is not None and generation.finish_reason:
             seconds = generation.prefill_seconds + generation.decode_seconds
             counts = generation.prompt_tokens, generation.completion_tokens
             job.tell(Done(generation.finish_reason, *counts, seconds))
