@@ -58,7 +58,7 @@ class Forward:
         self._name = next((name for name in CACHES if name in parameters), None)
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.device: torch.device = model.get_input_embeddings().weight.device
-        self.takes_places = PLACES <= parameters.keys() and self._name == CACHES[0]
+        self.takes_places = parameters.keys() >= PLACES and self._name == CACHES[0]
         """Whether it may be told which tokens it sees, and where they stand."""
 
     @torch.inference_mode()
