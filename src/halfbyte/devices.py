@@ -168,11 +168,13 @@ def entered(device: "torch.device") -> AbstractContextManager:
     return nullcontext() if kind_of(device).is_host else _module(device.type).device(device)
 
 
+@cache
 def multiprocessors(device: "torch.device") -> int:
     """Of a GPU; what runs a GPU's kernels without one has one."""
     return 1 if kind_of(device).is_host else _module(device.type).get_device_properties(device).multi_processor_count
 
 
+@cache
 def has_capability(device: "torch.device", *least: int) -> bool:
     """Whether it is a GPU that Triton has kernels for, of this compute capability or a later one."""
     return kind_of(device).kernels == "gpu" and _module(device.type).get_device_capability(device) >= least

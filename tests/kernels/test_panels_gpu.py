@@ -26,6 +26,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """As if it were a GPU, what runs its kernels."""
+    from halfbyte.kernels.gpu import panels
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(panels, "has_capability", lambda *_: True)
+
+
 def product(x: torch.Tensor, packed: Panels, bias: torch.Tensor | None = None) -> torch.Tensor:
     """By the kernels for GPUs, wherever they run."""
     from halfbyte.kernels.gpu.panels import product
@@ -93,10 +102,10 @@ def test_sizes_that_panels_do_not_divide(name, out, width):
         assert off(product(x, packed), x, q) < 1e-6
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_parts_of_a_row_are_added_up_in_a_fixed_order(tokens):
-    q, packed = paneled("int4-g32", 16, 2048)
-    x, bias = activations(tokens, 2048, torch.float16), torch.linspace(-1, 1, 16).half()
+@pytest.mark.parametrize(("tokens", "width"), [(0, 512), (1, 2048), (5, 512)])
+def test_parts_of_a_row_are_added_up_in_a_fixed_order(tokens, width):
+    q, packed = paneled("int4-g32", 16, width)
+    x, bias = activations(tokens, width, torch.float16), torch.linspace(-1, 1, 16).half()
     found = product(x, packed, bias)
     assert torch.equal(found, product(x, packed, bias))
     assert found.shape == (tokens, 16)
@@ -124,11 +133,13 @@ def test_sorted_columns_are_put_in_order():
         assert off(product(x, packed), x, q) < 1e-6
 
 
-def test_activations_of_64_bits_are_left_to_the_reference():
-    from halfbyte.kernels.gpu.panels import product
+def test_activations_of_64_bits_and_older_gpus_are_left_to_the_reference(monkeypatch):
+    from halfbyte.kernels.gpu import panels
 
     _, packed = paneled("int4-g32", 16, 32)
-    assert product(activations(1, 32, torch.float64), packed, None, "exact") is NotImplemented
+    assert panels.product(activations(1, 32, torch.float64), packed, None, "exact") is NotImplemented
+    monkeypatch.setattr(panels, "has_capability", lambda *_: False)
+    assert panels.product(activations(1, 32, torch.float32), packed, None, "exact") is NotImplemented
 
 
 def test_the_reference_runs_where_triton_has_no_compiler(monkeypatch):

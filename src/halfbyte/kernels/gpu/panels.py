@@ -58,8 +58,9 @@ def worth_making(like: Tensor) -> bool:
 def product(
     x: Float[Tensor, "tokens in"], panels: Panels, bias: Float[Tensor, " out"] | None, activations: Activations
 ) -> Float[Tensor, "tokens out"] | NotImplementedType:
-    """As `kernels.panels.product`, of activations as they are; NotImplemented for those of 64 bits."""
-    if x.dtype not in DTYPES:
+    """As `kernels.panels.product`, of activations as they are; NotImplemented for those of 64 bits, and on GPUs that
+    panels are not made for."""
+    if x.dtype not in DTYPES or not worth_making(x):
         return NotImplemented
     if "order" in panels.tensors:
         x = x[:, panels.tensors["order"]]
