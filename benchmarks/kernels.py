@@ -15,15 +15,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import get_args
 
 import torch
 from measure import machine
 from torch.nn import functional
 
 from halfbyte import grids
+from halfbyte.formats import Activations
 from halfbyte.grids.quantized import Quantized
 from halfbyte.kernels.cpu.panels import arithmetic, target
-from halfbyte.kernels.panels import ACTIVATIONS, Activations, Panels, product
+from halfbyte.kernels.panels import Panels, product
 
 SIDE = 4096
 COLD = 256 << 20
@@ -72,7 +74,7 @@ def rows(name: str, bandwidth: float, repeats: int) -> Iterator[str]:
         for _ in range(int(COLD // n_bytes) + 1)
     ]
     ways: dict[str, Activations] = {}
-    for activations in ACTIVATIONS:
+    for activations in get_args(Activations):
         ways.setdefault(arithmetic(packed.form.levels, torch.bfloat16, activations, here), activations)
     for how, activations in ways.items():
         calls = [multiplied_by(p, activations) for p in copies]

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from halfbyte.kernels.panels import Activations
+    from halfbyte.formats import Activations
 
 SAMPLING = f"{sentence('source', Calibration)} Or a Calibration: {', '.join(Calibration.model_fields)}."
 SEVERAL = "One, or a list."
@@ -568,6 +568,7 @@ def generate(
     stop: str | Sequence[str] | None = None,
     context: int | None = None,
     dtype: str | None = None,
+    activations: "Activations" = "exact",
     device: str = AUTO,
     said: Callable[[str], None] | None = None,
 ) -> Answer:
@@ -589,7 +590,7 @@ def generate(
     from halfbyte.inference.answer import answer  # needs the model's code
     from halfbyte.inference.model import Answering
 
-    opened = Answering.open(model, device, dtype, context, raw)
+    opened = Answering.open(model, device, dtype, context, raw, activations)
     return answer(opened, prompt, opened.sampling(words), system, said)
 
 

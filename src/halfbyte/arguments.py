@@ -167,6 +167,11 @@ class Talking(Entries, frozen=True):
     dtype: str | None = Field(
         None, description=f"What the model computes in: {', '.join(DTYPES)}; by default what it was made in."
     )
+    activations: str = Field(
+        "exact",
+        description="What packed weights are multiplied by on a CPU: activations as they are (exact), or rounded to 8 "
+        "bits in groups of 32 (int8), which is faster and loses a little.",
+    )
     compare: str | None = Field(
         None, description="The original, which answers too; the first token at which both part is marked."
     )

@@ -7,7 +7,7 @@ rows; to add a scalar format whose levels and scales are known: one line in SCAL
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from halfbyte.errors import BadRequest, UnknownName
 
@@ -202,6 +202,10 @@ BLOCK_ACTIVATIONS = ("mxfp8-e4m3", "mxfp4", "nvfp4", "llm-int8")
 CACHE_ALIASES = {"fp8": "fp8-e4m3-static", "fp8-e4m3": "fp8-e4m3-static", "int8": "int8-token", "int4": "int4-g32"}
 GGML_CACHES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """KV caches of llama.cpp's own."""
+Activations = Literal["exact", "int8"]
+MULTIPLIED: tuple[Activations, ...] = ("exact", "int8")
+"""What packed weights are multiplied by as a model runs: activations as they are, or rounded to 8 bits in groups of 32,
+as llama.cpp does."""
 DTYPES = ("bfloat16", "float16", "float32")
 """What a model is in that is not quantized, as torch calls it."""
 

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_map_only
 
 from halfbyte.devices import device_named, kind_of, multiplies_float8
 from halfbyte.errors import UnknownName
+from halfbyte.formats import MULTIPLIED, Activations
 from halfbyte.grids.activations import FLOATS, ActivationGrid, ActivationQuant, ScaledActivations
 from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import PackedMatrix, Quantized
 from halfbyte.grids.scalar import ScalarGrid, is_integer
-from halfbyte.kernels.panels import ACTIVATIONS, Activations, Panels, product, worth_making
+from halfbyte.kernels.panels import Panels, product, worth_making
 from halfbyte.kernels.products import float8_product, int8_product
 from halfbyte.models import filling, kv, mapping, skeleton
 from halfbyte.models.checkpoint import Checkpoint
@@ -243,8 +244,8 @@ def load(
     and on CPUs without AVX512_BF16, and loses a little.
     Raises HalfbyteError.
     """
-    if activations not in ACTIVATIONS:
-        raise UnknownName("way to take activations", activations, ACTIVATIONS)
+    if activations not in MULTIPLIED:
+        raise UnknownName("way to take activations", activations, MULTIPLIED)
     where = device_named(str(device))
     if isinstance(dtype, str) and dtype not in DTYPE_NAMES:
         raise UnknownName("dtype", dtype, DTYPE_NAMES)

@@ -6,9 +6,21 @@ All are checked before torch is imported, which takes seconds: the tables that a
 import re
 from importlib import import_module
 from pathlib import Path
+from typing import cast
 
 from halfbyte.errors import BadRequest, UnknownName
-from halfbyte.formats import ALIASES, DTYPES, KQUANTS, LATTICES, PATTERNS, SCALARS, SCHEMES, require_activations
+from halfbyte.formats import (
+    ALIASES,
+    DTYPES,
+    KQUANTS,
+    LATTICES,
+    MULTIPLIED,
+    PATTERNS,
+    SCALARS,
+    SCHEMES,
+    Activations,
+    require_activations,
+)
 from halfbyte.recipe import PARTS
 from halfbyte.registry import CONTAINERS as FOLDERS
 from halfbyte.registry import FORMS, READ_ONLY
@@ -72,6 +84,13 @@ def require_plain(to: str | None, dtype: str | None) -> None:
         raise BadRequest(f"16 bits are written as {' or '.join(PLAIN)}, not as {to}")
     if dtype is not None:
         require_dtype(dtype)
+
+
+def require_multiplied(name: str) -> Activations:
+    """Raise UnknownName for what activations are not multiplied as."""
+    if name not in MULTIPLIED:
+        raise UnknownName("way to take activations", name, MULTIPLIED)
+    return cast(Activations, name)
 
 
 def require_dtype(name: str) -> str:

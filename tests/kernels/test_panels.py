@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from halfbyte.formats import KQUANTS, LATTICES, SCALARS
+from halfbyte.formats import KQUANTS, LATTICES, SCALARS, Activations
 from halfbyte.grids import parse
 from halfbyte.grids.actorder import ActOrderGrid
 from halfbyte.grids.lattice import LATTICE_GRIDS
@@ -14,7 +14,7 @@ from halfbyte.grids.scalar import SCALAR_GRIDS
 from halfbyte.kernels import choose
 from halfbyte.kernels.cpu import native, panels
 from halfbyte.kernels.cpu.emit import Target
-from halfbyte.kernels.panels import Activations, Panels, product
+from halfbyte.kernels.panels import Panels, product
 
 WITHOUT = {"tq1_0"}
 """In panels these take over a tenth more than in their file."""

@@ -19,6 +19,7 @@ from halfbyte.cli.output import err, out
 from halfbyte.devices import KINDS, kind_of, title
 from halfbyte.errors import BadRequest
 from halfbyte.evaluation import vocabulary
+from halfbyte.formats import Activations
 from halfbyte.inference.conversation import Conversation, Turn, parts_at
 from halfbyte.inference.model import Answering
 from halfbyte.inference.sampling import LARGEST_SEED, Sampling
@@ -74,6 +75,7 @@ class Dialogue:
         context: int | None,
         words: dict[str, Any],
         dtype: str | None,
+        activations: Activations,
         device: str,
         quiet: bool,
     ) -> Dialogue:
@@ -81,7 +83,7 @@ class Dialogue:
         models = []
         for path in paths:
             with err.status(f"loading {plain(path)}"):
-                models.append(Answering.open(path, device, dtype, context, raw))
+                models.append(Answering.open(path, device, dtype, context, raw, activations))
         sampling = models[-1].sampling(words)
         if len(models) > 1:
             if odd := vocabulary.difference(*(model.checkpoint for model in models)):

@@ -12,9 +12,10 @@ from halfbyte.cli.options import Device, Json, Quiet, count, option, require_loc
 from halfbyte.cli.output import err, out, print_json
 from halfbyte.devices import AUTO
 from halfbyte.errors import BadRequest
+from halfbyte.formats import MULTIPLIED
 from halfbyte.inference.sampling import Sampling
 from halfbyte.terminal import JOINERS, plain
-from halfbyte.words import DTYPES, require_dtype
+from halfbyte.words import DTYPES, require_dtype, require_multiplied
 
 Drawing = Annotated[
     Words,
@@ -31,6 +32,9 @@ Context = Annotated[int | None, count(Talking, "context")]
 Dtype = Annotated[
     str | None, option(Talking, "dtype", values=DTYPES, callback=lambda dtype: dtype and require_dtype(dtype))
 ]
+Activations = Annotated[
+    str, option(Talking, "activations", values=MULTIPLIED, callback=lambda name: require_multiplied(name))
+]
 STDIN = "-"
 
 
@@ -44,6 +48,7 @@ def chat(
     *,
     drawing: Drawing,
     dtype: Dtype = None,
+    activations: Activations = "exact",
     device: Device = AUTO,
     quiet: Quiet = False,
 ) -> None:
@@ -58,7 +63,8 @@ def chat(
     require_located(*filter(None, (model, compare)))
     from halfbyte.cli.dialogue import Dialogue  # needs torch
 
-    Dialogue.begun([*filter(None, (compare, model))], system, raw, context, drawing, dtype, device, quiet).run()
+    paths = [*filter(None, (compare, model))]
+    Dialogue.begun(paths, system, raw, context, drawing, dtype, require_multiplied(activations), device, quiet).run()
 
 
 @grouped
@@ -71,6 +77,7 @@ def run(
     *,
     drawing: Drawing,
     dtype: Dtype = None,
+    activations: Activations = "exact",
     device: Device = AUTO,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -92,7 +99,7 @@ def run(
     from halfbyte.inference.model import Answering
 
     with err.status(f"loading {model}"):
-        opened = Answering.open(model, device, dtype, context, raw)
+        opened = Answering.open(model, device, dtype, context, raw, require_multiplied(activations))
     sampling = opened.sampling(drawing)
     if not (quiet or as_json):
         err.print(display.opened(opened, sampling), highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from halfbyte import nn
 from halfbyte.devices import AUTO, device_named
 from halfbyte.errors import BadCheckpoint, BadRequest, UnknownName
 from halfbyte.evaluation.whole import require_answers
+from halfbyte.formats import Activations
 from halfbyte.inference.memory import context_within
 from halfbyte.inference.sampling import Sampling
 from halfbyte.models import calibrate, chats
@@ -51,6 +52,7 @@ class Answering:
         dtype: str | None = None,
         context: int | None = None,
         raw: bool = False,
+        activations: Activations = "exact",
         sequences: int = 1,
     ) -> "Answering":
         """A checkpoint of any kind that is read. `context`: tokens that there is to be memory for in each of so many
@@ -69,7 +71,7 @@ class Answering:
         tokenizer = calibrate.tokenizer_of(checkpoint)
         computes_in = DTYPE_NAMES[dtype] if dtype else checkpoint.unquantized_dtype
         room, warnings = context_within(checkpoint, computes_in, where, context, sequences)
-        model = nn.built(checkpoint, computes_in, where)
+        model = nn.built(checkpoint, computes_in, where, activations)
         nn.ready_to_answer(model, checkpoint, where)
         template = None if raw else chats.template_of(tokenizer)
         renderer = chats.Renderer(tokenizer) if template else None

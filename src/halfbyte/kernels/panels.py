@@ -12,13 +12,14 @@ One scale for `group` in-features, one `d` for 256. What is not there is left ou
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from halfbyte.formats import Activations
 from halfbyte.kernels import planes
 from halfbyte.kernels.choose import faster
 from halfbyte.kernels.levels import Even, Levels, table_of, values_of
@@ -30,9 +31,6 @@ STRIDE = 4
 """In-features whose codes are the bytes of a word."""
 ORDER = (0, 2, 1, 3)
 """Which in-feature of four each byte of a word is of."""
-Activations = Literal["exact", "int8"]
-ACTIVATIONS = ("exact", "int8")
-"""What is multiplied: activations as they are, or rounded to 8 bits in groups of 32, as llama.cpp does."""
 
 
 class Operands(NamedTuple):
