@@ -15,13 +15,13 @@ from halfbyte.devices import AUTO, device_named, kind_of, title
 from halfbyte.engines.engines import OURS
 from halfbyte.errors import BadRequest, UnknownName, Unsupported
 from halfbyte.evaluation.whole import require_answers
+from halfbyte.formats import MULTIPLIED
 from halfbyte.inference.memory import UNLIMITED, context_within
 from halfbyte.inference.timing.engines import HOMES, TimedEngine, chosen, why_not
 from halfbyte.inference.timing.figures import Costs, pace, spread
 from halfbyte.inference.timing.load import Load, Seconds
 from halfbyte.inference.timing.process import EngineFailed, EngineProcess, started
 from halfbyte.inference.timing.reasons import Facts, of_the_run, reasons
-from halfbyte.kernels.panels import ACTIVATIONS
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.progress import Progress
@@ -51,8 +51,8 @@ class Asked:
 
     def __post_init__(self) -> None:
         for way in self.activations:
-            if way not in ACTIVATIONS:
-                raise UnknownName("way to take activations", way, ACTIVATIONS)
+            if way not in MULTIPLIED:
+                raise UnknownName("way to take activations", way, MULTIPLIED)
 
     @property
     def loads(self) -> list[Load]:
