@@ -4,13 +4,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from halfbyte import nn
 from halfbyte.devices import AUTO, device_named, kind_of, title
 from halfbyte.engines.engines import OURS
 from halfbyte.errors import BadRequest, UnknownName, Unsupported
@@ -25,11 +25,14 @@ from halfbyte.inference.timing.reasons import Facts, of_the_run, reasons
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.progress import Progress
+from halfbyte.report.inspect import stored
 from halfbyte.report.types import Machine, Pace, Products, Runtime, Speeds
 from halfbyte.surroundings import of_the_user
 
 SHARE = 0.8
-"""Of the free memory that all models may take together, decoded to 16 bits; else they are timed one after another."""
+"""Of the free memory that all models may take together; else they are timed one after another."""
+LIBRARIES = 500_000_000
+"""Bytes that torch and Transformers take in a process."""
 WARMING = 4
 """Tokens that are decoded before anything is timed."""
 MACHINE = "halfbyte.inference.timing.machine:InTorch"
@@ -100,7 +103,7 @@ class Contestant:
                 self.failed = str(again)
 
     def _start(self, stack: ExitStack, threads: int, loads: Sequence[Load], opening: Mapping[str, Any]) -> None:
-        is_ours = self.row.package == HOMES[OURS].package
+        is_ours = self.engine == OURS
         environment = (os.environ if is_ours else of_the_user()) | ENVIRONMENT
         self.process = stack.enter_context(started(self.row.home, is_ours, threads, environment))
         self.opened = self.process.call("open", path=str(self.checkpoint.path), threads=threads, **opening)
@@ -220,11 +223,14 @@ def _rounds(group: Sequence[Contestant], asked: Asked) -> Iterator[tuple[str, in
 
 def _fit_together(contestants: Sequence[Contestant], device: str) -> bool:
     where = device_named(device)
-    decoded = (
-        sum(prod(shape) for shape in one.checkpoint.tensors().values()) * one.checkpoint.unquantized_dtype.itemsize
-        for one in contestants
-    )
-    return sum(decoded) <= SHARE * kind_of(where).free_bytes(where)
+    return sum(map(_needed, contestants)) <= SHARE * kind_of(where).free_bytes(where)
+
+
+def _needed(one: Contestant) -> int:
+    """Bytes of its weights in memory, and of its libraries."""
+    if one.engine == OURS:
+        return LIBRARIES + nn.loaded_bytes(one.checkpoint, one.checkpoint.unquantized_dtype)
+    return LIBRARIES + sum(tensor.size_bytes for tensor in stored(one.checkpoint))
 
 
 def _speeds(
