@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+import transformers
 
 import halfbyte
 import tiny
@@ -139,25 +140,17 @@ def test_engines_by_name_are_those_that_have_a_home():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     pytest.importorskip("llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
-    home = tmp_path_factory.mktemp("bench")
-    for name, words in (("int4", {"grid": "int4-g128"}), ("model.gguf", {"grid": "Q4_0"})):
-        halfbyte.quantize(demo.MODEL, home / name, method="nearest", **words)
-    result = halfbyte.bench(
-        [home / "int4", home / "model.gguf"], demo.MODEL, tokens=3, prompt=8, batch=[1, 2], repeats=2, card=True
-    )
-    return home, result
+    gguf = tmp_path_factory.mktemp("bench") / "model.gguf"
+    halfbyte.quantize(demo.MODEL, gguf, method="nearest", grid="Q4_0")
+    return gguf, halfbyte.bench(gguf, demo.MODEL, tokens=3, prompt=8, batch=[1, 2], repeats=2, card=True)
 
 
 @pytest.mark.slow
 def test_models_in_engines_beside_their_original(run):
-    home, result = run
-    assert [(row.path, row.engine) for row in result.models] == [
-        (str(home / "int4"), "halfbyte"),
-        (str(home / "model.gguf"), "halfbyte"),
-        (str(home / "model.gguf"), "llama.cpp"),
-    ]
+    gguf, result = run
+    assert [(row.path, row.engine) for row in result.models] == [(str(gguf), "halfbyte"), (str(gguf), "llama.cpp")]
     assert [(row.engine, row.dtype) for row in result.reference] == [("halfbyte", "bfloat16")]
-    assert (result.failed, result.in_turn) == ({}, True)
+    assert (result.failed, result.in_turn, result.as_dict()["schema_version"]) == ({}, True, 1)
     assert {name: rate.median > 1e9 for name, rate in result.machine.arithmetic.items()} == {
         "bfloat16": True,
         "float32": True,
@@ -169,30 +162,26 @@ def test_models_in_engines_beside_their_original(run):
         for pace_ in row.paces:
             assert 0 < pace_.decode.low <= pace_.decode.median <= pace_.decode.high
             assert 0 < pace_.decode_share < 1.2
-    ours = result.models[0]
-    assert {(row.grid or "").partition("-bf16")[0]: row.way.partition(",")[0] for row in ours.products} == {
-        "int4-g128": "packed",
-        "": "unquantized",
-    }
+    ours, (original,) = result.models[0], result.reference
+    assert {row.way.partition(",")[0] for row in ours.products} == {"packed"}
+    assert sum(row.linears for row in ours.products) == sum(row.linears for row in original.products)
     assert ours.compared_with == "halfbyte"
-    assert ours.paces[0].decode_ratio == pytest.approx(
-        ours.paces[0].decode.median / result.reference[0].paces[0].decode.median
-    )
-    assert ours.read_bytes < result.reference[0].read_bytes
+    assert ours.paces[0].decode_ratio == pytest.approx(ours.paces[0].decode.median / original.paces[0].decode.median)
+    assert ours.read_bytes < original.read_bytes / 2
     assert "vllm is not installed" in result.left_out["vllm"]
 
 
 @pytest.mark.slow
 def test_it_is_put_into_report_card_and_page(run, tmp_path):
-    home, result = run
-    report = json.loads((home / "int4" / "report.json").read_text())
-    assert [row["engine"] for row in report["speed"]["models"]] == ["halfbyte"]
-    card = (home / "int4" / "README.md").read_text()
+    gguf, result = run
+    report = json.loads(gguf.with_suffix(".report.json").read_text())
+    assert [row["engine"] for row in report["speed"]["models"]] == ["halfbyte", "llama.cpp"]
+    card = gguf.with_suffix(".README.md").read_text()
     assert "## Speed" in card
     assert f"{result.models[0].paces[0].decode.median:.1f}" in card
-    assert str(home) not in card
+    assert str(gguf.parent) not in card
     pytest.importorskip("vl_convert", reason="pip install 'halfbyte[report]'")
-    halfbyte.page([home / "int4", home / "model.gguf"], tmp_path / "page.html")
+    halfbyte.page(gguf, tmp_path / "page.html")
     assert 'class="speeds"' in (tmp_path / "page.html").read_text()
 
 
@@ -219,6 +208,14 @@ def test_an_engine_that_is_not_installed_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(HalfbyteError, match="vllm is not installed"):
         halfbyte.bench(demo.MODEL, engines="vllm")
+
+
+def test_what_is_no_decoder_is_refused(tmp_path):
+    sizes = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    transformers.BertForMaskedLM(transformers.BertConfig(**sizes, intermediate_size=64)).save_pretrained(
+        tmp_path / "bert"
+    )
+    tiny.refused(tiny.halfbyte("bench", tmp_path / "bert"), "bert is no decoder, so it answers nothing")
 
 
 def test_what_does_not_fit_in_memory_is_refused_before_it_is_loaded(monkeypatch):

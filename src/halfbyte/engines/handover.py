@@ -88,7 +88,7 @@ def _form(checkpoint: Checkpoint) -> str | None:
     return next((name for name, form in FORMS.items() if suffix and form.suffix == suffix), None)
 
 
-def _place(checkpoint: Checkpoint) -> Path:
+def place(checkpoint: Checkpoint) -> Path:
     """What an engine is given: the folder, or the first of the files that are the model."""
     if not _form(checkpoint):
         return checkpoint.path
@@ -105,7 +105,7 @@ def _program(checkpoint: Checkpoint, verdict: Verdict) -> tuple[str, ...]:
     line = verdict.command or ""
     if not verdict.loads or ORIGINAL in line:
         return ()
-    words = [str(_place(checkpoint)) if word == "{path}" else word for word in shlex.split(line)]
+    words = [str(place(checkpoint)) if word == "{path}" else word for word in shlex.split(line)]
     if words[:2] != ["python", "-m"]:
         return tuple(words) if shutil.which(words[0]) else ()
     if find_spec(words[2].partition(".")[0]):

@@ -640,6 +640,14 @@ class TaskRecord(TaskConditions, frozen=True):
     model: TaskModel
 
 
+class Versioned(Part, frozen=True):
+    """What every report.json says of itself."""
+
+    schema_version: int = SCHEMA
+    halfbyte: str
+    """The version of halfbyte that wrote it."""
+
+
 class Spread(Part, frozen=True):
     """What was measured several times."""
 
@@ -743,10 +751,9 @@ class SpeedConditions(Part, frozen=True):
     reference_path: str | None = None
 
 
-class Speeds(SpeedConditions, frozen=True):
+class Speeds(SpeedConditions, Versioned, frozen=True):
     """Models in engines, in one run."""
 
-    schema_version: int = SCHEMA
     models: list[Runtime]
     reference: list[Runtime]
     """The original."""
@@ -763,14 +770,6 @@ class SpeedRecord(SpeedConditions, frozen=True):
     models: list[Runtime]
     """The model in each engine."""
     reference: list[Runtime]
-
-
-class Versioned(Part, frozen=True):
-    """What every report.json says of itself."""
-
-    schema_version: int = SCHEMA
-    halfbyte: str
-    """The version of halfbyte that wrote it."""
 
 
 class Measurements(Versioned, frozen=True):

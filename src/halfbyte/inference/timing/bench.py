@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from halfbyte import nn
 from halfbyte.devices import AUTO, device_named, kind_of, title
 from halfbyte.engines.engines import OURS
+from halfbyte.engines.handover import place
 from halfbyte.errors import BadRequest, UnknownName, Unsupported
 from halfbyte.evaluation.whole import require_answers
 from halfbyte.formats import MULTIPLIED
@@ -26,7 +28,7 @@ from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.progress import Progress
 from halfbyte.report.inspect import stored
-from halfbyte.report.types import Machine, Pace, Products, Runtime, Speeds
+from halfbyte.report.types import SCHEMA, Machine, Pace, Products, Runtime, Speeds
 from halfbyte.surroundings import of_the_user
 
 SHARE = 0.8
@@ -106,7 +108,7 @@ class Contestant:
         is_ours = self.engine == OURS
         environment = (os.environ if is_ours else of_the_user()) | ENVIRONMENT
         self.process = stack.enter_context(started(self.row.home, is_ours, threads, environment))
-        self.opened = self.process.call("open", path=str(self.checkpoint.path), threads=threads, **opening)
+        self.opened = self.process.call("open", path=str(place(self.checkpoint)), threads=threads, **opening)
         for load in loads:
             self.process.call("run", **load._replace(tokens=min(WARMING, load.tokens))._asdict())
 
@@ -136,9 +138,13 @@ def bench(
     models: Sequence[Checkpoint], reference: Checkpoint | None, engines: Sequence[str], asked: Asked, show: Progress
 ) -> Speeds:
     """Raises BadRequest for what cannot be timed, before anything is; Unsupported where no model ran."""
-    require_answers([*models, *([reference] if reference else [])])
+    everyone = [*models, *([reference] if reference else [])]
+    for checkpoint in everyone:
+        if not checkpoint.is_decoder:
+            raise BadRequest(f"{checkpoint.path} is no decoder, so it answers nothing")
+    require_answers(everyone)
     names, left_out = chosen(engines, models)
-    _require_room([*models, *([reference] if reference else [])], asked)
+    _require_room(everyone, asked)
     contestants = [c for model in models for c in contesting(model, names, asked)]
     originals = []
     if reference:
@@ -251,6 +257,8 @@ def _speeds(
     facts = [[Facts.of(row, pace, by_path.get(row.compared_with or ""), machine) for pace in row.paces] for row in rows]
     rows = [row.model_copy(update={"reasons": reasons(of)}) for row, of in zip(rows, facts, strict=True)]
     return Speeds(
+        schema_version=SCHEMA,
+        halfbyte=version("halfbyte"),
         machine=machine,
         tokens=asked.tokens,
         repeats=asked.repeats,
