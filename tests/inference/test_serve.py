@@ -127,6 +127,7 @@ def command(*words: object, **environment: str) -> Iterator[subprocess.Popen]:
             program.kill()
 
 
+@pytest.mark.slow
 def test_the_program_becomes_the_engine(engines):
     """It prints the command; signals reach the engine, whose environment is the user's."""
     install(engines, "vllm")
@@ -140,6 +141,7 @@ def test_the_program_becomes_the_engine(engines):
         assert program.wait(10) == 7
 
 
+@pytest.mark.slow
 def test_our_own_server_serves_until_it_is_told_to_end(tmp_path):
     with command(demo.MODEL, "--engine", "halfbyte", "--port", 0, "--device", "cpu", "--name", "bookworm") as program:
         ready = next(line for line in program.stderr if "is served at" in line)

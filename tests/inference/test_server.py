@@ -349,6 +349,7 @@ def hang_up_waiting(served: Started) -> Iterator[None]:
     client.close()
 
 
+@pytest.mark.slow
 def test_64_clients_at_once_lose_nothing(bookworm, served):
     prompts = [f"{PROMPT} {number}" for number in range(64)]
 
