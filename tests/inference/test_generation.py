@@ -262,3 +262,22 @@ def test_chats_go_through_the_template(tmp_path):
     plain = Answering.open(tiny.make(tmp_path / "plain"), device="cpu")
     with pytest.raises(BadRequest, match="has no chat template"):
         plain.render(messages)
+
+
+@pytest.mark.parametrize(
+    "grid", ["int4-g128", *(pytest.param(grid, marks=pytest.mark.slow) for grid in ("nf4", "nvfp4", "Q4_K_M", "Q4_0"))]
+)
+def test_packed_weights_answer_what_decoded_ones_do(tmp_path, grid):
+    """In float32, where neither rounds what the other does not, for 128 tokens."""
+    out = tmp_path / ("q.gguf" if grid.startswith("Q") else "out")
+    halfbyte.quantize(demo.MODEL, out, method="nearest", grid=grid)
+    checkpoint = Checkpoint.open(out)
+    packed, decoded = (nn.built(checkpoint, torch.float32, torch.device("cpu")) for _ in range(2))
+    nn.unpack(decoded)
+    assert any(isinstance(module, nn.QuantLinear) for module in packed.modules())
+    assert not any(isinstance(module, nn.QuantLinear) for module in decoded.modules())
+    opened = Answering.open(demo.MODEL, device="cpu")
+    prompt, much = opened.encode(PROMPT), Sampling(max_tokens=128)
+    answers = [tokens_of(Generation(replace(opened, model=model), prompt, much)) for model in (packed, decoded)]
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 128
