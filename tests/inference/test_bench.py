@@ -137,6 +137,35 @@ def test_engines_by_name_are_those_that_have_a_home():
     assert HOMES.keys() == {*TIMED}
 
 
+@pytest.mark.slow
+def test_both_engines_run_the_same_sequences(tmp_path, monkeypatch):
+    pytest.importorskip("llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
+    from halfbyte.inference.timing.in_llama_cpp import InLlamaCpp
+    from halfbyte.inference.timing.in_transformers import InTransformers
+
+    halfbyte.quantize(demo.MODEL, tmp_path / "model.gguf", method="nearest", grid="Q8_0")
+    said = {InLlamaCpp: [], InTransformers: []}
+    read, step = InLlamaCpp._read, InTransformers._step
+
+    def reading(self, *words):
+        said[InLlamaCpp].append(read(self, *words))
+        return said[InLlamaCpp][-1]
+
+    def stepping(self, *words):
+        cache, chosen = step(self, *words)
+        said[InTransformers].append(chosen[:, 0].tolist())
+        return cache, chosen
+
+    monkeypatch.setattr(InLlamaCpp, "_read", reading)
+    monkeypatch.setattr(InTransformers, "_step", stepping)
+    for engine, words in ((InLlamaCpp(), {"laid_out_anew": False}), (InTransformers(), {})):
+        engine.open(str(tmp_path / "model.gguf"), 1, "cpu", 4096, **words)
+        assert min(engine.run(batch=3, prompt=20, tokens=4)) > 0
+    assert [len(tokens) for tokens in said[InTransformers]] == [3] * 5
+    assert said[InLlamaCpp] == said[InTransformers]
+    assert len({*said[InTransformers][0]}) > 1
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     pytest.importorskip("llama_cpp", reason="llama.cpp (llama-cpp-python) is not installed")
