@@ -1,4 +1,8 @@
-"""Several answers in one forward pass: weights are read once for all of them."""
+"""Several answers in one forward pass: weights are read once for all of them.
+
+Transformers' continuous batching (5.23) runs a packed model too, on CPUs as well; but it has one seed for all requests,
+says nothing of the likeliest tokens, and its server refuses logprobs and stream_options.
+"""
 
 from collections.abc import Sequence
 from typing import Any
