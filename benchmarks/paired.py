@@ -10,6 +10,7 @@ compiles modules and kernels. Of the others the best counts, which others on the
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH", help="beside bookworm-6m")
     parser.add_argument("-k", dest="pattern", default="", help="only 'NAME RUN' that match this regular expression")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the worktree goes then, too
     models = {"bookworm-6m": str(demo.MODEL)} | dict(words.split("=", 1) for words in asked.model)
     commit = _git("rev-parse", "--short", asked.revision)
     print(f"{commit} and this tree; {machine()}; {os.environ.get('OMP_NUM_THREADS', 'all')} threads; {asked.samples} "

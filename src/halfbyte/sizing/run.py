@@ -2,8 +2,7 @@
 whether that is there.
 
 What is counted is what is there at the worst moment; how much libraries and workspaces take was measured
-(benchmarks/run_resources.py), and the planned peak is within 15% of the measured one, but for `nearest` of SmolLM2 to
-NVFP4, which takes a fifth more.
+(benchmarks/run_resources.py), and the planned peak is within 15% of the measured one.
 """
 
 import shutil
@@ -49,7 +48,7 @@ TOGETHER = 10
 """Bytes of a weight while a grid is fitted whose rows share a parameter: all of a matrix at once, in float32."""
 JOINED = 6
 """... of what calibration adds to that: what an error in each counts, and weights that are put together."""
-PIECES = 60_000_000
+PIECES = 30_000_000
 """... and of what is computed of it in small pieces, of all threads."""
 SOLVING = 10
 """Bytes of a weight while GPTQ rounds it: the weight in float32, what an error in it counts, errors."""
