@@ -31,6 +31,7 @@ from halfbyte.errors import BadRequest, HalfbyteError, require_at_least
 from halfbyte.evaluation.conventions import convention_named
 from halfbyte.evaluation.suites.suite import suites as read_suites
 from halfbyte.files import exists
+from halfbyte.formats import Activations
 from halfbyte.inference.sampling import Sampling
 from halfbyte.inference.types import Answer
 from halfbyte.models import calibrate, heads
@@ -71,7 +72,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from halfbyte.formats import Activations
 
 SAMPLING = f"{sentence('source', Calibration)} Or a Calibration: {', '.join(Calibration.model_fields)}."
 SEVERAL = "One, or a list."
@@ -568,7 +568,7 @@ def generate(
     stop: str | Sequence[str] | None = None,
     context: int | None = None,
     dtype: str | None = None,
-    activations: "Activations" = "exact",
+    activations: Activations = "exact",
     device: str = AUTO,
     said: Callable[[str], None] | None = None,
 ) -> Answer:
@@ -588,10 +588,11 @@ def generate(
     words["stop"] = None if stop is None else several(stop)
     Sampling.of(words)
     from halfbyte.inference.answer import answer  # needs the model's code
+    from halfbyte.inference.conversation import Conversation
     from halfbyte.inference.model import Answering
 
     opened = Answering.open(model, device, dtype, context, raw, activations)
-    return answer(opened, prompt, opened.sampling(words), system, said)
+    return answer(Conversation(opened, system), prompt, opened.sampling(words), said)
 
 
 @documented(Timing, Running)
@@ -651,7 +652,7 @@ def load(
     path: str | Path,
     dtype: "torch.dtype | str | None" = None,
     device: "torch.device | str" = "cpu",
-    activations: "Activations" = "exact",
+    activations: Activations = "exact",
 ) -> "PreTrainedModel":
     """The checkpoint at `path`, of any kind that halfbyte reads, as a Transformers model that runs.
 

@@ -16,6 +16,7 @@ from halfbyte.engines.engines import ENGINES, OURS, OWN_SERVER, SERVERS, TIMED
 from halfbyte.errors import require_at_least
 from halfbyte.evaluation.conventions import CONVENTIONS
 from halfbyte.evaluation.suites.suite import ALL, SHIPPED
+from halfbyte.formats import Activations
 from halfbyte.recipe import METHODS, SHORTEST, Entries, Recipe, meaning
 from halfbyte.words import CONTAINERS, DTYPES, PLAIN
 
@@ -167,7 +168,7 @@ class Talking(Entries, frozen=True):
     dtype: str | None = Field(
         None, description=f"What the model computes in: {', '.join(DTYPES)}; by default what it was made in."
     )
-    activations: str = Field(
+    activations: Activations = Field(
         "exact",
         description="What packed weights are multiplied by on a CPU: activations as they are (exact), or rounded to 8 "
         "bits in groups of 32 (int8), which is faster and loses a little.",

@@ -72,6 +72,8 @@ def test_what_cannot_be_read_ends_a_pipe(monkeypatch):
     tiny.refused(said)
     assert "the context has 64" in said.err
     tiny.refused(say(monkeypatch, "", "run", demo.MODEL, "-"))
+    for words in (["run", demo.MODEL, PROMPT], ["chat", demo.MODEL]):
+        tiny.refused(say(monkeypatch, "", *words, "--system", "be brief"), "leave out --system")
 
 
 def test_the_original_answers_beside(monkeypatch, int2, tmp_path):
@@ -84,7 +86,7 @@ def test_the_original_answers_beside(monkeypatch, int2, tmp_path):
     same = say(monkeypatch, f"{PROMPT}\n", "chat", demo.MODEL, "--compare", demo.MODEL, *words)
     assert same.out.endswith("the same 40 tokens\n")
     other = tiny.make(tmp_path / "other", vocab_size=264)
-    refused = say(monkeypatch, "", "chat", other, "--compare", demo.MODEL, "-q")
+    refused = say(monkeypatch, "", "chat", other, "--compare", demo.MODEL)
     tiny.refused(refused)
     assert "tokenizers" in refused.err
 

@@ -23,6 +23,7 @@ from halfbyte.formats import Activations
 from halfbyte.inference.conversation import Conversation, Turn, parts_at
 from halfbyte.inference.model import Answering
 from halfbyte.inference.sampling import LARGEST_SEED, Sampling
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.terminal import JOINERS, plain
 
 with suppress(ImportError):  # Windows has none
@@ -80,22 +81,23 @@ class Dialogue:
         quiet: bool,
     ) -> Dialogue:
         """With the models loaded. Raises HalfbyteError."""
+        if len(paths) > 1 and (odd := vocabulary.difference(*map(Checkpoint.open, paths))):
+            raise BadRequest(f"the tokenizers of {paths[0]} and {paths[1]} differ: {odd}; talk to them one by one")
         models = []
         for path in paths:
             with err.status(f"loading {plain(path)}"):
                 models.append(Answering.open(path, device, dtype, context, raw, activations))
         sampling = models[-1].sampling(words)
         if len(models) > 1:
-            if odd := vocabulary.difference(*(model.checkpoint for model in models)):
-                raise BadRequest(f"the tokenizers of {paths[0]} and {paths[1]} differ: {odd}; talk to them one by one")
             if sampling.seed is None:  # the same for both
                 sampling = sampling.model_copy(update={"seed": secrets.randbelow(LARGEST_SEED)})
             context = min(model.context for model in models)
             models = [replace(model, context=context) for model in models]
+        made = cls(models, system, sampling, quiet)
         if not quiet:
             for model in models:
                 err.print(display.opened(model, sampling), highlight=False, soft_wrap=True)
-        return cls(models, system, sampling, quiet)
+        return made
 
     def run(self) -> None:
         """Until there is nothing more to be said."""

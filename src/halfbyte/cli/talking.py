@@ -96,14 +96,15 @@ def run(
     if not prompt:
         raise BadRequest("the prompt is empty; give at least one word")
     from halfbyte.inference.answer import answer  # needs torch
+    from halfbyte.inference.conversation import Conversation
     from halfbyte.inference.model import Answering
 
     with err.status(f"loading {model}"):
         opened = Answering.open(model, device, dtype, context, raw, require_multiplied(activations))
-    sampling = opened.sampling(drawing)
+    conversation, sampling = Conversation(opened, system), opened.sampling(drawing)
     if not (quiet or as_json):
         err.print(display.opened(opened, sampling), highlight=False, soft_wrap=True)
-    result = answer(opened, prompt, sampling, system, None if as_json else _say)
+    result = answer(conversation, prompt, sampling, None if as_json else _say)
     if as_json:
         print_json(result)
         return

@@ -4,24 +4,19 @@ from collections.abc import Callable
 
 from halfbyte.devices import KINDS, kind_of, title
 from halfbyte.inference.conversation import Conversation
-from halfbyte.inference.model import Answering
 from halfbyte.inference.sampling import Sampling
 from halfbyte.inference.types import Answer
 
 
 def answer(
-    answering: Answering,
-    prompt: str,
-    sampling: Sampling,
-    system: str | None = None,
-    said: Callable[[str], None] | None = None,
+    conversation: Conversation, prompt: str, sampling: Sampling, said: Callable[[str], None] | None = None
 ) -> Answer:
-    """What is answered; `said` is called with each part of the text. Raises HalfbyteError."""
-    conversation = Conversation(answering, system)
+    """What is answered next; `said` is called with each part of the text. Raises HalfbyteError."""
     turn = conversation.ask(prompt, sampling)
     for piece in turn:
         if said and piece.text:
             said(piece.text)
+    answering = conversation.answering
     generation, tally, device = turn.generation, conversation.tally, answering.device
     return Answer(
         model=str(answering.checkpoint.path),
