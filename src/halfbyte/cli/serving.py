@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from halfbyte import formats
 from halfbyte.arguments import Serving
 from halfbyte.cli.options import Device, count, option, require_located
 from halfbyte.cli.output import err, out
-from halfbyte.cli.talking import Context, Dtype, Model
+from halfbyte.cli.talking import EXACT, Activations, Context, Dtype, Model
 from halfbyte.devices import AUTO
 from halfbyte.engines.engines import OWN_SERVER, SERVERS, server_named
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.inference.server.port import listener
 from halfbyte.registry import located
 from halfbyte.surroundings import of_the_user
+from halfbyte.words import require_multiplied
 
 if TYPE_CHECKING:
     from halfbyte.engines.handover import Command, Listening
     from halfbyte.models.checkpoint import Checkpoint
 
-OWN = ("--queue", "--dtype", "--device")
+OWN = ("--queue", "--dtype", "--activations", "--device")
 """What no engine is told."""
 SLOTS, QUEUE = 4, 128
 """Answers of our own server that take turns, and requests that wait there, where nobody says how many."""
@@ -43,6 +45,7 @@ def serve(
     slots: Annotated[int | None, count(Serving, "slots", show_default=f"the engine's; {SLOTS} of halfbyte")] = None,
     queue: Annotated[int | None, count(Serving, "queue", show_default=str(QUEUE))] = None,
     dtype: Dtype = None,
+    activations: Activations = EXACT,
     device: Device = AUTO,
     dry_run: Annotated[bool, option(Serving, "dry_run", "--dry-run", "--print")] = False,
 ) -> None:
@@ -67,6 +70,7 @@ def serve(
     asked = Listening(host, place.getsockname()[1], api_key, name or _name(model), context, slots)
     said = {"--name": name, "--context": context, "--slots": slots, "--queue": queue, "--dtype": dtype}
     words = [word for option, value in said.items() if value is not None for word in (option, str(value))]
+    words += ["--activations", activations] if activations != EXACT else []
     words += ["--device", device] if device != AUTO else []
     if command := _command(checkpoint, asked, engine, more or [], words):
         place.close()
@@ -77,7 +81,7 @@ def serve(
         begin = ["halfbyte", "serve", model, "--engine", OWN_SERVER, "--host", host, "--port", str(port)]
         out.print(shlex.join([*begin, *words]), highlight=False, soft_wrap=True)
     else:
-        _serve(model, asked, place, QUEUE if queue is None else queue, dtype, device)
+        _serve(model, asked, place, QUEUE if queue is None else queue, dtype, require_multiplied(activations), device)
 
 
 def _name(model: str) -> str:
@@ -123,7 +127,15 @@ def _become(command: "Command", dry_run: bool) -> None:
         os.execvpe(command.words[0], command.words, {**of_the_user(), **command.variables})
 
 
-def _serve(model: str, asked: "Listening", place: socket.socket, queue: int, dtype: str | None, device: str) -> None:
+def _serve(
+    model: str,
+    asked: "Listening",
+    place: socket.socket,
+    queue: int,
+    dtype: str | None,
+    activations: formats.Activations,
+    device: str,
+) -> None:
     """By our own server, until a signal comes."""
     try:
         from halfbyte.inference.server.listen import Server, Serving
@@ -137,7 +149,7 @@ def _serve(model: str, asked: "Listening", place: socket.socket, queue: int, dty
         err.print(line, highlight=False, soft_wrap=True)
 
     slots = asked.slots or SLOTS
-    answering = Answering.open(model, device, dtype, asked.context, sequences=slots)
+    answering = Answering.open(model, device, dtype, asked.context, activations=activations, sequences=slots)
     for warning in answering.warnings:
         log(f"note: {warning}")
     Server(answering, Serving(asked.name or model, log, asked.key, slots, queue)).answer(place)

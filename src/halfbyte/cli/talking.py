@@ -35,7 +35,7 @@ Dtype = Annotated[
 Activations = Annotated[
     str, option(Talking, "activations", values=MULTIPLIED, callback=lambda name: require_multiplied(name))
 ]
-STDIN = "-"
+STDIN, EXACT = "-", "exact"
 
 
 @grouped
@@ -48,7 +48,7 @@ def chat(
     *,
     drawing: Drawing,
     dtype: Dtype = None,
-    activations: Activations = "exact",
+    activations: Activations = EXACT,
     device: Device = AUTO,
     quiet: Quiet = False,
 ) -> None:
@@ -77,7 +77,7 @@ def run(
     *,
     drawing: Drawing,
     dtype: Dtype = None,
-    activations: Activations = "exact",
+    activations: Activations = EXACT,
     device: Device = AUTO,
     quiet: Quiet = False,
     as_json: Json = False,
