@@ -141,7 +141,7 @@ def test_quiet_shows_no_progress(flag, is_shown, home, tmp_path, monkeypatch):
 
 
 SHOWS_PROGRESS = {"quantize", "convert", "dequantize", "kv", "imatrix", "eval", "needle", "blame", "compare", "demo"}
-SHOWS_PROGRESS |= {"bench", "chat", "run"}
+SHOWS_PROGRESS |= {"bench", "chat", "report", "run"}
 
 
 def test_what_shows_progress_can_be_quiet():
