@@ -27,7 +27,7 @@ from halfbyte.containers.gptq import GPTQ
 from halfbyte.devices import device_named, title
 from halfbyte.grids.quantized import Quantized
 from halfbyte.kernels.panels import Panels
-from halfbyte.nn import QuantLinear
+from halfbyte.nn import PanelLinear
 
 HERE = Path(__file__).parent
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -63,7 +63,7 @@ def quantized(w: Tensor, name: str) -> Quantized:
 def halfbytes(name: str, w: Tensor) -> Linear:
     panels = quantized(w, name).panels()
     assert isinstance(panels, Panels)
-    return Linear(QuantLinear(panels, None, torch.bfloat16), 8 * panels.row_bytes / w.shape[1])
+    return Linear(PanelLinear(panels, None, torch.bfloat16), 8 * panels.row_bytes / w.shape[1])
 
 
 def torchs(w: Tensor) -> Linear:

@@ -23,7 +23,7 @@ from halfbyte.kernels.panels import Panels
 from halfbyte.kernels.products import float8_product, int8_product
 from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.nn import PackedModule, QuantEmbedding, QuantLinear, RoundedLinear
+from halfbyte.nn import PackedModule, QuantEmbedding, QuantLinear
 from models.families import FAMILIES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,13 +76,13 @@ def test_a_linear_of_float8_computes_the_same_where_a_device_multiplies_float8(w
     w, x = (torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) for n in (48, 5))
     params = grid.fit(w, None)
     q = Quantized(grid, grid.encode(w, params), params, ActivationQuant(activations, {}))
-    linear = RoundedLinear(PackedMatrix(q.tensors, lambda _: q), None, torch.float32, ActivationQuant(activations, {}))
+    linear = QuantLinear(PackedMatrix(q.tensors, lambda _: q), None, torch.float32)
     wanted = linear(x[None])
     monkeypatch.setattr(nn_module, "multiplies_float8", lambda device: True)
     products = []
     monkeypatch.setattr(nn_module, "float8_product", lambda x, w: products.append(1) or float8_product(x, w))
     moved = Quantized(grid, q.codes.to(device), {n: p.to(device) for n, p in params.items()}, q.activations)
-    linear = RoundedLinear(PackedMatrix(moved.tensors, lambda _: moved), None, torch.float32, moved.activations)
+    linear = QuantLinear(PackedMatrix(moved.tensors, lambda _: moved), None, torch.float32)
     found = linear.to(device)(x[None].to(device)).cpu()
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3 * wanted.abs().max().item())
     has_one_scale = "block" not in weight and "g128" not in read
@@ -103,11 +103,12 @@ def held_bytes(model: nn.Module) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
+@pytest.mark.parametrize("activations", [None, "exact"])
 @pytest.mark.parametrize(("grid", "to"), PACKED)
-def test_a_loaded_model_takes_no_more_memory_than_its_file(grid, to, tmp_path):
+def test_a_loaded_model_takes_no_more_memory_than_its_file(grid, to, activations, tmp_path):
     out = tmp_path / ("out.gguf" if to == "gguf" else "out")
     halfbyte.quantize(demo.MODEL, out, method="nearest", grid=grid, to=to)
-    model = halfbyte.load(out)
+    model = halfbyte.load(out, activations=activations)
     files = [out] if out.is_file() else list(out.glob("*.safetensors"))
     assert held_bytes(model) < 1.1 * sum(file.stat().st_size for file in files)
     unpacked = [

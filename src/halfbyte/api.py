@@ -652,13 +652,14 @@ def load(
     path: str | Path,
     dtype: "torch.dtype | str | None" = None,
     device: "torch.device | str" = "cpu",
-    activations: Activations = "exact",
+    activations: Activations | None = None,
 ) -> "PreTrainedModel":
     """The checkpoint at `path`, of any kind that halfbyte reads, as a Transformers model that runs.
 
     Quantized linears stay packed; `dtype` is that of all else, by default what the checkpoint says, and `device` where
-    they lie. On CPUs they are multiplied by as they are; `activations` "int8" rounds what they meet to 8 bits in groups
-    of 32, as llama.cpp does: faster, and a little is lost. Raises HalfbyteError.
+    they lie. They are decoded for each product, which is the reference. With `activations` "exact" they are multiplied
+    by as they are packed, as where a model answers; "int8" also rounds what they meet to 8 bits in groups of 32, as
+    llama.cpp does, and a little is lost. Raises HalfbyteError.
     """
     from halfbyte import nn
 

@@ -18,7 +18,7 @@ from halfbyte.errors import UnknownName
 from halfbyte.formats import MULTIPLIED, Activations
 from halfbyte.grids.activations import FLOATS, ActivationGrid, ActivationQuant, ScaledActivations
 from halfbyte.grids.grid import Params
-from halfbyte.grids.quantized import PackedMatrix, Quantized
+from halfbyte.grids.quantized import ROOM, PackedMatrix, Quantized
 from halfbyte.grids.scalar import ScalarGrid, is_integer
 from halfbyte.kernels.panels import Panels, product, worth_making
 from halfbyte.kernels.products import float8_product, int8_product
@@ -38,13 +38,21 @@ class PackedModule(nn.Module):
     """Holds a matrix in panels that kernels multiply by, or as it lies in its file, bit for bit."""
 
     like: Tensor
+    packed_0: Tensor
 
     def __init__(self, matrix: PackedMatrix | Panels, dtype: torch.dtype):
         nn.Module.__init__(self)
+        self._names: list[str] = []
+        self.hold(matrix)
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def hold(self, matrix: PackedMatrix | Panels) -> None:
+        """This matrix, in place of the one before."""
+        for number, _ in enumerate(self._names):
+            del self._buffers[f"packed_{number}"]
         self._matrix, self._names = matrix, list(matrix.tensors)
         for number, value in enumerate(matrix.tensors.values()):
             self.register_buffer(f"packed_{number}", value)
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     @property
     def matrix(self) -> PackedMatrix | Panels:
@@ -137,40 +145,44 @@ class Undecoded(Tensor):
         return self.embedding.matrix.decode().to(self.embedding.dtype)
 
 
-class QuantLinear(PackedModule):
-    """A linear that multiplies by a packed weight: in panels as kernels do; else decoded for each product."""
+class PanelLinear(PackedModule):
+    """A linear that multiplies by a packed weight as it is."""
 
     bias: nn.Parameter | None
 
-    def __init__(
-        self,
-        matrix: PackedMatrix | Panels,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        activations: Activations = "exact",
-    ):
+    def __init__(self, matrix: Panels, bias: Tensor | None, dtype: torch.dtype, activations: Activations = "exact"):
         super().__init__(matrix, dtype)
         self.activations: Activations = activations
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
+    @property
+    def matrix(self) -> Panels:
+        """In panels."""
+        return cast(Panels, super().matrix)
+
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """x W^T + bias."""
-        matrix = self.matrix
-        # No gradient comes through a kernel, and no compiler looks into one.
-        if isinstance(matrix, PackedMatrix) or x.requires_grad or torch.compiler.is_compiling():
+        if x.requires_grad or torch.compiler.is_compiling():
+            # No gradient comes through a kernel, and no compiler looks into one.
             return functional.linear(x, self.weight, self.bias)
         *before, width = x.shape
-        y = product(x.reshape(-1, width), matrix, self._parameters["bias"], self.activations)
+        y = product(x.reshape(-1, width), self.matrix, self._parameters["bias"], self.activations)
         return y.view(*before, y.shape[1])
 
 
-class RoundedLinear(PackedModule):
-    """A linear whose input is rounded as engines do; the reference: unpack, decode, multiply."""
+class QuantLinear(PackedModule):
+    """A linear whose weight stays packed as in its file, and whose input is rounded as engines do; the reference:
+    unpack, decode, multiply."""
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype, activations: ActivationQuant):
+    bias: nn.Parameter | None
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype):
         super().__init__(matrix, dtype)
-        self.activations, self.stored = activations.grid, list(activations.params)
-        for name, value in activations.params.items():
+        q = matrix.quantized
+        self.activations, self.stored = (
+            (q.activations.grid, list(q.activations.params)) if q.activations else (None, [])
+        )
+        for name, value in (q.activations.params if q.activations else {}).items():
             self.register_buffer(f"input_{name}", value)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -180,8 +192,10 @@ class RoundedLinear(PackedModule):
         return cast(PackedMatrix, super().matrix)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """x W^T + bias, with x rounded."""
-        if not x.numel():  # of no tokens, such as those of an idle expert, there is no largest
+        """x W^T + bias, with x rounded where the scheme says so."""
+        if (
+            self.activations is None or not x.numel()
+        ):  # of no tokens, such as those of an idle expert, there is no largest
             return functional.linear(x, self.weight, self.bias)
         params = self.activations.params(x, {name: getattr(self, f"input_{name}") for name in self.stored})
         q = self.matrix.quantized
@@ -229,7 +243,7 @@ def load(
     path: str | Path,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
-    activations: Activations = "exact",
+    activations: Activations | None = None,
 ):
     """The model in `dtype`, on `device`. By default the checkpoint's own; a GGUF does not say what its model was
     computed in, and is loaded in bfloat16: hidden states of Gemma are beyond float16.
@@ -239,21 +253,24 @@ def load(
     `max_norm`, linears of RWKV) are decoded. A KV cache that is quantized holds the values that an engine would read
     from it, in 16 bits.
 
-    On CPUs, and on GPUs since Ampere that Triton has kernels for, packed weights are multiplied by as they are.
-    `activations`: "exact", or on CPUs rounded to "int8" in groups of 32 as llama.cpp does, which is faster for prompts
-    and on CPUs without AVX512_BF16, and loses a little.
+    Weights are decoded for each product, which is the reference; with `activations`, they are multiplied by as they are
+    packed, on CPUs and on GPUs since Ampere that Triton has kernels for: by "exact" activations, or on CPUs by ones
+    that are rounded to "int8" in groups of 32, as llama.cpp does, which is faster and loses a little.
     Raises HalfbyteError.
     """
-    if activations not in MULTIPLIED:
+    if activations is not None and activations not in MULTIPLIED:
         raise UnknownName("way to take activations", activations, MULTIPLIED)
     where = device_named(str(device))
     if isinstance(dtype, str) and dtype not in DTYPE_NAMES:
         raise UnknownName("dtype", dtype, DTYPE_NAMES)
     checkpoint = Checkpoint.open(path)
-    return built(checkpoint, (DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype), where, activations)
+    model = built(checkpoint, (DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype), where)
+    if activations:
+        multiply_packed(model, activations)
+    return model
 
 
-def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device, activations: Activations = "exact"):
+def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device):
     """The same of a checkpoint that is open, with the adapter and the cache that it has."""
     dtype = dtype or checkpoint.unquantized_dtype
     model = skeleton.build(checkpoint, dtype)
@@ -264,8 +281,7 @@ def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device
     packed = _packed(model, checkpoint, weight_map)
     for tensor, home in packed.items():
         tied = (name.removesuffix(".weight") for name, source in ties.items() if source == f"{home}.weight")
-        multiplied, rounded = _multiplied(checkpoint.read_packed(tensor.removesuffix(".weight")), where)
-        _replace(model, (home, *tied), multiplied, dtype, rounded, activations)
+        _replace(model, (home, *tied), checkpoint.read_packed(tensor.removesuffix(".weight")), dtype)
     filling.load(model, checkpoint, weight_map, ties, names, where)
     nn.Module.to(model, where)
     decoded = {
@@ -280,58 +296,53 @@ def built(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device
     return model
 
 
-def _replace(
-    model: nn.Module,
-    names: Iterable[str],
-    matrix: PackedMatrix | Panels,
-    dtype: torch.dtype,
-    rounded: ActivationQuant | None,
-    activations: Activations,
-) -> None:
+def _replace(model: nn.Module, names: Iterable[str], matrix: PackedMatrix, dtype: torch.dtype) -> None:
     """Modules that share a matrix: one for all linears of the same bias, and one for each embedding."""
     made: dict[int, nn.Module] = {}
     for name in names:
         before = model.get_submodule(name)
         if isinstance(before, nn.Linear):
-            if id(before.bias) not in made:
-                made[id(before.bias)] = (
-                    RoundedLinear(matrix, before.bias, dtype, rounded)
-                    if rounded and isinstance(matrix, PackedMatrix)
-                    else QuantLinear(matrix, before.bias, dtype, activations)
-                )
-            model.set_submodule(name, made[id(before.bias)])
+            model.set_submodule(name, made.setdefault(id(before.bias), QuantLinear(matrix, before.bias, dtype)))
         elif isinstance(before, nn.Embedding) and not isinstance(before, QuantEmbedding):
             model.set_submodule(name, made.setdefault(id(before), QuantEmbedding.of(before, matrix, dtype)))
 
 
-def _multiplied(matrix: PackedMatrix, where: torch.device) -> tuple[PackedMatrix | Panels, ActivationQuant | None]:
-    """In panels where a kernel multiplies by them, on this device; and how what it is multiplied by is rounded."""
-    q = matrix.quantized
-    if q.activations or not worth_making(torch.empty(0, device=where)):
-        return matrix, q.activations
-    return q.panels() or matrix, None
+def multiply_packed(model: nn.Module, activations: Activations, room: float = ROOM) -> None:
+    """Have linears multiply by packed weights as they are, where a kernel does that with panels of at most `room` times
+    the bits of the file; embeddings that are tied to them look up the same panels."""
+    made: dict[Tensor, Panels | None] = {}
+
+    def panels_of(module: PackedModule) -> Panels | None:
+        key = module.packed_0
+        if key not in made:
+            made[key] = module.matrix.quantized.panels(room) if isinstance(module.matrix, PackedMatrix) else None
+        return made[key]
+
+    def exchanged(linear: QuantLinear) -> nn.Module:
+        panels = panels_of(linear) if linear.activations is None and worth_making(linear.like) else None
+        return linear if panels is None else PanelLinear(panels, linear.bias, linear.dtype, activations)
+
+    _exchange(model, exchanged)
+    for module in list(model.modules()):
+        if isinstance(module, QuantEmbedding) and (panels := made.get(module.packed_0)):
+            module.hold(panels)
 
 
 def unpack(model: nn.Module) -> None:
     """Have linears hold their decoded weights. Memory is that of a model which was never packed."""
-    _exchange(model, _dense)
+    _exchange(model, lambda linear: linear if linear.activations else _dense(linear))
 
 
-def ready_to_answer(model: nn.Module, checkpoint: Checkpoint, where: torch.device) -> None:
-    """Have linears that are decoded for each product, which takes longer than to multiply with few tokens, hold panels
-    that are larger than their file; or their decoded weights, where there is memory for that."""
+def ready_to_answer(
+    model: nn.Module, checkpoint: Checkpoint, where: torch.device, activations: Activations = "exact"
+) -> None:
+    """Have linears multiply by packed weights, in panels that may be larger than the file; or, where no kernel does
+    that, hold their decoded weights if there is memory for them: to decode takes longer than to multiply with few
+    tokens."""
+    multiply_packed(model, activations, inf)
     decoded = sum(prod(shape) for _, shape in checkpoint.quantized.values()) * checkpoint.unquantized_dtype.itemsize
-    has_room = decoded <= SHARE * kind_of(where).free_bytes(where)
-
-    def ready(linear: QuantLinear) -> nn.Module:
-        if isinstance(linear.matrix, Panels):
-            return linear
-        panels = linear.matrix.quantized.panels(inf) if worth_making(linear.like) else None
-        if panels is None:
-            return _dense(linear) if has_room else linear
-        return QuantLinear(panels, linear.bias, linear.dtype, linear.activations)
-
-    _exchange(model, ready)
+    if decoded <= SHARE * kind_of(where).free_bytes(where):
+        unpack(model)
 
 
 def _exchange(model: nn.Module, make: Callable[[QuantLinear], nn.Module]) -> None:

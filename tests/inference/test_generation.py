@@ -274,8 +274,8 @@ def test_packed_weights_answer_what_decoded_ones_do(tmp_path, grid):
     checkpoint = Checkpoint.open(out)
     packed, decoded = (nn.built(checkpoint, torch.float32, torch.device("cpu")) for _ in range(2))
     nn.unpack(decoded)
-    assert any(isinstance(module, nn.QuantLinear) for module in packed.modules())
-    assert not any(isinstance(module, nn.QuantLinear) for module in decoded.modules())
+    assert any(isinstance(module, nn.PanelLinear) for module in packed.modules())
+    assert not any(isinstance(module, nn.PanelLinear) for module in decoded.modules())
     opened = Answering.open(demo.MODEL, device="cpu")
     prompt, much = opened.encode(PROMPT), Sampling(max_tokens=128)
     answers = [tokens_of(Generation(replace(opened, model=model), prompt, much)) for model in (packed, decoded)]

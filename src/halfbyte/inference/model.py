@@ -71,8 +71,8 @@ class Answering:
         tokenizer = calibrate.tokenizer_of(checkpoint)
         computes_in = DTYPE_NAMES[dtype] if dtype else checkpoint.unquantized_dtype
         room, warnings = context_within(checkpoint, computes_in, where, context, sequences)
-        model = nn.built(checkpoint, computes_in, where, activations)
-        nn.ready_to_answer(model, checkpoint, where)
+        model = nn.built(checkpoint, computes_in, where)
+        nn.ready_to_answer(model, checkpoint, where, activations)
         template = None if raw else chats.template_of(tokenizer)
         renderer = chats.Renderer(tokenizer) if template else None
         ends = checkpoint.ends | ({tokenizer.eos_token_id} - {None}) | _end_of_turn(tokenizer, renderer)

@@ -15,12 +15,12 @@ from halfbyte.devices import device_named, kind_of, wait
 from halfbyte.inference.generation import Forward
 from halfbyte.inference.timing.load import Load, Seconds
 from halfbyte.kernels.cpu.panels import arithmetic, target
-from halfbyte.kernels.panels import Activations, Panels
+from halfbyte.kernels.panels import Activations
 from halfbyte.models.checkpoint import Checkpoint
 
 STEPS = 8
 """Of decoding, in which products are timed one by one."""
-MULTIPLY = (torch.nn.Linear, nn.QuantLinear, nn.RoundedLinear)
+MULTIPLY = (torch.nn.Linear, nn.QuantLinear, nn.PanelLinear)
 
 
 class InTransformers:
@@ -48,8 +48,8 @@ class InTransformers:
     def load(self, path: str, activations: Activations) -> dict[str, str]:
         """Returns what linears are stored as, where that is quantized."""
         checkpoint = Checkpoint.open(path)
-        self.model = nn.built(checkpoint, None, self.device, activations)
-        nn.ready_to_answer(self.model, checkpoint, self.device)
+        self.model = nn.built(checkpoint, None, self.device)
+        nn.ready_to_answer(self.model, checkpoint, self.device, activations)
         return nn.schemes(checkpoint)
 
     def run(self, batch: int, prompt: int, tokens: int) -> Seconds:
@@ -123,12 +123,10 @@ def products(model: torch.nn.Module, schemes: dict[str, str]) -> list[dict[str, 
 
 def _way(module: Any, is_quantized: bool) -> str:
     """See `report.types.Products`."""
-    if isinstance(module, nn.RoundedLinear):
-        return "rounded"
-    if not isinstance(module, nn.QuantLinear):
+    if isinstance(module, nn.QuantLinear):
+        return "rounded" if module.activations else "decoded"
+    if not isinstance(module, nn.PanelLinear):
         return "held" if is_quantized else "unquantized"
-    if not isinstance(module.matrix, Panels):
-        return "decoded"
     here = target() if kind_of(module.like.device).is_host else None
     if here is None:
         return "packed"
