@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 from halfbyte.kernels.gpu import panels
 
-COMPILED = (("int4-g128", 80), ("int5-g64-asym", 90), ("nf4-g64", 80), ("nvfp4", 120), ("q2_k", 90))
+COMPILED = (("int4-g128", 80), ("nvfp4", 120), ("q2_k", 90))
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",

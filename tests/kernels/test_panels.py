@@ -89,8 +89,9 @@ def test_lattices_are_multiplied_by_in_panels_that_are_larger_than_their_file(na
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 50])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in FEW), ("int4-g32", torch.float32), ("q6_k", torch.float16)]
+)
 def test_products_are_those_of_the_decoded_weight(name, dtype, tokens):
     q, packed = paneled(name)
     x, bias = activations(tokens, 512, dtype), torch.linspace(-1, 1, 40).to(dtype)

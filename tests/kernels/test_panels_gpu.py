@@ -155,5 +155,5 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     compiled = [line.split() for line in done.stdout.splitlines()]
-    assert len(compiled) == 15
+    assert len(compiled) == 9
     assert all(int(wide) > 0 for _, kernel, _, wide in compiled if kernel == "_multiply_one"), done.stdout
