@@ -310,22 +310,21 @@ def _replace(model: nn.Module, names: Iterable[str], matrix: PackedMatrix, dtype
 def multiply_packed(model: nn.Module, activations: Activations, room: float = ROOM) -> None:
     """Have linears multiply by packed weights as they are, where a kernel does that with panels of at most `room` times
     the bits of the file; embeddings that are tied to them look up the same panels."""
-    made: dict[Tensor, Panels | None] = {}
-
-    def panels_of(module: PackedModule) -> Panels | None:
-        key = module.packed_0
-        if key not in made:
-            made[key] = module.matrix.quantized.panels(room) if isinstance(module.matrix, PackedMatrix) else None
-        return made[key]
-
-    def exchanged(linear: QuantLinear) -> nn.Module:
-        panels = panels_of(linear) if linear.activations is None and worth_making(linear.like) else None
-        return linear if panels is None else PanelLinear(panels, linear.bias, linear.dtype, activations)
-
-    _exchange(model, exchanged)
-    for module in list(model.modules()):
-        if isinstance(module, QuantEmbedding) and (panels := made.get(module.packed_0)):
-            module.hold(panels)
+    sharing: dict[int, list[PackedModule]] = {}
+    for module in model.modules():
+        if isinstance(module, QuantEmbedding) or (isinstance(module, QuantLinear) and module.activations is None):
+            sharing.setdefault(id(module.packed_0), []).append(module)
+    made: dict[int, PanelLinear] = {}
+    for modules in sharing.values():  # one matrix after another: of no other are there two forms at a time
+        linears = [module for module in modules if isinstance(module, QuantLinear)]
+        if not linears or not worth_making(linears[0].like):
+            continue
+        if panels := linears[0].matrix.quantized.panels(room):
+            for module in modules:
+                if isinstance(module, QuantLinear):
+                    made[id(module)] = PanelLinear(panels, module.bias, module.dtype, activations)
+                module.hold(panels)
+    _exchange(model, lambda linear: made.get(id(linear), linear))
 
 
 def unpack(model: nn.Module) -> None:

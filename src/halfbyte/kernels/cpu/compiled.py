@@ -64,16 +64,16 @@ def in_threads(run: Callable, tasks: int, *args: object) -> None:
         return
     shares = min(threads * SHARES, tasks)
     borders = [share * tasks // shares for share in range(shares + 1)]
-    pool = _pool(threads)
-    for done in [pool.submit(run, first, last, *args) for first, last in pairwise(borders)]:
+    executor = pool(threads)
+    for done in [executor.submit(run, first, last, *args) for first, last in pairwise(borders)]:
         done.result()
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def pool(threads: int) -> ThreadPoolExecutor:
     """Kept: of a small model, to start threads takes as long as what they compute."""
     return ThreadPoolExecutor(threads)
 
 
 if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=pool.cache_clear)

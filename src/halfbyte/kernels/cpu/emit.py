@@ -6,7 +6,7 @@ offset by so that they need no subtraction (the bits of a bfloat16 of 128, with 
 the same way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -140,6 +140,11 @@ class Emitter:
         low, high = (self._permuted(e, table[half : half + 8], code) for half in (0, 8))
         return e.b.select(e.b.icmp_unsigned(">=", code, e.constant(8)), high, low)
 
+    def values(self, e: Vectors, quad: Value) -> Iterator[tuple[int, Value]]:
+        """Of each of four in-features: its number, and what its codes stand for."""
+        for byte, feature in enumerate(ORDER):
+            yield feature, self.value(e, e.b.and_(moved(e, quad, -8 * byte), e.constant(0xFF)))
+
     @staticmethod
     def _permuted(e: Vectors, table: list[float], code: Value) -> Value:
         """By three bits of each code, from eight values."""
@@ -190,8 +195,7 @@ class Emitter:
         those of a chunk are multiplied by the number at `steps`."""
         sums, chains = list(sums), self.chains(len(x))
         for number, quad in enumerate(quads):
-            for byte, feature in enumerate(ORDER):
-                value = self.value(e, e.b.and_(moved(e, quad, -8 * byte), e.constant(0xFF)))
+            for byte, (feature, value) in enumerate(self.values(e, quad)):
                 for token, pointer in enumerate(x):
                     k = token * chains + byte % chains
                     read = e.loaded_splat(e.at(pointer, 4 * (STRIDE * number + feature)), F32)
@@ -425,8 +429,7 @@ class Emitter:
     def _decode_chunk(self, e: Vectors, c: Context, codes: Value, lines: Sequence[tuple], out: Value) -> None:
         for number, quad in enumerate(self.quads(e, codes)):
             slope, start = lines[number * len(lines) // QUADS]
-            for byte, feature in enumerate(ORDER):
-                value = self.value(e, e.b.and_(moved(e, quad, -8 * byte), e.constant(0xFF)))
+            for feature, value in self.values(e, quad):
                 place = e.at(out, e.times(c["out_bytes"], STRIDE * number + feature))
                 self._store(e, e.fma(value, slope, start), place)
 

@@ -6,7 +6,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from llvmlite import binding, ir
 
 from halfbyte import surroundings
+from halfbyte.kernels.cpu.compiled import pool
 
 
 @cache
@@ -59,7 +59,7 @@ class Worker:
         elif self._each and (openmp := _openmp()):
             openmp.GOMP_parallel(self._each, address, threads, 0)
         else:
-            for done in [_pool(threads).submit(self._one, address, number, threads) for number in range(threads)]:
+            for done in [pool(threads).submit(self._one, address, number, threads) for number in range(threads)]:
                 done.result()
 
 
@@ -118,15 +118,6 @@ def _keep(place: Path | None, code: bytes) -> None:
             with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
                 file.write(code)
             os.replace(file.name, place)
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @cache
