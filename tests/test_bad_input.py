@@ -404,7 +404,7 @@ REQUESTS = {
     "group of no use": (["--grid", "int4-g12"], ("does not divide the 256 in-features", "would fit")),
     "method": (["--method", "gtpq"], "unknown method 'gtpq'; did you mean gptq"),
     "methods": (["--method", "awq+gtpq"], "unknown method 'gtpq'"),
-    "two solvers": (["--method", "gptq+nearest"], "has two solvers"),
+    "two solvers": (["--method", "gptq+nearest"], "in no order that runs"),
     "twice": (["--method", "awq+awq"], "twice"),
     "container": (["--to", "gguff"], "unknown container 'gguff'; did you mean gguf?"),
     "engine": (["--engine", "vlm"], "unknown engine 'vlm'; did you mean vllm"),

@@ -1,7 +1,7 @@
 """Solvers of whole blocks: they see a block, what it reads, and what it returns in the full-precision model.
 
 `per_matrix` makes one of a solver that sees a matrix and the statistics of its inputs. To add another: one file, and
-one line in `BLOCK_SOLVERS`.
+one line in `BLOCK_SOLVERS`; in `REFINEMENTS`, if it starts from what a solver has rounded.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -173,8 +173,24 @@ def solve_matrix(w: Tensor, grid: Grid, statistics: Statistics | None, method: M
 
 BLOCK_SOLVERS: dict[str, BlockSolver] = {}
 """Those that are no solvers of single matrices, by their names in `halfbyte.recipe.PARTS`."""
+Refinement = Callable[[BlockTask, Sequence[Solution]], Iterable[Solution]]
+"""Gives better solutions in place of a solver's. The block itself stays as it is."""
+REFINEMENTS: dict[str, Refinement] = {}
+"""By their names in `Method.refinements`."""
 
 
 def block_solver(method: Method) -> BlockSolver:
-    """The solver of a method: its own where it sees whole blocks, else its matrix solver by `per_matrix`."""
-    return BLOCK_SOLVERS.get(method.solver) or per_matrix(method)
+    """The solver of a method, its own where it sees whole blocks, else its matrix solver by `per_matrix`; then what
+    refines a block."""
+    solver = BLOCK_SOLVERS.get(method.solver) or per_matrix(method)
+    refinements = [REFINEMENTS[name] for name in method.refinements if name in REFINEMENTS]
+    if not refinements:
+        return solver
+
+    def solve_block(task: BlockTask) -> Iterator[Solution]:
+        solutions = list(solver(task))
+        for refine in refinements:
+            solutions = list(refine(task, solutions))
+        yield from solutions
+
+    return solve_block

@@ -27,8 +27,8 @@ from halfbyte.transforms import TRANSFORMS, TransformSettings
 from halfbyte.transforms.fold import Finder, pattern
 
 MODEL_STAGES: dict[str, Callable[[Run, Walk], None]] = {}
-"""By the name of a solver: what it does after the last block, when all of the model can be seen, and what was written
-can be committed anew (`halfbyte.run.commit`)."""
+"""By the name of a refinement: what it does after the last block, when all of the model can be seen, and what was
+written can be committed anew (`halfbyte.run.commit`)."""
 
 
 def quantize(run: Run, samples: Samples) -> None:
@@ -42,7 +42,7 @@ def quantize(run: Run, samples: Samples) -> None:
         source.dtype,
         placement,
         full_precision=plan.method.full_precision,
-        to_the_end=plan.method.solver in MODEL_STAGES,
+        to_the_end=not MODEL_STAGES.keys().isdisjoint(plan.method.refinements),
         trials=plan.method.trials,
         progress=run.progress,
     )
@@ -67,8 +67,9 @@ def quantize(run: Run, samples: Samples) -> None:
             del solved  # its codes take half of what the next block does
         written.result()
     run.spilled_bytes = walk.spilled_bytes
-    if stage := MODEL_STAGES.get(plan.method.solver):
-        stage(run, walk)
+    for name in plan.method.refinements:
+        if stage := MODEL_STAGES.get(name):
+            stage(run, walk)
     run.progress("tensors outside of the blocks", len(walk.blocks), len(walk.blocks))
     _finish_outside(run, inside)
 

@@ -184,7 +184,7 @@ def _renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Method:
-    """Transforms, then a solver."""
+    """Transforms, then a solver, then refinements."""
 
     transforms: tuple[str, ...]
     """What is done to a block before its weights are rounded: keys of `halfbyte.transforms.TRANSFORMS`."""
@@ -196,6 +196,14 @@ class Method:
     """Whether the unquantized model runs beside the one that is being quantized."""
     trials: bool = False
     """Whether each block is run again and again on a few tokens."""
+    refinements: tuple[str, ...] = ()
+    """What is done to what the solver has rounded: of a block, keys of `halfbyte.block_solvers.REFINEMENTS`; of the
+    whole model, keys of `halfbyte.blockwise.MODEL_STAGES`."""
+
+    @property
+    def position(self) -> int:
+        """Where a part stands in a method's name: transforms, a solver, refinements."""
+        return 2 if self.refinements else 0 if self.transforms else 1
 
 
 PARTS: dict[str, Method] = {
@@ -229,12 +237,18 @@ def method_named(name: str) -> Method:
     if len(set(parts)) < len(parts):
         raise BadRequest(f"method '{name}' names a part twice")
     chosen = [PARTS[part] for part in parts]
-    if len(chosen) > 1 and any(m.transforms == () for m in chosen[:-1]):
-        raise BadRequest(f"method '{name}' has two solvers; put transforms first and one solver last, such as awq+gptq")
+    positions = [part.position for part in chosen]
+    if positions != sorted(positions) or positions.count(1) > 1:
+        raise BadRequest(
+            f"method '{name}' is in no order that runs; put transforms first, then one solver, then refinements, such "
+            "as awq+gptq"
+        )
+    solver = next((part for part in chosen if part.position == 1), chosen[-1]).solver
     return Method(
         sum((m.transforms for m in chosen), ()),
-        chosen[-1].solver,
+        solver,
         any(m.calibrated for m in chosen),
         any(m.full_precision for m in chosen),
         any(m.trials for m in chosen),
+        sum((m.refinements for m in chosen), ()),
     )

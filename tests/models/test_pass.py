@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import halfbyte
 import tiny
-from halfbyte import blockwise
+from halfbyte import blockwise, recipe
 from halfbyte.errors import OutOfMemory
 from halfbyte.models import collect as collecting
 from halfbyte.models.block import Block
@@ -176,9 +176,10 @@ def test_a_stage_after_the_last_block_sees_the_whole_model_and_may_write_anew(ll
             blockwise.commit(run, [weight], q, [w], run.plan.schemes[weight])[0].digest.result()
         ]
 
-    monkeypatch.setitem(blockwise.MODEL_STAGES, "gptq", stage)
+    monkeypatch.setitem(blockwise.MODEL_STAGES, "anew", stage)
+    monkeypatch.setitem(recipe.PARTS, "anew", recipe.Method((), "gptq", calibrated=True, refinements=("anew",)))
     calibration = {"source": text, "samples": 6, "length": 32}
-    report = halfbyte.quantize(llama, tmp_path / "out", method="gptq", calibration=calibration, engine="none")
+    report = halfbyte.quantize(llama, tmp_path / "out", method="gptq+anew", calibration=calibration, engine="none")
     assert seen == [row.name for row in report.weights]
     written = Checkpoint.open(tmp_path / "out").read_quantized(seen[0])
     expected = blockwise.SOLVERS["minmax"](Checkpoint.open(llama).read(f"{seen[0]}.weight"), written.grid, None)
