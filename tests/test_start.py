@@ -135,6 +135,7 @@ def test_what_runs_no_model_imports_none(words, module, tmp_path):
     modules = done.stdout.splitlines()[-1].split()
     assert module in modules
     assert not {"transformers.modeling_utils", "halfbyte.models.walk"} & {*modules}
+    assert words[0] != "plan" or "transformers" not in modules
 
 
 def test_kernels_are_kept_in_the_users_cache_if_there_is_one(tmp_path, monkeypatch):

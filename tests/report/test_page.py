@@ -9,15 +9,40 @@ import pytest
 
 import halfbyte
 import tiny
-from halfbyte.report import charts
+from halfbyte.report import charts, written
 from halfbyte.report.page import page
 from halfbyte.report.summary import size
+from halfbyte.report.types import Machine, Pace, Runtime, SpeedRecord, Spread
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[test]'")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on the path: apt install chromium")
 pytestmark = pytest.mark.slow  # what is looked at takes ten runs to make
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\u202e\x1b[31m{{7*7}}"
+
+
+def speeds(path: Path) -> SpeedRecord:
+    """As bench has it of two batches, with made-up figures."""
+
+    def spread(median: float) -> Spread:
+        return Spread(median=median, low=0.9 * median, high=1.1 * median)
+
+    def paces(decode: float, **ratios: float) -> list[Pace]:
+        return [
+            Pace(
+                batch=batch, prompt=64, prefill=spread(9 * decode), first_token=spread(0.5),
+                decode=spread(decode * batch), prefill_share=0.25, decode_share=0.5 / batch, **ratios,
+            )
+            for batch in (1, 4)
+        ]  # fmt: skip
+
+    common = {"engine": "halfbyte", "version": "1", "size_bytes": 3000, "read_bytes": 2000, "head_bytes": 10}
+    machine = Machine(device="cpu", threads=2, cores=2, bandwidth=spread(2e10), arithmetic={"float32": spread(1e11)})
+    mine = Runtime(
+        path=str(path), load_seconds=0.5, memory_bytes=7_000_000, paces=paces(40, decode_ratio=2.0), **common
+    )
+    original = Runtime(path=str(path.parent / "model"), load_seconds=1.5, memory_bytes=None, paces=paces(20), **common)
+    return SpeedRecord(machine=machine, tokens=8, repeats=3, in_turn=True, models=[mine], reference=[original])
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +62,7 @@ def home(tmp_path_factory) -> Path:
     halfbyte.evaluate(outputs, home / "model", str(home / "text.txt"), 64, 3)
     halfbyte.evaluate(outputs[:1], home / "model", str(home / "text.txt"), 32, 2)
     halfbyte.needle(outputs[:1], home / "model", str(home / "text.txt"), [256], depths=2, facts=1)
+    written.add(home / "four", speed=speeds(home / "four"))
     halfbyte.page(outputs, home / "report.html", device="rtx-4090", engine="vllm")
     (home / "broken").mkdir()
     report = json.loads((home / "three" / "report.json").read_text())
@@ -148,6 +174,34 @@ def test_plan_is_that_of_advise_and_runs_say_what_they_took(home, chromium):
     report = reports(home)[0]
     took, planned = (report[name]["disk_bytes"] for name in ("measured", "planned"))
     assert f"disk {size(took)} (planned {size(planned)}), time " in shown.locator(".of-run:visible").inner_text()
+    assert not wrong
+
+
+@in_browser
+def test_speeds_are_those_of_bench_by_batch(home, chromium):
+    shown, wrong = opened(chromium, home / "report.html")
+    shown.select_option("#run", "0")
+    speed = reports(home)[0]["speed"]
+    timed = [(row, pace) for row in (*speed["reference"], *speed["models"]) for pace in row["paces"]]
+    rows = shown.locator("table.speeds:visible tbody tr").all()
+    for shown_row, (row, pace) in zip(rows, timed, strict=True):
+        assert shown_row.locator("td").nth(2).inner_text() == str(pace["batch"])
+        values = {
+            cell.get_attribute("data-title"): float(cell.get_attribute("data-value"))
+            for cell in shown_row.locator("td.number[data-value]").all()
+        }
+        known = {
+            "prefill": pace["prefill"]["median"],
+            "first token": pace["first_token"]["median"],
+            "decode": pace["decode"]["median"],
+            "of the arithmetic": pace["prefill_share"],
+            "of the bandwidth": pace["decode_share"],
+            "x original": pace.get("decode_ratio"),
+            "memory": row["memory_bytes"],
+            "load": row["load_seconds"],
+        }
+        assert values == {name: value for name, value in known.items() if value is not None}
+    assert "20.0 GB/s" in shown.locator(".of-run:visible").inner_text()
     assert not wrong
 
 

@@ -1,11 +1,12 @@
 """Caches of models, as others have published or measured them (published.yaml)."""
 
 import pytest
+import transformers
 from outlines import GIB, PUBLISHED, config_of
 
 from halfbyte.errors import Unsupported
-from halfbyte.sizing.accounting import accounting_of
-from halfbyte.sizing.cache import TYPES, LayerCache, ModelConfig, cache_bytes, layers_of
+from halfbyte.sizing.accounting import ACCOUNTINGS, accounting_of
+from halfbyte.sizing.cache import PLAIN, TYPES, LayerCache, ModelConfig, _layers, cache_bytes, layers_of
 
 
 def attention_alone(layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
@@ -53,6 +54,35 @@ def test_compressed_attention_is_not_guessed():
         layers_of({"model_type": "deepseek_v4", "num_hidden_layers": 43, "hidden_size": 4096})
     with pytest.raises(Unsupported, match="not known"):
         layers_of({"model_type": "t5", "is_encoder_decoder": True})
+
+
+SMALL = {
+    "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 1000,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [{}, {"num_key_value_heads": 1}, {"head_dim": 32, "sliding_window": 128}], ids=str)
+@pytest.mark.parametrize("family", PLAIN)
+def test_plain_families_need_no_transformers(family, more):
+    """What Transformers' own config says of them is what config.json says."""
+    needed = {"sliding_window": None, "use_sliding_window": False, "num_key_value_heads": 2, "head_dim": 16}
+    config = {**SMALL, "model_type": family, **{name: needed[name] for name in PLAIN[family]}, **more}
+    alone = ModelConfig(config)
+    assert alone.hf_config is None
+    theirs = transformers.AutoConfig.for_model(**config)
+    assert theirs.num_key_value_heads == config.get("num_key_value_heads", 4)
+    asked = ModelConfig(config)
+    asked.hf_config = theirs
+    assert layers_of(config) == _layers(asked)
+    for account in ACCOUNTINGS.values():
+        assert account.activations(alone, 80 * GIB, 2, 512, 4) == account.activations(asked, 80 * GIB, 2, 512, 4)
+    assert alone.head_dim == asked.head_dim
+
+
+def test_windows_in_use_are_asked_of_transformers():
+    config = {**SMALL, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}
+    assert [layer.window for layer in layers_of(config)] == [None, 128, 128]
 
 
 def test_a_model_of_which_transformers_knows_nothing():

@@ -18,10 +18,11 @@ from halfbyte.errors import BadRequest
 from halfbyte.models.memory import reading_group
 from halfbyte.plan import resolve
 from halfbyte.progress import Stage
-from halfbyte.recipe import Recipe
+from halfbyte.recipe import PARTS, Recipe
 from halfbyte.report.summary import beside_planned, size
 from halfbyte.sizing import run
-from halfbyte.sizing.duration import MatrixPace, Pace, Work
+from halfbyte.sizing.duration import SECONDS_OF, MatrixPace, Pace, Work
+from halfbyte.solvers import SOLVERS
 from halfbyte.terminal import duration
 
 CPU = torch.device("cpu")
@@ -122,10 +123,10 @@ def test_a_peak_of_before_is_not_taken_for_that_of_the_run(source, tmp_path, mon
 @pytest.mark.parametrize(
     ("method", "grid", "parts"),
     [
-        ("nearest", "int4-g128", {"rounding"}),
-        ("gptq", "q4_k", {"blocks", "statistics", "solving"}),
-        ("awq", "int4-g128", {"blocks", "statistics", "solving", "transforms"}),
-        ("smoothquant", "w8a8", {"blocks", "statistics", "solving", "transforms"}),
+        ("nearest", "int4-g128", {"streaming"}),
+        ("gptq", "q4_k", {"blocks", "statistics", "solving", "committing"}),
+        ("awq", "int4-g128", {"blocks", "statistics", "solving", "committing", "awq"}),
+        ("smoothquant", "w8a8", {"blocks", "statistics", "solving", "committing", "smoothquant"}),
     ],
 )
 def test_time_is_that_of_what_is_computed(source, method, grid, parts):
@@ -133,7 +134,7 @@ def test_time_is_that_of_what_is_computed(source, method, grid, parts):
 
     def planned(samples: int) -> dict[str, float]:
         plan = resolve(Recipe.of(model=str(source), method=method, grid=grid, calibration={"samples": samples}))
-        paces = dict.fromkeys(plan.schemes.values(), MatrixPace(*[1e-9] * 5))
+        paces = dict.fromkeys(plan.schemes.values(), MatrixPace(*[1e-9] * 6))
         return Work(plan, Pace(*[1e-12] * 6), paces).parts(10**6)
 
     few, many = planned(10), planned(30)
@@ -141,6 +142,25 @@ def test_time_is_that_of_what_is_computed(source, method, grid, parts):
     for name in few:
         grows = name in ("blocks", "statistics")
         assert many[name] == pytest.approx(few[name] * (3 if grows else 1), rel=0.2 if name == "statistics" else 1e-9)
+
+
+def test_every_part_of_a_method_has_its_time():
+    """What is done to a block or to a model beside a solver of matrices takes time that is planned."""
+    parts = {part for method in PARTS.values() for part in (*method.transforms, method.solver, *method.refinements)}
+    assert parts - SOLVERS.keys() == SECONDS_OF.keys()
+
+
+def test_what_lies_outside_of_blocks_is_only_rounded(source):
+    """A head takes none of a solver's products, however wide it is."""
+
+    def solving(head: bool) -> dict[str, float]:
+        plan = resolve(Recipe.of(model=str(source), method="gptq", grid="int4-g128", engine="none", head=head))
+        paces = dict.fromkeys(plan.schemes.values(), MatrixPace(*[1e-9] * 6))
+        return Work(plan, Pace(*[1e-12] * 6), paces).parts(10**6)
+
+    without, with_head = solving(False), solving(True)
+    assert with_head["streaming"] > without["streaming"] == 0
+    assert all(with_head[name] == without[name] for name in ("solving", "statistics", "committing"))
 
 
 def test_what_is_tried_is_what_a_container_packs(tmp_path):

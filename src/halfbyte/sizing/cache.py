@@ -17,6 +17,18 @@ WINDOWED = ("sliding_attention", "local_attention")
 FIXED = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "short_conv", "linear")
 EMPTY = ("mlp", "moe")
 UNREADABLE = (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError)
+SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
+PLAIN: Mapping[str, tuple[str, ...]] = {
+    "llama": (),
+    "mistral": ("sliding_window", "num_key_value_heads"),
+    "qwen2": ("use_sliding_window", "num_key_value_heads"),
+    "qwen3": ("use_sliding_window", "num_key_value_heads", "head_dim"),
+}
+"""Families of plain attention, whose config.json says all that plans need if it has these entries and those of SIZES:
+Transformers, which takes seconds to import, need not be asked then."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ class ModelConfig:
     def __init__(self, config: Mapping[str, Any]):
         text = config.get("text_config")
         self.raw: Mapping[str, Any] = text if isinstance(text, dict) and text else config
-        self.hf_config = _read(self.raw)
+        self.hf_config = None if _is_plain(self.raw) else _read(self.raw)
 
     def get(self, *names: str) -> Any:
         """The first that is said; what config.json says goes before what its family has by default."""
@@ -170,6 +182,12 @@ class ModelConfig:
     def head_dim(self) -> int:
         """In-features of an attention's head."""
         return self.number("head_dim", "attention_head_dim") or self.hidden // self.heads
+
+
+def _is_plain(raw: Mapping[str, Any]) -> bool:
+    """Whether it says all by itself: of a window in use, the family's code says in which layers."""
+    needed = PLAIN.get(str(raw.get("model_type")))
+    return needed is not None and raw.keys() >= {*SIZES, *needed} and not raw.get("use_sliding_window")
 
 
 def _read(raw: Mapping[str, Any]) -> Any:

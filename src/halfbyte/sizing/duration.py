@@ -1,8 +1,9 @@
 """How long a run takes: what it computes, reads and writes, known from shapes, at the pace at which this machine does a
 small piece of each as the run begins. An estimate, held against runs by benchmarks/run_resources.py."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import inf, prod
 from pathlib import Path
@@ -51,8 +52,8 @@ SECONDS_PER_RUN, BYTES_PER_RESCALED = 0.005, 48
 """Seconds that such a run takes beside its arithmetic; bytes that are moved for each weight that is rescaled for it."""
 MODEL_SECONDS, SECONDS_PER_ENTRY = 0.2, 1.5e-5
 """Seconds in which a model is built; in which an entry of the vocabulary is read."""
-REPORT_SECONDS, ACTIVATION_REPORT_SECONDS = 0.002, 0.01
-"""Seconds in which a matrix is told of in the report; and what it reads."""
+REPORT_SECONDS, ACTIVATION_REPORT_SECONDS = 0.0035, 0.01
+"""Seconds in which a matrix is compared with its original and told of in the report; and what it reads."""
 
 
 @dataclass(frozen=True)
@@ -77,29 +78,32 @@ class Pace:
 class MatrixPace:
     """Seconds for each weight of a matrix, on one grid; 0 for what the run does not do."""
 
-    solving: float
+    streaming: float = 0.0
+    """Rounded without calibration, packed and read again, in the threads that one of several side by side has."""
+    solving: float = 0.0
     """By the method's solver, beside products."""
-    nearest: float
+    nearest: float = 0.0
     """To the nearest, with a search for scales; and decoded."""
-    coarse: float
+    coarse: float = 0.0
     """... without a search."""
-    committing: float
+    committing: float = 0.0
     """Packed, digested, decoded, and read again."""
-    activation: float
+    activation: float = 0.0
     """A number that it is multiplied by, rounded."""
 
 
-def seconds(plan: Plan, output_bytes: int, device: torch.device, scratch: Path) -> float | None:
-    """Of a run of this plan, from here on; `scratch` is a folder of the disk on which it writes. None where the device
-    has no memory for a small piece of it: the run itself may still do with less."""
-    microbenchmark = Microbenchmark(plan, device)
+def seconds(plan: Plan, output_bytes: int, device: torch.device, scratch: Path, together: int) -> float | None:
+    """Of a run of this plan, from here on; `scratch` is a folder of the disk on which it writes, and `together` how
+    many matrices are rounded side by side without calibration. None where the device has no memory for a small piece of
+    it: the run itself may still do with less."""
+    microbenchmark = Microbenchmark(plan, device, together)
     try:
         with torch.no_grad():
             paces = {scheme: microbenchmark.matrix(scheme) for scheme in dict.fromkeys(plan.schemes.values())}
             machine = microbenchmark.machine(scratch)
     except torch.OutOfMemoryError:
         return None
-    return sum(Work(plan, machine, paces).parts(output_bytes).values()) * microbenchmark.crowding
+    return sum(Work(plan, machine, paces, together).parts(output_bytes).values()) * microbenchmark.crowding
 
 
 @dataclass(frozen=True)
@@ -109,32 +113,46 @@ class Work:
     plan: Plan
     pace: Pace
     paces: dict[Scheme, MatrixPace]
+    together: int = 1
 
     def parts(self, output_bytes: int) -> dict[str, float]:
         """Seconds, by what they go into."""
-        plan, pace = self.plan, self.pace
+        plan, pace, method = self.plan, self.pace, self.plan.method
         weights, kept = sum(prod(w.shape) for w in plan.schemes), sum(plan.spec(t).size_bytes for t in plan.unquantized)
-        matrices = {
+        parts = {
             "reading": (weights * plan.checkpoint.dtype.itemsize + kept) * pace.read,
             "writing": output_bytes * (pace.written + 2 * pace.touched),
-            "committing": self._sum(lambda w, own: prod(w.shape) * own.committing + REPORT_SECONDS),
+            "streaming": self._sum(self._streamed, lambda w, own: prod(w.shape) * own.streaming + REPORT_SECONDS)
+            / self.together,
+            "committing": self.sum(lambda w, own: prod(w.shape) * own.committing + REPORT_SECONDS),
         }
         if not plan.calibrated:
-            return matrices | {"rounding": self._sum(lambda w, own: prod(w.shape) * own.nearest)}
-        passes = 2 + plan.method.full_precision + (2 if plan.scales else 0)  # to see what is read, and as quantized
-        return matrices | {
+            return parts
+        passes = 2 + method.full_precision + (2 if plan.scales else 0)  # to see what is read, and as quantized
+        named = (*method.transforms, method.solver, *method.refinements)
+        return parts | {
             "starting": MODEL_SECONDS + SECONDS_PER_ENTRY * self._vocabulary,
-            "blocks": passes * self._forward(self._tokens) + self._rounding_activations(self._tokens),
+            "blocks": passes * self.forward(self.tokens) + self.rounding_activations(self.tokens),
             "statistics": self._statistics(),
-            "solving": self._sum(self._solving),
-            "transforms": sum(map(self._transform, plan.method.transforms)),
+            "solving": self.sum(self._solving),
+            **{name: SECONDS_OF[name](self) for name in named if name in SECONDS_OF},
         }
 
-    def _sum(self, of: Callable[[Weight, MatrixPace], float]) -> float:
-        return sum(of(weight, self.paces[scheme]) for weight, scheme in self.plan.schemes.items())
+    def sum(self, of: Callable[[Weight, MatrixPace], float]) -> float:
+        """Over the matrices that are solved with calibration."""
+        return self._sum([weight for weight in self.plan.schemes if self.plan.calibrated and weight.block], of)
+
+    def _sum(self, weights: Sequence[Weight], of: Callable[[Weight, MatrixPace], float]) -> float:
+        return sum(of(weight, self.paces[self.plan.schemes[weight]]) for weight in weights)
 
     @property
-    def _tokens(self) -> int:
+    def _streamed(self) -> list[Weight]:
+        """What is rounded without calibration."""
+        return [weight for weight in self.plan.schemes if not (self.plan.calibrated and weight.block)]
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples."""
         return self.plan.recipe.calibration.samples * self.plan.recipe.calibration.length
 
     @cached_property
@@ -142,7 +160,8 @@ class Work:
         return [weight for weight in self.plan.checkpoint.weights() if weight.block]
 
     @property
-    def _layers(self) -> int:
+    def layers(self) -> int:
+        """How many blocks there are."""
         return len({weight.block for weight in self._blocks})
 
     @property
@@ -158,25 +177,26 @@ class Work:
     def _share(self, weight: Weight) -> float:
         return self._routed if ROUTED.search(weight.tensor) else 1.0
 
-    def _forward(self, tokens: int) -> float:
+    def forward(self, tokens: int) -> float:
         """All blocks on so many tokens."""
         plan, width = self.plan, hidden_size(self.plan.checkpoint)
         inner = max((max(weight.shape) for weight in self._blocks), default=width)
         products = sum(2 * self._share(weight) * prod(weight.shape) for weight in self._blocks)
-        attention = 4 * plan.recipe.calibration.length * width * self._layers
-        numbers = NUMBERS_MOVED * (width + inner) * self._layers
+        attention = 4 * plan.recipe.calibration.length * width * self.layers
+        numbers = NUMBERS_MOVED * (width + inner) * self.layers
         of_token = (products + attention) * self.pace.product
         return tokens * (of_token + numbers * plan.checkpoint.dtype.itemsize * self.pace.touched)
 
-    def _rounding_activations(self, tokens: int) -> float:
-        return self._sum(lambda w, own: tokens * self._share(w) * w.shape[1] * own.activation)
+    def rounding_activations(self, tokens: int) -> float:
+        """Of what all linears read of so many tokens."""
+        return self.sum(lambda w, own: tokens * self._share(w) * w.shape[1] * own.activation)
 
     def _statistics(self) -> float:
         """Of what linears read, those that read the same together, and their factors."""
         first = {reading_group(weight): weight for weight in self.plan.schemes if weight.block}
         factored, drift = self.plan.method.solver in FACTORING, self.plan.method.full_precision
         return sum(
-            _summing(w.shape[1]) * self._tokens * self._share(w) * (3 if drift else 1) * self.pace.wide_product
+            _summing(w.shape[1]) * self.tokens * self._share(w) * (3 if drift else 1) * self.pace.wide_product
             + (w.shape[1] ** 3 / 3 * self.pace.factoring if factored else 0.0)
             for w in first.values()
         )
@@ -188,19 +208,29 @@ class Work:
         products = moved + 4 * _rows(weight) * width**2 * self.pace.wide_product
         return ACTIVATION_REPORT_SECONDS + out * width * own.solving + products
 
-    def _transform(self, name: str) -> float:
-        if name == "awq":
-            return AWQ_SCALES * self._sum(
-                lambda w, own: (
-                    SECONDS_PER_SCALE + _rows(w) * w.shape[1] * (own.nearest + 2 * w.shape[1] * self.pace.wide_product)
-                )
-            )
-        length = self.plan.recipe.calibration.length
-        rounding = self._sum(
-            lambda w, own: FOLDS_PER_MATRIX * prod(w.shape) * (own.coarse + BYTES_PER_RESCALED * self.pace.touched)
+
+def _awq(work: Work) -> float:
+    """Scales that are tried, of each matrix."""
+    return AWQ_SCALES * work.sum(
+        lambda w, own: (
+            SECONDS_PER_SCALE + _rows(w) * w.shape[1] * (own.nearest + 2 * w.shape[1] * work.pace.wide_product)
         )
-        runs = FOLDS * (self._forward(length) + SECONDS_PER_RUN * self._layers)
-        return RUNS_PER_FOLD * (runs + self._rounding_activations(length) + rounding)
+    )
+
+
+def _smoothquant(work: Work) -> float:
+    """Runs of blocks on one sample."""
+    length = work.plan.recipe.calibration.length
+    rounding = work.sum(
+        lambda w, own: FOLDS_PER_MATRIX * prod(w.shape) * (own.coarse + BYTES_PER_RESCALED * work.pace.touched)
+    )
+    runs = FOLDS * (work.forward(length) + SECONDS_PER_RUN * work.layers)
+    return RUNS_PER_FOLD * (runs + work.rounding_activations(length) + rounding)
+
+
+SECONDS_OF: dict[str, Callable[[Work], float]] = {"awq": _awq, "smoothquant": _smoothquant}
+"""By the name of a transform, a solver of blocks or a refinement: what it takes beside the passes over the blocks,
+their statistics and solvers of matrices."""
 
 
 def _rows(weight: Weight) -> int:
@@ -219,6 +249,7 @@ class Microbenchmark:
 
     plan: Plan
     device: torch.device
+    together: int = 1
     taken: list[tuple[float, float]] = field(default_factory=list)
     """Of each piece, seconds of all times that it was done, and what as many of the fastest would have taken."""
 
@@ -249,23 +280,32 @@ class Microbenchmark:
         return Pace(product, wide, factoring, touched, self._reading(), _writing(scratch))
 
     def matrix(self, scheme: Scheme) -> MatrixPace:
-        """A matrix on the way that all take."""
-        plan, method = self.plan, self.plan.method
-        out, width = max((w.shape for w, s in plan.schemes.items() if s == scheme), key=prod)
+        """A matrix on the ways that those of the plan take."""
+        of_scheme = [weight for weight, s in self.plan.schemes.items() if s == scheme]
+        out, width = max((weight.shape for weight in of_scheme), key=prod)
         width = min(width, MAX_WIDTH)
         rows = min(SAMPLE_WEIGHTS, self._weights // WEIGHTS_SHARE) // width
         out = min(out, max(ROWS, rows // ROWS * ROWS))
-        w = self._random(out, width).to(plan.checkpoint.dtype)
+        w = self._random(out, width).to(self.plan.checkpoint.dtype)
+        solved = [self.plan.calibrated and weight.block is not None for weight in of_scheme]
+        calibrated = self._calibrated(w, scheme) if any(solved) else MatrixPace()
+        return calibrated if all(solved) else replace(calibrated, streaming=self._streaming(w, scheme))
+
+    def _streaming(self, w: Tensor, scheme: Scheme) -> float:
+        solver = SOLVERS["nearest" if self.plan.calibrated else self.plan.method.solver]
+        rounded = partial(solver, w, scheme.weight)
+        with _threads(max(1, torch.get_num_threads() // self.together)):
+            committing = self._committing(rounded())
+            made_elsewhere = self.plan.recipe.method in OTHER_COMMANDS
+            return (committing + (0.0 if made_elsewhere else self._seconds(rounded))) / w.numel()
+
+    def _calibrated(self, w: Tensor, scheme: Scheme) -> MatrixPace:
+        method, width = self.plan.method, w.shape[1]
         nearest = partial(SOLVERS["nearest"], w, scheme.weight)
-        committing = self._committing(nearest()) / w.numel()
-        if plan.recipe.method in OTHER_COMMANDS:
-            return MatrixPace(0.0, 0.0, 0.0, committing, 0.0)
 
         def rounding(search: bool = True) -> float:
             return self._seconds(lambda: nearest(search=search).decode()) / w.numel()
 
-        if not plan.calibrated:
-            return MatrixPace(0.0, rounding(), 0.0, committing, 0.0)
         statistics = self._filled(width, self._random(SAMPLE_TOKENS, width))
         solver = SOLVERS.get(method.solver, SOLVERS["nearest"])  # in place of one that needs a whole block
         solve = partial(solver, w, scheme.weight, *([statistics] if method.calibrated else []))
@@ -273,7 +313,7 @@ class Microbenchmark:
             solving=self._seconds(solve) / w.numel(),
             nearest=rounding() if "awq" in method.transforms else 0.0,
             coarse=rounding(search=False) if "smoothquant" in method.transforms else 0.0,
-            committing=committing,
+            committing=self._committing(nearest()) / w.numel(),
             activation=self._activation(scheme, statistics),
         )
 
@@ -337,6 +377,17 @@ def _writing(folder: Path) -> float:
     except OSError:
         return 0.0
     return _elapsed(started) / WRITTEN_BYTES
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """With so many threads of torch and of compiled kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _elapsed(started: float) -> float:

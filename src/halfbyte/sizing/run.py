@@ -8,7 +8,7 @@ What is counted is what is there at the worst moment; how much libraries and wor
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from itertools import chain
@@ -81,7 +81,10 @@ def resources(
         + RECORD * len(plan.weights)
         + _spilled(plan, placement),
     )
-    left = duration.seconds(plan, tensors, device, scratch)  # after memory, of which it takes some that a run takes too
+    together = tasks_together(max(_pieces(plan, device), default=1), device, fitting_bytes(plan))
+    left = duration.seconds(
+        plan, tensors, device, scratch, together
+    )  # after memory, of which it takes some that a run takes too
     whole = None if left is None else round(time.perf_counter() - started + left, 2)
     return needed.model_copy(update={"seconds": whole})
 
@@ -137,12 +140,16 @@ def _with_calibration(plan: Plan, placement: Placement, on_device: DeviceMemory)
         (_solving(plan, groups, on_device.statistics) for block, groups in blocks.items() if block), default=0
     )
     collecting = on_device.statistics + on_device.running
-    tried = on_device.block if "smoothquant" in plan.method.transforms else 0
-    return (
-        on_device.block
-        + on_host
-        + max(begins, on_device.hidden + max(collecting, solving, tried + on_device.statistics))
-    )
+    parts = (*plan.method.transforms, plan.method.solver, *plan.method.refinements)
+    beside = [BYTES_OF[name](plan, on_device) for name in parts if name in BYTES_OF]
+    return on_device.block + on_host + max(begins, on_device.hidden + max(collecting, solving, *beside))
+
+
+BYTES_OF: dict[str, Callable[[Plan, DeviceMemory], int]] = {
+    "smoothquant": lambda plan, on_device: on_device.block + on_device.statistics,
+}
+"""By the name of a transform, a solver of blocks or a refinement: what it has in memory at most, beside a block and the
+hidden states."""
 
 
 def _solving(plan: Plan, groups: Sequence[Sequence[Weight]], budget: int) -> int:
