@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Else each of the hundred processes that tests start would compile torch and Transformers for itself.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test quick lint docs oracles bench clean
 
 demo: $(VENV)/.demo
