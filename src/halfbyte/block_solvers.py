@@ -22,7 +22,7 @@ from halfbyte.models.streams import Stream
 from halfbyte.models.walk import Walk
 from halfbyte.models.weight import Weight
 from halfbyte.recipe import Method
-from halfbyte.solvers import SOLVERS
+from halfbyte.solvers import SOLVERS, solved
 from halfbyte.solvers.statistics import NotPositive, Statistics
 
 FEWEST_TOKENS = 32
@@ -156,16 +156,15 @@ def _solution(task: BlockTask, weights: Sequence[Weight], statistics: Statistics
 
 def solve_matrix(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) -> tuple[Quantized, str]:
     """The solver's answer, or that of `nearest` and the reason."""
-    solver = SOLVERS[method.solver]
     if not method.calibrated:  # the text is there for stored scales of activations
-        return solver(w, grid, None), ""
+        return SOLVERS[method.solver](w, grid, None), ""
     if statistics is None:
         reason = "no calibration token reached it"
     elif statistics.tokens < FEWEST_TOKENS:
         reason = f"only {statistics.tokens} calibration tokens reached it"
     else:
         try:
-            return solver(w, grid, statistics), ""
+            return solved(method.solver, method.refinements, w, grid, statistics), ""
         except NotPositive:
             reason = "its Hessian could not be factored"
     return SOLVERS["nearest"](w, grid, None), f"{reason}: rounded to nearest"

@@ -197,8 +197,8 @@ class Method:
     trials: bool = False
     """Whether each block is run again and again on a few tokens."""
     refinements: tuple[str, ...] = ()
-    """What is done to what the solver has rounded: of a block, keys of `halfbyte.block_solvers.REFINEMENTS`; of the
-    whole model, keys of `halfbyte.blockwise.MODEL_STAGES`."""
+    """What is done to what the solver has rounded: of a matrix, keys of `halfbyte.solvers.REFINEMENTS`; of a block, of
+    `halfbyte.block_solvers.REFINEMENTS`; of the whole model, of `halfbyte.blockwise.MODEL_STAGES`."""
 
     @property
     def position(self) -> int:
@@ -212,12 +212,13 @@ PARTS: dict[str, Method] = {
     "imatrix": Method((), "nearest", calibrated=True),
     "gptq": Method((), "gptq", calibrated=True),
     "gptaq": Method((), "gptaq", calibrated=True, full_precision=True),
+    "descent": Method((), "gptq", calibrated=True, refinements=("descent",)),
     "awq": Method(("awq",), "nearest", calibrated=True),
     "smoothquant": Method(("smoothquant",), "nearest", calibrated=True, trials=True),
 }
 OTHER_COMMANDS = ("convert", "dequantize")
 """What the recipe of an output that another command made says in place of a method."""
-METHODS = (*PARTS, "awq+gptq", "smoothquant+gptq")
+METHODS = (*PARTS, "awq+gptq", "smoothquant+gptq", "gptaq+descent")
 
 
 OBSERVERS: tuple[str, ...] = get_args(Recipe.model_fields["observer"].annotation)

@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from weights import by_reference, importance, lost, normal, solve
+from weights import by_reference, heavy_tailed, importance, lost, normal, solve
 
 from halfbyte.containers.compressed.container import CompressedTensors, layout_of
 from halfbyte.containers.fp8 import FP8
@@ -110,6 +110,22 @@ def test_search_loses_less_than_minmax(name, weighted):
     plain, found = lost(w, solve(SCALAR_GRIDS[name], w, search=False), h), lost(w, solve(SCALAR_GRIDS[name], w, h), h)
     bound = 0.8 if name == "nvfp4" else 0.97 if name.endswith("channel") else 1.0
     assert found < bound * plain
+
+
+@pytest.mark.parametrize(
+    ("name", "every_byte"), [("nvfp4", range(1, 127)), ("ggml-nvfp4", range(1, 127)), ("mxfp4", range(96, 140))]
+)
+def test_search_finds_what_all_scales_would(name, every_byte):
+    """Trying every byte that a group's scale can be, next to nothing is won."""
+    grid, w = SCALAR_GRIDS[name], heavy_tailed(16)
+
+    def squared_errors(params):
+        missed = w - grid.decode(grid.encode(w, params), params)
+        return missed.square().unflatten(1, (-1, grid.granularity)).sum(-1)
+
+    found = grid.fit(w, None)
+    each = [squared_errors({**found, "scale": torch.full_like(found["scale"], byte)}) for byte in every_byte]
+    assert squared_errors(found).sum() <= 1.001 * torch.stack(each).amin(0).sum()
 
 
 def of_each_weight(grid, params, shape):

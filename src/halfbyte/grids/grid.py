@@ -1,7 +1,8 @@
 """Grid: which numbers a weight can be."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Float32, Int64, Integer
 from torch import Tensor
@@ -36,6 +37,15 @@ class Rounder(Protocol):
     ) -> Codes:
         """The codes of these columns."""
         ...
+
+
+class Neighbours(NamedTuple):
+    """Parameters near others."""
+
+    group: int
+    """In-features of a row that take one of them by themselves, whatever those beside them take."""
+    near: Sequence[Params]
+    """The parameters that change, [out, in / group] each."""
 
 
 class Grid(ABC):
@@ -105,6 +115,10 @@ class Grid(ABC):
     @abstractmethod
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
         """The values that the codes stand for, in float32."""
+
+    def neighbours(self, params: Params) -> Neighbours | None:
+        """Parameters near these, as a file stores them; None where groups of a row have none of their own."""
+        return None
 
     def operands(self, codes: Codes, params: Params) -> Operands | None:
         """As levels and lines, which kernels for packed weights multiply by; None: they know no way."""

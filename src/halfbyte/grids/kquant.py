@@ -22,7 +22,7 @@ from torch import Tensor
 from halfbyte import formats
 from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.formats import KFormat
-from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
+from halfbyte.grids.grid import Codes, Grid, Neighbours, Params, Rounder, Shape
 from halfbyte.kernels import kquant, scalar
 from halfbyte.kernels.levels import Even
 from halfbyte.kernels.panels import Operands
@@ -98,6 +98,10 @@ class KQuant(KFormat, Grid):
         base = torch.zeros_like(scale) if offset is None else offset
         lines = scalar.EvenLookup(kquant.safe_scale(scale), zero, base, self.top)
         return partial(scalar.round_block, lines, self.group)
+
+    def neighbours(self, params: Params) -> Neighbours:
+        """Integers near these; with one level of scales, numbers."""
+        return Neighbours(self.group, kquant.near(self, params))
 
     def row_params(self, shape: Shape) -> frozenset[str]:
         """All of them: each block lies in one row."""

@@ -16,16 +16,18 @@ package gguf; the arithmetic of `decode` is that of ggml-quants.c.
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
 from halfbyte import formats
 from halfbyte.errors import BadRequest, Unsupported
-from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
+from halfbyte.grids.grid import Codes, Grid, Neighbours, Params, Rounder, Shape
 from halfbyte.kernels import lattice
 from halfbyte.kernels.lattice import SUPER, Lattice
 from halfbyte.kernels.levels import Table
 from halfbyte.kernels.panels import Operands
+from halfbyte.kernels.scales import STEPS
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class LatticeGrid(Lattice, Grid):
         """Rounds a vector of weights at a time. Raises Unsupported for lattices that are read alone."""
         self._check_writable()
         return partial(lattice.round_block, self, self.scales(params))
+
+    def neighbours(self, params: Params) -> Neighbours:
+        """Integers near these."""
+        moved = [(params["scale"].int() + t).clamp(0, self.top).to(torch.uint8) for t in STEPS]
+        return Neighbours(self.group, [{"scale": scale} for scale in moved])
 
     def row_params(self, shape: Shape) -> frozenset[str]:
         """All of them: each block lies in one row."""

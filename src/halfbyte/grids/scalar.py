@@ -31,7 +31,7 @@ from torch import Tensor
 from halfbyte import formats
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.formats import ScalarFormat
-from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
+from halfbyte.grids.grid import Codes, Grid, Neighbours, Params, Rounder, Shape
 from halfbyte.kernels import scalar
 from halfbyte.kernels.levels import E2M1, FLOATS, FP4, IQ4, NF4, Even, Levels, Table, table_of
 from halfbyte.kernels.levels import Float as FloatLevels
@@ -48,6 +48,7 @@ from halfbyte.kernels.scales import (
     Scales,
     UnderGlobal,
     UnderHalf,
+    pairs,
 )
 
 SCALE_DTYPES = {name: number.dtype for name, number in NUMBERS.items()}
@@ -166,6 +167,17 @@ class ScalarGrid(Grid):
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
         """Levels times scales."""
         return scalar.decode(self.levels, self.scales, codes, params)
+
+    def neighbours(self, params: Params) -> Neighbours | None:
+        """Scales near these, and codes of zero; of groups that lie in one row."""
+        size, near = self.scales.granularity, self.scales.storage.near(params)
+        if not isinstance(size, int) or not near or (self.scales.flat and params["scale"].shape[0] == 1):
+            return None
+        if "zero" in params:  # never 0: see kernels.even.settled
+            top = (1 << self.levels.bits) - 1
+            zeros = [(params["zero"].int() + t).clamp(1, top).to(torch.uint8) for t in (-1, 1)]
+            near = pairs(near[1:-1], [{"zero": zero} for zero in zeros])
+        return Neighbours(size, near)
 
     def operands(self, codes: Codes, params: Params) -> Operands | None:
         """Scales as they are stored, where kernels read them so."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from halfbyte.formats import KFormat
 from halfbyte.kernels.choose import faster
 from halfbyte.kernels.scalar import half
-from halfbyte.kernels.scales import Params
+from halfbyte.kernels.scales import NEAR, STEPS, Params, pairs
 
 FLOOR = 1e-6
 """Least importance, as a share of the mean: weights that no input reaches are still fitted, to themselves."""
@@ -85,6 +85,8 @@ EFFORT_WITH_IMPORTANCE = {
     "tq2_0": Effort(_coarse(0.9, 6.0, 48)),
 }
 MINMAX = Effort([])
+NEAR_MINIMA = (-0.25, 0.25)
+"""By how many steps of the levels a minimum that is a number changes, to be one near it."""
 
 
 def fit(
@@ -97,6 +99,21 @@ def fit(
         importance = (importance / 2.0**power).clamp(min=FLOOR) if mean > 0 else None
     effort = MINMAX if not search else EFFORT[grid.name] if importance is None else EFFORT_WITH_IMPORTANCE[grid.name]
     return _stored(grid, *find(grid, w, importance, effort))
+
+
+def near(grid: KFormat, params: Params) -> list[Params]:
+    """What scale and minimum of a group may become, both at once, while the fp16 numbers above them stay; where there
+    are none above, these numbers."""
+    if grid.scales is None:
+        d = params["d"].float()
+        scales: list[Params] = [{"d": half(d * (1 + share)).half()} for share in NEAR]
+        minima: list[Params] = [{"m": half(params["m"].float() + by * d).half()} for by in NEAR_MINIMA]
+        return pairs(scales[1:-1], minima) if grid.has_minimum else scales
+    low, high = grid.scales
+    scales = [{"scale": (params["scale"].int() + t).clamp(low, high).to(params["scale"].dtype)} for t in STEPS]
+    if not grid.has_minimum:
+        return scales
+    return pairs(scales, [{"min": (params["min"].int() + t).clamp(0, high).to(torch.uint8)} for t in STEPS])
 
 
 def safe_scale(scale: Float32[Tensor, "*groups"]) -> Float32[Tensor, "*groups"]:

@@ -34,6 +34,10 @@ NESTED = 256
 """Scales that share a scale."""
 SUPER = 256
 """In-features that share the fp16 scale above 6-bit scales."""
+NEAR = (-0.04, -0.02, 0.02, 0.04)
+"""By how much of itself a scale that is a number changes, to be one near it."""
+STEPS = (-1, 1)
+"""... and a scale of a byte or less."""
 PHASES = tuple(2 ** (k / 4) for k in range(4))
 """A float is about as precise wherever it lies: what a search can win is within an octave."""
 
@@ -66,6 +70,10 @@ class Storage(ABC):
     def lines(self, params: Params, unit: float) -> Lines | None:
         """The same, with no more bits than are stored; None where that cannot be."""
         return Lines(self.load(params, unit))
+
+    def near(self, params: Params) -> list[Params]:
+        """What each scale may become on its own; the parameters that change."""
+        return []
 
 
 class Searched(Storage):
@@ -112,6 +120,10 @@ class Number(Searched):
     def tried(self, plain: Params) -> list[Params]:
         """Shares of the plain scale."""
         return [{"scale": self.store(plain["scale"].float() * share)} for share in self.tries]
+
+    def near(self, params: Params) -> list[Params]:
+        """A little finer, a little coarser."""
+        return [{"scale": self.store(params["scale"].float() * (1 + share))} for share in NEAR]
 
     def store(self, scale: Float32[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Never infinite, and never zero where `smallest` is more."""
@@ -162,8 +174,15 @@ class Byte(Searched):
 
     def tried(self, plain: Params) -> list[Params]:
         """Bytes near the plain one."""
+        return self._moved(plain, self.tries)
+
+    def near(self, params: Params) -> list[Params]:
+        """Bytes near these."""
+        return self._moved(params, STEPS)
+
+    def _moved(self, params: Params, steps: tuple[int, ...]) -> list[Params]:
         most = {"e8m0": 254, "e4m3": 126}[self.kind]
-        return [{"scale": (plain["scale"].int() + t).clamp(0, most).to(torch.uint8)} for t in self.tries]
+        return [{"scale": (params["scale"].int() + t).clamp(0, most).to(torch.uint8)} for t in steps]
 
 
 @dataclass(frozen=True)
@@ -189,6 +208,10 @@ class Microscale(Searched):
     def tried(self, plain: Params) -> list[Params]:
         """Nothing: a power of two is not searched."""
         return []
+
+    def near(self, params: Params) -> list[Params]:
+        """The power before, and the one after."""
+        return [{"scale": (params["scale"].int() + t).clamp(0, 254).to(torch.uint8)} for t in STEPS]
 
 
 @dataclass(frozen=True)
@@ -240,7 +263,14 @@ class UnderGlobal(Searched):
 
     def tried(self, plain: Params) -> list[Params]:
         """Bytes near the plain one."""
-        return [{**plain, "scale": (plain["scale"].int() + t).clamp(1, 126).to(torch.uint8)} for t in self.tries]
+        return [{**plain, **moved} for moved in self._moved(plain, self.tries)]
+
+    def near(self, params: Params) -> list[Params]:
+        """Bytes near these, under the divisor that there is."""
+        return self._moved(params, STEPS)
+
+    def _moved(self, params: Params, steps: tuple[int, ...]) -> list[Params]:
+        return [{"scale": (params["scale"].int() + t).clamp(1, 126).to(torch.uint8)} for t in steps]
 
 
 @dataclass(frozen=True)
@@ -259,6 +289,10 @@ class UnderHalf(Storage):
         """The integer times the fp16 number."""
         d = params["d"].float()
         return (d[..., None] * (params["scale"].float() - 32).unflatten(1, (d.shape[1], -1))).flatten(1) * unit
+
+    def near(self, params: Params) -> list[Params]:
+        """Integers near these."""
+        return [{"scale": (params["scale"].int() + t).clamp(0, 63).to(torch.uint8)} for t in STEPS]
 
     def lines(self, params: Params, unit: float) -> Lines:
         """The integers, with their sign."""
@@ -375,6 +409,11 @@ FP16, BF16, FP32 = (
 )
 NUMBERS: dict[str, Number] = {number.kind: number for number in (FP16, BF16, FP32)}
 """Scales as the files of a Hugging Face folder have them."""
+
+
+def pairs(scales: list[Params], offsets: list[Params]) -> list[Params]:
+    """Each scale, each offset, and each scale with each offset."""
+    return [*scales, *offsets, *({**scale, **offset} for scale in scales for offset in offsets)]
 
 
 def e8m0(byte: Integer[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:

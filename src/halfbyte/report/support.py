@@ -17,7 +17,7 @@ from halfbyte.grids.quantized import Quantized
 from halfbyte.models.weight import Weight
 from halfbyte.recipe import METHODS, method_named
 from halfbyte.report.types import EngineSupport, Support
-from halfbyte.solvers import SOLVERS
+from halfbyte.solvers import SOLVERS, solved
 from halfbyte.solvers.statistics import Statistics
 from halfbyte.targets.table import TARGETS
 
@@ -47,7 +47,10 @@ def triples() -> Iterator[tuple[str, str, str, str]]:
                 continue
             for method in METHODS:
                 chosen = method_named(method)
-                q = SOLVERS[chosen.solver](w, scheme.weight, statistics if chosen.calibrated else None)
+                if chosen.calibrated:
+                    q = solved(chosen.solver, chosen.refinements, w, scheme.weight, statistics)
+                else:
+                    q = SOLVERS[chosen.solver](w, scheme.weight, None)
                 if scheme.activations:
                     q = q._replace(
                         activations=ActivationQuant(

@@ -23,7 +23,8 @@ from halfbyte.models.weight import Weight
 from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.sizing.cache import ModelConfig
 from halfbyte.sizing.memory import ROUTED, parameters_of
-from halfbyte.solvers import SOLVERS
+from halfbyte.solvers import SOLVERS, solved
+from halfbyte.solvers.descent import SWEEPS
 from halfbyte.solvers.statistics import ERROR_PRODUCTS, Statistics
 from halfbyte.targets.plan import Plan
 
@@ -228,7 +229,12 @@ def _smoothquant(work: Work) -> float:
     return RUNS_PER_FOLD * (runs + work.rounding_activations(length) + rounding)
 
 
-SECONDS_OF: dict[str, Callable[[Work], float]] = {"awq": _awq, "smoothquant": _smoothquant}
+def _descent(work: Work) -> float:
+    """What all weights of a row miss, times the Hessian, once a sweep; the rest is measured as a solver is."""
+    return SWEEPS * work.sum(lambda w, _: 2 * w.shape[0] * w.shape[1] ** 2 * work.pace.wide_product)
+
+
+SECONDS_OF: dict[str, Callable[[Work], float]] = {"awq": _awq, "smoothquant": _smoothquant, "descent": _descent}
 """By the name of a transform, a solver of blocks or a refinement: what it takes beside the passes over the blocks,
 their statistics and solvers of matrices."""
 
@@ -307,8 +313,10 @@ class Microbenchmark:
             return self._seconds(lambda: nearest(search=search).decode()) / w.numel()
 
         statistics = self._filled(width, self._random(SAMPLE_TOKENS, width))
-        solver = SOLVERS.get(method.solver, SOLVERS["nearest"])  # in place of one that needs a whole block
-        solve = partial(solver, w, scheme.weight, *([statistics] if method.calibrated else []))
+        solver = method.solver if method.solver in SOLVERS else "nearest"  # in place of one that needs a whole block
+        solve = partial(SOLVERS[solver], w, scheme.weight)
+        if method.calibrated:
+            solve = partial(solved, solver, method.refinements, w, scheme.weight, statistics)
         return MatrixPace(
             solving=self._seconds(solve) / w.numel(),
             nearest=rounding() if "awq" in method.transforms else 0.0,

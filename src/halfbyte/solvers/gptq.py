@@ -47,7 +47,12 @@ def gptaq(w: Float[Tensor, "out in"], grid: Grid, statistics: Statistics) -> Qua
     Half of the correction: on bookworm-6m the whole of it fits the calibration text too well (int3-g128-asym, KL .0323
     without, .0291 at a half, .0305 at the whole).
     """
-    return gptq(statistics.asymmetric_target(w, ALPHA), grid, statistics)
+    return gptq(aimed(w, statistics), grid, statistics)
+
+
+def aimed(w: Float[Tensor, "out in"], statistics: Statistics) -> Float32[Tensor, "out in"]:
+    """What `gptaq` rounds in place of a weight."""
+    return statistics.asymmetric_target(w, ALPHA)
 
 
 def solve(w: Float[Tensor, "out in"], grid: Grid, params: Params, statistics: Statistics) -> UInt8[Tensor, "out in"]:
