@@ -76,6 +76,9 @@ def quantize(
         samples = calibrate.calibration(plan.checkpoint, plan.recipe.calibration)
 
     def solve(run: Run) -> None:
+        if rotation := plan.checkpoint.rotation:
+            run.progress("finding and proving the rotation of hidden states", 0, 1)
+            rotation.prove()
         if samples is None:
             solver = SOLVERS[plan.method.solver]
             stream(

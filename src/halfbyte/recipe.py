@@ -199,11 +199,13 @@ class Method:
     refinements: tuple[str, ...] = ()
     """What is done to what the solver has rounded: of a matrix, keys of `halfbyte.solvers.REFINEMENTS`; of a block, of
     `halfbyte.block_solvers.REFINEMENTS`; of the whole model, of `halfbyte.blockwise.MODEL_STAGES`."""
+    rotated: bool = False
+    """Whether the model's hidden states are rotated before all else (`halfbyte.transforms.rotate`)."""
 
     @property
     def position(self) -> int:
         """Where a part stands in a method's name: transforms, a solver, refinements."""
-        return 2 if self.refinements else 0 if self.transforms else 1
+        return 2 if self.refinements else 0 if self.transforms or self.rotated else 1
 
 
 PARTS: dict[str, Method] = {
@@ -215,10 +217,11 @@ PARTS: dict[str, Method] = {
     "descent": Method((), "gptq", calibrated=True, refinements=("descent",)),
     "awq": Method(("awq",), "nearest", calibrated=True),
     "smoothquant": Method(("smoothquant",), "nearest", calibrated=True, trials=True),
+    "rotate": Method((), "nearest", calibrated=False, rotated=True),
 }
 OTHER_COMMANDS = ("convert", "dequantize")
 """What the recipe of an output that another command made says in place of a method."""
-METHODS = (*PARTS, "awq+gptq", "smoothquant+gptq", "gptaq+descent")
+METHODS = (*PARTS, "awq+gptq", "smoothquant+gptq", "rotate+gptq", "gptaq+descent")
 
 
 OBSERVERS: tuple[str, ...] = get_args(Recipe.model_fields["observer"].annotation)
@@ -252,4 +255,5 @@ def method_named(name: str) -> Method:
         any(m.full_precision for m in chosen),
         any(m.trials for m in chosen),
         sum((m.refinements for m in chosen), ()),
+        any(m.rotated for m in chosen),
     )

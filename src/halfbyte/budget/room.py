@@ -51,7 +51,7 @@ class Room(NamedTuple):
         fixed = now.files - sum(size_of(plan, w, plan.schemes[w]) for unit in units for w in unit.weights)
         most = _most(plan, budget, now)
         least = fixed + sum(min(unit.options.values()) for unit in units)
-        was = sum(entry.size_bytes for entry in plan.checkpoint.entries.values()) + now.beside
+        was = sum(entry.size_bytes for entry in plan.checkpoint.original.entries.values()) + now.beside
         if most is not None and most < least:
             raise BadRequest(
                 f"{budget.description}: at most {size(most)}, and the smallest mix takes {size(least)}; give more, "

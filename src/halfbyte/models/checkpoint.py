@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,11 +35,36 @@ MASKED = "ForMaskedLM"
 """How Transformers calls a class that fills gaps in a text."""
 
 
+@runtime_checkable
+class Rotation(Protocol):
+    """What its hidden states are rotated by (halfbyte.transforms.rotate)."""
+
+    digest: str
+    """Tells it from others."""
+    original: "Checkpoint"
+    """Without it."""
+
+    def prove(self) -> None:
+        """Find what becomes of each tensor, before the first is read, and that the model still computes the same.
+        Raises Unsupported."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        ...
+
+    def turned(self, tensor: str, w: Tensor, apart: bool = False) -> Tensor:
+        """A tensor, some of its leading dimension, or where it is `apart` a linear [out, in] that lies in it."""
+        ...
+
+
 class Checkpoint:
     """A folder of safetensors with a config.json."""
 
     adapter: "Adapter | None" = None
     """What is merged into its weights as they are read (halfbyte.models.adapter)."""
+    rotation: Rotation | None = None
+    """What these are turned by then."""
     expert_slices: "Mapping[str, ExpertSlice]" = MappingProxyType({})
     """Linears of single experts that are read out of stacks (halfbyte.models.experts)."""
     values: Mapping[str, Tensor] = MappingProxyType({})
@@ -69,9 +94,11 @@ class Checkpoint:
 
     def replaced(self, **parts: Any) -> "Checkpoint":
         """Another checkpoint that reads the same files, with some parts in place of its own: `kv`, another cache (or
-        None); `adapter`, merged into its weights; `expert_slices`, experts apart; `values` of tensors; `config`."""
+        None); `adapter`, merged into its weights; `rotation`, by which they are turned; `expert_slices`, experts apart;
+        `values` of tensors; `config`; `entries`."""
         other = copy.copy(self)
-        other.__dict__.pop("_shapes", None)  # which other parts make others
+        for known in ("_shapes", "tied"):  # of which other parts make others
+            other.__dict__.pop(known, None)
         other.__dict__.update(parts)
         return other
 
@@ -239,9 +266,16 @@ class Checkpoint:
 
     def read(self, tensor: str) -> Tensor:
         """A tensor by its name in the unquantized checkpoint; decoded if it is stored quantized, with what an adapter
-        adds."""
+        adds, and turned."""
         w = self.values[tensor] if tensor in self.values else self._read(tensor)
-        return self.adapter.merge(tensor, w) if self.adapter else w
+        w = self.adapter.merge(tensor, w) if self.adapter else w
+        return self._turned(tensor, w)
+
+    def _turned(self, tensor: str, w: Tensor) -> Tensor:
+        if self.rotation is None:
+            return w
+        part = self.expert_slices.get(tensor)
+        return self.rotation.turned(part.stack if part else tensor, w, apart=part is not None)
 
     def lies_transposed(self, tensor: str) -> bool:
         """Whether a matrix lies [in, out]."""
@@ -260,7 +294,7 @@ class Checkpoint:
 
     def same(self, tensor: str, other: "Checkpoint") -> bool:
         """Whether both store this tensor, unquantized, and the same bits in it, and nothing adds to them."""
-        if self.adapter or other.adapter or tensor in self.values or tensor in other.values:
+        if any(c.adapter or c.rotation or tensor in c.values for c in (self, other)):
             return False
         mine, its = (None if tensor in c.parts else c.entries.get(tensor) for c in (self, other))
         if mine is None or its is None or (mine.shape, mine.dtype) != (its.shape, its.dtype):
@@ -274,6 +308,16 @@ class Checkpoint:
             return Spec(self.expert_slices[tensor].shape, self.entries[self.expert_slices[tensor].stack].dtype)
         entry = None if tensor in self.parts else self.entries.get(tensor)
         return Spec(entry.shape, entry.dtype) if entry else Spec(self._shapes[tensor], self.dtype)
+
+    @property
+    def original(self) -> "Checkpoint":
+        """As its files have it, where its hidden states are rotated."""
+        return self.rotation.original if self.rotation else self
+
+    @property
+    def untied(self) -> set[str]:
+        """A head that was the embedding, and is read as a tensor of its own."""
+        return self.entries.keys() - self.original.entries.keys()
 
     def tensors(self) -> dict[str, Shape]:
         """Names and shapes as in the unquantized checkpoint, whose cache has no scales; fused experts that were
@@ -323,10 +367,12 @@ class Checkpoint:
         if weight.row_offset is not None:
             w = self.entries[weight.tensor].read(weight.row_offset, weight.row_offset + weight.shape[0])
             w = self.adapter.merge(weight.tensor, w, weight.row_offset) if self.adapter else w
+            w = self._turned(weight.tensor, w)
         elif weight.expert is not None and weight.tensor in self.entries:
             w = self.entries[weight.tensor].read(weight.expert, weight.expert + 1)[
                 0
             ]  # an adapter of fused experts is refused
+            w = self._turned(weight.tensor, w)
         else:
             w = self.read(weight.tensor)
             w = w if weight.expert is None else w[weight.expert]

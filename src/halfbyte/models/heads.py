@@ -33,11 +33,32 @@ def settled(checkpoint: Checkpoint) -> Checkpoint:
     if not any(map(roles.is_head, checkpoint.tensors())):
         _require_head(checkpoint)
     elif in_config is not False:
-        config = {**checkpoint.config, TIE: False}
-        if TIE in checkpoint.text_config and "text_config" in config:
-            config["text_config"] = {**checkpoint.text_config, TIE: False}
-        return checkpoint.replaced(config=config)
+        return settled_as(checkpoint, tied=False)
     return checkpoint
+
+
+def settled_as(checkpoint: Checkpoint, tied: bool) -> Checkpoint:
+    """With a config that says so."""
+    config = {**checkpoint.config, TIE: tied}
+    if TIE in checkpoint.text_config and "text_config" in config:
+        config["text_config"] = {**checkpoint.text_config, TIE: tied}
+    return checkpoint.replaced(config=config)
+
+
+def tie(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Of a checkpoint whose head is its embedding: that tensor, and what Transformers would call one of the head's own.
+    Raises BadCheckpoint or Unsupported."""
+    from halfbyte.models import mapping, skeleton  # Transformers takes seconds to import
+
+    model = skeleton.outline(checkpoint)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    called = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    names = mapping.Names(model)
+    looked_up = called.get(id(embedding.weight))
+    tensor = next((t for t in checkpoint.tensors() if looked_up and names.find(t)[0] == looked_up), None)
+    if head is None or tensor is None:
+        raise Unsupported(f"'{checkpoint.model_type}' ({type(model).__name__}) has no head that is its embedding")
+    return tensor, called[id(head.weight)]
 
 
 def _is_embedding(checkpoint: Checkpoint, head: str) -> bool:

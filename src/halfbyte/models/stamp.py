@@ -49,7 +49,8 @@ def origin(checkpoint: Checkpoint) -> str:
                 sampled.append((name, entry.shape, str(entry.dtype), file.read(min(SAMPLED, entry.size_bytes))))
     for one in sorted(sampled):
         hasher.update(repr(one).encode())
-    hasher.update((checkpoint.adapter.digest if checkpoint.adapter else "").encode())
+    for part in (checkpoint.adapter, checkpoint.rotation):
+        hasher.update((part.digest if part else "").encode())
     return hasher.hexdigest()
 
 

@@ -48,10 +48,11 @@ def resolve(recipe: Recipe, source: Checkpoint | None = None, engines: Iterable[
             f"--requantize{_moved(checkpoint, recipe.model)}"
         )
     method = _with_importance(method, recipe)
+    checkpoint, rotation = _rotated(checkpoint, method)
     fits.require_known(target, recipe.grid, recipe.override.values())
     plan = target.plan(recipe, checkpoint, method)
     _check_activations(plan)
-    warnings = (*plan.warnings, *doubts(checkpoint), *_of_source(plan), *_of_adapter(checkpoint))
+    warnings = (*plan.warnings, *doubts(checkpoint), *_of_source(plan), *_of_adapter(checkpoint), *rotation)
     return _finished(plan, warnings, engines)
 
 
@@ -93,6 +94,20 @@ def _source_of(recipe: Recipe) -> Checkpoint:
     checkpoint = heads.settled(Checkpoint.open(recipe.model))
     sizes.require(checkpoint)
     return adapter.merged(checkpoint, recipe.adapter) if recipe.adapter else checkpoint
+
+
+def _rotated(checkpoint: Checkpoint, method: Method) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint as the method reads it, and what is to be said of that."""
+    if not method.rotated or checkpoint.rotation:
+        return checkpoint, []
+    from halfbyte.transforms import rotate  # which runs the model, once values are read
+
+    turned = rotate.rotated(checkpoint)
+    added = sum(turned.spec(tensor).size_bytes for tensor in turned.untied)
+    return turned, [
+        f"the head, which was the embedding, becomes a tensor of its own: {added / 1e6:.1f} MB more, unless it is "
+        "quantized (--head, or a GGUF's preset)"
+    ] * bool(added)
 
 
 def _of_adapter(checkpoint: Checkpoint) -> list[str]:
@@ -230,7 +245,7 @@ def _with_importance(method: Method, recipe: Recipe) -> Method:
     """An importance matrix takes the place of calibration, for solvers that need no more than that."""
     if recipe.imatrix is None:
         return method
-    if method.solver != "nearest" or method.transforms:
+    if method.solver != "nearest" or method.transforms or method.rotated:
         raise BadRequest(
             f"method {recipe.method} needs more than an importance matrix holds; it serves --method imatrix"
         )

@@ -31,6 +31,7 @@ from halfbyte.report.types import (
     Provenance,
     Report,
     Resources,
+    RotationReport,
     Source,
     WeightReport,
 )
@@ -106,7 +107,9 @@ def report(
         measured=resources[1],
         seconds=round(seconds, 2),
     )
-    return made.model_copy(update={"kv": cache}) if cache else made
+    rotation = plan.checkpoint.rotation
+    known = {"kv": cache, "rotation": rotation and RotationReport(**rotation.describe())}
+    return made.model_copy(update={name: value for name, value in known.items() if value})
 
 
 def _common(plan: Plan) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def _common(plan: Plan) -> dict[str, Any]:
 
 
 def _source(plan: Plan) -> Source:
-    source = plan.checkpoint
+    source = plan.checkpoint.original
     provenance = asdict(provenance_of(source, plan.recipe.model))
     return Source(
         **source_of(source).as_dict(),
@@ -138,8 +141,10 @@ def _source(plan: Plan) -> Source:
 
 
 def parameters_of(plan: Plan) -> int:
-    """Numbers of the model, as far as the output has them."""
-    return sum(prod(w.shape) for w in plan.schemes) + sum(prod(plan.checkpoint.spec(t).shape) for t in plan.unquantized)
+    """Numbers of the model, as far as the output has them; of a head that was the embedding, once."""
+    again = plan.checkpoint.untied
+    quantized = sum(prod(w.shape) for w in plan.schemes if w.tensor not in again)
+    return quantized + sum(prod(plan.checkpoint.spec(t).shape) for t in plan.unquantized if t not in again)
 
 
 def _output(plan: Plan, size_bytes: int) -> Output:

@@ -211,6 +211,24 @@ class FoldReport(Part, frozen=True):
     """After the fold, as a share of that before it."""
 
 
+class RotationReport(Part, frozen=True):
+    """A rotation of hidden states that weights have in them, and how it was proved."""
+
+    kind: str
+    """`hadamard`, or `random` where no such matrix is known; with `-mean` if it keeps the mean that norms subtract."""
+    seed: Count
+    channels: Count
+    """Of a hidden state."""
+    tensors: Count
+    """That took part."""
+    heads: Count
+    """Of these, tensors that make or read values of attention heads that are rotated by themselves."""
+    untied_bytes: Count
+    """What the head takes that was the embedding, in the source's precision; 0 where it was not."""
+    error: float
+    """How far the rotated model's logits are from the original's on random tokens, relative to these, in 32 bits."""
+
+
 class Environment(Part, frozen=True):
     """What a run ran on: versions, threads, and the processor's instructions."""
 
@@ -870,6 +888,7 @@ class Report(Measurements, Planned, frozen=True):
     error_of: str
     """What the errors of weights are errors of."""
     folds: list[FoldReport] = []
+    rotation: RotationReport | None = None
     environment: Environment | None = None
     device: Devices | None = None
     peak_memory_bytes: Count | None = None

@@ -53,6 +53,8 @@ SECONDS_PER_RUN, BYTES_PER_RESCALED = 0.005, 48
 """Seconds that such a run takes beside its arithmetic; bytes that are moved for each weight that is rescaled for it."""
 MODEL_SECONDS, SECONDS_PER_ENTRY = 0.2, 1.5e-5
 """Seconds in which a model is built; in which an entry of the vocabulary is read."""
+TURNING = 64
+"""Bytes that are moved for each weight that is rotated, on both sides, by the small factors of a large matrix."""
 REPORT_SECONDS, ACTIVATION_REPORT_SECONDS = 0.0035, 0.01
 """Seconds in which a matrix is compared with its original and told of in the report; and what it reads."""
 
@@ -126,6 +128,7 @@ class Work:
             "streaming": self._sum(self._streamed, lambda w, own: prod(w.shape) * own.streaming + REPORT_SECONDS)
             / self.together,
             "committing": self.sum(lambda w, own: prod(w.shape) * own.committing + REPORT_SECONDS),
+            "rotating": self._rotating(weights) if method.rotated else 0.0,
         }
         if not plan.calibrated:
             return parts
@@ -191,6 +194,11 @@ class Work:
     def rounding_activations(self, tokens: int) -> float:
         """Of what all linears read of so many tokens."""
         return self.sum(lambda w, own: tokens * self._share(w) * w.shape[1] * own.activation)
+
+    def _rotating(self, weights: int) -> float:
+        """To find and prove a rotation, the model runs twice on few tokens; each weight is turned then and later."""
+        read = 2 * weights * self.plan.checkpoint.dtype.itemsize * self.pace.read
+        return 2 * MODEL_SECONDS + read + 2 * weights * TURNING * self.pace.touched
 
     def _statistics(self) -> float:
         """Of what linears read, those that read the same together, and their factors."""
@@ -353,7 +361,7 @@ class Microbenchmark:
         plan = self.plan
         tensor = min(plan.checkpoint.tensors().items(), key=lambda item: abs(prod(item[1]) - SAMPLE_WEIGHTS))[0]
         started = perf_counter()
-        size_bytes = plan.checkpoint.read(tensor).nbytes
+        size_bytes = plan.checkpoint.replaced(rotation=None).read(tensor).nbytes
         return _elapsed(started) / max(size_bytes, 1)
 
     def _random(self, rows: int, width: int) -> Tensor:

@@ -22,6 +22,7 @@ from halfbyte.containers.folder import Shard
 from halfbyte.containers.place import OutputPath
 from halfbyte.devices import KINDS, forget_peak, kind_of
 from halfbyte.errors import BadRequest
+from halfbyte.models import roles
 from halfbyte.models.memory import DeviceMemory, device_memory, hidden_bytes, reading_group
 from halfbyte.models.placement import CPU, Placement, chunk_size, tasks_together
 from halfbyte.models.weight import Weight
@@ -52,6 +53,8 @@ PIECES = 30_000_000
 """... and of what is computed of it in small pieces, of all threads."""
 SOLVING = 10
 """Bytes of a weight while GPTQ rounds it: the weight in float32, what an error in it counts, errors."""
+TURNED = 12
+"""Bytes of a weight while it is rotated: in float32, as it was, as it becomes, and between the two."""
 RECORD = 900
 """Bytes of the report by weight."""
 SURE = 0.85
@@ -105,10 +108,22 @@ def fitting_bytes(plan: Plan) -> int:
 def _taken(plan: Plan, placement: Placement) -> int:
     """Bytes of the host's memory beside libraries and kernels."""
     if not plan.calibrated:
-        return max(_streaming(plan), _checking(plan))
+        return max(_streaming(plan), _checking(plan), _rotating(plan))
     vocabulary = plan.checkpoint.text_config.get("vocab_size")
     text = TEXT + ENTRY * (vocabulary if isinstance(vocabulary, int) else 0)
-    return text + max(_with_calibration(plan, placement, _pass(plan, placement)), _checking(plan))
+    return text + max(_with_calibration(plan, placement, _pass(plan, placement)), _checking(plan), _rotating(plan))
+
+
+def _rotating(plan: Plan) -> int:
+    """Bytes of the passes that find and prove a rotation, and of the largest tensor as it is turned."""
+    if not plan.method.rotated:
+        return 0
+    sizes = {tensor: prod(shape) for tensor, shape in plan.checkpoint.tensors().items()}
+    blocks: dict[str | None, int] = defaultdict(int)
+    for tensor, count in sizes.items():
+        blocks[roles.block_of(tensor)] += count
+    outside = blocks.pop(None, 0)
+    return TURNED * max(max(blocks.values(), default=0), *sizes.values()) + 4 * outside
 
 
 def _pass(plan: Plan, placement: Placement) -> DeviceMemory:
@@ -183,7 +198,7 @@ def _largest(plan: Plan) -> int:
 def _streaming(plan: Plan) -> int:
     """Bytes of matrices that are rounded side by side, without calibration."""
     shared = any(scheme.weight.shares_params_across_rows for scheme in plan.schemes.values())
-    read = plan.checkpoint.dtype.itemsize
+    read = TURNED if plan.method.rotated else plan.checkpoint.dtype.itemsize
     each = read + CODE + 1 + (TOGETHER if shared else 0)
     return _most(plan, _pieces(plan), each) + (PIECES if shared else 0)
 

@@ -46,7 +46,8 @@ def quantizing(target: Target, recipe: Recipe, checkpoint: Checkpoint, method: M
     choices = [c for c in choices if c.weight.tensor not in dropped]
     unquantized = {t: reason for t, reason in unquantized_tensors(checkpoint, choices).items() if t not in dropped}
     if preset in presets.PLAIN:
-        recipe, method = recipe.model_copy(update={"method": "nearest"}), PARTS["nearest"]
+        name = "rotate" if method.rotated else "nearest"  # of which nothing is rounded
+        recipe, method = recipe.model_copy(update={"method": name}), PARTS[name]
     elif not any(c.scheme for c in choices):
         raise BadRequest(f"nothing is left to quantize: {next((c.note for c in choices), 'the model has no matrix')}")
     require_ties(target, checkpoint, choices)

@@ -129,6 +129,7 @@ class GGUFWriter(CheckpointWriter):
             not isinstance(source, GGUFCheckpoint)
             and weight.tensor in source.entries
             and weight.tensor not in source.parts
+            and not (source.rotation and weight.block)  # which mixes rows of what writes hidden states
         )
         if not plain or weight.transposed or weight.expert is not None or len(places) != 1:
             return [weight]
