@@ -27,7 +27,7 @@ from halfbyte.containers.gptq import GPTQ
 from halfbyte.devices import device_named, title
 from halfbyte.grids.quantized import Quantized
 from halfbyte.kernels.panels import Panels
-from halfbyte.nn import PanelLinear
+from halfbyte.multiplying import PanelLinear
 
 HERE = Path(__file__).parent
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))

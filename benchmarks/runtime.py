@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, nargs="*", default=[1])
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--note", default="", help="what is to be known of this run")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "runtime.md")
     a = parser.parse_args()
     asked = Asked(a.batch, [a.prompt], a.tokens, a.repeats, a.threads, "cpu", ["exact", "int8"])
@@ -48,9 +49,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         models = {} if a.no_synthetic else {"llama-1b": synthetic.make(Path(scratch, "llama-1b"))}
         models |= {name: Path(path) for name, _, path in (words.partition("=") for words in a.model)}
-        parts = [told(name, timed(name, path, Path(scratch), asked)) for name, path in models.items()]
-    command = " ".join(["python", *sys.argv])
-    a.out.write_text(f"# How fast it runs\n\n`{command}`\n\n{machine()}.\n\n" + "\n".join(parts))
+        parts = [f"# How fast it runs\n\n`{' '.join(['python', *sys.argv])}`\n\n{machine()}.{a.note and ' ' + a.note}\n"]
+        for name, path in models.items():
+            parts.append(told(name, timed(name, path, Path(scratch), asked)))
+            a.out.write_text("\n".join(parts))
 
 
 def timed(name: str, model: Path, scratch: Path, asked: Asked) -> Speeds:

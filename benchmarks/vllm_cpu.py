@@ -34,7 +34,7 @@ from halfbyte import demo
 from halfbyte.grids.activations import ACTIVATION_GRIDS, ActivationGrid
 from halfbyte.models import calibrate
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.nn import QuantLinear
+from halfbyte.packed import QuantLinear
 
 HERE = Path(__file__).parent
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -16,8 +16,9 @@ LAYERS = [
     ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names", "formats", "devices"],
     ["registry"], ["kernels"], ["recipe", "grids"],
     ["solvers", "containers"], ["demo"], ["models"],
-    ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["nn"], ["evaluation", "plan"],
-    ["arguments"], ["report"], ["sizing"], ["inference"], ["run", "display", "budget"], ["streaming"],
+    ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["packed"], ["multiplying"],
+    ["nn"], ["evaluation", "plan"], ["arguments"], ["report"], ["sizing"], ["inference"], ["run", "display", "budget"],
+    ["streaming"],
     ["blockwise", "kv_cache"], ["pipeline", "publish", "against"], ["api"], ["demonstration"], ["cli"],
     ["__main__", "__init__"],
 ]  # fmt: skip

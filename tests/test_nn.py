@@ -12,7 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 import halfbyte
 import tiny
 from halfbyte import demo
-from halfbyte import nn as nn_module
+from halfbyte import packed as packed_modules
 from halfbyte.devices import multiplies_float8
 from halfbyte.errors import HalfbyteError
 from halfbyte.grids import parse
@@ -23,7 +23,7 @@ from halfbyte.kernels.panels import Panels
 from halfbyte.kernels.products import float8_product, int8_product
 from halfbyte.models import skeleton
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.nn import PackedModule, QuantEmbedding, QuantLinear
+from halfbyte.packed import PackedModule, QuantEmbedding, QuantLinear
 from models.families import FAMILIES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,9 +78,9 @@ def test_a_linear_of_float8_computes_the_same_where_a_device_multiplies_float8(w
     q = Quantized(grid, grid.encode(w, params), params, ActivationQuant(activations, {}))
     linear = QuantLinear(PackedMatrix(q.tensors, lambda _: q), None, torch.float32)
     wanted = linear(x[None])
-    monkeypatch.setattr(nn_module, "multiplies_float8", lambda device: True)
+    monkeypatch.setattr(packed_modules, "multiplies_float8", lambda device: True)
     products = []
-    monkeypatch.setattr(nn_module, "float8_product", lambda x, w: products.append(1) or float8_product(x, w))
+    monkeypatch.setattr(packed_modules, "float8_product", lambda x, w: products.append(1) or float8_product(x, w))
     moved = Quantized(grid, q.codes.to(device), {n: p.to(device) for n, p in params.items()}, q.activations)
     linear = QuantLinear(PackedMatrix(moved.tensors, lambda _: moved), None, torch.float32)
     found = linear.to(device)(x[None].to(device)).cpu()
@@ -98,9 +98,8 @@ PACKED = [
 
 
 def held_bytes(model: nn.Module) -> int:
-    """That the storages of its parameters and buffers take, each counted once."""
-    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    """That its parameters and buffers take, each counted once."""
+    return sum({t.data_ptr(): t.numel() * t.itemsize for t in (*model.parameters(), *model.buffers())}.values())
 
 
 @pytest.mark.parametrize("activations", [None, "exact"])
@@ -250,3 +249,41 @@ def test_a_linear_that_does_more_than_multiply_keeps_doing_it(tmp_path, monkeypa
     w = Checkpoint(tmp_path / "out").read("model.layers.0.mlp.down_proj.weight").float()
     x = torch.randn(3, w.shape[1])
     assert torch.equal(found.down_proj(x), 2 * functional.linear(x, w))
+
+
+def test_linears_that_read_the_same_multiply_together(tmp_path):
+    """Queries, keys and values: of one product, each gets its rows, whoever asks first and whatever else it reads."""
+    halfbyte.quantize(demo.MODEL, tmp_path / "out", method="nearest", grid="int4-g32", engine="none")
+    model = halfbyte.load(tmp_path / "out", dtype="float32", activations="exact")
+    attention = model.model.layers[0].self_attn
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    siblings = linears[0].siblings
+    assert siblings is not None
+    assert all(linear.siblings is siblings for linear in linears)
+    x, other = torch.randn(2, 1, 1, linears[0].matrix.shape[1])
+
+    def wanted(linear, read) -> torch.Tensor:
+        return read @ linear.matrix.decode().T
+
+    for linear, read in [(linears[0], x), (linears[1], x), (linears[1], other), (linears[2], x), (linears[0], other)]:
+        torch.testing.assert_close(linear(read), wanted(linear, read), rtol=1e-5, atol=1e-5)
+    copied = copy.deepcopy(attention)
+    torch.testing.assert_close(copied.v_proj(x), wanted(linears[2], x), rtol=1e-5, atol=1e-5)
+    assert copied.v_proj.siblings is not siblings
+    addresses = {linear.matrix.tensors["codes"].untyped_storage().data_ptr() for linear in linears}
+    assert len(addresses) == 1  # there is one matrix, and no second form of it
+
+
+def test_linears_of_other_grids_multiply_alone(tmp_path):
+    halfbyte.quantize(
+        demo.MODEL,
+        tmp_path / "out",
+        method="nearest",
+        grid="int4-g32",
+        engine="none",
+        override={"*.v_proj": "int8-g32"},
+    )
+    model = halfbyte.load(tmp_path / "out", dtype="float32", activations="exact")
+    attention = model.model.layers[0].self_attn
+    assert attention.v_proj.siblings is None
+    assert attention.q_proj.siblings is attention.k_proj.siblings is not None

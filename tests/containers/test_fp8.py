@@ -16,7 +16,7 @@ from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids import parse
 from halfbyte.grids.quantized import Quantized
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.nn import QuantLinear
+from halfbyte.packed import QuantLinear
 
 SIZES = {
     "hidden_size": 256,

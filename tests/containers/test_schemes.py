@@ -19,7 +19,7 @@ from halfbyte.formats import SCHEMES
 from halfbyte.grids.activations import parse as input_named
 from halfbyte.grids.schemes import parse
 from halfbyte.models.checkpoint import Checkpoint
-from halfbyte.nn import QuantLinear
+from halfbyte.packed import QuantLinear
 
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODULE = "model.layers.0.self_attn.q_proj"

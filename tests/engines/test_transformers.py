@@ -15,7 +15,7 @@ from halfbyte.engines.engines import LOADED
 from halfbyte.errors import Unsupported
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.experts import unstacked
-from halfbyte.nn import QuantLinear
+from halfbyte.packed import QuantLinear
 from halfbyte.report.card import code
 from halfbyte.targets.gguf.blocks import TYPE_OF
 from models.every import ENCODERS, EVERY

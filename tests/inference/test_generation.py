@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 import halfbyte
 import tiny
-from halfbyte import demo, nn
+from halfbyte import demo, multiplying, nn
 from halfbyte.errors import BadCheckpoint, BadRequest
 from halfbyte.inference import memory
 from halfbyte.inference.generation import CachedSequence, Generation, Sampling
@@ -193,7 +193,7 @@ def test_an_interrupted_pass_leaves_no_half_cache(bookworm, monkeypatch):
 
 def free(monkeypatch, size_bytes: int) -> None:
     kind = SimpleNamespace(free_bytes=lambda _: size_bytes, is_host=True)
-    for module in (memory, nn):
+    for module in (memory, multiplying):
         monkeypatch.setattr(module, "kind_of", lambda _: kind)
 
 
@@ -273,10 +273,10 @@ def test_packed_weights_answer_what_decoded_ones_do(tmp_path, grid):
     halfbyte.quantize(demo.MODEL, out, method="nearest", grid=grid)
     checkpoint = Checkpoint.open(out)
     packed, decoded = (nn.built(checkpoint, torch.float32, torch.device("cpu")) for _ in range(2))
-    nn.multiply_packed(packed, "exact")
-    nn.unpack(decoded)
-    assert any(isinstance(module, nn.PanelLinear) for module in packed.modules())
-    assert not any(isinstance(module, nn.PanelLinear) for module in decoded.modules())
+    multiplying.multiply_packed(packed, "exact")
+    multiplying.unpack(decoded)
+    assert any(isinstance(module, multiplying.PanelLinear) for module in packed.modules())
+    assert not any(isinstance(module, multiplying.PanelLinear) for module in decoded.modules())
     opened = Answering.open(demo.MODEL, device="cpu")
     prompt, much = opened.encode(PROMPT), Sampling(max_tokens=128)
     answers = [tokens_of(Generation(replace(opened, model=model), prompt, much)) for model in (packed, decoded)]

@@ -16,7 +16,8 @@ from halfbyte.models import roles, skeleton
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.folder import INDEX
 from halfbyte.models.walk import Walk
-from halfbyte.nn import QuantLinear, load
+from halfbyte.nn import load
+from halfbyte.packed import QuantLinear
 from halfbyte.registry import SOURCES
 from halfbyte.targets.gguf.source import GGUFCheckpoint
 from models.families import FAMILIES, GEOMETRY, Family

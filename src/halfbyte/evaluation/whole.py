@@ -11,6 +11,7 @@ from halfbyte.devices import kind_of
 from halfbyte.errors import BadRequest
 from halfbyte.evaluation import states
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.multiplying import unpack
 
 SHARE = 0.6
 """Of the free memory that a model in float32 may take; a larger one runs in its own dtype."""
@@ -26,7 +27,7 @@ def dtype_for(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
 def model_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
     """A Transformers model."""
     model = nn.built(checkpoint, dtype, device)
-    nn.unpack(model)
+    unpack(model)
     return model
 
 

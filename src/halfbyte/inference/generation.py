@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,16 +21,21 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from halfbyte import devices
+from halfbyte.devices import kind_of
 from halfbyte.errors import BadCheckpoint, BadRequest, brief
 from halfbyte.inference.model import Answering
 from halfbyte.inference.sampling import Sampling
 from halfbyte.inference.text import TextStream
 from halfbyte.inference.types import FinishReason
+from halfbyte.kernels.cpu.team import for_products_alone
+from halfbyte.multiplying import multiplies_packed
 
 CACHES = ("past_key_values", "cache_params", "state")
 """What families call the cache that they return and take."""
 PLACES = {"attention_mask", "position_ids"}
 """What they call which tokens are seen, and where they stand."""
+FEW, FEW_SEEN = 8, 2048
+"""Tokens that one thread is enough for, but for products, and those that they see."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -58,6 +64,7 @@ class Forward:
         self._name = next((name for name in CACHES if name in parameters), None)
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.device: torch.device = model.get_input_embeddings().weight.device
+        self._is_packed = kind_of(self.device).is_host and multiplies_packed(model)
         self.takes_places = parameters.keys() >= PLACES and self._name == CACHES[0]
         """Whether it may be told which tokens it sees, and where they stand."""
 
@@ -69,8 +76,18 @@ class Forward:
         if self._name is None:
             ids = ids if cache is None else torch.cat([cache, ids], 1)
         given = places | ({self._name: cache} if self._name and cache is not None else {})
-        output = self._model(input_ids=ids, use_cache=self._name is not None, return_dict=True, **given, **self._last)
+        with self._threads(ids, cache):
+            output = self._model(
+                input_ids=ids, use_cache=self._name is not None, return_dict=True, **given, **self._last
+            )
         return output.logits[:, -1], output.get(self._name) if self._name else ids
+
+    def _threads(self, ids: Int64[Tensor, "batch tokens"], cache: Any) -> AbstractContextManager:
+        """For few tokens that see few others, of products alone."""
+        layers = (layer for layer in getattr(cache, "layers", ()) if isinstance(layer, DynamicLayer))
+        seen = ids.shape[1] + next((layer.get_seq_length() for layer in layers), 0)
+        is_small = self._is_packed and ids.numel() <= FEW and len(ids) * seen <= FEW_SEEN
+        return for_products_alone() if is_small else nullcontext()
 
 
 class CachedSequence:

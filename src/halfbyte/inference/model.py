@@ -17,6 +17,7 @@ from halfbyte.inference.sampling import Sampling
 from halfbyte.models import calibrate, chats
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.precision import DTYPE_NAMES
+from halfbyte.multiplying import ready_to_answer
 
 Message = Mapping[str, Any]
 DRAWN = ("temperature", "top_k", "top_p", "min_p")
@@ -72,7 +73,7 @@ class Answering:
         computes_in = DTYPE_NAMES[dtype] if dtype else checkpoint.unquantized_dtype
         room, warnings = context_within(checkpoint, computes_in, where, context, sequences)
         model = nn.built(checkpoint, computes_in, where)
-        nn.ready_to_answer(model, checkpoint, where, activations)
+        ready_to_answer(model, checkpoint, where, activations)
         template = None if raw else chats.template_of(tokenizer)
         renderer = chats.Renderer(tokenizer) if template else None
         ends = checkpoint.ends | ({tokenizer.eos_token_id} - {None}) | _end_of_turn(tokenizer, renderer)

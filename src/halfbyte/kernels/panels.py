@@ -11,6 +11,7 @@ bytes of a word are neighbours then, and so are the odd ones, which is how produ
 One scale for `group` in-features, one `d` for 256. What is not there is left out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -119,6 +120,26 @@ class Panels:
         lines = (tensor for name, tensor in self.tensors.items() if name != "order")
         return sum(tensor.numel() * tensor.itemsize for tensor in lines) / (self.panels * ROWS)
 
+    @property
+    def kind(self) -> object:
+        """What is the same of matrices that can be stacked; of others, their own."""
+        if self.shape[0] % ROWS or "order" in self.tensors:
+            return id(self)
+        return self.form, self.shape[1], self.group, self.unit
+
+    def split(self, rows: Sequence[int]) -> "list[Panels]":
+        """The inverse of `stacked`: the same memory."""
+        if len(rows) == 1:
+            return [self]
+        sizes = {
+            name: [len(tensor) * count // self.shape[0] for count in rows] for name, tensor in self.tensors.items()
+        }
+        tensors = {name: tensor.split(sizes[name]) for name, tensor in self.tensors.items()}
+        return [
+            replace(self, shape=(count, self.shape[1]), tensors={name: t[k] for name, t in tensors.items()}, kept={})
+            for k, count in enumerate(rows)
+        ]
+
     def holding(self, tensors: dict[str, Tensor]) -> "Panels":
         """The same of other tensors: moved ones."""
         return replace(self, tensors=tensors, kept={})
@@ -198,6 +219,15 @@ def pack(operands: Operands) -> Panels | None:
     return Panels(form, (out, width), group, unit, tensors)
 
 
+def stacked(parts: Sequence[Panels]) -> Panels:
+    """One matrix of several of one kind: a panel's numbers lie together, so they follow one another."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+    shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    return replace(parts[0], shape=shape, tensors=tensors, kept={})
+
+
 def _packed(form: Form, codes: UInt8[Tensor, "out in"]) -> UInt8[Tensor, " bytes"]:
     out, width = codes.shape
     words = codes.view(out // ROWS, ROWS, width // CHUNK, -1, STRIDE)[..., list(ORDER)]
@@ -235,6 +265,12 @@ def _paneled(value: Shaped[Tensor, "out groups"], out: int) -> Shaped[Tensor, " 
 def worth_making(like: Tensor) -> bool:
     """Whether something multiplies by panels faster than by decoding them, where a tensor lies."""
     return False
+
+
+@faster(cpu="panels")
+def settled(codes: Tensor, panels: Panels) -> Panels:
+    """The same panels, whose `codes` these are, where products read them fastest, for as long as a model stands."""
+    return panels
 
 
 @faster(cpu="panels", gpu="panels")

@@ -17,10 +17,12 @@ from halfbyte.inference.timing.load import Load, Seconds
 from halfbyte.kernels.cpu.panels import arithmetic, target
 from halfbyte.kernels.panels import Activations
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.multiplying import PanelLinear, ready_to_answer
+from halfbyte.packed import PackedModule, QuantLinear
 
 STEPS = 8
 """Of decoding, in which products are timed one by one."""
-MULTIPLY = (torch.nn.Linear, nn.QuantLinear, nn.PanelLinear)
+MULTIPLY = (torch.nn.Linear, QuantLinear, PanelLinear)
 
 
 class InTransformers:
@@ -49,7 +51,7 @@ class InTransformers:
         """Returns what linears are stored as, where that is quantized."""
         checkpoint = Checkpoint.open(path)
         self.model = nn.built(checkpoint, None, self.device)
-        nn.ready_to_answer(self.model, checkpoint, self.device, activations)
+        ready_to_answer(self.model, checkpoint, self.device, activations)
         return nn.schemes(checkpoint)
 
     def run(self, batch: int, prompt: int, tokens: int) -> Seconds:
@@ -116,16 +118,16 @@ def products(model: torch.nn.Module, schemes: dict[str, str]) -> list[dict[str, 
     for name, module in _multiplying(model):
         row = found[_way(module, name in schemes), schemes.get(name)]
         row["linears"] += 1
-        tensors = module.matrix.tensors.values() if isinstance(module, nn.PackedModule) else [module.weight]
+        tensors = module.matrix.tensors.values() if isinstance(module, PackedModule) else [module.weight]
         row["size_bytes"] += sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     return [{"way": way, "grid": grid, **row} for (way, grid), row in found.items()]
 
 
 def _way(module: Any, is_quantized: bool) -> str:
     """See `report.types.Products`."""
-    if isinstance(module, nn.QuantLinear):
+    if isinstance(module, QuantLinear):
         return "rounded" if module.activations else "decoded"
-    if not isinstance(module, nn.PanelLinear):
+    if not isinstance(module, PanelLinear):
         return "held" if is_quantized else "unquantized"
     here = target() if kind_of(module.like.device).is_host else None
     if here is None:

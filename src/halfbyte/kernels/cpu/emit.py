@@ -53,6 +53,7 @@ LINES = {
     torch.uint8: I8,
     torch.int8: I8,
 }
+FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 HALF_UNIT = 2.0**8
 """What the bits of an E4M3 number, read as those of a float of 16 bits, stand for too little."""
 
@@ -569,11 +570,12 @@ class Int8Emitter(Emitter):
         return e.b.add(total, e.call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, e.constant(1, I16, 16)))
 
     def _round(self, e: Vectors, c: Context, token: Value) -> None:
-        chunks, largest = c["chunks"], "llvm.maxnum.v16f32"
+        chunks, largest, size, kind = c["chunks"], "llvm.maxnum.v16f32", BYTES[self.out], FLOATS[self.out]
 
         def chunk(number: Value, _: list[Value]) -> list[Value]:
             place = e.b.add(e.times(token, chunks), number)
-            read = [e.load(e.at(c["x"], e.times(place, 4 * CHUNK), 4 * k), F32) for k in range(0, CHUNK, LANES)]
+            here = e.at(c["x"], e.times(place, size * CHUNK))
+            read = [as_float(e, e.load(e.at(here, size * k), self.out), kind) for k in range(0, CHUNK, LANES)]
             sizes = [e.call("llvm.fabs.v16f32", vector(F32), value) for value in read]
             top = across(e, lambda a, b: e.call(_named(largest, a), a.type, a, b), e.call(largest, vector(F32), *sizes))
             e.b.store(e.b.fmul(top, ir.Constant(F32, 1 / 127)), e.at(c["rounding"], e.times(place, 4)), align=4)

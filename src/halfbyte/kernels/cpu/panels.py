@@ -7,13 +7,14 @@ from types import NotImplementedType
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from llvmlite import ir
 from torch import Tensor
 from torch.nn import functional
 
-from halfbyte.kernels.cpu import native
+from halfbyte.kernels.cpu import native, pages
 from halfbyte.kernels.cpu.emit import ADDRESSES, EMITTERS, FIELDS, Target
+from halfbyte.kernels.cpu.team import share_out
 from halfbyte.kernels.cpu.vectors import BF16, F16, F32
 from halfbyte.kernels.levels import Even, Levels, Table, values_of
 from halfbyte.kernels.panels import CHUNK, ROWS, SUPER, Activations, Form, Panels
@@ -21,15 +22,25 @@ from halfbyte.kernels.panels import CHUNK, ROWS, SUPER, Activations, Form, Panel
 OUT = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 MANY = {"float32": 16, "bfloat16": 16, "int8": 48}
 """Tokens from which decoding the weights and a product of torch's is faster."""
-DECODED_ROWS = 512
-"""Decoded at once: they stay in the second-level cache until they are multiplied by."""
-FEW_BYTES = 1 << 18
-"""Of a thread's share. To wake one that waits passively takes as long as to read so many: with 1 << 15, two threads
-answered 21 tokens of SmolLM2 in a second, one thread 32."""
+DECODED_BYTES = 8 << 20
+"""Of values that are decoded at once: 512 tokens and a matrix of 4096 x 4096 take 14.6 ms, with a half of it 23.4."""
+PIECE_BYTES = 1 << 15
+"""Of codes that a thread takes at a time."""
+FEW_BYTES = 1 << 19
+"""Of a matrix, for which no thread that sleeps is woken: that takes as long as to read so many."""
+_ROOMS: list[Tensor] = []
+"""For decoded values, kept from one call to the next: a process that asks the system for as much each time waits for
+as long as it decodes. Whoever has one has taken it out."""
 Arithmetic = Literal["float32", "bfloat16", "int8"]
-Context = ctypes.c_int64 * len(FIELDS)
+X, BIAS, OUTPUT = (FIELDS.index(name) for name in ("x", "bias", "out"))
 BASIC = {"avx2", "fma", "f16c"}
 WIDE = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+
+
+class Context(ctypes.c_int64 * len(FIELDS)):
+    """What a kernel is given, and the room that it has."""
+
+    room: ctypes.Array
 
 
 @cache
@@ -67,6 +78,11 @@ def worth_making(_: Tensor) -> bool:
     return target() is not None
 
 
+def settled(_: Tensor, panels: Panels) -> Panels:
+    """In large pages."""
+    return panels.holding(pages.settled(panels.tensors))
+
+
 def product(
     x: Float[Tensor, "tokens in"], panels: Panels, bias: Float[Tensor, " out"] | None, activations: Activations
 ) -> Float[Tensor, "tokens out"] | NotImplementedType:
@@ -96,61 +112,81 @@ class Prepared:
         self.groups, supers = _groups(panels)
         self.sums = self.groups * supers
         self.size = panels.tensors["codes"].numel()
+        self.pieces = max(1, min(self.size // PIECE_BYTES, self.panels))
         self.workers = _workers(form, how, dtype, here)
         self.rows = self.panels * ROWS
-        self.no_bias = torch.zeros(self.rows)
+        self.bias: tuple[Tensor | None, Float32[Tensor, " rows"]] = None, torch.zeros(self.rows)
         at = {name: tensor.data_ptr() for name, tensor in panels.tensors.items()}
         unit = struct.unpack("<I", struct.pack("<f", panels.unit * _float_unit(form.levels)))[0]
         self.lines = [at.get(name, 0) for name in ADDRESSES[:6]]
         self.counts = [self.chunks, -(-panels.group // CHUNK), self.groups, supers, unit]
+        self.ready: dict[int, Context] = {}
 
     def product(self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "tokens out"]:
-        """Of a few tokens, with the codes as they are."""
-        (tokens, width), (prepare, multiply, _) = x.shape, self.workers
-        x_read = (x if self.how == "bfloat16" else x.float()).contiguous()
+        """Of a few tokens, with the codes as they are.
+
+        Between two products gigabytes of weights go through the caches, and all that a call touches comes from memory:
+        what can be is found once and kept, and is nobody else's while a call has it.
+        """
+        tokens, width = x.shape
+        if self.how == "float32":
+            x = x.float()
         if width != self.width:
-            x_read = functional.pad(x_read, (0, self.width - width))
+            x = functional.pad(x, (0, self.width - width))
+        if not x.is_contiguous():
+            x = x.contiguous()
+        of, values = self.bias
+        if bias is not of:
+            values = self._take(bias)
         y = torch.empty(tokens, self.rows, dtype=self.dtype)
-        steps, rounded = (tokens * self.chunks, tokens * self.width) if self.how == "int8" else (0, 0)
-        scratch = (ctypes.c_char * (4 * (tokens * self.sums + steps) + rounded))()
-        sums = ctypes.addressof(scratch)
-        rounding = sums + 4 * tokens * self.sums
-        beginning = self.no_bias if bias is None else functional.pad(bias.float(), (0, self.rows - self.shape[0]))
-        context = Context(
-            *self.lines,
-            x_read.data_ptr(),
-            rounding + 4 * steps,
-            rounding,
-            sums,
-            beginning.data_ptr(),
-            y.data_ptr(),
-            *self.counts,
-            self.panels,
-            0,
-            tokens,
-            self.rows * self.dtype.itemsize,
-        )
-        if prepare is not None:
-            prepare(context, 1)
-        multiply(context, _threads(self.size))
+        context = self.ready.pop(tokens, None) or self._context(tokens)
+        context[X], context[BIAS], context[OUTPUT] = x.data_ptr(), values.data_ptr(), y.data_ptr()
+        prepare, multiply, _ = self.workers
+        share_out(prepare, multiply, context, self.pieces, self.size > FEW_BYTES)
+        self.ready[tokens] = context
         return y if self.rows == self.shape[0] else y[:, : self.shape[0]]
+
+    def _context(self, tokens: int) -> Context:
+        """With room for what is prepared of so many tokens."""
+        steps, rounded = (tokens * self.chunks, tokens * self.width) if self.how == "int8" else (0, 0)
+        room = (ctypes.c_char * (4 * (tokens * self.sums + steps) + rounded))()
+        sums = ctypes.addressof(room)
+        rounding = sums + 4 * tokens * self.sums
+        prepared = [rounding + 4 * steps, rounding, sums]
+        row_bytes = self.rows * self.dtype.itemsize
+        context = Context(*self.lines, 0, *prepared, 0, 0, *self.counts, self.panels, 0, tokens, row_bytes)
+        context.room = room
+        return context
+
+    def _take(self, bias: Float[Tensor, " out"] | None) -> Float32[Tensor, " rows"]:
+        """The bias of all rows of all panels."""
+        values = torch.zeros(self.rows)
+        if bias is not None:
+            values[: len(bias)] = bias
+        self.bias = bias, values
+        return values
 
     def product_of_many(
         self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "tokens out"]:
         """Weights are decoded to the type of x, some rows at a time."""
-        out, width = self.shape
+        (out, width), (_, _, decode) = self.shape, self.workers
         y = torch.empty(len(x), out, dtype=self.dtype)
-        values = torch.empty(self.width, DECODED_ROWS, dtype=self.dtype)
-        for first in range(0, out, DECODED_ROWS):
-            rows = min(DECODED_ROWS, out - first)
+        most = max(DECODED_BYTES // (self.width * self.dtype.itemsize) // ROWS, 1) * ROWS
+        room = _ROOMS.pop() if _ROOMS else torch.empty(0, dtype=torch.uint8)
+        if len(room) < self.width * most * self.dtype.itemsize:
+            room = torch.empty(self.width * most * self.dtype.itemsize, dtype=torch.uint8)
+        values = room.view(self.dtype)[: self.width * most].view(self.width, most)
+        for first in range(0, out, most):
+            rows = min(most, out - first)
             panels = -(-rows // ROWS)
-            written = DECODED_ROWS * values.itemsize
+            written = most * values.itemsize
             context = Context(
                 *self.lines, *(0,) * 5, values.data_ptr(), *self.counts, panels, first // ROWS, 0, written
             )
-            self.workers[2](context, _threads(panels * ROWS * width))
+            share_out(0, decode, context, max(1, panels * ROWS * width // PIECE_BYTES))
             torch.mm(x, values[:width, :rows], out=y[:, first : first + rows])
+        _ROOMS.append(room)
         return y if bias is None else y.add_(bias)
 
 
@@ -190,15 +226,9 @@ def _float_unit(levels: Levels) -> float:
     return 2.0 ** (15 - ((1 << (levels.exponent - 1)) - 1))
 
 
-def _threads(size: int) -> int:
-    return min(torch.get_num_threads(), size // FEW_BYTES) if size >= 2 * FEW_BYTES else 1
-
-
 @cache
-def _workers(
-    form: Form, how: Arithmetic, dtype: torch.dtype, here: Target
-) -> tuple[native.Worker | None, native.Worker, native.Worker]:
-    """prepare (None where there is nothing to prepare), product, decode."""
+def _workers(form: Form, how: Arithmetic, dtype: torch.dtype, here: Target) -> tuple[int, int, int]:
+    """Where prepare (0 where there is nothing to prepare), product and decode are."""
     emitter = EMITTERS[how](form, here, OUT[dtype])
 
     def emit() -> ir.Module:
@@ -208,5 +238,5 @@ def _workers(
         emitter.emit_decode(module)
         return module
 
-    made = native.workers(f"{form}|{how}|{dtype}|{here}", emit, ("prepare", "product", "decode"))
-    return made["prepare"] if emitter.prepares else None, made["product"], made["decode"]
+    made = native.compiled(f"{form}|{how}|{dtype}|{here}", emit, ("prepare", "product", "decode"))
+    return made["prepare"] if emitter.prepares else 0, made["product"], made["decode"]

@@ -104,7 +104,7 @@ class Vectors:
 
     def prefetch(self, pointer: Value) -> None:
         """What will be read soon, if it is anywhere: into all caches."""
-        read, keep, data = (ir.Constant(I32, number) for number in (0, 3, 1))
+        read, keep, data = (ir.Constant(I32, number) for number in (0, 2, 1))
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
 
     def halves(self, value: Value) -> tuple[Value, Value]:
