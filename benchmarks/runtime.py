@@ -49,7 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         models = {} if a.no_synthetic else {"llama-1b": synthetic.make(Path(scratch, "llama-1b"))}
         models |= {name: Path(path) for name, _, path in (words.partition("=") for words in a.model)}
-        parts = [f"# How fast it runs\n\n`{' '.join(['python', *sys.argv])}`\n\n{machine()}.{a.note and ' ' + a.note}\n"]
+        command = " ".join(["python", *sys.argv])
+        parts = [f"# How fast it runs\n\n`{command}`\n\n{' '.join([f'{machine()}.', a.note])}\n"]
         for name, path in models.items():
             parts.append(told(name, timed(name, path, Path(scratch), asked)))
             a.out.write_text("\n".join(parts))
