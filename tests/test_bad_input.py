@@ -405,6 +405,8 @@ REQUESTS = {
     "method": (["--method", "gtpq"], "unknown method 'gtpq'; did you mean gptq"),
     "methods": (["--method", "awq+gtpq"], "unknown method 'gtpq'"),
     "two solvers": (["--method", "gptq+nearest"], "in no order that runs"),
+    "nothing to guide": (["--method", "guided+nearest"], "has nothing to guide"),
+    "undone": (["--method", "guided+gptq+descent"], "leave one of them out"),
     "twice": (["--method", "awq+awq"], "twice"),
     "container": (["--to", "gguff"], "unknown container 'gguff'; did you mean gguf?"),
     "engine": (["--engine", "vlm"], "unknown engine 'vlm'; did you mean vllm"),

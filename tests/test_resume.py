@@ -18,7 +18,7 @@ from halfbyte.models import placement, streams
 from halfbyte.targets.gguf import file as gguf_file
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128}
-METHODS = ["nearest", "gptq", "awq+gptq"]
+METHODS = ["nearest", "gptq", "awq+gptq", "guided+gptaq"]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,8 @@ def test_ctrl_c_from_outside(home, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nearest", "awq+gptq"))]
+    "method",
+    ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nearest", "awq+gptq", "guided+gptaq"))],
 )
 def test_every_step(method, home, whole, tmp_path, monkeypatch):
     """One run, cut off again and again, before and after each record."""

@@ -23,12 +23,16 @@ from halfbyte.models.walk import Walk
 from halfbyte.models.weight import Weight
 from halfbyte.recipe import Method
 from halfbyte.solvers import SOLVERS, solved
+from halfbyte.solvers.outputs import OutputHessian
 from halfbyte.solvers.statistics import NotPositive, Statistics
 
 FEWEST_TOKENS = 32
 """An expert that fewer calibration tokens reach is rounded to nearest."""
 SAMPLED = 1 << 16
 """Values of what a weight reads that are kept for the report."""
+
+
+UNGUIDED = "too few calibration tokens reached it to tell how its outputs count"
 
 
 class Solution(NamedTuple):
@@ -60,6 +64,8 @@ class BlockTask:
     """What weights with rounded activations read, as far as it was collected."""
     sampled: dict[Weight, ActivationStats] = field(default_factory=dict)
     """What all weights read, with a few tokens of it: those that read the same share one."""
+    outputs: Mapping[Weight, OutputHessian] = field(default_factory=dict)
+    """What errors at the outputs of weights cost, of a method that asks for it (`Method.guided`)."""
 
     @property
     def inputs(self) -> Stream:
@@ -79,6 +85,17 @@ class BlockTask:
     def batches(self) -> Iterable[int]:
         """Numbers of those to calibrate on."""
         return self.walk.batches.calibrating
+
+    def output_hessian(self, weights: Sequence[Weight]) -> OutputHessian | None:
+        """That of weights one below the other, with the scales that folds have moved; None where too little is
+        known."""
+        found = [self.outputs[weight] for weight in weights if weight in self.outputs]
+        if len(found) < len(weights):
+            return None
+        rows = self.block.scales.rows
+        return OutputHessian.joined(
+            [o.divided(rows[weight]) if weight in rows else o for o, weight in zip(found, weights, strict=True)]
+        )
 
     def collect_all(self) -> dict[Weight, Statistics]:
         """Statistics of all weights at once; those beyond a device's budget wait in the host's memory."""
@@ -146,7 +163,8 @@ def _solution(task: BlockTask, weights: Sequence[Weight], statistics: Statistics
     """What a fused group becomes by the statistics of what it reads."""
     targets = [task.block.target(weight) for weight in weights]
     w = targets[0] if len(targets) == 1 else torch.cat(targets)
-    q, note = task.walk.fitting(partial(solve_matrix, w, task.schemes[weights[0]].weight, statistics, method))
+    outputs = task.output_hessian(weights) if method.guided else None
+    q, note = task.walk.fitting(partial(solve_matrix, w, task.schemes[weights[0]].weight, statistics, method, outputs))
     if statistics is None:
         return Solution(weights, q, note=note)
     decoded = q.decode().split([w.shape[0] for w in weights])
@@ -154,7 +172,9 @@ def _solution(task: BlockTask, weights: Sequence[Weight], statistics: Statistics
     return Solution(weights, q, errors, statistics.tokens, note)
 
 
-def solve_matrix(w: Tensor, grid: Grid, statistics: Statistics | None, method: Method) -> tuple[Quantized, str]:
+def solve_matrix(
+    w: Tensor, grid: Grid, statistics: Statistics | None, method: Method, outputs: OutputHessian | None = None
+) -> tuple[Quantized, str]:
     """The solver's answer, or that of `nearest` and the reason."""
     if not method.calibrated:  # the text is there for stored scales of activations
         return SOLVERS[method.solver](w, grid, None), ""
@@ -164,7 +184,8 @@ def solve_matrix(w: Tensor, grid: Grid, statistics: Statistics | None, method: M
         reason = f"only {statistics.tokens} calibration tokens reached it"
     else:
         try:
-            return solved(method.solver, method.refinements, w, grid, statistics), ""
+            q = solved(method.solver, method.refinements, w, grid, statistics, outputs)
+            return q, UNGUIDED if method.guided and outputs is None else ""
         except NotPositive:
             reason = "its Hessian could not be factored"
     return SOLVERS["nearest"](w, grid, None), f"{reason}: rounded to nearest"

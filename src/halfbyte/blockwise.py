@@ -1,6 +1,6 @@
 """Quantizing with calibration: block after block, each fed by the blocks before it as they were quantized."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from halfbyte.grids.grid import Params
 from halfbyte.grids.quantized import Scheme
 from halfbyte.models.block import Block
 from halfbyte.models.calibrate import Samples
+from halfbyte.models.guidance import output_hessians
 from halfbyte.models.placement import Placement
 from halfbyte.models.precision import cast
 from halfbyte.models.walk import Walk
@@ -22,6 +23,7 @@ from halfbyte.report.distributions import activation_distribution
 from halfbyte.report.types import ActivationDistribution, ActivationReport
 from halfbyte.run import Run, activation_report, commit, record_step, restore_step, weight_report, writing_beside
 from halfbyte.solvers import SOLVERS
+from halfbyte.solvers.outputs import OutputHessian
 from halfbyte.streaming import stream
 from halfbyte.transforms import TRANSFORMS, TransformSettings
 from halfbyte.transforms.fold import Finder, pattern
@@ -49,6 +51,7 @@ def quantize(run: Run, samples: Samples) -> None:
     inside = {t for block in walk.blocks for t in block.tensors}
     _require_runnable(run, walk, inside)
     records = {record["block"]: record for record in run.folder.journal if "block" in record}
+    outputs = _output_hessians(run, samples, placement, inside, records.keys()) if plan.method.guided else {}
     if records:
         run.progress(f"{RESUMING} from block {len(records) + 1} of {len(walk.blocks)}", len(records), len(walk.blocks))
     finder, solver = Finder(), block_solver(plan.method)
@@ -61,7 +64,7 @@ def quantize(run: Run, samples: Samples) -> None:
                 restore_step(run, records[block.name])
                 _restore(run, block)
                 continue
-            solved = _solve(run, walk, block, finder, solver)
+            solved = _solve(run, walk, block, finder, solver, outputs)
             written.result()  # so that one block at most waits to be written
             written = _commit(run, block, solved)
             del solved  # its codes take half of what the next block does
@@ -74,6 +77,18 @@ def quantize(run: Run, samples: Samples) -> None:
     _finish_outside(run, inside)
 
 
+def _output_hessians(
+    run: Run, samples: Samples, placement: Placement, inside: set[str], done: Collection[str]
+) -> dict[Weight, OutputHessian]:
+    """Of the weights that are left to solve."""
+    left = [weight for weight in run.plan.schemes if weight.tensor in inside and weight.block not in done]
+
+    def progress(what: str, number: float, total: float) -> None:
+        run.progress(f"{what}, to see what its outputs count for", number, total)
+
+    return output_hessians(run.plan.checkpoint, samples.tokens, left, placement, progress)
+
+
 def _require_runnable(run: Run, walk: Walk, inside: set[str]) -> None:
     """Raise where the walk does not see what the plan needs."""
     plan = run.plan
@@ -83,7 +98,8 @@ def _require_runnable(run: Run, walk: Walk, inside: set[str]) -> None:
             f"the model does not run '{unseen.name}', whose inputs are to have a stored scale; --skip it, or round "
             "them per token"
         )
-    if walk.shared and (plan.method.transforms or any(s.activations for s in plan.schemes.values())):
+    to_first = plan.method.transforms or plan.method.guided or any(s.activations for s in plan.schemes.values())
+    if walk.shared and to_first:
         raise Unsupported(
             f"'{walk.checkpoint.model_type}' shares weights between blocks, which {plan.recipe.method} "
             f"{plan.recipe.grid} would fit "
@@ -118,12 +134,15 @@ class _Solved(NamedTuple):
     """How they are spread before they are rounded."""
 
 
-def _solve(run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolver) -> _Solved:
+def _solve(
+    run: Run, walk: Walk, block: Block, finder: Finder, solver: BlockSolver, outputs: Mapping[Weight, OutputHessian]
+) -> _Solved:
     """Transforms, then the solver."""
     plan = run.plan
     planned = plan.schemes
     schemes = {w: planned[w] for w in block.weights if w in planned}
     task = BlockTask(walk, block, [weights for weights in plan.fused_groups if weights[0] in schemes], schemes)
+    task.outputs = outputs
     folds = []
     for name in plan.method.transforms:
         settings = TransformSettings(plan.recipe.alpha, plan.recipe.observer)

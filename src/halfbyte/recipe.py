@@ -201,11 +201,13 @@ class Method:
     `halfbyte.block_solvers.REFINEMENTS`; of the whole model, of `halfbyte.blockwise.MODEL_STAGES`."""
     rotated: bool = False
     """Whether the model's hidden states are rotated before all else (`halfbyte.transforms.rotate`)."""
+    guided: bool = False
+    """Whether the solver knows what errors at the outputs of each weight cost the model's predictions."""
 
     @property
     def position(self) -> int:
-        """Where a part stands in a method's name: transforms, a solver, refinements."""
-        return 2 if self.refinements else 0 if self.transforms or self.rotated else 1
+        """Where a part stands in a method's name: transforms and what guides, a solver, refinements."""
+        return 2 if self.refinements else 0 if self.transforms or self.rotated or self.guided else 1
 
 
 PARTS: dict[str, Method] = {
@@ -215,13 +217,16 @@ PARTS: dict[str, Method] = {
     "gptq": Method((), "gptq", calibrated=True),
     "gptaq": Method((), "gptaq", calibrated=True, full_precision=True),
     "descent": Method((), "gptq", calibrated=True, refinements=("descent",)),
+    "guided": Method((), "gptq", calibrated=True, guided=True),
     "awq": Method(("awq",), "nearest", calibrated=True),
     "smoothquant": Method(("smoothquant",), "nearest", calibrated=True, trials=True),
     "rotate": Method((), "nearest", calibrated=False, rotated=True),
 }
 OTHER_COMMANDS = ("convert", "dequantize")
 """What the recipe of an output that another command made says in place of a method."""
-METHODS = (*PARTS, "awq+gptq", "smoothquant+gptq", "rotate+gptq", "gptaq+descent")
+METHODS = (*PARTS, "awq+gptq", "smoothquant+gptq", "rotate+gptq", "gptaq+descent", "guided+gptaq")
+GUIDED = ("gptq", "gptaq")
+"""Solvers that know what to do with it."""
 
 
 OBSERVERS: tuple[str, ...] = get_args(Recipe.model_fields["observer"].annotation)
@@ -248,7 +253,7 @@ def method_named(name: str) -> Method:
             "as awq+gptq"
         )
     solver = next((part for part in chosen if part.position == 1), chosen[-1]).solver
-    return Method(
+    method = Method(
         sum((m.transforms for m in chosen), ()),
         solver,
         any(m.calibrated for m in chosen),
@@ -256,4 +261,21 @@ def method_named(name: str) -> Method:
         any(m.trials for m in chosen),
         sum((m.refinements for m in chosen), ()),
         any(m.rotated for m in chosen),
+        any(m.guided for m in chosen),
     )
+    if method.guided:
+        _require_guided(name, method)
+    return method
+
+
+def _require_guided(name: str, method: Method) -> None:
+    """Raise BadRequest where what guides is not heard, or is undone."""
+    if method.solver not in GUIDED:
+        raise BadRequest(
+            f"method '{name}' has nothing to guide: guided goes with {' or '.join(GUIDED)}, such as guided+gptq"
+        )
+    if "descent" in method.refinements:
+        raise BadRequest(
+            f"method '{name}': descent takes each row by itself, which undoes what guided has rows make up for; leave "
+            "one of them out"
+        )

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from halfbyte.errors import Unsupported
-from halfbyte.grids.grid import Codes, Grid, Params, Rounder, Shape
+from halfbyte.grids.grid import ALL, Codes, Grid, Params, Rounder, Rows, Shape
 from halfbyte.grids.scalar import ScalarGrid
 from halfbyte.kernels.panels import Operands
 
@@ -56,7 +56,7 @@ class ActOrderGrid(Grid):
         """Raises Unsupported: such grids are read alone."""
         self._refuse()
 
-    def rounder(self, params: Params, shape: Shape) -> Rounder:
+    def rounder(self, params: Params, shape: Shape, rows: Rows = ALL) -> Rounder:
         """Raises Unsupported: such grids are read alone."""
         self._refuse()
 

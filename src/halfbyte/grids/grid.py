@@ -11,6 +11,8 @@ from halfbyte.kernels.panels import Operands
 from halfbyte.kernels.scales import Params
 
 Shape = tuple[int, ...]
+Rows = slice | Int64[Tensor, " rows"]
+ALL = slice(None)
 Codes = Integer[Tensor, "out codes"]
 """Of any integer type; a unit is a weight, or of codebooks and the like, a vector of weights or a part of one."""
 
@@ -97,8 +99,8 @@ class Grid(ABC):
         """
 
     @abstractmethod
-    def rounder(self, params: Params, shape: Shape) -> Rounder:
-        """What rounds columns of a matrix of this shape, made once for all of its columns in turn."""
+    def rounder(self, params: Params, shape: Shape, rows: Rows = ALL) -> Rounder:
+        """What rounds columns of a matrix of this shape, or of some of its rows, made once for all columns in turn."""
 
     @abstractmethod
     def row_params(self, shape: Shape) -> frozenset[str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from halfbyte import formats
 from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.formats import KFormat
-from halfbyte.grids.grid import Codes, Grid, Neighbours, Params, Rounder, Shape
+from halfbyte.grids.grid import ALL, Codes, Grid, Neighbours, Params, Rounder, Rows, Shape
 from halfbyte.kernels import kquant, scalar
 from halfbyte.kernels.levels import Even
 from halfbyte.kernels.panels import Operands
@@ -91,13 +91,13 @@ class KQuant(KFormat, Grid):
             return scale, None
         return scale, -(params["dmin"].float()[..., None] * params["min"].view(out, blocks, -1)).view(out, -1)
 
-    def rounder(self, params: Params, shape: Shape) -> Rounder:
+    def rounder(self, params: Params, shape: Shape, rows: Rows = ALL) -> Rounder:
         """Rounds one weight after another, each to a level of its group."""
         scale, offset = self.lines(params)
         zero = torch.full_like(scale, self.middle, dtype=torch.uint8)
         base = torch.zeros_like(scale) if offset is None else offset
         lines = scalar.EvenLookup(kquant.safe_scale(scale), zero, base, self.top)
-        return partial(scalar.round_block, lines, self.group)
+        return partial(scalar.round_block, scalar.of_rows(lines, rows), self.group)
 
     def neighbours(self, params: Params) -> Neighbours:
         """Integers near these; with one level of scales, numbers."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from halfbyte import formats
 from halfbyte.errors import BadRequest, Unsupported
-from halfbyte.grids.grid import Codes, Grid, Neighbours, Params, Rounder, Shape
+from halfbyte.grids.grid import ALL, Codes, Grid, Neighbours, Params, Rounder, Rows, Shape
 from halfbyte.kernels import lattice
 from halfbyte.kernels.lattice import SUPER, Lattice
 from halfbyte.kernels.levels import Table
@@ -61,10 +61,10 @@ class LatticeGrid(Lattice, Grid):
         if self.name in ("iq1_s", "iq1_m"):
             raise Unsupported(f"{self} is read, not written; the smallest type that is written is iq2_xxs")
 
-    def rounder(self, params: Params, shape: Shape) -> Rounder:
+    def rounder(self, params: Params, shape: Shape, rows: Rows = ALL) -> Rounder:
         """Rounds a vector of weights at a time. Raises Unsupported for lattices that are read alone."""
         self._check_writable()
-        return partial(lattice.round_block, self, self.scales(params))
+        return partial(lattice.round_block, self, self.scales(params)[rows])
 
     def neighbours(self, params: Params) -> Neighbours:
         """Integers near these."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from halfbyte import formats
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.formats import ScalarFormat
-from halfbyte.grids.grid import Codes, Grid, Neighbours, Params, Rounder, Shape
+from halfbyte.grids.grid import ALL, Codes, Grid, Neighbours, Params, Rounder, Rows, Shape
 from halfbyte.kernels import scalar
 from halfbyte.kernels.levels import E2M1, FLOATS, FP4, IQ4, NF4, Even, Levels, Table, table_of
 from halfbyte.kernels.levels import Float as FloatLevels
@@ -153,10 +153,10 @@ class ScalarGrid(Grid):
         self.require_fit(tuple(w.shape))
         return scalar.fit(self.levels, self.scales, w, importance, search)
 
-    def rounder(self, params: Params, shape: Shape) -> Rounder:
+    def rounder(self, params: Params, shape: Shape, rows: Rows = ALL) -> Rounder:
         """Rounds one weight after another, each to the nearest level of its group."""
         lookup, size = scalar.lookup(self.levels, self.scales, params, *shape)
-        return partial(scalar.round_block, lookup, size)
+        return partial(scalar.round_block, scalar.of_rows(lookup, rows), size)
 
     def encode(
         self, w: Float[Tensor, "out in"], params: Params, importance: Float32[Tensor, " in"] | None = None

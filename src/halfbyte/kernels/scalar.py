@@ -159,6 +159,12 @@ Lookup = EvenLookup | TableLookup | FloatLookup
 """How a weight of a row and a group finds the level nearest to it."""
 
 
+def of_rows(lookup: Lookup, rows: slice | Int64[Tensor, " chosen"]) -> Lookup:
+    """Those of some rows."""
+    by_row = [name for name in ("scale", "zero", "base") if hasattr(lookup, name)]
+    return lookup._replace(**{name: getattr(lookup, name)[rows] for name in by_row})
+
+
 def lookup(levels: Levels, scales: Scales, params: Params, out: int, width: int) -> tuple[Lookup, int | None]:
     """Those of a scalar grid, and how many in-features share parameters; None: all do."""
     scale, size = scales.per_row(scales.storage.load(params, levels.unit), out, width)

@@ -5,7 +5,7 @@ the Fisher information: the second derivative of the KL divergence from the mode
 sample; memory is one block with its gradient, and the hidden states between all blocks (streams.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,14 +17,16 @@ from halfbyte.models import filling
 from halfbyte.models.batches import Tokens
 from halfbyte.models.block import Block
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.matmuls import GradientCapture
+from halfbyte.models.memory import LOGITS_BYTES
 from halfbyte.models.placement import Placement
 from halfbyte.models.streams import Hidden, Stream
 from halfbyte.models.walk import Walk
 from halfbyte.models.weight import Weight
 from halfbyte.progress import Progress, silent
 
-LOGITS_BYTES, COPIES = 256e6, 4
-"""Of predictions in memory, and how many of one size there are at a time."""
+COPIES = 4
+"""How many predictions of one size there are at a time."""
 
 
 class Backward:
@@ -49,7 +51,7 @@ class Backward:
             if self.walk.calls.carries:
                 raise Unsupported(
                     f"'{checkpoint.model_type}' hands on more than hidden states from block to block, through which no "
-                    "gradients are followed"
+                    "gradients are followed; --method gptq without guided, and --sensitivity measured, need none"
                 )
             self._read.append(self._kept(self.walk.inputs, len(self.walk.blocks) + 2))
         self._returned = self._kept(self.walk.inputs, len(self.walk.blocks) + 2)
@@ -126,6 +128,11 @@ class Backward:
         )
         self.gradients[batch] = torch.zeros_like(hidden) if at_input is None else at_input
         return [torch.zeros_like(v) if g is None else g for v, g in zip(values.values(), gradients, strict=True)]
+
+    def observe(self, block: Block, batch: int, report: Callable[[Weight, Tensor], None]) -> None:
+        """Go back through a block for one sample, and report the gradients at the outputs of its weights."""
+        with GradientCapture(block.matrices(), report):
+            self.through(block, batch, ())
 
     def embedding(self, tensor: str) -> Iterator[Float[Tensor, "vocabulary width"]]:
         """Last of all: the gradient with respect to an embedding for each sample, as what the blocks read is made of

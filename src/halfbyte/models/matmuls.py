@@ -6,6 +6,7 @@ Products are known by the memory that they read, so no architecture has to say w
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -93,6 +94,48 @@ class MatmulCapture(TorchFunctionMode):
                 )
         instead = self.report([m for m, _ in read], x) if read else None
         return x if instead is None else instead
+
+
+class GradientCapture(MatmulCapture):
+    """Reports the gradients at what products with matrices to quantize return, once these are known."""
+
+    def __init__(self, matrices: Iterable[tuple[Matrix, Tensor]], report: Callable[[Weight, Tensor], None]):
+        """`report` is told of a weight and gradients at its outputs, [tokens, out]."""
+        super().__init__(matrices, lambda matrices, x: None)
+        self.report_gradient = report
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func is functional.linear:
+            self._hook(args[1], result, 0)
+        elif func in (torch.addmm, torch.Tensor.addmm):
+            self._hook(args[2], result, 1)
+        elif func in PRODUCTS:
+            self._hook(args[1], result, 1)
+        return result
+
+    def _hook(self, operand: Tensor, result: Tensor, out: int) -> None:
+        """`out`: the operand's dimension of out-features."""
+        owners = self.owners.get(operand.untyped_storage().data_ptr())
+        if owners is None or not result.requires_grad:
+            return
+        if operand.dim() == 3:
+            starts = [(int(part.storage_offset()), _extent(part), (number,)) for number, part in enumerate(operand)]
+        else:
+            starts = [(int(operand.storage_offset()), _extent(operand), ())]
+        step, within = operand.stride(out - 2), operand.shape[out - 2]
+        for offset, (start, end), at in starts:
+            for first, last, matrix, _ in owners:
+                weight = matrix.weight
+                if weight is None or first >= end or start >= last:
+                    continue
+                column, beside = divmod(first - offset, step)
+                rows = weight.shape[0]
+                if not beside and 0 <= column <= within - rows:
+                    result.register_hook(partial(self._tell, weight, (*at, ..., slice(column, column + rows))))
+
+    def _tell(self, weight: Weight, part: tuple, gradient: Tensor) -> None:
+        self.report_gradient(weight, gradient[part].detach().flatten(0, -2))
 
 
 def rounding(views: Mapping[Weight, Tensor], inputs: Mapping[Weight, ActivationQuant]) -> MatmulCapture:

@@ -15,6 +15,10 @@ from halfbyte.solvers.statistics import Statistics
 FITTING = 32
 """Bytes of a weight while its grid is fitted and its codes are chosen: eight copies in float32, such as what an error
 in it counts, errors so far, and what a search for scales compares."""
+LOGITS_BYTES = 256e6
+"""Of predictions in memory as a model is gone back through."""
+GUIDING_TOKENS = 1 << 15
+"""That are gone back through at most, to see what outputs count for."""
 RUNNING = 6
 """Copies of the widest tensor that a block computes of a batch, in its own dtype: what a gated MLP multiplies, or
 queries, keys and values."""
@@ -97,6 +101,16 @@ def hidden_bytes(checkpoint: Checkpoint, samples: int, length: int, full_precisi
     """Of what so many samples make between two blocks; in full precision too, of what a block reads and returns."""
     of_token = hidden_size(checkpoint) * checkpoint.dtype.itemsize
     return samples * length * of_token * (3 if full_precision else 1)
+
+
+def guiding_tokens(samples: int, length: int) -> int:
+    """Of all, those that are gone back through: evenly chosen windows."""
+    return len(range(0, samples, guiding_stride(samples, length))) * length
+
+
+def guiding_stride(samples: int, length: int) -> int:
+    """Of how many windows one is gone back through."""
+    return max(1, -(-samples * length // GUIDING_TOKENS))
 
 
 def reading_group(weight: Weight) -> Hashable:

@@ -70,12 +70,17 @@ class Stream:
 
     def _kept(self, hidden: Hidden) -> Hidden:
         """The same values, where they are to be."""
-        hidden = hidden.detach()
-        if self._where == "device":
-            return hidden.to(self.placement.device)
-        if self._where == "files" and self.placement.scratch is not None:
-            return _in_file(hidden.to(CPU), self.placement.scratch)
-        return hidden.to(CPU)
+        return kept(hidden, self._where, self.placement)
+
+
+def kept(values: Tensor, where: str, placement: Placement) -> Tensor:
+    """The same values on the "device", in "memory" or in "files" (`Placement.of_hidden`)."""
+    values = values.detach()
+    if where == "device":
+        return values.to(placement.device)
+    if where == "files" and placement.scratch is not None:
+        return _in_file(values.to(CPU), placement.scratch)
+    return values.to(CPU)
 
 
 def _in_file(hidden: Tensor, folder: Path) -> Tensor:

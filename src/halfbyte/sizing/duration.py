@@ -17,13 +17,13 @@ from torch import Tensor
 from halfbyte.devices import wait
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.grids.quantized import Quantized, Scheme, WeightActivation
-from halfbyte.models.memory import hidden_size, reading_group
+from halfbyte.models.memory import guiding_tokens, hidden_size, reading_group
 from halfbyte.models.placement import BATCH_TOKENS
 from halfbyte.models.weight import Weight
 from halfbyte.recipe import OTHER_COMMANDS
 from halfbyte.sizing.cache import ModelConfig
 from halfbyte.sizing.memory import ROUTED, parameters_of
-from halfbyte.solvers import SOLVERS, solved
+from halfbyte.solvers import SOLVERS, outputs, solved
 from halfbyte.solvers.descent import SWEEPS
 from halfbyte.solvers.statistics import ERROR_PRODUCTS, Statistics
 from halfbyte.targets.plan import Plan
@@ -135,9 +135,10 @@ class Work:
         passes = 2 + method.full_precision + (2 if plan.scales else 0)  # to see what is read, and as quantized
         named = (*method.transforms, method.solver, *method.refinements)
         return parts | {
-            "starting": MODEL_SECONDS + SECONDS_PER_ENTRY * self._vocabulary,
+            "starting": MODEL_SECONDS + SECONDS_PER_ENTRY * self.vocabulary,
             "blocks": passes * self.forward(self.tokens) + self.rounding_activations(self.tokens),
             "statistics": self._statistics(),
+            "guiding": _guided(self) if method.guided else 0.0,
             "solving": self.sum(self._solving),
             **{name: SECONDS_OF[name](self) for name in named if name in SECONDS_OF},
         }
@@ -164,12 +165,18 @@ class Work:
         return [weight for weight in self.plan.checkpoint.weights() if weight.block]
 
     @property
+    def products(self) -> float:
+        """Operations of all blocks' matrices on one token."""
+        return sum(2 * self.share(weight) * prod(weight.shape) for weight in self._blocks)
+
+    @property
     def layers(self) -> int:
         """How many blocks there are."""
         return len({weight.block for weight in self._blocks})
 
     @property
-    def _vocabulary(self) -> int:
+    def vocabulary(self) -> int:
+        """Of how many entries."""
         size = self.plan.checkpoint.text_config.get("vocab_size")
         return size if isinstance(size, int) else 0
 
@@ -178,22 +185,22 @@ class Work:
         """Of all tokens, the share that an expert sees."""
         return parameters_of(self.plan.checkpoint, ModelConfig(self.plan.checkpoint.config)).share
 
-    def _share(self, weight: Weight) -> float:
+    def share(self, weight: Weight) -> float:
+        """Of all tokens, those that a weight sees."""
         return self._routed if ROUTED.search(weight.tensor) else 1.0
 
     def forward(self, tokens: int) -> float:
         """All blocks on so many tokens."""
         plan, width = self.plan, hidden_size(self.plan.checkpoint)
         inner = max((max(weight.shape) for weight in self._blocks), default=width)
-        products = sum(2 * self._share(weight) * prod(weight.shape) for weight in self._blocks)
         attention = 4 * plan.recipe.calibration.length * width * self.layers
         numbers = NUMBERS_MOVED * (width + inner) * self.layers
-        of_token = (products + attention) * self.pace.product
+        of_token = (self.products + attention) * self.pace.product
         return tokens * (of_token + numbers * plan.checkpoint.dtype.itemsize * self.pace.touched)
 
     def rounding_activations(self, tokens: int) -> float:
         """Of what all linears read of so many tokens."""
-        return self.sum(lambda w, own: tokens * self._share(w) * w.shape[1] * own.activation)
+        return self.sum(lambda w, own: tokens * self.share(w) * w.shape[1] * own.activation)
 
     def _rotating(self, weights: int) -> float:
         """To find and prove a rotation, the model runs twice on few tokens; each weight is turned then and later."""
@@ -205,7 +212,7 @@ class Work:
         first = {reading_group(weight): weight for weight in self.plan.schemes if weight.block}
         factored, drift = self.plan.method.solver in FACTORING, self.plan.method.full_precision
         return sum(
-            _summing(w.shape[1]) * self.tokens * self._share(w) * (3 if drift else 1) * self.pace.wide_product
+            _summing(w.shape[1]) * self.tokens * self.share(w) * (3 if drift else 1) * self.pace.wide_product
             + (w.shape[1] ** 3 / 3 * self.pace.factoring if factored else 0.0)
             for w in first.values()
         )
@@ -242,7 +249,22 @@ def _descent(work: Work) -> float:
     return SWEEPS * work.sum(lambda w, _: 2 * w.shape[0] * w.shape[1] ** 2 * work.pace.wide_product)
 
 
-SECONDS_OF: dict[str, Callable[[Work], float]] = {"awq": _awq, "smoothquant": _smoothquant, "descent": _descent}
+def _guided(work: Work) -> float:
+    """A pass back over some of the text: every block runs twice, and once backwards, in float32; so does the head."""
+    plan = work.plan
+    asked, solved = plan.recipe.calibration, [weight for weight in plan.schemes if weight.block]
+    tokens = guiding_tokens(asked.samples, asked.length)
+    products = work.products + 2 * work.vocabulary * hidden_size(plan.checkpoint)
+    seen = sum(2 * work.share(w) * w.shape[0] * min(w.shape[0], outputs.WIDEST) for w in solved)
+    owed = sum(prod(w.shape) * min(w.shape[0], outputs.WIDEST) for w in solved)
+    return tokens * (3 * products + seen) * work.pace.wide_product + owed * work.pace.product
+
+
+SECONDS_OF: dict[str, Callable[[Work], float]] = {
+    "awq": _awq,
+    "smoothquant": _smoothquant,
+    "descent": _descent,
+}
 """By the name of a transform, a solver of blocks or a refinement: what it takes beside the passes over the blocks,
 their statistics and solvers of matrices."""
 

@@ -23,7 +23,15 @@ from halfbyte.containers.place import OutputPath
 from halfbyte.devices import KINDS, forget_peak, kind_of
 from halfbyte.errors import BadRequest
 from halfbyte.models import roles
-from halfbyte.models.memory import DeviceMemory, device_memory, hidden_bytes, reading_group
+from halfbyte.models.memory import (
+    LOGITS_BYTES,
+    DeviceMemory,
+    device_memory,
+    guiding_tokens,
+    hidden_bytes,
+    hidden_size,
+    reading_group,
+)
 from halfbyte.models.placement import CPU, Placement, chunk_size, tasks_together
 from halfbyte.models.weight import Weight
 from halfbyte.recipe import method_named
@@ -31,6 +39,7 @@ from halfbyte.report.summary import size
 from halfbyte.report.types import Resources
 from halfbyte.sizing import duration
 from halfbyte.sizing.duration import FACTORING
+from halfbyte.solvers import outputs
 from halfbyte.solvers.statistics import Statistics
 from halfbyte.targets.plan import Plan
 
@@ -95,7 +104,8 @@ def resources(
 def _on_device(plan: Plan, placement: Placement) -> int:
     """Bytes of a GPU's memory."""
     if plan.calibrated:
-        return _pass(plan, placement).total
+        on_device = _pass(plan, placement)
+        return max(on_device.total, _going_back(plan, on_device) if plan.method.guided else 0)
     pieces, each = sorted(_pieces(plan, placement.device)), fitting_bytes(plan)
     return each * sum(pieces[-tasks_together(max(pieces, default=1), placement.device, each) :])
 
@@ -137,7 +147,27 @@ def _spilled(plan: Plan, placement: Placement) -> int:
         return 0
     asked = plan.recipe.calibration
     hidden = hidden_bytes(plan.checkpoint, asked.samples, asked.length, plan.method.full_precision)
-    return hidden if placement.of_hidden(hidden) == "files" else 0
+    beside, before = (_hessians(plan), _read_going_back(plan)) if plan.method.guided else (0, 0)
+    hidden, beside, before = (size if placement.of_hidden(size) == "files" else 0 for size in (hidden, beside, before))
+    return beside + max(hidden, before)
+
+
+def _hessians(plan: Plan) -> int:
+    """Bytes of what is known of the outputs of all weights."""
+    return sum(outputs.size_bytes(weight.shape[0]) for weight in plan.schemes if weight.block)
+
+
+def _read_going_back(plan: Plan) -> int:
+    """Bytes of what all blocks read, which a pass back needs."""
+    layers = len({weight.block for weight in plan.checkpoint.weights() if weight.block})
+    asked = plan.recipe.calibration
+    return guiding_tokens(asked.samples, asked.length) * hidden_size(plan.checkpoint) * 4 * (layers + 2)
+
+
+def _going_back(plan: Plan, on_device: DeviceMemory) -> int:
+    """Bytes of what a pass back computes with: a block or a head, and what these make of a window, in float32."""
+    wide = 4 // plan.checkpoint.dtype.itemsize
+    return wide * max(on_device.block + on_device.running, on_device.outside) + int(LOGITS_BYTES)
 
 
 def _with_calibration(plan: Plan, placement: Placement, on_device: DeviceMemory) -> int:
@@ -146,7 +176,8 @@ def _with_calibration(plan: Plan, placement: Placement, on_device: DeviceMemory)
     hidden = hidden_bytes(plan.checkpoint, asked.samples, asked.length, plan.method.full_precision)
     on_host = hidden if placement.of_hidden(hidden) != "device" else 0
     if not kind_of(placement.device).is_host:
-        return on_host + 2 * on_device.block + CODE * _largest(plan)
+        beside = _hessians(plan) + _read_going_back(plan) if plan.method.guided else 0
+        return on_host + beside + 2 * on_device.block + CODE * _largest(plan)
     begins = on_device.outside + on_device.hidden
     blocks: dict[str | None, list[Sequence[Weight]]] = defaultdict(list)
     for group in plan.fused_groups:
@@ -157,7 +188,10 @@ def _with_calibration(plan: Plan, placement: Placement, on_device: DeviceMemory)
     collecting = on_device.statistics + on_device.running
     parts = (*plan.method.transforms, plan.method.solver, *plan.method.refinements)
     beside = [BYTES_OF[name](plan, on_device) for name in parts if name in BYTES_OF]
-    return on_device.block + on_host + max(begins, on_device.hidden + max(collecting, solving, *beside))
+    most = on_device.block + on_host + max(begins, on_device.hidden + max(collecting, solving, *beside))
+    if not plan.method.guided:
+        return most
+    return _hessians(plan) + max(most, _going_back(plan, on_device) + _read_going_back(plan))
 
 
 BYTES_OF: dict[str, Callable[[Plan, DeviceMemory], int]] = {

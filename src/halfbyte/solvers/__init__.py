@@ -11,6 +11,7 @@ from halfbyte.grids.quantized import Quantized
 from halfbyte.solvers.descent import descend
 from halfbyte.solvers.gptq import aimed, gptaq, gptq
 from halfbyte.solvers.nearest import nearest
+from halfbyte.solvers.outputs import OutputHessian
 from halfbyte.solvers.statistics import Statistics
 
 Solver = Callable[..., Quantized]
@@ -28,9 +29,16 @@ REFINEMENTS: dict[str, Callable[[Tensor, Quantized, Statistics], Quantized]] = {
 """What is done to a matrix once it is rounded, by what it reads; by their names in `Method.refinements`."""
 
 
-def solved(solver: str, refinements: Iterable[str], w: Tensor, grid: Grid, statistics: Statistics) -> Quantized:
+def solved(
+    solver: str,
+    refinements: Iterable[str],
+    w: Tensor,
+    grid: Grid,
+    statistics: Statistics,
+    outputs: OutputHessian | None = None,
+) -> Quantized:
     """What a solver, and those of the refinements that see one matrix, make of it."""
-    q = SOLVERS[solver](w, grid, statistics)
+    q = SOLVERS[solver](w, grid, statistics, *([] if outputs is None else [outputs]))
     for refine in (REFINEMENTS[name] for name in refinements if name in REFINEMENTS):
         target = TARGETS[solver](w, statistics) if solver in TARGETS else w
         q = refine(target, q, statistics)
