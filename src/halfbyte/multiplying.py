@@ -14,7 +14,7 @@ from torch.nn import functional
 from halfbyte.devices import kind_of
 from halfbyte.formats import Activations
 from halfbyte.grids.quantized import ROOM
-from halfbyte.kernels.panels import Panels, product, settled, stacked, worth_making
+from halfbyte.kernels.panels import Panels, product, stacked, worth_making
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.names import fused_set
 from halfbyte.packed import PackedModule, QuantEmbedding, QuantLinear
@@ -124,8 +124,7 @@ def _multiply_together(
             alike.setdefault(panels.kind, []).append((modules, panels))
     for owners in alike.values():
         parts = [panels for _, panels in owners]
-        whole = stacked(parts)
-        whole = settled(whole.tensors["codes"], whole)
+        whole = stacked(parts[0].tensors["codes"], parts)
         parts, siblings = whole.split([part.shape[0] for part in parts]), []
         for (modules, _), part in zip(owners, parts, strict=True):
             for module in modules:

@@ -127,6 +127,10 @@ class Panels:
             return id(self)
         return self.form, self.shape[1], self.group, self.unit
 
+    def as_one_of(self, parts: "Sequence[Panels]", tensors: dict[str, Tensor]) -> "Panels":
+        """All of these, whose tensors are now these."""
+        return replace(self, shape=(sum(part.shape[0] for part in parts), self.shape[1]), tensors=tensors, kept={})
+
     def split(self, rows: Sequence[int]) -> "list[Panels]":
         """The inverse of `stacked`: the same memory."""
         if len(rows) == 1:
@@ -212,28 +216,23 @@ def pack(operands: Operands) -> Panels | None:
     lines = {name: getattr(operands, name) for name in ("scale", "zero", "offset", "d", "dmin")}
     if form.is_half and operands.scale.shape[1] % 2:
         lines = {name: value if value is None else functional.pad(value, (0, 1)) for name, value in lines.items()}
-    tensors = {"codes": _packed(form, functional.pad(codes, (0, -width % CHUNK, 0, -out % ROWS)))}
+    if width % CHUNK or out % ROWS:
+        codes = functional.pad(codes, (0, -width % CHUNK, 0, -out % ROWS))
+    tensors = {"codes": packed_codes(codes, form.planes)}
     tensors |= {name: _paneled(value, out) for name, value in lines.items() if value is not None}
     if operands.order is not None:
         tensors["order"] = operands.order
     return Panels(form, (out, width), group, unit, tensors)
 
 
-def stacked(parts: Sequence[Panels]) -> Panels:
-    """One matrix of several of one kind: a panel's numbers lie together, so they follow one another."""
-    if len(parts) == 1:
-        return parts[0]
-    tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-    shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
-    return replace(parts[0], shape=shape, tensors=tensors, kept={})
-
-
-def _packed(form: Form, codes: UInt8[Tensor, "out in"]) -> UInt8[Tensor, " bytes"]:
+@faster(cpu="panel_codes")
+def packed_codes(codes: UInt8[Tensor, "out in"], planes_bits: tuple[int, ...]) -> UInt8[Tensor, " bytes"]:
+    """Codes of whole panels and chunks, in planes."""
     out, width = codes.shape
     words = codes.view(out // ROWS, ROWS, width // CHUNK, -1, STRIDE)[..., list(ORDER)]
     chunks = words.permute(0, 2, 3, 1, 4).reshape(-1, ROWS * CHUNK)
     packed, shift = [], 0
-    for bits in form.planes:
+    for bits in planes_bits:
         packed.append(chunks if bits == 8 else planes.pack(chunks, bits, shift, ROWS * STRIDE))
         shift += bits
     return torch.cat(packed, 1).flatten()
@@ -268,9 +267,11 @@ def worth_making(like: Tensor) -> bool:
 
 
 @faster(cpu="panels")
-def settled(codes: Tensor, panels: Panels) -> Panels:
-    """The same panels, whose `codes` these are, where products read them fastest, for as long as a model stands."""
-    return panels
+def stacked(_: Tensor, parts: Sequence[Panels]) -> Panels:
+    """One matrix of several of one kind, whose first codes these are: a panel's numbers lie together, so panels follow
+    one another. It lies where products read it fastest."""
+    tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+    return parts[0].as_one_of(parts, tensors)
 
 
 @faster(cpu="panels", gpu="panels")

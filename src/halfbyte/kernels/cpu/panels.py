@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from functools import cache
 from types import NotImplementedType
 from typing import Literal
@@ -78,9 +79,9 @@ def worth_making(_: Tensor) -> bool:
     return target() is not None
 
 
-def settled(_: Tensor, panels: Panels) -> Panels:
+def stacked(_: Tensor, parts: Sequence[Panels]) -> Panels:
     """In large pages."""
-    return panels.holding(pages.settled(panels.tensors))
+    return parts[0].as_one_of(parts, pages.joined([part.tensors for part in parts]))
 
 
 def product(
