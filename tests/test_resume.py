@@ -89,6 +89,7 @@ def check(out: Path, expected: dict[str, bytes]) -> None:
         *((n, m) for n in (signal.SIGINT, signal.SIGKILL) for m in METHODS),
         (signal.SIGTERM, "gptq"),
         (signal.SIGHUP, "nearest"),
+        (signal.SIGKILL, "rotate+gptq"),
     ],
 )
 def test_signals(number, method, home, whole, tmp_path):

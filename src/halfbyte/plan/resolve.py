@@ -18,7 +18,7 @@ from halfbyte.grids import schemes
 from halfbyte.grids.kv import KVGrid
 from halfbyte.grids.quantized import Scheme
 from halfbyte.grids.scalar import is_float
-from halfbyte.models import adapter, heads, sizes
+from halfbyte.models import adapter, heads, roles, sizes
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.plan import fits
 from halfbyte.recipe import Method, Recipe, method_named
@@ -103,11 +103,16 @@ def _rotated(checkpoint: Checkpoint, method: Method) -> tuple[Checkpoint, list[s
     from halfbyte.transforms import rotate  # which runs the model, once values are read
 
     turned = rotate.rotated(checkpoint)
+    if not turned.untied:
+        return turned, []
     added = sum(turned.spec(tensor).size_bytes for tensor in turned.untied)
+    doubt = (
+        f"; engines may know no head of '{turned.model_type}' but the embedding: see that yours answers as before"
+    )
     return turned, [
         f"the head, which was the embedding, becomes a tensor of its own: {added / 1e6:.1f} MB more, unless it is "
-        "quantized (--head, or a GGUF's preset)"
-    ] * bool(added)
+        f"quantized (--head, or a GGUF's preset){doubt if turned.model_type in roles.TIED else ''}"
+    ]
 
 
 def _of_adapter(checkpoint: Checkpoint) -> list[str]:
