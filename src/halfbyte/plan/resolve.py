@@ -106,9 +106,7 @@ def _rotated(checkpoint: Checkpoint, method: Method) -> tuple[Checkpoint, list[s
     if not turned.untied:
         return turned, []
     added = sum(turned.spec(tensor).size_bytes for tensor in turned.untied)
-    doubt = (
-        f"; engines may know no head of '{turned.model_type}' but the embedding: see that yours answers as before"
-    )
+    doubt = f"; engines may know no head of '{turned.model_type}' but the embedding: see that yours answers as before"
     return turned, [
         f"the head, which was the embedding, becomes a tensor of its own: {added / 1e6:.1f} MB more, unless it is "
         f"quantized (--head, or a GGUF's preset){doubt if turned.model_type in roles.TIED else ''}"
