@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,6 +35,39 @@ CHECKED = [
     if path.parent.name not in ("cpu", "gpu") and "jaxtyping" in path.read_text(encoding="utf-8")
 ]
 install_import_hook(CHECKED, "beartype.beartype")
+LONG = 100_000
+"""Characters."""
+
+
+class Remembering:
+    """A tokenizer that looks up what it has made of a long text: hundreds of tests read the embedded ones, which takes up
+    to a second each time."""
+
+    made: ClassVar[dict[tuple[str, ...], Any]] = {}
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: str, **how: Any) -> Any:
+        if len(text) < LONG or not self._tokenizer.is_fast:
+            return self._tokenizer(text, **how)
+        key = (self._tokenizer.backend_tokenizer.to_str(), text, str(sorted(how.items())))
+        if key not in self.made:
+            self.made[key] = self._tokenizer(text, **how)
+        return self.made[key]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def texts_are_made_into_tokens_once():
+    from halfbyte.models import calibrate
+
+    stream = calibrate._stream
+    calibrate._stream = lambda checkpoint, tokenizer, records: stream(checkpoint, Remembering(tokenizer), records)
+    yield
+    calibrate._stream = stream
 
 
 def pytest_addoption(parser):

@@ -43,10 +43,10 @@ class TokenStream:
             return self.tokens[start : start + length]
         return torch.cat([opening, self.tokens[start : start + length - len(opening)]])
 
-    def consecutive(self, length: int) -> Int64[Tensor, "samples length"]:
-        """Windows without overlap; what is left at the end is dropped."""
+    def consecutive(self, length: int, limit: int | None = None) -> Int64[Tensor, "samples length"]:
+        """Windows without overlap, at most `limit`; what is left at the end is dropped."""
         windows, at = [], 0
-        while len(window := self.window(at, length)) == length:
+        while len(windows) != limit and len(window := self.window(at, length)) == length:
             windows.append(window)
             at += length if torch.equal(window, self.tokens[at : at + length]) else length - len(self.opening)
         return torch.stack(windows) if windows else self.tokens.new_empty(0, length)
@@ -115,7 +115,7 @@ def evaluation(checkpoint: Checkpoint, source: str, length: int, limit: int | No
     stream = read(checkpoint, tokenizer_of(checkpoint), source, length)
     if begin == "none":
         stream = replace(stream, opening=(), opening_words=())
-    tokens = (stream if begin == "before" else replace(stream, opening=())).consecutive(length)[:limit]
+    tokens = (stream if begin == "before" else replace(stream, opening=())).consecutive(length, limit)
     if begin == "over":
         tokens[:, : len(stream.opening)] = torch.tensor(stream.opening, dtype=tokens.dtype)
     return Samples(tokens, source, stream, len(tokens) * stream.of_chats, stream.warnings)
@@ -241,4 +241,4 @@ def _default_chats(
     except (BadRequest, BadCheckpoint) as error:  # a user who asked for no chats need not mend a template
         reason = str(error).replace(str(demo.CHATS), "the embedded ones")  # where the package lies is nobody's business
         return None, none, (f"calibrated without chats: {reason}",)
-    return stream, stream.consecutive(length)[:count], stream.warnings
+    return stream, stream.consecutive(length, count), stream.warnings
