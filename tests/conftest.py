@@ -40,8 +40,8 @@ LONG = 100_000
 
 
 class Remembering:
-    """A tokenizer that looks up what it has made of a long text: hundreds of tests read the embedded ones, which takes up
-    to a second each time."""
+    """A tokenizer that looks up what it has made of a long text: hundreds of tests read the embedded ones, each of
+    which takes up to a second."""
 
     made: ClassVar[dict[tuple[str, ...], Any]] = {}
 

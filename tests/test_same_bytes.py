@@ -16,6 +16,8 @@ import tiny
 
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = REPOSITORY / "benchmarks/bytes"
+METHODS = ("minmax", "nearest", "imatrix")
+"""Of the cases: each is a test, as workers share them out."""
 
 
 def run(*words: object, given: str = "") -> str:
@@ -26,11 +28,20 @@ def run(*words: object, given: str = "") -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bytes")
+    run(TOOLS / "inputs.py", folder, "--golden")
+    return folder
+
+
 @pytest.mark.slow
-def test_bytes_without_calibration_are_those_that_they_were(tmp_path):
-    goldens = json.loads((REPOSITORY / "tests/goldens/bytes.json").read_text())
-    run(TOOLS / "inputs.py", tmp_path, "--golden")
-    results = list(map(json.loads, run(TOOLS / "run.py", tmp_path, given="\n".join(goldens)).splitlines()))
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_without_calibration_are_those_that_they_were(method, inputs):
+    every = json.loads((REPOSITORY / "tests/goldens/bytes.json").read_text())
+    goldens = {case: files for case, files in every.items() if case.startswith(f"{method} ")}
+    results = list(map(json.loads, run(TOOLS / "run.py", inputs, given="\n".join(goldens)).splitlines()))
+    assert goldens
     assert [result["case"] for result in results if result["code"]] == []
     written = {
         result["case"]: {name: parts.get("all of it") for name, parts in result["files"].items()} for result in results
@@ -40,3 +51,8 @@ def test_bytes_without_calibration_are_those_that_they_were(tmp_path):
         (case, file) for case, files in goldens.items() for file in files if written[case].get(file) != files[file]
     ]
     assert unlike == []
+
+
+def test_every_case_is_of_one_of_these_methods():
+    cases = json.loads((REPOSITORY / "tests/goldens/bytes.json").read_text())
+    assert {case.partition(" ")[0] for case in cases} == {*METHODS}

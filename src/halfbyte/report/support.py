@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 
 import torch
 
@@ -13,6 +14,7 @@ from halfbyte.engines.verdicts import Word, check
 from halfbyte.errors import BrokenOutput, Unsupported
 from halfbyte.grids import GRIDS, schemes
 from halfbyte.grids.activations import ActivationQuant
+from halfbyte.grids.grid import Grid
 from halfbyte.grids.quantized import Quantized
 from halfbyte.models.weight import Weight
 from halfbyte.recipe import METHODS, method_named
@@ -35,6 +37,14 @@ def triples() -> Iterator[tuple[str, str, str, str]]:
     w = torch.randn(OUT, WIDTH, generator=generator) * 0.05
     statistics = Statistics(WIDTH)
     statistics.add(torch.randn(512, WIDTH, generator=generator))
+
+    @cache
+    def quantized(grid: Grid, solver: str, refinements: tuple[str, ...], is_calibrated: bool) -> Quantized:
+        """Methods share solvers, and containers grids."""
+        if is_calibrated:
+            return solved(solver, refinements, w, grid, statistics)
+        return SOLVERS[solver](w, grid, None)
+
     for name in SCHEMES:
         for container in TARGETS.values():
             try:
@@ -47,10 +57,7 @@ def triples() -> Iterator[tuple[str, str, str, str]]:
                 continue
             for method in METHODS:
                 chosen = method_named(method)
-                if chosen.calibrated:
-                    q = solved(chosen.solver, chosen.refinements, w, scheme.weight, statistics)
-                else:
-                    q = SOLVERS[chosen.solver](w, scheme.weight, None)
+                q = quantized(scheme.weight, chosen.solver, chosen.refinements, chosen.calibrated)
                 if scheme.activations:
                     q = q._replace(
                         activations=ActivationQuant(
