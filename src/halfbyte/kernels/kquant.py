@@ -107,8 +107,9 @@ def near(grid: KFormat, params: Params) -> list[Params]:
     if grid.scales is None:
         d = params["d"].float()
         scales: list[Params] = [{"d": half(d * (1 + share)).half()} for share in NEAR]
-        minima: list[Params] = [{"m": half(params["m"].float() + by * d).half()} for by in NEAR_MINIMA]
-        return pairs(scales[1:-1], minima) if grid.has_minimum else scales
+        if not grid.has_minimum:
+            return scales
+        return pairs(scales[1:-1], [{"m": half(params["m"].float() + by * d).half()} for by in NEAR_MINIMA])
     low, high = grid.scales
     scales = [{"scale": (params["scale"].int() + t).clamp(low, high).to(params["scale"].dtype)} for t in STEPS]
     if not grid.has_minimum:
