@@ -18,7 +18,7 @@ LAYERS = [
     ["solvers", "containers"], ["demo"], ["models"],
     ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["packed"], ["multiplying"],
     ["nn"], ["evaluation", "plan"], ["arguments"], ["report"], ["sizing"], ["inference"], ["run", "display", "budget"],
-    ["streaming"],
+    ["streaming", "polish"],
     ["blockwise", "kv_cache"], ["pipeline", "publish", "against"], ["api"], ["demonstration"], ["cli"],
     ["__main__", "__init__"],
 ]  # fmt: skip

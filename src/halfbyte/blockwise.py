@@ -18,6 +18,7 @@ from halfbyte.models.placement import Placement
 from halfbyte.models.precision import cast
 from halfbyte.models.walk import Walk
 from halfbyte.models.weight import Weight
+from halfbyte.polish import polish
 from halfbyte.progress import RESUMING
 from halfbyte.report.distributions import activation_distribution
 from halfbyte.report.types import ActivationDistribution, ActivationReport
@@ -28,9 +29,9 @@ from halfbyte.streaming import stream
 from halfbyte.transforms import TRANSFORMS, TransformSettings
 from halfbyte.transforms.fold import Finder, pattern
 
-MODEL_STAGES: dict[str, Callable[[Run, Walk], None]] = {}
-"""By the name of a refinement: what it does after the last block, when all of the model can be seen, and what was
-written can be committed anew (`halfbyte.run.commit`)."""
+MODEL_STAGES: dict[str, Callable[[Run, Walk], None]] = {"polish": polish}
+"""By the name of a refinement: what it does after the last tensor, when all of the model can be seen, and what was
+written can be committed anew (`halfbyte.run.commit`). It records what it did as a step, `stage` its name."""
 
 
 def quantize(run: Run, samples: Samples) -> None:
@@ -46,6 +47,7 @@ def quantize(run: Run, samples: Samples) -> None:
         full_precision=plan.method.full_precision,
         to_the_end=not MODEL_STAGES.keys().isdisjoint(plan.method.refinements),
         trials=plan.method.trials,
+        gradients=plan.method.gradients,
         progress=run.progress,
     )
     inside = {t for block in walk.blocks for t in block.tensors}
@@ -70,11 +72,14 @@ def quantize(run: Run, samples: Samples) -> None:
             del solved  # its codes take half of what the next block does
         written.result()
     run.spilled_bytes = walk.spilled_bytes
-    for name in plan.method.refinements:
-        if stage := MODEL_STAGES.get(name):
-            stage(run, walk)
     run.progress("tensors outside of the blocks", len(walk.blocks), len(walk.blocks))
+    stages = {record["stage"]: record for record in run.folder.journal if "stage" in record}
+    for record in stages.values():
+        restore_step(run, record)
     _finish_outside(run, inside)
+    for name in plan.method.refinements:
+        if name in MODEL_STAGES and name not in stages:
+            MODEL_STAGES[name](run, walk)
 
 
 def _output_hessians(
@@ -97,6 +102,16 @@ def _require_runnable(run: Run, walk: Walk, inside: set[str]) -> None:
         raise BadRequest(
             f"the model does not run '{unseen.name}', whose inputs are to have a stored scale; --skip it, or round "
             "them per token"
+        )
+    if plan.method.gradients and walk.batches.windows < 2:
+        raise BadRequest(
+            f"{plan.recipe.method} tunes to one part of the calibration samples and is judged by another; give "
+            "--samples 2 or more"
+        )
+    if walk.shared and plan.method.gradients:
+        raise Unsupported(
+            f"'{walk.checkpoint.model_type}' shares weights between blocks, through which no gradients are followed; "
+            "--method gptq does it"
         )
     to_first = plan.method.transforms or plan.method.guided or any(s.activations for s in plan.schemes.values())
     if walk.shared and to_first:

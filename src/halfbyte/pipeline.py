@@ -375,6 +375,7 @@ def _finish(run: Run, budget: BudgetReport | None = None) -> Report:
         build.report(run.plan, run.rows, run.folds, run.samples, cache, size_bytes, file, seconds, devices, resources),
         budget,
     )
+    report = report.model_copy(update={"polish": run.polished}) if run.polished else report
     texts = {
         "recipe.yaml": run.plan.recipe.dump(),
         "report.json": as_json(report),

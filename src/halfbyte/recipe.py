@@ -196,6 +196,8 @@ class Method:
     """Whether the unquantized model runs beside the one that is being quantized."""
     trials: bool = False
     """Whether each block is run again and again on a few tokens."""
+    gradients: bool = False
+    """Whether some are followed back through all of the model."""
     refinements: tuple[str, ...] = ()
     """What is done to what the solver has rounded: of a matrix, keys of `halfbyte.solvers.REFINEMENTS`; of a block, of
     `halfbyte.block_solvers.REFINEMENTS`; of the whole model, of `halfbyte.blockwise.MODEL_STAGES`."""
@@ -221,10 +223,11 @@ PARTS: dict[str, Method] = {
     "awq": Method(("awq",), "nearest", calibrated=True),
     "smoothquant": Method(("smoothquant",), "nearest", calibrated=True, trials=True),
     "rotate": Method((), "nearest", calibrated=False, rotated=True),
+    "polish": Method((), "gptq", calibrated=True, gradients=True, refinements=("polish",)),
 }
 OTHER_COMMANDS = ("convert", "dequantize")
 """What the recipe of an output that another command made says in place of a method."""
-METHODS = (*PARTS, "awq+gptq", "smoothquant+gptq", "rotate+gptq", "gptaq+descent", "guided+gptaq")
+METHODS = (*PARTS, "awq+gptq", "smoothquant+gptq", "rotate+gptq", "gptaq+descent", "guided+gptaq", "gptaq+polish")
 GUIDED = ("gptq", "gptaq")
 """Solvers that know what to do with it."""
 
@@ -259,6 +262,7 @@ def method_named(name: str) -> Method:
         any(m.calibrated for m in chosen),
         any(m.full_precision for m in chosen),
         any(m.trials for m in chosen),
+        any(m.gradients for m in chosen),
         sum((m.refinements for m in chosen), ()),
         any(m.rotated for m in chosen),
         any(m.guided for m in chosen),

@@ -21,7 +21,7 @@ from halfbyte.models.precision import cast, require_finite
 from halfbyte.models.weight import Weight
 from halfbyte.progress import Progress
 from halfbyte.report.distributions import Sample, distribution, sample
-from halfbyte.report.types import ActivationDistribution, ActivationReport, Resources, WeightReport
+from halfbyte.report.types import ActivationDistribution, ActivationReport, PolishReport, Resources, WeightReport
 from halfbyte.sizing.run import Meter
 from halfbyte.targets.plan import SKIPPED, Plan
 from halfbyte.targets.target import CheckpointWriter
@@ -75,6 +75,8 @@ class Run:
     """Who writes."""
     spilled_bytes: int = 0
     """Of hidden states in files."""
+    polished: PolishReport | None = None
+    """What tuning the whole model has won."""
 
     def row_chunks(self, weight: Weight) -> list[Weight]:
         """Runs of a matrix's rows that can be read, rounded and written each by itself, in order."""
@@ -89,9 +91,10 @@ class Run:
             self.folder.write(*part)
         return digest(q)
 
-    def write_unquantized(self, tensor: str, value: Tensor) -> None:
-        """Write a tensor that is not quantized in the precision planned, which that of a decoded one is not."""
-        value = cast(tensor, value, self.plan.spec(tensor).dtype, self.plan.wider)
+    def write_unquantized(self, tensor: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Write a tensor that is not quantized in the precision planned, which that of a decoded one is not, or in
+        another one (`CheckpointWriter.precision`)."""
+        value = cast(tensor, value, dtype or self.plan.spec(tensor).dtype, self.plan.wider)
         if self.plan.unquantized[tensor] != SKIPPED:
             require_finite(tensor, value)
         parts = list(self.checkpoint_writer.pack_unquantized(tensor, value))
@@ -236,6 +239,8 @@ def restore_step(run: Run, record: dict) -> None:
     run.rows |= {row["name"]: WeightReport(**row) for row in record.get("rows", [])}
     run.digests |= record.get("digests", {})
     run.folds += record.get("folds", [])
+    if "polish" in record:
+        run.polished = PolishReport(**record["polish"])
 
 
 class _Inline(Executor):

@@ -71,8 +71,9 @@ def stream(
             seen += size_of(group)
             run.progress(group[-1].name, seen, total)
         release(CPU)
-        for number, _ in enumerate(pool.map(write_unquantized, unquantized)):
-            run.progress("tensors that are not quantized", number, len(unquantized))
+        left = [tensor for tensor in unquantized if tensor not in run.digests]
+        for number, _ in enumerate(pool.map(write_unquantized, left)):
+            run.progress("tensors that are not quantized", number, len(left))
 
 
 def size_of(weights: Sequence[Weight]) -> int:

@@ -29,6 +29,7 @@ REFUSED = {
     errno.EEXIST,
     errno.ELOOP,
 }
+SCRATCH = ".scratch-"
 WHOLE = {"whole": True}
 """The last record: all is written and verified, and only moved into place from here on."""
 
@@ -119,13 +120,19 @@ class OutputFolder:
         name."""
         return self.partial / (self.place.companion(name).name if self.place.is_file else name)
 
+    def scratch(self, name: str) -> Path:
+        """A file of work under way, which a run that is killed leaves to the next; the output will not have it."""
+        return self.partial / f"{SCRATCH}{name}"
+
     def record(self, record: dict[str, Any]) -> None:
         """Note a step as done. What it wrote has left this process; a later check of every byte covers the rest."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
     def seal(self) -> None:
-        """Every byte of the tensors is on the disk."""
+        """Every byte of the tensors is on the disk, and nothing else of the run."""
+        for path in self.partial.glob(f"{SCRATCH}*"):
+            remove(path)
         for writer in self.writers:
             writer.close()
 

@@ -122,6 +122,19 @@ class Grid(ABC):
         """Parameters near these, as a file stores them; None where groups of a row have none of their own."""
         return None
 
+    def numbers(self, params: Params) -> Params:
+        """Parameters that may change by a little while codes stay, as the numbers that they stand for in float32:
+        scales and offsets, but for what engines have matrices share. Empty: there are none."""
+        return {}
+
+    def nearest_params(self, params: Params, numbers: Params) -> Params:
+        """The parameters that a file holds nearest to these numbers."""
+        return params
+
+    def expand(self, codes: Codes, params: Params, numbers: Params) -> Float32[Tensor, "out in"]:
+        """`decode` with these numbers in place of what is stored of them; differentiable with respect to them."""
+        return self.decode(codes, params)
+
     def operands(self, codes: Codes, params: Params) -> Operands | None:
         """As levels and lines, which kernels for packed weights multiply by; None: they know no way."""
         return None

@@ -121,6 +121,24 @@ class KQuant(KFormat, Grid):
             codes.view(*scale.shape, -1), scale[..., None], None if offset is None else offset[..., None]
         ).view(codes.shape)
 
+    def numbers(self, params: Params) -> Params:
+        """All of them: the fp16 numbers, and the integers under them."""
+        return {name: value.float() for name, value in params.items()}
+
+    def nearest_params(self, params: Params, numbers: Params) -> Params:
+        """Each rounded; d and dmin are not negative, and the largest finite."""
+        low, high = self.scales or (0, 0)
+        limits = {"d": (0, 65504), "dmin": (0, 65504), "m": (-65504, 65504), "scale": (low, high), "min": (0, high)}
+        rounded = {}
+        for name, value in numbers.items():
+            value = value if params[name].is_floating_point() else value.round()
+            rounded[name] = value.clamp(*limits[name]).to(params[name].dtype)
+        return {**params, **rounded}
+
+    def expand(self, codes: Codes, params: Params, numbers: Params) -> Float32[Tensor, "out in"]:
+        """By the same operations, all of which are torch's."""
+        return self.decode(codes, {**params, **numbers})
+
     def operands(self, codes: Codes, params: Params) -> Operands | None:
         """Integers under fp16 numbers, as they are."""
         levels = Even(self.top.bit_length())

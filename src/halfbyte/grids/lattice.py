@@ -82,6 +82,19 @@ class LatticeGrid(Lattice, Grid):
         self._check_writable()
         return lattice.encode(self, w, self.scales(params), importance)
 
+    def numbers(self, params: Params) -> Params:
+        """The fp16 number: from one of the odd integers under it to the next is a large step."""
+        return {"d": params["d"].float()}
+
+    def nearest_params(self, params: Params, numbers: Params) -> Params:
+        """In fp16, of the sign that it had."""
+        d, before = numbers["d"].clamp(-65504, 65504), params["d"].float()
+        return {**params, "d": torch.where(d * before < 0, 0 * before, d).half()}
+
+    def expand(self, codes: Codes, params: Params, numbers: Params) -> Float32[Tensor, "out in"]:
+        """By the same operations, all of which are torch's."""
+        return self.decode(codes, {**params, **numbers})
+
     def operands(self, codes: Codes, params: Params) -> Operands | None:
         """Magnitudes with their sign, each by itself: what the codebook leaves out takes bits again, so that panels are
         a sixth to a half larger than the file."""

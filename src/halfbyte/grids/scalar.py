@@ -179,6 +179,19 @@ class ScalarGrid(Grid):
             near = pairs(near[1:-1], [{"zero": zero} for zero in zeros])
         return Neighbours(size, near)
 
+    def numbers(self, params: Params) -> Params:
+        """Scales, and what lies above them; zero points are codes."""
+        return self.scales.storage.numbers(params)
+
+    def nearest_params(self, params: Params, numbers: Params) -> Params:
+        """Scales as they are stored."""
+        return {**params, **self.scales.storage.nearest(params, numbers)}
+
+    def expand(self, codes: Codes, params: Params, numbers: Params) -> Float32[Tensor, "out in"]:
+        """Levels times these scales."""
+        scale = self.scales.storage.combined(params, numbers, self.levels.unit)
+        return scalar.multiplied(self.levels, self.scales, codes, params, scale)
+
     def operands(self, codes: Codes, params: Params) -> Operands | None:
         """Scales as they are stored, where kernels read them so."""
         out, width = codes.shape

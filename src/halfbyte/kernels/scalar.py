@@ -122,7 +122,17 @@ def encode(levels: Levels, scales: Scales, w: Float[Tensor, "out in"], params: P
 @faster(cpu="scalar")
 def decode(levels: Levels, scales: Scales, codes: UInt8[Tensor, "out in"], params: Params) -> Float32[Tensor, "out in"]:
     """What codes stand for."""
-    scale = scales.storage.load(params, levels.unit)
+    return multiplied(levels, scales, codes, params, scales.storage.load(params, levels.unit))
+
+
+def multiplied(
+    levels: Levels,
+    scales: Scales,
+    codes: UInt8[Tensor, "out in"],
+    params: Params,
+    scale: Float32[Tensor, "rows groups"],
+) -> Float32[Tensor, "out in"]:
+    """What codes stand for under these scales; differentiable with respect to them."""
     values = levels.decode(scales.grouped(codes), scale[..., None], _zeros(params))
     return scales.ungrouped(values, tuple(codes.shape))
 

@@ -5,7 +5,9 @@
     Scales(64, FP32, flat=True)   one for 64 weights that follow one another through the matrix, whatever the rows
 
 A storage says which parameters of a matrix are stored and what they mean (`load`), which scale spans a largest weight
-(`spanning`), and which scales a search may try (`tried`). All that it returns is rounded to what a file holds.
+(`spanning`), and which scales a search may try (`tried`). All that it returns is rounded to what a file holds. It
+also says which parameters are numbers that may change by a little while codes stay (`numbers`), what those make
+(`combined`), and what a file holds of them (`nearest`).
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Float64, Integer, Shaped
+from jaxtyping import Float, Float32, Float64, Integer, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -75,6 +77,19 @@ class Storage(ABC):
         """What each scale may become on its own; the parameters that change."""
         return []
 
+    def numbers(self, params: Params) -> Params:
+        """Parameters that each belong to a few weights, as the numbers that they stand for in float32: none where a
+        step from one to the next is a factor of two."""
+        return {}
+
+    def combined(self, params: Params, numbers: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """`load` with these numbers in place of what is stored of them; differentiable."""
+        return self.load(params, unit)
+
+    def nearest(self, params: Params, numbers: Params) -> Params:
+        """The parameters that are nearest to these numbers."""
+        return params
+
 
 class Searched(Storage):
     """One scale for a group: which ones a search may take."""
@@ -111,6 +126,19 @@ class Number(Searched):
     def lines(self, params: Params, unit: float) -> Lines:
         """The number itself, in its own bits."""
         return Lines(params["scale"], unit=unit)
+
+    def numbers(self, params: Params) -> Params:
+        """The number itself."""
+        return {"scale": params["scale"].float()}
+
+    def combined(self, params: Params, numbers: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """The number itself."""
+        return self.load(numbers, unit)
+
+    def nearest(self, params: Params, numbers: Params) -> Params:
+        """The number rounded, of the sign that it had."""
+        scale, before = numbers["scale"], params["scale"].float()
+        return {**params, "scale": self.store(torch.where(scale * before < 0, 0 * before, scale))}
 
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
         """The largest weight over the largest level."""
@@ -166,6 +194,19 @@ class Byte(Searched):
             return Lines(self.load(params, unit).bfloat16())
         byte = params["scale"] & 0x7F
         return Lines(torch.where(byte == 0x7F, 0, byte).view(torch.float8_e4m3fn), unit=unit)
+
+    def numbers(self, params: Params) -> Params:
+        """What an E4M3 number stands for."""
+        return {"scale": self.load(params)} if self.kind == "e4m3" else {}
+
+    def combined(self, params: Params, numbers: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """The number times the unit."""
+        return numbers["scale"] * unit
+
+    def nearest(self, params: Params, numbers: Params) -> Params:
+        """The nearest E4M3 number."""
+        scale = numbers["scale"].contiguous()
+        return {"scale": torch.bucketize(scale, self.borders(1.0).to(scale.device), right=True).to(torch.uint8)}
 
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
         """The byte nearest to the largest weight over the largest level."""
@@ -234,9 +275,20 @@ class UnderGlobal(Searched):
 
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
         """The E4M3 number over the divisor, or times the factor."""
-        scale = E4M3.value(params["scale"])
-        scale = scale * params["factor"] if self.factor else scale / params["divisor"]
+        return self.combined(params, self.numbers(params), unit)
+
+    def numbers(self, params: Params) -> Params:
+        """The E4M3 number: what a matrix shares stays, since engines have several matrices share it."""
+        return {"scale": E4M3.value(params["scale"])}
+
+    def combined(self, params: Params, numbers: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """The number over the divisor, or times the factor."""
+        scale = numbers["scale"] * params["factor"] if self.factor else numbers["scale"] / params["divisor"]
         return scale if unit == 1 else scale * unit
+
+    def nearest(self, params: Params, numbers: Params) -> Params:
+        """The nearest E4M3 number that is not zero."""
+        return {**params, "scale": E4M3.nearest(numbers["scale"].clamp(min=2.0**-9))}
 
     def lines(self, params: Params, unit: float) -> Lines | None:
         """The E4M3 numbers, if none is negative: such are read without a sign."""
@@ -287,8 +339,21 @@ class UnderHalf(Storage):
 
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
         """The integer times the fp16 number."""
-        d = params["d"].float()
-        return (d[..., None] * (params["scale"].float() - 32).unflatten(1, (d.shape[1], -1))).flatten(1) * unit
+        return self.combined(params, self.numbers(params), unit)
+
+    def numbers(self, params: Params) -> Params:
+        """The fp16 number, and the integers."""
+        return {"d": params["d"].float(), "scale": params["scale"].float() - 32}
+
+    def combined(self, params: Params, numbers: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """The integer times the fp16 number."""
+        d = numbers["d"]
+        return (d[..., None] * numbers["scale"].unflatten(1, (d.shape[1], -1))).flatten(1) * unit
+
+    def nearest(self, params: Params, numbers: Params) -> Params:
+        """Both rounded."""
+        scale = numbers["scale"].round().clamp(-32, 31) + 32
+        return {"d": numbers["d"].clamp(-65504, 65504).half(), "scale": scale.to(torch.uint8)}
 
     def near(self, params: Params) -> list[Params]:
         """Integers near these."""
@@ -317,20 +382,33 @@ class Nested(Storage):
 
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
         """The value of the index times its fp32 number, plus the mean."""
-        code = params["scale"].flatten()
-        each = params["nested"].repeat_interleave(NESTED)[: len(code)]
-        scale = dynamic_map().to(code.device)[code.int()] * each + params["offset"]
+        return self.combined(params, self.numbers(params), unit)
+
+    def numbers(self, params: Params) -> Params:
+        """What the index stands for."""
+        code = params["scale"]
+        return {"scale": dynamic_map().to(code.device)[code.int()]}
+
+    def combined(self, params: Params, numbers: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
+        """What the index stands for times its fp32 number, plus the mean."""
+        value = numbers["scale"].flatten()
+        each = params["nested"].repeat_interleave(NESTED)[: len(value)]
+        scale = value * each + params["offset"]
         return (scale if unit == 1 else scale * unit).view(params["scale"].shape)
+
+    def nearest(self, params: Params, numbers: Params) -> Params:
+        """The nearest index."""
+        return {**params, "scale": _nearest_in_map(numbers["scale"])}
 
     def nest(self, scale: Float32[Tensor, "rows groups"]) -> Params:
         """Scales less their mean, as indices of `dynamic_map` with a scale for each NESTED; and the mean."""
         flat = scale.flatten()
         offset = flat.mean()
         x = functional.pad(flat - offset, (0, -flat.numel() % NESTED)).view(-1, NESTED)
-        nested, table = x.abs().amax(1), dynamic_map().to(scale.device)
-        code = torch.bucketize(x * inverse(nested)[:, None], (table[:-1] + table[1:]) / 2)
+        nested = x.abs().amax(1)
+        code = _nearest_in_map(x * inverse(nested)[:, None])
         return {
-            "scale": code.flatten()[: len(flat)].to(torch.uint8).view(scale.shape),
+            "scale": code.flatten()[: len(flat)].view(scale.shape),
             "nested": nested,
             "offset": offset.view(1),
         }
@@ -431,6 +509,12 @@ def dynamic_map() -> Float32[Tensor, "256"]:
         middles = 10.0 ** (decade - 6) * (ends[:-1] + ends[1:]) / 2
         values += [*middles.tolist(), *(-middles).tolist()]
     return torch.tensor(sorted(values))
+
+
+def _nearest_in_map(value: Float32[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """The index in `dynamic_map` of what is nearest."""
+    table = dynamic_map().to(value.device)
+    return torch.bucketize(value.contiguous(), (table[:-1] + table[1:]) / 2).to(torch.uint8)
 
 
 def _shared_divisor(largest: Float32[Tensor, ""], most: float) -> Float32[Tensor, ""]:

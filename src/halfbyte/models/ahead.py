@@ -6,15 +6,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from torch import Tensor
 
 from halfbyte.devices import kind_of
-from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.filling import TensorSource
 from halfbyte.models.placement import Placement
 
 
 class ReadAhead:
-    """Reads a checkpoint as it is, and what it was told to expect before that is asked for."""
+    """Reads a checkpoint, or what stands for one, as it is, and what it was told to expect before that is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, placement: Placement):
-        self.checkpoint = checkpoint
+    def __init__(self, source: TensorSource, placement: Placement):
+        self._source = source
         self._pins = kind_of(placement.device).pins
         self._expected: dict[str, Future[Tensor]] = {}
         self._thread = ThreadPoolExecutor(1) if placement.reads_ahead else None
@@ -28,10 +28,10 @@ class ReadAhead:
     def read(self, tensor: str) -> Tensor:
         """As `Checkpoint.read`."""
         expected = self._expected.pop(tensor, None)
-        return self.checkpoint.read(tensor) if expected is None else expected.result()
+        return self._source.read(tensor) if expected is None else expected.result()
 
     def _read(self, tensor: str) -> Tensor:
-        value = self.checkpoint.read(tensor)
+        value = self._source.read(tensor)
         return value.pin_memory() if self._pins else value
 
     def forget(self) -> None:

@@ -37,6 +37,11 @@ class Batches(Sequence[Tokens]):
         return self._tokens[number]
 
     @property
+    def windows(self) -> int:
+        """How many samples there are, those held out aside."""
+        return sum(len(self._tokens[number]) for number in self.calibrating)
+
+    @property
     def tokens(self) -> int:
         """Of all samples."""
         return sum(batch.numel() for batch in self._tokens)

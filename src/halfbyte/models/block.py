@@ -12,7 +12,7 @@ from halfbyte.errors import BadCheckpoint, Unsupported
 from halfbyte.grids.activations import ActivationQuant
 from halfbyte.models import filling, roles
 from halfbyte.models.ahead import ReadAhead
-from halfbyte.models.matmuls import MatmulCapture, Matrix, Report
+from halfbyte.models.matmuls import MatmulCapture, Matrix, Report, straight_through
 from halfbyte.models.streams import Hidden, Stream
 from halfbyte.models.weight import Weight
 
@@ -122,7 +122,7 @@ class Block:
         walk = self.walk
         filling.load(walk.model, source, walk.weight_map, walk.ties, self.parameters, walk.device)
         if walk.fake_quantize_activations:
-            read = source.checkpoint.read_inputs
+            read = walk.checkpoint.read_inputs
             for weight in self.weights:
                 if inputs := read(weight.name):
                     self.round_activations(weight, inputs)
@@ -146,14 +146,17 @@ class Block:
 
     # Its weights -----------------------------------------------------------------------------------------------------
 
-    def view(self, tensor: str) -> Tensor:
-        """A tensor of the checkpoint, as a view of the parameter in which it lies."""
+    def view(self, tensor: str, parameter: Tensor | None = None) -> Tensor:
+        """A tensor of the checkpoint, as a view of the parameter in which it lies; or of another tensor like that, such
+        as a gradient."""
         param_view = self.walk.weight_map[tensor]
-        return param_view.view(filling.tensor(self.walk.model, param_view.parameter), self.walk.shapes[tensor])
+        if parameter is None:
+            parameter = filling.tensor(self.walk.model, param_view.parameter)
+        return param_view.view(parameter, self.walk.shapes[tensor])
 
-    def weight(self, weight: Weight) -> Float[Tensor, "out in"]:
-        """A view of the parameter."""
-        return self.matrix(Matrix(weight.tensor, weight.expert, weight))
+    def weight(self, weight: Weight, parameter: Tensor | None = None) -> Float[Tensor, "out in"]:
+        """A view of the parameter, or of another tensor like that."""
+        return _oriented(self.view(weight.tensor, parameter), Matrix(weight.tensor, weight.expert, weight))
 
     def target(self, weight: Weight) -> Float[Tensor, "out in"]:
         """What a solver is to round: the weight with the scales of all folds."""
@@ -246,7 +249,7 @@ class Block:
     def _rounded(self, matrices: list[Matrix], x: Tensor) -> Tensor | None:
         """Matrices of one product are rounded alike: a scheme's inputs are known by what is read, not by who reads."""
         inputs = next((i for m in matrices if m.weight and (i := self.activations.get(m.weight))), None)
-        return inputs.round(x) if inputs else None
+        return straight_through(x, inputs.round(x)) if inputs else None
 
     def observe(self, report: Report, batches: Iterable[int], hidden: Stream) -> list[Hidden]:
         """Run the batches and report every product with a matrix of the block; returns the block's outputs."""

@@ -7,6 +7,7 @@ Products are known by the memory that they read, so no architecture has to say w
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,11 +139,26 @@ class GradientCapture(MatmulCapture):
         self.report_gradient(weight, gradient[part].detach().flatten(0, -2))
 
 
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """What is rounded; gradients pass as if nothing were."""
+    return _StraightThrough.apply(x, rounded.detach()) if x.requires_grad else rounded  # pyright: ignore[reportReturnType]
+
+
 def rounding(views: Mapping[Weight, Tensor], inputs: Mapping[Weight, ActivationQuant]) -> MatmulCapture:
     """While this lasts, what these weights are multiplied by is rounded so."""
 
     def read(matrices: list[Matrix], x: Tensor) -> Tensor:
-        return next(inputs[m.weight] for m in matrices if m.weight).round(x)
+        return straight_through(x, next(inputs[m.weight] for m in matrices if m.weight).round(x))
 
     matrices = ((Matrix(w.tensor, w.expert, w), v if w.expert is None else v[w.expert]) for w, v in views.items())
     return MatmulCapture(matrices, read)

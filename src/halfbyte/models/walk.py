@@ -47,15 +47,18 @@ class Walk:
         fake_quantize_activations: bool = False,
         to_the_end: bool = True,
         trials: bool = False,
+        gradients: bool = False,
         progress: Progress = silent,
     ):
-        """`held_out`: samples that run along, in batches of their own. `full_precision`: the model runs unquantized
+        """`held_out`: samples that run along, in batches of their own. `gradients`: some are to be followed back from
+        block to block. `full_precision`: the model runs unquantized
         too, beside itself as it is changed. `fake_quantize_activations`: activations and the KV cache are rounded as
         the checkpoint says that engines do; a checkpoint that is only the source of another is as precise as its
         weights. `to_the_end`: what the last block returns is wanted. `trials`: the first batch is a single sample, for
         searches that run a block on it again and again."""
         self.checkpoint, self.placement = checkpoint, placement or Placement()
         self.fake_quantize_activations, self.to_the_end, self.progress = fake_quantize_activations, to_the_end, progress
+        self.gradients = gradients
         self.source = ReadAhead(checkpoint, self.placement)
         self.model = skeleton.build(checkpoint, dtype)
         filling.move_buffers(self.model, self.device)
@@ -139,6 +142,11 @@ class Walk:
         for hidden in self._note_calls():
             self.inputs.append(hidden)
         self.blocks[0].free()
+        if self.gradients and self.calls.carries:
+            raise Unsupported(
+                f"'{self.checkpoint.model_type}' hands on more than hidden states from block to block, through which "
+                "no gradients are followed"
+            )
         if self.full_inputs is not None:
             if self.calls.carries:
                 raise Unsupported(

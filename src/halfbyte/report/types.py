@@ -830,6 +830,24 @@ class Resources(Part, frozen=True):
     """From the beginning of the run to its end; before it, an estimate."""
 
 
+class PolishReport(Part, frozen=True):
+    """What tuning the whole model, codes left as they are, has won on windows of text that it was not tuned to."""
+
+    kl_before: float
+    """Divergence from the original in nats per token, as blocks were left."""
+    kl: float
+    steps: Count
+    """After which it was least."""
+    windows: Count
+    """Of the calibration text that it was tuned to."""
+    held_out: Count
+    """... and of those that judge."""
+    numbers: Count
+    """That may have changed: scales, offsets, norms and biases."""
+    unquantized: list[str]
+    """Tensors that are not quantized and have changed."""
+
+
 class BudgetReport(Part, frozen=True):
     """A budget that chose the grid of each weight."""
 
@@ -889,6 +907,7 @@ class Report(Measurements, Planned, frozen=True):
     """What the errors of weights are errors of."""
     folds: list[FoldReport] = []
     rotation: RotationReport | None = None
+    polish: PolishReport | None = None
     environment: Environment | None = None
     device: Devices | None = None
     peak_memory_bytes: Count | None = None

@@ -51,6 +51,9 @@ RUNS_PER_FOLD, FOLDS, FOLDS_PER_MATRIX = 7, 4, 2
 is part of."""
 SECONDS_PER_RUN, BYTES_PER_RESCALED = 0.005, 48
 """Seconds that such a run takes beside its arithmetic; bytes that are moved for each weight that is rescaled for it."""
+POLISH_PASSES = 18
+"""Of all tokens, as `polish` goes through the text four times, there twice and back at the cost of two, and looks at
+windows held out."""
 MODEL_SECONDS, SECONDS_PER_ENTRY = 0.2, 1.5e-5
 """Seconds in which a model is built; in which an entry of the vocabulary is read."""
 TURNING = 64
@@ -260,10 +263,18 @@ def _guided(work: Work) -> float:
     return tokens * (3 * products + seen) * work.pace.wide_product + owed * work.pace.product
 
 
+def _polish(work: Work) -> float:
+    """Passes in float32, through blocks and head."""
+    head = 2 * hidden_size(work.plan.checkpoint) * work.vocabulary * work.pace.wide_product
+    wide = max(1.0, work.pace.wide_product / work.pace.product)
+    return POLISH_PASSES * (wide * work.forward(work.tokens) + head * work.tokens)
+
+
 SECONDS_OF: dict[str, Callable[[Work], float]] = {
     "awq": _awq,
     "smoothquant": _smoothquant,
     "descent": _descent,
+    "polish": _polish,
 }
 """By the name of a transform, a solver of blocks or a refinement: what it takes beside the passes over the blocks,
 their statistics and solvers of matrices."""

@@ -66,6 +66,8 @@ TURNED = 12
 """Bytes of a weight while it is rotated: in float32, as it was, as it becomes, and between the two."""
 RECORD = 900
 """Bytes of the report by weight."""
+TUNED_TOGETHER, PREDICTED, LOGITS = 4, 8 * 256, 256_000_000
+"""Windows that `polish` runs at a time; bytes that it keeps of a prediction of the original; of logits in memory."""
 SURE = 0.85
 """A run is refused where even so much less than is planned would not fit: plans are right within 15%."""
 
@@ -194,8 +196,20 @@ def _with_calibration(plan: Plan, placement: Placement, on_device: DeviceMemory)
     return _hessians(plan) + max(most, _going_back(plan, on_device) + _read_going_back(plan))
 
 
+def _polishing(plan: Plan, on_device: DeviceMemory) -> int:
+    """Codes; a block, what is around blocks and what all blocks read of a batch in float32; and what the original
+    predicts."""
+    asked, wide = plan.recipe.calibration, 4 / plan.checkpoint.dtype.itemsize
+    codes = CODE * sum(prod(weight.shape) for weight in plan.schemes)
+    blocks = len({weight.block for weight in plan.schemes})
+    read = blocks * hidden_bytes(plan.checkpoint, min(asked.samples, TUNED_TOGETHER), asked.length) * wide
+    around = wide * (2 * on_device.block + 2 * on_device.outside + on_device.running)
+    return int(codes + read + around + PREDICTED * asked.samples * asked.length + LOGITS)
+
+
 BYTES_OF: dict[str, Callable[[Plan, DeviceMemory], int]] = {
     "smoothquant": lambda plan, on_device: on_device.block + on_device.statistics,
+    "polish": _polishing,
 }
 """By the name of a transform, a solver of blocks or a refinement: what it has in memory at most, beside a block and the
 hidden states."""

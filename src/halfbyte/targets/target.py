@@ -211,6 +211,10 @@ class CheckpointWriter(ABC):
         """What is written of a tensor that is not quantized."""
         yield TensorRows(tensor, value)
 
+    def precision(self, tensor: str) -> torch.dtype:
+        """What an unquantized tensor may be as precise as: that of the file, where it holds the numbers themselves."""
+        return self.plan.spec(tensor).dtype
+
     def read_unquantized(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
         """What `pack_unquantized` wrote, from a file."""
         return [entries[tensor].read()]

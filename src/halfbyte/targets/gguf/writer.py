@@ -182,6 +182,10 @@ class GGUFWriter(CheckpointWriter):
                 else TensorRows(mapped.name, stored[None], mapped.expert)
             )
 
+    def precision(self, tensor: str) -> torch.dtype:
+        """F32 of what llama.cpp wants so, whatever the source had."""
+        return file.dtype_of(self._plain(tensor, self.names.mapped(tensor)[0]))
+
     def read_unquantized(self, entries: Mapping[str, Entry], tensor: str) -> list[Tensor]:
         """What lies under each of its names."""
         return [read_rows(entries[mapped.name], mapped.expert) for mapped in self.names.mapped(tensor)]
