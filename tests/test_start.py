@@ -110,6 +110,18 @@ def test_help_needs_no_torch():
     assert start("--help") == (0, ["False PASSIVE"])
 
 
+def test_a_process_ends_at_once():
+    """What is frozen is not looked through again."""
+    code = """if True:
+        import atexit, gc
+        from halfbyte.cli import main
+        atexit.register(lambda: print("frozen", gc.get_freeze_count() > 10_000))
+        main(["devices", "rtx-4090"])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "frozen True"
+
+
 def test_inspecting_a_gguf_needs_no_torch(tmp_path):
     made = tiny.halfbyte("quantize", demo.MODEL, "-o", tmp_path / "q.gguf", "--method", "nearest", "--grid", "Q4_K_M")
     assert made.code == 0, made.err

@@ -15,7 +15,7 @@ import typer
 import halfbyte
 from halfbyte.cli import measuring, planning, reporting, serving, talking, writing
 from halfbyte.cli.output import err
-from halfbyte.endings import Stop, hang_up, is_want_of_memory, speak_any_language
+from halfbyte.endings import Stop, end_at_once, hang_up, is_want_of_memory, speak_any_language
 from halfbyte.errors import HalfbyteError, brief
 from halfbyte.surroundings import arrange
 
@@ -72,6 +72,7 @@ def main(words: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     words = list(sys.argv[1:] if words is None else words) or ["--help"]
     arrange()
+    end_at_once()
     stop = Stop()
     speak_any_language()
     try:
