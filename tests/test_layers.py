@@ -16,7 +16,7 @@ LAYERS = [
     ["errors", "surroundings", "endings", "terminal"], ["files", "progress", "names", "formats", "devices"],
     ["registry"], ["kernels"], ["recipe", "grids"],
     ["solvers", "containers"], ["demo"], ["models"],
-    ["transforms", "engines", "block_solvers"], ["targets"], ["words"], ["packed"], ["multiplying"],
+    ["transforms", "engines", "block_solvers"], ["refinements"], ["targets"], ["words"], ["packed"], ["multiplying"],
     ["nn"], ["evaluation", "plan"], ["arguments"], ["report"], ["sizing"], ["inference"], ["run", "display", "budget"],
     ["streaming", "polish"],
     ["blockwise", "kv_cache"], ["pipeline", "publish", "against"], ["api"], ["demonstration"], ["cli"],

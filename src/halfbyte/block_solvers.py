@@ -1,7 +1,7 @@
 """Solvers of whole blocks: they see a block, what it reads, and what it returns in the full-precision model.
 
 `per_matrix` makes one of a solver that sees a matrix and the statistics of its inputs. To add another: one file, and
-one line in `BLOCK_SOLVERS`; in `REFINEMENTS`, if it starts from what a solver has rounded.
+one line in `BLOCK_SOLVERS`. What starts from what a solver has rounded is in `halfbyte.refinements`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,10 +24,8 @@ from halfbyte.models.weight import Weight
 from halfbyte.recipe import Method
 from halfbyte.solvers import SOLVERS, solved
 from halfbyte.solvers.outputs import OutputHessian
-from halfbyte.solvers.statistics import NotPositive, Statistics
+from halfbyte.solvers.statistics import FEWEST_TOKENS, NotPositive, Statistics
 
-FEWEST_TOKENS = 32
-"""An expert that fewer calibration tokens reach is rounded to nearest."""
 SAMPLED = 1 << 16
 """Values of what a weight reads that are kept for the report."""
 
@@ -193,24 +191,3 @@ def solve_matrix(
 
 BLOCK_SOLVERS: dict[str, BlockSolver] = {}
 """Those that are no solvers of single matrices, by their names in `halfbyte.recipe.PARTS`."""
-Refinement = Callable[[BlockTask, Sequence[Solution]], Iterable[Solution]]
-"""Gives better solutions in place of a solver's. The block itself stays as it is."""
-REFINEMENTS: dict[str, Refinement] = {}
-"""By their names in `Method.refinements`."""
-
-
-def block_solver(method: Method) -> BlockSolver:
-    """The solver of a method, its own where it sees whole blocks, else its matrix solver by `per_matrix`; then what
-    refines a block."""
-    solver = BLOCK_SOLVERS.get(method.solver) or per_matrix(method)
-    refinements = [REFINEMENTS[name] for name in method.refinements if name in REFINEMENTS]
-    if not refinements:
-        return solver
-
-    def solve_block(task: BlockTask) -> Iterator[Solution]:
-        solutions = list(solver(task))
-        for refine in refinements:
-            solutions = list(refine(task, solutions))
-        yield from solutions
-
-    return solve_block

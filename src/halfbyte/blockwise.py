@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from halfbyte.block_solvers import BlockSolver, BlockTask, Solution, block_solver
+from halfbyte.block_solvers import BlockSolver, BlockTask, Solution
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.grids.activations import ActivationQuant, ActivationStats
 from halfbyte.grids.grid import Params
@@ -20,6 +20,7 @@ from halfbyte.models.walk import Walk
 from halfbyte.models.weight import Weight
 from halfbyte.polish import polish
 from halfbyte.progress import RESUMING
+from halfbyte.refinements import block_solver
 from halfbyte.report.distributions import activation_distribution
 from halfbyte.report.types import ActivationDistribution, ActivationReport
 from halfbyte.run import Run, activation_report, commit, record_step, restore_step, weight_report, writing_beside

@@ -200,7 +200,7 @@ class Method:
     """Whether some are followed back through all of the model."""
     refinements: tuple[str, ...] = ()
     """What is done to what the solver has rounded: of a matrix, keys of `halfbyte.solvers.REFINEMENTS`; of a block, of
-    `halfbyte.block_solvers.REFINEMENTS`; of the whole model, of `halfbyte.blockwise.MODEL_STAGES`."""
+    `halfbyte.refinements.REFINEMENTS`; of the whole model, of `halfbyte.blockwise.MODEL_STAGES`."""
     rotated: bool = False
     """Whether the model's hidden states are rotated before all else (`halfbyte.transforms.rotate`)."""
     guided: bool = False
@@ -220,6 +220,7 @@ PARTS: dict[str, Method] = {
     "gptaq": Method((), "gptaq", calibrated=True, full_precision=True),
     "descent": Method((), "gptq", calibrated=True, refinements=("descent",)),
     "guided": Method((), "gptq", calibrated=True, guided=True),
+    "learned": Method((), "gptq", calibrated=True, full_precision=True, refinements=("learned",)),
     "awq": Method(("awq",), "nearest", calibrated=True),
     "smoothquant": Method(("smoothquant",), "nearest", calibrated=True, trials=True),
     "rotate": Method((), "nearest", calibrated=False, rotated=True),

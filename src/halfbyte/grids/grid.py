@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float, Float32, Int64, Integer
+from jaxtyping import Float, Float32, Int64, Integer, Shaped
 from torch import Tensor
 
+from halfbyte.kernels.levels import Ladder
 from halfbyte.kernels.panels import Operands
 from halfbyte.kernels.scales import Params
 
@@ -145,3 +146,46 @@ class Grid(ABC):
 
     @abstractmethod
     def __str__(self) -> str: ...
+
+
+class GroupLines(NamedTuple):
+    """What the levels of each group stand for: (level - zero) * scale + offset, with what is stored of them."""
+
+    scale: Float32[Tensor, "rows groups"]
+    zero: Float32[Tensor, "rows groups"] | None = None
+    """A level; None: zero."""
+    offset: Float32[Tensor, "rows groups"] | None = None
+    """None: zero."""
+
+    def each(self, rows: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Those of some rows, with a dimension for the weights of a group."""
+        zero, offset = (None if line is None else line[rows, :, None] for line in (self.zero, self.offset))
+        return self.scale[rows, :, None], zero, offset
+
+
+class SteppedGrid(Grid):
+    """A grid that rounds weights one by one, to levels that lie on a line for each group: each has a next one above and
+    below."""
+
+    vector_size = 1
+
+    @property
+    @abstractmethod
+    def ladder(self) -> Ladder:
+        """Its levels in order."""
+
+    @abstractmethod
+    def lines(self, params: Params) -> GroupLines:
+        """What levels stand for, by group."""
+
+    @abstractmethod
+    def with_lines(self, params: Params, scale: Tensor, offset: Tensor | None) -> Params:
+        """The same parameters but for scales and offsets: what a file can store that is nearest to these."""
+
+    @abstractmethod
+    def grouped(self, x: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "rows groups size"]:
+        """Numbers of weights by the groups that have lines; zeros for what is missing in the last."""
+
+    @abstractmethod
+    def ungrouped(self, x: Shaped[Tensor, "rows groups size"], shape: Shape) -> Shaped[Tensor, "out in"]:
+        """The inverse of `grouped`."""

@@ -16,27 +16,25 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Shaped, UInt8
 from torch import Tensor
 
 from halfbyte import formats
 from halfbyte.errors import BadRequest, UnknownName
 from halfbyte.formats import KFormat
-from halfbyte.grids.grid import ALL, Codes, Grid, Neighbours, Params, Rounder, Rows, Shape
+from halfbyte.grids.grid import ALL, Codes, GroupLines, Neighbours, Params, Rounder, Rows, Shape, SteppedGrid
 from halfbyte.kernels import kquant, scalar
-from halfbyte.kernels.levels import Even
+from halfbyte.kernels.levels import Even, Ladder
 from halfbyte.kernels.panels import Operands
 
 
 @dataclass(frozen=True)
-class KQuant(KFormat, Grid):
+class KQuant(KFormat, SteppedGrid):
     """Evenly spaced levels per group; the scales of a block's groups are small integers times one fp16 number.
 
     Params, by name: `d` fp16 [out, blocks]; with two levels `scale` (uint8 or int8) [out, groups]; and with a minimum
     `dmin` fp16 [out, blocks] and `min` uint8 [out, groups], or with one level `m` fp16 [out, blocks].
     """
-
-    vector_size = 1
 
     @classmethod
     def parse(cls, name: str) -> "KQuant":
@@ -79,21 +77,40 @@ class KQuant(KFormat, Grid):
         self.blocks(w.shape[1])
         return kquant.fit(self, w, importance, search)
 
-    def lines(self, params: Params) -> tuple[Float32[Tensor, "out groups"], Float32[Tensor, "out groups"] | None]:
+    @property
+    def ladder(self) -> Ladder:
+        """Integers around the code that stands for the offset."""
+        codes = torch.arange(self.top + 1, dtype=torch.uint8)
+        return Ladder(codes.float() - self.middle, codes, codes)
+
+    def lines(self, params: Params) -> GroupLines:
         """Scale and offset of every group: a code q stands for scale * (q - zero) + offset, rounded after each
         operation."""
         d = params["d"].float()
         if self.scales is None:
-            return d, params["m"].float() if self.has_minimum else None
+            return GroupLines(d, offset=params["m"].float() if self.has_minimum else None)
         out, blocks = d.shape
         scale = (d[..., None] * params["scale"].view(out, blocks, -1)).view(out, -1)
         if not self.has_minimum:
-            return scale, None
-        return scale, -(params["dmin"].float()[..., None] * params["min"].view(out, blocks, -1)).view(out, -1)
+            return GroupLines(scale)
+        minimum = params["dmin"].float()[..., None] * params["min"].view(out, blocks, -1)
+        return GroupLines(scale, offset=-minimum.view(out, -1))
+
+    def with_lines(self, params: Params, scale: Tensor, offset: Tensor | None) -> Params:
+        """The integers nearest to these below the same fp16 numbers; of one level, these numbers."""
+        return params | kquant.stored_lines(self, params, scale, offset)
+
+    def grouped(self, x: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "rows groups size"]:
+        """Runs of in-features."""
+        return x.reshape(x.shape[0], -1, self.group)
+
+    def ungrouped(self, x: Shaped[Tensor, "rows groups size"], shape: Shape) -> Shaped[Tensor, "out in"]:
+        """Runs of in-features."""
+        return x.reshape(shape)
 
     def rounder(self, params: Params, shape: Shape, rows: Rows = ALL) -> Rounder:
         """Rounds one weight after another, each to a level of its group."""
-        scale, offset = self.lines(params)
+        scale, _, offset = self.lines(params)
         zero = torch.full_like(scale, self.middle, dtype=torch.uint8)
         base = torch.zeros_like(scale) if offset is None else offset
         lines = scalar.EvenLookup(kquant.safe_scale(scale), zero, base, self.top)
@@ -112,11 +129,12 @@ class KQuant(KFormat, Grid):
     ) -> Codes:
         """Nearest codes, one by one: importance changes none."""
         self.blocks(w.shape[1])
-        return kquant.encode(self, w, *self.lines(params))
+        scale, _, offset = self.lines(params)
+        return kquant.encode(self, w, scale, offset)
 
     def decode(self, codes: Codes, params: Params) -> Float32[Tensor, "out in"]:
         """The float32 operations of ggml-quants.c, in their order."""
-        scale, offset = self.lines(params)
+        scale, _, offset = self.lines(params)
         return self.values(
             codes.view(*scale.shape, -1), scale[..., None], None if offset is None else offset[..., None]
         ).view(codes.shape)

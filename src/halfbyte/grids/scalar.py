@@ -25,15 +25,15 @@ from functools import partial
 from typing import TypeGuard
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
 from halfbyte import formats
 from halfbyte.errors import BadRequest, Unsupported
 from halfbyte.formats import ScalarFormat
-from halfbyte.grids.grid import ALL, Codes, Grid, Neighbours, Params, Rounder, Rows, Shape
+from halfbyte.grids.grid import ALL, Codes, Grid, GroupLines, Neighbours, Params, Rounder, Rows, Shape, SteppedGrid
 from halfbyte.kernels import scalar
-from halfbyte.kernels.levels import E2M1, FLOATS, FP4, IQ4, NF4, Even, Levels, Table, table_of
+from halfbyte.kernels.levels import E2M1, FLOATS, FP4, IQ4, NF4, Even, Ladder, Levels, Table, ladder, table_of
 from halfbyte.kernels.levels import Float as FloatLevels
 from halfbyte.kernels.panels import Operands
 from halfbyte.kernels.scales import (
@@ -56,14 +56,12 @@ ABSMAX_GROUPS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
-class ScalarGrid(Grid):
+class ScalarGrid(SteppedGrid):
     """Levels times scales; one rounding per weight."""
 
     name: str
     levels: Levels
     scales: Scales
-
-    vector_size = 1
 
     def __str__(self) -> str:
         return self.name
@@ -191,6 +189,28 @@ class ScalarGrid(Grid):
         """Levels times these scales."""
         scale = self.scales.storage.combined(params, numbers, self.levels.unit)
         return scalar.multiplied(self.levels, self.scales, codes, params, scale)
+
+    @property
+    def ladder(self) -> Ladder:
+        """Its levels in order."""
+        return ladder(self.levels)
+
+    def lines(self, params: Params) -> GroupLines:
+        """Scales as they are stored, and zero points."""
+        zero = params["zero"].float() if "zero" in params else None
+        return GroupLines(self.scales.storage.load(params, self.levels.unit), zero)
+
+    def with_lines(self, params: Params, scale: Tensor, offset: Tensor | None) -> Params:
+        """The same parameters but for scales, as they can be stored."""
+        return {**params, **self.scales.storage.stored(scale / self.levels.unit, params)}
+
+    def grouped(self, x: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "rows groups size"]:
+        """As scales are shared."""
+        return self.scales.grouped(x)
+
+    def ungrouped(self, x: Shaped[Tensor, "rows groups size"], shape: Shape) -> Shaped[Tensor, "out in"]:
+        """As scales are shared."""
+        return self.scales.ungrouped(x, shape)
 
     def operands(self, codes: Codes, params: Params) -> Operands | None:
         """Scales as they are stored, where kernels read them so."""

@@ -152,6 +152,20 @@ def _stored(grid: KFormat, d: Tensor, dmin: Tensor, scale: Tensor, minimum: Tens
     return {"d": d, "scale": scale.to(torch.int8)}
 
 
+def stored_lines(grid: KFormat, params: Params, scale: Tensor, offset: Tensor | None) -> Params:
+    """The parameters that come nearest to these scales and offsets of groups; below fp16 numbers, which stay."""
+    if grid.scales is None:
+        return {"d": half(scale).half()} | ({} if offset is None else {"m": half(offset).half()})
+    low, high = grid.scales
+
+    def integers(values: Tensor, above: Tensor, lowest: int, dtype: torch.dtype) -> Tensor:
+        each = above.float().repeat_interleave(values.shape[1] // above.shape[1], 1)
+        return torch.where(each != 0, torch.round(values / each), 0).clamp(lowest, high).to(dtype)
+
+    stored = {"scale": integers(scale, params["d"], low, params["scale"].dtype)}
+    return stored if offset is None else stored | {"min": integers(-offset, params["dmin"], 0, params["min"].dtype)}
+
+
 def _half_up(value: Tensor) -> Tensor:
     """A number of fp16 that is not smaller, by at most two units: the largest integer times it must reach the largest
     scale."""

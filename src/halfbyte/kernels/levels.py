@@ -7,6 +7,7 @@ level's `unit`.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float32, UInt8
@@ -200,6 +201,31 @@ def values_of(levels: Table | Float) -> Float32[Tensor, " codes"]:
     size = steps * torch.exp2(exponent.clamp(min=1) + 2 - (1 << (levels.exponent - 1)) - 1 - levels.mantissa)
     size = torch.where(size > levels.top, torch.nan, size).float()
     return torch.cat([size, -size])
+
+
+class Ladder(NamedTuple):
+    """Levels, the least first."""
+
+    levels: Float32[Tensor, " levels"]
+    """In units of a scale; of codes that count from a zero point, the codes."""
+    codes: UInt8[Tensor, " levels"]
+    """Of those that stand for the same level, the lowest."""
+    ranks: UInt8[Tensor, " codes"]
+    """Of each code, the number of its level."""
+
+
+@lru_cache
+def ladder(levels: Levels) -> Ladder:
+    """The levels of a scalar grid, which numbers that are none (NaN) are not among."""
+    if isinstance(levels, Even):
+        codes = torch.arange(levels.top + 1)
+        value = (codes - (levels.midpoint if levels.symmetric else 0)).float() / levels.steps
+        return Ladder(value, codes.to(torch.uint8), codes.to(torch.uint8))
+    value = values_of(levels)
+    order = [code for code in value.argsort(stable=True).tolist() if value[code] == value[code]]
+    distinct = [code for k, code in enumerate(order) if not k or value[code] != value[order[k - 1]]]
+    ranks = torch.bucketize(value, value[distinct]).clamp(max=len(distinct) - 1)
+    return Ladder(value[distinct], torch.tensor(distinct, dtype=torch.uint8), ranks.to(torch.uint8))
 
 
 def table_of(levels: Float, reach: int | float) -> Table:

@@ -69,6 +69,10 @@ class Storage(ABC):
     def load(self, params: Params, unit: float = 1.0) -> Float32[Tensor, "rows groups"]:
         """What a level's unit is multiplied by."""
 
+    @abstractmethod
+    def stored(self, scale: Float32[Tensor, "rows groups"], params: Params) -> Params:
+        """What comes nearest to these scales, of what lies below the numbers that others share."""
+
     def lines(self, params: Params, unit: float) -> Lines | None:
         """The same, with no more bits than are stored; None where that cannot be."""
         return Lines(self.load(params, unit))
@@ -153,6 +157,10 @@ class Number(Searched):
         """A little finer, a little coarser."""
         return [{"scale": self.store(params["scale"].float() * (1 + share))} for share in NEAR]
 
+    def stored(self, scale: Float32[Tensor, "rows groups"], params: Params) -> Params:
+        """The nearest numbers."""
+        return {"scale": self.store(scale)}
+
     def store(self, scale: Float32[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Never infinite, and never zero where `smallest` is more."""
         return torch.copysign(scale.abs().clamp(self.smallest, self.largest), scale).to(self.dtype)
@@ -213,6 +221,10 @@ class Byte(Searched):
         border = self.borders(levels.unit).to(largest.device)
         return {"scale": torch.bucketize(largest / levels.reach, border, right=True).to(torch.uint8)}
 
+    def stored(self, scale: Float32[Tensor, "rows groups"], params: Params) -> Params:
+        """The nearest bytes."""
+        return {"scale": torch.bucketize(scale, self.borders(1.0).to(scale.device), right=True).to(torch.uint8)}
+
     def tried(self, plain: Params) -> list[Params]:
         """Bytes near the plain one."""
         return self._moved(plain, self.tries)
@@ -245,6 +257,10 @@ class Microscale(Searched):
         reach = torch.tensor(levels.reach * levels.unit)
         exponent = torch.frexp(largest * (2 / threshold)).exponent - torch.frexp(reach).exponent
         return {"scale": (exponent + 127).clamp(0, 254).to(torch.uint8)}
+
+    def stored(self, scale: Float32[Tensor, "rows groups"], params: Params) -> Params:
+        """The nearest powers of two, by ratio."""
+        return {"scale": (torch.log2(scale).round() + 127).clamp(0, 254).to(torch.uint8)}
 
     def tried(self, plain: Params) -> list[Params]:
         """Nothing: a power of two is not searched."""
@@ -313,6 +329,10 @@ class UnderGlobal(Searched):
         scale = byte.clamp(min=1) if search else torch.where(byte == 0, 0x20, byte).to(torch.uint8)
         return {"scale": scale, "divisor": divisor.view(1, 1)}
 
+    def stored(self, scale: Float32[Tensor, "rows groups"], params: Params) -> Params:
+        """The nearest E4M3 numbers below the same divisor."""
+        return {"scale": E4M3.nearest((scale * params["divisor"]).contiguous()).clamp(1, 126)}
+
     def tried(self, plain: Params) -> list[Params]:
         """Bytes near the plain one."""
         return [{**plain, **moved} for moved in self._moved(plain, self.tries)]
@@ -359,6 +379,11 @@ class UnderHalf(Storage):
         """Integers near these."""
         return [{"scale": (params["scale"].int() + t).clamp(0, 63).to(torch.uint8)} for t in STEPS]
 
+    def stored(self, scale: Float32[Tensor, "rows groups"], params: Params) -> Params:
+        """The nearest integers below the same fp16 numbers."""
+        each = params["d"].float().repeat_interleave(scale.shape[1] // params["d"].shape[1], 1)
+        return {"scale": ((scale * inverse(each)).round().clamp(-32, 31) + 32).to(torch.uint8)}
+
     def lines(self, params: Params, unit: float) -> Lines:
         """The integers, with their sign."""
         return Lines((params["scale"].to(torch.int16) - 32).to(torch.int8), params["d"], unit)
@@ -399,6 +424,11 @@ class Nested(Storage):
     def nearest(self, params: Params, numbers: Params) -> Params:
         """The nearest index."""
         return {**params, "scale": _nearest_in_map(numbers["scale"])}
+
+    def stored(self, scale: Float32[Tensor, "rows groups"], params: Params) -> Params:
+        """The nearest indices below the same numbers."""
+        each = params["nested"].repeat_interleave(NESTED)[: scale.numel()]
+        return {"scale": _nearest_in_map((scale.flatten() - params["offset"]) * inverse(each)).view(scale.shape)}
 
     def nest(self, scale: Float32[Tensor, "rows groups"]) -> Params:
         """Scales less their mean, as indices of `dynamic_map` with a scale for each NESTED; and the mean."""

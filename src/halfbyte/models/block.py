@@ -246,6 +246,34 @@ class Block:
             ]
             return torch.cat([part[0] if isinstance(part, (tuple, list)) else part for part in parts])
 
+    def error(
+        self, weights: Sequence[Weight], hidden: Hidden, target: Hidden, batch: int
+    ) -> tuple[float, list[Float[Tensor, "out in"]]]:
+        """The mean square by which what the block returns for a batch misses a target, and gradients with respect to
+        some of its weights."""
+        walk = self.walk
+        names = dict.fromkeys(walk.weight_map[weight.tensor].parameter for weight in weights)
+        leaves = {name: filling.tensor(walk.model, name).detach().requires_grad_() for name in names}
+        inside = {name.removeprefix(f"{self.prefix}."): leaf for name, leaf in leaves.items()}
+        total, sums = 0.0, {}
+        for samples, args, kwargs in walk.calls.of(self.module, batch):
+            with torch.set_grad_enabled(bool(leaves)):
+                out = torch.func.functional_call(self.module, inside, (hidden[samples].to(walk.device), *args), kwargs)
+                out = out[0] if isinstance(out, (tuple, list)) else out
+                error = (out.float() - target[samples].to(out.device).float()).square().sum() / target.numel()
+            if leaves:
+                gradients = torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
+                for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+                    gradient = torch.zeros_like(leaf) if gradient is None else gradient
+                    sums[name] = sums[name] + gradient if name in sums else gradient
+            total += error.item()
+        return total, [self._inside(sums[walk.weight_map[w.tensor].parameter], w) for w in weights]
+
+    def _inside(self, parameter: Tensor, weight: Weight) -> Float[Tensor, "out in"]:
+        """A weight as a view of its parameter, or of what is shaped like it."""
+        view = self.walk.weight_map[weight.tensor].view(parameter, self.walk.shapes[weight.tensor])
+        return _oriented(view, Matrix(weight.tensor, weight.expert, weight))
+
     def _rounded(self, matrices: list[Matrix], x: Tensor) -> Tensor | None:
         """Matrices of one product are rounded alike: a scheme's inputs are known by what is read, not by who reads."""
         inputs = next((i for m in matrices if m.weight and (i := self.activations.get(m.weight))), None)

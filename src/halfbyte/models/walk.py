@@ -150,7 +150,7 @@ class Walk:
         if self.full_inputs is not None:
             if self.calls.carries:
                 raise Unsupported(
-                    f"gptaq runs two models side by side, and '{self.checkpoint.model_type}' hands on more than "
+                    f"this method runs two models side by side, and '{self.checkpoint.model_type}' hands on more than "
                     "hidden states; "
                     "--method gptq does it"
                 )

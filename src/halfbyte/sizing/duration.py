@@ -21,6 +21,7 @@ from halfbyte.models.memory import guiding_tokens, hidden_size, reading_group
 from halfbyte.models.placement import BATCH_TOKENS
 from halfbyte.models.weight import Weight
 from halfbyte.recipe import OTHER_COMMANDS
+from halfbyte.refinements.learning import STEPS
 from halfbyte.sizing.cache import ModelConfig
 from halfbyte.sizing.memory import ROUTED, parameters_of
 from halfbyte.solvers import SOLVERS, outputs, solved
@@ -54,6 +55,8 @@ SECONDS_PER_RUN, BYTES_PER_RESCALED = 0.005, 48
 POLISH_PASSES = 18
 """Of all tokens, as `polish` goes through the text four times, there twice and back at the cost of two, and looks at
 windows held out."""
+BYTES_PER_STEP = 150
+"""Bytes that are moved for each weight that learns, in a step."""
 MODEL_SECONDS, SECONDS_PER_ENTRY = 0.2, 1.5e-5
 """Seconds in which a model is built; in which an entry of the vocabulary is read."""
 TURNING = 64
@@ -270,11 +273,20 @@ def _polish(work: Work) -> float:
     return POLISH_PASSES * (wide * work.forward(work.tokens) + head * work.tokens)
 
 
+def _learned(work: Work) -> float:
+    """Steps forward and, at twice the cost, back, with all that is read and written of each weight; and the passes that
+    tell whether they were worth it."""
+    forward = work.forward(min(work.tokens, BATCH_TOKENS))
+    moved = work.sum(lambda w, own: prod(w.shape) * BYTES_PER_STEP * work.pace.touched)
+    return STEPS * (3 * forward + moved) + 2 * work.forward(work.tokens)
+
+
 SECONDS_OF: dict[str, Callable[[Work], float]] = {
     "awq": _awq,
     "smoothquant": _smoothquant,
     "descent": _descent,
     "polish": _polish,
+    "learned": _learned,
 }
 """By the name of a transform, a solver of blocks or a refinement: what it takes beside the passes over the blocks,
 their statistics and solvers of matrices."""

@@ -64,6 +64,11 @@ SOLVING = 10
 """Bytes of a weight while GPTQ rounds it: the weight in float32, what an error in it counts, errors."""
 TURNED = 12
 """Bytes of a weight while it is rotated: in float32, as it was, as it becomes, and between the two."""
+LEARNING, STEPPING = 14, 20
+"""Bytes of a weight of a block while its rounding is learned: its lean with two means of gradients, its code and rank;
+and of a matrix as it goes a step, beside that."""
+BACKWARD = 3
+"""Times what a block computes of a batch, that is kept for gradients."""
 RECORD = 900
 """Bytes of the report by weight."""
 TUNED_TOGETHER, PREDICTED, LOGITS = 4, 8 * 256, 256_000_000
@@ -107,7 +112,8 @@ def _on_device(plan: Plan, placement: Placement) -> int:
     """Bytes of a GPU's memory."""
     if plan.calibrated:
         on_device = _pass(plan, placement)
-        return max(on_device.total, _going_back(plan, on_device) if plan.method.guided else 0)
+        going_back = _going_back(plan, on_device) if plan.method.guided else 0
+        return max(on_device.total, going_back, on_device.block + on_device.hidden + max(_beside(plan, on_device)))
     pieces, each = sorted(_pieces(plan, placement.device)), fitting_bytes(plan)
     return each * sum(pieces[-tasks_together(max(pieces, default=1), placement.device, each) :])
 
@@ -188,9 +194,8 @@ def _with_calibration(plan: Plan, placement: Placement, on_device: DeviceMemory)
         (_solving(plan, groups, on_device.statistics) for block, groups in blocks.items() if block), default=0
     )
     collecting = on_device.statistics + on_device.running
-    parts = (*plan.method.transforms, plan.method.solver, *plan.method.refinements)
-    beside = [BYTES_OF[name](plan, on_device) for name in parts if name in BYTES_OF]
-    most = on_device.block + on_host + max(begins, on_device.hidden + max(collecting, solving, *beside))
+    beside = max(_beside(plan, on_device))
+    most = on_device.block + on_host + max(begins, on_device.hidden + max(collecting, solving, beside))
     if not plan.method.guided:
         return most
     return _hessians(plan) + max(most, _going_back(plan, on_device) + _read_going_back(plan))
@@ -207,9 +212,22 @@ def _polishing(plan: Plan, on_device: DeviceMemory) -> int:
     return int(codes + read + around + PREDICTED * asked.samples * asked.length + LOGITS)
 
 
+def _beside(plan: Plan, on_device: DeviceMemory) -> list[int]:
+    """What each part of the method has in memory at most."""
+    parts = (*plan.method.transforms, plan.method.solver, *plan.method.refinements)
+    return [0, *(BYTES_OF[name](plan, on_device) for name in parts if name in BYTES_OF)]
+
+
+def _learned(plan: Plan, on_device: DeviceMemory) -> int:
+    """What is learned of a block, the block as it was, and gradients."""
+    weights = on_device.block // plan.checkpoint.dtype.itemsize
+    return LEARNING * weights + STEPPING * _largest(plan) + 2 * on_device.block + BACKWARD * on_device.running
+
+
 BYTES_OF: dict[str, Callable[[Plan, DeviceMemory], int]] = {
     "smoothquant": lambda plan, on_device: on_device.block + on_device.statistics,
     "polish": _polishing,
+    "learned": _learned,
 }
 """By the name of a transform, a solver of blocks or a refinement: what it has in memory at most, beside a block and the
 hidden states."""

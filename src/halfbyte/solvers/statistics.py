@@ -16,6 +16,8 @@ from halfbyte.grids.activations import ActivationStats
 from halfbyte.kernels.products import eleven_bits
 
 DAMPING = 0.01
+FEWEST_TOKENS = 32
+"""An expert that fewer calibration tokens reach is rounded to nearest, and nothing is learned of it."""
 SAMPLED = 32
 """One token in so many is kept whole, for ranges of activations and their errors."""
 STRIPES, STRIPE = 8, 512
