@@ -71,6 +71,7 @@ def test_every_command_refuses_an_absent_device_before_anything_is_read(command,
     [
         {"method": "gptq"},
         {"method": "gptaq"},
+        {"method": "descent", "grid": "nvfp4/nvfp4"},
         {"method": "awq+gptq"},
         {"method": "smoothquant+gptq", "grid": "w8a8"},
         {"method": "gptq", "grid": "Q4_K_M", "to": "gguf"},

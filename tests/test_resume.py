@@ -130,7 +130,10 @@ def test_ctrl_c_from_outside(home, whole, tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nearest", "awq+gptq", "guided+gptaq"))],
+    [
+        "gptq",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("nearest", "awq+gptq", "guided+gptaq", "descent")),
+    ],
 )
 def test_every_step(method, home, whole, tmp_path, monkeypatch):
     """One run, cut off again and again, before and after each record."""
