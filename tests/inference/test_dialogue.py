@@ -117,7 +117,7 @@ class Played:
         return before
 
     def type(self, text: str) -> None:
-        time.sleep(0.3)  # as fingers need; readline is not yet waiting when its prompt appears
+        time.sleep(1)  # readline is not yet waiting when its prompt appears, and a Ctrl-C in between is not seen
         os.write(self.terminal, text.encode())
 
     def ended(self) -> int:

@@ -88,7 +88,7 @@ def test_a_file_is_nearer_to_the_original_and_its_codes_are_the_same(home, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "gemma3"])
 def test_other_families(home, tmp_path, family):
     model = FAMILIES[family].save(tmp_path / "model")
     report = quantized(

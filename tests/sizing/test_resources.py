@@ -19,9 +19,10 @@ from halfbyte.models.memory import reading_group
 from halfbyte.plan import resolve
 from halfbyte.progress import Stage
 from halfbyte.recipe import PARTS, Recipe
+from halfbyte.refinements import learning
 from halfbyte.report.summary import beside_planned, size
 from halfbyte.sizing import run
-from halfbyte.sizing.duration import SECONDS_OF, MatrixPace, Pace, Work
+from halfbyte.sizing.duration import LEARNING_STEPS, SECONDS_OF, MatrixPace, Pace, Work
 from halfbyte.solvers import SOLVERS
 from halfbyte.terminal import duration
 
@@ -205,3 +206,7 @@ def test_a_container_s_limit_is_the_memory_that_is_free(tmp_path):
     assert devices._of_group(names)[0] is None
     assert devices._of_group((str(tmp_path / "none"), "memory.max", "memory.current")) == (None, 0)
     assert devices.KINDS["cpu"].free_bytes(CPU) > 0
+
+
+def test_as_many_steps_are_planned_as_are_learned():
+    assert LEARNING_STEPS == learning.STEPS

@@ -40,6 +40,13 @@ class Written:
         self.numbers = {name: value.to(self.device, copy=True).requires_grad_() for name, value in self._found()}
         """By the tensor, or the weight and the parameter, that they are of."""
 
+    @property
+    def bits(self) -> float:
+        """Of a weight, scales and all: the mean over blocks."""
+        sizes = {weight: prod(weight.shape) for weight in self.plan.schemes if weight.block}
+        bits = sum(self.plan.schemes[weight].weight.bits(weight.shape) * size for weight, size in sizes.items())
+        return bits / max(1, sum(sizes.values()))
+
     def _is_tuned(self, tensor: str, parameters: Container[str]) -> bool:
         spec, place = self.plan.checkpoint.spec(tensor), self.weight_map.get(tensor)
         return (

@@ -21,7 +21,6 @@ from halfbyte.models.memory import guiding_tokens, hidden_size, reading_group
 from halfbyte.models.placement import BATCH_TOKENS
 from halfbyte.models.weight import Weight
 from halfbyte.recipe import OTHER_COMMANDS
-from halfbyte.refinements.learning import STEPS
 from halfbyte.sizing.cache import ModelConfig
 from halfbyte.sizing.memory import ROUTED, parameters_of
 from halfbyte.solvers import SOLVERS, outputs, solved
@@ -52,6 +51,8 @@ RUNS_PER_FOLD, FOLDS, FOLDS_PER_MATRIX = 7, 4, 2
 is part of."""
 SECONDS_PER_RUN, BYTES_PER_RESCALED = 0.005, 48
 """Seconds that such a run takes beside its arithmetic; bytes that are moved for each weight that is rescaled for it."""
+LEARNING_STEPS = 200
+"""Of `halfbyte.refinements.learning`, which imports the walk through the model: a plan has no use for that."""
 POLISH_PASSES = 18
 """Of all tokens, as `polish` goes through the text four times, there twice and back at the cost of two, and looks at
 windows held out."""
@@ -278,7 +279,7 @@ def _learned(work: Work) -> float:
     tell whether they were worth it."""
     forward = work.forward(min(work.tokens, BATCH_TOKENS))
     moved = work.sum(lambda w, own: prod(w.shape) * BYTES_PER_STEP * work.pace.touched)
-    return STEPS * (3 * forward + moved) + 2 * work.forward(work.tokens)
+    return LEARNING_STEPS * (3 * forward + moved) + 2 * work.forward(work.tokens)
 
 
 SECONDS_OF: dict[str, Callable[[Work], float]] = {

@@ -16,6 +16,7 @@ import atexit
 import ctypes
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,9 +77,11 @@ class Team:
             while len(self._members) < min(count, self._most):
                 own, thread = self._state + MEMBERS + 16 * len(self._members), ctypes.c_ulong()
                 ctypes.memmove(own, (ctypes.c_int64 * 2)(self._state, len(self._members) + 1), 16)
+                own_signals = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # members inherit that
                 refused = self._libc.pthread_create(
                     ctypes.byref(thread), None, ctypes.c_void_p(self._member), ctypes.c_void_p(own)
                 )
+                signal.pthread_sigmask(signal.SIG_SETMASK, own_signals)
                 if refused:  # the system has no more: those that there are do it all
                     self._most = len(self._members)
                 else:
