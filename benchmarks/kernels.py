@@ -9,7 +9,6 @@ median counts.
 """
 
 import argparse
-import dataclasses
 import re
 import statistics
 import time
@@ -25,7 +24,7 @@ from halfbyte import grids
 from halfbyte.formats import Activations
 from halfbyte.grids.quantized import Quantized
 from halfbyte.kernels.cpu.panels import arithmetic, target
-from halfbyte.kernels.panels import Panels, product
+from halfbyte.kernels.panels import Panels, product, stacked
 
 SIDE = 4096
 COLD = 256 << 20
@@ -69,10 +68,7 @@ def rows(name: str, bandwidth: float, repeats: int) -> Iterator[str]:
     if packed is None or here is None:
         raise SystemExit(f"no kernel multiplies {name} here")
     n_bytes = packed.row_bytes * SIDE
-    copies = [
-        dataclasses.replace(packed, tensors={n: t.clone() for n, t in packed.tensors.items()}, kept={})
-        for _ in range(int(COLD // n_bytes) + 1)
-    ]
+    copies = [stacked(packed.tensors["codes"], [packed]) for _ in range(int(COLD // n_bytes) + 1)]
     ways: dict[str, Activations] = {}
     for activations in get_args(Activations):
         ways.setdefault(arithmetic(packed.form.levels, torch.bfloat16, activations, here), activations)

@@ -73,6 +73,7 @@ def require_steps(solution: Solution, better: Solution) -> None:
     assert (ranks[1] - ranks[0]).abs().max() <= (better.tokens >= FEWEST_TOKENS)
     assert better.q.params.keys() == solution.q.params.keys()
     assert better.weights == solution.weights
+    assert ("not learned" in better.note) == (better.tokens < FEWEST_TOKENS)
     for name in {"zero", "divisor", "nested", "offset"} & better.q.params.keys():
         assert torch.equal(better.q.params[name], solution.q.params[name])
 

@@ -213,8 +213,7 @@ class Byte(Searched):
 
     def nearest(self, params: Params, numbers: Params) -> Params:
         """The nearest E4M3 number."""
-        scale = numbers["scale"].contiguous()
-        return {"scale": torch.bucketize(scale, self.borders(1.0).to(scale.device), right=True).to(torch.uint8)}
+        return self.stored(numbers["scale"].contiguous(), params)
 
     def spanning(self, largest: Float32[Tensor, "rows groups"], levels: Levels, search: bool) -> Params:
         """The byte nearest to the largest weight over the largest level."""

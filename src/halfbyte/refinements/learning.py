@@ -141,7 +141,9 @@ class BlockTraining:
             grid = solution.q.grid
             if not isinstance(grid, SteppedGrid):
                 self.skipped[number] = f"not learned: {grid} rounds {grid.vector_size} weights jointly"
-            elif solution.tokens >= FEWEST_TOKENS:
+            elif solution.tokens < FEWEST_TOKENS:
+                self.skipped[number] = "not learned: too few calibration tokens reached it"
+            else:
                 w = torch.cat([self.block.target(weight) for weight in solution.weights])
                 self.matrices[number] = Learned(solution.q, grid, w)
         self.weights = [weight for number in self.matrices for weight in solutions[number].weights]

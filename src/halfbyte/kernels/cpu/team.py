@@ -3,8 +3,7 @@
 Between two products of a model that answers lie some 40 us. Threads that sleep so long take as long again to wake, and
 threads that spin without end, as those of OpenMP do, take a neighbour's time. Here they spin for a moment and then
 sleep; and nobody waits for one who is held up, since who comes takes the next piece, and all pieces if nobody else
-comes. (SmolLM2 in Q4_1, tokens a second with two threads, on a machine that is quiet and on one whose second core is
-taken: see benchmarks/results/kernels.md.)
+comes.
 
 A piece is one call `function(context, number, pieces)`. The state of a team is one word, the ticket: which job (upper
 half) and how many pieces of it are left (lower half). To take a piece is to count it down by a compare-and-swap, which
