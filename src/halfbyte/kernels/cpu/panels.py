@@ -32,6 +32,9 @@ FEW_BYTES = 1 << 19
 _ROOMS: list[Tensor] = []
 """For decoded values, kept from one call to the next: a process that asks the system for as much each time waits for
 as long as it decodes. Whoever has one has taken it out."""
+DECODED_PANELS = 16
+"""That a thread decodes at a time: their values lie side by side, and two threads that write into one line of a cache
+wait for one another."""
 Arithmetic = Literal["float32", "bfloat16", "int8"]
 X, BIAS, OUTPUT = (FIELDS.index(name) for name in ("x", "bias", "out"))
 BASIC = {"avx2", "fma", "f16c"}
@@ -185,7 +188,7 @@ class Prepared:
             context = Context(
                 *self.lines, *(0,) * 5, values.data_ptr(), *self.counts, panels, first // ROWS, 0, written
             )
-            share_out(0, decode, context, max(1, panels * ROWS * width // PIECE_BYTES))
+            share_out(0, decode, context, max(1, panels // DECODED_PANELS))
             torch.mm(x, values[:width, :rows], out=y[:, first : first + rows])
         _ROOMS.append(room)
         return y if bias is None else y.add_(bias)
